@@ -1,0 +1,276 @@
+"""Giving memory back between trials, and putting a user's objects back as they were.
+
+`release` empties what holds memory without being asked to: caches, workspaces, dead cycles.
+`preserved` brackets a search on live objects. Neither decides when; the backends do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import gc
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from memfit.errors import WorkloadError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from torch.optim import Optimizer
+
+__all__ = ["preserved", "release", "trim_heap"]
+
+_T = TypeVar("_T")
+
+
+def release(device: torch.device) -> int:
+    """Give back what this process holds of a device without using it.
+
+    Call it outside any `except` block: the traceback of an exception keeps every frame of the step
+    that raised it, and so every tensor, alive.
+
+    Args:
+        device: The device to clean.
+
+    Returns:
+        Bytes of the device that tensors of this process still hold; 0 on a CPU, which does not
+        count them.
+
+    Source: pytorch/pytorch#27600 (tracebacks), #82218 (leftovers after backward);
+        aten/src/ATen/cuda/CublasHandlePool.cpp (workspaces).
+    """
+    torch.clear_autocast_cache()
+    gc.collect()
+    if device.type != "cuda":
+        trim_heap()
+        return 0
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    trim_heap()
+    return torch.cuda.memory_allocated(device)
+
+
+def trim_heap() -> None:
+    """Ask glibc to return freed heap to the system; elsewhere do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+    """Put everything that training steps change back as it was, bit for bit, however they end.
+
+    Covers parameters, buffers, gradients (also those that are `None`), plain attributes of the
+    modules (training flags among them), the optimizer's state and its groups, the random states of
+    Python, NumPy, torch and every initialised device, and global switches of torch. The values wait
+    in host memory, so that the device has its room for the trials. Gradients are dropped meanwhile,
+    and come back as new tensors of the same bits and layout; parameters, buffers and optimizer
+    state keep their identity.
+
+    Args:
+        *modules: The modules that take part in the step: the model, and a loss that has state.
+        optimizer: The optimizer that takes the step.
+
+    Yields:
+        Once everything is noted down.
+
+    Raises:
+        WorkloadError: A module has parameters that are not materialised yet.
+    """
+    for module in modules:
+        _refuse_lazy(module)
+    restores: list[Callable[[], None]] = [_save_random_states(), _save_switches()]
+    restores += [_save_module(module) for module in modules]
+    if optimizer is not None:
+        restores.append(_save_optimizer(optimizer))
+    try:
+        yield
+    finally:
+        with _interrupt_deferred():
+            for restore in reversed(restores):
+                restore()
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise WorkloadError(
+                f"{name!r} of {type(module).__name__} has no shape yet (a lazy module): run one "
+                "batch through the model first."
+            )
+
+
+@contextlib.contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, then let it act."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[FrameType | None] = []
+    previous = signal.signal(signal.SIGINT, lambda _signum, frame: caught.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if caught and callable(previous):
+        previous(signal.SIGINT, caught[0])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _SavedTensor:
+    """A tensor and its bits, kept in host memory; `data` shares the tensor's own storage."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    host: torch.Tensor
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _SavedTensor:
+        data = tensor.detach()
+        return cls(tensor, data, _host_copy(data), tensor.requires_grad)
+
+    def restore(self) -> torch.Tensor:
+        with torch.no_grad():
+            if _is_elsewhere(self.tensor, self.data):
+                self.tensor.data = self.data
+            self.data.copy_(self.host)
+        if self.tensor.is_leaf:
+            self.tensor.requires_grad_(self.requires_grad)
+        return self.tensor
+
+
+def _is_elsewhere(tensor: torch.Tensor, data: torch.Tensor) -> bool:
+    """Whether something gave the tensor other data: another type, layout or device."""
+    return tensor.data_ptr() != data.data_ptr() or (
+        (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        != (data.dtype, data.shape, data.stride(), data.device)
+    )
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory with the same strides, so that it copies back bit for bit."""
+    return torch.empty_like(tensor, device="cpu", memory_format=torch.preserve_format).copy_(tensor)
+
+
+def _save_module(module: nn.Module) -> Callable[[], None]:
+    tensors = {
+        id(tensor): _SavedTensor.of(tensor) for tensor in (*module.parameters(), *module.buffers())
+    }
+    gradients = [
+        (parameter, None if parameter.grad is None else _host_copy(parameter.grad.detach()))
+        for parameter in module.parameters()
+    ]
+    owners = [
+        (
+            child,
+            dict(child._parameters),
+            dict(child._buffers),
+            {name: value for name, value in vars(child).items() if _is_plain(value)},
+        )
+        for child in module.modules()
+    ]
+    for parameter in module.parameters():
+        parameter.grad = None
+
+    def restore() -> None:
+        for child, parameters, buffers, attributes in owners:
+            child._parameters.clear()
+            child._parameters.update(parameters)
+            child._buffers.clear()
+            child._buffers.update(buffers)
+            vars(child).update(attributes)
+        for saved in tensors.values():
+            saved.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = (
+                None
+                if gradient is None
+                else torch.empty_like(
+                    gradient, device=parameter.device, memory_format=torch.preserve_format
+                ).copy_(gradient)
+            )
+
+    return restore
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    state = {
+        parameter: {name: _save_value(value) for name, value in values.items()}
+        for parameter, values in optimizer.state.items()
+    }
+    groups = [
+        {name: _save_value(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+    def restore() -> None:
+        optimizer.state.clear()
+        for parameter, values in state.items():
+            optimizer.state[parameter] = {name: value() for name, value in values.items()}
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group["params"] = parameters
+            group.update({name: value() for name, value in values.items()})
+
+    return restore
+
+
+def _save_value(value: _T) -> Callable[[], _T]:
+    """Return what gives the value back: a tensor itself with its bits, anything else a copy."""
+    if isinstance(value, torch.Tensor):
+        saved = _SavedTensor.of(value)
+        return saved.restore  # type: ignore[return-value]
+    kept = copy.deepcopy(value)
+    return lambda: kept
+
+
+def _save_random_states() -> Callable[[], None]:
+    python_state = random.getstate()
+    torch_state = torch.get_rng_state()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def restore() -> None:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+    return restore
+
+
+def _save_switches() -> Callable[[], None]:
+    cudnn = torch.backends.cudnn
+    cudnn_flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    grad_enabled = torch.is_grad_enabled()
+    default_dtype = torch.get_default_dtype()
+
+    def restore() -> None:
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = cudnn_flags
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_grad_enabled(grad_enabled)
+        torch.set_default_dtype(default_dtype)
+
+    return restore

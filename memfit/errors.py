@@ -1,0 +1,67 @@
+"""Every error that memfit raises of its own.
+
+Out of memory is not here: it is the outcome of a trial (`memfit.records.Outcome`). Neither are the
+errors of a user's own model or loss: those are raised as they came.
+
+    MemfitError                     anything below; `exit_code` is what the command line ends with
+    ├── UsageError (ValueError)     2  what was asked for cannot be: a name, a size, an option
+    │   ├── UnknownModelError       2  no timm model of that name
+    │   ├── UnknownDeviceError      2  no such device here
+    │   └── WorkloadError           2  a model, batch, loss or optimizer that makes no training step
+    ├── DoesNotFitError             3  not even the smallest batch fits
+    ├── UnsupportedError            1  this system cannot run such a trial
+    └── StepCrashedError            1  the training step took its process down
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "DoesNotFitError",
+    "MemfitError",
+    "StepCrashedError",
+    "UnknownDeviceError",
+    "UnknownModelError",
+    "UnsupportedError",
+    "UsageError",
+    "WorkloadError",
+]
+
+
+class MemfitError(Exception):
+    """The base of every error of memfit's own."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(MemfitError, ValueError):
+    """What was asked for cannot be: the message names the value and the nearest valid one."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class UnknownModelError(UsageError):
+    """No timm model has that name."""
+
+
+class UnknownDeviceError(UsageError):
+    """No such device on this machine."""
+
+
+class WorkloadError(UsageError):
+    """The model, batch, loss and optimizer do not make a training step."""
+
+
+class DoesNotFitError(MemfitError):
+    """Not even the smallest batch size fits."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class UnsupportedError(MemfitError):
+    """This system cannot run such a trial."""
+
+
+class StepCrashedError(MemfitError):
+    """The training step took its process down: a signal or an exit, and not for want of memory."""

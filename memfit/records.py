@@ -1,0 +1,261 @@
+"""The records that travel between memfit's parts.
+
+All are frozen, hold integers of bytes, and turn into plain dictionaries for JSON with `to_dict`.
+Nothing here knows torch, runs a trial or formats a figure for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any, ClassVar
+
+from memfit.errors import UsageError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Capacity",
+    "DeviceProcess",
+    "Outcome",
+    "Precision",
+    "ProbeResult",
+    "Record",
+    "Source",
+    "StepOptions",
+    "Trial",
+]
+
+SCHEMA_VERSION = 1
+"""Version of what `to_dict` gives; it rises when a key changes meaning or goes."""
+
+
+class Outcome(str, enum.Enum):
+    """How a trial ended."""
+
+    FITS = "fits"
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+class Source(str, enum.Enum):
+    """Where a figure comes from: a device that was there, or a model of one."""
+
+    MEASURED = "measured"
+    SIMULATED = "simulated"
+
+
+class Precision(str, enum.Enum):
+    """The arithmetic of a training step.
+
+    `FP32` and `BF16` train weights of that type; `AMP_BF16` and `AMP_FP16` keep fp32 weights under
+    `torch.autocast`, the latter with a `GradScaler`. `AUTO` is chosen by the device.
+    """
+
+    FP32 = "fp32"
+    AMP_BF16 = "amp-bf16"
+    AMP_FP16 = "amp-fp16"
+    BF16 = "bf16"
+    AUTO = "auto"
+
+
+class Record:
+    """What every record can do."""
+
+    __slots__ = ()
+
+    _derived: ClassVar[tuple[str, ...]] = ()
+    """Properties that `to_dict` gives beside the fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON, with a `schema_version`.
+
+        Enums become their values, tuples become lists, and missing values stay `None`.
+        """
+        return {"schema_version": SCHEMA_VERSION, **_plain_fields(self)}
+
+
+def _plain_fields(record: Record) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+    return {name: _plain(getattr(record, name)) for name in (*names, *record._derived)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return _plain_fields(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions(Record):
+    """What a training step is, besides its model and its batch size.
+
+    Args:
+        precision: The arithmetic; `AUTO` until a device has chosen.
+        optimizer: A name that `timm.optim.create_optimizer_v2` knows; `None` for a workload that
+            brings its own.
+        image_size: Height and width in pixels; `None` for the model's own.
+        num_classes: Size of the classifier; `None` for the model's own.
+        channels_last: Weights and images in `torch.channels_last`.
+        grad_checkpointing: Recompute activations in backward (`set_grad_checkpointing`).
+        accumulate: Two micro-batches before each optimizer step instead of one.
+        model_kwargs: Further arguments for `timm.create_model`, as pairs.
+    """
+
+    precision: Precision = Precision.AUTO
+    optimizer: str | None = None
+    image_size: tuple[int, int] | None = None
+    num_classes: int | None = None
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    accumulate: bool = False
+    model_kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a classifier without classes."""
+        if self.num_classes is not None and self.num_classes < 1:
+            raise UsageError(f"num_classes must be at least 1, not {self.num_classes}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProcess(Record):
+    """Another process that holds memory of the device.
+
+    Args:
+        pid: Its process id.
+        name: Its program's name.
+        used_bytes: What it holds on the device; `None` where the driver does not say.
+    """
+
+    pid: int
+    name: str
+    used_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity(Record):
+    """How many bytes this process may use on a device.
+
+    Args:
+        usable_bytes: What a training step of this process may take.
+        total_bytes: What the device has in all.
+        origin: Where `usable_bytes` comes from, in a few words.
+        other_processes: Who else holds memory of the device.
+    """
+
+    usable_bytes: int
+    total_bytes: int
+    origin: str
+    other_processes: tuple[DeviceProcess, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trial(Record):
+    """One batch size, tried.
+
+    Args:
+        batch_size: Samples in each micro-batch.
+        outcome: Whether the step ran.
+        source: Measured on a device, or simulated.
+        peak_requested_bytes: Peak of what tensors asked for; `None` where it is not known.
+        peak_allocated_bytes: Peak of what the allocator handed out; `None` where it is not known.
+        peak_reserved_bytes: Peak of what the process took of the device's capacity: the caching
+            allocator's reserved bytes on a GPU, resident bytes beyond the loaded process on a CPU.
+            After running out, the peak until then. `None` where it is not known.
+        num_alloc_retries: Times the allocator had to give back its cache and ask again.
+        num_iterations: Optimizer steps that ran to their end.
+        step_seconds: Seconds of the last iteration; `None` where none ended.
+        num_micro_batches: Micro-batches in one iteration.
+        left_behind_bytes: What stayed allocated after cleaning; `None` where it is not known.
+        peak_grows: The peak still rose when the last iteration ended.
+        message: The first line of the error that ended the trial.
+    """
+
+    batch_size: int
+    outcome: Outcome
+    source: Source
+    peak_requested_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    num_alloc_retries: int = 0
+    num_iterations: int = 0
+    step_seconds: float | None = None
+    num_micro_batches: int = 1
+    left_behind_bytes: int | None = None
+    peak_grows: bool = False
+    message: str | None = None
+
+    _derived: ClassVar[tuple[str, ...]] = ("samples_per_second",)
+
+    def __post_init__(self) -> None:
+        """Refuse what no trial can be."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.step_seconds is not None and not (
+            self.step_seconds > 0 and math.isfinite(self.step_seconds)
+        ):
+            raise ValueError(f"step_seconds must be positive, not {self.step_seconds}")
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step ran."""
+        return self.outcome is Outcome.FITS
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples trained on per second, over all micro-batches of the iteration."""
+        if self.step_seconds is None:
+            return None
+        return self.batch_size * self.num_micro_batches / self.step_seconds
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult(Record):
+    """The largest batch size that fits a device, with its proof.
+
+    Args:
+        subject: The model's name.
+        device: The device's name.
+        source: Measured on the device, or simulated.
+        options: The training step, its precision chosen.
+        capacity: What the step may use, and who said so.
+        max_batch_size: The largest batch size that fits: the edge.
+        recommended_batch_size: Where to stand: no allocator retries, `headroom` kept free, a
+            multiple of `multiple_of`. `None` where no batch size keeps all three.
+        proved: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
+            ceiling.
+        headroom: The share of the capacity that the recommendation keeps free.
+        multiple_of: What the recommendation is a multiple of.
+        trials: Every trial, in the order they ran.
+        seconds: Wall time of the whole probe.
+        torch_version: The torch that ran.
+    """
+
+    subject: str
+    device: str
+    source: Source
+    options: StepOptions
+    capacity: Capacity
+    max_batch_size: int
+    recommended_batch_size: int | None
+    proved: bool
+    headroom: float
+    multiple_of: int
+    trials: tuple[Trial, ...]
+    seconds: float
+    torch_version: str
+
+    _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes",)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What the training step may use, in bytes."""
+        return self.capacity.usable_bytes
+
+    def trial_at(self, batch_size: int) -> Trial | None:
+        """Return the last trial of a batch size, or `None` if it was not tried."""
+        tried = [trial for trial in self.trials if trial.batch_size == batch_size]
+        return tried[-1] if tried else None

@@ -1,0 +1,116 @@
+"""Sizes as people write them, to and from integers.
+
+Bytes inside memfit are `int`; this module is where text becomes one. It does not handle rates or
+durations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from memfit.errors import UsageError
+
+__all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes", "parse_image_size"]
+
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
+
+_UNIT_BYTES = {
+    "B": 1,
+    "KiB": KIB,
+    "MiB": MIB,
+    "GiB": GIB,
+    "TiB": 1024**4,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+# A bare letter is binary, as in `ulimit`, Docker and Slurm.
+_BARE_UNIT_BYTES = {"K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
+_UNIT_BY_LOWER = {unit.lower(): size for unit, size in (_UNIT_BYTES | _BARE_UNIT_BYTES).items()}
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)\s*")
+_IMAGE_SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
+
+
+def parse_bytes(size: str | int) -> int:
+    """Read a number of bytes.
+
+    Args:
+        size: Bytes as an integer, or text such as `"8GiB"`, `"1500 MiB"`, `"24GB"` (decimal, 10**9
+            bytes a unit) or `"24G"` (binary, like GiB).
+
+    Returns:
+        The size in bytes, at least 1.
+
+    Raises:
+        UsageError: `size` is not a size, or less than one byte.
+    """
+    if isinstance(size, int):
+        num_bytes = size
+    else:
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise UsageError(f"{size!r} is not a size: write a number and a unit, such as '8GiB'.")
+        unit = match["unit"] or "B"
+        factor = _UNIT_BY_LOWER.get(unit.lower())
+        if factor is None:
+            near = difflib.get_close_matches(unit, _UNIT_BYTES, n=1, cutoff=0)[0]
+            raise UsageError(
+                f"{size!r} is not a size: there is no unit {unit!r}; did you mean "
+                f"'{match['number']}{near}'?"
+            )
+        num_bytes = int(float(match["number"]) * factor)
+    if num_bytes < 1:
+        raise UsageError(f"{size!r} is not a usable size: it must be at least one byte.")
+    return num_bytes
+
+
+def parse_image_size(size: str | int | tuple[int, int]) -> tuple[int, int]:
+    """Read the height and width of an image.
+
+    Args:
+        size: Pixels: one number for a square image, `"320x240"` or `(320, 240)` for height and
+            width.
+
+    Returns:
+        Height and width in pixels, each at least 1.
+
+    Raises:
+        UsageError: `size` is not an image size.
+    """
+    if isinstance(size, tuple):
+        height, width = size
+    else:
+        match = _IMAGE_SIZE.fullmatch(str(size))
+        if match is None:
+            raise UsageError(
+                f"{size!r} is not an image size: give pixels, such as 224, or height and width, "
+                "such as 320x240."
+            )
+        height = int(match[1])
+        width = int(match[2] or match[1])
+    if height < 1 or width < 1:
+        raise UsageError(f"{size!r} is not an image size: each side must be at least 1 pixel.")
+    return height, width
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Write a number of bytes for people, in binary units and three or four digits.
+
+    Args:
+        num_bytes: Bytes; negative for a shrinkage.
+
+    Returns:
+        Text such as `"512 B"`, `"1500 MiB"` or `"23.7 GiB"`.
+    """
+    size = abs(num_bytes)
+    sign = "-" if num_bytes < 0 else ""
+    if size < KIB:
+        return f"{sign}{size} B"
+    for unit, factor in (("KiB", KIB), ("MiB", MIB)):
+        if size < 10_000 * factor:
+            return f"{sign}{size / factor:.{0 if size >= 100 * factor else 1}f} {unit}"
+    return f"{sign}{size / GIB:.{0 if size >= 1000 * GIB else 1}f} GiB"

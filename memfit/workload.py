@@ -1,0 +1,520 @@
+"""What is trained: a timm model by its name, or a user's own objects, as one `TrainingStep`.
+
+A `TrainingStep` is a description and holds no device memory; `TrainingStep.prepare` makes it real
+on a device, and a `PreparedStep` carries out its iterations. Measuring them, and surviving them, is
+the backends' work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.optim import Optimizer
+
+from memfit import batches
+from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
+from memfit.records import Precision, StepOptions
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["OptimizerFactory", "PreparedStep", "TrainingStep", "Workload"]
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+_LEARNING_RATE = 1e-4
+_WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
+_NUM_ACCUMULATED_MICRO_BATCHES = 2
+_AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A training step made of the user's own objects.
+
+    Args:
+        model: Any module, in training mode.
+        batch: An example batch `(inputs, targets)` of any nesting, whose tensors have the shape
+            (samples, ...); or a function of the batch size that returns one. Inputs that are a
+            tuple or list are passed to the model one by one, a dictionary by its keys. A batch that
+            is one dictionary or one tensor has no targets.
+        loss: A function `loss(outputs, targets)` that returns one number; targets that are a tuple
+            or list are passed one by one, and without targets it is `loss(outputs)`.
+        optimizer: An optimizer over the model's parameters, a function that makes one from them,
+            or the name of one that timm knows.
+        num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
+
+    Raises:
+        WorkloadError: One of the parts is not what it has to be.
+    """
+
+    model: nn.Module
+    batch: Any
+    loss: Callable[..., torch.Tensor]
+    optimizer: Optimizer | OptimizerFactory | str
+    num_inputs: int = dataclasses.field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that can make no training step."""
+        if not isinstance(self.model, nn.Module):
+            raise WorkloadError(f"The model must be an nn.Module, not {_kind(self.model)}.")
+        if not callable(self.loss):
+            raise WorkloadError(f"The loss must be a function, not {_kind(self.loss)}.")
+        if not isinstance(self.optimizer, (Optimizer, str)) and not callable(self.optimizer):
+            raise WorkloadError(
+                "The optimizer must be an optimizer, a function that makes one from parameters, or "
+                f"a name, not {_kind(self.optimizer)}."
+            )
+        if self.num_inputs < 1:
+            raise WorkloadError(f"num_inputs must be at least 1, not {self.num_inputs}.")
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise WorkloadError(
+                f"{_kind(self.model)} has no parameter that requires a gradient: there is nothing "
+                "to train."
+            )
+        if not any(module.training for module in self.model.modules()):
+            raise WorkloadError(
+                f"{_kind(self.model)} is in evaluation mode: call model.train() first, as the "
+                "training loop will."
+            )
+        if isinstance(self.optimizer, Optimizer):
+            own = {id(parameter) for parameter in self.model.parameters()}
+            held = (p for group in self.optimizer.param_groups for p in group["params"])
+            if not any(id(parameter) in own for parameter in held):
+                raise WorkloadError("The optimizer holds no parameter of the model.")
+        if not callable(self.batch):
+            batches.batch_size_of(self.batch)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return type(self.model).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    def batch_of(self, batch_size: int) -> Any:
+        """Return a batch of a given size.
+
+        Args:
+            batch_size: Samples wanted, at least 1.
+
+        Returns:
+            Tensors of shape (batch_size, ...) in the nesting of `batch`.
+
+        Raises:
+            WorkloadError: The function that makes batches made one of another size.
+        """
+        if not callable(self.batch):
+            return batches.resized(self.batch, batch_size)
+        batch = self.batch(batch_size)
+        seen = batches.batch_size_of(batch)
+        if seen != batch_size:
+            raise WorkloadError(
+                f"The batch function returned {seen} samples when asked for {batch_size}."
+            )
+        return batch
+
+    def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Split a batch into what the model takes and what the loss compares with.
+
+        Args:
+            batch: A batch in the nesting of the workload's.
+
+        Returns:
+            The inputs, and the targets one by one.
+        """
+        if not isinstance(batch, (tuple, list)):
+            return batch, ()
+        inputs, targets = batch[: self.num_inputs], tuple(batch[self.num_inputs :])
+        if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
+            targets = tuple(targets[0])
+        return inputs[0] if self.num_inputs == 1 else inputs, targets
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStep:
+    """One training step, described: what it trains and how.
+
+    Args:
+        subject: A timm model's name, or the user's own workload.
+        options: Everything else, its precision chosen.
+
+    Raises:
+        UnknownModelError: timm has no model of that name.
+        UsageError: An option that the subject cannot take.
+    """
+
+    subject: str | Workload
+    options: StepOptions
+
+    def __post_init__(self) -> None:
+        """Refuse what could only fail later, in a trial."""
+        if isinstance(self.subject, Workload):
+            for option in ("image_size", "num_classes", "model_kwargs"):
+                if getattr(self.options, option):
+                    raise UsageError(
+                        f"{option} is for timm models by name; {self.subject.name} is trained as "
+                        "it is."
+                    )
+        else:
+            _check_model_name(self.subject)
+        if self.options.optimizer is not None:
+            _check_optimizer_name(self.options.optimizer)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.subject if isinstance(self.subject, str) else self.subject.name
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches in one iteration."""
+        return _NUM_ACCUMULATED_MICRO_BATCHES if self.options.accumulate else 1
+
+    @property
+    def live_modules(self) -> tuple[nn.Module, ...]:
+        """The user's own modules that the step will change; none for a model by name."""
+        if isinstance(self.subject, str):
+            return ()
+        parts = (self.subject.model, self.subject.loss)
+        return tuple(part for part in parts if isinstance(part, nn.Module))
+
+    @property
+    def live_optimizer(self) -> Optimizer | None:
+        """The user's own optimizer that the step will change, if there is one."""
+        if isinstance(self.subject, Workload) and isinstance(self.subject.optimizer, Optimizer):
+            return self.subject.optimizer
+        return None
+
+    def prepare(self, device: torch.device) -> PreparedStep:
+        """Make the step real on a device.
+
+        A user's model is converted in place where the options ask for it: call this where that can
+        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own).
+
+        Args:
+            device: Where to train.
+
+        Returns:
+            A step that can iterate.
+
+        Raises:
+            UsageError: The model cannot be built as asked, or lacks what an option needs.
+        """
+        options = self.options
+        if isinstance(self.subject, str):
+            model, batch_of, loss = _timm_parts(self.subject, options, device)
+            optimizer: Optimizer | OptimizerFactory | str = options.optimizer or "adamw"
+            split = _split_images
+        else:
+            model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
+            optimizer = self.subject.optimizer
+            split = self.subject.split
+        dtype = torch.bfloat16 if options.precision is Precision.BF16 else None
+        memory_format = torch.channels_last if options.channels_last else None
+        _convert(model, self.name, options, device)
+
+        def place(batch: Any) -> Any:
+            return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
+
+        return PreparedStep(
+            model=model,
+            make_batch=lambda batch_size: split(place(batch_of(batch_size))),
+            loss=loss,
+            make_optimizer=_optimizer_maker(model, optimizer),
+            device=device,
+            precision=options.precision,
+            num_micro_batches=self.num_micro_batches,
+        )
+
+
+class PreparedStep:
+    """A training step on its device: model, batches, loss, optimizer.
+
+    Args:
+        model: The model, on its device.
+        make_batch: From a batch size to the model's inputs and the loss's targets.
+        loss: From outputs and targets to one number.
+        make_optimizer: Gives the optimizer that a trial begins with.
+        device: Where all of it is.
+        precision: The arithmetic; not `AUTO`.
+        num_micro_batches: Micro-batches in one iteration.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]],
+        loss: Callable[..., torch.Tensor],
+        make_optimizer: Callable[[], Optimizer],
+        device: torch.device,
+        precision: Precision,
+        num_micro_batches: int,
+    ) -> None:
+        if precision is Precision.AUTO:
+            raise ValueError("a prepared step needs a precision that was chosen")
+        self.model = model
+        self.num_micro_batches = num_micro_batches
+        self._make_batch = make_batch
+        self._loss = loss
+        self._make_optimizer = make_optimizer
+        self._device = device
+        self._precision = precision
+        self._optimizer: Optimizer | None = None
+        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
+        # skipped, and the optimizer's state is there when the peak is read.
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
+        )
+
+    def begin(self) -> None:
+        """Start as training does: an optimizer as it was given, no gradients."""
+        self._optimizer = self._make_optimizer()
+        self.model.zero_grad(set_to_none=True)
+
+    def end(self) -> None:
+        """Drop gradients and, where it is not the user's, the optimizer with its state."""
+        self._optimizer = None
+        self.model.zero_grad(set_to_none=True)
+
+    def iterate(self, batch_size: int) -> None:
+        """Run one iteration: every micro-batch forward and backward, step, gradients zeroed.
+
+        Args:
+            batch_size: Samples in each micro-batch, at least 1.
+
+        Raises:
+            WorkloadError: The loss is not one number that has a gradient.
+        """
+        if self._optimizer is None:
+            self.begin()
+        for _ in range(self.num_micro_batches):
+            self._backward(batch_size)
+        self._step_optimizer()
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of tensors in the optimizer's state."""
+        if self._optimizer is None:
+            return 0
+        return sum(
+            value.untyped_storage().nbytes()
+            for values in self._optimizer.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    def _backward(self, batch_size: int) -> None:
+        inputs, targets = self._make_batch(batch_size)
+        dtype = _AUTOCAST_DTYPES.get(self._precision)
+        autocast = (
+            contextlib.nullcontext()
+            if dtype is None
+            else torch.autocast(self._device.type, dtype=dtype)
+        )
+        with autocast:
+            loss = self._loss(_call(self.model, inputs), *targets)
+        _check_loss(loss)
+        self._scaler.scale(loss / self.num_micro_batches).backward()
+
+    def _step_optimizer(self) -> None:
+        assert self._optimizer is not None
+        before = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
+            # The scaler skipped the step for an overflow; training will get past that, and then
+            # the optimizer's state is there.
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise WorkloadError(f"The loss must be a tensor of one number, not {_kind(loss)}.")
+    if loss.numel() != 1:
+        raise WorkloadError(
+            f"The loss has the shape {tuple(loss.shape)}, and backward needs one number: end the "
+            "loss with .mean() or .sum()."
+        )
+    if not loss.requires_grad:
+        raise WorkloadError("The loss has no gradient: it does not depend on the parameters.")
+
+
+def _optimizer_maker(
+    model: nn.Module, optimizer: Optimizer | OptimizerFactory | str
+) -> Callable[[], Optimizer]:
+    if isinstance(optimizer, Optimizer):
+        return lambda: optimizer
+    if isinstance(optimizer, str):
+        create = _timm().optim.create_optimizer_v2
+        return functools.partial(
+            create, model, opt=optimizer, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+        )
+    return lambda: _made(optimizer, model)
+
+
+def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
+    optimizer = factory(model.parameters())
+    if not isinstance(optimizer, Optimizer):
+        raise WorkloadError(
+            f"The optimizer function returned {_kind(optimizer)}, which is no torch optimizer."
+        )
+    return optimizer
+
+
+def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.device) -> None:
+    model.to(device)
+    if options.precision is Precision.BF16:
+        model.to(torch.bfloat16)
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.grad_checkpointing:
+        enable = getattr(model, "set_grad_checkpointing", None)
+        try:
+            if enable is None:
+                raise AssertionError  # as timm says that it cannot
+            enable(True)
+        except AssertionError:
+            raise UsageError(
+                f"{name} has no gradient checkpointing (no working set_grad_checkpointing)."
+            ) from None
+
+
+# --- timm ---------------------------------------------------------------------------------------
+
+
+def _timm() -> ModuleType:
+    try:
+        import timm
+        import timm.optim
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"The installed torchvision was built for another torch than {torch.__version__}, so "
+            "timm cannot be imported: install the two from the same place, as in "
+            "`pip install --upgrade torch torchvision`."
+        ) from error
+    return cast("ModuleType", timm)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _check_model_name(name: str) -> None:
+    timm = _timm()
+    if ":" in name or "/" in name:
+        raise UnknownModelError(
+            f"{name!r} is on a hub or on disk, and memfit downloads nothing: give the name of an "
+            "architecture, as in timm.list_models()."
+        )
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UnknownModelError(
+            f"timm {timm.__version__} has no model {name!r}"
+            f"{_nearest(architecture, timm.list_models()) or '.'}"
+        )
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        near = _nearest(tag, tags) or f"; it has {', '.join(tags) or 'none'}."
+        raise UnknownModelError(f"{architecture} has no pretrained weights {tag!r}{near}")
+
+
+def _check_optimizer_name(name: str) -> None:
+    known = _timm().optim.list_optimizers()
+    if name.removeprefix("lookahead_") not in known:
+        raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
+
+
+def _timm_parts(
+    name: str, options: StepOptions, device: torch.device
+) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
+    model = _timm_model(name, options)
+    model.train()
+    num_classes = model.num_classes
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UsageError(f"{name} has no classifier of its own: give num_classes.")
+    config = _timm().data.resolve_data_config({}, model=model)
+    num_channels, *default_size = config["input_size"]
+    num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
+    height, width = options.image_size or default_size
+    _check_patches(model, name, (height, width))
+
+    def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(batch_size, num_channels, height, width, device=device)
+        return images, torch.randint(num_classes, (batch_size,), device=device)
+
+    return model, batch_of, _classification_loss
+
+
+def _timm_model(name: str, options: StepOptions) -> nn.Module:
+    timm = _timm()
+    kwargs = dict(options.model_kwargs)
+    if options.num_classes is not None:
+        kwargs["num_classes"] = options.num_classes
+    config = timm.models.get_pretrained_cfg(name)
+    if options.image_size is not None and config is not None and config.fixed_input_size:
+        # Only models that are built for one size take it; the others take any image.
+        kwargs["img_size"] = options.image_size
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if not kwargs:
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        raise UsageError(f"timm cannot build {name} with {given}: {error}") from error
+    return model
+
+
+def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch_size = getattr(embed, "patch_size", None)
+    if getattr(embed, "dynamic_img_pad", False) or not getattr(embed, "strict_img_size", False):
+        return
+    for side, patch in zip(image_size, patch_size or (), strict=False):
+        if side % patch:
+            below, above = side // patch * patch, (side // patch + 1) * patch
+            near = " or ".join(str(size) for size in (below, above) if size)
+            raise UsageError(
+                f"An image side of {side} is not a multiple of {name}'s patches of {patch} pixels; "
+                f"the nearest is {near}."
+            )
+
+
+def _split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:
+    images, classes = batch
+    return images, (classes,)
+
+
+def _classification_loss(outputs: Any, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over class scores of shape (samples, classes), summed over several outputs."""
+    if isinstance(outputs, (tuple, list)):
+        return torch.stack([_classification_loss(output, classes) for output in outputs]).sum()
+    return F.cross_entropy(outputs, classes)
