@@ -15,8 +15,10 @@ from memfit.errors import UsageError
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Action",
     "Capacity",
     "DeviceProcess",
+    "Event",
     "Outcome",
     "Precision",
     "ProbeResult",
@@ -42,6 +44,27 @@ class Source(str, enum.Enum):
 
     MEASURED = "measured"
     SIMULATED = "simulated"
+
+
+class Action(str, enum.Enum):
+    """What an event does, in the words of PyTorch's memory snapshots, and two of our own.
+
+    `TRY_ALLOC` is an allocation that its caller can do without, such as a convolution's workspace:
+    where there is no room it takes another plan.
+
+    Source: `TraceEntry` in c10/cuda/CUDACachingAllocator.h and torch/cuda/_memory_viz.py.
+    """
+
+    ALLOC = "alloc"
+    TRY_ALLOC = "try_alloc"
+    FREE_REQUESTED = "free_requested"
+    FREE_COMPLETED = "free_completed"
+    SEGMENT_ALLOC = "segment_alloc"
+    SEGMENT_FREE = "segment_free"
+    SEGMENT_MAP = "segment_map"
+    SEGMENT_UNMAP = "segment_unmap"
+    OOM = "oom"
+    EMPTY_CACHE = "empty_cache"
 
 
 class Precision(str, enum.Enum):
@@ -150,6 +173,23 @@ class Capacity(Record):
     total_bytes: int
     origin: str
     other_processes: tuple[DeviceProcess, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Record):
+    """One thing that happened to a device's memory: the hinge between tracing and replaying.
+
+    Args:
+        action: What happened.
+        id: Which allocation; unique in a stream, or an address that is reused after its free.
+        num_bytes: Bytes asked for (`ALLOC`), or of the segment.
+        origin: What caused it, such as an operation's name; empty where it is not known.
+    """
+
+    action: Action
+    id: int
+    num_bytes: int
+    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from memfit.records import Precision, StepOptions
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["OptimizerFactory", "PreparedStep", "TrainingStep", "Workload"]
+__all__ = ["Arithmetic", "OptimizerFactory", "PreparedStep", "TrainingStep", "Workload"]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -197,7 +197,9 @@ class TrainingStep:
             return self.subject.optimizer
         return None
 
-    def prepare(self, device: torch.device) -> PreparedStep:
+    def prepare(
+        self, device: torch.device, *, arithmetic: Arithmetic | None = None
+    ) -> PreparedStep:
         """Make the step real on a device.
 
         A user's model is converted in place where the options ask for it: call this where that can
@@ -205,6 +207,7 @@ class TrainingStep:
 
         Args:
             device: Where to train.
+            arithmetic: Stands in for torch's autocast and GradScaler, which know no meta device.
 
         Returns:
             A step that can iterate.
@@ -236,7 +239,54 @@ class TrainingStep:
             device=device,
             precision=options.precision,
             num_micro_batches=self.num_micro_batches,
+            arithmetic=arithmetic,
         )
+
+
+class Arithmetic(Protocol):
+    """How a step computes in mixed precision: what a `PreparedStep` needs of autocast and scaler."""
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context that model and loss run in."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from the loss, scaled where the precision asks for it."""
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's step; its state exists afterwards."""
+
+
+class _TorchArithmetic:
+    """torch's own autocast and GradScaler."""
+
+    def __init__(self, device: torch.device, precision: Precision) -> None:
+        self._device = device
+        self._dtype = _AUTOCAST_DTYPES.get(precision)
+        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
+        # skipped, and the optimizer's state is there when the peak is read.
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
+        )
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        autocast: contextlib.AbstractContextManager[None] = torch.autocast(
+            self._device.type, dtype=self._dtype
+        )
+        return autocast
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer) -> None:
+        before = self._scaler.get_scale()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
+            # The scaler skipped the step for an overflow; training will get past that, and then
+            # the optimizer's state is there.
+            optimizer.step()
 
 
 class PreparedStep:
@@ -250,6 +300,7 @@ class PreparedStep:
         device: Where all of it is.
         precision: The arithmetic; not `AUTO`.
         num_micro_batches: Micro-batches in one iteration.
+        arithmetic: Stands in for torch's autocast and GradScaler.
     """
 
     def __init__(
@@ -262,22 +313,17 @@ class PreparedStep:
         device: torch.device,
         precision: Precision,
         num_micro_batches: int,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         if precision is Precision.AUTO:
             raise ValueError("a prepared step needs a precision that was chosen")
         self.model = model
         self.num_micro_batches = num_micro_batches
-        self._make_batch = make_batch
+        self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self._device = device
-        self._precision = precision
+        self._arithmetic = arithmetic or _TorchArithmetic(device, precision)
         self._optimizer: Optimizer | None = None
-        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
-        # skipped, and the optimizer's state is there when the peak is read.
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
-        )
 
     def begin(self) -> None:
         """Start as training does: an optimizer as it was given, no gradients."""
@@ -298,11 +344,32 @@ class PreparedStep:
         Raises:
             WorkloadError: The loss is not one number that has a gradient.
         """
+        self.accumulate(batch_size)
+        self.update()
+
+    def accumulate(self, batch_size: int) -> None:
+        """Run the first part of an iteration: every micro-batch forward and backward.
+
+        Args:
+            batch_size: Samples in each micro-batch, at least 1.
+
+        Raises:
+            WorkloadError: The loss is not one number that has a gradient.
+        """
         if self._optimizer is None:
             self.begin()
         for _ in range(self.num_micro_batches):
             self._backward(batch_size)
-        self._step_optimizer()
+
+    def update(self, *, set_to_none: bool = True) -> None:
+        """Run the second part: the optimizer's step, and gradients zeroed.
+
+        Args:
+            set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
+        """
+        assert self._optimizer is not None
+        self._arithmetic.step(self._optimizer)
+        self._optimizer.zero_grad(set_to_none=set_to_none)
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -317,28 +384,11 @@ class PreparedStep:
         )
 
     def _backward(self, batch_size: int) -> None:
-        inputs, targets = self._make_batch(batch_size)
-        dtype = _AUTOCAST_DTYPES.get(self._precision)
-        autocast = (
-            contextlib.nullcontext()
-            if dtype is None
-            else torch.autocast(self._device.type, dtype=dtype)
-        )
-        with autocast:
+        inputs, targets = self.make_batch(batch_size)
+        with self._arithmetic.forward():
             loss = self._loss(_call(self.model, inputs), *targets)
         _check_loss(loss)
-        self._scaler.scale(loss / self.num_micro_batches).backward()
-
-    def _step_optimizer(self) -> None:
-        assert self._optimizer is not None
-        before = self._scaler.get_scale()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
-            # The scaler skipped the step for an overflow; training will get past that, and then
-            # the optimizer's state is there.
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._arithmetic.backward(loss / self.num_micro_batches)
 
 
 def _kind(value: object) -> str:
@@ -456,7 +506,7 @@ def _check_optimizer_name(name: str) -> None:
 def _timm_parts(
     name: str, options: StepOptions, device: torch.device
 ) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
-    model = _timm_model(name, options)
+    model = _timm_model(name, options, device)
     model.train()
     num_classes = model.num_classes
     if not isinstance(num_classes, int) or num_classes < 1:
@@ -474,7 +524,15 @@ def _timm_parts(
     return model, batch_of, _classification_loss
 
 
-def _timm_model(name: str, options: StepOptions) -> nn.Module:
+def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
+    if device.type == "meta":
+        # A model that computes with tensors while it is built cannot be built without values.
+        with contextlib.suppress(NotImplementedError, RuntimeError), device:
+            return _created(name, options)
+    return _created(name, options)
+
+
+def _created(name: str, options: StepOptions) -> nn.Module:
     timm = _timm()
     kwargs = dict(options.model_kwargs)
     if options.num_classes is not None:

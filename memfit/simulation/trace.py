@@ -1,0 +1,454 @@
+"""One training step on meta tensors, watched: which storages it allocates and frees, in order.
+
+A model without weights runs forward, backward and the optimizer; a dispatch mode sees each
+operation's outputs, and a storage not seen before is an allocation, its end a free. What the device
+would do differently from the meta device (autocast, attention, foreach optimizers, workspaces) is
+put right on the way. It does not handle models whose computation depends on values: a meta tensor
+has none.
+
+Source: the order of events is the autograd engine's own; weak references to storages keep their
+    identity under `TorchDispatchMode`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.errors import UnsupportedError
+from memfit.records import Action, Event, Precision
+from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, choose, describe
+from memfit.simulation.autocast import CudaAutocast, functional_layer_open
+from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
+from memfit.simulation.workspace import Kernels
+from memfit.workload import PreparedStep, TrainingStep, Workload
+
+__all__ = ["StepTrace", "TraceOptions", "trace_step"]
+
+_BATCH_SIZES: Final = (2, 3)
+_META: Final = torch.device("meta")
+_AUTOCAST_DTYPES: Final = {
+    Precision.AMP_BF16: torch.bfloat16,
+    Precision.AMP_FP16: torch.float16,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What decides a trace besides the training step.
+
+    Args:
+        compute_capability: Of the card, such as (8, 6).
+        kernels: What its kernels take besides tensors.
+        prefers_cudnn_attention: See `memfit.simulation.attention.choose`.
+        uses_fused_attention: `scaled_dot_product_attention` may take a fused kernel.
+        uses_foreach: Optimizers take their foreach implementation by default.
+        keeps_gradients: Gradients are zeroed in place instead of dropped.
+        backward_in_autocast: The training loop calls backward inside autocast's context.
+        num_prefetched_batches: Batches on the device besides the one in training.
+    """
+
+    compute_capability: tuple[int, int]
+    kernels: Kernels
+    prefers_cudnn_attention: bool = False
+    uses_fused_attention: bool = True
+    uses_foreach: bool = True
+    keeps_gradients: bool = False
+    backward_in_autocast: bool = False
+    num_prefetched_batches: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """A traced training step.
+
+    Args:
+        tape: Its events.
+        attention: Every kind of attention that it ran, and the kernel taken.
+        num_operations: Operations that one iteration dispatched.
+    """
+
+    tape: StepTape
+    attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
+    num_operations: int
+
+
+def trace_step(step: TrainingStep, options: TraceOptions) -> StepTrace:
+    """Trace a training step on the meta device.
+
+    A user's model is neither copied nor touched: the trace runs a twin without weights.
+
+    Args:
+        step: What to train, its precision chosen.
+        options: What else decides.
+
+    Returns:
+        The events of setting up, of the first iteration and of the later ones.
+
+    Raises:
+        UnsupportedError: The step needs values that a meta tensor does not have.
+    """
+    if isinstance(step.subject, Workload):
+        step = dataclasses.replace(step, subject=_meta_twin(step.subject))
+    arithmetic = _MetaArithmetic(step.options.precision, options)
+    prepared = step.prepare(_META, arithmetic=arithmetic)
+    recorder = _Recorder(options.kernels)
+    semantics = _CudaSemantics(arithmetic.autocast, options)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_foreach_on_meta(enabled=options.uses_foreach))
+        stack.enter_context(functional_layer_open())
+        stack.enter_context(_garbage_held())
+        stack.enter_context(_sentences_for(prepared.model, step.name))
+        stack.enter_context(semantics)
+        stack.enter_context(recorder)
+        tape = _record(prepared, recorder, options)
+    return StepTrace(
+        tape=tape,
+        attention=tuple(semantics.attention.items()),
+        num_operations=recorder.num_operations,
+    )
+
+
+def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) -> StepTape:
+    recorder.see_all(prepared)
+    prepared.begin()
+    setup = recorder.cut()
+    small, large = _BATCH_SIZES
+
+    def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
+        prepared.accumulate(batch_size)
+        forward_backward = recorder.cut()
+        recorder.num_operations = 0
+        prepared.update(set_to_none=not options.keeps_gradients)
+        return forward_backward, recorder.cut()
+
+    warm_run, warm_update = iterate(large)
+    run, update = iterate(small)
+    try:
+        later = Tape.between(run, warm_run, batch_sizes=(small, large)).then(update)
+        first = Tape.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
+    except StreamsDifferError:
+        # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
+        # the start; its own course does not.
+        again, _ = iterate(large)
+        later = Tape.between(run, again, batch_sizes=(small, large)).then(update)
+        setup = [*setup, *_left_over([*warm_run, *warm_update])]
+        first = later
+    return StepTape(
+        setup=_with_prefetched(Tape.fixed(setup), prepared, options),
+        first=first,
+        later=later,
+    )
+
+
+def _left_over(events: Sequence[Event]) -> list[Event]:
+    freed = {event.id for event in events if event.action is Action.FREE_COMPLETED}
+    return [event for event in events if event.action is Action.ALLOC and event.id not in freed]
+
+
+def _with_prefetched(setup: Tape, prepared: PreparedStep, options: TraceOptions) -> Tape:
+    if not options.num_prefetched_batches:
+        return setup
+    inputs, targets = prepared.make_batch(1)
+    leaves = pytree.tree_leaves((inputs, targets))
+    sizes = [leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    sizes *= options.num_prefetched_batches
+    return Tape(
+        events=setup.events
+        + tuple(
+            Event(action=Action.ALLOC, id=-1 - index, num_bytes=size, origin="prefetched batch")
+            for index, size in enumerate(sizes)
+        ),
+        growth_bytes=setup.growth_bytes + tuple(sizes),
+        batch_size=1,
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down allocations and frees of meta storages.
+
+    Args:
+        kernels: What kernels take besides their outputs.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._events: list[Event] = []
+        self._ids: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._next_id = 0
+        self.num_operations = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        self.num_operations += 1
+        kwargs = kwargs or {}
+        result = self._kernels.run(func, args, kwargs)
+        if type(result) is torch.Tensor:
+            self._see(result, func)
+        elif isinstance(result, (tuple, list)):
+            for output in result:
+                if isinstance(output, torch.Tensor):
+                    self._see(output, func)
+        for workspace in self._kernels.during(func, args, result):
+            self._pass(workspace.num_bytes, workspace.name, is_needed=workspace.is_needed)
+        return result
+
+    def see_all(self, prepared: PreparedStep) -> None:
+        """Write down what is there before the first iteration."""
+        modules = [prepared.model]
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._see(tensor, "model")
+
+    def cut(self) -> list[Event]:
+        """Return the events since the last cut, once unreachable cycles are gone."""
+        gc.collect()
+        events, self._events = self._events, []
+        return events
+
+    def _see(self, tensor: torch.Tensor, origin: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._ids or storage.device.type != "meta":
+            return
+        num_bytes = storage.nbytes()
+        if num_bytes == 0:
+            return
+        number = self._take_id()
+        self._ids[key] = number
+
+        def ended(_: object) -> None:
+            del self._ids[key], self._references[number]
+            self._write(Action.FREE_COMPLETED, number, 0, "")
+
+        self._references[number] = weakref.ref(storage, ended)
+        self._write(Action.ALLOC, number, num_bytes, str(origin))
+
+    def _pass(self, num_bytes: int, name: str, *, is_needed: bool) -> None:
+        number = self._take_id()
+        self._write(Action.ALLOC if is_needed else Action.TRY_ALLOC, number, num_bytes, name)
+        self._write(Action.FREE_COMPLETED, number, 0, "")
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
+        self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+class _CudaSemantics(TorchFunctionMode):
+    """Has operations do what they do on CUDA and not on the meta device."""
+
+    def __init__(self, autocast: CudaAutocast | None, options: TraceOptions) -> None:
+        super().__init__()
+        self._autocast = autocast
+        self._options = options
+        self.attention: dict[AttentionCall, AttentionBackend] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            func = self._attend
+        elif name == "dropout":
+            func = _dropout
+        autocast = self._autocast
+        if autocast is not None and autocast.is_active:
+            return autocast.call(func, name, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        call = describe(
+            query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal
+        )
+        options = self._options
+        backend = (
+            choose(
+                call,
+                options.compute_capability,
+                prefers_cudnn=options.prefers_cudnn_attention,
+            )
+            if options.uses_fused_attention
+            else AttentionBackend.MATH
+        )
+        self.attention[call] = backend
+        return attend(
+            backend,
+            query,
+            key,
+            value,
+            mask=attn_mask,
+            dropout=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:  # noqa: A002
+    """CUDA's fused kernel, whose mask is of booleans (aten/src/ATen/native/Dropout.cpp)."""
+    if train and 0 < p < 1 and input.numel():
+        return torch.native_dropout(input, p, train)[0]
+    return torch.dropout(input, p, train)
+
+
+class _MetaArithmetic:
+    """Autocast and GradScaler for meta tensors."""
+
+    def __init__(self, precision: Precision, options: TraceOptions) -> None:
+        dtype = _AUTOCAST_DTYPES.get(precision)
+        self.autocast = None if dtype is None else CudaAutocast(dtype)
+        self._options = options
+        self._scale = (
+            torch.ones((), device=_META) if precision is Precision.AMP_FP16 else None
+        )
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        if self.autocast is None:
+            yield
+            return
+        with self.autocast.forward(keeps_casts=self._options.backward_in_autocast):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self._scale is not None:
+            loss = loss * self._scale
+        if self.autocast is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        with self.autocast.backward():
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, optimizer: Optimizer) -> None:
+        optimizer.step()
+
+
+def _meta_twin(workload: Workload) -> Workload:
+    """Copy the user's objects with every tensor replaced by one that has no values."""
+    memo: dict[int, Any] = {}
+    modules = [part for part in (workload.model, workload.loss) if isinstance(part, nn.Module)]
+    for module in modules:
+        for child in module.modules():
+            for tensor in (
+                *child._parameters.values(),
+                *child._buffers.values(),
+                *(value for value in vars(child).values() if isinstance(value, torch.Tensor)),
+            ):
+                if tensor is not None and id(tensor) not in memo:
+                    memo[id(tensor)] = _without_values(tensor)
+    optimizer = workload.optimizer
+    if isinstance(optimizer, Optimizer):
+        for state in optimizer.state.values():
+            for value in state.values():
+                # Step counters stay on the CPU, as on a real device.
+                if isinstance(value, torch.Tensor) and value.ndim:
+                    memo[id(value)] = _without_values(value)
+        optimizer = copy.deepcopy(optimizer, memo)
+    twin = copy.deepcopy(workload.model, memo)
+    loss = workload.loss
+    if isinstance(loss, nn.Module):
+        loss = copy.deepcopy(loss, memo)
+    return dataclasses.replace(workload, model=twin, loss=loss, optimizer=optimizer)
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device=_META)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty.requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def _foreach_on_meta(*, enabled: bool) -> Iterator[None]:
+    """Have optimizers choose their foreach implementation for meta tensors as they do on CUDA."""
+    module: Any = sys.modules[Optimizer.__module__]
+    original = module._get_foreach_kernels_supported_devices
+    if enabled:
+        module._get_foreach_kernels_supported_devices = lambda: [*original(), "meta"]
+    try:
+        yield
+    finally:
+        module._get_foreach_kernels_supported_devices = original
+
+
+@contextlib.contextmanager
+def _garbage_held() -> Iterator[None]:
+    """Keep the collector from freeing at moments that depend on what else the process did."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _sentences_for(model: nn.Module, name: str) -> Iterator[None]:
+    """Turn what a meta tensor cannot do into a sentence that names the operation and the module."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        where = _innermost_module(model, error)
+        raise UnsupportedError(
+            f"{name} cannot be simulated: {where} needs the values of its tensors "
+            f"({str(error).splitlines()[0]}). Probe it on a device instead."
+        ) from error
+
+
+def _innermost_module(model: nn.Module, error: BaseException) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    found = "it"
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = f"{type(owner).__name__} {names[id(owner)]!r}"
+        traceback = traceback.tb_next
+    return found
