@@ -79,6 +79,17 @@ class Tape:
             growth_bytes=self.growth_bytes + (0,) * len(events),
         )
 
+    def without(self, origin: str) -> Tape:
+        """Return this tape less the events of one origin."""
+        kept = [
+            (event, growth)
+            for event, growth in zip(self.events, self.growth_bytes, strict=True)
+            if event.origin != origin
+        ]
+        return dataclasses.replace(
+            self, events=tuple(e for e, _ in kept), growth_bytes=tuple(g for _, g in kept)
+        )
+
     def at(self, batch_size: int) -> Iterator[Event]:
         """Yield the events as they would be at a batch size."""
         more = batch_size - self.batch_size
@@ -102,6 +113,8 @@ class Tape:
                 free(event.id)
             elif action is try_alloc:
                 attempt(event.id, int(event.num_bytes + growth * more))
+            elif action is Action.EMPTY_CACHE:
+                allocator.empty_cache()
 
 
 def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:

@@ -33,12 +33,13 @@ from memfit.records import Action, Event, Precision
 from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, choose, describe
 from memfit.simulation.autocast import CudaAutocast, functional_layer_open
 from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
-from memfit.simulation.workspace import Kernels
+from memfit.simulation.workspace import Kernels, Workspace
 from memfit.workload import PreparedStep, TrainingStep, Workload
 
 __all__ = ["StepTrace", "TraceOptions", "trace_step"]
 
 _BATCH_SIZES: Final = (2, 3)
+_PLANS_TRIED: Final = "cudnn.benchmark"
 _META: Final = torch.device("meta")
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
@@ -58,7 +59,10 @@ class TraceOptions:
         uses_foreach: Optimizers take their foreach implementation by default.
         keeps_gradients: Gradients are zeroed in place instead of dropped.
         backward_in_autocast: The training loop calls backward inside autocast's context.
+        cudnn_benchmark: Convolutions try their plans once (`torch.backends.cudnn.benchmark`).
         num_prefetched_batches: Batches on the device besides the one in training.
+        prefetches_as_uint8: The loader copies images as bytes and converts them on the device, so
+            one batch of bytes is there too.
     """
 
     compute_capability: tuple[int, int]
@@ -68,7 +72,9 @@ class TraceOptions:
     uses_foreach: bool = True
     keeps_gradients: bool = False
     backward_in_autocast: bool = False
+    cudnn_benchmark: bool = True
     num_prefetched_batches: int = 0
+    prefetches_as_uint8: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +135,7 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
     small, large = _BATCH_SIZES
 
     def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
+        recorder.forget_plans()
         prepared.accumulate(batch_size)
         forward_backward = recorder.cut()
         recorder.num_operations = 0
@@ -138,15 +145,17 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
     warm_run, warm_update = iterate(large)
     run, update = iterate(small)
     try:
-        later = Tape.between(run, warm_run, batch_sizes=(small, large)).then(update)
+        later = Tape.between(run, warm_run, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
         first = Tape.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
     except StreamsDifferError:
         # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
         # the start; its own course does not.
         again, _ = iterate(large)
-        later = Tape.between(run, again, batch_sizes=(small, large)).then(update)
+        later = Tape.between(run, again, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
         setup = [*setup, *_left_over([*warm_run, *warm_update])]
-        first = later
+        first = later.without(_PLANS_TRIED)
+    if not options.cudnn_benchmark:
+        first = first.without(_PLANS_TRIED)
     return StepTape(
         setup=_with_prefetched(Tape.fixed(setup), prepared, options),
         first=first,
@@ -166,6 +175,8 @@ def _with_prefetched(setup: Tape, prepared: PreparedStep, options: TraceOptions)
     leaves = pytree.tree_leaves((inputs, targets))
     sizes = [leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     sizes *= options.num_prefetched_batches
+    if options.prefetches_as_uint8:
+        sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return Tape(
         events=setup.events
         + tuple(
@@ -191,6 +202,7 @@ class _Recorder(TorchDispatchMode):
         self._ids: dict[int, int] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next_id = 0
+        self._tried_plans: set[Any] = set()
         self.num_operations = 0
 
     def __torch_dispatch__(
@@ -210,8 +222,14 @@ class _Recorder(TorchDispatchMode):
             for output in result:
                 if isinstance(output, torch.Tensor):
                     self._see(output, func)
-        for workspace in self._kernels.during(func, args, result):
-            self._pass(workspace.num_bytes, workspace.name, is_needed=workspace.is_needed)
+        for workspace in self._kernels.workspaces(func, args, result):
+            if workspace.plan is not None and workspace.plan not in self._tried_plans:
+                self._tried_plans.add(workspace.plan)
+                # Trying cuDNN's plans ends with an emptied cache (run_single_conv in
+                # aten/src/ATen/native/cudnn/Conv_v8.cpp).
+                self._write(Action.EMPTY_CACHE, 0, 0, _PLANS_TRIED)
+            if workspace.num_bytes:
+                self._pass(workspace)
         return result
 
     def see_all(self, prepared: PreparedStep) -> None:
@@ -226,6 +244,10 @@ class _Recorder(TorchDispatchMode):
         gc.collect()
         events, self._events = self._events, []
         return events
+
+    def forget_plans(self) -> None:
+        """Have every convolution try its plans again, so that iterations make the same stream."""
+        self._tried_plans.clear()
 
     def _see(self, tensor: torch.Tensor, origin: Any) -> None:
         storage = tensor.untyped_storage()
@@ -245,9 +267,10 @@ class _Recorder(TorchDispatchMode):
         self._references[number] = weakref.ref(storage, ended)
         self._write(Action.ALLOC, number, num_bytes, str(origin))
 
-    def _pass(self, num_bytes: int, name: str, *, is_needed: bool) -> None:
+    def _pass(self, workspace: Workspace) -> None:
         number = self._take_id()
-        self._write(Action.ALLOC if is_needed else Action.TRY_ALLOC, number, num_bytes, name)
+        action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
+        self._write(action, number, workspace.num_bytes, workspace.name)
         self._write(Action.FREE_COMPLETED, number, 0, "")
 
     def _take_id(self) -> int:

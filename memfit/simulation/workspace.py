@@ -1,18 +1,26 @@
 """What kernels take from the allocator besides the tensors that an operation returns.
 
-Every term is named and says where it comes from; none is fitted to a model.
+Every term is named and says where it comes from; none is fitted to a model. Left out, because they
+are small or not known: reductions' scratch, the reserve of batch norm, the plans that cuDNN tries and
+does not keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Final
 
 import torch
 
 __all__ = ["Kernels", "Workspace"]
 
 _aten = torch.ops.aten
+_HALF: Final = (torch.float16, torch.bfloat16)
+_TENSOR_CORES_HALF: Final = (7, 0)
+_TENSOR_CORES_TF32: Final = (8, 0)
+_FLASH_ROWS: Final = 128
+_FLASH_HEAD_DIMS: Final = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,71 +29,142 @@ class Workspace:
 
     Args:
         name: What it is for.
-        num_bytes: How much.
-        is_needed: The kernel cannot do without; otherwise another is taken where it has no room.
+        num_bytes: How much; 0 for a call that takes none.
+        is_needed: The kernel cannot do without; otherwise another is taken where there is no room.
+        plan: What cuDNN remembers the choice of an algorithm by; `None` where nothing is chosen.
     """
 
     name: str
     num_bytes: int
-    is_needed: bool = True
+    is_needed: bool
+    plan: tuple[Any, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """The kernels of a card and its libraries."""
+    """The kernels of a card and its libraries.
 
-    transposes_convolutions: bool = True
+    Args:
+        compute_capability: Of the card, such as (8, 6).
+        allows_tf32: fp32 convolutions may use tensor cores, which is PyTorch's default.
+    """
 
-    def before(self, func: Any, args: tuple[Any, ...]) -> tuple[Workspace, ...]:
-        return ()
+    compute_capability: tuple[int, int]
+    allows_tf32: bool = True
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, with the layout of its outputs that CUDA gives them."""
         if func is _aten.convolution_backward.default:
             return _convolution_backward(*args)
         return func(*args, **kwargs)
 
-    def during(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
+    def workspaces(
+        self, func: Any, args: tuple[Any, ...], result: Any
+    ) -> tuple[Workspace, ...]:
+        """Return what an operation's kernels take, one after another.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+            result: What it returned.
+        """
         if func is _aten.convolution.default:
-            return self._convolution((args[0], args[1], result), groups=args[8])
+            return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
         if func is _aten.convolution_backward.default:
-            gi = self._convolution((args[0], args[2], result[0]), groups=args[9])
-            gw = self._convolution((args[0], args[1], result[1]), groups=args[9])
-            return gi + gw
+            tensors = (args[1], args[2], args[0])
+            return tuple(
+                self._convolution(kind, tensors, args[4:10])
+                for kind, gradient in (("data", result[0]), ("filter", result[1]))
+                if gradient is not None
+            )
+        if func is _aten._scaled_dot_product_flash_attention_backward.default:
+            return (_flash_backward(args[1]),)
+        if func is _aten._scaled_dot_product_efficient_attention_backward.default:
+            return (_efficient_backward(args[1]),)
         return ()
 
-    def _convolution(self, tensors: Any, *, groups: int) -> tuple[Workspace, ...]:
-        if not self.transposes_convolutions or any(t is None for t in tensors):
-            return ()
-        x, w, _ = tensors
-        if groups > 1:
-            return ()
-        if x.dtype is torch.float32 or x.ndim != 4:
-            return ()
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            return ()
-        return (Workspace(name="nhwc", num_bytes=sum(t.numel() * t.element_size() for t in tensors), is_needed=False),)
+    def _convolution(
+        self, kind: str, tensors: tuple[torch.Tensor, ...], parameters: Any
+    ) -> Workspace:
+        """Copies in NHWC, which is what tensor-core kernels compute in.
+
+        In half precision every convolution of contiguous (NCHW) tensors has its input, weight and
+        output transposed. With TF32 the forward kernels read NCHW, and so do 1x1 convolutions,
+        which are matrix products; the backward kernels of larger filters do not. Depthwise
+        convolutions are PyTorch's own kernels.
+
+        Args:
+            kind: Which of a convolution's three: `forward`, `data` or `filter`.
+            tensors: Input, weight and output, or the gradients in their place.
+            parameters: Stride, padding, dilation, whether transposed, output padding, groups.
+
+        Source: the kernel names that profilers show (`nchwToNhwcKernel`, `*_nhwc`,
+            `xmma_fprop_*_nchw`), and docs.nvidia.com/deeplearning/performance/
+            dl-performance-convolutional (tensor layouts).
+        """
+        data, weight, _ = tensors
+        *geometry, groups = parameters
+        is_depthwise = groups > 1 and groups == data.shape[1]
+        if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
+            return Workspace(name="convolution", num_bytes=0, is_needed=False)
+        plan = (kind, tuple(data.shape[1:]), tuple(weight.shape), repr(geometry), groups)
+        transposes = not _is_channels_last(data) and (
+            self.compute_capability >= _TENSOR_CORES_HALF
+            if data.dtype in _HALF
+            else data.dtype is torch.float32
+            and self.allows_tf32
+            and self.compute_capability >= _TENSOR_CORES_TF32
+            and kind != "forward"
+            and math.prod(weight.shape[2:]) > 1
+        )
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors) if transposes else 0
+        return Workspace(name="convolution", num_bytes=num_bytes, is_needed=False, plan=plan)
+
+
+def _flash_backward(query: torch.Tensor) -> Workspace:
+    """The query's gradient in fp32, and a row's scalar; both padded to the kernel's tiles.
+
+    Source: `mha_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    samples, heads, num_rows, head_dim = query.shape
+    rows = samples * heads * _ceil(num_rows, _FLASH_ROWS)
+    num_bytes = 4 * rows * (_ceil(head_dim, _FLASH_HEAD_DIMS) + 1)
+    return Workspace(name="flash attention backward", num_bytes=num_bytes, is_needed=True)
+
+
+def _efficient_backward(query: torch.Tensor) -> Workspace:
+    """A row's scalar in fp32, and for half inputs the query's gradient in fp32 (a bound).
+
+    Source: `_efficient_attention_backward` in
+        aten/src/ATen/native/transformers/cuda/attention_backward.cu.
+    """
+    samples, heads, num_rows, head_dim = query.shape
+    columns = 1 + (head_dim if query.dtype in _HALF else 0)
+    num_bytes = 4 * samples * heads * _ceil(num_rows, 32) * columns
+    return Workspace(name="efficient attention backward", num_bytes=num_bytes, is_needed=True)
+
+
+def _ceil(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _convolution_backward(
-    grad_output: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias_sizes: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: Any,
-    output_padding: Any,
-    groups: int,
-    output_mask: Any,
+    gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    is_last = grad_output.ndim == 4 and (
-        (grad_output.is_contiguous(memory_format=torch.channels_last) and not grad_output.is_contiguous())
-        or (weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous())
-        or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+    """The gradients of a convolution, laid out as cuDNN's: like the weight, in one format.
+
+    The meta device's own gives a contiguous gradient for a channels-last weight, which autograd
+    would then copy.
+    """
+    bias_sizes, needed = rest[0], rest[-1]
+    is_last = data.ndim == 4 and any(_is_channels_last(t) for t in (gradient, data, weight))  # noqa: PLR2004
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    return (
+        torch.empty_like(data, memory_format=memory_format) if needed[0] else None,
+        torch.empty_like(weight) if needed[1] else None,
+        weight.new_empty(bias_sizes) if needed[2] else None,
     )
-    fmt = torch.channels_last if is_last else torch.contiguous_format
-    gi = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=fmt) if output_mask[0] else None
-    gw = torch.empty_like(weight) if output_mask[1] else None
-    gb = weight.new_empty(bias_sizes) if output_mask[2] else None
-    return gi, gw, gb
