@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from memfit import batches
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
+from memfit.twin import without_values
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -125,6 +126,15 @@ class Workload:
             )
         return batch
 
+    def without_values(self) -> Workload:
+        """Return the same workload with all its tensors on the meta device, as new objects."""
+        parts = (self.model, self.loss, self.optimizer)
+        modules = tuple(part for part in parts if isinstance(part, nn.Module))
+        model, loss, optimizer = without_values(
+            parts, modules=modules, optimizer=self.optimizer
+        )
+        return dataclasses.replace(self, model=model, loss=loss, optimizer=optimizer)
+
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
         """Split a batch into what the model takes and what the loss compares with.
 
@@ -203,7 +213,8 @@ class TrainingStep:
         """Make the step real on a device.
 
         A user's model is converted in place where the options ask for it: call this where that can
-        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own).
+        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own). On the
+        meta device a twin without weights takes its place, and it is left alone.
 
         Args:
             device: Where to train.
@@ -215,6 +226,12 @@ class TrainingStep:
         Raises:
             UsageError: The model cannot be built as asked, or lacks what an option needs.
         """
+        if isinstance(self.subject, Workload) and device.type == "meta":
+            twin = dataclasses.replace(self, subject=self.subject.without_values())
+            return twin._prepare(device, arithmetic)
+        return self._prepare(device, arithmetic)
+
+    def _prepare(self, device: torch.device, arithmetic: Arithmetic | None) -> PreparedStep:
         options = self.options
         if isinstance(self.subject, str):
             model, batch_of, loss = _timm_parts(self.subject, options, device)

@@ -13,13 +13,12 @@ Source: the order of events is the autograd engine's own; weak references to sto
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
@@ -34,13 +33,12 @@ from memfit.simulation.attention import AttentionBackend, AttentionCall, attend,
 from memfit.simulation.autocast import CudaAutocast, functional_layer_open
 from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
 from memfit.simulation.workspace import Kernels, Workspace
-from memfit.workload import PreparedStep, TrainingStep, Workload
 
-__all__ = ["StepTrace", "TraceOptions", "trace_step"]
+__all__ = ["META", "MetaArithmetic", "StepTrace", "TraceOptions", "trace_step"]
 
 _BATCH_SIZES: Final = (2, 3)
 _PLANS_TRIED: Final = "cudnn.benchmark"
-_META: Final = torch.device("meta")
+META: Final = torch.device("meta")
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
     Precision.AMP_FP16: torch.float16,
@@ -58,7 +56,6 @@ class TraceOptions:
         uses_fused_attention: `scaled_dot_product_attention` may take a fused kernel.
         uses_foreach: Optimizers take their foreach implementation by default.
         keeps_gradients: Gradients are zeroed in place instead of dropped.
-        backward_in_autocast: The training loop calls backward inside autocast's context.
         cudnn_benchmark: Convolutions try their plans once (`torch.backends.cudnn.benchmark`).
         num_prefetched_batches: Batches on the device besides the one in training.
         prefetches_as_uint8: The loader copies images as bytes and converts them on the device, so
@@ -71,7 +68,6 @@ class TraceOptions:
     uses_fused_attention: bool = True
     uses_foreach: bool = True
     keeps_gradients: bool = False
-    backward_in_autocast: bool = False
     cudnn_benchmark: bool = True
     num_prefetched_batches: int = 0
     prefetches_as_uint8: bool = False
@@ -92,14 +88,32 @@ class StepTrace:
     num_operations: int
 
 
-def trace_step(step: TrainingStep, options: TraceOptions) -> StepTrace:
+class PreparedStep(Protocol):
+    """What a trace needs of a training step on the meta device (`memfit.workload.PreparedStep`)."""
+
+    model: nn.Module
+    make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
+
+    def begin(self) -> None:
+        """Start as training does."""
+
+    def accumulate(self, batch_size: int) -> None:
+        """Run every micro-batch forward and backward."""
+
+    def update(self, *, set_to_none: bool) -> None:
+        """Take the optimizer's step and zero the gradients."""
+
+
+def trace_step(
+    prepared: PreparedStep, *, arithmetic: MetaArithmetic, options: TraceOptions, name: str
+) -> StepTrace:
     """Trace a training step on the meta device.
 
-    A user's model is neither copied nor touched: the trace runs a twin without weights.
-
     Args:
-        step: What to train, its precision chosen.
+        prepared: The step, made with `arithmetic`.
+        arithmetic: How it computes in mixed precision.
         options: What else decides.
+        name: What an error calls the model.
 
     Returns:
         The events of setting up, of the first iteration and of the later ones.
@@ -107,17 +121,13 @@ def trace_step(step: TrainingStep, options: TraceOptions) -> StepTrace:
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    if isinstance(step.subject, Workload):
-        step = dataclasses.replace(step, subject=_meta_twin(step.subject))
-    arithmetic = _MetaArithmetic(step.options.precision, options)
-    prepared = step.prepare(_META, arithmetic=arithmetic)
     recorder = _Recorder(options.kernels)
     semantics = _CudaSemantics(arithmetic.autocast, options)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
         stack.enter_context(_garbage_held())
-        stack.enter_context(_sentences_for(prepared.model, step.name))
+        stack.enter_context(_sentences_for(prepared.model, name))
         stack.enter_context(semantics)
         stack.enter_context(recorder)
         tape = _record(prepared, recorder, options)
@@ -355,26 +365,32 @@ def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.T
     return torch.dropout(input, p, train)
 
 
-class _MetaArithmetic:
-    """Autocast and GradScaler for meta tensors."""
+class MetaArithmetic:
+    """Autocast and GradScaler for meta tensors.
 
-    def __init__(self, precision: Precision, options: TraceOptions) -> None:
+    Args:
+        precision: The arithmetic of the step.
+        backward_in_autocast: The training loop calls backward inside autocast's context, so that
+            casts are kept until then.
+    """
+
+    def __init__(self, precision: Precision, *, backward_in_autocast: bool = False) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
         self.autocast = None if dtype is None else CudaAutocast(dtype)
-        self._options = options
-        self._scale = (
-            torch.ones((), device=_META) if precision is Precision.AMP_FP16 else None
-        )
+        self._keeps_casts = backward_in_autocast
+        self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
+        """Return the context that model and loss run in."""
         if self.autocast is None:
             yield
             return
-        with self.autocast.forward(keeps_casts=self._options.backward_in_autocast):
+        with self.autocast.forward(keeps_casts=self._keeps_casts):
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from the loss, scaled where the precision asks for it."""
         if self._scale is not None:
             loss = loss * self._scale
         if self.autocast is None:
@@ -384,42 +400,8 @@ class _MetaArithmetic:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's step."""
         optimizer.step()
-
-
-def _meta_twin(workload: Workload) -> Workload:
-    """Copy the user's objects with every tensor replaced by one that has no values."""
-    memo: dict[int, Any] = {}
-    modules = [part for part in (workload.model, workload.loss) if isinstance(part, nn.Module)]
-    for module in modules:
-        for child in module.modules():
-            for tensor in (
-                *child._parameters.values(),
-                *child._buffers.values(),
-                *(value for value in vars(child).values() if isinstance(value, torch.Tensor)),
-            ):
-                if tensor is not None and id(tensor) not in memo:
-                    memo[id(tensor)] = _without_values(tensor)
-    optimizer = workload.optimizer
-    if isinstance(optimizer, Optimizer):
-        for state in optimizer.state.values():
-            for value in state.values():
-                # Step counters stay on the CPU, as on a real device.
-                if isinstance(value, torch.Tensor) and value.ndim:
-                    memo[id(value)] = _without_values(value)
-        optimizer = copy.deepcopy(optimizer, memo)
-    twin = copy.deepcopy(workload.model, memo)
-    loss = workload.loss
-    if isinstance(loss, nn.Module):
-        loss = copy.deepcopy(loss, memo)
-    return dataclasses.replace(workload, model=twin, loss=loss, optimizer=optimizer)
-
-
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device=_META)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager
@@ -440,7 +422,6 @@ def _garbage_held() -> Iterator[None]:
     """Keep the collector from freeing at moments that depend on what else the process did."""
     was_enabled = gc.isenabled()
     gc.disable()
-    gc.collect()
     gc.freeze()
     try:
         yield
