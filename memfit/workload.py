@@ -130,9 +130,7 @@ class Workload:
         """Return the same workload with all its tensors on the meta device, as new objects."""
         parts = (self.model, self.loss, self.optimizer)
         modules = tuple(part for part in parts if isinstance(part, nn.Module))
-        model, loss, optimizer = without_values(
-            parts, modules=modules, optimizer=self.optimizer
-        )
+        model, loss, optimizer = without_values(parts, modules=modules, optimizer=self.optimizer)
         return dataclasses.replace(self, model=model, loss=loss, optimizer=optimizer)
 
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -261,7 +259,7 @@ class TrainingStep:
 
 
 class Arithmetic(Protocol):
-    """How a step computes in mixed precision: what a `PreparedStep` needs of autocast and scaler."""
+    """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
         """Return the context that model and loss run in."""

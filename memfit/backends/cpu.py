@@ -80,9 +80,7 @@ class CpuBackend:
             )
         else:
             usable_bytes, origin = memory_bytes, "the limit that was asked for"
-        self._capacity = Capacity(
-            usable_bytes=usable_bytes, total_bytes=total_bytes, origin=origin
-        )
+        self._capacity = Capacity(usable_bytes=usable_bytes, total_bytes=total_bytes, origin=origin)
         self._server: _Server | None = None
         # Suspected messages that turned out to be about memory.
         self._confirmed: frozenset[str] = frozenset()
@@ -240,9 +238,7 @@ def _judge_death(exit_code: int, request: _Request, last_words: str) -> _Report:
     )
     words = f"; its last words: {last_words}" if last_words else ""
     return _Report(
-        error=StepCrashedError(
-            f"The training step {how} at batch size {request.batch_size}{words}"
-        )
+        error=StepCrashedError(f"The training step {how} at batch size {request.batch_size}{words}")
     )
 
 
@@ -292,8 +288,8 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, PTH123 - lives as long as the process
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115, PTH123
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             faulthandler.enable(output.fileno())
             target()
             code = 0

@@ -43,9 +43,7 @@ def trace(
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    arithmetic = MetaArithmetic(
-        step.options.precision, backward_in_autocast=backward_in_autocast
-    )
+    arithmetic = MetaArithmetic(step.options.precision, backward_in_autocast=backward_in_autocast)
     prepared = step.prepare(META, arithmetic=arithmetic)
     return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
 
@@ -63,9 +61,7 @@ class _Traced:
 
     def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
         """Whether another card would have made the same trace."""
-        return (
-            step.subject is self.step.subject or step.subject == self.step.subject
-        ) and (
+        return (step.subject is self.step.subject or step.subject == self.step.subject) and (
             step.options == self.step.options
             and options.kernels.like(self.options.kernels)
             and all(

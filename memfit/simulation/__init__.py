@@ -1,1 +1,1 @@
-"""A training step without its device: traced on meta tensors, replayed on a model of the allocator."""
+"""A training step without its device: traced on meta tensors, replayed on an allocator's model."""

@@ -12,12 +12,14 @@ Source: c10/cuda/CUDACachingAllocator.cpp, with the constants of
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
+from memfit.simulation.blocks import Block, DeviceMemory, Pool, absorb, split
+from memfit.simulation.expandable import expand, preferred, unmap
 from memfit.simulation.settings import AllocatorSettings
 from memfit.units import MIB
 
@@ -80,62 +82,6 @@ def _next_division(num_bytes: int, divisions: int) -> int:
     return -(-num_bytes // step) * step if step else floor * 2
 
 
-class _Block:
-    """A stretch of a segment. Free ones are in their pool's index, mapped or not."""
-
-    __slots__ = (
-        "address",
-        "born",
-        "is_free",
-        "is_mapped",
-        "next",
-        "pool",
-        "previous",
-        "requested",
-        "size",
-    )
-
-    def __init__(self, *, address: int, size: int, pool: _Pool) -> None:
-        self.address = address
-        self.size = size
-        self.pool = pool
-        self.requested = 0
-        self.is_free = False
-        self.is_mapped = True
-        self.previous: _Block | None = None
-        self.next: _Block | None = None
-        self.born = 0
-
-    @property
-    def is_whole_segment(self) -> bool:
-        return self.previous is None and self.next is None
-
-
-class _Pool:
-    """Free blocks of small or of large requests, ordered by size, then address."""
-
-    __slots__ = ("by_address", "is_small", "num_searches", "order", "page_bytes", "unmapped")
-
-    def __init__(self, *, is_small: bool, page_bytes: int) -> None:
-        self.is_small = is_small
-        self.page_bytes = page_bytes
-        self.order: list[tuple[int, int]] = []
-        self.by_address: dict[int, _Block] = {}
-        self.num_searches = 0
-        # Of expandable segments: the rest of the address space that no memory is behind yet.
-        self.unmapped: list[_Block] = []
-
-    def insert(self, block: _Block) -> None:
-        insort(self.order, (block.size, block.address))
-        self.by_address[block.address] = block
-        block.is_free = True
-
-    def remove(self, block: _Block) -> None:
-        del self.order[bisect_left(self.order, (block.size, block.address))]
-        del self.by_address[block.address]
-        block.is_free = False
-
-
 class CachingAllocator:
     """The allocator of one device and one stream.
 
@@ -156,26 +102,24 @@ class CachingAllocator:
         self._settings = settings = settings or AllocatorSettings()
         if capacity_bytes is not None and settings.memory_fraction is not None:
             capacity_bytes = int(capacity_bytes * settings.memory_fraction)
-        self._capacity = float("inf") if capacity_bytes is None else capacity_bytes
+        self._device = DeviceMemory(float("inf") if capacity_bytes is None else capacity_bytes)
         is_capped = is_capped or settings.memory_fraction is not None
         self._collects_above = (
-            self._capacity * settings.garbage_collection_threshold
+            self._device.capacity_bytes * settings.garbage_collection_threshold
             if is_capped and settings.garbage_collection_threshold is not None
             else float("inf")
         )
         self._max_split = (
-            float("inf")
-            if settings.max_split_size_bytes is None
-            else settings.max_split_size_bytes
+            float("inf") if settings.max_split_size_bytes is None else settings.max_split_size_bytes
         )
         self._rounds_to_divisions = max(settings.roundup_power2_divisions) > 1
         self._expandable = settings.expandable_segments
-        self._small = _Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
-        self._large = _Pool(is_small=False, page_bytes=settings.large_segment_bytes)
-        self._live: dict[int, _Block] = {}
+        self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
+        self._large = Pool(is_small=False, page_bytes=settings.large_segment_bytes)
+        self._live: dict[int, Block] = {}
         self._next_address = 0
-        self._requested = self._allocated = self._reserved = 0
-        self._peak_requested = self._peak_allocated = self._peak_reserved = 0
+        self._requested = self._allocated = 0
+        self._peak_requested = self._peak_allocated = 0
         self._num_alloc_retries = 0
 
     @property
@@ -184,10 +128,10 @@ class CachingAllocator:
         return AllocatorStats(
             requested_bytes=self._requested,
             allocated_bytes=self._allocated,
-            reserved_bytes=self._reserved,
+            reserved_bytes=self._device.taken_bytes,
             peak_requested_bytes=self._peak_requested,
             peak_allocated_bytes=self._peak_allocated,
-            peak_reserved_bytes=self._peak_reserved,
+            peak_reserved_bytes=self._device.peak_bytes,
             num_alloc_retries=self._num_alloc_retries,
         )
 
@@ -226,10 +170,11 @@ class CachingAllocator:
         size, pool = self._rounded(num_bytes)
         block = self._take_free(pool, size) or self._take_new(pool, size)
         if block is None:
+            device = self._device
             raise AllocatorOutOfMemoryError(
                 f"The simulated device ran out of memory: {num_bytes} bytes were asked for, "
-                f"{self._reserved} are reserved of which {self._allocated} are in use, and its "
-                f"capacity is {self._capacity}."
+                f"{device.taken_bytes} are reserved of which {self._allocated} are in use, and its "
+                f"capacity is {device.capacity_bytes}."
             )
         self._hand_out(block, block_id, size, num_bytes)
 
@@ -273,7 +218,7 @@ class CachingAllocator:
         for neighbour in (block.previous, block.next):
             if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
                 pool.remove(neighbour)
-                _absorb(block, neighbour)
+                absorb(block, neighbour)
         pool.insert(block)
 
     def empty_cache(self) -> None:
@@ -281,20 +226,20 @@ class CachingAllocator:
         for pool in (self._small, self._large):
             for block in list(pool.by_address.values()):
                 if self._expandable:
-                    self._unmap(block)
+                    unmap(block, self._device)
                 elif block.is_whole_segment:
                     self._release(block)
 
     # --- finding a block -----------------------------------------------------------------------
 
-    def _rounded(self, num_bytes: int) -> tuple[int, _Pool]:
+    def _rounded(self, num_bytes: int) -> tuple[int, Pool]:
         if self._rounds_to_divisions:
             size = round_request(num_bytes, self._settings)
         else:
             size = (num_bytes + 511) & -512
         return size, self._small if size <= SMALL_REQUEST_BYTES else self._large
 
-    def _take_free(self, pool: _Pool, size: int) -> _Block | None:
+    def _take_free(self, pool: Pool, size: int) -> Block | None:
         """Best fit: the smallest free block that is large enough."""
         pool.num_searches += 1
         order = pool.order
@@ -303,7 +248,7 @@ class CachingAllocator:
             return None
         block = pool.by_address[order[index][1]]
         if self._expandable:
-            block = self._least_expandable(pool, index)
+            block = preferred(pool, index)
         if size < self._max_split:
             if block.size >= self._max_split:
                 return None
@@ -312,20 +257,9 @@ class CachingAllocator:
         pool.remove(block)
         return block
 
-    @staticmethod
-    def _least_expandable(pool: _Pool, index: int) -> _Block:
-        """Prefer, among the following blocks, those that could grow less."""
-        block = pool.by_address[pool.order[index][1]]
-        for _, address in pool.order[index + 1 :]:
-            following = pool.by_address[address]
-            if _expandable_size(following) >= _expandable_size(block):
-                break
-            block = following
-        return block
-
-    def _take_new(self, pool: _Pool, size: int) -> _Block | None:
+    def _take_new(self, pool: Pool, size: int) -> Block | None:
         """Take memory from the device, giving back what is cached where it must."""
-        if self._reserved > self._collects_above:
+        if self._device.taken_bytes > self._collects_above:
             self._collect_garbage()
         block = self._new_block(pool, size)
         if block is None and self._release_available(pool, size):
@@ -336,14 +270,13 @@ class CachingAllocator:
             block = self._new_block(pool, size)
         return block
 
-    def _new_block(self, pool: _Pool, size: int) -> _Block | None:
-        segment = self._segment_bytes(size)
+    def _new_block(self, pool: Pool, size: int) -> Block | None:
         if self._expandable:
-            return self._expand(pool, size)
-        if self._reserved + segment > self._capacity:
+            return expand(pool, size, self._device)
+        segment = self._segment_bytes(size)
+        if not self._device.take(segment):
             return None
-        self._reserve(segment)
-        block = _Block(address=self._next_address, size=segment, pool=pool)
+        block = Block(address=self._next_address, size=segment, pool=pool)
         self._next_address += segment
         return block
 
@@ -354,45 +287,28 @@ class CachingAllocator:
             return self._settings.large_segment_bytes
         return -(-size // SEGMENT_ROUNDING_BYTES) * SEGMENT_ROUNDING_BYTES
 
-    def _reserve(self, num_bytes: int) -> None:
-        self._reserved += num_bytes
-        self._peak_reserved = max(self._peak_reserved, self._reserved)
-
-    def _hand_out(self, block: _Block, block_id: int, size: int, num_bytes: int) -> None:
+    def _hand_out(self, block: Block, block_id: int, size: int, num_bytes: int) -> None:
         rest = block.size - size
         if (
             rest >= MIN_BLOCK_BYTES
             if block.pool.is_small or self._expandable
             else rest > SMALL_REQUEST_BYTES and size < self._max_split
         ):
-            self._split(block, size)
+            split(block, size)
         block.requested = num_bytes
         self._live[block_id] = block
         self._requested += num_bytes
         self._allocated += block.size
-        if self._requested > self._peak_requested:
-            self._peak_requested = self._requested
-        if self._allocated > self._peak_allocated:
-            self._peak_allocated = self._allocated
-
-    @staticmethod
-    def _split(block: _Block, size: int) -> None:
-        rest = _Block(address=block.address + size, size=block.size - size, pool=block.pool)
-        rest.born = block.born
-        rest.previous, rest.next = block, block.next
-        if block.next is not None:
-            block.next.previous = rest
-        block.next = rest
-        block.size = size
-        block.pool.insert(rest)
+        self._peak_requested = max(self._peak_requested, self._requested)
+        self._peak_allocated = max(self._peak_allocated, self._allocated)
 
     # --- giving back ---------------------------------------------------------------------------
 
-    def _release(self, block: _Block) -> None:
+    def _release(self, block: Block) -> None:
         block.pool.remove(block)
-        self._reserved -= block.size
+        self._device.give_back(block.size)
 
-    def _release_available(self, pool: _Pool, size: int) -> bool:
+    def _release_available(self, pool: Pool, size: int) -> bool:
         """With `max_split_size_mb`, give back just enough oversize blocks for a request."""
         if self._max_split == float("inf") or self._expandable:
             return False
@@ -411,7 +327,7 @@ class CachingAllocator:
 
     def _collect_garbage(self) -> None:
         """Give back whole free segments that went unused for longer than the average."""
-        target = self._reserved - self._collects_above
+        target = self._device.taken_bytes - self._collects_above
         pool = self._large
         reclaimed = 0
         freeable = [block for block in pool.by_address.values() if block.is_whole_segment]
@@ -423,128 +339,3 @@ class CachingAllocator:
                 self._release(block)
                 reclaimed += block.size
             freeable = [block for block in freeable if block.is_free]
-
-    # --- expandable segments -------------------------------------------------------------------
-
-    def _expand(self, pool: _Pool, size: int) -> _Block | None:
-        """Put memory behind the lowest stretch of address space that is long enough.
-
-        The address space of a segment is as good as endless here (PyTorch takes 9/8 of the
-        device's memory), so there is one segment for each pool.
-        """
-        if not pool.unmapped:
-            base = 1 << (62 if pool.is_small else 61)
-            pool.unmapped.append(_endless(address=base, pool=pool))
-        for unmapped in pool.unmapped:
-            first = unmapped
-            if unmapped.previous is not None and unmapped.previous.is_free:
-                first = unmapped.previous
-            if _room_from(first, size):
-                break
-        block = first if first.is_mapped else self._map(first, size)
-        while block is not None and block.size < size:
-            following = block.next
-            assert following is not None
-            block = self._map(following, size - block.size)
-        if block is not None:
-            pool.remove(block)
-        return block
-
-    def _map(self, block: _Block, size: int) -> _Block | None:
-        """Map pages for the start of an unmapped block, and merge them with free neighbours."""
-        pool = block.pool
-        pages = -(-min(size, block.size) // pool.page_bytes) * pool.page_bytes
-        if self._reserved + pages > self._capacity:
-            return None
-        self._reserve(pages)
-        pool.unmapped.remove(block)
-        if pages < block.size:
-            rest = _Block(address=block.address + pages, size=block.size - pages, pool=pool)
-            rest.is_mapped = False
-            rest.previous, rest.next = block, block.next
-            if block.next is not None:
-                block.next.previous = rest
-            block.next = rest
-            block.size = pages
-            _insert_by_address(pool.unmapped, rest)
-        block.is_mapped = True
-        for neighbour in (block.previous, block.next):
-            if neighbour is not None and neighbour.is_free:
-                pool.remove(neighbour)
-                _absorb(block, neighbour)
-        pool.insert(block)
-        return block
-
-    def _unmap(self, block: _Block) -> None:
-        """Give back the whole pages inside a free block."""
-        pool, page = block.pool, block.pool.page_bytes
-        begin = -(-block.address // page) * page
-        end = (block.address + block.size) // page * page
-        if begin >= end:
-            return
-        pool.remove(block)
-        if begin > block.address:
-            before = _Block(address=block.address, size=begin - block.address, pool=pool)
-            before.previous, before.next = block.previous, block
-            if block.previous is not None:
-                block.previous.next = before
-            block.previous = before
-            pool.insert(before)
-        if block.address + block.size > end:
-            after = _Block(address=end, size=block.address + block.size - end, pool=pool)
-            after.previous, after.next = block, block.next
-            if block.next is not None:
-                block.next.previous = after
-            block.next = after
-            pool.insert(after)
-        block.address, block.size, block.is_mapped = begin, end - begin, False
-        self._reserved -= block.size
-        for neighbour in (block.previous, block.next):
-            if neighbour is not None and not neighbour.is_mapped:
-                pool.unmapped.remove(neighbour)
-                _absorb(block, neighbour)
-        _insert_by_address(pool.unmapped, block)
-
-
-_ENDLESS_BYTES: Final = 1 << 60
-
-
-def _endless(*, address: int, pool: _Pool) -> _Block:
-    block = _Block(address=address // pool.page_bytes * pool.page_bytes, size=_ENDLESS_BYTES, pool=pool)
-    block.is_mapped = False
-    return block
-
-
-def _absorb(block: _Block, neighbour: _Block) -> None:
-    """Join a neighbour, which is in no index any more, to a block."""
-    if neighbour is block.previous:
-        block.address = neighbour.address
-        block.previous = neighbour.previous
-        if block.previous is not None:
-            block.previous.next = block
-    else:
-        block.next = neighbour.next
-        if block.next is not None:
-            block.next.previous = block
-    block.size += neighbour.size
-
-
-def _insert_by_address(blocks: list[_Block], block: _Block) -> None:
-    blocks.append(block)
-    blocks.sort(key=lambda member: member.address)
-
-
-def _expandable_size(block: _Block) -> int:
-    following = block.next
-    grows = following is not None and not following.is_mapped
-    return block.size + (following.size if grows and following is not None else 0)
-
-
-def _room_from(block: _Block, size: int) -> bool:
-    """Whether free or unmapped blocks from here on have room for a request."""
-    room = 0
-    here: _Block | None = block
-    while here is not None and room < size and (here.is_free or not here.is_mapped):
-        room += here.size
-        here = here.next
-    return room >= size

@@ -27,7 +27,7 @@ LOWER_PRECISION: Final = frozenset(
     convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm
     chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell
     rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
-    scaled_dot_product_attention""".split()
+    scaled_dot_product_attention""".split()  # noqa: SIM905 - as the macros have it
 )
 FP32: Final = frozenset(
     """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus
@@ -38,14 +38,15 @@ FP32: Final = frozenset(
     logsumexp upsample_nearest1d _upsample_nearest_exact1d upsample_nearest2d
     _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
     upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d
-    _upsample_bicubic2d_aa""".split()
+    _upsample_bicubic2d_aa""".split()  # noqa: SIM905 - as the macros have it
 )
 FP32_SET_OPT_DTYPE: Final = frozenset(
-    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
+    """prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm
+    sum""".split()  # noqa: SIM905 - as the macros have it
 )
 PROMOTE: Final = frozenset(
     """addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot
-    scatter_add""".split()
+    scatter_add""".split()  # noqa: SIM905 - as the macros have it
 )
 
 # What Python's name for an operation is where it is not the operation's own.
@@ -150,7 +151,7 @@ class CudaAutocast:
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Have the operation compute in fp32 itself, unless its caller chose a type."""
-        first = args[0] if args else kwargs.get("input")
+        first: Any = args[0] if args else kwargs.get("input")
         if not _is_low(first) or kwargs.get("dtype") is not None:
             return func(*args, **kwargs)
         # For fp16 the CUDA kernel reads half and writes float; for bf16 the input is converted
@@ -227,7 +228,10 @@ def _is_low(value: object) -> bool:
     )
 
 
-def _cross_entropy(
+_nn: Any = torch._C._nn
+
+
+def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
     autocast: CudaAutocast,
     scores: torch.Tensor,
     target: torch.Tensor,
@@ -235,19 +239,17 @@ def _cross_entropy(
     reduction: int = 1,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> torch.Tensor:
+) -> Any:
     """`at::cross_entropy_loss`: its log-softmax and its loss are seen by autocast inside C++."""
     class_dim = 0 if scores.ndim == 1 else 1
     is_probabilities = target.is_floating_point()
     if is_probabilities or label_smoothing > 0:
         # The smoothed loss is a sum over log-probabilities in fp32.
-        return torch._C._nn.cross_entropy_loss(  # type: ignore[no-any-return]
+        return _nn.cross_entropy_loss(
             scores.float(), target, weight, reduction, ignore_index, label_smoothing
         )
     logs = autocast.call(torch.log_softmax, "log_softmax", (scores, class_dim), {})
-    return torch._C._nn.nll_loss_nd(  # type: ignore[no-any-return]
-        logs, target, weight, reduction, ignore_index
-    )
+    return _nn.nll_loss_nd(logs, target, weight, reduction, ignore_index)
 
 
 _NESTED: Final[dict[str, Callable[..., Any]]] = {"cross_entropy_loss": _cross_entropy}

@@ -1,7 +1,7 @@
 """A catalogue of graphics cards: what torch sees of their memory, and what a process takes of it.
 
-The figures are in `gpus.csv` beside this module, each with where it comes from. Nothing here asks a
-driver, and nothing is measured: what a card that is there really has is the `cuda` backend's to say.
+The figures are in `gpus.csv` beside this module, each with where it comes from. Nothing here asks
+a driver or measures: what a card that is there really has is the `cuda` backend's to say.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Gpu(Record):
 
     @property
     def has_bf16(self) -> bool:
-        """Whether `auto` takes bf16: NVIDIA's from Ampere on, AMD's Instinct and RDNA 3 and later."""
+        """Whether `auto` takes bf16: NVIDIA's from Ampere on, and AMD's."""
         return self.compute_capability >= (8, 0)
 
     @property

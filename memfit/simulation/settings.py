@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from memfit.errors import UsageError
 from memfit.units import MIB
@@ -201,7 +201,7 @@ def _power_of_two(text: str) -> int:
     return number
 
 
-_READERS = {
+_READERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "expandable_segments": ("expandable_segments", _read_bool),
     "max_split_size_mb": ("max_split_size_bytes", _read_mib),
     "max_non_split_rounding_mb": ("max_non_split_rounding_bytes", _read_mib),

@@ -155,13 +155,19 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
     warm_run, warm_update = iterate(large)
     run, update = iterate(small)
     try:
-        later = Tape.between(run, warm_run, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
+        later = (
+            Tape.between(run, warm_run, batch_sizes=(small, large))
+            .then(update)
+            .without(_PLANS_TRIED)
+        )
         first = Tape.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
     except StreamsDifferError:
         # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
         # the start; its own course does not.
         again, _ = iterate(large)
-        later = Tape.between(run, again, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
+        later = (
+            Tape.between(run, again, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
+        )
         setup = [*setup, *_left_over([*warm_run, *warm_update])]
         first = later.without(_PLANS_TRIED)
     if not options.cudnn_benchmark:
@@ -206,7 +212,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._events: list[Event] = []
         self._ids: dict[int, int] = {}
@@ -319,7 +325,7 @@ class _CudaSemantics(TorchFunctionMode):
             return autocast.call(func, name, args, kwargs)
         return func(*args, **kwargs)
 
-    def _attend(
+    def _attend(  # noqa: PLR0917 - the signature of what it stands in for
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -331,9 +337,7 @@ class _CudaSemantics(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        call = describe(
-            query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal
-        )
+        call = describe(query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal)
         options = self._options
         backend = (
             choose(
@@ -394,10 +398,10 @@ class MetaArithmetic:
         if self._scale is not None:
             loss = loss * self._scale
         if self.autocast is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return
         with self.autocast.backward():
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the optimizer's step."""

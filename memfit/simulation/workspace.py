@@ -1,8 +1,8 @@
 """What kernels take from the allocator besides the tensors that an operation returns.
 
 Every term is named and says where it comes from; none is fitted to a model. Left out, because they
-are small or not known: reductions' scratch, the reserve of batch norm, the plans that cuDNN tries and
-does not keep.
+are small or not known: reductions' scratch, the reserve of batch norm, the plans that cuDNN tries
+and does not keep.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ class Kernels:
         result = None if quick is None or kwargs else quick(*args)
         return func(*args, **kwargs) if result is None else result
 
-    def workspaces(
-        self, func: Any, args: tuple[Any, ...], result: Any
-    ) -> tuple[Workspace, ...]:
+    def workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
         """Return what an operation's kernels take, one after another.
 
         Args:
