@@ -25,6 +25,8 @@ __all__ = [
     "Record",
     "Source",
     "StepOptions",
+    "Survey",
+    "SurveyAnswer",
     "Trial",
 ]
 
@@ -270,8 +272,12 @@ class ProbeResult(Record):
         headroom: The share of the capacity that the recommendation keeps free.
         multiple_of: What the recommendation is a multiple of.
         trials: Every trial, in the order they ran.
+        environment: What the trials ran with that a training script has to be given for the
+            figures to hold, as NAME=value.
         seconds: Wall time of the whole probe.
         torch_version: The torch that ran.
+        predictions: What the simulation of the device gave for the batch sizes that were tried;
+            empty where nothing was measured or nothing could be predicted.
     """
 
     subject: str
@@ -285,8 +291,10 @@ class ProbeResult(Record):
     headroom: float
     multiple_of: int
     trials: tuple[Trial, ...]
+    environment: tuple[str, ...]
     seconds: float
     torch_version: str
+    predictions: tuple[Trial, ...] = ()
 
     _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes",)
 
@@ -299,3 +307,33 @@ class ProbeResult(Record):
         """Return the last trial of a batch size, or `None` if it was not tried."""
         tried = [trial for trial in self.trials if trial.batch_size == batch_size]
         return tried[-1] if tried else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyAnswer(Record):
+    """What a simulated GPU takes of a training step.
+
+    Args:
+        gpu: The card's name.
+        result: The batch sizes; `None` where not even one sample fits.
+        reason: Why there is no result.
+    """
+
+    gpu: str
+    result: ProbeResult | None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Survey(Record):
+    """One training step on several GPUs that are not there.
+
+    Args:
+        subject: The model's name.
+        answers: One for each card.
+        source: Always simulated.
+    """
+
+    subject: str
+    answers: tuple[SurveyAnswer, ...]
+    source: Source = Source.SIMULATED

@@ -296,8 +296,11 @@ class _Search:
             return self._up_from_one(points[-1], low)
         if edge * _NEAR[1] <= low * _NEAR[0]:
             self._expects_fit = False
-            return min(max(edge + 1, low + 2**self._surprises_up), 2 * low)
-        short = edge * _STOP_SHORT_SHARE[0] // _STOP_SHORT_SHARE[1]
+            return min(max(edge + 1, low + (1 << self._surprises_up)), 2 * low)
+        numerator, denominator = _STOP_SHORT_SHARE
+        short = _edge(points, self._capacity_bytes * numerator // denominator)
+        if short is None or 2 * short < low + edge:
+            short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, _least_edge(points[-1], self._capacity_bytes)))
 
     def _up_from_one(self, point: tuple[int, int], low: int) -> int:
@@ -320,9 +323,9 @@ class _Search:
         elif edge * _NEAR[1] > high * _NEAR[0]:
             return middle  # something that the bytes do not show decides here
         elif edge >= high - 1:
-            guess = high - 2**self._surprises_down
+            guess = high - (1 << self._surprises_down)
         else:
-            guess = max(edge + 1, low + 2**self._surprises_up)
+            guess = max(edge + 1, low + (1 << self._surprises_up))
         if not (low < guess < high and self._affordable(guess, low, high)):
             return middle
         self._expects_fit = None if edge is None else guess <= edge

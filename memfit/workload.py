@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -339,14 +339,18 @@ class PreparedStep:
         self._make_optimizer = make_optimizer
         self._arithmetic = arithmetic or _TorchArithmetic(device, precision)
         self._optimizer: Optimizer | None = None
+        self._had_state = False
 
     def begin(self) -> None:
         """Start as training does: an optimizer as it was given, no gradients."""
         self._optimizer = self._make_optimizer()
+        self._had_state = bool(self._optimizer.state)
         self.model.zero_grad(set_to_none=True)
 
     def end(self) -> None:
-        """Drop gradients and, where it is not the user's, the optimizer with its state."""
+        """Drop the gradients, and the optimizer with the state that it did not begin with."""
+        if self._optimizer is not None and not self._had_state:
+            self._optimizer.state.clear()
         self._optimizer = None
         self.model.zero_grad(set_to_none=True)
 
@@ -373,8 +377,9 @@ class PreparedStep:
         """
         if self._optimizer is None:
             self.begin()
-        for _ in range(self.num_micro_batches):
-            self._backward(batch_size)
+        with _errors_marked():
+            for _ in range(self.num_micro_batches):
+                self._backward(batch_size)
 
     def update(self, *, set_to_none: bool = True) -> None:
         """Run the second part: the optimizer's step, and gradients zeroed.
@@ -383,8 +388,9 @@ class PreparedStep:
             set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
         """
         assert self._optimizer is not None
-        self._arithmetic.step(self._optimizer)
-        self._optimizer.zero_grad(set_to_none=set_to_none)
+        with _errors_marked():
+            self._arithmetic.step(self._optimizer)
+            self._optimizer.zero_grad(set_to_none=set_to_none)
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -404,6 +410,16 @@ class PreparedStep:
             loss = self._loss(_call(self.model, inputs), *targets)
         _check_loss(loss)
         self._arithmetic.backward(loss / self.num_micro_batches)
+
+
+@contextlib.contextmanager
+def _errors_marked() -> Iterator[None]:
+    """Mark what the user's own step raises, for `memfit.cli` to tell it from a bug of memfit's."""
+    try:
+        yield
+    except Exception as error:
+        error.raised_in_step = True  # type: ignore[attr-defined]
+        raise
 
 
 def _kind(value: object) -> str:
@@ -559,10 +575,9 @@ def _created(name: str, options: StepOptions) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if not kwargs:
-            raise
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-        raise UsageError(f"timm cannot build {name} with {given}: {error}") from error
+        asked = f" with {given}" if given else ""
+        raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
     return model
 
 

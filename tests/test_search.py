@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 import statistics
@@ -45,9 +46,7 @@ class Device:
         )
 
     def largest(self, hint: int | None = None, ceiling: int = 2**20) -> Found:
-        return largest(
-            self.trial, capacity_bytes=self.capacity_bytes, hint=hint, ceiling=ceiling
-        )
+        return largest(self.trial, capacity_bytes=self.capacity_bytes, hint=hint, ceiling=ceiling)
 
     def edge(self, ceiling: int = 2**20) -> int:
         """Return the largest batch size that fits a monotone device, by bisection."""
@@ -65,6 +64,10 @@ def certificate_holds(device: Device, found: Found) -> bool:
     last_fit = max(i for i, seen in enumerate(outcomes) if seen == (found.batch_size, True))
     failures = [i for i, (_, fits) in enumerate(outcomes) if not fits]
     return (found.batch_size + 1, False) in outcomes and last_fit > max(failures)
+
+
+def affine_bytes(fixed: int, per_sample: int, batch_size: int) -> int:
+    return fixed + per_sample * batch_size
 
 
 def most_trials(answer: int) -> int:
@@ -101,7 +104,10 @@ def test_affine_devices_typically_take_under_seven_trials() -> None:
         per_sample = round(10 ** rng.uniform(5, 9))
         fixed = round(10 ** rng.uniform(7, 10))
         answer = round(10 ** rng.uniform(0.5, 4.5))
-        device = Device(lambda b, f=fixed, s=per_sample: f + s * b, fixed + per_sample * answer)
+        device = Device(
+            functools.partial(affine_bytes, fixed, per_sample),
+            affine_bytes(fixed, per_sample, answer),
+        )
         counts.append(len(device.largest().trials))
     assert statistics.median(counts) <= 5
     assert sum(count < 7 for count in counts) >= 0.9 * len(counts)
@@ -155,9 +161,7 @@ def test_a_bare_threshold_is_found_within_the_promised_trials(threshold: int) ->
 @given(st.integers(1, 5000), st.integers(1, 10**6))
 def test_bytes_that_lie_cost_trials_but_not_the_answer(threshold: int, per_sample: int) -> None:
     """A limit that the bytes do not show (another resource) is found all the same."""
-    device = Device(
-        lambda b: 10**6 + per_sample * b, 10**12, fits=lambda b: b <= threshold
-    )
+    device = Device(lambda b: 10**6 + per_sample * b, 10**12, fits=lambda b: b <= threshold)
     found = device.largest()
     assert found.batch_size == threshold
     assert certificate_holds(device, found)

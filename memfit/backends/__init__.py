@@ -1,27 +1,16 @@
-"""Where a trial runs: the protocol that the search relies on, and the choice of a backend.
-
-Every backend measures the same way: `steady_readings` repeats the training step until its peak has
-settled, with readings that the backend takes.
-"""
+"""Where a trial runs: the protocol that the search relies on, and the choice of a backend."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from memfit.errors import UnknownDeviceError
 from memfit.records import Capacity, Precision, Trial
-from memfit.workload import PreparedStep, TrainingStep
+from memfit.workload import TrainingStep
 
-__all__ = ["Backend", "Reading", "open_backend", "steady_readings"]
-
-_MIN_ITERATIONS = 2
-_MAX_ITERATIONS = 6
-# Two peaks agree when they differ by no more than this share; allocators round and pages wobble.
-_AGREEMENT_SHARE = 0.01
+__all__ = ["Backend", "open_backend"]
 
 
 class Backend(Protocol):
@@ -41,6 +30,11 @@ class Backend(Protocol):
         """What `Precision.AUTO` means on this device."""
         ...
 
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """What trials ran with that a training script has to be given, as NAME=value."""
+        ...
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         ...
@@ -57,54 +51,21 @@ class Backend(Protocol):
         """
         ...
 
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+        """Return the peak reserved bytes of a batch size that did not fit.
+
+        Args:
+            step: What to train.
+            batch_size: A batch size that ran out.
+
+        Returns:
+            What it takes where there is more room than was allowed; `None` where there is not.
+        """
+        ...
+
     def __enter__(self) -> Backend: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What one iteration took.
-
-    Args:
-        reserved_bytes: Peak of what was taken of the device's capacity.
-        allocated_bytes: Peak of what was handed out of that.
-        requested_bytes: Peak of what tensors asked for; `None` where it is not known.
-        seconds: How long the iteration took.
-    """
-
-    reserved_bytes: int
-    allocated_bytes: int
-    requested_bytes: int | None
-    seconds: float
-
-
-def steady_readings(
-    prepared: PreparedStep, batch_size: int, measured: Callable[[Callable[[], None]], Reading]
-) -> tuple[tuple[Reading, ...], bool]:
-    """Iterate a training step until the peaks of the last two iterations agree.
-
-    The optimizer's state appears in the first step and is at the peak from the second iteration on,
-    so a growth by that state is expected and settles nothing and excuses nothing else.
-
-    Args:
-        prepared: The step, begun.
-        batch_size: Samples in each micro-batch.
-        measured: Runs one iteration and reads what it took.
-
-    Returns:
-        The readings, and whether the peak still grew when the iterations were used up.
-    """
-    readings: list[Reading] = []
-    grows = True
-    while grows and len(readings) < _MAX_ITERATIONS:
-        state_bytes = prepared.optimizer_state_bytes
-        readings.append(measured(lambda: prepared.iterate(batch_size)))
-        if len(readings) >= _MIN_ITERATIONS:
-            growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
-            expected = state_bytes if len(readings) == _MIN_ITERATIONS else 0
-            grows = growth > expected + _AGREEMENT_SHARE * readings[-1].reserved_bytes
-    return tuple(readings), grows
 
 
 def open_backend(

@@ -34,7 +34,7 @@ import psutil
 import torch
 
 from memfit import cleanup, oom
-from memfit.backends import Reading, steady_readings
+from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError
 from memfit.records import Capacity, Outcome, Precision, Source, Trial
 from memfit.units import KIB, MIB, format_bytes
@@ -43,10 +43,17 @@ from memfit.workload import PreparedStep, TrainingStep
 __all__ = ["CpuBackend"]
 
 _CPU = torch.device("cpu")
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _M_ARENA_MAX = -8  # glibc's malloc.h
+# glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
+# 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
+# same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
+_MMAP_THRESHOLD_BYTES = 128 * KIB
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 _LAST_WORDS_BYTES = 4000
+_ROOM_SHARE = 0.95  # of what the machine has left, for a trial that is to need it all
+_WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
 
 
 class CpuBackend:
@@ -96,6 +103,11 @@ class CpuBackend:
         """What `Precision.AUTO` means on a CPU."""
         return Precision.FP32
 
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """What trials ran with that a training script has to be given, as NAME=value."""
+        return () if _is_heap_tuned() else (f"MALLOC_MMAP_THRESHOLD_={_MMAP_THRESHOLD_BYTES}",)
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         return self._capacity
@@ -114,15 +126,20 @@ class CpuBackend:
         Raises:
             StepCrashedError: The step took its process down, and not for want of memory.
         """
+        return self._trial(step, batch_size, self._capacity.usable_bytes)
+
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+        """Return what a batch size that did not fit takes where the machine has the room."""
+        left_bytes, _ = _memory_left()
+        roomier = self._trial(step, batch_size, int(left_bytes * _ROOM_SHARE))
+        return roomier.peak_reserved_bytes if roomier.fits else None
+
+    def _trial(self, step: TrainingStep, batch_size: int, limit_bytes: int) -> Trial:
         if self._server is None or self._server.step is not step:
             self.__exit__()
             self._server = _Server(step)
         report = self._server.ask(
-            _Request(
-                batch_size=batch_size,
-                limit_bytes=self._capacity.usable_bytes,
-                confirmed=self._confirmed,
-            )
+            _Request(batch_size=batch_size, limit_bytes=limit_bytes, confirmed=self._confirmed)
         )
         if report.error is not None:
             raise report.error
@@ -304,9 +321,7 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
 
 def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
     os.setsid()
-    # One arena: others would be mapped in the middle of a trial, for the thread pool.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    _steady_heap()
     before = _Footprint.now()
     built: PreparedStep | None = None
     failure: tuple[str, _Report] | None = None
@@ -326,6 +341,23 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
             connection.send(failure)
             continue
         connection.send(_try_in_child(built, request, model, output))
+
+
+def _steady_heap() -> None:
+    with contextlib.suppress(AttributeError):
+        # One arena: others would be mapped in the middle of a trial, for the thread pool.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        if not _is_heap_tuned():
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def _is_heap_tuned() -> bool:
+    """Whether the user has chosen glibc's mmap threshold, or another allocator."""
+    return (
+        "MALLOC_MMAP_THRESHOLD_" in os.environ
+        or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+        or "malloc" in os.environ.get("LD_PRELOAD", "")
+    )
 
 
 def _try_in_child(
@@ -363,6 +395,9 @@ def _try(
     suspected: BaseException | None = None
     try:
         prepared.begin()
+        # A step on a small batch first: what comes once (the optimizer's state, the libraries' own
+        # buffers) is there before the readings begin.
+        prepared.iterate(min(request.batch_size, _WARM_UP_BATCH_SIZE))
         _, grows = steady_readings(prepared, request.batch_size, meter.measured)
         message = None
     except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent

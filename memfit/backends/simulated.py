@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import torch
+
 from memfit.records import Capacity, Outcome, Precision, Source, Trial
 from memfit.simulation.allocator import (
     AllocatorOutOfMemoryError,
@@ -26,7 +28,9 @@ from memfit.workload import TrainingStep
 __all__ = ["SimulatedBackend", "TraceCache", "trace"]
 
 _NUM_ITERATIONS = 3
-_BLAS_HANDLES = (-1, -2)
+# Forward runs in the caller's thread and backward in one of its own, each with a handle.
+_BLAS_HANDLES = (-1_000_001, -1_000_002)
+_LINE_BATCH_SIZES = (8, 32)
 _PREFERS_CUDNN = (2, 11)
 
 
@@ -84,8 +88,6 @@ class TraceCache:
 
     def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
-        import torch
-
         capability = gpu.compute_capability
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         options = TraceOptions(
@@ -126,10 +128,11 @@ class SimulatedBackend:
         self._traces = traces or TraceCache()
 
     def __enter__(self) -> SimulatedBackend:
+        """Return the backend."""
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        return None
+        """Nothing was taken, and nothing is to be given back."""
 
     @property
     def device_name(self) -> str:
@@ -137,9 +140,9 @@ class SimulatedBackend:
         return self._gpu.name
 
     @property
-    def source(self) -> Source:
-        """Always simulated."""
-        return Source.SIMULATED
+    def environment(self) -> tuple[str, ...]:
+        """What a training script has to be given: nothing."""
+        return ()
 
     @property
     def auto_precision(self) -> Precision:
@@ -202,8 +205,41 @@ class SimulatedBackend:
             message=message,
         )
 
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+        """Return what a batch size would take on a card with all the room in the world."""
+        traced = self._traces.find(step, self._gpu)
+        return self._replay(traced.trace, batch_size, None)[0].peak_reserved_bytes
+
+    def expected_edge(self, step: TrainingStep) -> int | None:
+        """Return about the largest batch size that fits, from two that other cards have replayed.
+
+        Args:
+            step: What to train; its precision is chosen.
+
+        Returns:
+            Samples, as a line through the two gives them; `None` where the step does not grow.
+        """
+        limit = self.capacity().usable_bytes
+        traced = self._traces.find(step, self._gpu)
+        blas = self._gpu.blas_workspace_bytes
+        for batch_size in _LINE_BATCH_SIZES:
+            key = (batch_size, blas)
+            if key not in traced.roomy:
+                stats, grows, _ = self._replay(traced.trace, batch_size, None)
+                traced.roomy[key] = (stats, grows)
+        sizes = sorted(size for size, workspace in traced.roomy if workspace == blas)
+        peaks = {size: traced.roomy[size, blas][0].peak_reserved_bytes for size in sizes}
+        below = max((size for size in sizes if peaks[size] <= limit), default=sizes[0])
+        other = min(
+            (size for size in sizes if size != below), key=lambda size: abs(2 * size - below)
+        )
+        if (peaks[below] - peaks[other]) * (below - other) <= 0:
+            return None
+        slope = (peaks[below] - peaks[other]) / (below - other)
+        return max(1, below + int((limit - peaks[below]) / slope))
+
     def _replay(
-        self, trace: StepTrace, batch_size: int, capacity_bytes: int
+        self, trace: StepTrace, batch_size: int, capacity_bytes: int | None
     ) -> tuple[AllocatorStats, bool, str | None]:
         allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
         peaks = []

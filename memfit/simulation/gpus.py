@@ -17,7 +17,7 @@ from memfit.errors import UsageError
 from memfit.records import Record
 from memfit.units import MIB
 
-__all__ = ["ANY_GPU", "COMMON_GPUS", "Gpu", "catalogue", "find_gpu"]
+__all__ = ["ANY_GPU", "COMMON_GPUS", "Gpu", "catalogue", "find_gpu", "gpu_like"]
 
 COMMON_GPUS = (
     "NVIDIA GeForce RTX 3070",
@@ -159,6 +159,19 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
             f"({gpu.context_bytes} bytes): give more."
         )
     return gpu
+
+
+def gpu_like(name: str, *, total_bytes: int) -> Gpu:
+    """Return the catalogue's card of a name, or one that only its size is known of.
+
+    Args:
+        name: As torch prints it, of a card that is there.
+        total_bytes: What it has.
+    """
+    gpu = _by_key().get(_key(name))
+    if gpu is None:
+        return dataclasses.replace(_of_size(total_bytes), name=name)
+    return dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
 
 
 def _named(name: str) -> Gpu:
