@@ -31,6 +31,7 @@ _NUM_ITERATIONS = 3
 # Forward runs in the caller's thread and backward in one of its own, each with a handle.
 _BLAS_HANDLES = (-1_000_001, -1_000_002)
 _LINE_BATCH_SIZES = (8, 32)
+_MAX_LINE_BATCH_SIZE = 65_536
 _PREFERS_CUDNN = (2, 11)
 
 
@@ -211,32 +212,34 @@ class SimulatedBackend:
         return self._replay(traced.trace, batch_size, None)[0].peak_reserved_bytes
 
     def expected_edge(self, step: TrainingStep) -> int | None:
-        """Return about the largest batch size that fits, from two that other cards have replayed.
+        """Return about the largest batch size that fits.
 
         Args:
             step: What to train; its precision is chosen.
 
         Returns:
-            Samples, as a line through the two gives them; `None` where the step does not grow.
+            Samples, as a line through two small batch sizes gives them, and then one through what
+            that gives; `None` where the step does not grow.
         """
         limit = self.capacity().usable_bytes
+        sizes = list(_LINE_BATCH_SIZES)
+        for _ in range(2):
+            (near, near_bytes), (far, far_bytes) = (
+                (size, self._unlimited_peak(step, size)) for size in sizes[-2:]
+            )
+            if near == far or (far_bytes - near_bytes) * (far - near) <= 0:
+                return None
+            edge = far + int((limit - far_bytes) * (far - near) / (far_bytes - near_bytes))
+            sizes.append(min(max(1, edge), _MAX_LINE_BATCH_SIZE))
+        return sizes[-1]
+
+    def _unlimited_peak(self, step: TrainingStep, batch_size: int) -> int:
         traced = self._traces.find(step, self._gpu)
-        blas = self._gpu.blas_workspace_bytes
-        for batch_size in _LINE_BATCH_SIZES:
-            key = (batch_size, blas)
-            if key not in traced.roomy:
-                stats, grows, _ = self._replay(traced.trace, batch_size, None)
-                traced.roomy[key] = (stats, grows)
-        sizes = sorted(size for size, workspace in traced.roomy if workspace == blas)
-        peaks = {size: traced.roomy[size, blas][0].peak_reserved_bytes for size in sizes}
-        below = max((size for size in sizes if peaks[size] <= limit), default=sizes[0])
-        other = min(
-            (size for size in sizes if size != below), key=lambda size: abs(2 * size - below)
-        )
-        if (peaks[below] - peaks[other]) * (below - other) <= 0:
-            return None
-        slope = (peaks[below] - peaks[other]) / (below - other)
-        return max(1, below + int((limit - peaks[below]) / slope))
+        key = (batch_size, self._gpu.blas_workspace_bytes)
+        if key not in traced.roomy:
+            stats, grows, _ = self._replay(traced.trace, batch_size, None)
+            traced.roomy[key] = (stats, grows)
+        return traced.roomy[key][0].peak_reserved_bytes
 
     def _replay(
         self, trace: StepTrace, batch_size: int, capacity_bytes: int | None

@@ -51,7 +51,13 @@ def render(result: ProbeResult) -> RenderableType:
         f"{format_bytes(result.capacity_bytes)} usable ({result.capacity.origin})",
         *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
     )
-    parts: list[RenderableType] = [where, "", _trial_table(result.trials, result.predictions), "", _answers(result)]
+    parts: list[RenderableType] = [
+        where,
+        "",
+        _trial_table(result.trials, result.predictions),
+        "",
+        _answers(result),
+    ]
     notes = _notes(result)
     if notes:
         parts += ["", *(Text(note) for note in notes)]

@@ -68,6 +68,10 @@ class Kernels:
         """Run an operation, with the layout of its outputs that CUDA gives them."""
         if func is _aten.convolution_backward.default:
             return _convolution_backward(*args)
+        if func is _aten.convolution.default and _is_channels_last(args[1]):
+            # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
+            result = func(*args, **kwargs)
+            return torch.empty_like(result, memory_format=torch.channels_last)
         quick = _QUICK.get(func)
         result = None if quick is None or kwargs else quick(*args)
         return func(*args, **kwargs) if result is None else result
@@ -119,9 +123,13 @@ class Kernels:
         is_depthwise = groups > 1 and groups == data.shape[1]
         if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
             return Workspace(name="convolution", num_bytes=0, is_needed=False)
+        is_last = _is_channels_last(data)
+        if not is_last and _is_channels_last(weight):
+            num_bytes = data.numel() * data.element_size()
+            return Workspace(name="input in NHWC", num_bytes=num_bytes, is_needed=True)
         plan = (kind, tuple(data.shape[1:]), tuple(weight.shape), repr(geometry), groups)
         half, tf32 = self._tensor_cores
-        transposes = not _is_channels_last(data) and (
+        transposes = not is_last and (
             half
             if data.dtype in _HALF
             else data.dtype is torch.float32

@@ -28,9 +28,7 @@ CONFIGURATIONS = (
     AllocatorSettings(garbage_collection_threshold=0.6, memory_fraction=0.9),
 )
 
-requests = st.one_of(
-    st.integers(1, 4 * KIB), st.integers(1, 2 * MIB), st.integers(MIB, 64 * MIB)
-)
+requests = st.one_of(st.integers(1, 4 * KIB), st.integers(1, 2 * MIB), st.integers(MIB, 64 * MIB))
 scripts = st.lists(st.tuples(st.booleans(), requests, st.integers(0, 2**16)), max_size=120)
 
 
@@ -52,7 +50,8 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
     assert sum(size for _, size in live + free) == stats.reserved_bytes
     spans = sorted(live + free)
     assert all(
-        address + size <= following for (address, size), (following, _) in zip(spans, spans[1:], strict=False)
+        address + size <= following
+        for (address, size), (following, _) in zip(spans, spans[1:], strict=False)
     )
     for pool in (allocator._small, allocator._large):
         assert pool.order == sorted((b.size, b.address) for b in pool.by_address.values())
@@ -63,7 +62,9 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @settings(max_examples=60, deadline=None)
 @given(script=scripts)
-def test_conserves_bytes(configuration: AllocatorSettings, script: list[tuple[bool, int, int]]) -> None:
+def test_conserves_bytes(
+    configuration: AllocatorSettings, script: list[tuple[bool, int, int]]
+) -> None:
     """Nothing overlaps or is lost, free neighbours are joined, and all comes back at the end."""
     capacity_bytes = 400 * MIB
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=configuration)
