@@ -36,19 +36,19 @@ _PREFERS_CUDNN = (2, 11)
 
 
 def trace(
-    step: TrainingStep, options: TraceOptions, *, backward_in_autocast: bool = False
+    step: TrainingStep, options: TraceOptions, *, arithmetic: MetaArithmetic | None = None
 ) -> StepTrace:
     """Trace a training step on the meta device.
 
     Args:
         step: What to train, its precision chosen.
         options: What decides the trace besides.
-        backward_in_autocast: The training loop calls backward inside autocast's context.
+        arithmetic: How it computes in mixed precision; `None` for today's torch.
 
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    arithmetic = MetaArithmetic(step.options.precision, backward_in_autocast=backward_in_autocast)
+    arithmetic = arithmetic or MetaArithmetic(step.options.precision)
     prepared = step.prepare(META, arithmetic=arithmetic)
     return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
 

@@ -73,10 +73,12 @@ class CudaAutocast:
 
     Args:
         dtype: The lower precision.
+        fp32: The operations that run in fp32; other releases of torch had others.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
         self._dtype = dtype
+        self._fp32 = fp32
         self._is_entered = False
         self._is_backward = False
         self._cache: dict[int, torch.Tensor] = {}
@@ -135,7 +137,7 @@ class CudaAutocast:
         name = _ALIASES.get(name, name)
         if name in LOWER_PRECISION:
             return func(*self._cast(args, self._dtype), **self._cast_values(kwargs, self._dtype))
-        if name in FP32:
+        if name in self._fp32:
             return func(
                 *self._cast(args, torch.float32), **self._cast_values(kwargs, torch.float32)
             )

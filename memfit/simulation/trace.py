@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.errors import UnsupportedError
 from memfit.records import Action, Event, Precision
 from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, choose, describe
-from memfit.simulation.autocast import CudaAutocast, functional_layer_open
+from memfit.simulation.autocast import FP32, CudaAutocast, functional_layer_open
 from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
 from memfit.simulation.workspace import Kernels, Workspace
 
@@ -376,11 +376,18 @@ class MetaArithmetic:
         precision: The arithmetic of the step.
         backward_in_autocast: The training loop calls backward inside autocast's context, so that
             casts are kept until then.
+        fp32: What autocast runs in fp32.
     """
 
-    def __init__(self, precision: Precision, *, backward_in_autocast: bool = False) -> None:
+    def __init__(
+        self,
+        precision: Precision,
+        *,
+        backward_in_autocast: bool = False,
+        fp32: frozenset[str] = FP32,
+    ) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
-        self.autocast = None if dtype is None else CudaAutocast(dtype)
+        self.autocast = None if dtype is None else CudaAutocast(dtype, fp32=fp32)
         self._keeps_casts = backward_in_autocast
         self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 
