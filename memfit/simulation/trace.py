@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ __all__ = ["META", "MetaArithmetic", "StepTrace", "TraceOptions", "trace_step"]
 _BATCH_SIZES: Final = (2, 3)
 _PLANS_TRIED: Final = "cudnn.benchmark"
 META: Final = torch.device("meta")
+_ADD: Final = torch.ops.aten.add.Tensor
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
     Precision.AMP_FP16: torch.float16,
@@ -220,6 +222,7 @@ class _Recorder(TorchDispatchMode):
         self._next_id = 0
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
+        self._sole_owner = _sole_owner()
 
     def __torch_dispatch__(
         self,
@@ -231,6 +234,8 @@ class _Recorder(TorchDispatchMode):
         del types
         self.num_operations += 1
         kwargs = kwargs or {}
+        if func is _ADD and self._accumulates_in_place(*args):
+            return args[0]
         result = self._kernels.run(func, args, kwargs)
         if type(result) is torch.Tensor:
             self._see(result, func)
@@ -247,6 +252,22 @@ class _Recorder(TorchDispatchMode):
             if workspace.num_bytes:
                 self._pass(workspace)
         return result
+
+    def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
+        """Whether the autograd engine is summing two gradients that it would sum in place.
+
+        Under a dispatch mode it does not, so its own condition is asked here: it is the gradient's
+        only owner, and its storage's.
+
+        Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+        """
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+            return False
+        return (
+            isinstance(more, torch.Tensor)
+            and (gradient.shape, gradient.dtype) == (more.shape, more.dtype)
+            and all(map(operator.le, _owners(gradient), self._sole_owner))
+        )
 
     def see_all(self, prepared: PreparedStep) -> None:
         """Write down what is there before the first iteration."""
@@ -295,6 +316,29 @@ class _Recorder(TorchDispatchMode):
 
     def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
         self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+def _owners(tensor: torch.Tensor) -> tuple[int, int]:
+    counted: Any = torch._C
+    return tensor._use_count(), counted._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def _sole_owner() -> tuple[int, int]:
+    """What `_owners` sees of a gradient that only the engine holds, Python's own share included."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is _ADD and torch._C._current_graph_task_id() != -1:
+                seen.append(_owners(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        leaf = torch.empty(2, device=META, requires_grad=True).exp()
+        (leaf.sin() * leaf.cos()).sum().backward()
+    return seen[0]
 
 
 class _CudaSemantics(TorchFunctionMode):
