@@ -17,7 +17,7 @@ __all__ = ["probe"]
 @click.argument("model")
 @click.option(
     "--device",
-    help="cuda, cuda:1 or cpu; by default a GPU if there is one, or else common GPUs are simulated.",
+    help="cuda, cuda:1 or cpu; by default a GPU if there is one, else common GPUs are simulated.",
 )
 @click.option(
     "--gpu",

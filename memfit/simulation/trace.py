@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -448,11 +449,18 @@ class MetaArithmetic:
         """Run backward from the loss, scaled where the precision asks for it."""
         if self._scale is not None:
             loss = loss * self._scale
-        if self.autocast is None:
-            loss.backward()
-            return
-        with self.autocast.backward():
-            loss.backward()
+        # Not loss.backward() or torch.autograd.backward(): a function mode takes those for one
+        # operation, and what checkpointing recomputes inside would go past it.
+        with contextlib.nullcontext() if self.autocast is None else self.autocast.backward():
+            _engine_run_backward(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the optimizer's step."""

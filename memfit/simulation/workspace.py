@@ -123,7 +123,7 @@ class Kernels:
         is_depthwise = groups > 1 and groups == data.shape[1]
         if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
             return Workspace(name="convolution", num_bytes=0, is_needed=False)
-        is_last = _is_channels_last(data)
+        is_last = data.is_contiguous(memory_format=torch.channels_last)
         if not is_last and _is_channels_last(weight):
             num_bytes = data.numel() * data.element_size()
             return Workspace(name="input in NHWC", num_bytes=num_bytes, is_needed=True)

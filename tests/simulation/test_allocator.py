@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -50,8 +51,7 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
     assert sum(size for _, size in live + free) == stats.reserved_bytes
     spans = sorted(live + free)
     assert all(
-        address + size <= following
-        for (address, size), (following, _) in zip(spans, spans[1:], strict=False)
+        address + size <= following for (address, size), (following, _) in itertools.pairwise(spans)
     )
     for pool in (allocator._small, allocator._large):
         assert pool.order == sorted((b.size, b.address) for b in pool.by_address.values())

@@ -21,13 +21,13 @@ from memfit.units import GIB, MIB
     ],
 )
 def test_finds_by_any_name(name: str, found: str) -> None:
-    """torch's name, an alias, with spaces or without."""
+    """The name as torch prints it, an alias, with spaces or without."""
     assert find_gpu(name).name == found
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
     """The message says which card was probably meant."""
-    with pytest.raises(UsageError, match="no GPU 'rtx3091'.*RTX 3090"):
+    with pytest.raises(UsageError, match=r"no GPU 'rtx3091'.*RTX 3090"):
         find_gpu("rtx3091")
 
 
