@@ -169,7 +169,11 @@ def _ceil(number: int, multiple: int) -> int:
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    """Whether strides say so, as for a 1x1 filter that is contiguous in both formats."""
+    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
+        return False
+    _, channels, height, width = tensor.shape
+    return tensor.stride() != (channels * height * width, height * width, width, 1)
 
 
 def _convolution_backward(
