@@ -355,8 +355,8 @@ def _quantiles(name: str, errors: list[float]) -> dict[str, float]:
         "bias": statistics.median(errors),
     }
     print(
-        f"  {name:<18}{len(sizes):>5} rows  median {found['median']:>6.1%}  p90 {found['p90']:>6.1%}"
-        f"  p95 {found['p95']:>6.1%}  bias {found['bias']:+.1%}"
+        f"  {name:<18}{len(sizes):>5} rows  median {found['median']:>6.1%}  "
+        f"p90 {found['p90']:>6.1%}  p95 {found['p95']:>6.1%}  bias {found['bias']:+.1%}"
     )
     return found
 

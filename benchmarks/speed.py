@@ -4,8 +4,8 @@
 
 For six models: cold seconds and peak resident bytes of `memfit probe MODEL` for a dozen simulated
 cards in a fresh process; warm seconds of the same after imports, of tracing alone, and of one card
-more. With `--zoo`, tracing a sample of timm's registered models: how many trace, what fails, and how
-seconds grow with the number of operations.
+more. With `--zoo`, tracing a sample of timm's registered models: how many trace, what fails, and
+how seconds grow with the number of operations.
 """
 
 from __future__ import annotations
