@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,10 +97,11 @@ def test_fp16_softmax_reads_half_and_writes_float() -> None:
 
 def test_the_functional_layer_is_put_back() -> None:
     """What was replaced is there again, also after an error."""
-    before = F.has_torch_function_unary
+    functional: Any = F
+    before = functional.has_torch_function_unary
     with pytest.raises(RuntimeError, match="boom"), autocast.functional_layer_open():
         raise RuntimeError("boom")
-    assert F.has_torch_function_unary is before
+    assert functional.has_torch_function_unary is before
 
 
 def test_attention_and_dropout_go_the_devices_way() -> None:
