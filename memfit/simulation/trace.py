@@ -321,7 +321,8 @@ class _Recorder(TorchDispatchMode):
 
 def _owners(tensor: torch.Tensor) -> tuple[int, int]:
     counted: Any = torch._C
-    return tensor._use_count(), counted._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+    held: Any = tensor
+    return held._use_count(), counted._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _sole_owner() -> tuple[int, int]:
