@@ -17,7 +17,7 @@ from memfit.simulation.allocator import (
     AllocatorStats,
     CachingAllocator,
 )
-from memfit.simulation.attention import choose
+from memfit.simulation.attention import AttentionBackend, choose
 from memfit.simulation.gpus import Gpu
 from memfit.simulation.settings import AllocatorSettings
 from memfit.simulation.trace import META, MetaArithmetic, StepTrace, TraceOptions, trace_step
@@ -70,15 +70,23 @@ class _Traced:
             step.options == self.step.options
             and options.kernels.like(self.options.kernels)
             and all(
-                choose(
-                    call,
-                    options.compute_capability,
-                    prefers_cudnn=options.prefers_cudnn_attention,
+                _keeps_alike(
+                    choose(
+                        call,
+                        options.compute_capability,
+                        prefers_cudnn=options.prefers_cudnn_attention,
+                    ),
+                    backend,
                 )
-                is backend
                 for call, backend in self.trace.attention
             )
         )
+
+
+def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
+    """Whether two kernels save the same: flash and cuDNN both the output and a row's scalar."""
+    alike = (AttentionBackend.FLASH, AttentionBackend.CUDNN)
+    return one is other or (one in alike and other in alike)
 
 
 class TraceCache:
