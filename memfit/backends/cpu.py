@@ -125,7 +125,7 @@ class CpuBackend:
         """
         room_bytes = _room_bytes()
         roomier = self._ask(step, batch_size, room_bytes)
-        if roomier.trial is not None and roomier.trial.fits:
+        if roomier.error is None:
             return True
         limit_bytes = self._capacity.usable_bytes
         if room_bytes > _MORE_ROOM * limit_bytes or batch_size == 1:

@@ -106,11 +106,13 @@ class Server:
 
     def kill(self) -> None:
         """End the server, its trial, and everything they hold."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        self._reap()
+        if not self.is_dead:
+            # The group is the server's own once it has got that far.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._reap()
         self._connection.close()
         self._output.close()
 
