@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from memfit import Workload
-from memfit.backends import cpu, open_backend
+from memfit.backends import cpu, forkserver, linux, open_backend
 from memfit.backends.cpu import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
@@ -192,7 +192,7 @@ def data_left() -> int:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return limit - cpu._Footprint.now().data_bytes if limit >= 0 else sys.maxsize
+    return limit - linux.Footprint.now().data_bytes if limit >= 0 else sys.maxsize
 
 
 def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
@@ -208,6 +208,27 @@ def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
         assert backend.trial(step, 80).outcome is Outcome.OUT_OF_MEMORY
         assert backend._confirmed == {"could not create a primitive"}
         assert backend.trial(step, 81).outcome is Outcome.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_where_there_is_no_more_room_half_the_batch_decides(
+    monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    """A suspect is believed if the limit was nearly reached and half of the batch runs."""
+    monkeypatch.setattr(cpu, "_room_bytes", lambda: LIMIT)
+
+    def primitive(out: torch.Tensor) -> None:
+        if out.shape[0] > 80:
+            kept = torch.ones(80 * MIB // 4) if is_full else None
+            del kept
+            raise RuntimeError("could not execute a primitive")
+
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        if is_full:
+            assert not backend.trial(wide_step(primitive), 90).fits
+        else:
+            with pytest.raises(RuntimeError, match="primitive"):
+                backend.trial(wide_step(primitive), 90)
 
 
 def test_a_suspect_that_stays_with_more_room_is_the_users_error() -> None:
@@ -315,12 +336,12 @@ def test_needed_bytes_are_measured_where_there_is_room() -> None:
 
 def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mapping beyond the limit succeeds, no trial would mean anything."""
-    monkeypatch.setattr(cpu, "_limit_data", lambda num_bytes: None)
-    with pytest.raises(UnsupportedError, match="RLIMIT_DATA"):
+    monkeypatch.setattr(linux, "limit_data", lambda num_bytes: None)
+    with pytest.raises(UnsupportedError, match="this kernel ignores it"):
         CpuBackend(memory_bytes=LIMIT)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UnsupportedError, match="darwin here does not"):
-        CpuBackend(memory_bytes=LIMIT)
+    with pytest.raises(UnsupportedError, match="this is darwin"):
+        open_backend("cpu", memory_bytes=LIMIT)
 
 
 def test_the_engine_that_cannot_fork_is_explained() -> None:
@@ -328,9 +349,9 @@ def test_the_engine_that_cannot_fork_is_explained() -> None:
     error = RuntimeError(
         "Unable to handle autograd's threading in combination with fork-based multiprocessing."
     )
-    assert isinstance(cpu._explained(error), UnsupportedError)
+    assert isinstance(forkserver._explained(error), UnsupportedError)
     other = RuntimeError("other")
-    assert cpu._explained(other) is other
+    assert forkserver._explained(other) is other
 
 
 @pytest.mark.parametrize(
@@ -348,7 +369,7 @@ def test_a_heap_that_the_user_tuned_is_left_alone(
     """Then nothing needs setting for training either."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cpu._is_heap_tuned() is is_tuned
+    assert linux.is_heap_tuned() is is_tuned
     assert bool(CpuBackend(memory_bytes=LIMIT).environment) is not is_tuned
 
 
@@ -370,14 +391,14 @@ def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
         memory__usage_in_bytes="70",
         memory__stat="cache 9\ntotal_inactive_file 30\n",
     )
-    assert cpu._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
-    assert cpu._control_groups(tmp_path, tmp_path / "none") == []
+    assert linux._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
+    assert linux._control_groups(tmp_path, tmp_path / "none") == []
 
 
 def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's limit is the machine's, for this process."""
-    monkeypatch.setattr(cpu, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
-    assert cpu._memory_left() == (600, "memory left in this control group")
+    monkeypatch.setattr(linux, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
+    assert linux.memory_left() == (600, "memory left in this control group")
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:
