@@ -136,7 +136,8 @@ def _trace(task: Task) -> Any:
     from memfit.backends.simulated import trace
     from memfit.records import Precision, StepOptions
     from memfit.simulation.autocast import FP32
-    from memfit.simulation.trace import MetaArithmetic, TraceOptions
+    from memfit.simulation.semantics import MetaArithmetic
+    from memfit.simulation.trace import TraceOptions
     from memfit.simulation.workspace import Kernels
     from memfit.workload import TrainingStep
 

@@ -17,10 +17,11 @@ from memfit.simulation.allocator import (
     AllocatorStats,
     CachingAllocator,
 )
-from memfit.simulation.attention import AttentionBackend, choose
+from memfit.simulation.attention import AttentionBackend
 from memfit.simulation.gpus import Gpu
+from memfit.simulation.semantics import META, MetaArithmetic
 from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import META, MetaArithmetic, StepTrace, TraceOptions, trace_step
+from memfit.simulation.trace import StepTrace, TraceOptions, trace_step
 from memfit.simulation.workspace import Kernels
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
@@ -71,11 +72,7 @@ class _Traced:
             and options.kernels.like(self.options.kernels)
             and all(
                 _keeps_alike(
-                    choose(
-                        call,
-                        options.compute_capability,
-                        prefers_cudnn=options.prefers_cudnn_attention,
-                    ),
+                    options.choose_attention(call),
                     backend,
                 )
                 for call, backend in self.trace.attention

@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from memfit.records import Precision
 from memfit.simulation import autocast
 from memfit.simulation.attention import AttentionBackend
-from memfit.simulation.trace import MetaArithmetic, TraceOptions, _CudaSemantics
+from memfit.simulation.semantics import CudaSemantics, MetaArithmetic
+from memfit.simulation.trace import TraceOptions
 from memfit.simulation.workspace import Kernels
 
 
@@ -36,10 +37,10 @@ def test_policy_is_the_installed_torchs(macro: str, ours: frozenset[str]) -> Non
     assert set(re.findall(r"_\((\w+)", found[1])) == ours
 
 
-def semantics(dtype: torch.dtype) -> tuple[_CudaSemantics, autocast.CudaAutocast]:
+def semantics(dtype: torch.dtype) -> tuple[CudaSemantics, autocast.CudaAutocast]:
     cast = autocast.CudaAutocast(dtype)
     options = TraceOptions(compute_capability=(8, 0), kernels=Kernels(compute_capability=(8, 0)))
-    return _CudaSemantics(cast, options), cast
+    return CudaSemantics(cast, options.choose_attention), cast
 
 
 def test_casts_as_cuda_does() -> None:
