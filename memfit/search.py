@@ -29,6 +29,8 @@ _NEAR = (5, 4)
 _STOP_SHORT_SHARE = (19, 20)
 # The furthest factor that two small trials are trusted with: memory at tiny batches misleads.
 _MAX_GROWTH = 16
+# This many outcomes in a row against what the bytes say are no accident.
+_MANY_SURPRISES = 2
 # How far from the edge a hint is expected to be.
 _HINT_ERROR = (1, 50)
 
@@ -228,6 +230,8 @@ class _Search:
         self._expects_fit: bool | None = None
         self._surprises_up = 0
         self._surprises_down = 0
+        # Once a row of surprises has ended, the bytes say no more about what is left.
+        self._is_misled = False
 
     def record(self, trial: Trial) -> None:
         """Take note of a trial; what failed once counts as failing."""
@@ -237,12 +241,15 @@ class _Search:
         else:
             self._fails.add(trial.batch_size)
             self._fits.discard(trial.batch_size)
+        streak = max(self._surprises_up, self._surprises_down)
         self._surprises_up += 1
         self._surprises_down += 1
         if self._expects_fit is not False or not trial.fits:
             self._surprises_up = 0
         if self._expects_fit is not True or trial.fits:
             self._surprises_down = 0
+        if streak >= _MANY_SURPRISES and self._surprises_up == self._surprises_down == 0:
+            self._is_misled = True
 
     def found(self) -> Found:
         """Return the result of a search that has nothing left to try."""
@@ -327,6 +334,8 @@ class _Search:
         middle = math.isqrt(low * high) if high > 4 * low else (low + high) // 2
         points = self._clean_points()
         edge = self._expected_edge(low)
+        if self._is_misled:
+            return middle
         if edge is None:
             if self._capacity_bytes is None or len(points) != 1:
                 return middle

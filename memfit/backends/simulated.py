@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from memfit import cleanup
 from memfit.records import Capacity, Outcome, Precision, Source, Trial
 from memfit.simulation.allocator import (
     AllocatorOutOfMemoryError,
@@ -50,8 +51,10 @@ def trace(
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
     arithmetic = arithmetic or MetaArithmetic(step.options.precision)
-    prepared = step.prepare(META, arithmetic=arithmetic)
-    return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
+    # A user's batch function may draw random numbers, and a step may throw switches.
+    with cleanup.preserved():
+        prepared = step.prepare(META, arithmetic=arithmetic)
+        return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
