@@ -23,6 +23,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -269,7 +270,7 @@ def in_process(arguments: argparse.Namespace, *extra: str) -> dict[str, Any]:
         environment |= STEADY_HEAP
     command = [
         sys.executable,
-        __file__,
+        str(Path(__file__).resolve()),
         "--model",
         arguments.model,
         "--image-size",
@@ -280,7 +281,11 @@ def in_process(arguments: argparse.Namespace, *extra: str) -> dict[str, Any]:
         str(arguments.memory_mib),
         *extra,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # Lightning leaves a checkpoint where it runs, if it crashes.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, cwd=folder
+        )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

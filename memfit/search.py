@@ -31,6 +31,8 @@ _STOP_SHORT_SHARE = (19, 20)
 _MAX_GROWTH = 16
 # This many outcomes in a row against what the bytes say are no accident.
 _MANY_SURPRISES = 2
+# A step that surprises have doubled goes no further than this part of the batch size.
+_SURPRISED_STEP = 16
 # How far from the edge a hint is expected to be.
 _HINT_ERROR = (1, 50)
 
@@ -310,23 +312,24 @@ class _Search:
         if self._capacity_bytes is None or not points:
             return 2 * low
         edge = self._expected_edge(low)
-        if edge is None:
-            return self._up_from_one(points[-1], low)
+        least = _least_edge(points[-1], self._capacity_bytes)
+        if edge is None and len(points) == 1:
+            if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
+                return least
+            return max(least * _SAFE_SHARE[0] // _SAFE_SHARE[1], 2 * low)
+        if edge is None and self._hint is None:
+            return 2 * low
+        # Points that a hint has put close together may show no slope but noise.
+        edge = least if edge is None else edge
         if edge * _NEAR[1] <= low * _NEAR[0]:
             self._expects_fit = False
-            return min(low + ((edge + 1 - low) << self._surprises_up), 2 * low)
+            step = max(edge + 1 - low, 1)
+            return low + max(step, min(step << self._surprises_up, low // _SURPRISED_STEP))
         numerator, denominator = _STOP_SHORT_SHARE
         short = _edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
-        return min(short, max(_MAX_GROWTH * low, _least_edge(points[-1], self._capacity_bytes)))
-
-    def _up_from_one(self, point: tuple[int, int], low: int) -> int:
-        assert self._capacity_bytes is not None
-        least = _least_edge(point, self._capacity_bytes)
-        if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
-            return least
-        return max(least * _SAFE_SHARE[0] // _SAFE_SHARE[1], 2 * low)
+        return min(short, max(_MAX_GROWTH * low, least))
 
     def _between(self, low: int, high: int) -> int:
         """`low` fitted, `high` failed, and they are not neighbours."""
@@ -383,4 +386,12 @@ class _Search:
                 if trial.batch_size in self._fits and trial.peak_allocated_bytes
             }
             edge = max(_edge(sorted(allocated.items()), self._capacity_bytes) or low, low)
-        return None if edge is None else min(edge, self._ceiling)
+        if edge is None:
+            return None
+        if self._hint is not None:
+            # A line through points that a hint has put close together reaches no further than the
+            # hint is to be believed.
+            numerator, denominator = _HINT_ERROR
+            most = self._hint * denominator // (denominator - numerator) + 1
+            edge = min(edge, most) if low < most else edge
+        return min(edge, self._ceiling)
