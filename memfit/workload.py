@@ -26,7 +26,16 @@ from memfit.records import Precision, StepOptions
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["OptimizerFactory", "PreparedStep", "TrainingStep", "Workload"]
+__all__ = [
+    "OptimizerFactory",
+    "PreparedStep",
+    "StepParts",
+    "TrainingStep",
+    "Workload",
+    "autocast",
+    "call_model",
+    "check_loss",
+]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -143,6 +152,27 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """What a training step is made of, on its device.
+
+    Args:
+        model: The model, converted as the options ask.
+        batch_of: From a batch size to a batch, not yet placed.
+        place: Puts a batch where, and in the type and layout in which, the model takes it.
+        split: From a batch to the model's inputs and the loss's targets.
+        loss: From outputs and targets to one number.
+        optimizer: An optimizer, a function that makes one, or the name of one that timm knows.
+    """
+
+    model: nn.Module
+    batch_of: Callable[[int], Any]
+    place: Callable[[Any], Any]
+    split: Callable[[Any], tuple[Any, tuple[Any, ...]]]
+    loss: Callable[..., torch.Tensor]
+    optimizer: Optimizer | OptimizerFactory | str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep:
     """One training step, described: what it trains and how.
 
@@ -197,8 +227,8 @@ class TrainingStep:
             return self.subject.optimizer
         return None
 
-    def prepare(self, device: torch.device) -> PreparedStep:
-        """Make the step real on a device.
+    def parts(self, device: torch.device) -> StepParts:
+        """Build what the step is made of.
 
         A user's model is converted in place where the options ask for it: call this where that can
         be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own).
@@ -207,7 +237,7 @@ class TrainingStep:
             device: Where to train.
 
         Returns:
-            A step that can iterate.
+            The parts, the model on the device.
 
         Raises:
             UsageError: The model cannot be built as asked, or lacks what an option needs.
@@ -221,6 +251,29 @@ class TrainingStep:
             model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
             optimizer = self.subject.optimizer
             split = self.subject.split
+        return StepParts(
+            model=model,
+            batch_of=batch_of,
+            place=self.convert(model, device),
+            split=split,
+            loss=loss,
+            optimizer=optimizer,
+        )
+
+    def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
+        """Convert a model in place, as the options ask.
+
+        Args:
+            model: The model that is trained.
+            device: Where to train.
+
+        Returns:
+            What puts a batch where, and in the type and layout in which, the model now takes it.
+
+        Raises:
+            UsageError: The model lacks what an option needs.
+        """
+        options = self.options
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else None
         memory_format = torch.channels_last if options.channels_last else None
         _convert(model, self.name, options, device)
@@ -228,13 +281,30 @@ class TrainingStep:
         def place(batch: Any) -> Any:
             return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
 
+        return place
+
+    def prepare(self, device: torch.device) -> PreparedStep:
+        """Make the step real on a device.
+
+        A user's model is converted in place, as in `parts`.
+
+        Args:
+            device: Where to train.
+
+        Returns:
+            A step that can iterate.
+
+        Raises:
+            UsageError: The model cannot be built as asked, or lacks what an option needs.
+        """
+        parts = self.parts(device)
         return PreparedStep(
-            model=model,
-            make_batch=lambda batch_size: split(place(batch_of(batch_size))),
-            loss=loss,
-            make_optimizer=_optimizer_maker(model, optimizer),
+            model=parts.model,
+            make_batch=lambda batch_size: parts.split(parts.place(parts.batch_of(batch_size))),
+            loss=parts.loss,
+            make_optimizer=_optimizer_maker(parts.model, parts.optimizer),
             device=device,
-            precision=options.precision,
+            precision=self.options.precision,
             num_micro_batches=self.num_micro_batches,
         )
 
@@ -318,15 +388,9 @@ class PreparedStep:
 
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self._make_batch(batch_size)
-        dtype = _AUTOCAST_DTYPES.get(self._precision)
-        autocast = (
-            contextlib.nullcontext()
-            if dtype is None
-            else torch.autocast(self._device.type, dtype=dtype)
-        )
-        with autocast:
-            loss = self._loss(_call(self.model, inputs), *targets)
-        _check_loss(loss)
+        with autocast(self._device, self._precision):
+            loss = self._loss(call_model(self.model, inputs), *targets)
+        check_loss(loss)
         self._scaler.scale(loss / self.num_micro_batches).backward()
 
     def _step_optimizer(self) -> None:
@@ -345,7 +409,18 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def autocast(
+    device: torch.device, precision: Precision
+) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a precision runs forward and loss on a device."""
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model: a dictionary by its keys, a tuple or list one by one, else as it is."""
     if isinstance(inputs, dict):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -353,7 +428,12 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _check_loss(loss: object) -> None:
+def check_loss(loss: object) -> None:
+    """Refuse what `backward` cannot begin with.
+
+    Raises:
+        WorkloadError: The loss is not one number that has a gradient.
+    """
     if not isinstance(loss, torch.Tensor):
         raise WorkloadError(f"The loss must be a tensor of one number, not {_kind(loss)}.")
     if loss.numel() != 1:

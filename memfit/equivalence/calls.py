@@ -1,0 +1,55 @@
+"""Which layer of a model is running, and what goes in and out of each call of one."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["CallStack"]
+
+
+class CallStack:
+    """The layers whose forward is running, innermost last; a context manager.
+
+    Args:
+        model: The model whose layers are followed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: list[str] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def innermost(self) -> str:
+        """The path of the layer that runs; empty outside all and in the model itself."""
+        return self._names[-1] if self._names else ""
+
+    def __enter__(self) -> CallStack:
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entered(name)))
+            self._handles.append(module.register_forward_hook(self._left, always_call=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._names.clear()
+
+    def _entered(self, name: str) -> Any:
+        def enter(_module: nn.Module, _args: Any) -> None:
+            self._names.append(name)
+
+        return enter
+
+    def _left(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._names.pop()

@@ -1,0 +1,541 @@
+"""The verification itself: which experiments run, on what, and in which order.
+
+In float64 on the CPU first, where whatever differs is wrong; then in the precision and on the
+device of training, where whatever differs by more than rounding is. It does not judge how well a
+model trains with the one or the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit import batches, oom
+from memfit.cleanup import preserved, release, rewound
+from memfit.equivalence import loops, weighting
+from memfit.equivalence.cuts import bounded, cuts_of, written
+from memfit.equivalence.gradients import FP64, Bench, Gradients, check, gradients
+from memfit.equivalence.loops import AccumulationLoop
+from memfit.equivalence.mixing import NUM_SAMPLES, layer_name, mixing_gradients, mixing_layers
+from memfit.equivalence.randomness import Draws, seed_all
+from memfit.equivalence.reach import DetachWatch, stateful_layers
+from memfit.equivalence.samples import made_distinct, moved_off_zero, widen
+from memfit.equivalence.weighting import Weights
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import (
+    BufferDrift,
+    Equivalence,
+    GradientCheck,
+    LossWeighting,
+    Mixer,
+    Precision,
+    Verdict,
+)
+from memfit.workload import StepParts, TrainingStep, call_model
+
+__all__ = ["Progress", "verify"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what runs next, the passes done and the passes in all."""
+
+_CPU = torch.device("cpu")
+_FP64_SAMPLES = 16
+_NUM_LISTED_BUFFERS = 10
+_NUM_PASSES = 4  # the reference, two ways to cut it, and its samples in another order
+_NUM_MIXING_PASSES = 2  # what the experiments on three samples take, roughly
+
+
+def verify(
+    step: TrainingStep,
+    device: torch.device,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    samples: int | None = None,
+    freeze_bn: bool = False,
+    accumulate: AccumulationLoop | None = None,
+    progress: Progress | None = None,
+) -> Equivalence:
+    """Compare the gradients of accumulated micro-batches with the full batch's.
+
+    The user's model, optimizer, gradients, random states and switches are as before afterwards.
+
+    Args:
+        step: What is trained; its precision chosen.
+        device: Where training will run.
+        micro_batch_size: Samples in each micro-batch, at least 1.
+        accumulation_steps: Micro-batches before each optimizer step, at least 2.
+        samples: The most samples that any comparison runs on; `None` for 16 in float64 and the
+            whole effective batch in the precision of training.
+        freeze_bn: Put the layers that are found to mix, and that stop when they are in evaluation
+            mode, in that mode before gradients are compared.
+        accumulate: The user's own accumulation loop, to be weighed as well.
+        progress: Told what runs next.
+
+    Returns:
+        The verdict and everything it rests on.
+
+    Raises:
+        UsageError: A number that cannot be.
+        WorkloadError: The model, batch and loss make no training step, or the loop trains nothing.
+        DoesNotFitError: Not even a micro-batch fits the device.
+    """
+    _check_numbers(micro_batch_size, accumulation_steps, samples)
+    began = time.perf_counter()
+    with preserved(*step.live_modules, optimizer=step.live_optimizer), _eager():
+        subject = _Subject.of(step, micro_batch_size, accumulation_steps, samples)
+        work = _Work(progress)
+        proof = _in_float64(subject, work, freeze=freeze_bn, accumulate=accumulate)
+        trained = _in_training(subject, work, device, proof)
+    compared = proof.compared
+    checks = (*compared.checks, *trained.checks)
+    passed = compared.passed and trained.passed and not proof.loop_faults
+    detaching = _united(compared.detaching, trained.detaching)
+    return Equivalence(
+        subject=step.name,
+        verdict=Verdict.EQUAL if passed else Verdict.DIFFERS,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        options=step.options,
+        device=_device_name(device),
+        weighting=proof.weights.weighting,
+        checks=checks,
+        mixers=proof.mixers,
+        buffers=compared.drifts[:_NUM_LISTED_BUFFERS],
+        num_drifting_buffers=len(compared.drifts),
+        unreached=compared.unreached,
+        detaching=detaching if compared.unreached or not passed else (),
+        stateful=proof.stateful,
+        replayed=_united(compared.replayed, trained.replayed),
+        switched_off=_united(compared.switched_off, trained.switched_off),
+        num_moved_parameters=subject.num_moved,
+        num_jittered_samples=subject.num_jittered,
+        loop=proof.loop,
+        loop_faults=proof.loop_faults,
+        seconds=time.perf_counter() - began,
+        torch_version=torch.__version__,
+    )
+
+
+def _check_numbers(micro_batch_size: int, accumulation_steps: int, samples: int | None) -> None:
+    if micro_batch_size < 1:
+        raise UsageError(f"The micro-batch size must be at least 1, not {micro_batch_size}.")
+    if accumulation_steps < 2:  # noqa: PLR2004 - one is no accumulation
+        raise UsageError(
+            f"The accumulation steps must be at least 2, not {accumulation_steps}: a single "
+            "micro-batch is the full batch."
+        )
+    if samples is not None and samples < 2:  # noqa: PLR2004 - one cannot be cut
+        raise UsageError(f"samples must be at least 2, not {samples}: one cannot be cut.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Subject:
+    """What is verified: the step's parts, one batch of different samples, and how to cut it."""
+
+    step: TrainingStep
+    parts: StepParts
+    batch: Any
+    micro_batch_size: int
+    accumulation_steps: int
+    samples: int | None
+    num_jittered: int
+    num_moved: int
+
+    @classmethod
+    def of(
+        cls,
+        step: TrainingStep,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        samples: int | None,
+    ) -> _Subject:
+        seed_all()
+        # Weights as they are: the precision of training is applied when that is checked.
+        unrounded = dataclasses.replace(step.options, precision=Precision.FP32)
+        parts = dataclasses.replace(step, options=unrounded).parts(_CPU)
+        if isinstance(parts.loss, nn.Module):
+            parts.loss.to(_CPU)
+        enough = max(micro_batch_size * accumulation_steps, NUM_SAMPLES + 1)
+        batch, num_jittered = made_distinct(parts.place(parts.batch_of(enough)), parts.split)
+        return cls(
+            step=step,
+            parts=parts,
+            batch=batch,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            samples=samples,
+            num_jittered=num_jittered,
+            num_moved=moved_off_zero(parts.model),
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        return self.parts.model
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        loss = self.parts.loss
+        return (self.model, *((loss,) if isinstance(loss, nn.Module) else ()))
+
+    @property
+    def effective_batch_size(self) -> int:
+        return self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """The effective batch, cut unevenly where that is possible."""
+        return cuts_of(self.micro_batch_size, self.accumulation_steps)[-1]
+
+    def bench(
+        self,
+        batch: Any,
+        samples: int | None,
+        *,
+        device: torch.device,
+        precision: Precision | None,
+    ) -> tuple[Bench, tuple[tuple[int, ...], ...]]:
+        """Return what runs at most some samples of a batch, and how these are cut."""
+        size, count = bounded(self.micro_batch_size, self.accumulation_steps, samples)
+        inputs, targets = self.parts.split(batches.take(batch, 0, size * count))
+        bench = Bench(
+            model=self.model,
+            loss=self.parts.loss,
+            inputs=inputs,
+            targets=targets,
+            num_samples=size * count,
+            device=device,
+            precision=precision,
+            draws=Draws(self.model, size * count),
+        )
+        return bench, cuts_of(size, count)
+
+
+class _Work:
+    """How much has been done, told to whoever waits for it."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._num_done = 0
+        self._num_planned = 2 * _NUM_PASSES + _NUM_MIXING_PASSES
+
+    def next(self, what: str) -> None:
+        """Say what runs now; what ran before is done."""
+        if self._progress is not None:
+            self._progress(what, self._num_done, max(self._num_planned, self._num_done + 1))
+        self._num_done += 1
+
+
+# --- float64 ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """What comparing gradients in one precision gave."""
+
+    checks: tuple[GradientCheck, ...]
+    detaching: tuple[str, ...]
+    unreached: tuple[str, ...]
+    drifts: tuple[BufferDrift, ...]
+    drawing: frozenset[str] = frozenset()
+    off: frozenset[str] = frozenset()
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        return tuple(layer_name(name) for name in sorted(self.drawing - self.off))
+
+    @property
+    def switched_off(self) -> tuple[str, ...]:
+        return tuple(layer_name(name) for name in sorted(self.off))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """What the experiments in float64 gave."""
+
+    weights: Weights
+    compared: _Compared
+    mixers: tuple[Mixer, ...]
+    stateful: tuple[str, ...]
+    loop: tuple[Any, ...]
+    loop_faults: tuple[Any, ...]
+
+    @property
+    def in_eval(self) -> set[str]:
+        """Layers that were in evaluation mode, and have to be again."""
+        return {mixer.name for mixer in self.mixers if mixer.frozen} | self.compared.off
+
+
+def _in_float64(
+    subject: _Subject, work: _Work, *, freeze: bool, accumulate: AccumulationLoop | None
+) -> _Proof:
+    model = subject.model
+    with preserved(*subject.modules):
+        for module in subject.modules:
+            widen(module)
+        batch = batches.to_device(subject.batch, _CPU, dtype=torch.float64)
+        few = batches.take(subject.parts.split(batch)[0], 0, NUM_SAMPLES + 1)
+        work.next("looking for layers that mix samples")
+        mixers = _mixers(model, few, freeze=freeze)
+        frozen = {mixer.name for mixer in mixers if mixer.frozen}
+        with _in_eval(model, frozen):
+            work.next("looking at what the loss averages over")
+            bench, cuts = subject.bench(
+                batch, subject.samples or _FP64_SAMPLES, device=_CPU, precision=None
+            )
+            weights = _weights(subject, batch) or _weights_from_gradients(bench, cuts[-1])
+            compared = _compare(bench, cuts, weights, work)
+            if weights.mixer is not None:
+                mixers = (*mixers, weights.mixer)
+            stateful: tuple[str, ...] = ()
+            if not compared.passed and all(mixer.frozen for mixer in mixers):
+                work.next("looking for another reason")
+                stateful = stateful_layers(model, few)
+                mixers = (*mixers, *mixing_gradients(model, few))
+        loop, faults = (), ()  # type: ignore[var-annotated]
+        if accumulate is not None:
+            work.next("weighing the accumulation loop")
+            with _in_eval(model, frozen | compared.drawing):
+                loop, faults = loops.weigh(
+                    accumulate,
+                    model=model,
+                    loss=subject.parts.loss,
+                    batch=batches.take(batch, 0, subject.effective_batch_size),
+                    split=subject.parts.split,
+                    weights=weights,
+                    parameters=tuple(bench.parameters().values()),
+                    micro_batch_size=subject.micro_batch_size,
+                    accumulation_steps=subject.accumulation_steps,
+                )
+    return _Proof(
+        weights=weights,
+        compared=compared,
+        mixers=mixers,
+        stateful=stateful,
+        loop=loop,
+        loop_faults=faults,
+    )
+
+
+def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[Mixer, ...]:
+    """Name the layers that mix, and say which of them evaluation mode stops."""
+    found = mixing_layers(model, inputs)
+    if not found:
+        return ()
+    with _in_eval(model, {mixer.name for mixer in found}):
+        still = {mixer.name for mixer in mixing_layers(model, inputs)}
+    return tuple(
+        dataclasses.replace(
+            mixer,
+            stops_in_eval=mixer.name not in still,
+            frozen=freeze and mixer.name not in still,
+        )
+        for mixer in found
+    )
+
+
+def _weights(subject: _Subject, batch: Any) -> Weights | None:
+    """Ask the loss what it averages over, on the outputs of a few samples."""
+    effective = batches.take(batch, 0, subject.effective_batch_size)
+    inputs, targets = subject.parts.split(effective)
+    few = min(NUM_SAMPLES + 1, subject.effective_batch_size)
+    with rewound(*subject.modules), torch.no_grad():
+        outputs = call_model(subject.model, batches.take(inputs, 0, few))
+    if not weighting.can_be_cut(outputs, few):
+        return None
+    return weighting.of_loss(subject.parts.loss, outputs, targets, subject.cut)
+
+
+def _weights_from_gradients(bench: Bench, cut: tuple[int, ...]) -> Weights:
+    """Choose the rule under which an uneven cut agrees, for a model that computes its own loss."""
+    reference = gradients(bench, (bench.num_samples,), weights=(1.0,))
+    labels = weighting.with_ignored((bench.inputs, bench.targets))
+    errors: dict[LossWeighting, float] = {}
+    for rule in (LossWeighting.SAMPLES, LossWeighting.SUM, LossWeighting.TARGETS):
+        if rule is LossWeighting.TARGETS and not labels:
+            continue
+        weights = weighting.weights_by(rule, cut, labels)
+        other = gradients(bench, cut, weights=weights)
+        compared = check(
+            bench, reference, other, shuffled=reference, reference_cut=(bench.num_samples,), cut=cut
+        )
+        errors[rule] = compared.worst_relative_error
+    return Weights(weighting=min(errors, key=errors.__getitem__), labels_in_inputs=True)
+
+
+# --- the precision and the device of training ---------------------------------------------------
+
+
+def _in_training(
+    subject: _Subject, work: _Work, device: torch.device, proof: _Proof
+) -> _Compared:
+    place = subject.step.convert(subject.model, device)
+    for module in subject.modules[1:]:
+        module.to(device)
+    bench, cuts = subject.bench(
+        place(subject.batch),
+        subject.samples,
+        device=device,
+        precision=subject.step.options.precision,
+    )
+    with _in_eval(subject.model, proof.in_eval):
+        return _compare(bench, cuts, proof.weights, work)
+
+
+# --- what both share ----------------------------------------------------------------------------
+
+
+def _compare(
+    bench: Bench, cuts: Sequence[tuple[int, ...]], weights: Weights, work: _Work
+) -> _Compared:
+    """Compare gradients, and where draws cannot be replayed once more without any."""
+    off: set[str] = set()
+    while True:
+        with _in_eval(bench.model, off):
+            compared = _compare_once(bench, cuts, weights, work)
+        draws = bench.draws
+        # A difference may also come from rows that were given to the wrong samples.
+        more = set(draws.drawing if not compared.passed else draws.not_replayable) - off
+        if not more:
+            return dataclasses.replace(
+                compared, drawing=frozenset(draws.drawing) | off, off=frozenset(off)
+            )
+        off |= more
+        bench = dataclasses.replace(bench, draws=Draws(bench.model, bench.num_samples))
+
+
+def _compare_once(
+    bench: Bench, cuts: Sequence[tuple[int, ...]], weights: Weights, work: _Work
+) -> _Compared:
+    message = None
+    reference_cut: tuple[int, ...] = (bench.num_samples,)
+
+    def run(cut: tuple[int, ...]) -> Gradients:
+        work.next(f"{bench.precision_name}: {written(cut)}")
+        return gradients(bench, cut, weights=weights.of(cut, bench.inputs, bench.targets))
+
+    with DetachWatch(bench.model) as whole_watch:
+        reference = _unless_out_of_memory(run, reference_cut)
+    if reference is None:
+        release(bench.device)
+        message = (
+            f"The full batch of {bench.num_samples} does not fit {bench.device}: two ways to cut "
+            "it are compared instead."
+        )
+        reference_cut, cuts = cuts[0], cuts[1:]
+        reference = _unless_out_of_memory(run, reference_cut)
+    if reference is None:
+        raise DoesNotFitError(
+            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}; give a smaller one."
+        )
+    with DetachWatch(bench.model) as watch:
+        others = [run(cut) for cut in cuts]
+    work.next(f"{bench.precision_name}: the samples in another order")
+    order = torch.arange(bench.num_samples - 1, -1, -1)
+    turned = bench.reordered(order)
+    shuffled = gradients(
+        turned,
+        reference_cut,
+        weights=weights.of(reference_cut, turned.inputs, turned.targets),
+        order=order,
+    )
+    checks = tuple(
+        check(
+            bench,
+            reference,
+            other,
+            shuffled=shuffled,
+            reference_cut=reference_cut,
+            cut=cut,
+            message=message,
+        )
+        for cut, other in zip(cuts, others, strict=True)
+    )
+    return _Compared(
+        checks=checks,
+        detaching=_detaching(whole_watch, watch),
+        unreached=tuple(
+            name
+            for name, value in reference.values.items()
+            if value is None and all(other.values[name] is None for other in others)
+        ),
+        drifts=_drifts(reference, others[0]) if others else (),
+    )
+
+
+def _unless_out_of_memory(
+    run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
+) -> Gradients | None:
+    try:
+        return run(cut)
+    except Exception as error:
+        if oom.classify(error) is oom.Verdict.NO:
+            raise
+    return None
+
+
+def _detaching(*watches: DetachWatch) -> tuple[str, ...]:
+    found = _united(*(tuple(watch.layers) for watch in watches))
+    return found or _united(*(tuple(watch.suspects) for watch in watches))
+
+
+def _drifts(full: Gradients, accumulated: Gradients) -> tuple[BufferDrift, ...]:
+    """Compare what a full batch and its micro-batches made of the buffers, furthest first."""
+    found = []
+    for name, one in full.buffers.items():
+        a, b = accumulated.buffers[name].double().cpu(), one.double().cpu()
+        norm = float(torch.linalg.vector_norm(b))
+        apart = float(torch.linalg.vector_norm(a - b)) / (norm or 1.0)
+        if apart > 1e-9:  # noqa: PLR2004 - more than rounding in float64
+            single = b.numel() == 1
+            found.append(
+                BufferDrift(
+                    name=name,
+                    relative_change=apart,
+                    full=float(b) if single else None,
+                    accumulated=float(a) if single else None,
+                )
+            )
+    # Counts of batches differ by design; the statistics are what matters.
+    found.sort(key=lambda drift: (drift.full is not None, -drift.relative_change))
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _in_eval(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Put some layers, but not what is inside them, in evaluation mode."""
+    layers = [module for name, module in model.named_modules() if layer_name(name) in names]
+    layers += [module for name, module in model.named_modules() if not name and "" in names]
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled models uncompiled: layers are watched one by one."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _united(*groups: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
