@@ -15,8 +15,8 @@ from memfit.errors import UsageError
 
 __all__ = [
     "SCHEMA_VERSION",
-    "Capacity",
     "BufferDrift",
+    "Capacity",
     "DeviceProcess",
     "Equivalence",
     "GradientCheck",
@@ -272,10 +272,14 @@ class ProbeResult(Record):
 
 
 class Verdict(str, enum.Enum):
-    """Whether accumulated gradients are the full batch's."""
+    """Whether accumulated gradients are the full batch's.
+
+    `DETACHED`: those that there are equal, but a layer cuts parameters off that require a gradient.
+    """
 
     EQUAL = "equal"
     DIFFERS = "differs"
+    DETACHED = "detached"
 
 
 class MixesIn(str, enum.Enum):

@@ -409,9 +409,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def autocast(
-    device: torch.device, precision: Precision
-) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which a precision runs forward and loss on a device."""
     dtype = _AUTOCAST_DTYPES.get(precision)
     if dtype is None:

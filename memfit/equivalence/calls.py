@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
 
 __all__ = ["CallStack"]
 
@@ -28,18 +28,15 @@ class CallStack:
         """The path of the layer that runs; empty outside all and in the model itself."""
         return self._names[-1] if self._names else ""
 
-    def __enter__(self) -> CallStack:
+    def __enter__(self) -> Self:
+        """Follow the layers from here on."""
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entered(name)))
             self._handles.append(module.register_forward_hook(self._left, always_call=True))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
+        """Follow them no more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

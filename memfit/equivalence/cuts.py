@@ -27,9 +27,7 @@ def cuts_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, 
     return even, (size, size - last, *even[2:], last)
 
 
-def bounded(
-    micro_batch_size: int, accumulation_steps: int, samples: int | None
-) -> tuple[int, int]:
+def bounded(micro_batch_size: int, accumulation_steps: int, samples: int | None) -> tuple[int, int]:
     """Return a micro-batch size and a number of micro-batches of at most some samples in all.
 
     Args:

@@ -70,9 +70,7 @@ class _Weighed:
     def follows(self, rule: Sequence[float]) -> bool:
         """Whether the weights are those of a rule."""
         largest = max(abs(weight) for weight in rule)
-        return all(
-            abs(a - b) <= _CLOSE * largest for a, b in zip(self.weights, rule, strict=True)
-        )
+        return all(abs(a - b) <= _CLOSE * largest for a, b in zip(self.weights, rule, strict=True))
 
 
 class _NotingOptimizer(torch.optim.Optimizer):
@@ -116,13 +114,15 @@ class _Weighing:
         parts = []
         for parameter in self.parameters:
             flat = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            ).detach().flatten()
+                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                .detach()
+                .flatten()
+            )
             parts.append(flat[:: max(1, flat.numel() // _NUM_SKETCHED)].double())
         return torch.cat(parts)
 
     def known(self, cut: Sequence[int]) -> torch.Tensor:
-        """Return the gradient of each micro-batch's own loss, of shape (elements, micro-batches)."""
+        """Return each micro-batch's own gradient, of shape (elements, micro-batches)."""
         columns = []
         for micro_batch in self.micro_batches(cut):
             inputs, targets = self.split(micro_batch)
@@ -146,8 +146,8 @@ class _Weighing:
         self.clear()
         if not optimizer.seen and not left.any():
             raise WorkloadError(
-                "The accumulation loop left no gradient and took no optimizer step: it has to train "
-                "the model that it is given."
+                "The accumulation loop left no gradient and took no optimizer step: it has to "
+                "train the model that it is given."
             )
         return _Seen(steps=tuple(seen / scale for seen in optimizer.seen), left=left / scale)
 
@@ -192,7 +192,7 @@ class _Weighing:
             relative_error=float(torch.linalg.vector_norm(seen - right)) / norm,
         )
 
-    def clips_each(self, cut: tuple[int, ...], seen: torch.Tensor, plain: torch.Tensor) -> bool:
+    def clips_each(self, seen: torch.Tensor, plain: torch.Tensor) -> bool:
         """Whether a gradient that was clipped was so before it was whole.
 
         Clipped once, every parameter's gradient keeps its direction (clipped by norm, all together
@@ -283,7 +283,7 @@ def weigh(
         for window, taken_steps in zip(weighed, num_steps, strict=True):
             if taken_steps != 0:
                 faults |= dict.fromkeys(_faults_of(window, weights, count, size))
-    if _clips_each(weighing, uneven if sum(uneven) else whole, whole, steps=steps):
+    if _clips_each(weighing, whole):
         faults[LoopFault.CLIPPED_PER_MICRO_BATCH] = None
     windows = tuple(
         LoopWindow(
@@ -299,67 +299,60 @@ def weigh(
     return windows, tuple(fault for fault in LoopFault if fault in faults)
 
 
-def _clips_each(
-    weighing: _Weighing, cut: tuple[int, ...], whole: tuple[int, ...], *, steps: bool
-) -> bool:
-    def seen_at(scale: float) -> torch.Tensor | None:
-        seen = weighing.run([whole], scale)
-        if not steps:
-            return seen.left
-        return seen.steps[-1] if seen.steps else None
+def _clips_each(weighing: _Weighing, window: tuple[int, ...]) -> bool:
+    def seen_at(scale: float) -> torch.Tensor:
+        seen = weighing.run([window], scale)
+        return seen.steps[-1] if seen.steps else seen.left
 
     plain, huge = seen_at(_TINY), seen_at(_HUGE)
-    if plain is None or huge is None or torch.allclose(plain, huge, rtol=_CLOSE, atol=0):
+    if torch.allclose(plain, huge, rtol=_CLOSE, atol=0):
         return False
-    # Rounding may differ where gradients are divided; only another direction is clipping each.
-    return weighing.clips_each(cut, huge, plain)
+    return weighing.clips_each(huge, plain)
 
 
 def _faults_of(
     window: _Weighed, weights: Weights, configured_steps: int, configured_size: int
-) -> Iterator[LoopFault]:
+) -> tuple[LoopFault, ...]:
+    """Name the mistake that gives the weights seen in a window."""
     if abs(window.carried) > _NEGLIGIBLE:
-        yield LoopFault.GRADIENTS_CARRIED_OVER
-        return
+        return (LoopFault.GRADIENTS_CARRIED_OVER,)
     if window.right:
-        return
-    count, total = len(window.cut), sum(window.cut)
+        return ()
     if window.residual > _CLOSE:
-        yield LoopFault.UNEXPLAINED
-        return
+        return (LoopFault.UNEXPLAINED,)
     largest = max(abs(weight) for weight in window.weights)
     if any(abs(weight) <= _NEGLIGIBLE * largest for weight in window.weights):
-        yield LoopFault.SKIPPED_MICRO_BATCH
-        return
-    uniform = {1 / configured_steps: (1 / configured_steps,) * count, 1 / count: (1 / count,) * count}
-    of_samples = tuple(size / total for size in window.cut)
-    of_configured = tuple(size / (configured_steps * configured_size) for size in window.cut)
-    if weights.weighting is LossWeighting.SAMPLES:
-        averaged = LoopFault.MEAN_OF_MEANS
-    else:
-        averaged = LoopFault.MEAN_OF_TARGET_MEANS
-    by_means = weights.weighting is not LossWeighting.SUM
-    if by_means and count < configured_steps and window.follows(uniform[1 / configured_steps]):
-        yield LoopFault.DIVIDED_BY_CONFIGURED_STEPS
-        if averaged is LoopFault.MEAN_OF_TARGET_MEANS or not _even(window.cut):
-            yield averaged
-    elif by_means and window.follows(of_configured) and total < configured_steps * configured_size:
-        yield LoopFault.DIVIDED_BY_CONFIGURED_STEPS
-    elif by_means and (window.follows(uniform[1 / count]) or window.follows(of_samples)):
-        yield averaged
-    elif by_means and window.follows((1.0,) * count):
-        yield LoopFault.NOT_DIVIDED
-    elif _common_factor(window) is not None:
-        yield LoopFault.SCALED
-    else:
-        yield LoopFault.UNEXPLAINED
+        return (LoopFault.SKIPPED_MICRO_BATCH,)
+    known: tuple[LoopFault, ...] = ()
+    if weights.weighting is not LossWeighting.SUM:
+        known = _faults_of_a_mean(window, weights.weighting, configured_steps, configured_size)
+    if known:
+        return known
+    return (LoopFault.SCALED if _common_factor(window) else LoopFault.UNEXPLAINED,)
 
 
-def _even(cut: tuple[int, ...]) -> bool:
-    return len(set(cut)) == 1
+def _faults_of_a_mean(
+    window: _Weighed, weighting: LossWeighting, configured_steps: int, configured_size: int
+) -> tuple[LoopFault, ...]:
+    count, total = len(window.cut), sum(window.cut)
+    configured_total = configured_steps * configured_size
+    by_samples = weighting is LossWeighting.SAMPLES
+    averaged = LoopFault.MEAN_OF_MEANS if by_samples else LoopFault.MEAN_OF_TARGET_MEANS
+    if count < configured_steps and window.follows((1 / configured_steps,) * count):
+        # Both are wrong where parts that differ count alike as well.
+        alike = by_samples and len(set(window.cut)) == 1
+        return (LoopFault.DIVIDED_BY_CONFIGURED_STEPS, *(() if alike else (averaged,)))
+    if total < configured_total and window.follows([n / configured_total for n in window.cut]):
+        return (LoopFault.DIVIDED_BY_CONFIGURED_STEPS,)
+    if window.follows((1 / count,) * count) or window.follows([n / total for n in window.cut]):
+        return (averaged,)
+    if window.follows((1.0,) * count):
+        return (LoopFault.NOT_DIVIDED,)
+    return ()
 
 
 def _common_factor(window: _Weighed) -> float | None:
+    """Return by what factor all weights are off, if it is one and the same."""
     factors = [a / b for a, b in zip(window.weights, window.expected, strict=True) if b]
     if factors and all(math.isclose(factor, factors[0], rel_tol=_CLOSE) for factor in factors):
         return factors[0]

@@ -13,6 +13,7 @@ loss that of `memfit.equivalence.weighting`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ def mixing_layers(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
         before[key] = leaf.detach().clone()
         return leaf
 
-    _run(model, inputs, note)
+    _Tour(note).run(model, inputs)
     first = _suspects(model, changed_sample(inputs, 0), 0, before, longer)
     if not first:
         return ()
@@ -130,64 +131,69 @@ def changed_sample(inputs: Any, sample: int) -> Any:
 
 
 def _rms(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor)) / max(1, tensor.numel()) ** 0.5
+    return float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
 
 
-def _run(
-    model: nn.Module, inputs: Any, visit: Callable[[str, _Key, torch.Tensor], torch.Tensor]
-) -> Any:
-    """Run the model once; `visit` sees what goes into and out of every layer, and may replace it.
+class _Tour:
+    """One run of a model in which a visitor sees every value that layers pass on.
 
-    It is told which layer made the value: what comes out of a layer, that layer; what goes into
-    one, the layer around it, which computed it between the layers in it.
+    Args:
+        visit: Called with the layer that made a value, the value's place, and the value, which it
+            may replace. What comes out of a layer, that layer made; what goes into one, the layer
+            around it, which computed it between the layers in it.
     """
-    calls: dict[str, int] = {}
-    around: list[str] = []
-    last: list[tuple[torch.Tensor, int]] = []
 
-    def visited(maker: str, key: tuple[str, int, str], values: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(values)
-        seen = []
-        for index, leaf in enumerate(leaves):
-            # What one layer returned goes into the next, or out of the one around it: seen already.
-            if not _is_numbers(leaf) or any(
-                leaf is tensor and leaf._version == version for tensor, version in last
-            ):
-                seen.append(leaf)
-            else:
-                seen.append(visit(maker, (*key, index), leaf))
-        last[:] = [(leaf, leaf._version) for leaf in seen if _is_numbers(leaf)]
-        return pytree.tree_unflatten(seen, spec)
+    def __init__(self, visit: Callable[[str, _Key, torch.Tensor], torch.Tensor]) -> None:
+        self._visit = visit
+        self._calls: dict[str, int] = {}
+        self._around: list[str] = []
+        self._last: list[tuple[torch.Tensor, int]] = []
 
-    def entered(name: str) -> Callable[..., Any]:
+    def run(self, model: nn.Module, inputs: Any) -> None:
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._left(name)))
+        try:
+            with rewound(model), torch.no_grad():
+                seed_all()
+                call_model(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entered(self, name: str) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-            calls[name] = calls.get(name, -1) + 1
-            maker = around[-1] if around else None
-            around.append(name)
+            call = self._calls[name] = self._calls.get(name, -1) + 1
+            maker = self._around[-1] if self._around else None
+            self._around.append(name)
             if maker is None:
                 return None
-            return visited(maker, (name, calls[name], "in"), (args, kwargs))
+            return self._visited(maker, (name, call, "in"), (args, kwargs))
 
         return hook
 
-    def left(name: str) -> Callable[..., Any]:
+    def _left(self, name: str) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            around.pop()
-            return visited(name, (name, calls[name], "out"), output)
+            self._around.pop()
+            return self._visited(name, (name, self._calls[name], "out"), output)
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(entered(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(left(name)))
-    try:
-        with rewound(model), torch.no_grad():
-            seed_all()
-            return call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _visited(self, maker: str, key: tuple[str, int, str], values: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(values)
+        seen = [
+            self._visit(maker, (*key, index), leaf)
+            if _is_numbers(leaf) and not self._was_last(leaf)
+            else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        self._last = [(leaf, leaf._version) for leaf in seen if _is_numbers(leaf)]
+        return pytree.tree_unflatten(seen, spec)
+
+    def _was_last(self, leaf: torch.Tensor) -> bool:
+        """Whether a value is what a layer just returned, going on unchanged: it was seen then."""
+        return any(leaf is tensor and leaf._version == version for tensor, version in self._last)
 
 
 def _is_numbers(leaf: Any) -> bool:
@@ -201,7 +207,7 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[_Key, torch.Size]:
         shapes[key] = leaf.shape
         return leaf
 
-    _run(model, inputs, note)
+    _Tour(note).run(model, inputs)
     return shapes
 
 
@@ -229,13 +235,11 @@ def _suspects(
         found[key] = _Suspect(maker, foreign / norm, leaf.detach() - old)
         return others
 
-    _run(model, inputs, compare)
+    _Tour(compare).run(model, inputs)
     return found
 
 
-def _own_rows(
-    tensor: torch.Tensor, longer: torch.Size | None, sample: int
-) -> torch.Tensor | None:
+def _own_rows(tensor: torch.Tensor, longer: torch.Size | None, sample: int) -> torch.Tensor | None:
     """Return the part of a layer's output that is one sample's, if it has samples at all."""
     if longer is None or len(longer) != tensor.ndim:
         return None
@@ -270,7 +274,9 @@ def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
         came = _foreign_share(gradient, shapes.get((name, way)))
         left = sent.get((name, "in"))
         gone = 0.0 if left is None else _foreign_share(left, shapes.get((name, "in")))
-        inner = any(other != name and other.startswith(f"{name}." if name else "") for other in found)
+        inner = any(
+            other != name and other.startswith(f"{name}." if name else "") for other in found
+        )
         if gone > _MOVED >= came and not inner:
             found[name] = Mixer(
                 name=layer_name(name),
@@ -301,30 +307,38 @@ def _gradients_seen(
     def watch(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
             for way, tensors in (("in", args), ("out", output)):
-                leaf = next(
-                    (leaf for leaf in pytree.tree_leaves(tensors)
-                     if _is_numbers(leaf) and leaf.requires_grad), None
-                )
-                if leaf is not None:
-                    key = (name, way)
-                    handles.append(
-                        leaf.register_hook(lambda grad, key=key: seen.setdefault(key, grad) and None)
-                    )
+                for leaf in pytree.tree_leaves(tensors):
+                    if _is_numbers(leaf) and leaf.requires_grad:
+                        handles.append(leaf.register_hook(noter((name, way))))
+                        break
 
         return hook
+
+    def noter(key: tuple[str, str]) -> Callable[[torch.Tensor], None]:
+        def note(gradient: torch.Tensor) -> None:
+            seen.setdefault(key, gradient)
+
+        return note
 
     layers = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         with rewound(model), torch.enable_grad():
             seed_all()
-            leaves = [
-                leaf for leaf in pytree.tree_leaves(call_model(model, inputs)) if _is_numbers(leaf)
+            outputs = [
+                leaf
+                for leaf in pytree.tree_leaves(call_model(model, inputs))
+                if _is_numbers(leaf) and leaf.ndim > 0 and leaf.requires_grad
             ]
-            parts = [leaf if sample is None else leaf[sample] for leaf in leaves if leaf.ndim > 0]
-            torch.stack([(part * torch.linspace(0.5, 1.5, part.numel(), dtype=part.dtype).view(
-                part.shape)).sum() for part in parts]).sum().backward()
+            parts = [leaf if sample is None else leaf[sample] for leaf in outputs]
+            if parts:
+                torch.autograd.backward(parts, [_ramp(part) for part in parts])
     finally:
         for handle in (*layers, *handles):
             handle.remove()
         model.zero_grad(set_to_none=True)
     return seen
+
+
+def _ramp(tensor: torch.Tensor) -> torch.Tensor:
+    ramp = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return ramp.view(tensor.shape)

@@ -27,9 +27,13 @@ _SEED = 20_221
 # What fills or returns a tensor with random numbers and nothing else.
 # Source: aten/src/ATen/native/native_functions.yaml, tag nondeterministic_seeded.
 _DRAWS = frozenset(
-    """bernoulli bernoulli_ binomial cauchy_ exponential_ geometric_ log_normal_ multinomial normal
-    normal_ normal_functional poisson rand rand_like randint randint_like randn randn_like random
-    random_ randperm uniform uniform_ _sample_dirichlet _standard_gamma""".split()
+    (
+        *("bernoulli", "bernoulli_", "binomial", "cauchy_", "exponential_", "geometric_"),
+        *("log_normal_", "multinomial", "native_dropout", "normal", "normal_"),
+        *("normal_functional", "poisson", "rand", "rand_like", "randint", "randint_like", "randn"),
+        *("randn_like", "random", "random_", "randperm", "uniform", "uniform_"),
+        *("_sample_dirichlet", "_standard_gamma"),
+    )
 )
 _LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,12 +135,16 @@ class _Mode(TorchDispatchMode):
     """What recording and replaying share: which operators draw, and in which layer."""
 
     def __init__(self, draws: Draws) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws = draws
         self.stack: CallStack | None = None
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -145,7 +153,7 @@ class _Mode(TorchDispatchMode):
             return out
         name = func._schema.name.removeprefix("aten::")
         layer = self.stack.innermost if self.stack is not None else ""
-        if name == "native_dropout" or name in _DRAWS:
+        if name in _DRAWS:
             self.draws.drawing[layer] = None
             return self.draw(func, args, kwargs)
         if _is_random(func, args, kwargs):

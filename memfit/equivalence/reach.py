@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
 
 from memfit.cleanup import rewound
 from memfit.equivalence.mixing import layer_name
@@ -34,13 +35,15 @@ class DetachWatch:
         self.layers: dict[str, None] = {}
         self.suspects: dict[str, None] = {}
 
-    def __enter__(self) -> DetachWatch:
+    def __enter__(self) -> Self:
+        """Watch from here on."""
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entered(name)))
             self._handles.append(module.register_forward_hook(self._left(name)))
         return self
 
     def __exit__(self, *_error: object) -> None:
+        """Watch no more."""
         for handle in self._handles:
             handle.remove()
 
@@ -93,34 +96,29 @@ def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
     first: dict[tuple[str, int], list[torch.Tensor]] = {}
     found: dict[str, None] = {}
     calls: dict[str, int] = {}
-    again = False
 
     def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             call = calls[name] = calls.get(name, -1) + 1
             leaves, spec = pytree.tree_flatten(output)
-            if not again:
-                first[name, call] = [
-                    leaf.detach().clone() for leaf in leaves if isinstance(leaf, torch.Tensor)
-                ]
+            before = first.get((name, call))
+            if before is None:
+                first[name, call] = [leaf.clone() for leaf in leaves if _is_tensor(leaf)]
                 return output
-            before = iter(first.get((name, call), ()))
-            put_back = []
-            for leaf in leaves:
-                old = next(before, leaf) if isinstance(leaf, torch.Tensor) else leaf
-                if isinstance(leaf, torch.Tensor) and (
-                    old.shape != leaf.shape or not torch.allclose(old, leaf, rtol=1e-9, atol=0)
-                ):
-                    found[layer_name(name)] = None
-                put_back.append(old)
+            old = iter(before)
+            put_back = [next(old) if _is_tensor(leaf) else leaf for leaf in leaves]
+            if not all(map(_same, put_back, leaves)):
+                found[layer_name(name)] = None
             return pytree.tree_unflatten(put_back, spec)
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()
+    ]
     try:
         with rewound(model), torch.no_grad():
-            for again in (False, True):
+            for _ in range(2):
                 calls.clear()
                 seed_all()
                 call_model(model, inputs)
@@ -128,3 +126,13 @@ def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
         for handle in handles:
             handle.remove()
     return tuple(found)
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if not _is_tensor(old):
+        return True
+    return old.shape == new.shape and torch.allclose(old, new, rtol=1e-9, atol=0, equal_nan=True)

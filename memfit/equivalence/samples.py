@@ -48,9 +48,7 @@ def made_distinct(batch: Any, split: Callable[[Any], tuple[Any, Any]]) -> tuple[
         return batch, 0
     generator = torch.Generator().manual_seed(0)
     changed = [
-        _jittered(leaf, copies, generator)
-        if any(leaf is tensor for tensor in tensors)
-        else leaf
+        _jittered(leaf, copies, generator) if any(leaf is tensor for tensor in tensors) else leaf
         for leaf in leaves
     ]
     return pytree.tree_unflatten(changed, spec), len(copies)

@@ -19,8 +19,9 @@ from torch import nn
 from memfit import batches, oom
 from memfit.cleanup import preserved, release, rewound
 from memfit.equivalence import loops, weighting
+from memfit.equivalence.comparison import check
 from memfit.equivalence.cuts import bounded, cuts_of, written
-from memfit.equivalence.gradients import FP64, Bench, Gradients, check, gradients
+from memfit.equivalence.gradients import Bench, Gradients, gradients
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import NUM_SAMPLES, layer_name, mixing_gradients, mixing_layers
 from memfit.equivalence.randomness import Draws, seed_all
@@ -32,6 +33,8 @@ from memfit.records import (
     BufferDrift,
     Equivalence,
     GradientCheck,
+    LoopFault,
+    LoopWindow,
     LossWeighting,
     Mixer,
     Precision,
@@ -97,9 +100,13 @@ def verify(
     checks = (*compared.checks, *trained.checks)
     passed = compared.passed and trained.passed and not proof.loop_faults
     detaching = _united(compared.detaching, trained.detaching)
+    if compared.unreached and detaching:
+        verdict = Verdict.DETACHED if passed else Verdict.DIFFERS
+    else:
+        verdict = Verdict.EQUAL if passed else Verdict.DIFFERS
     return Equivalence(
         subject=step.name,
-        verdict=Verdict.EQUAL if passed else Verdict.DIFFERS,
+        verdict=verdict,
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,
         options=step.options,
@@ -267,8 +274,8 @@ class _Proof:
     compared: _Compared
     mixers: tuple[Mixer, ...]
     stateful: tuple[str, ...]
-    loop: tuple[Any, ...]
-    loop_faults: tuple[Any, ...]
+    loop: tuple[LoopWindow, ...]
+    loop_faults: tuple[LoopFault, ...]
 
     @property
     def in_eval(self) -> set[str]:
@@ -302,7 +309,8 @@ def _in_float64(
                 work.next("looking for another reason")
                 stateful = stateful_layers(model, few)
                 mixers = (*mixers, *mixing_gradients(model, few))
-        loop, faults = (), ()  # type: ignore[var-annotated]
+        loop: tuple[LoopWindow, ...] = ()
+        faults: tuple[LoopFault, ...] = ()
         if accumulate is not None:
             work.next("weighing the accumulation loop")
             with _in_eval(model, frozen | compared.drawing):
@@ -376,9 +384,7 @@ def _weights_from_gradients(bench: Bench, cut: tuple[int, ...]) -> Weights:
 # --- the precision and the device of training ---------------------------------------------------
 
 
-def _in_training(
-    subject: _Subject, work: _Work, device: torch.device, proof: _Proof
-) -> _Compared:
+def _in_training(subject: _Subject, work: _Work, device: torch.device, proof: _Proof) -> _Compared:
     place = subject.step.convert(subject.model, device)
     for module in subject.modules[1:]:
         module.to(device)
@@ -436,7 +442,8 @@ def _compare_once(
         reference = _unless_out_of_memory(run, reference_cut)
     if reference is None:
         raise DoesNotFitError(
-            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}; give a smaller one."
+            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}: give a smaller "
+            "one."
         )
     with DetachWatch(bench.model) as watch:
         others = [run(cut) for cut in cuts]

@@ -45,9 +45,7 @@ class Weights:
     measure: Callable[[Sequence[int], tuple[Any, ...]], tuple[float, ...]] | None = None
     labels_in_inputs: bool = False
 
-    def of(
-        self, cut: Sequence[int], inputs: Any, targets: tuple[Any, ...]
-    ) -> tuple[float, ...]:
+    def of(self, cut: Sequence[int], inputs: Any, targets: tuple[Any, ...]) -> tuple[float, ...]:
         """Return what the loss of each micro-batch has to be multiplied by.
 
         Args:
@@ -101,9 +99,7 @@ def with_ignored(values: Any) -> tuple[Any, ...]:
 def can_be_cut(outputs: Any, num_samples: int) -> bool:
     """Whether all of a model's outputs have samples; not so if it computes the loss itself."""
     tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-    return bool(tensors) and all(
-        leaf.ndim > 0 and leaf.shape[0] == num_samples for leaf in tensors
-    )
+    return bool(tensors) and all(leaf.ndim > 0 and leaf.shape[0] == num_samples for leaf in tensors)
 
 
 def of_loss(
@@ -183,7 +179,9 @@ def _gradient(
     wanted = [leaf for leaf in fresh if _is_numbers(leaf)]
     with torch.enable_grad():
         value = loss(pytree.tree_unflatten(fresh, spec), *targets)
-        found = torch.autograd.grad(value, wanted, allow_unused=True)
+        found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+            value, wanted, allow_unused=True
+        )
     return [
         torch.zeros_like(leaf) if grad is None else grad
         for leaf, grad in zip(wanted, found, strict=True)
