@@ -21,8 +21,9 @@ from memfit.equivalence import verify
 from memfit.records import Equivalence, Precision, StepOptions
 from memfit.workload import TrainingStep
 
-MICRO_BATCH_SIZE = 2
-ACCUMULATION_STEPS = 3
+MICRO_BATCH_SIZE = 4
+ACCUMULATION_STEPS = 2
+NUM_CLASSES = 10
 
 # Family, a small model of it, and the smallest image that it takes without trouble.
 FAMILIES = (
@@ -149,9 +150,8 @@ def _error(result: Equivalence, precision: str) -> str:
 
 
 def _verified(model: str, side: int, precision: Precision, *, freeze_bn: bool) -> Equivalence:
-    step = TrainingStep(
-        subject=model, options=StepOptions(precision=precision, image_size=(side, side))
-    )
+    options = StepOptions(precision=precision, image_size=(side, side), num_classes=NUM_CLASSES)
+    step = TrainingStep(subject=model, options=options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm, about names that it renamed
         return verify(

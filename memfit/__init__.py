@@ -1,3 +1,96 @@
-"""The largest batch size that fits, measured and proved."""
+"""The largest batch size that fits a device for a PyTorch training step, measured and proved.
+
+>>> import memfit
+>>> result = memfit.probe("resnet50", device="cuda")
+>>> result.max_batch_size, result.recommended_batch_size
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from memfit.api import probe
+    from memfit.errors import (
+        DoesNotFitError,
+        MemfitError,
+        StepCrashedError,
+        UnknownDeviceError,
+        UnknownModelError,
+        UnsupportedError,
+        UsageError,
+        WorkloadError,
+    )
+    from memfit.records import (
+        Capacity,
+        DeviceProcess,
+        Outcome,
+        Precision,
+        ProbeResult,
+        Source,
+        StepOptions,
+        Trial,
+    )
+    from memfit.workload import Workload
+
+# Torch takes seconds to import, so each name is fetched when it is first used.
+_HOMES = {
+    "memfit.api": ("probe",),
+    "memfit.errors": (
+        "DoesNotFitError",
+        "MemfitError",
+        "StepCrashedError",
+        "UnknownDeviceError",
+        "UnknownModelError",
+        "UnsupportedError",
+        "UsageError",
+        "WorkloadError",
+    ),
+    "memfit.records": (
+        "Capacity",
+        "DeviceProcess",
+        "Outcome",
+        "Precision",
+        "ProbeResult",
+        "Source",
+        "StepOptions",
+        "Trial",
+    ),
+    "memfit.workload": ("Workload",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Capacity",
+    "DeviceProcess",
+    "DoesNotFitError",
+    "MemfitError",
+    "Outcome",
+    "Precision",
+    "ProbeResult",
+    "Source",
+    "StepCrashedError",
+    "StepOptions",
+    "Trial",
+    "UnknownDeviceError",
+    "UnknownModelError",
+    "UnsupportedError",
+    "UsageError",
+    "Workload",
+    "WorkloadError",
+    "__version__",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'memfit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

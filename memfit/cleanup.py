@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["preserved", "release", "rewound", "trim_heap"]
+__all__ = ["Preserved", "preserved", "release", "rewound", "trim_heap"]
 
 _T = TypeVar("_T")
 
@@ -68,8 +68,24 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+class Preserved:
+    """What `preserved` has noted down of the modules' tensors."""
+
+    def __init__(self) -> None:
+        self._tensors: list[_SavedTensor] = []
+
+    def release_replaced(self) -> None:
+        """Give back the device memory of tensors that a conversion has replaced meanwhile.
+
+        A model that was converted to another type or layout has other tensors on the device; the
+        old ones are needed only at the end, and then come back from host memory.
+        """
+        for saved in self._tensors:
+            saved.release_if_replaced()
+
+
 @contextlib.contextmanager
-def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterator[None]:
+def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Preserved]:
     """Put everything that training steps change back as it was, bit for bit, however they end.
 
     Covers parameters, buffers, gradients (also those that are `None`), plain attributes of the
@@ -84,7 +100,7 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
         optimizer: The optimizer that takes the step.
 
     Yields:
-        Once everything is noted down.
+        What was noted down, once all of it was.
 
     Raises:
         WorkloadError: A module has parameters that are not materialised yet.
@@ -92,11 +108,12 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
     for module in modules:
         _refuse_lazy(module)
     restores: list[Callable[[], None]] = [_save_random_states(), _save_switches()]
-    restores += [_save_module(module) for module in modules]
+    kept = Preserved()
+    restores += [_save_module(module, kept) for module in modules]
     if optimizer is not None:
         restores.append(_save_optimizer(optimizer))
     try:
-        yield
+        yield kept
     finally:
         with _interrupt_deferred():
             for restore in reversed(restores):
@@ -156,15 +173,29 @@ class _SavedTensor:
     tensor: torch.Tensor
     data: torch.Tensor
     host: torch.Tensor
+    storage_bytes: int
     requires_grad: bool
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _SavedTensor:
         data = tensor.detach()
-        return cls(tensor, data, _host_copy(data), tensor.requires_grad)
+        return cls(
+            tensor,
+            data,
+            _host_copy(data),
+            data.untyped_storage().nbytes(),
+            tensor.requires_grad,
+        )
+
+    def release_if_replaced(self) -> None:
+        if _is_elsewhere(self.tensor, self.data):
+            self.data.untyped_storage().resize_(0)
 
     def restore(self) -> torch.Tensor:
         with torch.no_grad():
+            storage = self.data.untyped_storage()
+            if storage.nbytes() == 0:
+                storage.resize_(self.storage_bytes)
             if _is_elsewhere(self.tensor, self.data):
                 self.tensor.data = self.data
             self.data.copy_(self.host)
@@ -186,10 +217,9 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="cpu", memory_format=torch.preserve_format).copy_(tensor)
 
 
-def _save_module(module: nn.Module) -> Callable[[], None]:
-    tensors = {
-        id(tensor): _SavedTensor.of(tensor) for tensor in (*module.parameters(), *module.buffers())
-    }
+def _save_module(module: nn.Module, kept: Preserved) -> Callable[[], None]:
+    tensors = [_SavedTensor.of(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    kept._tensors.extend(tensors)
     gradients = [
         (parameter, None if parameter.grad is None else _host_copy(parameter.grad.detach()))
         for parameter in module.parameters()
@@ -213,7 +243,7 @@ def _save_module(module: nn.Module) -> Callable[[], None]:
             child._buffers.clear()
             child._buffers.update(buffers)
             vars(child).update(attributes)
-        for saved in tensors.values():
+        for saved in tensors:
             saved.restore()
         for parameter, gradient in gradients:
             parameter.grad = (

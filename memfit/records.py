@@ -240,6 +240,8 @@ class ProbeResult(Record):
         headroom: The share of the capacity that the recommendation keeps free.
         multiple_of: What the recommendation is a multiple of.
         trials: Every trial, in the order they ran.
+        environment: What the trials ran with that a training script has to be given for the
+            figures to hold, as NAME=value.
         seconds: Wall time of the whole probe.
         torch_version: The torch that ran.
     """
@@ -255,6 +257,7 @@ class ProbeResult(Record):
     headroom: float
     multiple_of: int
     trials: tuple[Trial, ...]
+    environment: tuple[str, ...]
     seconds: float
     torch_version: str
 

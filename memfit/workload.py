@@ -343,6 +343,7 @@ class PreparedStep:
         self._device = device
         self._precision = precision
         self._optimizer: Optimizer | None = None
+        self._had_state = False
         # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
         # skipped, and the optimizer's state is there when the peak is read.
         self._scaler = torch.amp.GradScaler(
@@ -352,10 +353,13 @@ class PreparedStep:
     def begin(self) -> None:
         """Start as training does: an optimizer as it was given, no gradients."""
         self._optimizer = self._make_optimizer()
+        self._had_state = bool(self._optimizer.state)
         self.model.zero_grad(set_to_none=True)
 
     def end(self) -> None:
-        """Drop gradients and, where it is not the user's, the optimizer with its state."""
+        """Drop the gradients, and the optimizer with the state that it did not begin with."""
+        if self._optimizer is not None and not self._had_state:
+            self._optimizer.state.clear()
         self._optimizer = None
         self.model.zero_grad(set_to_none=True)
 
@@ -370,9 +374,13 @@ class PreparedStep:
         """
         if self._optimizer is None:
             self.begin()
-        for _ in range(self.num_micro_batches):
-            self._backward(batch_size)
-        self._step_optimizer()
+        try:
+            for _ in range(self.num_micro_batches):
+                self._backward(batch_size)
+            self._step_optimizer()
+        except Exception as error:
+            error.raised_in_step = True  # type: ignore[attr-defined]  # see memfit.cli
+            raise
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -564,10 +572,9 @@ def _timm_model(name: str, options: StepOptions) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if not kwargs:
-            raise
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-        raise UsageError(f"timm cannot build {name} with {given}: {error}") from error
+        asked = f" with {given}" if given else ""
+        raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
     return model
 
 

@@ -37,7 +37,7 @@ _NUM_LISTED = 20
 _PERMUTATION_FACTOR = 4.0  # the two differences have the same spread; four of them miss 1 in 10^4
 _SCALE_SIGMAS = 5.0
 _MIN_INDEPENDENT = 16
-_MEASURING_ROUNDOFF = 1e-13  # of the scalar products that scales are measured with
+_MEASURING_ROUNDOFF = 2.0**-51  # of a scale near 1
 _NUM_LOOKED_AT = 65_536
 _UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -209,7 +209,8 @@ def _difference(
     summing = rounding.vanishing
     allowed = (rounding.written + summing) * written + summing * usual
     bound = (allowed + _PERMUTATION_FACTOR * noise) / unit
-    scale = None if vanishes else float(torch.dot(a, b)) / norm**2
+    # The difference is small and exact, so its share is too.
+    scale = None if vanishes else 1 + float(torch.dot(a - b, b)) / norm**2
     scale_bound = bound
     if scale is not None:
         carrying = _num_carrying(b)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from equivalence.models import WIDTH, TokenModel, check, mlp, sentences, token_loss
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import WorkloadError
 from memfit.records import LoopFault, Verdict
-from tests.equivalence.models import WIDTH, TokenModel, check, mlp, sentences, token_loss
 
 STEPS = 3
 SIZE = 4

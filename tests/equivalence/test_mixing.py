@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
 from memfit.records import MixesIn
-from tests.equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
 
 
 def mixers_of(model: nn.Module, *shape: int) -> list[str]:
@@ -57,7 +57,7 @@ MIXING = {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm, "hand": HandWritten
 PLAIN = {"layer": nn.LayerNorm, "linear": lambda width: nn.Linear(width, width)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from([*MIXING, *PLAIN]), min_size=1, max_size=5))
 def test_exactly_the_layers_that_mix_are_named(kinds: list[str]) -> None:
     """Whatever comes before and after them, and in their order."""

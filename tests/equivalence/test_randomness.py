@@ -8,8 +8,8 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
+from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
 from memfit.records import Verdict
-from tests.equivalence.models import NUM_CLASSES, WIDTH, check, mlp
 
 
 class Noise(nn.Module):

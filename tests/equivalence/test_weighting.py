@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
+from equivalence.models import NUM_CLASSES, sentences, token_loss
 from memfit.equivalence.weighting import of_loss
 from memfit.records import LossWeighting, MixesIn
-from tests.equivalence.models import NUM_CLASSES, sentences, token_loss
 
 CUTS = st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda cut: len(set(cut)) > 1)
 

@@ -1,0 +1,202 @@
+"""The public functions: each wires a workload, a backend and what asks of them together.
+
+No logic of its own: what is trained is `memfit.workload`'s, where it runs `memfit.backends`', which
+batch size is `memfit.search`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from memfit import search
+from memfit.backends import Backend, open_backend
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import Precision, ProbeResult, Source, StepOptions, Trial
+from memfit.units import format_bytes, parse_bytes, parse_image_size
+from memfit.workload import TrainingStep, Workload
+
+__all__ = ["probe"]
+
+_DEFAULT_OPTIMIZER = "adamw"
+
+
+def probe(
+    subject: str | Workload,
+    *,
+    device: str | None = None,
+    memory: str | int | None = None,
+    precision: str | Precision = "auto",
+    optimizer: str = _DEFAULT_OPTIMIZER,
+    image_size: int | str | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    accumulate: bool = False,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    max_batch_size: int | None = None,
+    progress: Callable[[Trial], None] | None = None,
+) -> ProbeResult:
+    """Find the largest batch size of a training step that fits a device, and prove it.
+
+    The user's model, optimizer, gradients, random states and switches are as before when this
+    returns, raises or is interrupted.
+
+    Args:
+        subject: A timm model's name, or a `Workload` of the user's own objects.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own, and for a name the
+            first GPU, or else the CPU.
+        memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
+            caching allocator, on a CPU a limit beyond the loaded process. By default, all that is
+            left.
+        precision: `"fp32"`, `"amp-bf16"`, `"amp-fp16"`, `"bf16"`, or `"auto"`: mixed precision on a
+            GPU, `"fp32"` on a CPU.
+        optimizer: A name that timm knows; a workload brings its own.
+        image_size: Pixels, or height and width, for a timm model; by default its own.
+        num_classes: Classes of a timm model; by default its own.
+        channels_last: Train in `torch.channels_last`.
+        grad_checkpointing: Recompute activations in backward, where the model can.
+        model_kwargs: Further arguments for `timm.create_model`.
+        accumulate: Probe the micro-batch of a step that accumulates gradients.
+        headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
+        multiple_of: What the recommendation is a multiple of, at least 1.
+        max_batch_size: Where the search ends; by default 65,536.
+        progress: Called with each trial when it has ended.
+
+    Returns:
+        The largest batch size, the one to train with, and every trial.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        DoesNotFitError: Not even the smallest batch fits.
+        UnsupportedError: This system cannot run such a trial.
+    """
+    start = time.perf_counter()
+    _check(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+    options = StepOptions(
+        precision=_precision(precision),
+        optimizer=_optimizer(subject, optimizer),
+        image_size=None if image_size is None else parse_image_size(image_size),
+        num_classes=num_classes,
+        channels_last=channels_last,
+        grad_checkpointing=grad_checkpointing,
+        accumulate=accumulate,
+        model_kwargs=tuple((model_kwargs or {}).items()),
+    )
+    TrainingStep(subject=subject, options=options)
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    with open_backend(
+        _device(subject, device), memory_bytes=memory_bytes, headroom=headroom
+    ) as backend:
+        if options.precision is Precision.AUTO:
+            options = dataclasses.replace(options, precision=backend.auto_precision)
+        step = TrainingStep(subject=subject, options=options)
+        trials: list[Trial] = []
+
+        def trial(batch_size: int) -> Trial:
+            trials.append(_tried(backend, step, batch_size, is_first=not trials))
+            if progress is not None:
+                progress(trials[-1])
+            return trials[-1]
+
+        capacity = backend.capacity()
+        found = search.largest(
+            trial,
+            capacity_bytes=capacity.usable_bytes,
+            ceiling=max_batch_size or search.DEFAULT_CEILING,
+        )
+        if found.batch_size is None:
+            raise _does_not_fit(step, backend, found)
+        stand = search.recommended(
+            trial,
+            found,
+            capacity_bytes=capacity.usable_bytes,
+            headroom=headroom,
+            multiple_of=multiple_of,
+        )
+        return ProbeResult(
+            subject=step.name,
+            device=backend.device_name,
+            source=Source.MEASURED,
+            options=options,
+            capacity=capacity,
+            max_batch_size=found.batch_size,
+            recommended_batch_size=stand.batch_size,
+            proved=found.proved,
+            headroom=headroom,
+            multiple_of=multiple_of,
+            trials=tuple(trials),
+            environment=backend.environment,
+            seconds=time.perf_counter() - start,
+            torch_version=torch.__version__,
+        )
+
+
+def _tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+    try:
+        return backend.trial(step, batch_size)
+    except Exception as error:
+        size = step.options.image_size
+        if is_first and size is not None and getattr(error, "raised_in_step", False):
+            raise UsageError(
+                f"{step.name} cannot be trained on images of {size[0]}x{size[1]}: {error}"
+            ) from error
+        raise
+
+
+def _check(*, headroom: float, multiple_of: int, max_batch_size: int | None) -> None:
+    if not 0 <= headroom < 1:
+        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom}.")
+    if multiple_of < 1:
+        raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise UsageError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+
+
+def _precision(precision: str | Precision) -> Precision:
+    try:
+        return Precision(precision)
+    except ValueError:
+        known = ", ".join(choice.value for choice in Precision)
+        raise UsageError(f"There is no precision {precision!r}; choose one of {known}.") from None
+
+
+def _optimizer(subject: str | Workload, optimizer: str) -> str | None:
+    if isinstance(subject, str):
+        return optimizer
+    if optimizer != _DEFAULT_OPTIMIZER:
+        raise UsageError(f"A workload brings its own optimizer; {optimizer!r} was given beside it.")
+    return subject.optimizer if isinstance(subject.optimizer, str) else None
+
+
+def _device(subject: str | Workload, device: str | None) -> str | None:
+    if isinstance(subject, str):
+        return device
+    own = subject.device
+    if device is not None and torch.device(device).type != own.type:
+        raise UsageError(
+            f"The model is on {own}, and the trials were asked for on {device}: move the model "
+            "first, and make the optimizer after that."
+        )
+    return device or str(own)
+
+
+def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> DoesNotFitError:
+    capacity = backend.capacity()
+    smallest = min(found.trials, key=lambda trial: trial.batch_size)
+    needed = backend.needed_bytes(step, smallest.batch_size)
+    what = (
+        f"it needs {format_bytes(needed)}"
+        if needed is not None
+        else f"it ran out at {format_bytes(smallest.peak_reserved_bytes or 0)}"
+    )
+    return DoesNotFitError(
+        f"{step.name} does not fit even at batch size {smallest.batch_size}: {what}, and "
+        f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin})."
+    )

@@ -1,0 +1,303 @@
+"""Trials on a GPU: real steps in this process, NVIDIA's and AMD's through the same API.
+
+The user's objects are bracketed by `memfit.cleanup.preserved` from the first trial until the
+backend is left, and everything is given back between trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import psutil
+import torch
+
+from memfit import cleanup, oom
+from memfit.backends.readings import Reading, steady_readings
+from memfit.errors import UnknownDeviceError, UsageError
+from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
+from memfit.units import format_bytes
+from memfit.workload import PreparedStep, TrainingStep
+
+__all__ = ["CudaBackend"]
+
+# A library that failed with less than this share of the capacity in use did not fail for memory.
+_NEARLY_FULL_SHARE = 0.8
+
+
+class CudaBackend:
+    """Tries training steps on a GPU of this machine.
+
+    Args:
+        device: Which GPU: `cuda` for the current one, or `cuda:1`.
+        memory_bytes: A cap on what the caching allocator may reserve, to emulate a smaller card;
+            `None` for what the GPU has free.
+
+    Raises:
+        UnknownDeviceError: There is no such GPU.
+        UsageError: `memory_bytes` is more than the GPU has free.
+    """
+
+    def __init__(self, device: torch.device, *, memory_bytes: int | None = None) -> None:
+        num_devices = torch.cuda.device_count()
+        if num_devices == 0:
+            raise UnknownDeviceError(
+                f"There is no GPU for {str(device)!r}: torch {torch.__version__} sees none on this "
+                "machine; give --device cpu."
+            )
+        index: int | None = device.index
+        if index is None:
+            index = torch.cuda.current_device()
+        if index >= num_devices:
+            raise UnknownDeviceError(
+                f"There is no {str(device)!r}: the last GPU here is cuda:{num_devices - 1}."
+            )
+        self._device = torch.device("cuda", index)
+        self._memory_bytes = memory_bytes
+        self._stack = contextlib.ExitStack()
+        self._step: TrainingStep | None = None
+        self._prepared: PreparedStep | None = None
+        cleanup.release(self._device)
+        self._capacity = _capacity(self._device, memory_bytes)
+
+    @property
+    def device_name(self) -> str:
+        """What reports call the device."""
+        return torch.cuda.get_device_name(self._device)
+
+    @property
+    def auto_precision(self) -> Precision:
+        """What `Precision.AUTO` means on this GPU: bf16 where it is in the hardware, else fp16."""
+        with torch.cuda.device(self._device):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Precision.AMP_BF16 if has_bf16 else Precision.AMP_FP16
+
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """What trials ran with that a training script has to be given: nothing."""
+        return ()
+
+    def capacity(self) -> Capacity:
+        """Return how many bytes a training step may use, and where that figure comes from."""
+        return self._capacity
+
+    def trial(self, step: TrainingStep, batch_size: int) -> Trial:
+        """Try one batch size on the GPU.
+
+        Args:
+            step: What to train; its precision is chosen.
+            batch_size: Samples in each micro-batch, at least 1.
+
+        Returns:
+            How it ended, in the caching allocator's own figures.
+        """
+        prepared = self._prepared_for(step)
+        attempt = self._attempt(prepared, batch_size)
+        if attempt.is_suspected and not self._is_memory(prepared, attempt):
+            # Not for want of memory: let the error out as it comes.
+            attempt = self._attempt(prepared, batch_size, suspects_are_errors=True)
+        return attempt.trial
+
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+        """Return what a batch size that did not fit takes without the cap, if it fits then."""
+        if self._memory_bytes is None:
+            return None
+        with _capped(self._device, None):
+            roomier = self._attempt(self._prepared_for(step), batch_size).trial
+        return roomier.peak_reserved_bytes if roomier.fits else None
+
+    def __enter__(self) -> CudaBackend:
+        """Return the backend."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Put the user's objects back, lift the cap, and give all memory back."""
+        self._prepared = self._step = None
+        try:
+            self._stack.close()
+        finally:
+            cleanup.release(self._device)
+
+    def _prepared_for(self, step: TrainingStep) -> PreparedStep:
+        if self._prepared is None or self._step is not step:
+            self.__exit__()
+            self._stack.enter_context(torch.cuda.device(self._device))
+            self._stack.enter_context(_capped(self._device, self._memory_bytes))
+            kept = self._stack.enter_context(
+                cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer)
+            )
+            self._prepared = step.prepare(self._device)
+            self._step = step
+            kept.release_replaced()
+        return self._prepared
+
+    def _attempt(
+        self, prepared: PreparedStep, batch_size: int, *, suspects_are_errors: bool = False
+    ) -> _Attempt:
+        device = self._device
+        held_bytes = cleanup.release(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        num_retries = _stat(device, "num_alloc_retries")
+        readings: list[Reading] = []
+
+        def measured(iterate: Callable[[], None]) -> Reading:
+            readings.append(_measured(device, iterate))
+            return readings[-1]
+
+        grows = is_suspected = False
+        message = None
+        try:
+            prepared.begin()
+            _, grows = steady_readings(prepared, batch_size, measured)
+        except Exception as error:
+            verdict = oom.classify(error)
+            is_suspected = verdict is oom.Verdict.SUSPECTED
+            if verdict is oom.Verdict.NO or (is_suspected and suspects_are_errors):
+                raise
+            message = oom.first_line(error)
+        finally:
+            prepared.end()
+        # Only here, out of the except block, are the failed step's tensors gone.
+        peak = _peaks(device, 0.0)
+        left_bytes = cleanup.release(device) - held_bytes
+        trial = Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
+            source=Source.MEASURED,
+            peak_requested_bytes=peak.requested_bytes,
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            num_alloc_retries=_stat(device, "num_alloc_retries") - num_retries,
+            num_iterations=len(readings),
+            step_seconds=readings[-1].seconds if readings else None,
+            num_micro_batches=prepared.num_micro_batches,
+            left_behind_bytes=max(0, left_bytes),
+            peak_grows=grows and message is None,
+            message=message,
+        )
+        return _Attempt(trial=trial, is_suspected=is_suspected)
+
+    def _is_memory(self, prepared: PreparedStep, attempt: _Attempt) -> bool:
+        """Whether a suspected failure goes away with more room, or at least with less to hold."""
+        batch_size = attempt.trial.batch_size
+        if self._memory_bytes is not None:
+            with _capped(self._device, None):
+                roomier = self._attempt(prepared, batch_size)
+            return roomier.trial.fits or not roomier.is_suspected
+        peak = attempt.trial.peak_reserved_bytes or 0
+        if batch_size == 1 or peak < _NEARLY_FULL_SHARE * self._capacity.usable_bytes:
+            return False
+        return self._attempt(prepared, batch_size // 2).trial.fits
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Attempt:
+    trial: Trial
+    is_suspected: bool
+
+
+def _measured(device: torch.device, iterate: Callable[[], None]) -> Reading:
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    iterate()
+    end.record()
+    torch.cuda.synchronize(device)
+    return _peaks(device, start.elapsed_time(end) / 1000)
+
+
+def _peaks(device: torch.device, seconds: float) -> Reading:
+    return Reading(
+        reserved_bytes=_stat(device, "reserved_bytes.all.peak"),
+        allocated_bytes=_stat(device, "allocated_bytes.all.peak"),
+        requested_bytes=_stat(device, "requested_bytes.all.peak"),
+        seconds=seconds,
+    )
+
+
+def _stat(device: torch.device, name: str) -> int:
+    return int(torch.cuda.memory_stats(device).get(name, 0))
+
+
+@contextlib.contextmanager
+def _capped(device: torch.device, memory_bytes: int | None) -> Iterator[None]:
+    """Cap what the caching allocator may reserve, and put the cap back as it was."""
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    fraction = 1.0 if memory_bytes is None else min(1.0, memory_bytes / total_bytes)
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _capacity(device: torch.device, memory_bytes: int | None) -> Capacity:
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    left_bytes = free_bytes + torch.cuda.memory_reserved(device)
+    others = _other_processes(device)
+    if memory_bytes is None:
+        usable_bytes, origin = left_bytes, "free on the device"
+    elif memory_bytes > left_bytes:
+        held = "".join(f"; {other.name} (pid {other.pid}) is on it too" for other in others)
+        raise UsageError(
+            f"A cap of {format_bytes(memory_bytes)} is more than {device} has free: at most "
+            f"{format_bytes(left_bytes)}{held}."
+        )
+    else:
+        usable_bytes, origin = memory_bytes, "the cap that was asked for"
+    return Capacity(
+        usable_bytes=usable_bytes,
+        total_bytes=total_bytes,
+        origin=origin,
+        other_processes=others,
+    )
+
+
+def _other_processes(device: torch.device) -> tuple[DeviceProcess, ...]:
+    """Return who else holds memory of the device, as the driver tells; nobody where it does not.
+
+    A MIG slice is a device of its own to the driver as it is to torch, under an identifier of its
+    own.
+
+    Source: NVIDIA's NVML API reference (nvmlDeviceGetHandleByUUID,
+        nvmlDeviceGetComputeRunningProcesses).
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handle = _nvml_handle(str(torch.cuda.get_device_properties(device).uuid))
+        if handle is None:
+            return ()
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+    own = psutil.Process().pid
+    return tuple(
+        DeviceProcess(pid=entry.pid, name=_process_name(entry.pid), used_bytes=entry.usedGpuMemory)
+        for entry in running
+        if entry.pid != own
+    )
+
+
+def _nvml_handle(uuid: str) -> object | None:
+    import pynvml
+
+    for prefix in ("GPU-", "MIG-"):
+        with contextlib.suppress(pynvml.NVMLError):
+            return pynvml.nvmlDeviceGetHandleByUUID(f"{prefix}{uuid}")  # type: ignore[no-any-return]
+    return None
+
+
+def _process_name(pid: int) -> str:
+    try:
+        return psutil.Process(pid).name()
+    except psutil.Error:
+        return "a process of another container or user"

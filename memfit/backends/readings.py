@@ -1,0 +1,60 @@
+"""How every backend measures: the training step repeated until its peak has settled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from memfit.workload import PreparedStep
+
+__all__ = ["Reading", "steady_readings"]
+
+_MIN_ITERATIONS = 2
+_MAX_ITERATIONS = 6
+# Two peaks agree when they differ by no more than this share; allocators round and pages wobble.
+_AGREEMENT_SHARE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one iteration took.
+
+    Args:
+        reserved_bytes: Peak of what was taken of the device's capacity.
+        allocated_bytes: Peak of what was handed out of that.
+        requested_bytes: Peak of what tensors asked for; `None` where it is not known.
+        seconds: How long the iteration took.
+    """
+
+    reserved_bytes: int
+    allocated_bytes: int
+    requested_bytes: int | None
+    seconds: float
+
+
+def steady_readings(
+    prepared: PreparedStep, batch_size: int, measured: Callable[[Callable[[], None]], Reading]
+) -> tuple[tuple[Reading, ...], bool]:
+    """Iterate a training step until the peaks of the last two iterations agree.
+
+    The optimizer's state appears in the first step and is at the peak from the second iteration on,
+    so a growth by that state is expected and settles nothing and excuses nothing else.
+
+    Args:
+        prepared: The step, begun.
+        batch_size: Samples in each micro-batch.
+        measured: Runs one iteration and reads what it took.
+
+    Returns:
+        The readings, and whether the peak still grew when the iterations were used up.
+    """
+    readings: list[Reading] = []
+    grows = True
+    while grows and len(readings) < _MAX_ITERATIONS:
+        state_bytes = prepared.optimizer_state_bytes
+        readings.append(measured(lambda: prepared.iterate(batch_size)))
+        if len(readings) >= _MIN_ITERATIONS:
+            growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
+            expected = state_bytes if len(readings) == _MIN_ITERATIONS else 0
+            grows = growth > expected + _AGREEMENT_SHARE * readings[-1].reserved_bytes
+    return tuple(readings), grows

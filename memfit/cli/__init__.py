@@ -1,0 +1,62 @@
+"""The command line: the only place that prints, prompts and exits.
+
+Each command has a file of its own and imports torch only when it runs. Errors become one sentence
+and an exit code here, whatever the command.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from memfit import __version__
+from memfit.errors import MemfitError
+
+__all__ = ["main"]
+
+_FAILED = 1
+_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """A group whose commands end with one sentence for every error that is the user's."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MemfitError as error:
+            _end(str(error), error.exit_code)
+        except Exception as error:
+            # What the model's own step raised is the model's; anything else is a bug of memfit's,
+            # and its traceback is wanted.
+            if not getattr(error, "raised_in_step", False):
+                raise
+            first = str(error).strip().partition("\n")[0]
+            _end(f"the training step raised {type(error).__name__}: {first}", _FAILED)
+        except KeyboardInterrupt:
+            _end("interrupted; everything is as it was.", _INTERRUPTED)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="memfit")
+def main() -> None:
+    """Find the largest batch size that fits, before the run."""
+
+
+def _end(sentence: str, exit_code: int) -> NoReturn:
+    click.echo(f"memfit: {sentence}", err=True)
+    sys.exit(exit_code)
+
+
+def _register() -> None:
+    from memfit.cli.probe import probe
+
+    main.add_command(probe)
+
+
+_register()

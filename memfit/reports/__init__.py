@@ -1,0 +1,1 @@
+"""Finished records, made into what people look at. Nothing here measures or decides."""

@@ -1,0 +1,161 @@
+"""A probe's result for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import DeviceProcess, ProbeResult, Source, StepOptions, Trial
+from memfit.units import format_bytes
+
+__all__ = ["ProgressTable", "render"]
+
+_OUT_OF_MEMORY = "out of memory"
+
+
+class ProgressTable:
+    """The trials of a search that is under way."""
+
+    def __init__(self) -> None:
+        self._trials: list[Trial] = []
+
+    def add(self, trial: Trial) -> None:
+        """Take note of a trial that has ended."""
+        self._trials.append(trial)
+
+    def __rich__(self) -> RenderableType:
+        """Return the trials so far and a sign of life."""
+        return Group(
+            _trial_table(tuple(self._trials)),
+            Spinner("dots", f" trial {len(self._trials) + 1} is running"),
+        )
+
+
+def render(result: ProbeResult) -> RenderableType:
+    """Lay out a probe's result.
+
+    Args:
+        result: What was found.
+
+    Returns:
+        Something for `rich.console.Console.print`: what ran where, the trials, the two numbers and
+        what there is to say about them.
+    """
+    where = Text.assemble(
+        (result.subject, "bold"),
+        f" on {result.device}\n",
+        (" · ".join(_step_words(result.options)), "dim"),
+        "\n",
+        f"{format_bytes(result.capacity_bytes)} usable ({result.capacity.origin})",
+        *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
+    )
+    parts: list[RenderableType] = [where, "", _trial_table(result.trials), "", _answers(result)]
+    notes = _notes(result)
+    if notes:
+        parts += ["", *(Text(note) for note in notes)]
+    return Group(*parts)
+
+
+def _holds(process: DeviceProcess) -> str:
+    used = process.used_bytes
+    how_much = "an unknown amount" if used is None else format_bytes(used)
+    return f"{process.name} (pid {process.pid}) holds {how_much}"
+
+
+def _step_words(options: StepOptions) -> list[str]:
+    words = [options.precision.value]
+    if options.optimizer is not None:
+        words.append(options.optimizer)
+    if options.image_size is not None:
+        words.append("{}x{} px".format(*options.image_size))
+    if options.num_classes is not None:
+        words.append(f"{options.num_classes} classes")
+    flags = {
+        "channels last": options.channels_last,
+        "gradient checkpointing": options.grad_checkpointing,
+        "accumulating": options.accumulate,
+    }
+    words += [word for word, is_set in flags.items() if is_set]
+    return words + [f"{key}={value}" for key, value in options.model_kwargs]
+
+
+def _trial_table(trials: tuple[Trial, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("batch", justify="right")
+    table.add_column("outcome")
+    table.add_column("peak", justify="right")
+    table.add_column("retries", justify="right")
+    table.add_column("s/step", justify="right")
+    table.add_column("samples/s", justify="right")
+    for trial in trials:
+        speed = trial.samples_per_second if trial.fits else None
+        table.add_row(
+            str(trial.batch_size),
+            Text("fits", "green") if trial.fits else Text(_OUT_OF_MEMORY, "red"),
+            "" if trial.peak_reserved_bytes is None else format_bytes(trial.peak_reserved_bytes),
+            str(trial.num_alloc_retries),
+            "" if speed is None else f"{trial.step_seconds:.3g}",
+            "" if speed is None else f"{speed:.4g}",
+        )
+    return table
+
+
+def _answers(result: ProbeResult) -> Table:
+    best = result.max_batch_size
+    proof = (
+        f"it fitted, and {best + 1} ran out of memory"
+        if result.proved
+        else "where the search was told to stop; more may fit (--max-batch-size)"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_row("largest", Text(str(best), "bold"), f"{result.source.value}: {proof}")
+    stand = result.recommended_batch_size
+    table.add_row(
+        "recommended",
+        Text("none" if stand is None else str(stand), "bold green"),
+        _why_recommended(result),
+    )
+    return table
+
+
+def _why_recommended(result: ProbeResult) -> str:
+    stand = result.recommended_batch_size
+    rule = f"{result.headroom:.0%} kept free" + (
+        f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
+    )
+    if stand is None:
+        return f"no batch size that fits leaves {rule} without allocator retries"
+    trial = result.trial_at(stand)
+    peak = None if trial is None else trial.peak_reserved_bytes
+    return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
+
+
+def _notes(result: ProbeResult) -> list[str]:
+    notes = []
+    if result.environment:
+        notes.append(
+            f"Trials ran with {' '.join(result.environment)}: set it for training too, or leave "
+            "more room, for without it glibc's heap fragments and the same step needs more."
+        )
+    left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
+    if left:
+        notes.append(
+            f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned up; a fresh "
+            "process gets it back."
+        )
+    growing = sorted({trial.batch_size for trial in result.trials if trial.peak_grows})
+    if growing:
+        notes.append(
+            f"The peak still grew when the trial ended at batch size "
+            f"{', '.join(map(str, growing))}: training longer may need more."
+        )
+    took = sum(trial.fits for trial in result.trials)
+    versions = f"torch {result.torch_version}"
+    kind = "Measured" if result.source is Source.MEASURED else "Simulated"
+    notes.append(
+        f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
+        f"{result.seconds:.1f} s with {versions}."
+    )
+    return notes

@@ -1,0 +1,366 @@
+"""The largest batch size for which a trial fits, and the one to recommend.
+
+Pure Python over a function that tries a batch size: nothing here knows what a trial is made of. The
+search reads the bytes that trials report, extrapolates to the edge, and closes in on it; where the
+bytes mislead or are missing, it doubles and bisects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from memfit.records import Trial
+
+__all__ = ["DEFAULT_CEILING", "Found", "Recommended", "largest", "recommended"]
+
+DEFAULT_CEILING = 65_536
+"""Where a search ends that nobody told where to end, in samples."""
+
+TrialFunction = Callable[[int], Trial]
+
+# One trial has shown only the sum of fixed and per-sample bytes; this share of the batch size that
+# it promises at least is safe even where memory comes in steps.
+_SAFE_SHARE = (9, 10)
+# Extrapolating further than this factor, the search stops short of the edge first, at about the
+# recommended batch size, and measures again there.
+_NEAR = (5, 4)
+_STOP_SHORT_SHARE = (19, 20)
+# The furthest factor that two small trials are trusted with: memory at tiny batches misleads.
+_MAX_GROWTH = 16
+# How far from the edge a hint is expected to be.
+_HINT_ERROR = (1, 50)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Args:
+        batch_size: The largest batch size that fits; `None` where not even the floor does.
+        proved: The next batch size was tried and ran out (the certificate); otherwise the search
+            ended at its ceiling.
+        trials: Every trial, in the order they ran.
+    """
+
+    batch_size: int | None
+    proved: bool
+    trials: tuple[Trial, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recommended:
+    """Where to stand.
+
+    Args:
+        batch_size: The batch size; `None` where none keeps the headroom.
+        trials: Every trial that this took, beyond those already known.
+    """
+
+    batch_size: int | None
+    trials: tuple[Trial, ...]
+
+
+def largest(
+    trial: TrialFunction,
+    *,
+    capacity_bytes: int | None = None,
+    hint: int | None = None,
+    floor: int = 1,
+    ceiling: int = DEFAULT_CEILING,
+) -> Found:
+    """Find the largest batch size that fits.
+
+    The answer b comes with its certificate: b fitted, and b + 1 was tried and ran out. If anything
+    ran out after b had fitted, b is tried once more, so that it is known to fit a device that has
+    just failed. Where fits are not monotone (b + 1 fails and b + 3 fits), b is one of the edges.
+
+    Without a hint this takes at most 2 + 2 log2(b) trials on any device where more samples never
+    need less memory and the reported bytes decide what fits, or where no bytes are reported;
+    typically 5. With a hint within 2% it takes at most 5 where bytes are affine in the batch size.
+
+    Args:
+        trial: Tries a batch size.
+        capacity_bytes: What `Trial.peak_reserved_bytes` is held against; without it, the search
+            doubles and bisects.
+        hint: Where the edge is expected, in samples.
+        floor: The smallest batch size of interest, at least 1.
+        ceiling: The largest batch size of interest, at least `floor`.
+
+    Returns:
+        The batch size, whether it is proved, and the trials.
+
+    Raises:
+        ValueError: `floor` or `ceiling` is out of range.
+    """
+    if not 1 <= floor <= ceiling:
+        raise ValueError(f"need 1 <= floor <= ceiling, not floor={floor} and ceiling={ceiling}")
+    search = _Search(capacity_bytes=capacity_bytes, hint=hint, floor=floor, ceiling=ceiling)
+    while (batch_size := search.next_batch_size()) is not None:
+        search.record(trial(batch_size))
+    return search.found()
+
+
+def recommended(
+    trial: TrialFunction,
+    found: Found,
+    *,
+    capacity_bytes: int,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+) -> Recommended:
+    """Find the batch size to train with: below the edge, with room to spare.
+
+    Args:
+        trial: Tries a batch size.
+        found: What `largest` found; its trials are used again.
+        capacity_bytes: What the device has for this process.
+        headroom: Share of the capacity to keep free, from 0 to below 1.
+        multiple_of: What the batch size has to be a multiple of, at least 1.
+
+    Returns:
+        A batch size that was tried and fitted without allocator retries within the capacity less
+        the headroom, and the trials it took to know that.
+
+    Raises:
+        ValueError: `headroom` or `multiple_of` is out of range.
+    """
+    if not 0 <= headroom < 1:
+        raise ValueError(f"headroom must be at least 0 and below 1, not {headroom}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    limit_bytes = int(capacity_bytes * (1 - headroom))
+    known = list(found.trials)
+    extra: list[Trial] = []
+    upper = found.batch_size or 0
+    while (upper := upper // multiple_of * multiple_of) > 0:
+        estimate = _edge(_points(known), limit_bytes)
+        candidate = upper if estimate is None else min(upper, estimate)
+        # Below the first multiple there is nothing to try, so the first multiple is.
+        candidate = max(candidate // multiple_of * multiple_of, multiple_of)
+        tried = next((t for t in reversed(known) if t.batch_size == candidate), None)
+        if tried is None:
+            tried = trial(candidate)
+            known.append(tried)
+            extra.append(tried)
+        if _is_comfortable(tried, limit_bytes):
+            return Recommended(batch_size=candidate, trials=tuple(extra))
+        # A candidate that the bytes had promised and that failed is not approached by ones.
+        upper = candidate - max(1, candidate // 50)
+    return Recommended(batch_size=None, trials=tuple(extra))
+
+
+def _is_comfortable(trial: Trial, limit_bytes: int) -> bool:
+    peak = trial.peak_reserved_bytes
+    return trial.fits and trial.num_alloc_retries == 0 and (peak is None or peak <= limit_bytes)
+
+
+# --- what the bytes say -------------------------------------------------------------------------
+
+
+def _points(trials: list[Trial]) -> list[tuple[int, int]]:
+    """Return (batch size, peak bytes) of the trials whose peak is the step's own.
+
+    A peak that was reached with allocator retries is the device's limit, not the step's need.
+    """
+    points = {
+        trial.batch_size: trial.peak_reserved_bytes
+        for trial in trials
+        if trial.fits and trial.num_alloc_retries == 0 and trial.peak_reserved_bytes
+    }
+    return sorted(points.items())
+
+
+def _edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:
+    """Return the largest batch size within the limit, as two points extrapolate it.
+
+    The second point is the largest at most four fifths of the first: points that are close together
+    measure the noise, those far below measure another regime.
+    """
+    if len(points) < 2:  # noqa: PLR2004 - two points make a line
+        return None
+    # The point nearest to the limit says most about the bytes there.
+    last_size, last_bytes = min(points, key=lambda point: (abs(limit_bytes - point[1]), -point[0]))
+    others = [point for point in points if point[0] != last_size]
+    below = [point for point in others if 5 * point[0] <= 4 * last_size]
+    size, num_bytes = below[-1] if below else others[0]
+    if (last_bytes - num_bytes) * (last_size - size) <= 0:
+        return None
+    return last_size + (limit_bytes - last_bytes) * (last_size - size) // (last_bytes - num_bytes)
+
+
+def _least_edge(point: tuple[int, int], limit_bytes: int) -> int:
+    """Return a batch size that fits for certain if bytes are affine and the fixed ones positive."""
+    size, num_bytes = point
+    return limit_bytes * size // num_bytes
+
+
+# --- the search ---------------------------------------------------------------------------------
+
+
+class _Search:
+    """What is known so far, and what to try next."""
+
+    def __init__(
+        self, *, capacity_bytes: int | None, hint: int | None, floor: int, ceiling: int
+    ) -> None:
+        self._capacity_bytes = capacity_bytes
+        self._hint = None if hint is None else min(max(hint, floor), ceiling)
+        self._floor = floor
+        self._ceiling = ceiling
+        self._trials: list[Trial] = []
+        self._fits: set[int] = set()
+        self._fails: set[int] = set()
+        # What the bytes said of the trial under way, and how many in a row went against them in
+        # the same direction: each doubles the next step that way.
+        self._expects_fit: bool | None = None
+        self._surprises_up = 0
+        self._surprises_down = 0
+
+    def record(self, trial: Trial) -> None:
+        """Take note of a trial; what failed once counts as failing."""
+        self._trials.append(trial)
+        if trial.fits and trial.batch_size not in self._fails:
+            self._fits.add(trial.batch_size)
+        else:
+            self._fails.add(trial.batch_size)
+            self._fits.discard(trial.batch_size)
+        self._surprises_up += 1
+        self._surprises_down += 1
+        if self._expects_fit is not False or not trial.fits:
+            self._surprises_up = 0
+        if self._expects_fit is not True or trial.fits:
+            self._surprises_down = 0
+
+    def found(self) -> Found:
+        """Return the result of a search that has nothing left to try."""
+        low = self._low
+        return Found(
+            batch_size=low,
+            proved=low is not None and low + 1 in self._fails,
+            trials=tuple(self._trials),
+        )
+
+    def next_batch_size(self) -> int | None:
+        """Return the batch size to try next, or `None` when the search is over."""
+        low, high = self._low, self._high
+        self._expects_fit = None
+        if low is None:
+            return self._down(high)
+        if low == self._ceiling or high == low + 1:
+            return low if self._failed_since(low) else None
+        if high is None:
+            return min(max(self._up(low), low + 1), self._ceiling)
+        return self._between(low, high)
+
+    @property
+    def _low(self) -> int | None:
+        return max(self._fits, default=None)
+
+    @property
+    def _high(self) -> int | None:
+        low = self._low or 0
+        return min((size for size in self._fails if size > low), default=None)
+
+    def _failed_since(self, low: int) -> bool:
+        """Whether anything ran out after `low` had fitted."""
+        for trial in reversed(self._trials):
+            if trial.batch_size == low:
+                return False
+            if not trial.fits:
+                return True
+        return False
+
+    def _down(self, high: int | None) -> int | None:
+        """Nothing has fitted yet."""
+        if high is None:
+            # Not 1: a batch norm after global pooling refuses a single sample.
+            return self._hint or min(max(2, self._floor), self._ceiling)
+        if high == self._floor:
+            return None
+        numerator, denominator = _HINT_ERROR
+        if high == self._hint:
+            below = -(-high * denominator // (denominator + numerator))
+        else:
+            below = high - high // 8 if len(self._fails) == 2 else high // 2  # noqa: PLR2004
+        return max(self._floor, min(below, high - 1))
+
+    def _up(self, low: int) -> int:
+        """Something fitted and nothing above it has failed."""
+        points = self._clean_points()
+        if self._capacity_bytes is None or not points:
+            return 2 * low
+        edge = self._expected_edge(low)
+        if edge is None:
+            return self._up_from_one(points[-1], low)
+        if edge * _NEAR[1] <= low * _NEAR[0]:
+            self._expects_fit = False
+            return min(max(edge + 1, low + (1 << self._surprises_up)), 2 * low)
+        numerator, denominator = _STOP_SHORT_SHARE
+        short = _edge(points, self._capacity_bytes * numerator // denominator)
+        if short is None or 2 * short < low + edge:
+            short = edge * numerator // denominator
+        return min(short, max(_MAX_GROWTH * low, _least_edge(points[-1], self._capacity_bytes)))
+
+    def _up_from_one(self, point: tuple[int, int], low: int) -> int:
+        assert self._capacity_bytes is not None
+        least = _least_edge(point, self._capacity_bytes)
+        if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
+            return least
+        return max(least * _SAFE_SHARE[0] // _SAFE_SHARE[1], 2 * low)
+
+    def _between(self, low: int, high: int) -> int:
+        """`low` fitted, `high` failed, and they are not neighbours."""
+        # After a failure far above, halve the ratio and not the distance.
+        middle = math.isqrt(low * high) if high > 4 * low else (low + high) // 2
+        points = self._clean_points()
+        edge = self._expected_edge(low)
+        if edge is None:
+            if self._capacity_bytes is None or len(points) != 1:
+                return middle
+            guess = max(_least_edge(points[0], self._capacity_bytes), low + 1)
+        elif edge * _NEAR[1] > high * _NEAR[0]:
+            return middle  # something that the bytes do not show decides here
+        elif edge >= high - 1:
+            guess = high - (1 << self._surprises_down)
+        else:
+            guess = max(edge + 1, low + (1 << self._surprises_up))
+        if not (low < guess < high and self._affordable(guess, low, high)):
+            return middle
+        self._expects_fit = None if edge is None else guess <= edge
+        return guess
+
+    def _affordable(self, guess: int, low: int, high: int) -> bool:
+        """Whether bisection from `guess` would still keep to the promised number of trials."""
+        used = len(self._trials) + 1
+
+        def keeps(new_low: int, new_high: int) -> bool:
+            retry = 1
+            bisections = math.ceil(math.log2(new_high - new_low))
+            return used + bisections + retry <= 2 + 2 * math.log2(max(new_low, 2))
+
+        if keeps(low, guess) and keeps(guess, high):
+            return True
+        # Where even bisection cannot keep to it any more, nothing is lost by a guess near by.
+        middle = (low + high) // 2
+        return high <= 4 * low and not (keeps(low, middle) and keeps(middle, high))
+
+    def _clean_points(self) -> list[tuple[int, int]]:
+        return _points([trial for trial in self._trials if trial.batch_size in self._fits])
+
+    def _expected_edge(self, low: int) -> int | None:
+        """Return where the bytes say the edge is: at least `low`, at most the ceiling."""
+        if self._capacity_bytes is None:
+            return None
+        edge = _edge(self._clean_points(), self._capacity_bytes)
+        if edge is not None and edge < low:
+            # It fits beyond what was reserved before: the allocator has begun to give back its
+            # cache and ask again, and what tensors hold decides.
+            allocated = {
+                trial.batch_size: trial.peak_allocated_bytes
+                for trial in self._trials
+                if trial.batch_size in self._fits and trial.peak_allocated_bytes
+            }
+            edge = max(_edge(sorted(allocated.items()), self._capacity_bytes) or low, low)
+        return None if edge is None else min(edge, self._ceiling)
