@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import probe
+    from memfit.api import probe, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -27,18 +27,22 @@ if TYPE_CHECKING:
     from memfit.records import (
         Capacity,
         DeviceProcess,
+        Equivalence,
+        LoopFault,
+        Mixer,
         Outcome,
         Precision,
         ProbeResult,
         Source,
         StepOptions,
         Trial,
+        Verdict,
     )
     from memfit.workload import Workload
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("probe",),
+    "memfit.api": ("probe", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -52,12 +56,16 @@ _HOMES = {
     "memfit.records": (
         "Capacity",
         "DeviceProcess",
+        "Equivalence",
+        "LoopFault",
+        "Mixer",
         "Outcome",
         "Precision",
         "ProbeResult",
         "Source",
         "StepOptions",
         "Trial",
+        "Verdict",
     ),
     "memfit.workload": ("Workload",),
 }
@@ -67,7 +75,10 @@ __all__ = [
     "Capacity",
     "DeviceProcess",
     "DoesNotFitError",
+    "Equivalence",
+    "LoopFault",
     "MemfitError",
+    "Mixer",
     "Outcome",
     "Precision",
     "ProbeResult",
@@ -79,10 +90,12 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedError",
     "UsageError",
+    "Verdict",
     "Workload",
     "WorkloadError",
     "__version__",
     "probe",
+    "verify",
 ]
 
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "autocast",
     "call_model",
     "check_loss",
+    "users_code",
 ]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -260,6 +261,17 @@ class TrainingStep:
             optimizer=optimizer,
         )
 
+    @property
+    def unmixed_variants(self) -> tuple[str, ...]:
+        """Names of timm models like this one whose names promise no batch normalisation."""
+        if not isinstance(self.subject, str):
+            return ()
+        base = self.subject.partition(".")[0]
+        wanted = [f"{base}{norm}" for norm in ("_gn", "_sgn", "_ln", "_evos")] + [f"nf_{base}"]
+        if base.startswith("resnet"):
+            wanted.append(f"resnetv2_{base.removeprefix('resnet')}x1_bit")
+        return tuple(name for name in wanted if _timm().is_model(name))
+
     def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
         """Convert a model in place, as the options ask.
 
@@ -374,13 +386,10 @@ class PreparedStep:
         """
         if self._optimizer is None:
             self.begin()
-        try:
+        with users_code():
             for _ in range(self.num_micro_batches):
                 self._backward(batch_size)
             self._step_optimizer()
-        except Exception as error:
-            error.raised_in_step = True  # type: ignore[attr-defined]  # see memfit.cli
-            raise
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -425,13 +434,24 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=dtype)
 
 
+@contextlib.contextmanager
+def users_code() -> Iterator[None]:
+    """Mark what is raised in the block as the training step's own error, not one of memfit's."""
+    try:
+        yield
+    except Exception as error:
+        error.raised_in_step = True  # type: ignore[attr-defined]  # see memfit.cli
+        raise
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call a model: a dictionary by its keys, a tuple or list one by one, else as it is."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    with users_code():
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
 
 
 def check_loss(loss: object) -> None:

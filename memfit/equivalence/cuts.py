@@ -10,7 +10,8 @@ __all__ = ["bounded", "cuts_of", "spans", "written"]
 def cuts_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, ...], ...]:
     """Return two ways of cutting an effective batch: evenly, and unevenly with a short last part.
 
-    No part is larger than the micro-batch, unless that is a single sample.
+    No part is larger than the micro-batch, unless that is a single sample, and none is a single
+    sample where that can be avoided.
 
     Args:
         micro_batch_size: Samples in each micro-batch.
@@ -23,6 +24,8 @@ def cuts_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, 
     even = (size,) * count
     if size == 1:
         return (even,) if count == 2 else (even, (2, *even[2:]))  # noqa: PLR2004 - a pair
+    if size == 3:  # noqa: PLR2004 - threes and twos, for a part of one sample is a case of its own
+        return even, (*even[2:], 2, 2, 2)
     last = 1 if size < 4 else max(2, size // 3)  # noqa: PLR2004 - a short last one of 2 needs 4
     return even, (size, size - last, *even[2:], last)
 

@@ -17,13 +17,17 @@ from memfit.equivalence.cuts import spans
 from memfit.equivalence.randomness import Draws
 from memfit.errors import WorkloadError
 from memfit.records import Precision
-from memfit.workload import autocast, call_model, check_loss
+from memfit.workload import autocast, call_model, check_loss, users_code
 
-__all__ = ["FP64", "Bench", "Gradients", "gradients"]
+__all__ = ["FP64", "Bench", "Gradients", "SingleSampleError", "gradients"]
 
 FP64 = "fp64"
 
 _FIRST_LOSS_SCALE = 2.0**16  # as torch.amp.GradScaler's
+
+
+class SingleSampleError(WorkloadError):
+    """The model runs, but not on one sample alone: batch statistics of one are none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +84,8 @@ class Bench:
         """Run samples `start` up to and without `stop` through model and loss.
 
         Raises:
-            WorkloadError: The loss is not one number with a gradient, or not finite; or the model
-                takes no batch of one sample.
+            WorkloadError: The loss is not one number with a gradient, or not finite.
+            SingleSampleError: The model takes no batch of one sample.
         """
         inputs = batches.take(self.inputs, start, stop)
         targets = batches.take(self.targets, start, stop)
@@ -96,9 +100,8 @@ class Bench:
         except ValueError as error:
             if stop - start > 1:
                 raise
-            raise WorkloadError(
-                f"The model takes no micro-batch of one sample ({error}); give a larger "
-                "micro-batch size, or freeze its batch statistics."
+            raise SingleSampleError(
+                f"The model takes no micro-batch of one sample ({error})"
             ) from error
         check_loss(loss)
         if not bool(torch.isfinite(loss.detach()).all()):
@@ -193,7 +196,7 @@ def _pass(
                 draws = bench.draws.recorded()
             else:
                 draws = bench.draws.replayed(start, stop)
-            with draws:
+            with draws, users_code():
                 loss = bench.loss_of(start, stop)
                 (loss * (weight * loss_scale)).backward()
             del loss
@@ -212,8 +215,7 @@ def _pass(
 
 def _to_host(grad: torch.Tensor, loss_scale: float) -> torch.Tensor:
     dense = grad.to_dense() if grad.layout is not torch.strided else grad
-    unscaled: torch.Tensor = dense.detach().cpu() / loss_scale
-    return unscaled
+    return dense.detach().cpu() / loss_scale
 
 
 @contextlib.contextmanager
@@ -226,7 +228,8 @@ def _squares_noted(
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         norm = torch.linalg.vector_norm(tensor.detach(), dtype=_wide(tensor.dtype))
-        return norm.double().square()
+        squared: torch.Tensor = norm.double().square()
+        return squared
 
     handles = []
     for name, parameter in parameters.items():

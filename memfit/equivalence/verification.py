@@ -21,7 +21,7 @@ from memfit.cleanup import preserved, release, rewound
 from memfit.equivalence import loops, weighting
 from memfit.equivalence.comparison import check
 from memfit.equivalence.cuts import bounded, cuts_of, written
-from memfit.equivalence.gradients import Bench, Gradients, gradients
+from memfit.equivalence.gradients import Bench, Gradients, SingleSampleError, gradients
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import NUM_SAMPLES, layer_name, mixing_gradients, mixing_layers
 from memfit.equivalence.randomness import Draws, seed_all
@@ -91,8 +91,10 @@ def verify(
     """
     _check_numbers(micro_batch_size, accumulation_steps, samples)
     began = time.perf_counter()
-    with preserved(*step.live_modules, optimizer=step.live_optimizer), _eager():
+    with preserved(*step.live_modules, optimizer=step.live_optimizer) as kept, _eager():
         subject = _Subject.of(step, micro_batch_size, accumulation_steps, samples)
+        # A model that came from a GPU leaves it for the time being.
+        kept.release_replaced()
         work = _Work(progress)
         proof = _in_float64(subject, work, freeze=freeze_bn, accumulate=accumulate)
         trained = _in_training(subject, work, device, proof)
@@ -125,6 +127,7 @@ def verify(
         num_jittered_samples=subject.num_jittered,
         loop=proof.loop,
         loop_faults=proof.loop_faults,
+        alternatives=step.unmixed_variants if proof.mixers else (),
         seconds=time.perf_counter() - began,
         torch_version=torch.__version__,
     )
@@ -445,8 +448,15 @@ def _compare_once(
             f"A micro-batch of {max(reference_cut)} does not fit {bench.device}: give a smaller "
             "one."
         )
+    others: dict[tuple[int, ...], Gradients] = {}
     with DetachWatch(bench.model) as watch:
-        others = [run(cut) for cut in cuts]
+        for cut in cuts:
+            try:
+                others[cut] = run(cut)
+            except SingleSampleError as error:
+                if not others:
+                    raise
+                message = f"{error}, so {written(cut)} was not compared."
     work.next(f"{bench.precision_name}: the samples in another order")
     order = torch.arange(bench.num_samples - 1, -1, -1)
     turned = bench.reordered(order)
@@ -466,7 +476,7 @@ def _compare_once(
             cut=cut,
             message=message,
         )
-        for cut, other in zip(cuts, others, strict=True)
+        for cut, other in others.items()
     )
     return _Compared(
         checks=checks,
@@ -474,9 +484,9 @@ def _compare_once(
         unreached=tuple(
             name
             for name, value in reference.values.items()
-            if value is None and all(other.values[name] is None for other in others)
+            if value is None and all(other.values[name] is None for other in others.values())
         ),
-        drifts=_drifts(reference, others[0]) if others else (),
+        drifts=_drifts(reference, next(iter(others.values()))) if others else (),
     )
 
 

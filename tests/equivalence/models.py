@@ -83,7 +83,7 @@ class OnePercentOff(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         if torch.is_autocast_enabled("cpu") and len(x) < self.whole:
-            weight = _ScaledGradient.apply(weight, 1.01)  # type: ignore[no-untyped-call]
+            weight = _ScaledGradient.apply(weight, 1.01)
         return F.linear(x, weight, self.bias)
 
 
@@ -101,7 +101,7 @@ class MixingInBackward(nn.Module):
     """A layer that centres the batch's gradients and leaves its outputs alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _MixedGradient.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+        return _MixedGradient.apply(x)  # type: ignore[no-any-return]
 
 
 def mlp(*middle: nn.Module) -> nn.Sequential:
@@ -155,7 +155,7 @@ class TokenModel(nn.Module):
         self.head = nn.Linear(WIDTH, NUM_CLASSES)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.embed(tokens)))
+        return self.head(torch.tanh(self.embed(tokens)))  # type: ignore[no-any-return]
 
 
 def sentences(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,10 +23,11 @@ def test_every_cut_covers_the_effective_batch(size: int, count: int) -> None:
 @given(st.integers(2, 64), COUNTS)
 def test_the_uneven_cut_ends_short_and_keeps_to_the_micro_batch(size: int, count: int) -> None:
     """What is compared fits the device that the micro-batch fits."""
-    _, uneven = cuts_of(size, count)
-    assert max(uneven) == size
+    even, uneven = cuts_of(size, count)
+    assert max(uneven) <= size
     assert uneven[-1] < size
-    assert len(set(uneven)) > 1
+    assert uneven != even
+    assert min(uneven) > 1 or size <= 2
 
 
 @given(SIZES, COUNTS, st.integers(2, 100))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import timm
 import torch
 from hypothesis import given, settings
@@ -30,7 +32,8 @@ class HeadsFirst(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = x.view(len(x), 2, -1).transpose(0, 1).reshape(2 * len(x), -1)
         out = self.inner(heads).view(2, len(x), -1)
-        return out.transpose(0, 1).reshape(len(x), -1)
+        back: torch.Tensor = out.transpose(0, 1).reshape(len(x), -1)
+        return back
 
 
 class Centred(nn.Module):
@@ -43,7 +46,7 @@ class Centred(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.before(x)
-        return self.after(x - x.mean(dim=0))
+        return self.after(x - x.mean(dim=0))  # type: ignore[no-any-return]
 
 
 class Balanced(nn.Module):
@@ -53,8 +56,15 @@ class Balanced(nn.Module):
         return x * torch.softmax(x.sum(dim=1), dim=0)[:, None]
 
 
-MIXING = {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm, "hand": HandWrittenNorm}
-PLAIN = {"layer": nn.LayerNorm, "linear": lambda width: nn.Linear(width, width)}
+MIXING: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm1d,
+    "sync": nn.SyncBatchNorm,
+    "hand": HandWrittenNorm,
+}
+PLAIN: dict[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "linear": lambda width: nn.Linear(width, width),
+}
 
 
 @settings(max_examples=15, deadline=None)
