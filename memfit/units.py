@@ -57,7 +57,8 @@ def parse_bytes(size: str | int) -> int:
         unit = match["unit"] or "B"
         factor = _UNIT_BY_LOWER.get(unit.lower())
         if factor is None:
-            near = difflib.get_close_matches(unit, _UNIT_BYTES, n=1, cutoff=0)[0]
+            lower = {known.lower(): known for known in _UNIT_BYTES}
+            near = lower[difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0)[0]]
             raise UsageError(
                 f"{size!r} is not a size: there is no unit {unit!r}; did you mean "
                 f"'{match['number']}{near}'?"
@@ -110,7 +111,7 @@ def format_bytes(num_bytes: int) -> str:
     sign = "-" if num_bytes < 0 else ""
     if size < KIB:
         return f"{sign}{size} B"
-    for unit, factor in (("KiB", KIB), ("MiB", MIB)):
-        if size < 10_000 * factor:
+    for unit, factor, limit in (("KiB", KIB, MIB), ("MiB", MIB, 10_000 * MIB)):
+        if size < limit:
             return f"{sign}{size / factor:.{0 if size >= 100 * factor else 1}f} {unit}"
     return f"{sign}{size / GIB:.{0 if size >= 1000 * GIB else 1}f} GiB"

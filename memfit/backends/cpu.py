@@ -51,7 +51,6 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _MMAP_THRESHOLD_BYTES = 128 * KIB
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
-_LAST_WORDS_BYTES = 4000
 _ROOM_SHARE = 0.95  # of what the machine has left, for a trial that is to need it all
 _WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
 
@@ -213,7 +212,7 @@ class _Server:
             self._connection.send(request)
             text, report = self._connection.recv()
         except (EOFError, OSError):
-            report = _judge_death(self._reap(), request, _last_words(self._output))
+            report = _judge_death(self._reap(), request, _written(self._output))
             text = None
         if text is not None and report.error is not None:
             report.error.__cause__ = _ChildTraceback(text)
@@ -236,9 +235,10 @@ class _Server:
         return -signal.SIGKILL
 
 
-def _judge_death(exit_code: int, request: _Request, last_words: str) -> _Report:
+def _judge_death(exit_code: int, request: _Request, written: str) -> _Report:
     """Say what it means that the process of a trial died without a report."""
-    if exit_code == -signal.SIGKILL or oom.classify_text(last_words) is oom.Verdict.CERTAIN:
+    last_words = _last_words(written)
+    if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Verdict.CERTAIN:
         return _Report(
             trial=Trial(
                 batch_size=request.batch_size,
@@ -259,10 +259,19 @@ def _judge_death(exit_code: int, request: _Request, last_words: str) -> _Report:
     )
 
 
-def _last_words(output: IO[bytes]) -> str:
+def _written(output: IO[bytes]) -> str:
     size = os.fstat(output.fileno()).st_size
-    read = os.pread(output.fileno(), _LAST_WORDS_BYTES, max(0, size - _LAST_WORDS_BYTES))
-    return read.decode(errors="replace").strip()
+    return os.pread(output.fileno(), size, 0).decode(errors="replace")
+
+
+def _last_words(written: str) -> str:
+    """Return what a dead process wrote that says most: where it crashed, or its last line."""
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith("Fatal Python error"):
+            frames = (later for later in lines[number:] if later.startswith("File "))
+            return f"{line}, {next(frames, 'nowhere in Python')}"
+    return lines[-1] if lines else ""
 
 
 def _fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
@@ -322,6 +331,7 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
 def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
     os.setsid()
     _steady_heap()
+    _load_lazily()
     before = _Footprint.now()
     built: PreparedStep | None = None
     failure: tuple[str, _Report] | None = None
@@ -341,6 +351,14 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
             connection.send(failure)
             continue
         connection.send(_try_in_child(built, request, model, output))
+
+
+def _load_lazily() -> None:
+    """Take a tiny step, for torch imports a good deal when the first optimizer takes its first."""
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    optimizer = torch.optim.AdamW([weight])
+    torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
+    optimizer.step()
 
 
 def _steady_heap() -> None:
@@ -375,7 +393,7 @@ def _try_in_child(
     ours.close()
     exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if report is None:
-        return None, _judge_death(exit_code, request, _last_words(output))
+        return None, _judge_death(exit_code, request, _written(output))
     return report
 
 
@@ -446,25 +464,22 @@ class _Footprint:
 
     Args:
         data_bytes: Private writable memory, mapped: what `RLIMIT_DATA` limits.
-        mapped_bytes: All mapped memory.
         anonymous_bytes: Resident memory that is no file's.
 
-    Source: Linux, Documentation/filesystems/proc.rst (VmData, VmSize, RssAnon).
+    Source: Linux, Documentation/filesystems/proc.rst (VmData, RssAnon).
     """
 
     data_bytes: int
-    mapped_bytes: int
     anonymous_bytes: int
 
     @classmethod
     def now(cls) -> _Footprint:
         status = _status()
-        return cls(status["VmData"], status["VmSize"], status["RssAnon"])
+        return cls(status["VmData"], status["RssAnon"])
 
     def __sub__(self, other: _Footprint) -> _Footprint:
         return _Footprint(
             max(0, self.data_bytes - other.data_bytes),
-            max(0, self.mapped_bytes - other.mapped_bytes),
             max(0, self.anonymous_bytes - other.anonymous_bytes),
         )
 
@@ -509,11 +524,13 @@ class _Meter:
 
     def _read(self, seconds: float) -> Reading:
         status = _status()
-        # A fork starts its peaks anew. File pages only come in, so the peak less those at the end
+        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all that
+        # is resident. Files and their pages only come in, so the peak less what they are at the end
         # is the peak of the rest.
+        data = status["VmPeak"] - (status["VmSize"] - status["VmData"])
         resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
         return Reading(
-            reserved_bytes=max(0, status["VmPeak"] - self._base.mapped_bytes),
+            reserved_bytes=max(0, data - self._base.data_bytes),
             allocated_bytes=max(0, resident - self._base.anonymous_bytes),
             requested_bytes=None,
             seconds=seconds,

@@ -1,0 +1,362 @@
+"""Trials on the CPU: real steps, real limits, real deaths."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from memfit import Workload
+from memfit.backends import cpu, open_backend
+from memfit.backends.cpu import CpuBackend
+from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
+from memfit.records import Outcome, Precision, StepOptions
+from memfit.units import MIB
+from memfit.workload import TrainingStep
+
+LIMIT = 200 * MIB
+FP32 = StepOptions(precision=Precision.FP32)
+
+
+class Wide(nn.Module):
+    """Holds one mebibyte of activations per sample."""
+
+    def __init__(self, then: Callable[[torch.Tensor], Any] | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.then = then
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return something of the shape (samples, 2**18) that needs its input for backward."""
+        out = x.expand(-1, 2**18) * self.scale
+        if self.then is not None:
+            self.then(out)
+        return out
+
+
+def wide_step(then: Callable[[torch.Tensor], Any] | None = None) -> TrainingStep:
+    workload = Workload(
+        Wide(then), lambda n: (torch.ones(n, 1),), lambda out: out.mean(), torch.optim.SGD
+    )
+    return TrainingStep(subject=workload, options=FP32)
+
+
+def test_a_step_fits_or_runs_out_by_its_bytes() -> None:
+    """What is reserved follows the batch, and the limit is where it ends."""
+    step = wide_step()
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        small, large, over = (backend.trial(step, n) for n in (10, 40, 400))
+    assert small.fits
+    assert large.fits
+    assert over.outcome is Outcome.OUT_OF_MEMORY
+    assert over.message is not None
+    assert "can't allocate memory" in over.message
+    assert small.peak_reserved_bytes is not None
+    assert large.peak_reserved_bytes is not None
+    per_sample = (large.peak_reserved_bytes - small.peak_reserved_bytes) / 30
+    assert per_sample == pytest.approx(round(per_sample / MIB) * MIB, rel=0.1)
+    assert large.peak_allocated_bytes == pytest.approx(large.peak_reserved_bytes, rel=0.5)
+    assert large.step_seconds is not None
+    assert large.left_behind_bytes == 0
+
+
+def test_trials_repeat_to_the_byte() -> None:
+    """A process of its own and a heap that does not fragment make a trial repeatable."""
+    step = TrainingStep(
+        subject="resnet10t",
+        options=StepOptions(precision=Precision.FP32, optimizer="momentum", image_size=(64, 64)),
+    )
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        peaks = {backend.trial(step, 8).peak_reserved_bytes for _ in range(2)}
+    low, high = min(p or 0 for p in peaks), max(p or 0 for p in peaks)
+    assert high - low <= 0.01 * high
+
+
+def test_the_users_own_objects_are_never_touched(workload: Workload) -> None:
+    """Trials run on a copy of the process."""
+    before = [tensor.clone() for tensor in workload.model.state_dict().values()]
+    state = torch.get_rng_state()
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(TrainingStep(subject=workload, options=FP32), 4).fits
+    after = workload.model.state_dict().values()
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_users_error_comes_as_it_was_raised() -> None:
+    """Type, message and the place in the child."""
+
+    def typo(out: torch.Tensor) -> None:
+        raise KeyError("labels")
+
+    with (
+        CpuBackend(memory_bytes=LIMIT) as backend,
+        pytest.raises(KeyError, match="labels") as caught,
+    ):
+        backend.trial(wide_step(typo), 2)
+    assert "def typo" not in str(caught.value.__cause__)
+    assert "in typo" in str(caught.value.__cause__)
+
+
+def test_an_error_that_cannot_travel_still_says_what_it_was() -> None:
+    """An exception that does not pickle keeps its type's name and its message."""
+
+    def odd(out: torch.Tensor) -> None:
+        class OddError(Exception):
+            pass
+
+        raise OddError("very odd")
+
+    with (
+        CpuBackend(memory_bytes=LIMIT) as backend,
+        pytest.raises(StepCrashedError, match="OddError: very odd"),
+    ):
+        backend.trial(wide_step(odd), 2)
+
+
+def test_the_kernels_kill_is_out_of_memory() -> None:
+    """A process that is killed from outside ran out, and the next trial runs."""
+    step = wide_step(lambda out: out.shape[0] > 5 and os.kill(os.getpid(), signal.SIGKILL))
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(step, 9).outcome is Outcome.OUT_OF_MEMORY
+        assert backend.trial(step, 3).fits
+
+
+def test_a_crash_is_an_error_with_its_last_words() -> None:
+    """A segmentation fault is the step's, and names where it happened."""
+    step = wide_step(lambda out: ctypes.string_at(0))
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        with pytest.raises(StepCrashedError, match="died of SIGSEGV at batch size 2") as caught:
+            backend.trial(step, 2)
+    assert "Fatal Python error: Segmentation fault, File" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exit_is_an_error_with_its_code() -> None:
+    """A step that ends its process did not run out."""
+    with (
+        CpuBackend(memory_bytes=LIMIT) as backend,
+        pytest.raises(StepCrashedError, match="exit code 7"),
+    ):
+        backend.trial(wide_step(lambda out: os._exit(7)), 2)
+
+
+def test_last_words_about_memory_are_out_of_memory() -> None:
+    """C++ code that cannot get memory aborts with these words."""
+
+    def abort(out: torch.Tensor) -> None:
+        os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
+        os.abort()
+
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        trial = backend.trial(wide_step(abort), 2)
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+
+
+def data_left() -> int:
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return limit - cpu._Footprint.now().data_bytes if limit >= 0 else sys.maxsize
+
+
+def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
+    """oneDNN's words are believed once the same step runs without the limit."""
+
+    def primitive(out: torch.Tensor) -> None:
+        if data_left() < 130 * MIB:
+            raise RuntimeError("could not create a primitive")
+
+    step = wide_step(primitive)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(step, 2).fits
+        assert backend.trial(step, 80).outcome is Outcome.OUT_OF_MEMORY
+        assert backend._confirmed == {"could not create a primitive"}
+        assert backend.trial(step, 81).outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_a_suspect_that_stays_with_more_room_is_the_users_error() -> None:
+    """A library's real limit in the same words is raised, not searched around."""
+
+    def limit(out: torch.Tensor) -> None:
+        if out.shape[0] > 5:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+    step = wide_step(limit)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(step, 5).fits
+        with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+            backend.trial(step, 6)
+
+
+def test_a_real_convolution_runs_out_whatever_its_library_says() -> None:
+    """oneDNN's own failures, as they come, are outcomes too."""
+    options = StepOptions(precision=Precision.FP32, optimizer="momentum", image_size=(96, 96))
+    step = TrainingStep(subject="resnet10t", options=options)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        outcomes = [backend.trial(step, n).outcome for n in (4, 64, 128)]
+    assert outcomes == [Outcome.FITS, *[Outcome.OUT_OF_MEMORY] * 2]
+
+
+def test_a_model_that_cannot_be_built_says_so_at_every_trial() -> None:
+    """The server answers with the error that building it raised."""
+    step = TrainingStep(
+        subject="resnet10t",
+        options=StepOptions(precision=Precision.FP32, model_kwargs=(("foo", 1),)),
+    )
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        for _ in range(2):
+            with pytest.raises(UsageError, match="foo=1"):
+                backend.trial(step, 2)
+
+
+def test_a_step_that_has_no_scalar_loss_says_so() -> None:
+    """memfit's own errors travel as well."""
+    workload = Workload(nn.Linear(2, 2), torch.ones(2, 2), lambda out: out, torch.optim.SGD)
+    with CpuBackend(memory_bytes=LIMIT) as backend, pytest.raises(WorkloadError, match="shape"):
+        backend.trial(TrainingStep(subject=workload, options=FP32), 2)
+
+
+def test_what_a_step_prints_stays_out_of_the_way(capfd: pytest.CaptureFixture[str]) -> None:
+    """A model that prints does not spoil `--json`."""
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(wide_step(lambda out: print("noise", out.shape)), 2).fits  # noqa: T201
+    assert capfd.readouterr().out == ""
+
+
+def test_leaving_ends_every_process() -> None:
+    """Nothing is left running or waiting to be reaped, whatever state a trial is in."""
+    backend = CpuBackend(memory_bytes=LIMIT)
+    step = wide_step(lambda out: time.sleep(60) if out.shape[0] > 5 else None)
+    backend.trial(step, 2)
+    assert psutil.Process().children(recursive=True)
+
+    def interrupt() -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt), backend:
+        backend.trial(step, 6)
+    deadline = time.monotonic() + 10
+    while psutil.Process().children(recursive=True) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_steps_run_in_a_process_that_has_used_its_thread_pool() -> None:
+    """OpenMP's pool does not survive a fork; the trial does not wait for it."""
+    torch.ones(2**22).add_(1)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        assert backend.trial(wide_step(), 40).fits
+    torch.ones(2**22).add_(1)
+
+
+def test_the_default_limit_is_what_the_machine_leaves() -> None:
+    """Less the headroom, and it says who said so."""
+    available = psutil.virtual_memory().available
+    capacity = CpuBackend(headroom=0.5).capacity()
+    assert 0 < capacity.usable_bytes <= 0.55 * available
+    assert "less 50%" in capacity.origin
+
+
+def test_a_limit_beyond_the_machine_is_refused() -> None:
+    """More than there is would measure the swap, or the kernel's patience."""
+    with pytest.raises(UsageError, match="more than this machine has left"):
+        CpuBackend(memory_bytes=2**50)
+
+
+def test_needed_bytes_are_measured_where_there_is_room() -> None:
+    """What did not fit is tried once more with all that the machine has."""
+    with CpuBackend(memory_bytes=60 * MIB) as backend:
+        step = wide_step()
+        assert not backend.trial(step, 100).fits
+        needed = backend.needed_bytes(step, 100)
+    assert needed is not None
+    assert needed > 100 * MIB
+
+
+def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mapping beyond the limit succeeds, no trial would mean anything."""
+    monkeypatch.setattr(cpu, "_limit_data", lambda num_bytes: None)
+    with pytest.raises(UnsupportedError, match="RLIMIT_DATA"):
+        CpuBackend(memory_bytes=LIMIT)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UnsupportedError, match="darwin here does not"):
+        CpuBackend(memory_bytes=LIMIT)
+
+
+def test_the_engine_that_cannot_fork_is_explained() -> None:
+    """PyTorch's own words about fork become advice."""
+    error = RuntimeError(
+        "Unable to handle autograd's threading in combination with fork-based multiprocessing."
+    )
+    assert isinstance(cpu._explained(error), UnsupportedError)
+    other = RuntimeError("other")
+    assert cpu._explained(other) is other
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_tuned"),
+    [
+        ({}, False),
+        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, True),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}, True),
+        ({"LD_PRELOAD": "libjemalloc.so.2"}, True),
+    ],
+)
+def test_a_heap_that_the_user_tuned_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_tuned: bool
+) -> None:
+    """Then nothing needs setting for training either."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cpu._is_heap_tuned() is is_tuned
+    assert bool(CpuBackend(memory_bytes=LIMIT).environment) is not is_tuned
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
+    """Every level that limits counts, droppable file pages do not, and `max` is no limit."""
+    membership = tmp_path / "cgroup"
+    membership.write_text("4:cpu:/x\n3:memory:/job\n0::/a/b\n")
+    write(tmp_path / "a/b", memory__max="max", memory__current="5", memory__stat="inactive_file 1")
+    write(tmp_path / "a", memory__max="100", memory__current="50", memory__stat="inactive_file 20")
+    write(
+        tmp_path / "memory/job",
+        memory__limit_in_bytes="300",
+        memory__usage_in_bytes="70",
+        memory__stat="cache 9\ntotal_inactive_file 30\n",
+    )
+    assert cpu._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
+    assert cpu._control_groups(tmp_path, tmp_path / "none") == []
+
+
+def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's limit is the machine's, for this process."""
+    monkeypatch.setattr(cpu, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
+    assert cpu._memory_left() == (600, "memory left in this control group")
+
+
+def test_the_backend_is_chosen_by_the_device() -> None:
+    """The CPU's is the one for `cpu`, and for no device where there is no GPU."""
+    with open_backend("cpu", memory_bytes=LIMIT) as backend:
+        assert isinstance(backend, CpuBackend)
+        assert backend.device_name.startswith("CPU (")
+        assert backend.auto_precision is Precision.FP32

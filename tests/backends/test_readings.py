@@ -1,0 +1,70 @@
+"""When a trial has run long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from memfit import Workload
+from memfit.backends.readings import Reading, steady_readings
+from memfit.records import Precision, StepOptions
+from memfit.workload import PreparedStep, TrainingStep
+
+MIB = 2**20
+
+
+def adam_step() -> PreparedStep:
+    workload = Workload(
+        nn.Linear(100, 100), torch.ones(1, 100), lambda out: out.sum(), torch.optim.Adam
+    )
+    step = TrainingStep(subject=workload, options=StepOptions(precision=Precision.FP32))
+    prepared = step.prepare(torch.device("cpu"))
+    prepared.begin()
+    return prepared
+
+
+def peaks(*reserved: float) -> Callable[[Callable[[], None]], Reading]:
+    """Return a measurement that reads these peaks one after the other, for ever the last."""
+
+    def endless() -> Iterable[float]:
+        yield from reserved
+        while True:
+            yield reserved[-1]
+
+    rest = iter(endless())
+
+    def measured(iterate: Callable[[], None]) -> Reading:
+        iterate()
+        return Reading(
+            reserved_bytes=int(next(rest)), allocated_bytes=0, requested_bytes=None, seconds=1.0
+        )
+
+    return measured
+
+
+def test_two_equal_peaks_are_enough() -> None:
+    """A step that needs the same twice has settled."""
+    readings, grows = steady_readings(adam_step(), 1, peaks(MIB))
+    assert (len(readings), grows) == (2, False)
+
+
+def test_growth_by_the_optimizer_state_is_expected() -> None:
+    """The state that the first step made is at the second peak, and explains it."""
+    state_bytes = 2 * (100 * 100 + 100) * 4
+    readings, grows = steady_readings(adam_step(), 1, peaks(MIB, MIB + state_bytes))
+    assert (len(readings), grows) == (2, False)
+
+
+def test_growth_beyond_the_state_is_followed_until_it_ends() -> None:
+    """The last two peaks have to agree."""
+    readings, grows = steady_readings(adam_step(), 1, peaks(MIB, 2 * MIB, 3 * MIB))
+    assert (len(readings), grows) == (4, False)
+
+
+def test_a_peak_that_never_settles_is_reported() -> None:
+    """A step that leaks grows to the end."""
+    readings, grows = steady_readings(adam_step(), 1, peaks(*(2**i * MIB for i in range(20))))
+    assert grows
+    assert len(readings) == 6

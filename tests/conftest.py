@@ -1,0 +1,54 @@
+"""Small real parts that many tests train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from memfit import Workload
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+class SmallNet(nn.Module):
+    """A convolution, a batch norm, dropout and a classifier: everything that a step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1)
+        )
+        self.head = nn.Linear(8, 10)
+        self.num_calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return class scores of shape (samples, 10) for images of shape (samples, 3, H, W)."""
+        self.num_calls += 1
+        scores: torch.Tensor = self.head(self.features(images).mean((2, 3)))
+        return scores
+
+
+def small_workload(image_size: int = 32) -> Workload:
+    """Return a batch-norm CNN with an optimizer that has taken a step."""
+    torch.manual_seed(0)
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batch = (torch.randn(4, 3, image_size, image_size), torch.randint(10, (4,)))
+    workload = Workload(model, batch, nn.functional.cross_entropy, optimizer)
+    workload.loss(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+    return workload
+
+
+@pytest.fixture
+def workload() -> Workload:
+    """A batch-norm CNN with an optimizer that has taken a step."""
+    return small_workload()

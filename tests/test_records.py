@@ -1,0 +1,93 @@
+"""The records: what they refuse, and what they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from memfit.errors import UsageError
+from memfit.records import (
+    Capacity,
+    DeviceProcess,
+    Outcome,
+    Precision,
+    ProbeResult,
+    Source,
+    StepOptions,
+    Trial,
+)
+
+TRIAL = Trial(
+    batch_size=8,
+    outcome=Outcome.FITS,
+    source=Source.MEASURED,
+    peak_reserved_bytes=1000,
+    step_seconds=0.5,
+    num_micro_batches=2,
+)
+RESULT = ProbeResult(
+    subject="resnet18",
+    device="CPU",
+    source=Source.MEASURED,
+    options=StepOptions(precision=Precision.FP32, image_size=(32, 24), model_kwargs=(("a", 1),)),
+    capacity=Capacity(
+        usable_bytes=2000,
+        total_bytes=3000,
+        origin="free",
+        other_processes=(DeviceProcess(pid=1, name="other", used_bytes=None),),
+    ),
+    max_batch_size=8,
+    recommended_batch_size=None,
+    proved=False,
+    headroom=0.05,
+    multiple_of=1,
+    trials=(TRIAL,),
+    environment=(),
+    seconds=1.0,
+    torch_version="2.8",
+)
+
+
+def test_samples_per_second_count_every_micro_batch() -> None:
+    """Two micro-batches of eight in half a second are 32 samples per second."""
+    assert TRIAL.samples_per_second == 32
+    assert dataclasses.replace(TRIAL, step_seconds=None).samples_per_second is None
+
+
+def test_a_result_becomes_plain_json() -> None:
+    """Nested records, enums and tuples survive a round trip as plain values."""
+    plain = json.loads(json.dumps(RESULT.to_dict()))
+    assert plain == RESULT.to_dict()
+    assert plain["schema_version"] == 1
+    assert plain["capacity_bytes"] == 2000
+    assert plain["options"]["precision"] == "fp32"
+    assert plain["options"]["image_size"] == [32, 24]
+    assert plain["capacity"]["other_processes"][0]["used_bytes"] is None
+    assert plain["trials"][0]["samples_per_second"] == 32
+    assert plain["recommended_batch_size"] is None
+
+
+def test_trials_are_found_by_batch_size() -> None:
+    """The last trial of a batch size counts."""
+    again = dataclasses.replace(TRIAL, outcome=Outcome.OUT_OF_MEMORY)
+    result = dataclasses.replace(RESULT, trials=(TRIAL, again))
+    assert result.trial_at(8) is again
+    assert result.trial_at(9) is None
+
+
+def test_records_cannot_be_changed() -> None:
+    """A record that travels stays what it was."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TRIAL.batch_size = 9  # type: ignore[misc]
+
+
+def test_impossible_records_are_refused() -> None:
+    """No trial of nothing, no time that did not pass, no classifier without classes."""
+    with pytest.raises(ValueError, match="batch_size"):
+        dataclasses.replace(TRIAL, batch_size=0)
+    with pytest.raises(ValueError, match="step_seconds"):
+        dataclasses.replace(TRIAL, step_seconds=0.0)
+    with pytest.raises(UsageError, match="num_classes"):
+        StepOptions(num_classes=0)

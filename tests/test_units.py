@@ -1,0 +1,86 @@
+"""Sizes, read and written."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.errors import UsageError
+from memfit.units import GIB, MIB, format_bytes, parse_bytes, parse_image_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8GiB", 8 * GIB),
+        ("1500 MiB", 1500 * MIB),
+        ("24GB", 24 * 10**9),
+        ("24g", 24 * GIB),
+        ("0.5GiB", GIB // 2),
+        ("123", 123),
+        ("1tib", 1024 * GIB),
+        (77, 77),
+    ],
+)
+def test_sizes_are_read(text: str | int, expected: int) -> None:
+    """Binary and decimal units, any case, fractions and bare bytes."""
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("8GBB", "did you mean '8GB'"),
+        ("8 gibs", "did you mean '8GiB'"),
+        ("many", "write a number and a unit"),
+        ("", "write a number and a unit"),
+        ("-3GiB", "write a number and a unit"),
+        ("0", "at least one byte"),
+        (-1, "at least one byte"),
+    ],
+)
+def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:
+    """The message has the value and, where a unit is near, the nearest size."""
+    with pytest.raises(UsageError, match=says) as caught:
+        parse_bytes(text)
+    assert repr(text) in str(caught.value)
+
+
+@given(st.integers(1, 2**50))
+def test_written_sizes_read_back_within_their_digits(num_bytes: int) -> None:
+    """What a report shows is the figure to within the digits shown."""
+    assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (20 * MIB, "20.0 MiB"),
+        (1500 * MIB, "1500 MiB"),
+        (24268 * MIB, "23.7 GiB"),
+        (-3 * MIB, "-3.0 MiB"),
+        (2000 * GIB, "2000 GiB"),
+    ],
+)
+def test_sizes_are_written_in_binary_units(num_bytes: int, text: str) -> None:
+    """GiB is never called GB."""
+    assert format_bytes(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(224, (224, 224)), ("224", (224, 224)), ("320x240", (320, 240)), ((5, 6), (5, 6))],
+)
+def test_image_sizes_are_read(size: int | str | tuple[int, int], expected: tuple[int, int]) -> None:
+    """One number is a square; two are height and width."""
+    assert parse_image_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["0", "12x0", "x", "large", (0, 5), -4, 1.5])
+def test_what_is_no_image_size_gets_a_sentence(size: object) -> None:
+    """The message has the value."""
+    with pytest.raises(UsageError, match="is not an image size"):
+        parse_image_size(size)  # type: ignore[arg-type]

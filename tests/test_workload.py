@@ -1,0 +1,275 @@
+"""Training steps from names and from a user's own objects."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memfit import Workload
+from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
+from memfit.records import Precision, StepOptions
+from memfit.workload import PreparedStep, TrainingStep
+
+CPU = torch.device("cpu")
+FP32 = StepOptions(precision=Precision.FP32)
+
+
+def prepared(subject: str | Workload, **options: Any) -> PreparedStep:
+    step = TrainingStep(
+        subject=subject, options=StepOptions(**{"precision": Precision.FP32, **options})
+    )
+    made = step.prepare(CPU)
+    made.begin()
+    return made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": Precision.AMP_BF16},
+        {"precision": Precision.AMP_FP16},
+        {"precision": Precision.BF16},
+        {"accumulate": True, "optimizer": "momentum"},
+        {"grad_checkpointing": True, "image_size": (96, 64), "num_classes": 7},
+        {"channels_last": True, "model_kwargs": (("in_chans", 1),)},
+    ],
+    ids=str,
+)
+def test_timm_models_train_in_every_way(options: dict[str, Any]) -> None:
+    """Each option makes a step that runs and moves the weights."""
+    made = prepared("test_vit.r160_in1k", **options)
+    weights = [parameter.detach().clone() for parameter in made.model.parameters()]
+    made.iterate(2)
+    made.iterate(2)
+    moved = [
+        not torch.equal(old, new) for old, new in zip(weights, made.model.parameters(), strict=True)
+    ]
+    assert any(moved)
+    assert made.optimizer_state_bytes > 0
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+def test_options_reach_the_model() -> None:
+    """Precision, layout, classes and checkpointing are what was asked for."""
+    made = prepared("resnet10t", channels_last=True, num_classes=7, grad_checkpointing=True)
+    weight = made.model.get_submodule("layer1.0.conv1").weight
+    assert isinstance(weight, torch.Tensor)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert made.model.num_classes == 7
+    assert made.model.grad_checkpointing is True
+    half = prepared("resnet10t", precision=Precision.BF16)
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+
+
+def test_the_optimizer_has_its_state_after_one_step_also_when_the_scaler_skips_it() -> None:
+    """An overflow in fp16 must not hide the optimizer's state from the peak."""
+
+    def overflowing(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, targets) * float("inf")
+
+    model = nn.Linear(4, 3)
+    batch = (torch.randn(2, 4), torch.tensor([0, 1]))
+    workload = Workload(model, batch, overflowing, torch.optim.Adam)
+    made = prepared(workload, precision=Precision.AMP_FP16)
+    made.iterate(2)
+    assert made.optimizer_state_bytes > 0
+
+
+def test_accumulated_micro_batches_weigh_like_one_batch() -> None:
+    """Two micro-batches of the same samples give the gradient of one."""
+    seen: list[torch.Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            seen.append(self.param_groups[0]["params"][0].grad.clone())
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    batch = (torch.randn(2, 4), torch.tensor([0, 1]))
+    workload = Workload(model, batch, nn.functional.cross_entropy, Recorder)
+    prepared(workload).iterate(2)
+    prepared(workload, accumulate=True).iterate(2)
+    assert torch.allclose(seen[0], seen[1])
+
+
+class TwoInputs(nn.Module):
+    """A model of two inputs and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return two scores of shape (samples, 3)."""
+        return self.linear(left), self.linear(right)
+
+
+def two_losses(
+    outputs: tuple[torch.Tensor, torch.Tensor], first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs[0], first) + nn.functional.cross_entropy(
+        outputs[1], second
+    )
+
+
+x, y = torch.randn(2, 4), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "num_inputs"),
+    [
+        (((x, x), (y, y)), 1),
+        ([[x, x], [y, y]], 1),
+        (({"left": x, "right": x}, (y, y)), 1),
+        ((x, x, y, y), 2),
+        (((x, x), y, y), 1),
+        (lambda n: ((torch.randn(n, 4), torch.randn(n, 4)), (y.repeat(n)[:n], y.repeat(n)[:n])), 1),
+    ],
+    ids=["nested", "lists", "keywords", "flat", "flat targets", "function"],
+)
+def test_batches_of_any_nesting_train(batch: Any, num_inputs: int) -> None:
+    """Several inputs and several targets, however they come, at any size."""
+    workload = Workload(TwoInputs(), batch, two_losses, torch.optim.SGD, num_inputs=num_inputs)
+    made = prepared(workload)
+    made.iterate(1)
+    made.iterate(5)
+
+
+def test_a_batch_without_targets_trains() -> None:
+    """A model that returns its own loss takes a dictionary and needs no targets."""
+
+    class OwnLoss(nn.Linear):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return nn.functional.cross_entropy(super().forward(x), y)
+
+    workload = Workload(OwnLoss(4, 3), {"x": x, "y": y}, lambda loss: loss, "sgd")
+    prepared(workload).iterate(3)
+
+
+def good(**changes: Any) -> Workload:
+    parts: dict[str, Any] = {
+        "model": nn.Linear(4, 3),
+        "batch": (x, y),
+        "loss": nn.functional.cross_entropy,
+        "optimizer": torch.optim.SGD,
+    }
+    return Workload(**{**parts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "resnet18"}, "must be an nn.Module, not str"),
+        ({"model": nn.ReLU()}, "nothing to train"),
+        ({"model": nn.Linear(4, 3).eval()}, "evaluation mode"),
+        ({"loss": 3}, "must be a function, not int"),
+        ({"optimizer": 3}, "must be an optimizer"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(4, 3).parameters())}, "no parameter of the model"),
+        ({"batch": (x, torch.zeros(3))}, "leading dimensions differ"),
+        ({"num_inputs": 0}, "num_inputs"),
+    ],
+)
+def test_impossible_workloads_are_refused_at_once(changes: dict[str, Any], says: str) -> None:
+    """A mistake is named where it is made, not in a trial."""
+    with pytest.raises(WorkloadError, match=says):
+        good(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, r"the shape \(2,\)"),
+        ({"loss": lambda outputs, targets: 1.0}, "not float"),
+        ({"loss": lambda outputs, targets: targets.sum().float()}, "has no gradient"),
+        ({"batch": lambda n: (x, y)}, "returned 2 samples when asked for 3"),
+        ({"optimizer": lambda parameters: "sgd"}, "returned str"),
+    ],
+)
+def test_impossible_steps_are_named_when_they_run(changes: dict[str, Any], says: str) -> None:
+    """What only shows when the step runs gets its sentence then."""
+    with pytest.raises(WorkloadError, match=says):
+        prepared(good(**changes)).iterate(3 if "batch" in changes else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("resnet5O", "did you mean resnet50"),
+        ("qqqqqq", r"no model 'qqqqqq'\."),
+        ("test_vit.r160_in2k", "did you mean r160_in1k"),
+        ("resnet50.zzzzzzzz", "it has "),
+        ("hf-hub:timm/resnet50", "downloads nothing"),
+    ],
+)
+def test_unknown_models_get_the_nearest_names(name: str, says: str) -> None:
+    """The message has the name that was given and those that were meant."""
+    with pytest.raises(UnknownModelError, match=says):
+        TrainingStep(subject=name, options=FP32)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("resnet10t", {"optimizer": "adamm"}, "did you mean adam"),
+        ("resnet10t", {"model_kwargs": (("foo", 1),)}, "cannot build resnet10t with foo=1"),
+        ("vit_tiny_patch16_224", {"image_size": (225, 224)}, "the nearest is 224 or 240"),
+        ("vit_tiny_patch16_224", {"image_size": (224, 9)}, "the nearest is 16"),
+        ("vit_small_patch14_dinov2", {}, "give num_classes"),
+        ("inception_v3", {"grad_checkpointing": True}, "no gradient checkpointing"),
+    ],
+)
+def test_impossible_timm_options_get_a_sentence(
+    name: str, options: dict[str, Any], says: str
+) -> None:
+    """The message has the value and the nearest valid one."""
+    with pytest.raises(UsageError, match=says):
+        prepared(name, **options)
+
+
+def test_options_of_timm_models_do_not_pass_silently_for_a_workload() -> None:
+    """An option that would do nothing is refused."""
+    with pytest.raises(UsageError, match="num_classes is for timm models"):
+        TrainingStep(subject=good(), options=StepOptions(num_classes=3))
+
+
+def test_a_workload_without_checkpointing_says_so() -> None:
+    """Checkpointing needs the model's own switch."""
+    with pytest.raises(UsageError, match="no gradient checkpointing"):
+        prepared(good(), grad_checkpointing=True)
+
+
+def test_a_step_needs_a_chosen_precision() -> None:
+    """What AUTO means is the device's to say."""
+    with pytest.raises(ValueError, match="precision"):
+        TrainingStep(subject=good(), options=StepOptions()).prepare(CPU)
+
+
+def test_what_a_step_raises_is_marked_as_its_own() -> None:
+    """The command line tells a model's error from a bug by this mark."""
+
+    def broken(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise KeyError("typo")
+
+    with pytest.raises(KeyError) as caught:
+        prepared(good(loss=broken)).iterate(2)
+    assert caught.value.raised_in_step is True  # type: ignore[attr-defined]
+
+
+def test_a_torchvision_of_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mismatch that breaks `import timm` becomes advice."""
+
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "timm":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UnsupportedError, match="pip install --upgrade torch torchvision"):
+        TrainingStep(subject="resnet10t", options=FP32)
