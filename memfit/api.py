@@ -174,7 +174,7 @@ def verify(
         channels_last: As for `probe`.
         grad_checkpointing: As for `probe`.
         model_kwargs: As for `probe`.
-        samples: The most samples that any comparison runs on; `None` for 16 in float64 and the
+        samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
             whole effective batch in the precision of training.
         freeze_bn: Put the layers that are found to mix samples, and that stop when they are in
             evaluation mode, in that mode before gradients are compared.

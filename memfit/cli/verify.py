@@ -32,7 +32,7 @@ _DIFFERS = 4
 @click.option(
     "--samples",
     type=int,
-    help="The most samples that any comparison runs on.  [default: 16 in float64, all in the "
+    help="The most samples that any comparison runs on.  [default: 8 in float64, all in the "
     "precision of training]",
 )
 @click.option(

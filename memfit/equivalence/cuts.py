@@ -40,7 +40,8 @@ def bounded(micro_batch_size: int, accumulation_steps: int, samples: int | None)
     """
     if samples is None or micro_batch_size * accumulation_steps <= samples:
         return micro_batch_size, accumulation_steps
-    count = min(accumulation_steps, max(2, samples // 2))
+    # Fewer micro-batches rather than such of a single sample.
+    count = min(accumulation_steps, max(2, samples // 4))
     return min(micro_batch_size, max(1, samples // count)), count
 
 

@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what runs next, the passes done and the passes in all."""
 
 _CPU = torch.device("cpu")
-_FP64_SAMPLES = 16
+_FP64_SAMPLES = 8
 _NUM_LISTED_BUFFERS = 10
 _NUM_PASSES = 4  # the reference, two ways to cut it, and its samples in another order
 _NUM_MIXING_PASSES = 2  # what the experiments on three samples take, roughly
@@ -74,7 +74,7 @@ def verify(
         device: Where training will run.
         micro_batch_size: Samples in each micro-batch, at least 1.
         accumulation_steps: Micro-batches before each optimizer step, at least 2.
-        samples: The most samples that any comparison runs on; `None` for 16 in float64 and the
+        samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
             whole effective batch in the precision of training.
         freeze_bn: Put the layers that are found to mix, and that stop when they are in evaluation
             mode, in that mode before gradients are compared.
@@ -450,13 +450,12 @@ def _compare_once(
         )
     others: dict[tuple[int, ...], Gradients] = {}
     with DetachWatch(bench.model) as watch:
-        for cut in cuts:
-            try:
-                others[cut] = run(cut)
-            except SingleSampleError as error:
-                if not others:
-                    raise
-                message = f"{error}, so {written(cut)} was not compared."
+        others[cuts[0]] = run(cuts[0])
+        for cut in cuts[1:]:
+            result, why = _unless_single_sample(run, cut)
+            if result is not None:
+                others[cut] = result
+            message = why or message
     work.next(f"{bench.precision_name}: the samples in another order")
     order = torch.arange(bench.num_samples - 1, -1, -1)
     turned = bench.reordered(order)
@@ -499,6 +498,15 @@ def _unless_out_of_memory(
         if oom.classify(error) is oom.Verdict.NO:
             raise
     return None
+
+
+def _unless_single_sample(
+    run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
+) -> tuple[Gradients | None, str | None]:
+    try:
+        return run(cut), None
+    except SingleSampleError as error:
+        return None, f"{error}, so {written(cut)} was not compared."
 
 
 def _detaching(*watches: DetachWatch) -> tuple[str, ...]:

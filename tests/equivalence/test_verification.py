@@ -290,7 +290,7 @@ def test_a_full_batch_that_does_not_fit_is_cut_in_two_ways() -> None:
     result = check(mlp(Hungry(4)))
     assert result.verdict is Verdict.EQUAL
     *fp64, cut = result.checks
-    assert all(check.reference == (12,) and check.message is None for check in fp64)
+    assert all(len(check.reference) == 1 and check.message is None for check in fp64)
     assert (cut.reference, cut.cut) == ((4, 4, 4), (4, 2, 4, 2))
     assert cut.message is not None
     assert "does not fit" in cut.message
