@@ -8,6 +8,9 @@ from torch import nn
 
 from memfit import Workload
 
+# The steps are small: a pool of threads would only wait for a busy machine.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and say so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from memfit.errors import WorkloadError
 def test_resizing_repeats_the_samples_in_order(size: int, wanted: int) -> None:
     """Every tensor of any nesting gets the same rows; the rest stays as it is."""
     rows = torch.arange(size)
-    batch = OrderedDict(a=[rows, (rows * 2, "text")], b={"scale": torch.tensor(3.0)}, c=None)
+    batch: OrderedDict[str, Any] = OrderedDict(
+        a=[rows, (rows * 2, "text")], b={"scale": torch.tensor(3.0)}, c=None
+    )
     made = resized(batch, wanted)
     expected = torch.arange(wanted) % size
     assert isinstance(made, OrderedDict)

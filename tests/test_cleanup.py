@@ -38,7 +38,7 @@ def everything(workload: Workload) -> dict[str, Any]:
             "calls": model.num_calls,
             "optimizer": optimizer.state_dict(),
             "random": (random.getstate(), torch.get_rng_state()),
-            "numpy": np.random.get_state()[1],
+            "numpy": np.random.get_state(legacy=False)["state"]["key"],
             "switches": (
                 torch.backends.cudnn.benchmark,
                 torch.are_deterministic_algorithms_enabled(),
@@ -80,7 +80,7 @@ def wreck(workload: Workload, options: StepOptions) -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_grad_enabled(False)
     random.random()  # noqa: S311 - to move the state
-    np.random.rand()  # noqa: NPY002 - likewise
+    np.random.rand()
 
 
 OPTIONS = [

@@ -51,7 +51,7 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _MMAP_THRESHOLD_BYTES = 128 * KIB
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
-_ROOM_SHARE = 0.95  # of what the machine has left, for a trial that is to need it all
+_ROOM_SHARE = 0.95
 _WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
 
 
@@ -125,27 +125,35 @@ class CpuBackend:
         Raises:
             StepCrashedError: The step took its process down, and not for want of memory.
         """
-        return self._trial(step, batch_size, self._capacity.usable_bytes)
+        report = self._ask(step, batch_size, self._capacity.usable_bytes)
+        if report.confirmed is not None:
+            self._confirmed |= {report.confirmed}
+        if report.error is None:
+            assert report.trial is not None
+            return report.trial
+        if isinstance(report.error, StepCrashedError):
+            # Code that does not expect an allocation to fail crashes when one does: if the same
+            # step runs where there is room, memory it was.
+            roomier = self._ask(step, batch_size, _room_bytes()).trial
+            if roomier is not None and roomier.fits:
+                return _ran_out(batch_size, str(report.error))
+        raise report.error
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
         """Return what a batch size that did not fit takes where the machine has the room."""
-        left_bytes, _ = _memory_left()
-        roomier = self._trial(step, batch_size, int(left_bytes * _ROOM_SHARE))
-        return roomier.peak_reserved_bytes if roomier.fits else None
+        roomier = self._ask(step, batch_size, _room_bytes()).trial
+        return roomier.peak_reserved_bytes if roomier is not None and roomier.fits else None
 
-    def _trial(self, step: TrainingStep, batch_size: int, limit_bytes: int) -> Trial:
+    def _ask(self, step: TrainingStep, batch_size: int, limit_bytes: int) -> _Report:
         if self._server is None or self._server.step is not step:
             self.__exit__()
             self._server = _Server(step)
         report = self._server.ask(
             _Request(batch_size=batch_size, limit_bytes=limit_bytes, confirmed=self._confirmed)
         )
-        if report.error is not None:
-            raise report.error
-        assert report.trial is not None
-        if report.confirmed is not None:
-            self._confirmed |= {report.confirmed}
-        return report.trial
+        if self._server.is_dead:
+            self.__exit__()
+        return report
 
     def __enter__(self) -> CpuBackend:
         """Return the backend."""
@@ -201,6 +209,7 @@ class _Server:
 
     def __init__(self, step: TrainingStep) -> None:
         self.step = step
+        self.is_dead = False
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - kill() closes it
         self._connection, theirs = Pipe()
         self._pid = _fork(lambda: _serve(theirs, step, self._output), but_keep=self._output)
@@ -213,6 +222,7 @@ class _Server:
             text, report = self._connection.recv()
         except (EOFError, OSError):
             report = _judge_death(self._reap(), request, _written(self._output))
+            self.is_dead = True
             text = None
         if text is not None and report.error is not None:
             report.error.__cause__ = _ChildTraceback(text)
@@ -239,15 +249,8 @@ def _judge_death(exit_code: int, request: _Request, written: str) -> _Report:
     """Say what it means that the process of a trial died without a report."""
     last_words = _last_words(written)
     if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Verdict.CERTAIN:
-        return _Report(
-            trial=Trial(
-                batch_size=request.batch_size,
-                outcome=Outcome.OUT_OF_MEMORY,
-                source=Source.MEASURED,
-                left_behind_bytes=0,
-                message="killed by the kernel" if exit_code == -signal.SIGKILL else last_words,
-            )
-        )
+        message = "killed by the kernel" if exit_code == -signal.SIGKILL else last_words
+        return _Report(trial=_ran_out(request.batch_size, message))
     how = (
         f"died of {signal.Signals(-exit_code).name}"
         if exit_code < 0
@@ -256,6 +259,16 @@ def _judge_death(exit_code: int, request: _Request, written: str) -> _Report:
     words = f"; its last words: {last_words}" if last_words else ""
     return _Report(
         error=StepCrashedError(f"The training step {how} at batch size {request.batch_size}{words}")
+    )
+
+
+def _ran_out(batch_size: int, message: str) -> Trial:
+    return Trial(
+        batch_size=batch_size,
+        outcome=Outcome.OUT_OF_MEMORY,
+        source=Source.MEASURED,
+        left_behind_bytes=0,
+        message=message,
     )
 
 
@@ -524,9 +537,9 @@ class _Meter:
 
     def _read(self, seconds: float) -> Reading:
         status = _status()
-        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all that
-        # is resident. Files and their pages only come in, so the peak less what they are at the end
-        # is the peak of the rest.
+        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
+        # that is resident. Files and their pages only come in, so the peak less what they are at
+        # the end is the peak of the rest.
         data = status["VmPeak"] - (status["VmSize"] - status["VmData"])
         resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
         return Reading(
@@ -571,6 +584,11 @@ def _limit_works() -> bool:
     with tempfile.TemporaryFile() as output:
         pid = _fork(overdraw, but_keep=output)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _room_bytes() -> int:
+    """Return nearly all that the machine has left, for a trial that is to need it."""
+    return int(_memory_left()[0] * _ROOM_SHARE)
 
 
 def _memory_left() -> tuple[int, str]:

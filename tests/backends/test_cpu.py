@@ -127,7 +127,7 @@ def test_an_error_that_cannot_travel_still_says_what_it_was() -> None:
 
 def test_the_kernels_kill_is_out_of_memory() -> None:
     """A process that is killed from outside ran out, and the next trial runs."""
-    step = wide_step(lambda out: out.shape[0] > 5 and os.kill(os.getpid(), signal.SIGKILL))
+    step = wide_step(lambda out: os.kill(os.getpid(), 9 if out.shape[0] > 5 else 0))
     with CpuBackend(memory_bytes=LIMIT) as backend:
         assert backend.trial(step, 9).outcome is Outcome.OUT_OF_MEMORY
         assert backend.trial(step, 3).fits
@@ -136,9 +136,9 @@ def test_the_kernels_kill_is_out_of_memory() -> None:
 def test_a_crash_is_an_error_with_its_last_words() -> None:
     """A segmentation fault is the step's, and names where it happened."""
     step = wide_step(lambda out: ctypes.string_at(0))
-    with CpuBackend(memory_bytes=LIMIT) as backend:
-        with pytest.raises(StepCrashedError, match="died of SIGSEGV at batch size 2") as caught:
-            backend.trial(step, 2)
+    died = pytest.raises(StepCrashedError, match="died of SIGSEGV at batch size 2")
+    with CpuBackend(memory_bytes=LIMIT) as backend, died as caught:
+        backend.trial(step, 2)
     assert "Fatal Python error: Segmentation fault, File" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -150,6 +150,30 @@ def test_an_exit_is_an_error_with_its_code() -> None:
         pytest.raises(StepCrashedError, match="exit code 7"),
     ):
         backend.trial(wide_step(lambda out: os._exit(7)), 2)
+
+
+def test_a_crash_that_goes_away_with_more_room_was_memory() -> None:
+    """A library that does not check its allocations dies where it should have refused."""
+    step = wide_step(lambda out: os._exit(1) if data_left() < 130 * MIB else None)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        trial = backend.trial(step, 80)
+    assert trial.outcome is Outcome.OUT_OF_MEMORY
+    assert trial.message is not None
+    assert "exit code 1" in trial.message
+
+
+def test_a_server_that_dies_while_it_builds_is_replaced() -> None:
+    """A model that takes its process down when it is converted ends the trial, not the backend."""
+
+    class Fragile(Wide):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            os._exit(5)
+
+    workload = Workload(Fragile(), torch.ones(1, 1), lambda out: out.mean(), torch.optim.SGD)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        with pytest.raises(StepCrashedError, match="exit code 5"):
+            backend.trial(TrainingStep(subject=workload, options=FP32), 2)
+        assert backend.trial(wide_step(), 2).fits
 
 
 def test_last_words_about_memory_are_out_of_memory() -> None:
@@ -257,10 +281,12 @@ def test_leaving_ends_every_process() -> None:
 
 def test_steps_run_in_a_process_that_has_used_its_thread_pool() -> None:
     """OpenMP's pool does not survive a fork; the trial does not wait for it."""
+    torch.set_num_threads(2)
     torch.ones(2**22).add_(1)
     with CpuBackend(memory_bytes=LIMIT) as backend:
         assert backend.trial(wide_step(), 40).fits
     torch.ones(2**22).add_(1)
+    torch.set_num_threads(1)
 
 
 def test_the_default_limit_is_what_the_machine_leaves() -> None:

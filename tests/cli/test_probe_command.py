@@ -1,0 +1,156 @@
+"""`memfit probe`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import memfit
+from memfit import api
+from memfit.cli import main
+from memfit.cli.options import parse_model_kwargs
+from memfit.errors import UsageError
+
+SMALL = ["probe", "resnet10t", "--device", "cpu", "--memory", "160MiB", "--image-size", "48"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_a_probe_prints_both_numbers_and_its_proof() -> None:
+    """The edge, where to stand, and why."""
+    result = run(*SMALL, "--max-batch-size", "200")
+    assert result.exit_code == 0, result.output
+    assert "resnet10t on CPU" in result.output
+    assert "48x48 px" in result.output
+    assert "ran out of memory" in result.output
+    assert "recommended" in result.output
+
+
+def test_json_is_all_that_is_printed() -> None:
+    """A script can read the output as it stands."""
+    result = run(*SMALL, "--max-batch-size", "4", "--json", "--model-kwargs", "in_chans=1")
+    plain = json.loads(result.stdout)
+    assert plain["schema_version"] == 1
+    assert plain["max_batch_size"] == 4
+    assert plain["options"]["model_kwargs"] == [["in_chans", 1]]
+    assert plain["trials"][0]["outcome"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "says"),
+    [
+        (["resnet5O"], 2, "did you mean resnet50"),
+        (["resnet10t", "--memory", "8GBB"], 2, "did you mean '8GB'"),
+        (["resnet10t", "--memory", "9TiB"], 2, "more than this machine has left"),
+        (["resnet10t", "--image-size", "0"], 2, "is not an image size"),
+        (["resnet10t", "--model-kwargs", "x"], 2, "no KEY=VALUE pair"),
+        (["resnet10t", "--precision", "fp8"], 2, "'fp8' is not one of"),
+        (["resnet10t", "--memory", "20MiB"], 3, "and 20.0 MiB are available"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_their_exit_code(
+    arguments: list[str], exit_code: int, says: str
+) -> None:
+    """What was wrong, the value, and what to do; never a traceback."""
+    result = run("probe", "--device", "cpu", *arguments)
+    assert result.exit_code == exit_code, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()[-1:]) == 1
+
+
+def test_a_models_own_error_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type and its first line, exit code 1, no traceback."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        error = RuntimeError("mat1 and mat2 shapes cannot be multiplied\nsecond line")
+        error.raised_in_step = True  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(api, "probe", broken)
+    result = run("probe", "resnet10t")
+    assert result.exit_code == 1
+    assert result.stderr.strip() == (
+        "memfit: the training step raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    )
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is memfit's own fault is not dressed up as the user's."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(api, "probe", broken)
+    assert isinstance(run("probe", "resnet10t").exception, KeyError)
+
+
+def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell's own exit code for an interrupt."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "probe", interrupted)
+    result = run("probe", "resnet10t")
+    assert result.exit_code == 130
+    assert "everything is as it was" in result.stderr
+
+
+def test_model_kwargs_are_python_literals_or_text() -> None:
+    """Numbers are numbers, and words are words."""
+    pairs = ("a=1", "b=0.5", "c=True", "d=avg", "e=(1, 2)", "f=x=y")
+    assert parse_model_kwargs(pairs) == {
+        "a": 1,
+        "b": 0.5,
+        "c": True,
+        "d": "avg",
+        "e": (1, 2),
+        "f": "x=y",
+    }
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        parse_model_kwargs(("1a=3",))
+
+
+def test_help_needs_no_torch() -> None:
+    """`memfit --help` and `memfit probe --help` come at once."""
+    script = (
+        "import sys, click.testing\n"
+        "from memfit.cli import main\n"
+        "for args in (['--help'], ['probe', '--help']):\n"
+        "    assert click.testing.CliRunner().invoke(main, args).exit_code == 0\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_module_runs_as_a_program() -> None:
+    """`python -m memfit --version` is the installed one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "memfit", "--version"], check=True, capture_output=True, text=True
+    )
+    assert memfit.__version__ in done.stdout
+
+
+def test_the_public_names_are_all_there() -> None:
+    """Each name of the package can be fetched, and nothing else."""
+    for name in memfit.__all__:
+        assert getattr(memfit, name) is not None
+    assert set(memfit.__all__) <= set(dir(memfit))
+    assert memfit.Trial.__module__ == "memfit.records"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = memfit.nonsense
+
+
+def test_torch_is_the_one_that_was_tested_or_newer() -> None:
+    """The oldest torch that memfit supports is 2.8."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    assert (major, minor) >= (2, 8)

@@ -1,0 +1,135 @@
+"""A probe's report, from made-up records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from rich.console import Console
+
+from memfit.records import (
+    Capacity,
+    DeviceProcess,
+    Outcome,
+    Precision,
+    ProbeResult,
+    Source,
+    StepOptions,
+    Trial,
+)
+from memfit.reports.probe import ProgressTable, render
+from memfit.units import GIB, MIB
+
+
+def trial(batch_size: int, peak_mib: int, **changes: object) -> Trial:
+    made = Trial(
+        batch_size=batch_size,
+        outcome=Outcome.FITS,
+        source=Source.MEASURED,
+        peak_reserved_bytes=peak_mib * MIB,
+        step_seconds=batch_size / 100,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+FAILED = {"outcome": Outcome.OUT_OF_MEMORY, "step_seconds": None}
+RESULT = ProbeResult(
+    subject="resnet50",
+    device="NVIDIA GeForce RTX 3090",
+    source=Source.MEASURED,
+    options=StepOptions(precision=Precision.AMP_BF16, optimizer="adamw"),
+    capacity=Capacity(usable_bytes=23 * GIB, total_bytes=24 * GIB, origin="free on the device"),
+    max_batch_size=212,
+    recommended_batch_size=200,
+    proved=True,
+    headroom=0.05,
+    multiple_of=8,
+    trials=(
+        trial(2, 900),
+        trial(200, 22000),
+        trial(213, 23500, **FAILED),
+        trial(212, 23300, num_alloc_retries=1),
+    ),
+    environment=(),
+    seconds=12.345,
+    torch_version="2.11.0",
+)
+
+
+def text(result: object, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(result)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def test_the_whole_report() -> None:
+    """What a user of a plain terminal of 80 columns sees, to the letter."""
+    expected = """\
+resnet50 on NVIDIA GeForce RTX 3090
+amp-bf16 · adamw
+23.0 GiB usable (free on the device)
+
+batch  outcome            peak  retries  s/step  samples/s
+    2  fits            900 MiB        0    0.02        100
+  200  fits           21.5 GiB        0       2        100
+  213  out of memory  22.9 GiB        0
+  212  fits           22.8 GiB        1    2.12        100
+
+largest      212  measured: it fitted, and 213 ran out of memory
+recommended  200  21.5 GiB at the peak; 5% kept free, a multiple of 8
+
+Measured in 4 trials (1 ran out) and 12.3 s with torch 2.11.0."""
+    assert text(render(RESULT)) == expected
+
+
+def test_what_there_is_to_say_is_said() -> None:
+    """Neighbours, leftovers, growth, the environment, and a search that was cut short."""
+    result = dataclasses.replace(
+        RESULT,
+        source=Source.SIMULATED,
+        options=StepOptions(
+            precision=Precision.FP32,
+            image_size=(320, 240),
+            num_classes=10,
+            channels_last=True,
+            grad_checkpointing=True,
+            accumulate=True,
+            model_kwargs=(("drop_rate", 0.1),),
+        ),
+        capacity=dataclasses.replace(
+            RESULT.capacity,
+            other_processes=(
+                DeviceProcess(pid=3, name="python3", used_bytes=2 * GIB),
+                DeviceProcess(pid=4, name="Xorg", used_bytes=None),
+            ),
+        ),
+        proved=False,
+        recommended_batch_size=None,
+        multiple_of=1,
+        trials=(trial(212, 900, left_behind_bytes=3 * MIB, peak_grows=True),),
+        environment=("A=1",),
+    )
+    shown = text(render(result), width=200)
+    for part in (
+        "fp32 · 320x240 px · 10 classes · channels last · gradient checkpointing",
+        "accumulating · drop_rate=0.1",
+        "python3 (pid 3) holds 2048 MiB",
+        "Xorg (pid 4) holds an unknown amount",
+        "simulated: where the search was told to stop",
+        "no batch size that fits leaves 5% kept free",
+        "Trials ran with A=1",
+        "Up to 3.0 MiB stayed allocated",
+        "still grew when the trial ended at batch size 212",
+        "Simulated in 1 trials (0 ran out)",
+    ):
+        assert part in shown
+
+
+def test_progress_shows_the_trials_so_far() -> None:
+    """Each trial as it ends, and that another runs."""
+    table = ProgressTable()
+    table.add(trial(2, 900))
+    shown = text(table)
+    assert "900 MiB" in shown
+    assert "trial 2 is running" in shown

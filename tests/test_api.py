@@ -1,0 +1,220 @@
+"""The public functions, end to end on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit import Outcome, Precision, ProbeResult, Source, Trial, Workload
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.units import MIB
+
+
+def proved(result: ProbeResult) -> bool:
+    """Whether the largest fitted, last of all its trials, and the next one ran out after none."""
+    tried = [(trial.batch_size, trial.fits) for trial in result.trials]
+    return (
+        result.proved
+        and result.trial_at(result.max_batch_size) is not None
+        and (result.max_batch_size, True) in tried
+        and (result.max_batch_size + 1, False) in tried
+    )
+
+
+def test_a_vision_transformer_is_probed_twice_with_one_answer() -> None:
+    """The answer is proved, the same again, and the second search finds no less room."""
+    first, second = (
+        memfit.probe("test_vit.r160_in1k", device="cpu", memory="80MiB", image_size=96)
+        for _ in range(2)
+    )
+    assert proved(first)
+    assert proved(second)
+    assert first.max_batch_size == second.max_batch_size
+    assert first.recommended_batch_size == second.recommended_batch_size
+    assert first.options.precision is Precision.FP32
+    assert first.options.image_size == (96, 96)
+    assert first.source is Source.MEASURED
+    assert first.capacity_bytes == 80 * MIB
+    stand = first.recommended_batch_size
+    assert stand is not None
+    assert stand < first.max_batch_size
+    trial = first.trial_at(stand)
+    assert trial is not None
+    assert trial.peak_reserved_bytes is not None
+    assert trial.peak_reserved_bytes <= 0.95 * 80 * MIB
+
+
+def test_a_batch_norm_cnn_is_probed_with_the_options_asked_for() -> None:
+    """Accumulation, layout, optimizer and multiples reach the trials and the answer."""
+    result = memfit.probe(
+        "resnet10t",
+        device="cpu",
+        memory=150 * MIB,
+        optimizer="momentum",
+        image_size="64x48",
+        num_classes=5,
+        channels_last=True,
+        accumulate=True,
+        headroom=0.1,
+        multiple_of=4,
+    )
+    assert proved(result)
+    assert result.recommended_batch_size is not None
+    assert result.recommended_batch_size % 4 == 0
+    fitted = result.trial_at(result.recommended_batch_size)
+    assert fitted is not None
+    assert fitted.num_micro_batches == 2
+
+
+class TwoTowers(nn.Module):
+    """Two inputs, one of them a dictionary's, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(1024, 1024)
+        self.right = nn.Linear(16, 10)
+
+    def forward(self, images: torch.Tensor, *, meta: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return two scores of shape (samples, 10)."""
+        folded = images.unflatten(1, (128, 1024))
+        return self.left(folded).relu().mean(1)[:, :10], self.right(meta)
+
+
+def two_losses(
+    outputs: tuple[torch.Tensor, ...], first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    ce = nn.functional.cross_entropy
+    return ce(outputs[0], first) + ce(outputs[1], second)
+
+
+def test_a_model_of_two_inputs_and_two_targets_is_probed() -> None:
+    """A user's own objects, the optimizer by its name."""
+    inputs = {"images": torch.randn(2, 2**17), "meta": torch.randn(2, 16)}
+    targets = (torch.randint(10, (2,)), torch.randint(10, (2,)))
+    workload = Workload(TwoTowers(), (inputs, targets), two_losses, "sgd")
+    result = memfit.probe(workload, memory="60MiB")
+    assert proved(result)
+    assert result.subject == "TwoTowers"
+    assert result.options.optimizer == "sgd"
+
+
+class DotProduct(nn.Module):
+    """Collaborative filtering: a rating from two embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = nn.Embedding(1000, 512)
+        self.items = nn.Embedding(500, 512)
+
+    def forward(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Return ratings of shape (samples,)."""
+        ratings: torch.Tensor = (self.users(users) * self.items(items)).sum(1)
+        return ratings
+
+
+def test_an_embedding_model_is_probed_and_its_optimizer_is_as_before() -> None:
+    """No images anywhere; the live optimizer keeps its state."""
+    model = DotProduct()
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def batch(size: int) -> Any:
+        users, items = torch.randint(1000, (size,)), torch.randint(500, (size,))
+        return (users, items), torch.rand(size)
+
+    workload = Workload(model, batch, nn.MSELoss(), optimizer)
+    result = memfit.probe(workload, memory="80MiB")
+    assert proved(result)
+    assert result.options.optimizer is None
+    assert optimizer.state == {}
+
+
+def test_a_search_ends_where_it_was_told_to() -> None:
+    """The ceiling is an answer without a certificate."""
+    result = memfit.probe("resnet10t", device="cpu", memory="1GiB", image_size=32, max_batch_size=3)
+    assert (result.max_batch_size, result.proved) == (3, False)
+
+
+def test_what_does_not_fit_says_what_it_needs() -> None:
+    """Bytes needed and available, at the smallest batch size."""
+    with pytest.raises(DoesNotFitError, match=r"batch size 1: it needs \d+.* and 30.0 MiB are"):
+        memfit.probe("resnet10t", device="cpu", memory="30MiB")
+
+
+def test_progress_hears_of_every_trial() -> None:
+    """In the order they ran, the recommendation's too."""
+    heard: list[Trial] = []
+    result = memfit.probe(
+        "resnet10t", device="cpu", memory="160MiB", image_size=64, progress=heard.append
+    )
+    assert tuple(heard) == result.trials
+    assert Outcome.OUT_OF_MEMORY in {trial.outcome for trial in heard}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"precision": "fp8"}, "no precision 'fp8'; choose one of fp32"),
+        ({"headroom": 1.0}, "headroom"),
+        ({"multiple_of": 0}, "multiple_of"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"memory": "8GBB"}, "did you mean '8GB'"),
+        ({"image_size": "big"}, "image size"),
+        ({"device": "cpux"}, "not a device"),
+    ],
+)
+def test_impossible_questions_get_a_sentence(options: dict[str, Any], says: str) -> None:
+    """Before anything is run."""
+    with pytest.raises(UsageError, match=says):
+        memfit.probe("resnet10t", **{"device": "cpu", **options})
+
+
+def test_images_that_a_model_cannot_take_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own words come with the size that was asked for."""
+    with pytest.raises(UsageError, match="inception_v3 cannot be trained on images of 16x16"):
+        memfit.probe("inception_v3", device="cpu", memory="1GiB", image_size=16)
+
+
+def test_a_workloads_device_and_optimizer_are_its_own(workload: Workload) -> None:
+    """An option that contradicts the objects is refused."""
+    with pytest.raises(UsageError, match="move the model first"):
+        memfit.probe(workload, device="cuda")
+    with pytest.raises(UsageError, match="brings its own optimizer"):
+        memfit.probe(workload, optimizer="sgd")
+
+
+def snapshot(workload: Workload) -> list[Any]:
+    assert isinstance(workload.optimizer, torch.optim.Optimizer)
+    state = workload.optimizer.state_dict()["state"]
+    return [
+        *(tensor.clone() for tensor in workload.model.state_dict().values()),
+        *(value.clone() for values in state.values() for value in values.values()),
+        *(p.grad.clone() for p in workload.model.parameters() if p.grad is not None),
+        torch.get_rng_state(),
+        torch.tensor(workload.model.num_calls),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["found", "raised", "interrupted"])
+def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, ending: str) -> None:
+    """After a search that met out-of-memory, one that raised, and Ctrl-C."""
+    before = snapshot(workload)
+
+    def progress(trial: Trial) -> None:
+        if ending == "raised":
+            raise KeyError("a bug in a callback")
+        if ending == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    try:
+        result = memfit.probe(workload, memory="40MiB", progress=progress)
+        assert ending == "found"
+        assert not all(trial.fits for trial in result.trials)
+    except (KeyError, KeyboardInterrupt) as error:
+        assert {"raised": KeyError, "interrupted": KeyboardInterrupt}[ending] is type(error)
+    assert all(torch.equal(old, new) for old, new in zip(before, snapshot(workload), strict=True))
