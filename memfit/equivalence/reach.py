@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
-from typing_extensions import Self
 
 from memfit.cleanup import rewound
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import seed_all
 from memfit.workload import call_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["DetachWatch", "stateful_layers"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -304,11 +305,12 @@ def _in_float64(
                 batch, subject.samples or _FP64_SAMPLES, device=_CPU, precision=None
             )
             weights = _weights(subject, batch) or _weights_from_gradients(bench, cuts[-1])
-            compared = _compare(bench, cuts, weights, work)
             if weights.mixer is not None:
                 mixers = (*mixers, weights.mixer)
+            unexplained = all(mixer.frozen for mixer in mixers)
+            compared = _compare(bench, cuts, weights, work, suspect_draws=unexplained)
             stateful: tuple[str, ...] = ()
-            if not compared.passed and all(mixer.frozen for mixer in mixers):
+            if unexplained and not compared.passed:
                 work.next("looking for another reason")
                 stateful = stateful_layers(model, few)
                 mixers = (*mixers, *mixing_gradients(model, few))
@@ -398,23 +400,40 @@ def _in_training(subject: _Subject, work: _Work, device: torch.device, proof: _P
         precision=subject.step.options.precision,
     )
     with _in_eval(subject.model, proof.in_eval):
-        return _compare(bench, cuts, proof.weights, work)
+        return _compare(bench, cuts, proof.weights, work, suspect_draws=proof.compared.passed)
 
 
 # --- what both share ----------------------------------------------------------------------------
 
 
 def _compare(
-    bench: Bench, cuts: Sequence[tuple[int, ...]], weights: Weights, work: _Work
+    bench: Bench,
+    cuts: Sequence[tuple[int, ...]],
+    weights: Weights,
+    work: _Work,
+    *,
+    suspect_draws: bool,
 ) -> _Compared:
-    """Compare gradients, and where draws cannot be replayed once more without any."""
+    """Compare gradients, and where draws cannot be replayed once more without any.
+
+    Args:
+        bench: What is run.
+        cuts: How its batch is cut.
+        weights: What the loss averages over.
+        work: Told what runs next.
+        suspect_draws: Nothing else is known that would make gradients differ, so that if they do
+            it may be that draws were replayed for the wrong samples.
+
+    Returns:
+        The comparisons that hold.
+    """
     off: set[str] = set()
     while True:
         with _in_eval(bench.model, off):
             compared = _compare_once(bench, cuts, weights, work)
         draws = bench.draws
-        # A difference may also come from rows that were given to the wrong samples.
-        more = set(draws.drawing if not compared.passed else draws.not_replayable) - off
+        suspected = suspect_draws and not compared.passed
+        more = set(draws.drawing if suspected else draws.not_replayable) - off
         if not more:
             return dataclasses.replace(
                 compared, drawing=frozenset(draws.drawing) | off, off=frozenset(off)
@@ -554,6 +573,10 @@ def _in_eval(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
     """Run compiled models uncompiled: layers are watched one by one."""
+    # Importing the compiler takes seconds, and a model that was compiled has done so.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -380,7 +380,7 @@ def test_everything_of_the_user_s_is_as_before(precision: Precision) -> None:
     gradients = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
     modes = [module.training for module in model.modules()]
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-    rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # type: ignore[index]  # noqa: NPY002 - its state is what is preserved
+    rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # type: ignore[index]
 
     workload = Workload(model, (inputs, targets), F.cross_entropy, optimizer)
     options = StepOptions(precision=precision)
@@ -407,7 +407,7 @@ def test_everything_of_the_user_s_is_as_before(precision: Precision) -> None:
         assert torch.equal(state["exp_avg"], moment)
     assert torch.equal(torch.get_rng_state(), rng[0])
     assert random.getstate() == rng[1]
-    assert (np.random.get_state()[1] == rng[2]).all()  # type: ignore[index]  # noqa: NPY002
+    assert (np.random.get_state()[1] == rng[2]).all()  # type: ignore[index]
     hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
     assert not any(hooks)
 
