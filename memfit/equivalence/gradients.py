@@ -19,7 +19,7 @@ from memfit.errors import WorkloadError
 from memfit.records import Precision
 from memfit.workload import autocast, call_model, check_loss, users_code
 
-__all__ = ["FP64", "Bench", "Gradients", "SingleSampleError", "gradients"]
+__all__ = ["FP64", "Bench", "Gradients", "SingleSampleError", "dense", "gradients"]
 
 FP64 = "fp64"
 
@@ -214,8 +214,12 @@ def _pass(
 
 
 def _to_host(grad: torch.Tensor, loss_scale: float) -> torch.Tensor:
-    dense = grad.to_dense() if grad.layout is not torch.strided else grad
-    return dense.detach().cpu() / loss_scale
+    return dense(grad.detach()).cpu() / loss_scale
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient with all its zeros, which those of sparse embeddings leave out."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 @contextlib.contextmanager
@@ -225,9 +229,7 @@ def _squares_noted(
     """Note the squared norms of what is added to each gradient, and of what it then is."""
 
     def square(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout is not torch.strided:
-            tensor = tensor.to_dense()
-        norm = torch.linalg.vector_norm(tensor.detach(), dtype=_wide(tensor.dtype))
+        norm = torch.linalg.vector_norm(dense(tensor.detach()), dtype=_wide(tensor.dtype))
         squared: torch.Tensor = norm.double().square()
         return squared
 

@@ -21,6 +21,7 @@ from torch import nn
 from memfit import batches
 from memfit.cleanup import rewound
 from memfit.equivalence.cuts import spans
+from memfit.equivalence.gradients import dense
 from memfit.equivalence.randomness import seed_all
 from memfit.equivalence.weighting import Weights
 from memfit.errors import WorkloadError
@@ -113,11 +114,8 @@ class _Weighing:
         """Return some elements of every parameter's gradient, of shape (elements,)."""
         parts = []
         for parameter in self.parameters:
-            flat = (
-                (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-                .detach()
-                .flatten()
-            )
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            flat = dense(grad.detach()).flatten()
             parts.append(flat[:: max(1, flat.numel() // _NUM_SKETCHED)].double())
         return torch.cat(parts)
 

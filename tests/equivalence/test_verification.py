@@ -216,6 +216,68 @@ def test_no_false_alarm_on_a_gpu(name: str, precision: Precision) -> None:
     assert result.verdict is Verdict.EQUAL
 
 
+# --- what models are made of ----------------------------------------------------------------------
+
+
+def test_draws_are_replayed_when_checkpointing_draws_again() -> None:
+    """Recomputed activations drop what they dropped before."""
+    options = StepOptions(
+        precision=Precision.FP32,
+        image_size=(32, 32),
+        grad_checkpointing=True,
+        model_kwargs=(("drop_path_rate", 0.3), ("attn_drop_rate", 0.2)),
+    )
+    result = verify(
+        TrainingStep(subject="test_vit", options=options),
+        CPU,
+        micro_batch_size=2,
+        accumulation_steps=2,
+    )
+    assert result.verdict is Verdict.EQUAL
+    assert "blocks.0.attn" in result.replayed
+    assert result.switched_off == ()
+
+
+class Structured(nn.Module):
+    """Inputs by name, a recurrent layer, nested outputs and a sparse gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(20, WIDTH, sparse=True)
+        self.recur = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        embedded = self.embed(tokens) * mask[..., None]
+        return {"last": self.recur(embedded)[0][:, -1], "parts": [embedded.mean(dim=1)]}
+
+
+def test_inputs_and_outputs_of_any_nesting() -> None:
+    """And a loop that is right about them."""
+
+    def loss(outputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        distance: torch.Tensor = (outputs["last"] - targets).square().mean()
+        return distance + outputs["parts"][0].abs().mean()
+
+    def loop(model: nn.Module, micro_batches: Any, loss: Any, _optimizer: Any) -> None:
+        total = sum(len(targets) for _, targets in micro_batches)
+        for inputs, targets in micro_batches:
+            (loss(model(**inputs), targets) * (len(targets) / total)).backward()
+
+    batch = (
+        {"tokens": torch.randint(20, (12, 5)), "mask": torch.ones(12, 5)},
+        torch.randn(12, WIDTH),
+    )
+    result = check(Structured(), loss, batch, accumulate=loop)
+    assert (result.verdict, result.loop_faults) == (Verdict.EQUAL, ())
+
+
+def test_timm_s_variants_without_batch_norm_are_named() -> None:
+    """By name alone, and only where something mixes."""
+    step = TrainingStep(subject="resnet50.a1_in1k", options=StepOptions())
+    assert step.unmixed_variants == ("resnet50_gn", "nf_resnet50", "resnetv2_50x1_bit")
+
+
 # --- losses ---------------------------------------------------------------------------------------
 
 
