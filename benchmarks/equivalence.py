@@ -75,7 +75,6 @@ FAMILIES = (
     ("swiftformer", "swiftformer_xs", 64),
     ("tiny_vit", "tiny_vit_5m_224", 64),
     ("twins", "twins_pcpvt_small", 64),
-    ("vgg", "vgg11", 64),
     ("visformer", "visformer_tiny", 224),
     ("vision_transformer", "test_vit", 64),
     ("vision_transformer_relpos", "test_vit_relpos", 64),

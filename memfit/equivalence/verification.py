@@ -11,29 +11,28 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from memfit import batches, oom
-from memfit.cleanup import preserved, release, rewound
+from memfit import batches
+from memfit.cleanup import preserved, rewound
 from memfit.equivalence import loops, weighting
 from memfit.equivalence.comparison import check
-from memfit.equivalence.cuts import bounded, cuts_of, written
-from memfit.equivalence.gradients import Bench, Gradients, SingleSampleError, gradients
+from memfit.equivalence.cuts import bounded, cuts_of
+from memfit.equivalence.gradients import Bench, gradients
 from memfit.equivalence.loops import AccumulationLoop
-from memfit.equivalence.mixing import NUM_SAMPLES, layer_name, mixing_gradients, mixing_layers
+from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
 from memfit.equivalence.randomness import Draws, seed_all
-from memfit.equivalence.reach import DetachWatch, stateful_layers
+from memfit.equivalence.reach import stateful_layers
+from memfit.equivalence.rounds import Compared, Progress, Work, compare, in_eval, united
 from memfit.equivalence.samples import made_distinct, moved_off_zero, widen
 from memfit.equivalence.weighting import Weights
-from memfit.errors import DoesNotFitError, UsageError
+from memfit.errors import UsageError
 from memfit.records import (
-    BufferDrift,
     Equivalence,
-    GradientCheck,
     LoopFault,
     LoopWindow,
     LossWeighting,
@@ -43,16 +42,11 @@ from memfit.records import (
 )
 from memfit.workload import StepParts, TrainingStep, call_model
 
-__all__ = ["Progress", "verify"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what runs next, the passes done and the passes in all."""
+__all__ = ["verify"]
 
 _CPU = torch.device("cpu")
 _FP64_SAMPLES = 8
 _NUM_LISTED_BUFFERS = 10
-_NUM_PASSES = 4  # the reference, two ways to cut it, and its samples in another order
-_NUM_MIXING_PASSES = 2  # what the experiments on three samples take, roughly
 
 
 def verify(
@@ -96,13 +90,13 @@ def verify(
         subject = _Subject.of(step, micro_batch_size, accumulation_steps, samples)
         # A model that came from a GPU leaves it for the time being.
         kept.release_replaced()
-        work = _Work(progress)
+        work = Work(progress)
         proof = _in_float64(subject, work, freeze=freeze_bn, accumulate=accumulate)
         trained = _in_training(subject, work, device, proof)
     compared = proof.compared
     checks = (*compared.checks, *trained.checks)
     passed = compared.passed and trained.passed and not proof.loop_faults
-    detaching = _united(compared.detaching, trained.detaching)
+    detaching = united(compared.detaching, trained.detaching)
     if compared.unreached and detaching:
         verdict = Verdict.DETACHED if passed else Verdict.DIFFERS
     else:
@@ -122,8 +116,8 @@ def verify(
         unreached=compared.unreached,
         detaching=detaching if compared.unreached or not passed else (),
         stateful=proof.stateful,
-        replayed=_united(compared.replayed, trained.replayed),
-        switched_off=_united(compared.switched_off, trained.switched_off),
+        replayed=united(compared.replayed, trained.replayed),
+        switched_off=united(compared.switched_off, trained.switched_off),
         num_moved_parameters=subject.num_moved,
         num_jittered_samples=subject.num_jittered,
         loop=proof.loop,
@@ -228,46 +222,7 @@ class _Subject:
         return bench, cuts_of(size, count)
 
 
-class _Work:
-    """How much has been done, told to whoever waits for it."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._num_done = 0
-        self._num_planned = 2 * _NUM_PASSES + _NUM_MIXING_PASSES
-
-    def next(self, what: str) -> None:
-        """Say what runs now; what ran before is done."""
-        if self._progress is not None:
-            self._progress(what, self._num_done, max(self._num_planned, self._num_done + 1))
-        self._num_done += 1
-
-
 # --- float64 ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Compared:
-    """What comparing gradients in one precision gave."""
-
-    checks: tuple[GradientCheck, ...]
-    detaching: tuple[str, ...]
-    unreached: tuple[str, ...]
-    drifts: tuple[BufferDrift, ...]
-    drawing: frozenset[str] = frozenset()
-    off: frozenset[str] = frozenset()
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    @property
-    def replayed(self) -> tuple[str, ...]:
-        return tuple(layer_name(name) for name in sorted(self.drawing - self.off))
-
-    @property
-    def switched_off(self) -> tuple[str, ...]:
-        return tuple(layer_name(name) for name in sorted(self.off))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +230,7 @@ class _Proof:
     """What the experiments in float64 gave."""
 
     weights: Weights
-    compared: _Compared
+    compared: Compared
     mixers: tuple[Mixer, ...]
     stateful: tuple[str, ...]
     loop: tuple[LoopWindow, ...]
@@ -288,7 +243,7 @@ class _Proof:
 
 
 def _in_float64(
-    subject: _Subject, work: _Work, *, freeze: bool, accumulate: AccumulationLoop | None
+    subject: _Subject, work: Work, *, freeze: bool, accumulate: AccumulationLoop | None
 ) -> _Proof:
     model = subject.model
     with preserved(*subject.modules):
@@ -299,7 +254,7 @@ def _in_float64(
         work.next("looking for layers that mix samples")
         mixers = _mixers(model, few, freeze=freeze)
         frozen = {mixer.name for mixer in mixers if mixer.frozen}
-        with _in_eval(model, frozen):
+        with in_eval(model, frozen):
             work.next("looking at what the loss averages over")
             bench, cuts = subject.bench(
                 batch, subject.samples or _FP64_SAMPLES, device=_CPU, precision=None
@@ -308,7 +263,7 @@ def _in_float64(
             if weights.mixer is not None:
                 mixers = (*mixers, weights.mixer)
             unexplained = all(mixer.frozen for mixer in mixers)
-            compared = _compare(bench, cuts, weights, work, suspect_draws=unexplained)
+            compared = compare(bench, cuts, weights, work, suspect_draws=unexplained)
             stateful: tuple[str, ...] = ()
             if unexplained and not compared.passed:
                 work.next("looking for another reason")
@@ -318,7 +273,7 @@ def _in_float64(
         faults: tuple[LoopFault, ...] = ()
         if accumulate is not None:
             work.next("weighing the accumulation loop")
-            with _in_eval(model, frozen | compared.drawing):
+            with in_eval(model, frozen | compared.drawing):
                 loop, faults = loops.weigh(
                     accumulate,
                     model=model,
@@ -345,7 +300,7 @@ def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[Mixer, ...]
     found = mixing_layers(model, inputs)
     if not found:
         return ()
-    with _in_eval(model, {mixer.name for mixer in found}):
+    with in_eval(model, {mixer.name for mixer in found}):
         still = {mixer.name for mixer in mixing_layers(model, inputs)}
     return tuple(
         dataclasses.replace(
@@ -389,7 +344,7 @@ def _weights_from_gradients(bench: Bench, cut: tuple[int, ...]) -> Weights:
 # --- the precision and the device of training ---------------------------------------------------
 
 
-def _in_training(subject: _Subject, work: _Work, device: torch.device, proof: _Proof) -> _Compared:
+def _in_training(subject: _Subject, work: Work, device: torch.device, proof: _Proof) -> Compared:
     place = subject.step.convert(subject.model, device)
     for module in subject.modules[1:]:
         module.to(device)
@@ -399,175 +354,8 @@ def _in_training(subject: _Subject, work: _Work, device: torch.device, proof: _P
         device=device,
         precision=subject.step.options.precision,
     )
-    with _in_eval(subject.model, proof.in_eval):
-        return _compare(bench, cuts, proof.weights, work, suspect_draws=proof.compared.passed)
-
-
-# --- what both share ----------------------------------------------------------------------------
-
-
-def _compare(
-    bench: Bench,
-    cuts: Sequence[tuple[int, ...]],
-    weights: Weights,
-    work: _Work,
-    *,
-    suspect_draws: bool,
-) -> _Compared:
-    """Compare gradients, and where draws cannot be replayed once more without any.
-
-    Args:
-        bench: What is run.
-        cuts: How its batch is cut.
-        weights: What the loss averages over.
-        work: Told what runs next.
-        suspect_draws: Nothing else is known that would make gradients differ, so that if they do
-            it may be that draws were replayed for the wrong samples.
-
-    Returns:
-        The comparisons that hold.
-    """
-    off: set[str] = set()
-    while True:
-        with _in_eval(bench.model, off):
-            compared = _compare_once(bench, cuts, weights, work)
-        draws = bench.draws
-        suspected = suspect_draws and not compared.passed
-        more = set(draws.drawing if suspected else draws.not_replayable) - off
-        if not more:
-            return dataclasses.replace(
-                compared, drawing=frozenset(draws.drawing) | off, off=frozenset(off)
-            )
-        off |= more
-        bench = dataclasses.replace(bench, draws=Draws(bench.model, bench.num_samples))
-
-
-def _compare_once(
-    bench: Bench, cuts: Sequence[tuple[int, ...]], weights: Weights, work: _Work
-) -> _Compared:
-    message = None
-    reference_cut: tuple[int, ...] = (bench.num_samples,)
-
-    def run(cut: tuple[int, ...]) -> Gradients:
-        work.next(f"{bench.precision_name}: {written(cut)}")
-        return gradients(bench, cut, weights=weights.of(cut, bench.inputs, bench.targets))
-
-    with DetachWatch(bench.model) as whole_watch:
-        reference = _unless_out_of_memory(run, reference_cut)
-    if reference is None:
-        release(bench.device)
-        message = (
-            f"The full batch of {bench.num_samples} does not fit {bench.device}: two ways to cut "
-            "it are compared instead."
-        )
-        reference_cut, cuts = cuts[0], cuts[1:]
-        reference = _unless_out_of_memory(run, reference_cut)
-    if reference is None:
-        raise DoesNotFitError(
-            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}: give a smaller "
-            "one."
-        )
-    others: dict[tuple[int, ...], Gradients] = {}
-    with DetachWatch(bench.model) as watch:
-        others[cuts[0]] = run(cuts[0])
-        for cut in cuts[1:]:
-            result, why = _unless_single_sample(run, cut)
-            if result is not None:
-                others[cut] = result
-            message = why or message
-    work.next(f"{bench.precision_name}: the samples in another order")
-    order = torch.arange(bench.num_samples - 1, -1, -1)
-    turned = bench.reordered(order)
-    shuffled = gradients(
-        turned,
-        reference_cut,
-        weights=weights.of(reference_cut, turned.inputs, turned.targets),
-        order=order,
-    )
-    checks = tuple(
-        check(
-            bench,
-            reference,
-            other,
-            shuffled=shuffled,
-            reference_cut=reference_cut,
-            cut=cut,
-            message=message,
-        )
-        for cut, other in others.items()
-    )
-    return _Compared(
-        checks=checks,
-        detaching=_detaching(whole_watch, watch),
-        unreached=tuple(
-            name
-            for name, value in reference.values.items()
-            if value is None and all(other.values[name] is None for other in others.values())
-        ),
-        drifts=_drifts(reference, next(iter(others.values()))) if others else (),
-    )
-
-
-def _unless_out_of_memory(
-    run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
-) -> Gradients | None:
-    try:
-        return run(cut)
-    except Exception as error:
-        if oom.classify(error) is oom.Verdict.NO:
-            raise
-    return None
-
-
-def _unless_single_sample(
-    run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
-) -> tuple[Gradients | None, str | None]:
-    try:
-        return run(cut), None
-    except SingleSampleError as error:
-        return None, f"{error}, so {written(cut)} was not compared."
-
-
-def _detaching(*watches: DetachWatch) -> tuple[str, ...]:
-    found = _united(*(tuple(watch.layers) for watch in watches))
-    return found or _united(*(tuple(watch.suspects) for watch in watches))
-
-
-def _drifts(full: Gradients, accumulated: Gradients) -> tuple[BufferDrift, ...]:
-    """Compare what a full batch and its micro-batches made of the buffers, furthest first."""
-    found = []
-    for name, one in full.buffers.items():
-        a, b = accumulated.buffers[name].double().cpu(), one.double().cpu()
-        norm = float(torch.linalg.vector_norm(b))
-        apart = float(torch.linalg.vector_norm(a - b)) / (norm or 1.0)
-        if apart > 1e-9:  # noqa: PLR2004 - more than rounding in float64
-            single = b.numel() == 1
-            found.append(
-                BufferDrift(
-                    name=name,
-                    relative_change=apart,
-                    full=float(b) if single else None,
-                    accumulated=float(a) if single else None,
-                )
-            )
-    # Counts of batches differ by design; the statistics are what matters.
-    found.sort(key=lambda drift: (drift.full is not None, -drift.relative_change))
-    return tuple(found)
-
-
-@contextlib.contextmanager
-def _in_eval(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Put some layers, but not what is inside them, in evaluation mode."""
-    layers = [module for name, module in model.named_modules() if layer_name(name) in names]
-    layers += [module for name, module in model.named_modules() if not name and "" in names]
-    before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+    with in_eval(subject.model, proof.in_eval):
+        return compare(bench, cuts, proof.weights, work, suspect_draws=proof.compared.passed)
 
 
 @contextlib.contextmanager
@@ -579,10 +367,6 @@ def _eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _united(*groups: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for group in groups for name in group))
 
 
 def _device_name(device: torch.device) -> str:

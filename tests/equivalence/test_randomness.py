@@ -26,6 +26,14 @@ class FunctionalDropout(nn.Module):
         return F.dropout(x, 0.4, training=self.training)
 
 
+class FusedDropout(nn.Module):
+    """The operator that dropout is on a GPU: one kernel that draws, masks and scales."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped, _ = torch.native_dropout(x, 0.4, self.training)
+        return dropped
+
+
 class LastSampleFirst(nn.Module):
     """Draws for its samples in an order of its own, so that no draw can be told to be whose."""
 
@@ -49,7 +57,9 @@ class DroppedAttention(nn.Module):
         return self.head(attended.mean(dim=1))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.3), DropPath(0.4), Noise(), FunctionalDropout()])
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.3), DropPath(0.4), Noise(), FunctionalDropout(), FusedDropout()]
+)
 def test_draws_are_replayed_sample_by_sample(layer: nn.Module) -> None:
     """Dropout, stochastic depth and noise are no difference."""
     result = check(mlp(layer))

@@ -173,6 +173,18 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference() -> None:
 # --- precision ------------------------------------------------------------------------------------
 
 
+def test_a_model_that_computes_partly_in_float32_is_bounded_by_that() -> None:
+    """In the check in float64 as well."""
+
+    class Narrow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(x.float(), dim=1).to(x.dtype)
+
+    result = check(mlp(Narrow()))
+    assert result.verdict is Verdict.EQUAL
+    assert result.checks[0].unit_roundoff == 2.0**-24
+
+
 def test_one_percent_in_one_parameter_is_caught_in_bf16() -> None:
     """Its roundings average out, and the error does not."""
     model = mlp(OnePercentOff(WIDTH, WIDTH), nn.Tanh())
@@ -257,7 +269,7 @@ def test_inputs_and_outputs_of_any_nesting() -> None:
 
     def loss(outputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
         distance: torch.Tensor = (outputs["last"] - targets).square().mean()
-        return distance + outputs["parts"][0].abs().mean()
+        return distance.add(outputs["parts"][0].abs().mean())
 
     def loop(model: nn.Module, micro_batches: Any, loss: Any, _optimizer: Any) -> None:
         total = sum(len(targets) for _, targets in micro_batches)
