@@ -201,13 +201,14 @@ def verify(
         model_kwargs=tuple((model_kwargs or {}).items()),
     )
     TrainingStep(subject=subject, options=options)
-    wanted = _device(subject, device)
-    backend = open_backend(wanted)
+    wanted = _device(subject, device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Gradients need no limit on a CPU's memory, so neither a system that can set one.
+    auto = Precision.FP32 if wanted == "cpu" else open_backend(wanted).auto_precision
     if options.precision is Precision.AUTO:
-        options = dataclasses.replace(options, precision=backend.auto_precision)
+        options = dataclasses.replace(options, precision=auto)
     return equivalence.verify(
         TrainingStep(subject=subject, options=options),
-        torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu")),
+        torch.device(wanted),
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,
         samples=samples,

@@ -92,3 +92,10 @@ def test_the_public_function_takes_a_workload_and_a_loop() -> None:
     assert result.verdict is memfit.Verdict.DIFFERS
     assert result.loop_faults == (memfit.LoopFault.MEAN_OF_MEANS,)
     assert result.options.precision is memfit.Precision.FP32
+
+
+def test_a_device_that_is_not_there() -> None:
+    """As for a probe."""
+    result = run("test_vit", *SIZES, "--device", "tpu")
+    assert result.exit_code == 2
+    assert "'tpu' is not a device" in result.output
