@@ -296,7 +296,7 @@ class _Search:
             return self._up_from_one(points[-1], low)
         if edge * _NEAR[1] <= low * _NEAR[0]:
             self._expects_fit = False
-            return min(max(edge + 1, low + (1 << self._surprises_up)), 2 * low)
+            return min(low + ((edge + 1 - low) << self._surprises_up), 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
         short = _edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:
@@ -325,7 +325,7 @@ class _Search:
         elif edge >= high - 1:
             guess = high - (1 << self._surprises_down)
         else:
-            guess = max(edge + 1, low + (1 << self._surprises_up))
+            guess = low + ((edge + 1 - low) << self._surprises_up)
         if not (low < guess < high and self._affordable(guess, low, high)):
             return middle
         self._expects_fit = None if edge is None else guess <= edge

@@ -51,7 +51,12 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _MMAP_THRESHOLD_BYTES = 128 * KIB
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+# Of what the machine has left, for a trial that is to need all of it.
 _ROOM_SHARE = 0.95
+# Less than this factor is no more room to speak of.
+_MORE_ROOM = 1.1
+# A step that failed with less than this share of the limit in use did not fail for memory.
+_NEARLY_FULL_SHARE = 0.8
 _WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
 
 
@@ -126,23 +131,39 @@ class CpuBackend:
             StepCrashedError: The step took its process down, and not for want of memory.
         """
         report = self._ask(step, batch_size, self._capacity.usable_bytes)
-        if report.confirmed is not None:
-            self._confirmed |= {report.confirmed}
         if report.error is None:
             assert report.trial is not None
             return report.trial
-        if isinstance(report.error, StepCrashedError):
-            # Code that does not expect an allocation to fail crashes when one does: if the same
-            # step runs where there is room, memory it was.
-            roomier = self._ask(step, batch_size, _room_bytes()).trial
-            if roomier is not None and roomier.fits:
-                return _ran_out(batch_size, str(report.error))
-        raise report.error
+        if report.suspect is None or not self._is_memory(step, batch_size, report):
+            raise report.error
+        self._confirmed |= {report.suspect}
+        return report.trial or _ran_out(batch_size, report.suspect)
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
         """Return what a batch size that did not fit takes where the machine has the room."""
         roomier = self._ask(step, batch_size, _room_bytes()).trial
         return roomier.peak_reserved_bytes if roomier is not None and roomier.fits else None
+
+    def _is_memory(self, step: TrainingStep, batch_size: int, report: _Report) -> bool:
+        """Whether a suspected failure goes away with more room.
+
+        Code that does not expect an allocation to fail crashes, or raises what it also raises for
+        limits of its own. A process of its own tells: libraries remember what failed.
+        """
+        room_bytes = _room_bytes()
+        roomier = self._ask(step, batch_size, room_bytes)
+        if roomier.trial is not None and roomier.trial.fits:
+            return True
+        limit_bytes = self._capacity.usable_bytes
+        if room_bytes > _MORE_ROOM * limit_bytes or batch_size == 1:
+            return False
+        # There is no more room to give. A step that ran out was near the limit, and half of it is
+        # not.
+        peak = None if report.trial is None else report.trial.peak_reserved_bytes
+        if peak is not None and peak < _NEARLY_FULL_SHARE * limit_bytes:
+            return False
+        half = self._ask(step, batch_size // 2, limit_bytes)
+        return half.trial is not None and half.trial.fits
 
     def _ask(self, step: TrainingStep, batch_size: int, limit_bytes: int) -> _Report:
         if self._server is None or self._server.step is not step:
@@ -178,11 +199,11 @@ class _Request:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Report:
-    """How a trial ended: a trial, or an error that is not about memory."""
+    """How a trial ended: a trial, an error, or an error that may be about memory: a suspect."""
 
     trial: Trial | None = None
     error: BaseException | None = None
-    confirmed: str | None = None
+    suspect: str | None = None
 
 
 class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
@@ -257,9 +278,8 @@ def _judge_death(exit_code: int, request: _Request, written: str) -> _Report:
         else f"ended its process with exit code {exit_code}"
     )
     words = f"; its last words: {last_words}" if last_words else ""
-    return _Report(
-        error=StepCrashedError(f"The training step {how} at batch size {request.batch_size}{words}")
-    )
+    crash = f"The training step {how} at batch size {request.batch_size}{words}"
+    return _Report(error=StepCrashedError(crash), suspect=crash)
 
 
 def _ran_out(batch_size: int, message: str) -> Trial:
@@ -422,15 +442,12 @@ def _try(
     meter = _Meter(_Footprint.now() - model)
     room_bytes = request.limit_bytes - model.data_bytes
     _limit_data(_Footprint.now().data_bytes + max(room_bytes, 0))
-    grows = False
-    suspected: BaseException | None = None
     try:
         prepared.begin()
         # A step on a small batch first: what comes once (the optimizer's state, the libraries' own
         # buffers) is there before the readings begin.
         prepared.iterate(min(request.batch_size, _WARM_UP_BATCH_SIZE))
         _, grows = steady_readings(prepared, request.batch_size, meter.measured)
-        message = None
     except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent
         _limit_data(None)
         verdict = oom.classify(error)
@@ -438,28 +455,12 @@ def _try(
         text = traceback.format_exc()
         if verdict is oom.Verdict.NO:
             return text, _Report(error=_portable(_explained(error)))
+        trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
         if verdict is oom.Verdict.SUSPECTED and message not in request.confirmed:
-            suspected = _portable(error).with_traceback(None)
-    trial = meter.trial(request.batch_size, prepared, message=message, grows=grows)
-    if suspected is None:
+            return text, _Report(trial=trial, error=_portable(error), suspect=message)
         return None, _Report(trial=trial)
-    # Out of the except block the failed step's tensors are gone, and the limit is lifted: if the
-    # same step now runs, memory it was.
-    suspected.__cause__ = suspected.__context__ = None
-    prepared.model.zero_grad(set_to_none=True)
-    cleanup.release(_CPU)
-    if not _runs(prepared, request.batch_size):
-        return text, _Report(error=suspected)
-    return None, _Report(trial=trial, confirmed=message)
-
-
-def _runs(prepared: PreparedStep, batch_size: int) -> bool:
-    """Whether an iteration now ends well, or at least runs out of memory for certain."""
-    try:
-        prepared.iterate(batch_size)
-    except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, not lost
-        return oom.classify(error) is oom.Verdict.CERTAIN
-    return True
+    trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)
+    return None, _Report(trial=trial)
 
 
 def _explained(error: Exception) -> Exception:

@@ -210,6 +210,27 @@ def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
         assert backend.trial(step, 81).outcome is Outcome.OUT_OF_MEMORY
 
 
+@pytest.mark.parametrize("is_full", [True, False])
+def test_where_there_is_no_more_room_half_the_batch_decides(
+    monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    """A suspect is believed if the limit was nearly reached and half of the batch runs."""
+    monkeypatch.setattr(cpu, "_room_bytes", lambda: LIMIT)
+
+    def primitive(out: torch.Tensor) -> None:
+        if out.shape[0] > 80:
+            kept = torch.ones(80 * MIB // 4) if is_full else None
+            del kept
+            raise RuntimeError("could not execute a primitive")
+
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        if is_full:
+            assert not backend.trial(wide_step(primitive), 90).fits
+        else:
+            with pytest.raises(RuntimeError, match="primitive"):
+                backend.trial(wide_step(primitive), 90)
+
+
 def test_a_suspect_that_stays_with_more_room_is_the_users_error() -> None:
     """A library's real limit in the same words is raised, not searched around."""
 
