@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from memfit.equivalence.gradients import Bench, Gradients
 from memfit.records import GradientCheck, ParameterDifference, Precision
 
-__all__ = ["check"]
+__all__ = ["check", "vanishing_in"]
 
 _NUM_LISTED = 20
 _PERMUTATION_FACTOR = 4.0  # the two differences have the same spread; four of them miss 1 in 10^4
@@ -65,6 +65,7 @@ def check(
     shuffled: Gradients,
     reference_cut: tuple[int, ...],
     cut: tuple[int, ...],
+    vanishing: frozenset[str] = frozenset(),
     message: str | None = None,
 ) -> GradientCheck:
     """Compare two gradients of one effective batch.
@@ -76,15 +77,14 @@ def check(
         shuffled: The reference's again, with the samples in another order.
         reference_cut: How the reference was cut; a single micro-batch where it was not.
         cut: How the other was cut.
+        vanishing: Parameters whose gradient is known to be zero but for rounding.
         message: Why the reference is cut, where it is.
 
     Returns:
         The comparison.
     """
     rounding = _Rounding.of(bench)
-    values = [value for value in reference.values.values() if value is not None]
-    total = math.sqrt(sum(_norm(value) ** 2 for value in values))
-    typical = total / math.sqrt(max(1, sum(value.numel() for value in values)))
+    typical = _typical(reference)
     compared = [
         _difference(
             name,
@@ -94,6 +94,7 @@ def check(
             written=math.sqrt(reference.written_squares[name] + other.written_squares[name]),
             typical=typical,
             rounding=rounding,
+            known_to_vanish=name in vanishing,
         )
         for name in reference.values
         if not (reference.values[name] is None and other.values[name] is None)
@@ -112,6 +113,28 @@ def check(
         worst_relative_error=max((d.relative_error for d in compared), default=0.0),
         message=message,
     )
+
+
+def vanishing_in(bench: Bench, reference: Gradients) -> frozenset[str]:
+    """Return the parameters whose gradient is zero but for rounding.
+
+    Args:
+        bench: What was run, in float64 if zero is to be told from small.
+        reference: The full batch's gradients.
+    """
+    share = _Rounding.of(bench).vanishing * _typical(reference)
+    return frozenset(
+        name
+        for name, value in reference.values.items()
+        if value is not None and _norm(value) <= share * math.sqrt(value.numel())
+    )
+
+
+def _typical(gradients: Gradients) -> float:
+    """Return the root mean square of all gradients' elements."""
+    values = [value for value in gradients.values.values() if value is not None]
+    total = math.sqrt(sum(_norm(value) ** 2 for value in values))
+    return total / math.sqrt(max(1, sum(value.numel() for value in values)))
 
 
 def _excess(difference: ParameterDifference) -> float:
@@ -187,6 +210,7 @@ def _difference(
     written: float,
     typical: float,
     rounding: _Rounding,
+    known_to_vanish: bool,
 ) -> ParameterDifference:
     if reference is None or other is None:
         # One of the two reached the parameter and the other did not.
@@ -202,7 +226,7 @@ def _difference(
     noise = 0.0 if shuffled is None else _norm(_flat(shuffled) - b)
     norm, apart = _norm(b), _norm(a - b)
     usual = typical * math.sqrt(b.numel())
-    vanishes = norm <= rounding.vanishing * usual
+    vanishes = known_to_vanish or norm <= rounding.vanishing * usual
     unit = usual if vanishes else norm
     if unit == 0:
         return ParameterDifference(
@@ -210,8 +234,10 @@ def _difference(
         )
     summing = rounding.summed * math.sqrt(rounding.num_summands)
     other_terms = summing * (written + usual) + _PERMUTATION_FACTOR * noise
-    likely = (rounding.written * written + other_terms) / unit
-    bound = (_WRITING_FACTOR * rounding.written * written + other_terms) / unit
+    # What vanishes is the sum of its neighbours' roundings, and not small beside those.
+    writing = rounding.written * (usual if vanishes else written)
+    likely = (writing + other_terms) / unit
+    bound = (_WRITING_FACTOR * writing + other_terms) / unit
     # The difference is small and exact, so its share is too.
     scale = None if vanishes else 1 + float(torch.dot(a - b, b)) / norm**2
     scale_bound = bound

@@ -14,7 +14,7 @@ from torch import nn
 
 from memfit import oom
 from memfit.cleanup import release
-from memfit.equivalence.comparison import check
+from memfit.equivalence.comparison import check, vanishing_in
 from memfit.equivalence.cuts import written
 from memfit.equivalence.gradients import Bench, Gradients, SingleSampleError, gradients
 from memfit.equivalence.mixing import layer_name
@@ -56,6 +56,7 @@ class Compared:
     detaching: tuple[str, ...]
     unreached: tuple[str, ...]
     drifts: tuple[BufferDrift, ...]
+    vanishing: frozenset[str]
     drawing: frozenset[str] = frozenset()
     off: frozenset[str] = frozenset()
 
@@ -82,6 +83,7 @@ def compare(
     work: Work,
     *,
     suspect_draws: bool,
+    vanishing: frozenset[str] = frozenset(),
 ) -> Compared:
     """Compare gradients, and where draws cannot be replayed once more without any.
 
@@ -92,6 +94,7 @@ def compare(
         work: Told what runs next.
         suspect_draws: Nothing else is known that would make gradients differ, so that if they do
             it may be that draws were replayed for the wrong samples.
+        vanishing: Parameters whose gradient is known to be zero but for rounding.
 
     Returns:
         The comparisons that hold.
@@ -99,7 +102,7 @@ def compare(
     off: set[str] = set()
     while True:
         with in_eval(bench.model, off):
-            compared = _compare_once(bench, cuts, weights, work)
+            compared = _compare_once(bench, cuts, weights, work, vanishing)
         draws = bench.draws
         suspected = suspect_draws and not compared.passed
         more = set(draws.drawing if suspected else draws.not_replayable) - off
@@ -112,7 +115,11 @@ def compare(
 
 
 def _compare_once(
-    bench: Bench, cuts: Sequence[tuple[int, ...]], weights: Weights, work: Work
+    bench: Bench,
+    cuts: Sequence[tuple[int, ...]],
+    weights: Weights,
+    work: Work,
+    vanishing: frozenset[str],
 ) -> Compared:
     message = None
     reference_cut: tuple[int, ...] = (bench.num_samples,)
@@ -161,6 +168,7 @@ def _compare_once(
             shuffled=shuffled,
             reference_cut=reference_cut,
             cut=cut,
+            vanishing=vanishing,
             message=message,
         )
         for cut, other in others.items()
@@ -173,6 +181,7 @@ def _compare_once(
             for name, value in reference.values.items()
             if value is None and all(other.values[name] is None for other in others.values())
         ),
+        vanishing=vanishing_in(bench, reference),
         drifts=_drifts(reference, next(iter(others.values()))) if others else (),
     )
 

@@ -355,7 +355,14 @@ def _in_training(subject: _Subject, work: Work, device: torch.device, proof: _Pr
         precision=subject.step.options.precision,
     )
     with in_eval(subject.model, proof.in_eval):
-        return compare(bench, cuts, proof.weights, work, suspect_draws=proof.compared.passed)
+        return compare(
+            bench,
+            cuts,
+            proof.weights,
+            work,
+            suspect_draws=proof.compared.passed,
+            vanishing=proof.compared.vanishing,
+        )
 
 
 @contextlib.contextmanager
