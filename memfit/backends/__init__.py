@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 import torch
 
-from memfit.errors import UnknownDeviceError
+from memfit.errors import UnknownDeviceError, UnsupportedError
 from memfit.records import Capacity, Precision, Trial
 from memfit.workload import TrainingStep
 
@@ -97,6 +98,11 @@ def open_backend(
 
         return CudaBackend(chosen, memory_bytes=memory_bytes)
     if chosen.type == "cpu":
+        if sys.platform != "linux":
+            raise UnsupportedError(
+                "Trials on a CPU need Linux, whose memory limit (RLIMIT_DATA) they run under, and "
+                f"this is {sys.platform}: run memfit in Linux, or in a Linux container."
+            )
         from memfit.backends.cpu import CpuBackend
 
         return CpuBackend(memory_bytes=memory_bytes, headroom=headroom)

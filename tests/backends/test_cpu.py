@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from memfit import Workload
-from memfit.backends import cpu, open_backend
+from memfit.backends import cpu, forkserver, linux, open_backend
 from memfit.backends.cpu import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
@@ -192,7 +192,7 @@ def data_left() -> int:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return limit - cpu._Footprint.now().data_bytes if limit >= 0 else sys.maxsize
+    return limit - linux.Footprint.now().data_bytes if limit >= 0 else sys.maxsize
 
 
 def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
@@ -336,12 +336,12 @@ def test_needed_bytes_are_measured_where_there_is_room() -> None:
 
 def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mapping beyond the limit succeeds, no trial would mean anything."""
-    monkeypatch.setattr(cpu, "_limit_data", lambda num_bytes: None)
-    with pytest.raises(UnsupportedError, match="RLIMIT_DATA"):
+    monkeypatch.setattr(linux, "limit_data", lambda num_bytes: None)
+    with pytest.raises(UnsupportedError, match="this kernel ignores it"):
         CpuBackend(memory_bytes=LIMIT)
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UnsupportedError, match="darwin here does not"):
-        CpuBackend(memory_bytes=LIMIT)
+    with pytest.raises(UnsupportedError, match="this is darwin"):
+        open_backend("cpu", memory_bytes=LIMIT)
 
 
 def test_the_engine_that_cannot_fork_is_explained() -> None:
@@ -349,9 +349,9 @@ def test_the_engine_that_cannot_fork_is_explained() -> None:
     error = RuntimeError(
         "Unable to handle autograd's threading in combination with fork-based multiprocessing."
     )
-    assert isinstance(cpu._explained(error), UnsupportedError)
+    assert isinstance(forkserver._explained(error), UnsupportedError)
     other = RuntimeError("other")
-    assert cpu._explained(other) is other
+    assert forkserver._explained(other) is other
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_a_heap_that_the_user_tuned_is_left_alone(
     """Then nothing needs setting for training either."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert cpu._is_heap_tuned() is is_tuned
+    assert linux.is_heap_tuned() is is_tuned
     assert bool(CpuBackend(memory_bytes=LIMIT).environment) is not is_tuned
 
 
@@ -391,14 +391,14 @@ def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
         memory__usage_in_bytes="70",
         memory__stat="cache 9\ntotal_inactive_file 30\n",
     )
-    assert cpu._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
-    assert cpu._control_groups(tmp_path, tmp_path / "none") == []
+    assert linux._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
+    assert linux._control_groups(tmp_path, tmp_path / "none") == []
 
 
 def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's limit is the machine's, for this process."""
-    monkeypatch.setattr(cpu, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
-    assert cpu._memory_left() == (600, "memory left in this control group")
+    monkeypatch.setattr(linux, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
+    assert linux.memory_left() == (600, "memory left in this control group")
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:

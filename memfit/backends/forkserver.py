@@ -1,0 +1,312 @@
+"""The processes that trials on the CPU run in.
+
+A server, forked from this process, builds the step once and forks a child for each trial; the child
+limits itself, runs the step and reports. The server outlives its children whatever becomes of them.
+Which trials to run, and what a suspect means, is `memfit.backends.cpu`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from typing import IO
+
+import torch
+
+from memfit import cleanup, oom
+from memfit.backends.linux import Footprint, fork, limit_data, status_bytes, steady_heap
+from memfit.backends.readings import Reading, steady_readings
+from memfit.errors import StepCrashedError, UnsupportedError
+from memfit.records import Outcome, Source, Trial
+from memfit.units import MIB
+from memfit.workload import PreparedStep, TrainingStep
+
+__all__ = ["Report", "Request", "Server", "ran_out"]
+
+_CPU = torch.device("cpu")
+_WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One trial to run.
+
+    Args:
+        batch_size: Samples in each micro-batch.
+        limit_bytes: What the step may use beyond the loaded process.
+        confirmed: Suspected messages that are known to have been about memory.
+    """
+
+    batch_size: int
+    limit_bytes: int
+    confirmed: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How a trial ended: a trial, an error, or an error that may be about memory: a suspect."""
+
+    trial: Trial | None = None
+    error: BaseException | None = None
+    suspect: str | None = None
+
+
+class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
+    """Where an error happened in the child, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Return the error in a form that survives the way to the parent."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:  # noqa: BLE001 - a user's exception may fail to pickle in any way
+        return StepCrashedError(f"The training step raised {type(error).__name__}: {error}")
+    return error
+
+
+# --- the parent's side --------------------------------------------------------------------------
+
+
+class Server:
+    """The forked process that builds the step once and forks a child for each trial."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        self.step = step
+        self.is_dead = False
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - kill() closes it
+        self._connection, theirs = Pipe()
+        self._pid = fork(lambda: _serve(theirs, step, self._output), but_keep=self._output)
+        theirs.close()
+
+    def ask(self, request: Request) -> Report:
+        """Have one trial run, and wait for its report."""
+        try:
+            self._connection.send(request)
+            text, report = self._connection.recv()
+        except (EOFError, OSError):
+            report = _judge_death(self._reap(), request, _written(self._output))
+            self.is_dead = True
+            text = None
+        if text is not None and report.error is not None:
+            report.error.__cause__ = _ChildTraceback(text)
+        assert isinstance(report, Report)
+        return report
+
+    def kill(self) -> None:
+        """End the server, its trial, and everything they hold."""
+        if not self.is_dead:
+            # The group is the server's own once it has got that far.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._reap()
+        self._connection.close()
+        self._output.close()
+
+    def _reap(self) -> int:
+        with contextlib.suppress(ChildProcessError):
+            return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return -signal.SIGKILL
+
+
+def _judge_death(exit_code: int, request: Request, written: str) -> Report:
+    """Say what it means that the process of a trial died without a report."""
+    last_words = _last_words(written)
+    if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Verdict.CERTAIN:
+        message = "killed by the kernel" if exit_code == -signal.SIGKILL else last_words
+        return Report(trial=ran_out(request.batch_size, message))
+    how = (
+        f"died of {signal.Signals(-exit_code).name}"
+        if exit_code < 0
+        else f"ended its process with exit code {exit_code}"
+    )
+    words = f"; its last words: {last_words}" if last_words else ""
+    crash = f"The training step {how} at batch size {request.batch_size}{words}"
+    return Report(error=StepCrashedError(crash), suspect=crash)
+
+
+def ran_out(batch_size: int, message: str) -> Trial:
+    """Return the trial of a process that died without figures."""
+    return Trial(
+        batch_size=batch_size,
+        outcome=Outcome.OUT_OF_MEMORY,
+        source=Source.MEASURED,
+        left_behind_bytes=0,
+        message=message,
+    )
+
+
+def _written(output: IO[bytes]) -> str:
+    size = os.fstat(output.fileno()).st_size
+    return os.pread(output.fileno(), size, 0).decode(errors="replace")
+
+
+def _last_words(written: str) -> str:
+    """Return what a dead process wrote that says most: where it crashed, or its last line."""
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if line.startswith("Fatal Python error"):
+            frames = (later for later in lines[number:] if later.startswith("File "))
+            return f"{line}, {next(frames, 'nowhere in Python')}"
+    return lines[-1] if lines else ""
+
+
+# --- the server's side --------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
+    os.setsid()
+    steady_heap()
+    _load_lazily()
+    before = Footprint.now()
+    built: PreparedStep | None = None
+    failure: tuple[str, Report] | None = None
+    try:
+        built = step.prepare(_CPU)
+    except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
+        failure = (traceback.format_exc(), Report(error=_portable(error)))
+    cleanup.release(_CPU)
+    gc.freeze()
+    model = Footprint.now() - before
+    while True:
+        try:
+            request = connection.recv()
+        except EOFError:
+            return
+        if built is None:
+            connection.send(failure)
+            continue
+        connection.send(_try_in_child(built, request, model, output))
+
+
+def _load_lazily() -> None:
+    """Take a tiny step, for torch imports a good deal when the first optimizer takes its first."""
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    optimizer = torch.optim.AdamW([weight])
+    torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
+    optimizer.step()
+
+
+def _try_in_child(
+    prepared: PreparedStep, request: Request, model: Footprint, output: IO[bytes]
+) -> tuple[str | None, Report]:
+    os.ftruncate(output.fileno(), 0)
+    os.lseek(output.fileno(), 0, os.SEEK_SET)
+    ours, theirs = Pipe(duplex=False)
+
+    pid = fork(lambda: theirs.send(_try(prepared, request, model)), but_keep=output)
+    theirs.close()
+    report: tuple[str | None, Report] | None = None
+    with contextlib.suppress(EOFError):
+        report = ours.recv()
+    ours.close()
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if report is None:
+        return None, _judge_death(exit_code, request, _written(output))
+    return report
+
+
+# --- the trial, in the child --------------------------------------------------------------------
+
+
+def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
+    # The pool's stacks belong to the loaded process, and libgomp ends the process if they cannot
+    # be had: start it before the limit holds.
+    torch.ones(torch.get_num_threads() * MIB).add_(1)
+    meter = _Meter(Footprint.now() - model)
+    room_bytes = request.limit_bytes - model.data_bytes
+    limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
+    try:
+        prepared.begin()
+        # A step on a small batch first: what comes once (the optimizer's state, the libraries' own
+        # buffers) is there before the readings begin.
+        prepared.iterate(min(request.batch_size, _WARM_UP_BATCH_SIZE))
+        _, grows = steady_readings(prepared, request.batch_size, meter.measured)
+    except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent
+        limit_data(None)
+        verdict = oom.classify(error)
+        message = oom.first_line(error)
+        text = traceback.format_exc()
+        if verdict is oom.Verdict.NO:
+            return text, Report(error=_portable(_explained(error)))
+        trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
+        if verdict is oom.Verdict.SUSPECTED and message not in request.confirmed:
+            return text, Report(trial=trial, error=_portable(error), suspect=message)
+        return None, Report(trial=trial)
+    trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)
+    return None, Report(trial=trial)
+
+
+def _explained(error: Exception) -> Exception:
+    if "autograd's threading in combination with fork" in str(error):
+        return UnsupportedError(
+            "This process has already run a backward pass with a GPU in sight, and PyTorch cannot "
+            "run one in a fork of it: probe the CPU before that, or in a fresh process."
+        )
+    return error
+
+
+class _Meter:
+    """Reads peaks against what the process holds apart from the model.
+
+    Args:
+        base: The footprint to count from.
+    """
+
+    def __init__(self, base: Footprint) -> None:
+        self._base = base
+        self._readings: list[Reading] = []
+
+    def measured(self, iterate: Callable[[], None]) -> Reading:
+        """Run one iteration and read the peaks up to its end."""
+        start = time.perf_counter()
+        iterate()
+        reading = self._read(time.perf_counter() - start)
+        self._readings.append(reading)
+        return reading
+
+    def trial(
+        self, batch_size: int, prepared: PreparedStep, *, message: str | None, grows: bool
+    ) -> Trial:
+        """Return the trial that the readings make; with a message, one that ran out."""
+        peak = self._read(0.0)
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
+            source=Source.MEASURED,
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            num_iterations=len(self._readings),
+            step_seconds=self._readings[-1].seconds if self._readings else None,
+            num_micro_batches=prepared.num_micro_batches,
+            left_behind_bytes=0,
+            peak_grows=grows and message is None,
+            message=message,
+        )
+
+    def _read(self, seconds: float) -> Reading:
+        status = status_bytes()
+        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
+        # that is resident. Files and their pages only come in, so the peak less what they are at
+        # the end is the peak of the rest.
+        data = status["VmPeak"] - (status["VmSize"] - status["VmData"])
+        resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
+        return Reading(
+            reserved_bytes=max(0, data - self._base.data_bytes),
+            allocated_bytes=max(0, resident - self._base.anonymous_bytes),
+            requested_bytes=None,
+            seconds=seconds,
+        )

@@ -1,0 +1,252 @@
+"""What Linux and glibc do for a process: its footprint, its limit, its heap, its forks.
+
+Reads /proc and the control groups, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
+`memfit.backends.forkserver`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import mmap
+import os
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+import psutil
+
+from memfit.units import KIB, MIB
+
+__all__ = [
+    "MMAP_THRESHOLD_BYTES",
+    "Footprint",
+    "fork",
+    "is_heap_tuned",
+    "limit_data",
+    "limit_works",
+    "memory_left",
+    "processor_name",
+    "status_bytes",
+    "steady_heap",
+]
+
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_M_ARENA_MAX = -8  # glibc's malloc.h
+# glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
+# 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
+# same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
+MMAP_THRESHOLD_BYTES = 128 * KIB
+_OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
+_PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+
+
+# --- the footprint and its limit ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Footprint:
+    """What the kernel counts for this process, in bytes.
+
+    Args:
+        data_bytes: Private writable memory, mapped: what `RLIMIT_DATA` limits.
+        anonymous_bytes: Resident memory that is no file's.
+
+    Source: Linux, Documentation/filesystems/proc.rst (VmData, RssAnon).
+    """
+
+    data_bytes: int
+    anonymous_bytes: int
+
+    @classmethod
+    def now(cls) -> Footprint:
+        """Return the footprint of this process at this moment."""
+        status = status_bytes()
+        return cls(status["VmData"], status["RssAnon"])
+
+    def __sub__(self, other: Footprint) -> Footprint:
+        return Footprint(
+            max(0, self.data_bytes - other.data_bytes),
+            max(0, self.anonymous_bytes - other.anonymous_bytes),
+        )
+
+
+def status_bytes() -> dict[str, int]:
+    """Return the sizes in /proc/self/status by their names, in bytes."""
+    status = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            status[key] = int(value[:-3]) * KIB
+    return status
+
+
+def limit_data(num_bytes: int | None) -> None:
+    """Limit this process's private writable memory, or with `None` lift the limit again."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = hard if num_bytes is None else num_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def limit_works() -> bool:
+    """Whether mapping more than `RLIMIT_DATA` allows is refused here: tried, in a child."""
+
+    def overdraw() -> None:
+        limit_data(Footprint.now().data_bytes + 16 * MIB)
+        try:
+            mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            return
+        sys.exit(1)
+
+    with tempfile.TemporaryFile() as output:
+        pid = fork(overdraw, but_keep=output)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# --- the heap -----------------------------------------------------------------------------------
+
+
+def steady_heap() -> None:
+    """Make the memory of what follows in this process repeatable, as far as glibc allows it."""
+    with contextlib.suppress(AttributeError):
+        # One arena: others would be mapped in the middle of a trial, for the thread pool.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        if not is_heap_tuned():
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+
+def is_heap_tuned() -> bool:
+    """Whether the user has chosen glibc's mmap threshold, or another allocator."""
+    return (
+        "MALLOC_MMAP_THRESHOLD_" in os.environ
+        or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+        or "malloc" in os.environ.get("LD_PRELOAD", "")
+    )
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+
+def fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
+    """Fork a child that runs the target and nothing else; return its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    _end_thread_pool()
+    with warnings.catch_warnings():
+        # Python warns of any thread. The child uses none of this process's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return pid
+    _run_and_exit(target, parent, but_keep)
+
+
+def _end_thread_pool() -> None:
+    """End this thread's OpenMP pool; the next parallel operation starts it again.
+
+    libgomp's pool does not survive a fork: the child would wait for threads it does not have. Other
+    OpenMP libraries take care of that themselves.
+
+    Source: OpenMP 5.0, section 3.2.44 (omp_pause_resource_all).
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    paths = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "gomp" in line}
+    for path in paths:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_SOFT)
+
+
+def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) -> NoReturn:
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            faulthandler.enable(output.fileno())
+            target()
+            code = 0
+    except BaseException:  # noqa: BLE001 - what a child cannot report it writes down
+        os.write(output.fileno(), traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def memory_left() -> tuple[int, str]:
+    """Return the bytes that this process can still have, and who says so."""
+    left, origin = psutil.virtual_memory().available, "memory available on this machine"
+    for limit, used in _control_groups():
+        if limit - used < left:
+            left, origin = max(limit - used, 0), "memory left in this control group"
+    return left, origin
+
+
+def _control_groups(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """Return (limit, used) in bytes of each control group that limits this process.
+
+    Pages of files that can be dropped do not count as used.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group == base.parent:
+                break
+            with contextlib.suppress(OSError, ValueError):
+                # "max" is no number, and so no limit.
+                limit = int((group / names[0]).read_text())
+                used = int((group / names[1]).read_text())
+                found.append((limit, used - _stat(group / "memory.stat", names[2])))
+    return found
+
+
+def _stat(path: Path, key: str) -> int:
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == key:
+            return int(value)
+    return 0
+
+
+def processor_name() -> str:
+    """Return the processor's name as Linux has it, or the architecture's."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return os.uname().machine
