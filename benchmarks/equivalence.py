@@ -87,7 +87,6 @@ FAMILIES = (
     ("davit", "davit_tiny", 64),
     ("focalnet", "focalnet_tiny_srf", 64),
     ("eva", "eva02_tiny_patch14_224", 56),
-    ("swin_transformer", "swin_tiny_patch4_window7_224", 224),
 )
 
 HEADER = (

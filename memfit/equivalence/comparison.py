@@ -62,7 +62,7 @@ def check(
     reference: Gradients,
     other: Gradients,
     *,
-    shuffled: Gradients,
+    shuffled: Gradients | None,
     reference_cut: tuple[int, ...],
     cut: tuple[int, ...],
     vanishing: frozenset[str] = frozenset(),
@@ -74,7 +74,8 @@ def check(
         bench: What was run.
         reference: The full batch's gradients.
         other: Those of the batch cut otherwise.
-        shuffled: The reference's again, with the samples in another order.
+        shuffled: The reference's again, with the samples in another order; `None` to allow for no
+            amplified rounding.
         reference_cut: How the reference was cut; a single micro-batch where it was not.
         cut: How the other was cut.
         vanishing: Parameters whose gradient is known to be zero but for rounding.
@@ -90,7 +91,7 @@ def check(
             name,
             reference.values[name],
             other.values[name],
-            shuffled.values[name],
+            None if shuffled is None else shuffled.values[name],
             written=math.sqrt(reference.written_squares[name] + other.written_squares[name]),
             typical=typical,
             rounding=rounding,
