@@ -13,6 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/memfit probe test_vit.r160_in1k --device cpu --memory 1GiB
+	$(BIN)/memfit probe vit_base_patch16_224
 
 test: check
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import probe, verify
+    from memfit.api import estimate, probe, survey, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         ProbeResult,
         Source,
         StepOptions,
+        Survey,
+        SurveyAnswer,
         Trial,
         Verdict,
     )
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("probe", "verify"),
+    "memfit.api": ("estimate", "probe", "survey", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -64,6 +66,8 @@ _HOMES = {
         "ProbeResult",
         "Source",
         "StepOptions",
+        "Survey",
+        "SurveyAnswer",
         "Trial",
         "Verdict",
     ),
@@ -85,6 +89,8 @@ __all__ = [
     "Source",
     "StepCrashedError",
     "StepOptions",
+    "Survey",
+    "SurveyAnswer",
     "Trial",
     "UnknownDeviceError",
     "UnknownModelError",
@@ -94,7 +100,9 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "__version__",
+    "estimate",
     "probe",
+    "survey",
     "verify",
 ]
 

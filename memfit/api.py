@@ -8,28 +8,45 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from memfit import equivalence, search
 from memfit.backends import Backend, open_backend
+from memfit.backends.cuda import CudaBackend
+from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.records import Equivalence, Precision, ProbeResult, Source, StepOptions, Trial
+from memfit.records import (
+    Equivalence,
+    Precision,
+    ProbeResult,
+    StepOptions,
+    Survey,
+    SurveyAnswer,
+    Trial,
+)
+from memfit.simulation.gpus import COMMON_GPUS, find_gpu, gpu_like
 from memfit.units import format_bytes, parse_bytes, parse_image_size
 from memfit.workload import TrainingStep, Workload
 
-__all__ = ["probe", "verify"]
+__all__ = ["estimate", "has_gpu", "probe", "survey", "verify"]
 
 _DEFAULT_OPTIMIZER = "adamw"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can train on."""
+    return torch.cuda.is_available()
 
 
 def probe(
     subject: str | Workload,
     *,
     device: str | None = None,
+    gpu: str | None = None,
     memory: str | int | None = None,
     precision: str | Precision = "auto",
     optimizer: str = _DEFAULT_OPTIMIZER,
@@ -53,9 +70,11 @@ def probe(
         subject: A timm model's name, or a `Workload` of the user's own objects.
         device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own, and for a name the
             first GPU, or else the CPU.
+        gpu: A card to simulate instead, by its name in the catalogue (`"rtx3090"`), or `"any"` with
+            `memory`; nothing is measured then, and the result says so.
         memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
             caching allocator, on a CPU a limit beyond the loaded process. By default, all that is
-            left.
+            left. With `gpu` it is what the card has, in place of the catalogue's figure.
         precision: `"fp32"`, `"amp-bf16"`, `"amp-fp16"`, `"bf16"`, or `"auto"`: mixed precision on a
             GPU, `"fp32"` on a CPU.
         optimizer: A name that timm knows; a workload brings its own.
@@ -78,26 +97,225 @@ def probe(
         DoesNotFitError: Not even the smallest batch fits.
         UnsupportedError: This system cannot run such a trial.
     """
-    start = time.perf_counter()
-    _check(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
-    options = StepOptions(
-        precision=_precision(precision),
-        optimizer=_optimizer(subject, optimizer),
-        image_size=None if image_size is None else parse_image_size(image_size),
+    question = _Question.of(
+        subject,
+        precision=precision,
+        optimizer=optimizer,
+        image_size=image_size,
         num_classes=num_classes,
         channels_last=channels_last,
         grad_checkpointing=grad_checkpointing,
+        model_kwargs=model_kwargs,
         accumulate=accumulate,
-        model_kwargs=tuple((model_kwargs or {}).items()),
+        headroom=headroom,
+        multiple_of=multiple_of,
+        max_batch_size=max_batch_size,
     )
-    TrainingStep(subject=subject, options=options)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    with open_backend(
-        _device(subject, device), memory_bytes=memory_bytes, headroom=headroom
-    ) as backend:
+    if gpu is not None:
+        if device is not None:
+            raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+        return _answer(question, _simulated(gpu, memory_bytes, TraceCache()), progress=progress)
+    backend = open_backend(_device(subject, device), memory_bytes=memory_bytes, headroom=headroom)
+    return _answer(question, backend, progress=progress)
+
+
+def survey(
+    subject: str | Workload,
+    *,
+    gpus: Sequence[str] | None = None,
+    memory: str | int | None = None,
+    precision: str | Precision = "auto",
+    optimizer: str = _DEFAULT_OPTIMIZER,
+    image_size: int | str | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    accumulate: bool = False,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    max_batch_size: int | None = None,
+) -> Survey:
+    """Simulate a training step on several GPUs that are not there, from as few traces as can be.
+
+    Args:
+        subject: A timm model's name, or a `Workload`, which is not touched.
+        gpus: Names of the catalogue; by default a short list of common cards.
+        memory: What each card has, in place of the catalogue's figure.
+        precision: As in `probe`; `"auto"` is each card's own.
+        optimizer: As in `probe`.
+        image_size: As in `probe`.
+        num_classes: As in `probe`.
+        channels_last: As in `probe`.
+        grad_checkpointing: As in `probe`.
+        model_kwargs: As in `probe`.
+        accumulate: As in `probe`.
+        headroom: As in `probe`.
+        multiple_of: As in `probe`.
+        max_batch_size: As in `probe`.
+
+    Returns:
+        An answer for each card, in the order of `gpus`.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        UnsupportedError: The step cannot be traced without values.
+    """
+    question = _Question.of(
+        subject,
+        precision=precision,
+        optimizer=optimizer,
+        image_size=image_size,
+        num_classes=num_classes,
+        channels_last=channels_last,
+        grad_checkpointing=grad_checkpointing,
+        model_kwargs=model_kwargs,
+        accumulate=accumulate,
+        headroom=headroom,
+        multiple_of=multiple_of,
+        max_batch_size=max_batch_size,
+    )
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    traces = TraceCache()
+    answers = []
+    for backend in [_simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]:
+        result = reason = None
+        try:
+            result = _answer(question, backend)
+        except DoesNotFitError as error:
+            reason = str(error)
+        answers.append(SurveyAnswer(gpu=backend.device_name, result=result, reason=reason))
+    return Survey(subject=question.name, answers=tuple(answers))
+
+
+def estimate(
+    subject: str | Workload,
+    batch_size: int,
+    *,
+    gpu: str,
+    memory: str | int | None = None,
+    precision: str | Precision = "auto",
+    optimizer: str = _DEFAULT_OPTIMIZER,
+    image_size: int | str | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    accumulate: bool = False,
+) -> Trial:
+    """Simulate one batch size of a training step on a GPU that is not there.
+
+    Args:
+        subject: A timm model's name, or a `Workload`, which is not touched.
+        batch_size: Samples in each micro-batch, at least 1.
+        gpu: A name of the catalogue, such as `"rtx3090"`; `"any"` with `memory` for a capacity
+            alone.
+        memory: What the card has, in place of the catalogue's figure.
+        precision: As in `probe`.
+        optimizer: As in `probe`.
+        image_size: As in `probe`.
+        num_classes: As in `probe`.
+        channels_last: As in `probe`.
+        grad_checkpointing: As in `probe`.
+        model_kwargs: As in `probe`.
+        accumulate: As in `probe`.
+
+    Returns:
+        How it would end; its `source` is `SIMULATED`.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        UnsupportedError: The step cannot be traced without values.
+    """
+    if batch_size < 1:
+        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
+    question = _Question.of(
+        subject,
+        precision=precision,
+        optimizer=optimizer,
+        image_size=image_size,
+        num_classes=num_classes,
+        channels_last=channels_last,
+        grad_checkpointing=grad_checkpointing,
+        model_kwargs=model_kwargs,
+        accumulate=accumulate,
+    )
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    backend = _simulated(gpu, memory_bytes, TraceCache())
+    return backend.trial(question.step_on(backend), batch_size)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """What is asked of a device, checked."""
+
+    subject: str | Workload
+    options: StepOptions
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+
+    @classmethod
+    def of(
+        cls,
+        subject: str | Workload,
+        *,
+        precision: str | Precision,
+        optimizer: str,
+        image_size: int | str | tuple[int, int] | None,
+        num_classes: int | None,
+        channels_last: bool,
+        grad_checkpointing: bool,
+        model_kwargs: Mapping[str, Any] | None,
+        accumulate: bool,
+        headroom: float = 0.0,
+        multiple_of: int = 1,
+        max_batch_size: int | None = None,
+    ) -> _Question:
+        _check(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+        options = StepOptions(
+            precision=_precision(precision),
+            optimizer=_optimizer(subject, optimizer),
+            image_size=None if image_size is None else parse_image_size(image_size),
+            num_classes=num_classes,
+            channels_last=channels_last,
+            grad_checkpointing=grad_checkpointing,
+            accumulate=accumulate,
+            model_kwargs=tuple((model_kwargs or {}).items()),
+        )
+        TrainingStep(subject=subject, options=options)
+        return cls(
+            subject=subject,
+            options=options,
+            headroom=headroom,
+            multiple_of=multiple_of,
+            max_batch_size=max_batch_size,
+        )
+
+    @property
+    def name(self) -> str:
+        return self.subject if isinstance(self.subject, str) else self.subject.name
+
+    def step_on(self, backend: Backend) -> TrainingStep:
+        """Return the step, its precision chosen by the device where it is left open."""
+        options = self.options
         if options.precision is Precision.AUTO:
             options = dataclasses.replace(options, precision=backend.auto_precision)
-        step = TrainingStep(subject=subject, options=options)
+        return TrainingStep(subject=self.subject, options=options)
+
+
+def _simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:
+    return SimulatedBackend(find_gpu(gpu, total_bytes=memory_bytes), traces=traces)
+
+
+def _answer(
+    question: _Question, opened: Backend, *, progress: Callable[[Trial], None] | None = None
+) -> ProbeResult:
+    """Search on a backend, and close it."""
+    start = time.perf_counter()
+    with opened as backend:
+        step = question.step_on(backend)
         trials: list[Trial] = []
 
         def trial(batch_size: int) -> Trial:
@@ -107,10 +325,12 @@ def probe(
             return trials[-1]
 
         capacity = backend.capacity()
+        prediction = _Prediction.of(backend, step)
         found = search.largest(
             trial,
             capacity_bytes=capacity.usable_bytes,
-            ceiling=max_batch_size or search.DEFAULT_CEILING,
+            hint=prediction.batch_size,
+            ceiling=question.max_batch_size or search.DEFAULT_CEILING,
         )
         if found.batch_size is None:
             raise _does_not_fit(step, backend, found)
@@ -118,24 +338,25 @@ def probe(
             trial,
             found,
             capacity_bytes=capacity.usable_bytes,
-            headroom=headroom,
-            multiple_of=multiple_of,
+            headroom=question.headroom,
+            multiple_of=question.multiple_of,
         )
         return ProbeResult(
             subject=step.name,
             device=backend.device_name,
-            source=Source.MEASURED,
-            options=options,
+            source=trials[-1].source,
+            options=step.options,
             capacity=capacity,
             max_batch_size=found.batch_size,
             recommended_batch_size=stand.batch_size,
             proved=found.proved,
-            headroom=headroom,
-            multiple_of=multiple_of,
+            headroom=question.headroom,
+            multiple_of=question.multiple_of,
             trials=tuple(trials),
             environment=backend.environment,
             seconds=time.perf_counter() - start,
             torch_version=torch.__version__,
+            predictions=prediction.of_trials(step, tuple(trials)),
         )
 
 
@@ -201,7 +422,7 @@ def verify(
         model_kwargs=tuple((model_kwargs or {}).items()),
     )
     TrainingStep(subject=subject, options=options)
-    wanted = _device(subject, device) or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = _device(subject, device) or ("cuda" if has_gpu() else "cpu")
     # Gradients need no limit on a CPU's memory, so neither a system that can set one.
     auto = Precision.FP32 if wanted == "cpu" else open_backend(wanted).auto_precision
     if options.precision is Precision.AUTO:
@@ -216,6 +437,38 @@ def verify(
         accumulate=accumulate,
         progress=progress,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prediction:
+    """What the simulation says of a device: the search's hint, and what is shown beside trials."""
+
+    batch_size: int | None = None
+    simulated: SimulatedBackend | None = None
+
+    @classmethod
+    def of(cls, backend: Backend, step: TrainingStep) -> _Prediction:
+        """Predict for a simulated card or a GPU that is there; for others there is no model."""
+        if isinstance(backend, SimulatedBackend):
+            return cls(backend.expected_edge(step))
+        if not isinstance(backend, CudaBackend):
+            return cls()
+        capacity = backend.capacity()
+        simulated = SimulatedBackend(
+            gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
+            memory_bytes=capacity.usable_bytes,
+        )
+        try:
+            return cls(simulated.expected_edge(step), simulated)
+        except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
+            # A step that cannot run without values has no prediction, and is measured all the same.
+            return cls()
+
+    def of_trials(self, step: TrainingStep, trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+        if self.simulated is None:
+            return ()
+        sizes = dict.fromkeys(trial.batch_size for trial in trials)
+        return tuple(self.simulated.trial(step, size) for size in sizes)
 
 
 def _tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:

@@ -15,10 +15,12 @@ from memfit.errors import UsageError
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Action",
     "BufferDrift",
     "Capacity",
     "DeviceProcess",
     "Equivalence",
+    "Event",
     "GradientCheck",
     "LoopFault",
     "LoopWindow",
@@ -32,6 +34,8 @@ __all__ = [
     "Record",
     "Source",
     "StepOptions",
+    "Survey",
+    "SurveyAnswer",
     "Trial",
     "Verdict",
 ]
@@ -52,6 +56,27 @@ class Source(str, enum.Enum):
 
     MEASURED = "measured"
     SIMULATED = "simulated"
+
+
+class Action(str, enum.Enum):
+    """What an event does, in the words of PyTorch's memory snapshots, and two of our own.
+
+    `TRY_ALLOC` is an allocation that its caller can do without, such as a convolution's workspace:
+    where there is no room it takes another plan.
+
+    Source: `TraceEntry` in c10/cuda/CUDACachingAllocator.h and torch/cuda/_memory_viz.py.
+    """
+
+    ALLOC = "alloc"
+    TRY_ALLOC = "try_alloc"
+    FREE_REQUESTED = "free_requested"
+    FREE_COMPLETED = "free_completed"
+    SEGMENT_ALLOC = "segment_alloc"
+    SEGMENT_FREE = "segment_free"
+    SEGMENT_MAP = "segment_map"
+    SEGMENT_UNMAP = "segment_unmap"
+    OOM = "oom"
+    EMPTY_CACHE = "empty_cache"
 
 
 class Precision(str, enum.Enum):
@@ -163,6 +188,23 @@ class Capacity(Record):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event(Record):
+    """One thing that happened to a device's memory: the hinge between tracing and replaying.
+
+    Args:
+        action: What happened.
+        id: Which allocation; unique in a stream, or an address that is reused after its free.
+        num_bytes: Bytes asked for (`ALLOC`), or of the segment.
+        origin: What caused it, such as an operation's name; empty where it is not known.
+    """
+
+    action: Action
+    id: int
+    num_bytes: int
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial(Record):
     """One batch size, tried.
 
@@ -244,6 +286,8 @@ class ProbeResult(Record):
             figures to hold, as NAME=value.
         seconds: Wall time of the whole probe.
         torch_version: The torch that ran.
+        predictions: What the simulation of the device gave for the batch sizes that were tried;
+            empty where nothing was measured or nothing could be predicted.
     """
 
     subject: str
@@ -260,6 +304,7 @@ class ProbeResult(Record):
     environment: tuple[str, ...]
     seconds: float
     torch_version: str
+    predictions: tuple[Trial, ...] = ()
 
     _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes",)
 
@@ -523,3 +568,33 @@ class Equivalence(Record):
         """Return the largest relative error in a precision, or `None` if it was not checked."""
         errors = [c.worst_relative_error for c in self.checks if c.precision == precision]
         return max(errors, default=None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SurveyAnswer(Record):
+    """What a simulated GPU takes of a training step.
+
+    Args:
+        gpu: The card's name.
+        result: The batch sizes; `None` where not even one sample fits.
+        reason: Why there is no result.
+    """
+
+    gpu: str
+    result: ProbeResult | None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Survey(Record):
+    """One training step on several GPUs that are not there.
+
+    Args:
+        subject: The model's name.
+        answers: One for each card.
+        source: Always simulated.
+    """
+
+    subject: str
+    answers: tuple[SurveyAnswer, ...]
+    source: Source = Source.SIMULATED

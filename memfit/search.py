@@ -135,7 +135,7 @@ def recommended(
     extra: list[Trial] = []
     upper = found.batch_size or 0
     while (upper := upper // multiple_of * multiple_of) > 0:
-        estimate = _edge(_points(known), limit_bytes)
+        estimate = _safe_edge(_points(known), limit_bytes)
         candidate = upper if estimate is None else min(upper, estimate)
         # Below the first multiple there is nothing to try, so the first multiple is.
         candidate = max(candidate // multiple_of * multiple_of, multiple_of)
@@ -188,6 +188,17 @@ def _edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:
     if (last_bytes - num_bytes) * (last_size - size) <= 0:
         return None
     return last_size + (limit_bytes - last_bytes) * (last_size - size) // (last_bytes - num_bytes)
+
+
+def _safe_edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:
+    """Return the largest batch size within the limit, not trusting points that are close together.
+
+    A search that was told where to look has only those; their differences are the allocator's
+    rounding, and a line through the origin and one of them errs on the safe side.
+    """
+    if points and 5 * points[0][0] > 4 * points[-1][0]:
+        return _least_edge(min(points, key=lambda point: abs(limit_bytes - point[1])), limit_bytes)
+    return _edge(points, limit_bytes)
 
 
 def _least_edge(point: tuple[int, int], limit_bytes: int) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 from memfit import batches
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
+from memfit.twin import without_values
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = [
+    "Arithmetic",
     "OptimizerFactory",
     "PreparedStep",
     "StepParts",
@@ -135,6 +137,13 @@ class Workload:
             )
         return batch
 
+    def without_values(self) -> Workload:
+        """Return the same workload with all its tensors on the meta device, as new objects."""
+        parts = (self.model, self.loss, self.optimizer)
+        modules = tuple(part for part in parts if isinstance(part, nn.Module))
+        model, loss, optimizer = without_values(parts, modules=modules, optimizer=self.optimizer)
+        return dataclasses.replace(self, model=model, loss=loss, optimizer=optimizer)
+
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
         """Split a batch into what the model takes and what the loss compares with.
 
@@ -228,11 +237,34 @@ class TrainingStep:
             return self.subject.optimizer
         return None
 
+    def prepare(
+        self, device: torch.device, *, arithmetic: Arithmetic | None = None
+    ) -> PreparedStep:
+        """Make the step real on a device.
+
+        A user's model is converted in place where the options ask for it: call this where that can
+        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own). On the
+        meta device a twin without weights takes its place, and it is left alone.
+
+        Args:
+            device: Where to train.
+            arithmetic: Stands in for torch's autocast and GradScaler, which know no meta device.
+
+        Returns:
+            A step that can iterate.
+
+        Raises:
+            UsageError: The model cannot be built as asked, or lacks what an option needs.
+        """
+        if isinstance(self.subject, Workload) and device.type == "meta":
+            twin = dataclasses.replace(self, subject=self.subject.without_values())
+            return twin._prepare(device, arithmetic)
+        return self._prepare(device, arithmetic)
+
     def parts(self, device: torch.device) -> StepParts:
         """Build what the step is made of.
 
-        A user's model is converted in place where the options ask for it: call this where that can
-        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own).
+        A user's model is converted in place, as in `prepare`.
 
         Args:
             device: Where to train.
@@ -295,20 +327,7 @@ class TrainingStep:
 
         return place
 
-    def prepare(self, device: torch.device) -> PreparedStep:
-        """Make the step real on a device.
-
-        A user's model is converted in place, as in `parts`.
-
-        Args:
-            device: Where to train.
-
-        Returns:
-            A step that can iterate.
-
-        Raises:
-            UsageError: The model cannot be built as asked, or lacks what an option needs.
-        """
+    def _prepare(self, device: torch.device, arithmetic: Arithmetic | None) -> PreparedStep:
         parts = self.parts(device)
         return PreparedStep(
             model=parts.model,
@@ -318,7 +337,49 @@ class TrainingStep:
             device=device,
             precision=self.options.precision,
             num_micro_batches=self.num_micro_batches,
+            arithmetic=arithmetic,
         )
+
+
+class Arithmetic(Protocol):
+    """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context that model and loss run in."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from the loss, scaled where the precision asks for it."""
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's step; its state exists afterwards."""
+
+
+class _TorchArithmetic:
+    """torch's own autocast and GradScaler."""
+
+    def __init__(self, device: torch.device, precision: Precision) -> None:
+        self._device = device
+        self._precision = precision
+        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
+        # skipped, and the optimizer's state is there when the peak is read.
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
+        )
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        return autocast(self._device, self._precision)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer) -> None:
+        before = self._scaler.get_scale()
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
+            # The scaler skipped the step for an overflow; training will get past that, and then
+            # the optimizer's state is there.
+            optimizer.step()
 
 
 class PreparedStep:
@@ -332,6 +393,7 @@ class PreparedStep:
         device: Where all of it is.
         precision: The arithmetic; not `AUTO`.
         num_micro_batches: Micro-batches in one iteration.
+        arithmetic: Stands in for torch's autocast and GradScaler.
     """
 
     def __init__(
@@ -344,23 +406,18 @@ class PreparedStep:
         device: torch.device,
         precision: Precision,
         num_micro_batches: int,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         if precision is Precision.AUTO:
             raise ValueError("a prepared step needs a precision that was chosen")
         self.model = model
         self.num_micro_batches = num_micro_batches
-        self._make_batch = make_batch
+        self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self._device = device
-        self._precision = precision
+        self._arithmetic = arithmetic or _TorchArithmetic(device, precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
-        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
-        # skipped, and the optimizer's state is there when the peak is read.
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
-        )
 
     def begin(self) -> None:
         """Start as training does: an optimizer as it was given, no gradients."""
@@ -384,12 +441,34 @@ class PreparedStep:
         Raises:
             WorkloadError: The loss is not one number that has a gradient.
         """
+        self.accumulate(batch_size)
+        self.update()
+
+    def accumulate(self, batch_size: int) -> None:
+        """Run the first part of an iteration: every micro-batch forward and backward.
+
+        Args:
+            batch_size: Samples in each micro-batch, at least 1.
+
+        Raises:
+            WorkloadError: The loss is not one number that has a gradient.
+        """
         if self._optimizer is None:
             self.begin()
         with users_code():
             for _ in range(self.num_micro_batches):
                 self._backward(batch_size)
-            self._step_optimizer()
+
+    def update(self, *, set_to_none: bool = True) -> None:
+        """Run the second part: the optimizer's step, and gradients zeroed.
+
+        Args:
+            set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
+        """
+        assert self._optimizer is not None
+        with users_code():
+            self._arithmetic.step(self._optimizer)
+            self._optimizer.zero_grad(set_to_none=set_to_none)
 
     @property
     def optimizer_state_bytes(self) -> int:
@@ -404,44 +483,25 @@ class PreparedStep:
         )
 
     def _backward(self, batch_size: int) -> None:
-        inputs, targets = self._make_batch(batch_size)
-        with autocast(self._device, self._precision):
+        inputs, targets = self.make_batch(batch_size)
+        with self._arithmetic.forward():
             loss = self._loss(call_model(self.model, inputs), *targets)
         check_loss(loss)
-        self._scaler.scale(loss / self.num_micro_batches).backward()
-
-    def _step_optimizer(self) -> None:
-        assert self._optimizer is not None
-        before = self._scaler.get_scale()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
-            # The scaler skipped the step for an overflow; training will get past that, and then
-            # the optimizer's state is there.
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a precision runs forward and loss on a device."""
-    dtype = _AUTOCAST_DTYPES.get(precision)
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+        self._arithmetic.backward(loss / self.num_micro_batches)
 
 
 @contextlib.contextmanager
 def users_code() -> Iterator[None]:
-    """Mark what is raised in the block as the training step's own error, not one of memfit's."""
+    """Mark what the user's own step raises, for `memfit.cli` to tell it from a bug of memfit's."""
     try:
         yield
     except Exception as error:
-        error.raised_in_step = True  # type: ignore[attr-defined]  # see memfit.cli
+        error.raised_in_step = True  # type: ignore[attr-defined]
         raise
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -452,6 +512,15 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, (tuple, list)):
             return model(*inputs)
         return model(inputs)
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a precision runs forward and loss on a device."""
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
+    return context
 
 
 def check_loss(loss: object) -> None:
@@ -562,7 +631,7 @@ def _check_optimizer_name(name: str) -> None:
 def _timm_parts(
     name: str, options: StepOptions, device: torch.device
 ) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
-    model = _timm_model(name, options)
+    model = _timm_model(name, options, device)
     model.train()
     num_classes = model.num_classes
     if not isinstance(num_classes, int) or num_classes < 1:
@@ -580,7 +649,15 @@ def _timm_parts(
     return model, batch_of, _classification_loss
 
 
-def _timm_model(name: str, options: StepOptions) -> nn.Module:
+def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
+    if device.type == "meta":
+        # A model that computes with tensors while it is built cannot be built without values.
+        with contextlib.suppress(NotImplementedError, RuntimeError), device:
+            return _created(name, options)
+    return _created(name, options)
+
+
+def _created(name: str, options: StepOptions) -> nn.Module:
     timm = _timm()
     kwargs = dict(options.model_kwargs)
     if options.num_classes is not None:

@@ -51,7 +51,13 @@ def render(result: ProbeResult) -> RenderableType:
         f"{format_bytes(result.capacity_bytes)} usable ({result.capacity.origin})",
         *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
     )
-    parts: list[RenderableType] = [where, "", _trial_table(result.trials), "", _answers(result)]
+    parts: list[RenderableType] = [
+        where,
+        "",
+        _trial_table(result.trials, result.predictions),
+        "",
+        _answers(result),
+    ]
     notes = _notes(result)
     if notes:
         parts += ["", *(Text(note) for note in notes)]
@@ -81,11 +87,14 @@ def _step_words(options: StepOptions) -> list[str]:
     return words + [f"{key}={value}" for key, value in options.model_kwargs]
 
 
-def _trial_table(trials: tuple[Trial, ...]) -> Table:
+def _trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
+    predicted = {trial.batch_size: trial for trial in predictions}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("batch", justify="right")
     table.add_column("outcome")
     table.add_column("peak", justify="right")
+    if predicted:
+        table.add_column("predicted", justify="right")
     table.add_column("retries", justify="right")
     table.add_column("s/step", justify="right")
     table.add_column("samples/s", justify="right")
@@ -95,11 +104,18 @@ def _trial_table(trials: tuple[Trial, ...]) -> Table:
             str(trial.batch_size),
             Text("fits", "green") if trial.fits else Text(_OUT_OF_MEMORY, "red"),
             "" if trial.peak_reserved_bytes is None else format_bytes(trial.peak_reserved_bytes),
+            *((_predicted(predicted.get(trial.batch_size)),) if predicted else ()),
             str(trial.num_alloc_retries),
             "" if speed is None else f"{trial.step_seconds:.3g}",
             "" if speed is None else f"{speed:.4g}",
         )
     return table
+
+
+def _predicted(trial: Trial | None) -> str:
+    if trial is None or trial.peak_reserved_bytes is None:
+        return ""
+    return format_bytes(trial.peak_reserved_bytes) if trial.fits else _OUT_OF_MEMORY
 
 
 def _answers(result: ProbeResult) -> Table:

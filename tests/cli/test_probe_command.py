@@ -76,7 +76,7 @@ def test_a_models_own_error_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> No
         raise error
 
     monkeypatch.setattr(api, "probe", broken)
-    result = run("probe", "resnet10t")
+    result = run("probe", "resnet10t", "--device", "cpu")
     assert result.exit_code == 1
     assert result.stderr.strip() == (
         "memfit: the training step raised RuntimeError: mat1 and mat2 shapes cannot be multiplied"
@@ -90,7 +90,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("bug")
 
     monkeypatch.setattr(api, "probe", broken)
-    assert isinstance(run("probe", "resnet10t").exception, KeyError)
+    assert isinstance(run("probe", "resnet10t", "--device", "cpu").exception, KeyError)
 
 
 def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "probe", interrupted)
-    result = run("probe", "resnet10t")
+    result = run("probe", "resnet10t", "--device", "cpu")
     assert result.exit_code == 130
     assert "everything is as it was" in result.stderr
 

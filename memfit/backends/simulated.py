@@ -1,0 +1,262 @@
+"""Trials on a GPU that is not there: a traced step, replayed on a model of its allocator.
+
+A step is traced once for each way in which cards differ (attention kernels, tensor cores), and
+replayed for each batch size and capacity. Nothing here is measured, and every trial says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+from memfit.records import Capacity, Outcome, Precision, Source, Trial
+from memfit.simulation.allocator import (
+    AllocatorOutOfMemoryError,
+    AllocatorStats,
+    CachingAllocator,
+)
+from memfit.simulation.attention import AttentionBackend
+from memfit.simulation.gpus import Gpu
+from memfit.simulation.semantics import META, MetaArithmetic
+from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.trace import StepTrace, TraceOptions, trace_step
+from memfit.simulation.workspace import Kernels
+from memfit.units import format_bytes
+from memfit.workload import TrainingStep
+
+__all__ = ["SimulatedBackend", "TraceCache", "trace"]
+
+_NUM_ITERATIONS = 3
+# Forward runs in the caller's thread and backward in one of its own, each with a handle.
+_BLAS_HANDLES = (-1_000_001, -1_000_002)
+_LINE_BATCH_SIZES = (8, 32)
+_MAX_LINE_BATCH_SIZE = 65_536
+_PREFERS_CUDNN = (2, 11)
+
+
+def trace(
+    step: TrainingStep, options: TraceOptions, *, arithmetic: MetaArithmetic | None = None
+) -> StepTrace:
+    """Trace a training step on the meta device.
+
+    Args:
+        step: What to train, its precision chosen.
+        options: What decides the trace besides.
+        arithmetic: How it computes in mixed precision; `None` for today's torch.
+
+    Raises:
+        UnsupportedError: The step needs values that a meta tensor does not have.
+    """
+    arithmetic = arithmetic or MetaArithmetic(step.options.precision)
+    prepared = step.prepare(META, arithmetic=arithmetic)
+    return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Traced:
+    """A trace, whom it holds for, and what replays of it without a limit gave."""
+
+    step: TrainingStep
+    options: TraceOptions
+    trace: StepTrace
+    roomy: dict[tuple[int, int], tuple[AllocatorStats, bool]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
+        """Whether another card would have made the same trace."""
+        return (step.subject is self.step.subject or step.subject == self.step.subject) and (
+            step.options == self.step.options
+            and options.kernels.like(self.options.kernels)
+            and all(
+                _keeps_alike(
+                    options.choose_attention(call),
+                    backend,
+                )
+                for call, backend in self.trace.attention
+            )
+        )
+
+
+def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
+    """Whether two kernels save the same: flash and cuDNN both the output and a row's scalar."""
+    alike = (AttentionBackend.FLASH, AttentionBackend.CUDNN)
+    return one is other or (one in alike and other in alike)
+
+
+class TraceCache:
+    """Traces of steps, shared by the simulated cards of one question."""
+
+    def __init__(self) -> None:
+        self._traced: list[_Traced] = []
+
+    def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
+        """Return a trace that holds for a card, made now if there is none yet."""
+        capability = gpu.compute_capability
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        options = TraceOptions(
+            compute_capability=capability,
+            kernels=Kernels(compute_capability=capability),
+            prefers_cudnn_attention=version >= _PREFERS_CUDNN,
+            cudnn_benchmark=False,
+        )
+        for traced in self._traced:
+            if traced.holds_for(step, options):
+                return traced
+        traced = _Traced(step, options, trace(step, options))
+        self._traced.append(traced)
+        return traced
+
+
+class SimulatedBackend:
+    """A GPU of the catalogue.
+
+    Args:
+        gpu: The card.
+        memory_bytes: What the training step may use; `None` for what a process has on the card.
+        settings: The allocator's options; `None` for those of this process's environment.
+        traces: Traces to share with other cards.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        *,
+        memory_bytes: int | None = None,
+        settings: AllocatorSettings | None = None,
+        traces: TraceCache | None = None,
+    ) -> None:
+        self._gpu = gpu
+        self._memory_bytes = memory_bytes
+        self._settings = settings or AllocatorSettings.from_environment(os.environ)
+        self._traces = traces or TraceCache()
+
+    def __enter__(self) -> SimulatedBackend:
+        """Return the backend."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Nothing was taken, and nothing is to be given back."""
+
+    @property
+    def device_name(self) -> str:
+        """The card's name."""
+        return self._gpu.name
+
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """What a training script has to be given: nothing."""
+        return ()
+
+    @property
+    def auto_precision(self) -> Precision:
+        """bf16 autocast where the card has it, else fp16."""
+        return Precision.AMP_BF16 if self._gpu.has_bf16 else Precision.AMP_FP16
+
+    def capacity(self) -> Capacity:
+        """Return what the caching allocator could take of the card."""
+        gpu = self._gpu
+        if self._memory_bytes is not None:
+            return Capacity(
+                usable_bytes=self._memory_bytes,
+                total_bytes=max(gpu.total_bytes, self._memory_bytes),
+                origin="given",
+            )
+        return Capacity(
+            usable_bytes=gpu.usable_bytes,
+            total_bytes=gpu.total_bytes,
+            origin=(
+                f"simulated: {format_bytes(gpu.total_bytes)} as torch reports it, less "
+                f"{format_bytes(gpu.context_bytes)} for the process itself"
+            ),
+        )
+
+    def trial(self, step: TrainingStep, batch_size: int) -> Trial:
+        """Replay one batch size.
+
+        Args:
+            step: What to train; its precision is chosen.
+            batch_size: Samples in each micro-batch, at least 1.
+
+        Returns:
+            How it would end.
+
+        Raises:
+            UnsupportedError: The step needs values that a meta tensor does not have.
+        """
+        traced = self._traces.find(step, self._gpu)
+        key = (batch_size, self._gpu.blas_workspace_bytes)
+        capacity_bytes = self.capacity().usable_bytes
+        known = traced.roomy.get(key)
+        message = None
+        if known is not None and known[0].peak_reserved_bytes <= capacity_bytes:
+            stats, grows = known
+        else:
+            stats, grows, message = self._replay(traced.trace, batch_size, capacity_bytes)
+            if message is None and stats.num_alloc_retries == 0:
+                traced.roomy[key] = (stats, grows)
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
+            source=Source.SIMULATED,
+            peak_requested_bytes=stats.peak_requested_bytes,
+            peak_allocated_bytes=stats.peak_allocated_bytes,
+            peak_reserved_bytes=stats.peak_reserved_bytes,
+            num_alloc_retries=stats.num_alloc_retries,
+            num_iterations=_NUM_ITERATIONS if message is None else 0,
+            num_micro_batches=step.num_micro_batches,
+            peak_grows=grows,
+            message=message,
+        )
+
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+        """Return what a batch size would take on a card with all the room in the world."""
+        traced = self._traces.find(step, self._gpu)
+        return self._replay(traced.trace, batch_size, None)[0].peak_reserved_bytes
+
+    def expected_edge(self, step: TrainingStep) -> int | None:
+        """Return about the largest batch size that fits.
+
+        Args:
+            step: What to train; its precision is chosen.
+
+        Returns:
+            Samples, as a line through two small batch sizes gives them, and then one through what
+            that gives; `None` where the step does not grow.
+        """
+        limit = self.capacity().usable_bytes
+        sizes = list(_LINE_BATCH_SIZES)
+        for _ in range(2):
+            (near, near_bytes), (far, far_bytes) = (
+                (size, self._unlimited_peak(step, size)) for size in sizes[-2:]
+            )
+            if near == far or (far_bytes - near_bytes) * (far - near) <= 0:
+                return None
+            edge = far + int((limit - far_bytes) * (far - near) / (far_bytes - near_bytes))
+            sizes.append(min(max(1, edge), _MAX_LINE_BATCH_SIZE))
+        return sizes[-1]
+
+    def _unlimited_peak(self, step: TrainingStep, batch_size: int) -> int:
+        traced = self._traces.find(step, self._gpu)
+        key = (batch_size, self._gpu.blas_workspace_bytes)
+        if key not in traced.roomy:
+            stats, grows, _ = self._replay(traced.trace, batch_size, None)
+            traced.roomy[key] = (stats, grows)
+        return traced.roomy[key][0].peak_reserved_bytes
+
+    def _replay(
+        self, trace: StepTrace, batch_size: int, capacity_bytes: int | None
+    ) -> tuple[AllocatorStats, bool, str | None]:
+        allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
+        peaks = []
+        message = None
+        try:
+            for handle in _BLAS_HANDLES:
+                allocator.allocate(handle, self._gpu.blas_workspace_bytes)
+            peaks = list(trace.tape.play(allocator, batch_size, num_iterations=_NUM_ITERATIONS))
+        except AllocatorOutOfMemoryError as error:
+            message = str(error)
+        grows = len(peaks) == _NUM_ITERATIONS and peaks[-1] > 1.01 * peaks[-2]
+        return allocator.stats, grows, message

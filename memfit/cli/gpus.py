@@ -1,0 +1,28 @@
+"""`memfit gpus`: the cards that can be simulated."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+
+__all__ = ["gpus"]
+
+
+@click.command(short_help="List the GPUs that can be simulated.")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def gpus(*, name: str | None, as_json: bool) -> None:
+    """List the GPUs that `memfit probe --gpu` knows, with their memory and where it is known from.
+
+    With NAME, only that one.
+    """
+    from memfit.reports.gpus import render
+    from memfit.simulation.gpus import catalogue, find_gpu
+
+    cards = catalogue() if name is None else (find_gpu(name),)
+    if as_json:
+        click.echo(json.dumps([card.to_dict() for card in cards], indent=2))
+    else:
+        Console().print(render(cards))

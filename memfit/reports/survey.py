@@ -1,0 +1,50 @@
+"""A survey of simulated GPUs for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import ProbeResult, Survey
+from memfit.units import format_bytes
+
+__all__ = ["render"]
+
+
+def render(survey: Survey) -> RenderableType:
+    """Lay out what each card takes: batch sizes, peak and what is left, all of it simulated.
+
+    Args:
+        survey: What was found.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("GPU (simulated)")
+    table.add_column("precision")
+    table.add_column("largest", justify="right")
+    table.add_column("recommended", justify="right")
+    table.add_column("peak", justify="right")
+    table.add_column("left", justify="right")
+    for answer in survey.answers:
+        if answer.result is None:
+            table.add_row(answer.gpu, "", Text("does not fit", "red"))
+        else:
+            table.add_row(answer.gpu, *_cells(answer.result))
+    note = (
+        "Simulated, not measured: no GPU took part. The peak and what is left are the recommended "
+        "batch size's; `memfit probe --device` measures on a device of this machine."
+    )
+    return Group(Text(survey.subject, "bold"), "", table, "", Text(note))
+
+
+def _cells(result: ProbeResult) -> tuple[str | Text, ...]:
+    stand = result.recommended_batch_size
+    trial = None if stand is None else result.trial_at(stand)
+    peak = None if trial is None else trial.peak_reserved_bytes
+    return (
+        result.options.precision.value,
+        Text(str(result.max_batch_size), "bold"),
+        Text("none" if stand is None else str(stand), "bold green"),
+        "" if peak is None else format_bytes(peak),
+        "" if peak is None else format_bytes(result.capacity_bytes - peak),
+    )

@@ -1,0 +1,1 @@
+"""A training step without its device: traced on meta tensors, replayed on an allocator's model."""

@@ -1,0 +1,341 @@
+"""PyTorch's CUDA caching allocator, without CUDA: what is reserved for a stream of requests.
+
+A replay of the algorithm on integers: rounding, best fit, splitting, coalescing, what is given back
+under pressure, and out of memory; native segments and expandable ones. One device and one stream.
+It does not handle streams beyond the first, CUDA graphs' private pools or the `cudaMallocAsync`
+backend, and knows no torch: an event of a traced step and one recorded on a GPU are the same to it.
+
+Source: c10/cuda/CUDACachingAllocator.cpp, with the constants of
+    torch/include/c10/core/AllocatorConfig.h.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Final
+
+from memfit.errors import MemfitError
+from memfit.records import Action, Event
+from memfit.simulation.blocks import Block, DeviceMemory, Pool, absorb, split
+from memfit.simulation.expandable import expand, preferred, unmap
+from memfit.simulation.settings import AllocatorSettings
+from memfit.units import MIB
+
+__all__ = ["AllocatorOutOfMemoryError", "AllocatorStats", "CachingAllocator", "round_request"]
+
+MIN_BLOCK_BYTES: Final = 512
+SMALL_REQUEST_BYTES: Final = MIB
+SMALL_SEGMENT_BYTES: Final = 2 * MIB
+MIN_OWN_SEGMENT_BYTES: Final = 10 * MIB
+SEGMENT_ROUNDING_BYTES: Final = 2 * MIB
+
+
+class AllocatorOutOfMemoryError(MemfitError):
+    """The simulated device has no room for a request, even after giving back what is cached."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorStats:
+    """What an allocator holds and has held, in the words of `torch.cuda.memory_stats`.
+
+    Args:
+        requested_bytes: What tensors asked for and hold now.
+        allocated_bytes: What blocks in use take, rounding and unsplit rests included.
+        reserved_bytes: What was taken from the device.
+        peak_requested_bytes: The largest `requested_bytes` so far.
+        peak_allocated_bytes: The largest `allocated_bytes` so far.
+        peak_reserved_bytes: The largest `reserved_bytes` so far.
+        num_alloc_retries: Times that everything cached was given back to serve a request.
+    """
+
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_requested_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    num_alloc_retries: int
+
+
+def round_request(num_bytes: int, settings: AllocatorSettings) -> int:
+    """Return the size of the block that a request asks for.
+
+    Args:
+        num_bytes: Bytes requested, at least 1.
+        settings: The allocator's options.
+    """
+    if num_bytes < MIN_BLOCK_BYTES:
+        return MIN_BLOCK_BYTES
+    divisions = settings.divisions_at(num_bytes)
+    if divisions > 1 and num_bytes > MIN_BLOCK_BYTES * divisions:
+        return _next_division(num_bytes, divisions)
+    return -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+
+
+def _next_division(num_bytes: int, divisions: int) -> int:
+    if num_bytes & (num_bytes - 1) == 0:
+        return num_bytes
+    floor = 1 << (num_bytes.bit_length() - 1)
+    step = floor >> (divisions.bit_length() - 1)
+    return -(-num_bytes // step) * step if step else floor * 2
+
+
+class CachingAllocator:
+    """The allocator of one device and one stream.
+
+    Args:
+        capacity_bytes: What can be taken from the device; `None` for as much as is asked for.
+        settings: The allocator's options.
+        is_capped: The capacity is a share that the process set itself
+            (`set_per_process_memory_fraction`), which is when garbage collection acts.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int | None = None,
+        settings: AllocatorSettings | None = None,
+        is_capped: bool = False,
+    ) -> None:
+        self._settings = settings = settings or AllocatorSettings()
+        if capacity_bytes is not None and settings.memory_fraction is not None:
+            capacity_bytes = int(capacity_bytes * settings.memory_fraction)
+        self._device = DeviceMemory(float("inf") if capacity_bytes is None else capacity_bytes)
+        is_capped = is_capped or settings.memory_fraction is not None
+        self._collects_above = (
+            self._device.capacity_bytes * settings.garbage_collection_threshold
+            if is_capped and settings.garbage_collection_threshold is not None
+            else float("inf")
+        )
+        self._max_split = (
+            float("inf") if settings.max_split_size_bytes is None else settings.max_split_size_bytes
+        )
+        self._rounds_to_divisions = max(settings.roundup_power2_divisions) > 1
+        self._expandable = settings.expandable_segments
+        self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
+        self._large = Pool(is_small=False, page_bytes=settings.large_segment_bytes)
+        self._live: dict[int, Block] = {}
+        self._next_address = 0
+        self._requested = self._allocated = 0
+        self._peak_requested = self._peak_allocated = 0
+        self._num_alloc_retries = 0
+
+    @property
+    def stats(self) -> AllocatorStats:
+        """What is and was held."""
+        return AllocatorStats(
+            requested_bytes=self._requested,
+            allocated_bytes=self._allocated,
+            reserved_bytes=self._device.taken_bytes,
+            peak_requested_bytes=self._peak_requested,
+            peak_allocated_bytes=self._peak_allocated,
+            peak_reserved_bytes=self._device.peak_bytes,
+            num_alloc_retries=self._num_alloc_retries,
+        )
+
+    def replay(self, events: Iterable[Event]) -> None:
+        """Carry out a stream of events.
+
+        Args:
+            events: Allocations and frees; what a recorded history says of segments is left out,
+                because that is what is computed here.
+
+        Raises:
+            AllocatorOutOfMemoryError: A request found no room.
+        """
+        for event in events:
+            if event.action is Action.ALLOC:
+                self.allocate(event.id, event.num_bytes)
+            elif event.action is Action.FREE_COMPLETED:
+                self.free(event.id)
+            elif event.action is Action.TRY_ALLOC:
+                self.try_allocate(event.id, event.num_bytes)
+            elif event.action is Action.EMPTY_CACHE:
+                self.empty_cache()
+
+    def allocate(self, block_id: int, num_bytes: int) -> None:
+        """Serve a request.
+
+        Args:
+            block_id: What `free` will call it; none that is live.
+            num_bytes: Bytes requested; for 0 PyTorch allocates nothing, and so does this.
+
+        Raises:
+            AllocatorOutOfMemoryError: There is no room, even after giving back what is cached.
+        """
+        if num_bytes <= 0:
+            return
+        size, pool = self._rounded(num_bytes)
+        block = self._take_free(pool, size) or self._take_new(pool, size)
+        if block is None:
+            device = self._device
+            raise AllocatorOutOfMemoryError(
+                f"The simulated device ran out of memory: {num_bytes} bytes were asked for, "
+                f"{device.taken_bytes} are reserved of which {self._allocated} are in use, and its "
+                f"capacity is {device.capacity_bytes}."
+            )
+        self._hand_out(block, block_id, size, num_bytes)
+
+    def try_allocate(self, block_id: int, num_bytes: int) -> bool:
+        """Serve a request that its caller can do without, such as a convolution's workspace.
+
+        cuDNN's plans that need more than the largest free block or the device's free memory are
+        dropped beforehand, so nothing is given back for them.
+
+        Args:
+            block_id: What `free` will call it; freeing one that was not served does nothing.
+            num_bytes: Bytes requested.
+
+        Returns:
+            Whether it was served.
+
+        Source: `cacheInfo` and its use in aten/src/ATen/native/cudnn/Conv_v8.cpp.
+        """
+        if num_bytes <= 0:
+            return False
+        size, pool = self._rounded(num_bytes)
+        block = self._take_free(pool, size) or self._new_block(pool, size)
+        if block is None:
+            return False
+        self._hand_out(block, block_id, size, num_bytes)
+        return True
+
+    def free(self, block_id: int) -> None:
+        """Take a block back; it merges with its free neighbours and stays reserved.
+
+        Args:
+            block_id: What `allocate` called it; unknown ones were empty or not served.
+        """
+        block = self._live.pop(block_id, None)
+        if block is None:
+            return
+        self._requested -= block.requested
+        self._allocated -= block.size
+        pool = block.pool
+        block.born = pool.num_searches
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
+                pool.remove(neighbour)
+                absorb(block, neighbour)
+        pool.insert(block)
+
+    def empty_cache(self) -> None:
+        """Give back every segment that holds no tensor, and every such page of expandable ones."""
+        for pool in (self._small, self._large):
+            for block in list(pool.by_address.values()):
+                if self._expandable:
+                    unmap(block, self._device)
+                elif block.is_whole_segment:
+                    self._release(block)
+
+    # --- finding a block -----------------------------------------------------------------------
+
+    def _rounded(self, num_bytes: int) -> tuple[int, Pool]:
+        if self._rounds_to_divisions:
+            size = round_request(num_bytes, self._settings)
+        else:
+            size = (num_bytes + 511) & -512
+        return size, self._small if size <= SMALL_REQUEST_BYTES else self._large
+
+    def _take_free(self, pool: Pool, size: int) -> Block | None:
+        """Best fit: the smallest free block that is large enough."""
+        pool.num_searches += 1
+        order = pool.order
+        index = bisect_left(order, (size, 0))
+        if index == len(order):
+            return None
+        block = pool.by_address[order[index][1]]
+        if self._expandable:
+            block = preferred(pool, index)
+        if size < self._max_split:
+            if block.size >= self._max_split:
+                return None
+        elif block.size >= size + self._settings.max_non_split_rounding_bytes:
+            return None
+        pool.remove(block)
+        return block
+
+    def _take_new(self, pool: Pool, size: int) -> Block | None:
+        """Take memory from the device, giving back what is cached where it must."""
+        if self._device.taken_bytes > self._collects_above:
+            self._collect_garbage()
+        block = self._new_block(pool, size)
+        if block is None and self._release_available(pool, size):
+            block = self._new_block(pool, size)
+        if block is None:
+            self.empty_cache()
+            self._num_alloc_retries += 1
+            block = self._new_block(pool, size)
+        return block
+
+    def _new_block(self, pool: Pool, size: int) -> Block | None:
+        if self._expandable:
+            return expand(pool, size, self._device)
+        segment = self._segment_bytes(size)
+        if not self._device.take(segment):
+            return None
+        block = Block(address=self._next_address, size=segment, pool=pool)
+        self._next_address += segment
+        return block
+
+    def _segment_bytes(self, size: int) -> int:
+        if size <= SMALL_REQUEST_BYTES:
+            return SMALL_SEGMENT_BYTES
+        if size < MIN_OWN_SEGMENT_BYTES:
+            return self._settings.large_segment_bytes
+        return -(-size // SEGMENT_ROUNDING_BYTES) * SEGMENT_ROUNDING_BYTES
+
+    def _hand_out(self, block: Block, block_id: int, size: int, num_bytes: int) -> None:
+        rest = block.size - size
+        if (
+            rest >= MIN_BLOCK_BYTES
+            if block.pool.is_small or self._expandable
+            else rest > SMALL_REQUEST_BYTES and size < self._max_split
+        ):
+            split(block, size)
+        block.requested = num_bytes
+        self._live[block_id] = block
+        self._requested += num_bytes
+        self._allocated += block.size
+        self._peak_requested = max(self._peak_requested, self._requested)
+        self._peak_allocated = max(self._peak_allocated, self._allocated)
+
+    # --- giving back ---------------------------------------------------------------------------
+
+    def _release(self, block: Block) -> None:
+        block.pool.remove(block)
+        self._device.give_back(block.size)
+
+    def _release_available(self, pool: Pool, size: int) -> bool:
+        """With `max_split_size_mb`, give back just enough oversize blocks for a request."""
+        if self._max_split == float("inf") or self._expandable:
+            return False
+        wanted = max(size, int(self._max_split))
+        index = bisect_left(pool.order, (wanted, 0))
+        if index < len(pool.order):
+            self._release(pool.by_address[pool.order[index][1]])
+            return True
+        released = 0
+        for block_bytes, address in reversed(list(pool.order)):
+            if released >= wanted or block_bytes < self._max_split:
+                break
+            self._release(pool.by_address[address])
+            released += block_bytes
+        return released >= wanted
+
+    def _collect_garbage(self) -> None:
+        """Give back whole free segments that went unused for longer than the average."""
+        target = self._device.taken_bytes - self._collects_above
+        pool = self._large
+        reclaimed = 0
+        freeable = [block for block in pool.by_address.values() if block.is_whole_segment]
+        while reclaimed < target and freeable:
+            ages = {id(block): pool.num_searches - block.born for block in freeable}
+            average = sum(ages.values()) / len(freeable)
+            old = [block for block in freeable if ages[id(block)] >= average]
+            for block in old:
+                self._release(block)
+                reclaimed += block.size
+            freeable = [block for block in freeable if block.is_free]

@@ -1,0 +1,279 @@
+"""CUDA's autocast, for tensors on the meta device, which PyTorch gives none.
+
+The policy is CUDA's: which operations run in the lower precision, which in fp32, which in the
+widest type of their arguments, and that the casts of leaf parameters are kept until autocast ends.
+It is applied where Python calls an operation, so a few operations that reach another one inside C++
+are spelled out here (`_NESTED`). It handles one level of autocast, not `torch.autocast(enabled=
+False)` regions inside a model.
+
+Source: torch/include/ATen/autocast_mode.h (the lists) and aten/src/ATen/autocast_mode.cpp (the
+    cache: leaf, not a view, requires a gradient, fp32).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+
+__all__ = ["FP32", "FP32_SET_OPT_DTYPE", "LOWER_PRECISION", "PROMOTE", "CudaAutocast"]
+
+LOWER_PRECISION: Final = frozenset(
+    """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d
+    convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm
+    chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell
+    rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
+    scaled_dot_product_attention""".split()  # noqa: SIM905 - as the macros have it
+)
+FP32: Final = frozenset(
+    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus
+    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity
+    poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss
+    smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss
+    triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm
+    logsumexp upsample_nearest1d _upsample_nearest_exact1d upsample_nearest2d
+    _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d
+    _upsample_bicubic2d_aa""".split()  # noqa: SIM905 - as the macros have it
+)
+FP32_SET_OPT_DTYPE: Final = frozenset(
+    """prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm
+    sum""".split()  # noqa: SIM905 - as the macros have it
+)
+PROMOTE: Final = frozenset(
+    """addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot
+    scatter_add""".split()  # noqa: SIM905 - as the macros have it
+)
+
+# What Python's name for an operation is where it is not the operation's own.
+_ALIASES: Final = {
+    "__matmul__": "matmul",
+    "__rmatmul__": "matmul",
+    "__pow__": "pow",
+    "__rpow__": "pow",
+    "__ipow__": "pow",
+    "multi_dot": "linalg_multi_dot",
+    "vecdot": "linalg_vecdot",
+    "vector_norm": "linalg_vector_norm",
+    "matrix_norm": "linalg_matrix_norm",
+    "norm": "linalg_vector_norm",
+    "nll_loss_nd": "nll_loss",
+    # at::square is at::pow(x, 2) in C++, where autocast sees it.
+    "square": "pow",
+}
+_HALF_TO_FLOAT: Final = {"softmax": torch._softmax, "log_softmax": torch._log_softmax}
+
+
+class CudaAutocast:
+    """The casts of one training step.
+
+    Args:
+        dtype: The lower precision.
+        fp32: The operations that run in fp32; other releases of torch had others.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
+        self._dtype = dtype
+        self._fp32 = fp32
+        self._is_entered = False
+        self._is_backward = False
+        self._cache: dict[int, torch.Tensor] = {}
+        # In a recomputed segment autocast is entered anew, so a cast lives only as long as the
+        # segment's graph.
+        self._recomputed: weakref.WeakValueDictionary[int, torch.Tensor] = (
+            weakref.WeakValueDictionary()
+        )
+
+    @contextlib.contextmanager
+    def forward(self, *, keeps_casts: bool = False) -> Iterator[None]:
+        """Cast what runs inside, and forget the kept casts afterwards.
+
+        Args:
+            keeps_casts: Forget them after `backward` only, as where the training loop calls it
+                inside autocast's context.
+        """
+        self._is_entered = True
+        try:
+            yield
+        finally:
+            self._is_entered = False
+            if not keeps_casts:
+                self._cache.clear()
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """Cast what gradient checkpointing computes again inside backward."""
+        self._is_backward = True
+        try:
+            yield
+        finally:
+            self._is_backward = False
+            self._cache.clear()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether operations are cast now.
+
+        Inside backward only recomputation runs with gradients enabled, and checkpointing enters
+        the forward's autocast for it.
+        """
+        return self._is_entered or (self._is_backward and torch.is_grad_enabled())
+
+    def call(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call an operation as autocast would.
+
+        Args:
+            func: What Python called.
+            name: Its `__name__`.
+            args: Its positional arguments.
+            kwargs: Its other arguments.
+        """
+        name = _ALIASES.get(name, name)
+        if name in LOWER_PRECISION:
+            return func(*self._cast(args, self._dtype), **self._cast_values(kwargs, self._dtype))
+        if name in self._fp32:
+            return func(
+                *self._cast(args, torch.float32), **self._cast_values(kwargs, torch.float32)
+            )
+        if name in FP32_SET_OPT_DTYPE:
+            return self._call_in_fp32(func, name, args, kwargs)
+        if name in PROMOTE:
+            dtype = self._widest((args, kwargs))
+            return func(*self._cast(args, dtype), **self._cast_values(kwargs, dtype))
+        nested = _NESTED.get(name)
+        return func(*args, **kwargs) if nested is None else nested(self, *args, **kwargs)
+
+    def _call_in_fp32(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Have the operation compute in fp32 itself, unless its caller chose a type."""
+        first: Any = args[0] if args else kwargs.get("input")
+        if not _is_low(first) or kwargs.get("dtype") is not None:
+            return func(*args, **kwargs)
+        # For fp16 the CUDA kernel reads half and writes float; for bf16 the input is converted
+        # first (at::softmax in aten/src/ATen/native/SoftMax.cpp).
+        fused = _HALF_TO_FLOAT.get(name)
+        if fused is not None and first.dtype is torch.float16:
+            dim = kwargs["dim"] if "dim" in kwargs else args[1]
+            return fused(first, dim % max(first.ndim, 1), True)
+        return func(*args, **(kwargs | {"dtype": torch.float32}))
+
+    def _cast(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        return tuple(self._cast_value(value, dtype) for value in values)
+
+    def _cast_values(self, values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return {key: self._cast_value(value, dtype) for key, value in values.items()}
+
+    def _cast_value(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._cast_tensor(value, dtype)
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            return type(value)(self._cast_value(item, dtype) for item in value)
+        return value
+
+    def _cast_tensor(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not _is_eligible(tensor) or tensor.dtype is dtype:
+            return tensor
+        is_kept = (
+            dtype is self._dtype
+            and tensor.dtype is torch.float32
+            and tensor.is_leaf
+            and tensor.requires_grad
+            and not tensor._is_view()
+        )
+        if not is_kept:
+            return tensor.to(dtype)
+        cache = self._cache if self._is_entered else self._recomputed
+        cast = cache.get(id(tensor))
+        if cast is None:
+            cast = cache[id(tensor)] = tensor.to(dtype)
+        return cast
+
+    def _widest(self, values: Any) -> torch.dtype:
+        """The widest type among the eligible tensors."""
+        found = [self._dtype]
+
+        def look(value: Any) -> None:
+            if isinstance(value, torch.Tensor):
+                if _is_eligible(value):
+                    found.append(value.dtype)
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    look(item)
+            elif isinstance(value, dict):
+                look(tuple(value.values()))
+
+        look(values)
+        return torch.float32 if torch.float32 in found else self._dtype
+
+
+def _is_eligible(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device.type == "meta"
+        and value.is_floating_point()
+        and value.dtype is not torch.float64
+    )
+
+
+def _is_low(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and _is_eligible(value)
+        and value.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
+_nn: Any = torch._C._nn
+
+
+def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
+    autocast: CudaAutocast,
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """`at::cross_entropy_loss`: its log-softmax and its loss are seen by autocast inside C++."""
+    class_dim = 0 if scores.ndim == 1 else 1
+    is_probabilities = target.is_floating_point()
+    if is_probabilities or label_smoothing > 0:
+        # The smoothed loss is a sum over log-probabilities in fp32.
+        return _nn.cross_entropy_loss(
+            scores.float(), target, weight, reduction, ignore_index, label_smoothing
+        )
+    logs = autocast.call(torch.log_softmax, "log_softmax", (scores, class_dim), {})
+    return _nn.nll_loss_nd(logs, target, weight, reduction, ignore_index)
+
+
+_NESTED: Final[dict[str, Callable[..., Any]]] = {"cross_entropy_loss": _cross_entropy}
+
+
+@contextlib.contextmanager
+def functional_layer_open() -> Iterator[None]:
+    """Let torch function modes see what `torch.nn.functional` calls instead of its wrappers.
+
+    Each wrapper asks whether an override exists and hands itself over whole; its inner operations
+    would then run unseen.
+    """
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    kept = {name: getattr(F, name) for name in names}
+    for name in names:
+        setattr(F, name, _no_override)
+    try:
+        yield
+    finally:
+        for name, original in kept.items():
+            setattr(F, name, original)
+
+
+def _no_override(*_args: Any) -> bool:
+    return False

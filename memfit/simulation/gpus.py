@@ -1,0 +1,215 @@
+"""A catalogue of graphics cards: what torch sees of their memory, and what a process takes of it.
+
+The figures are in `gpus.csv` beside this module, each with where it comes from. Nothing here asks
+a driver or measures: what a card that is there really has is the `cuda` backend's to say.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import functools
+import re
+from importlib import resources
+
+from memfit.errors import UsageError
+from memfit.records import Record
+from memfit.units import MIB
+
+__all__ = ["ANY_GPU", "COMMON_GPUS", "Gpu", "catalogue", "find_gpu", "gpu_like"]
+
+COMMON_GPUS = (
+    "NVIDIA GeForce RTX 3070",
+    "NVIDIA GeForce RTX 2080 Ti",
+    "NVIDIA GeForce RTX 3060",
+    "Tesla T4",
+    "NVIDIA GeForce RTX 4080",
+    "NVIDIA L4",
+    "NVIDIA GeForce RTX 3090",
+    "NVIDIA GeForce RTX 4090",
+    "NVIDIA GeForce RTX 5090",
+    "NVIDIA A100-SXM4-40GB",
+    "NVIDIA H100 80GB HBM3",
+    "NVIDIA H200",
+)
+"""What is simulated where there is no GPU and none is named: 8 to 141 GB, common ones."""
+
+ANY_GPU = "any"
+"""A card of which only the capacity matters; it behaves like compute capability 8.0."""
+
+_CONTEXT_BANDS = ((48, 165), (99, 280), (10_000, 450))
+"""Up to so many multiprocessors, so many MiB of context.
+
+Source: bands through public measurements, see `Gpu.context_bytes`.
+"""
+_WORKSPACE_BYTES = 8_519_680  # :4096:2:16:8
+_WORKSPACE_LARGE_BYTES = 32 * MIB
+_WORKSPACE_GFX94_BYTES = 128 * MIB
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu(Record):
+    """A card, or a slice of one.
+
+    Args:
+        name: As `torch.cuda.get_device_name` prints it.
+        aliases: What people call it.
+        vendor: `NVIDIA` or `AMD`.
+        architecture: Compute capability such as `8.6`, or AMD's such as `gfx942`.
+        multiprocessors: Its number of streaming multiprocessors or compute units.
+        total_bytes: `torch.cuda.get_device_properties(...).total_memory`, newest seen on Linux.
+        total_origin: `seen` where torch printed it, else `derived`, or `given` by the user.
+        context_bytes: What a process holds beside the allocator when it runs out: context, lazily
+            loaded kernels, library handles.
+        context_origin: `measured: ...` with its source, or `band`: read off the cards of similar
+            size that were measured (one to four samples each).
+        source: Where `total_bytes` comes from.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    vendor: str
+    architecture: str
+    multiprocessors: int
+    total_bytes: int
+    total_origin: str
+    context_bytes: int
+    context_origin: str
+    source: str
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the caching allocator can take."""
+        return self.total_bytes - self.context_bytes
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """What the choice of kernels goes by.
+
+        AMD's cards take flash and memory-efficient attention through AOTriton as compute
+        capability 8.0 does.
+        """
+        major, dot, minor = self.architecture.partition(".")
+        return (int(major), int(minor)) if dot else (8, 0)
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether `auto` takes bf16: NVIDIA's from Ampere on, and AMD's."""
+        return self.compute_capability >= (8, 0)
+
+    @property
+    def blas_workspace_bytes(self) -> int:
+        """What each BLAS handle keeps.
+
+        Source: `getChosenWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB from
+            compute capability 9.0, 10.x and 12.x on, and on ROCm (128 MiB on gfx94x and gfx95x).
+        """
+        if self.vendor == "AMD":
+            is_large = self.architecture.startswith(("gfx94", "gfx95"))
+            return _WORKSPACE_GFX94_BYTES if is_large else _WORKSPACE_LARGE_BYTES
+        is_large = self.compute_capability[0] in (9, 10, 12)
+        return _WORKSPACE_LARGE_BYTES if is_large else _WORKSPACE_BYTES
+
+
+@functools.cache
+def catalogue() -> tuple[Gpu, ...]:
+    """Return every card that is known, as listed."""
+    text = resources.files(__package__).joinpath("gpus.csv").read_text(encoding="utf-8")
+    return tuple(
+        Gpu(
+            name=row["name"],
+            aliases=tuple(row["aliases"].split(";")),
+            vendor=row["vendor"],
+            architecture=row["architecture"],
+            multiprocessors=int(row["multiprocessors"]),
+            total_bytes=int(row["total_bytes"]),
+            total_origin=row["total_origin"],
+            context_bytes=int(row["context_bytes"]),
+            context_origin=row["context_origin"],
+            source=row["source"],
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
+
+
+def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
+    """Return the card of a name, its memory overridden where a size is given.
+
+    Args:
+        name: As torch prints it, or an alias such as `rtx3090`, in any case and spacing; `any` is
+            a card of which only `total_bytes` is known.
+        total_bytes: What the card has, in place of the catalogue's figure.
+
+    Raises:
+        UsageError: No card has that name, or `any` was named without a size, or the size does not
+            leave room for the process itself.
+    """
+    if _key(name) == ANY_GPU:
+        if total_bytes is None:
+            raise UsageError("The GPU 'any' has no memory of its own: give its size, as in 6GiB.")
+        gpu = _of_size(total_bytes)
+    else:
+        gpu = _named(name)
+        if total_bytes is not None:
+            gpu = dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
+    if gpu.usable_bytes <= 0:
+        raise UsageError(
+            f"{total_bytes} bytes are less than the process itself takes on {gpu.name} "
+            f"({gpu.context_bytes} bytes): give more."
+        )
+    return gpu
+
+
+def gpu_like(name: str, *, total_bytes: int) -> Gpu:
+    """Return the catalogue's card of a name, or one that only its size is known of.
+
+    Args:
+        name: As torch prints it, of a card that is there.
+        total_bytes: What it has.
+    """
+    gpu = _by_key().get(_key(name))
+    if gpu is None:
+        return dataclasses.replace(_of_size(total_bytes), name=name)
+    return dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
+
+
+def _named(name: str) -> Gpu:
+    known = _by_key()
+    gpu = known.get(_key(name))
+    if gpu is None:
+        near = difflib.get_close_matches(_key(name), known, n=3, cutoff=0.5)
+        names = dict.fromkeys(known[key].name for key in near)
+        hint = f"; did you mean {' or '.join(names)}?" if names else "; see `memfit gpus`."
+        raise UsageError(f"There is no GPU {name!r} in the catalogue{hint}")
+    return gpu
+
+
+def _of_size(total_bytes: int) -> Gpu:
+    return Gpu(
+        name="any GPU",
+        aliases=(),
+        vendor="NVIDIA",
+        architecture="8.0",
+        multiprocessors=108,
+        total_bytes=total_bytes,
+        total_origin="given",
+        context_bytes=_CONTEXT_BANDS[-1][1] * MIB,
+        context_origin="band",
+        source="given",
+    )
+
+
+@functools.cache
+def _by_key() -> dict[str, Gpu]:
+    known: dict[str, Gpu] = {}
+    for gpu in catalogue():
+        for name in (gpu.name, *gpu.aliases):
+            known.setdefault(_key(name), gpu)
+            # "RTX 3090" for "NVIDIA GeForce RTX 3090".
+            known.setdefault(re.sub(r"^(nvidia|amd)?(geforce|tesla)?", "", _key(name)), gpu)
+    return known
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

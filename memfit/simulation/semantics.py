@@ -1,0 +1,167 @@
+"""What CUDA does differently from the meta device, put right while a step is traced.
+
+Attention's kernel, dropout's mask, autocast and the loss's scale, and the optimizers' choice of
+their foreach implementation. What kernels take besides tensors is `memfit.simulation.workspace`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+from torch.autograd.graph import _engine_run_backward
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from memfit.records import Precision
+from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe
+from memfit.simulation.autocast import FP32, CudaAutocast
+
+__all__ = ["META", "CudaSemantics", "MetaArithmetic", "foreach_on_meta"]
+
+META: Final = torch.device("meta")
+_AUTOCAST_DTYPES: Final = {
+    Precision.AMP_BF16: torch.bfloat16,
+    Precision.AMP_FP16: torch.float16,
+}
+
+
+class CudaSemantics(TorchFunctionMode):
+    """Has operations do what they do on CUDA and not on the meta device.
+
+    Args:
+        autocast: The casts, where the precision is mixed.
+        choose_attention: Which kernel attention takes.
+    """
+
+    def __init__(
+        self,
+        autocast: CudaAutocast | None,
+        choose_attention: Callable[[AttentionCall], AttentionBackend],
+    ) -> None:
+        super().__init__()
+        self._autocast = autocast
+        self._choose_attention = choose_attention
+        self.attention: dict[AttentionCall, AttentionBackend] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            func = self._attend
+        elif name == "dropout":
+            func = _dropout
+        autocast = self._autocast
+        if autocast is not None and autocast.is_active:
+            return autocast.call(func, name, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(  # noqa: PLR0917 - the signature of what it stands in for
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        call = describe(query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal)
+        backend = self._choose_attention(call)
+        self.attention[call] = backend
+        return attend(
+            backend,
+            query,
+            key,
+            value,
+            mask=attn_mask,
+            dropout=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:  # noqa: A002
+    """CUDA's fused kernel, whose mask is of booleans (aten/src/ATen/native/Dropout.cpp)."""
+    if train and 0 < p < 1 and input.numel():
+        return torch.native_dropout(input, p, train)[0]
+    return torch.dropout(input, p, train)
+
+
+class MetaArithmetic:
+    """Autocast and GradScaler for meta tensors.
+
+    Args:
+        precision: The arithmetic of the step.
+        backward_in_autocast: The training loop calls backward inside autocast's context, so that
+            casts are kept until then.
+        fp32: What autocast runs in fp32.
+    """
+
+    def __init__(
+        self,
+        precision: Precision,
+        *,
+        backward_in_autocast: bool = False,
+        fp32: frozenset[str] = FP32,
+    ) -> None:
+        dtype = _AUTOCAST_DTYPES.get(precision)
+        self.autocast = None if dtype is None else CudaAutocast(dtype, fp32=fp32)
+        self._keeps_casts = backward_in_autocast
+        self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Return the context that model and loss run in."""
+        if self.autocast is None:
+            yield
+            return
+        with self.autocast.forward(keeps_casts=self._keeps_casts):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward from the loss, scaled where the precision asks for it."""
+        if self._scale is not None:
+            loss = loss * self._scale
+        # Not loss.backward() or torch.autograd.backward(): a function mode takes those for one
+        # operation, and what checkpointing recomputes inside would go past it.
+        with contextlib.nullcontext() if self.autocast is None else self.autocast.backward():
+            _engine_run_backward(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's step."""
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def foreach_on_meta(*, enabled: bool) -> Iterator[None]:
+    """Have optimizers choose their foreach implementation for meta tensors as they do on CUDA."""
+    module: Any = sys.modules[Optimizer.__module__]
+    original = module._get_foreach_kernels_supported_devices
+    if enabled:
+        module._get_foreach_kernels_supported_devices = lambda: [*original(), "meta"]
+    try:
+        yield
+    finally:
+        module._get_foreach_kernels_supported_devices = original

@@ -1,0 +1,196 @@
+"""What a traced step allocates and frees, for any batch size.
+
+A `Tape` is one stretch of a step, recorded at one batch size with what each allocation grows by for
+every further sample; a `StepTape` is the whole of it. It knows no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from memfit.errors import MemfitError
+from memfit.records import Action, Event
+from memfit.simulation.allocator import CachingAllocator
+
+__all__ = ["StepTape", "StreamsDifferError", "Tape"]
+
+_NUM_ITERATIONS = 3
+_ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
+_TRY_ALLOC, _EMPTY_CACHE = Action.TRY_ALLOC, Action.EMPTY_CACHE
+
+
+class StreamsDifferError(MemfitError):
+    """Two batch sizes made different streams of events, so none can be had from the two."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tape:
+    """A stretch of events, affine in the batch size.
+
+    Args:
+        events: As recorded at `batch_size`.
+        growth_bytes: For each event, how many bytes more it asks for with every further sample.
+        batch_size: Samples that `events` was recorded with.
+    """
+
+    events: tuple[Event, ...]
+    growth_bytes: tuple[float, ...]
+    batch_size: int
+    _program: tuple[tuple[Action, int, int, float], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        """Lay the events out as the replay reads them fastest."""
+        program = tuple(
+            (event.action, event.id, event.num_bytes, growth)
+            for event, growth in zip(self.events, self.growth_bytes, strict=True)
+        )
+        object.__setattr__(self, "_program", program)
+
+    @classmethod
+    def fixed(cls, events: Sequence[Event]) -> Tape:
+        """Return a tape whose bytes do not depend on the batch size."""
+        return cls(events=tuple(events), growth_bytes=(0,) * len(events), batch_size=1)
+
+    @classmethod
+    def between(
+        cls, events: Sequence[Event], others: Sequence[Event], *, batch_sizes: tuple[int, int]
+    ) -> Tape:
+        """Make a tape from the same stretch at two batch sizes.
+
+        Args:
+            events: Its events at the first batch size; the tape takes over their ids.
+            others: Its events at the second.
+            batch_sizes: The two; they differ.
+
+        Raises:
+            StreamsDifferError: The two do not match event by event.
+        """
+        if not _match(events, others):
+            raise StreamsDifferError(
+                f"The step allocates differently at the batch sizes {batch_sizes[0]} and "
+                f"{batch_sizes[1]}."
+            )
+        samples = batch_sizes[1] - batch_sizes[0]
+        growth = (
+            (other.num_bytes - event.num_bytes) / samples
+            for event, other in zip(events, others, strict=True)
+        )
+        return cls(
+            events=tuple(events),
+            growth_bytes=tuple(int(g) if g == int(g) else g for g in growth),
+            batch_size=batch_sizes[0],
+        )
+
+    def then(self, events: Sequence[Event]) -> Tape:
+        """Return this tape followed by events that do not depend on the batch size."""
+        return dataclasses.replace(
+            self,
+            events=self.events + tuple(events),
+            growth_bytes=self.growth_bytes + (0,) * len(events),
+        )
+
+    def without(self, origin: str) -> Tape:
+        """Return this tape less the events of one origin."""
+        kept = [
+            (event, growth)
+            for event, growth in zip(self.events, self.growth_bytes, strict=True)
+            if event.origin != origin
+        ]
+        return dataclasses.replace(
+            self, events=tuple(e for e, _ in kept), growth_bytes=tuple(g for _, g in kept)
+        )
+
+    def at(self, batch_size: int) -> Iterator[Event]:
+        """Yield the events as they would be at a batch size."""
+        more = batch_size - self.batch_size
+        for event, growth in zip(self.events, self.growth_bytes, strict=True):
+            if growth:
+                num_bytes = max(0, round(event.num_bytes + growth * more))
+                yield dataclasses.replace(event, num_bytes=num_bytes)
+            else:
+                yield event
+
+    def play(self, allocator: CachingAllocator, batch_size: int) -> None:
+        """Replay on an allocator; the same as `allocator.replay(self.at(batch_size))`, faster."""
+        more = batch_size - self.batch_size
+        allocate, free = allocator.allocate, allocator.free
+        for action, number, num_bytes, growth in self._program:
+            if action is _ALLOC:
+                allocate(number, int(num_bytes + growth * more) if growth else num_bytes)
+            elif action is _FREE_COMPLETED:
+                free(number)
+            elif action is _TRY_ALLOC:
+                allocator.try_allocate(number, int(num_bytes + growth * more))
+            elif action is _EMPTY_CACHE:
+                allocator.empty_cache()
+
+
+def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:
+    if len(left) != len(right):
+        return False
+    twins: dict[int, int] = {}
+    for one, other in zip(left, right, strict=True):
+        if (one.action, one.origin) != (other.action, other.origin):
+            return False
+        if one.action is Action.FREE_COMPLETED:
+            if twins.get(one.id, other.id) != other.id:
+                return False
+        else:
+            twins[one.id] = other.id
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTape:
+    """A training step from its start.
+
+    Args:
+        setup: What is there before the first iteration: parameters, buffers, workspaces.
+        first: The first iteration, in which the optimizer's state appears.
+        later: Every further one.
+    """
+
+    setup: Tape
+    first: Tape
+    later: Tape
+
+    def at(self, batch_size: int, *, num_iterations: int = _NUM_ITERATIONS) -> Iterator[Event]:
+        """Yield all events of a training run's beginning.
+
+        Args:
+            batch_size: Samples in each micro-batch.
+            num_iterations: Optimizer steps, at least 1.
+        """
+        for tape in self._stretches(num_iterations):
+            yield from tape.at(batch_size)
+
+    def play(
+        self,
+        allocator: CachingAllocator,
+        batch_size: int,
+        *,
+        num_iterations: int = _NUM_ITERATIONS,
+    ) -> Iterator[int]:
+        """Replay on an allocator.
+
+        Args:
+            allocator: A new one.
+            batch_size: Samples in each micro-batch.
+            num_iterations: Optimizer steps, at least 1.
+
+        Yields:
+            The peak of reserved bytes after each iteration.
+
+        Raises:
+            AllocatorOutOfMemoryError: The step does not fit.
+        """
+        self.setup.play(allocator, batch_size)
+        for tape in self._stretches(num_iterations)[1:]:
+            tape.play(allocator, batch_size)
+            yield allocator.stats.peak_reserved_bytes
+
+    def _stretches(self, num_iterations: int) -> tuple[Tape, ...]:
+        return (self.setup, self.first, *(self.later,) * (num_iterations - 1))

@@ -1,0 +1,382 @@
+"""One training step on meta tensors, watched: which storages it allocates and frees, in order.
+
+A model without weights runs forward, backward and the optimizer; a dispatch mode sees each
+operation's outputs, and a storage not seen before is an allocation, its end a free. What the device
+would do differently from the meta device (autocast, attention, foreach optimizers, workspaces) is
+put right on the way. It does not handle models whose computation depends on values: a meta tensor
+has none.
+
+Source: the order of events is the autograd engine's own; weak references to storages keep their
+    identity under `TorchDispatchMode`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.errors import UnsupportedError
+from memfit.records import Action, Event
+from memfit.simulation.attention import AttentionBackend, AttentionCall, choose
+from memfit.simulation.autocast import functional_layer_open
+from memfit.simulation.semantics import META, CudaSemantics, MetaArithmetic, foreach_on_meta
+from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
+from memfit.simulation.workspace import Kernels, Workspace
+
+__all__ = ["StepTrace", "TraceOptions", "trace_step"]
+
+_BATCH_SIZES: Final = (2, 3)
+_PLANS_TRIED: Final = "cudnn.benchmark"
+_ADD: Final = torch.ops.aten.add.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """What decides a trace besides the training step.
+
+    Args:
+        compute_capability: Of the card, such as (8, 6).
+        kernels: What its kernels take besides tensors.
+        prefers_cudnn_attention: See `memfit.simulation.attention.choose`.
+        uses_fused_attention: `scaled_dot_product_attention` may take a fused kernel.
+        uses_foreach: Optimizers take their foreach implementation by default.
+        keeps_gradients: Gradients are zeroed in place instead of dropped.
+        cudnn_benchmark: Convolutions try their plans once (`torch.backends.cudnn.benchmark`).
+        num_prefetched_batches: Batches on the device besides the one in training.
+        prefetches_as_uint8: The loader copies images as bytes and converts them on the device, so
+            one batch of bytes is there too.
+    """
+
+    compute_capability: tuple[int, int]
+    kernels: Kernels
+    prefers_cudnn_attention: bool = False
+    uses_fused_attention: bool = True
+    uses_foreach: bool = True
+    keeps_gradients: bool = False
+    cudnn_benchmark: bool = True
+    num_prefetched_batches: int = 0
+    prefetches_as_uint8: bool = False
+
+    def choose_attention(self, call: AttentionCall) -> AttentionBackend:
+        """Return the kernel that attention takes."""
+        if not self.uses_fused_attention:
+            return AttentionBackend.MATH
+        return choose(call, self.compute_capability, prefers_cudnn=self.prefers_cudnn_attention)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """A traced training step.
+
+    Args:
+        tape: Its events.
+        attention: Every kind of attention that it ran, and the kernel taken.
+        num_operations: Operations that one iteration dispatched.
+    """
+
+    tape: StepTape
+    attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
+    num_operations: int
+
+
+class PreparedStep(Protocol):
+    """What a trace needs of a training step on the meta device (`memfit.workload.PreparedStep`)."""
+
+    model: nn.Module
+    make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
+
+    def begin(self) -> None:
+        """Start as training does."""
+
+    def accumulate(self, batch_size: int) -> None:
+        """Run every micro-batch forward and backward."""
+
+    def update(self, *, set_to_none: bool) -> None:
+        """Take the optimizer's step and zero the gradients."""
+
+
+def trace_step(
+    prepared: PreparedStep, *, arithmetic: MetaArithmetic, options: TraceOptions, name: str
+) -> StepTrace:
+    """Trace a training step on the meta device.
+
+    Args:
+        prepared: The step, made with `arithmetic`.
+        arithmetic: How it computes in mixed precision.
+        options: What else decides.
+        name: What an error calls the model.
+
+    Returns:
+        The events of setting up, of the first iteration and of the later ones.
+
+    Raises:
+        UnsupportedError: The step needs values that a meta tensor does not have.
+    """
+    recorder = _Recorder(options.kernels)
+    semantics = CudaSemantics(arithmetic.autocast, options.choose_attention)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
+        stack.enter_context(functional_layer_open())
+        stack.enter_context(_garbage_held())
+        stack.enter_context(_sentences_for(prepared.model, name))
+        stack.enter_context(semantics)
+        stack.enter_context(recorder)
+        tape = _record(prepared, recorder, options)
+    return StepTrace(
+        tape=tape,
+        attention=tuple(semantics.attention.items()),
+        num_operations=recorder.num_operations,
+    )
+
+
+def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) -> StepTape:
+    recorder.see_all(prepared)
+    prepared.begin()
+    setup = recorder.cut()
+    small, large = _BATCH_SIZES
+
+    def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
+        recorder.forget_plans()
+        prepared.accumulate(batch_size)
+        forward_backward = recorder.cut()
+        recorder.num_operations = 0
+        prepared.update(set_to_none=not options.keeps_gradients)
+        return forward_backward, recorder.cut()
+
+    warm_run, warm_update = iterate(large)
+    run, update = iterate(small)
+    try:
+        later = (
+            Tape.between(run, warm_run, batch_sizes=(small, large))
+            .then(update)
+            .without(_PLANS_TRIED)
+        )
+        first = Tape.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
+    except StreamsDifferError:
+        # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
+        # the start; its own course does not.
+        again, _ = iterate(large)
+        later = (
+            Tape.between(run, again, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
+        )
+        setup = [*setup, *_left_over([*warm_run, *warm_update])]
+        first = later.without(_PLANS_TRIED)
+    if not options.cudnn_benchmark:
+        first = first.without(_PLANS_TRIED)
+    return StepTape(
+        setup=_with_prefetched(Tape.fixed(setup), prepared, options),
+        first=first,
+        later=later,
+    )
+
+
+def _left_over(events: Sequence[Event]) -> list[Event]:
+    freed = {event.id for event in events if event.action is Action.FREE_COMPLETED}
+    return [event for event in events if event.action is Action.ALLOC and event.id not in freed]
+
+
+def _with_prefetched(setup: Tape, prepared: PreparedStep, options: TraceOptions) -> Tape:
+    if not options.num_prefetched_batches:
+        return setup
+    inputs, targets = prepared.make_batch(1)
+    leaves = pytree.tree_leaves((inputs, targets))
+    sizes = [leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    sizes *= options.num_prefetched_batches
+    if options.prefetches_as_uint8:
+        sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return Tape(
+        events=setup.events
+        + tuple(
+            Event(action=Action.ALLOC, id=-1 - index, num_bytes=size, origin="prefetched batch")
+            for index, size in enumerate(sizes)
+        ),
+        growth_bytes=setup.growth_bytes + tuple(sizes),
+        batch_size=1,
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down allocations and frees of meta storages.
+
+    Args:
+        kernels: What kernels take besides their outputs.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
+        self._events: list[Event] = []
+        self._ids: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._next_id = 0
+        self._tried_plans: set[Any] = set()
+        self.num_operations = 0
+        self._sole_owner = _sole_owner()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        del types
+        self.num_operations += 1
+        kwargs = kwargs or {}
+        if func is _ADD and self._accumulates_in_place(*args):
+            return args[0]
+        result = self._kernels.run(func, args, kwargs)
+        if type(result) is torch.Tensor:
+            self._see(result, func)
+        elif isinstance(result, (tuple, list)):
+            for output in result:
+                if isinstance(output, torch.Tensor):
+                    self._see(output, func)
+        for workspace in self._kernels.workspaces(func, args, result):
+            if workspace.plan is not None and workspace.plan not in self._tried_plans:
+                self._tried_plans.add(workspace.plan)
+                # Trying cuDNN's plans ends with an emptied cache (run_single_conv in
+                # aten/src/ATen/native/cudnn/Conv_v8.cpp).
+                self._write(Action.EMPTY_CACHE, 0, 0, _PLANS_TRIED)
+            if workspace.num_bytes:
+                self._pass(workspace)
+        return result
+
+    def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
+        """Whether the autograd engine is summing two gradients that it would sum in place.
+
+        Under a dispatch mode it does not, so its own condition is asked here: it is the gradient's
+        only owner, and its storage's.
+
+        Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+        """
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+            return False
+        return (
+            isinstance(more, torch.Tensor)
+            and (gradient.shape, gradient.dtype) == (more.shape, more.dtype)
+            and all(map(operator.le, _owners(gradient), self._sole_owner))
+        )
+
+    def see_all(self, prepared: PreparedStep) -> None:
+        """Write down what is there before the first iteration."""
+        modules = [prepared.model]
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._see(tensor, "model")
+
+    def cut(self) -> list[Event]:
+        """Return the events since the last cut, once unreachable cycles are gone."""
+        gc.collect()
+        events, self._events = self._events, []
+        return events
+
+    def forget_plans(self) -> None:
+        """Have every convolution try its plans again, so that iterations make the same stream."""
+        self._tried_plans.clear()
+
+    def _see(self, tensor: torch.Tensor, origin: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._ids or storage.device.type != "meta":
+            return
+        num_bytes = storage.nbytes()
+        if num_bytes == 0:
+            return
+        number = self._take_id()
+        self._ids[key] = number
+
+        def ended(_: object) -> None:
+            del self._ids[key], self._references[number]
+            self._write(Action.FREE_COMPLETED, number, 0, "")
+
+        self._references[number] = weakref.ref(storage, ended)
+        self._write(Action.ALLOC, number, num_bytes, str(origin))
+
+    def _pass(self, workspace: Workspace) -> None:
+        number = self._take_id()
+        action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
+        self._write(action, number, workspace.num_bytes, workspace.name)
+        self._write(Action.FREE_COMPLETED, number, 0, "")
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
+        self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+def _owners(tensor: torch.Tensor) -> tuple[int, int]:
+    counted: Any = torch._C
+    held: Any = tensor
+    return held._use_count(), counted._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _sole_owner() -> tuple[int, int]:
+    """What `_owners` sees of a gradient that only the engine holds, Python's own share included."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is _ADD and torch._C._current_graph_task_id() != -1:
+                seen.append(_owners(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        leaf = torch.empty(2, device=META, requires_grad=True).exp()
+        (leaf.sin() * leaf.cos()).sum().backward()
+    return seen[0]
+
+
+@contextlib.contextmanager
+def _garbage_held() -> Iterator[None]:
+    """Keep the collector from freeing at moments that depend on what else the process did."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def _sentences_for(model: nn.Module, name: str) -> Iterator[None]:
+    """Turn what a meta tensor cannot do into a sentence that names the operation and the module."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        where = _innermost_module(model, error)
+        raise UnsupportedError(
+            f"{name} cannot be simulated: {where} needs the values of its tensors "
+            f"({str(error).splitlines()[0]}). Probe it on a device instead."
+        ) from error
+
+
+def _innermost_module(model: nn.Module, error: BaseException) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    found = "it"
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            found = f"{type(owner).__name__} {names[id(owner)]!r}"
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,268 @@
+"""What kernels take from the allocator besides the tensors that an operation returns.
+
+Every term is named and says where it comes from; none is fitted to a model. Left out, because they
+are small or not known: reductions' scratch, the reserve of batch norm, the plans that cuDNN tries
+and does not keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Final
+
+import torch
+
+__all__ = ["Kernels", "Workspace"]
+
+_aten = torch.ops.aten
+_HALF: Final = (torch.float16, torch.bfloat16)
+_TENSOR_CORES_HALF: Final = (7, 0)
+_TENSOR_CORES_TF32: Final = (8, 0)
+_FLASH_ROWS: Final = 128
+_FLASH_HEAD_DIMS: Final = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Memory that a kernel takes for the length of its call.
+
+    Args:
+        name: What it is for.
+        num_bytes: How much; 0 for a call that takes none.
+        is_needed: The kernel cannot do without; otherwise another is taken where there is no room.
+        plan: What cuDNN remembers the choice of an algorithm by; `None` where nothing is chosen.
+    """
+
+    name: str
+    num_bytes: int
+    is_needed: bool
+    plan: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """The kernels of a card and its libraries.
+
+    Args:
+        compute_capability: Of the card, such as (8, 6).
+        allows_tf32: fp32 convolutions may use tensor cores, which is PyTorch's default.
+    """
+
+    compute_capability: tuple[int, int]
+    allows_tf32: bool = True
+
+    def like(self, other: Kernels) -> bool:
+        """Whether the two take the same workspaces."""
+        return self._tensor_cores == other._tensor_cores
+
+    @property
+    def _tensor_cores(self) -> tuple[bool, bool]:
+        """For half precision, and for fp32 as TF32."""
+        return (
+            self.compute_capability >= _TENSOR_CORES_HALF,
+            self.allows_tf32 and self.compute_capability >= _TENSOR_CORES_TF32,
+        )
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, with the layout of its outputs that CUDA gives them."""
+        if func is _aten.convolution_backward.default:
+            return _convolution_backward(*args)
+        if func is _aten.convolution.default and _is_channels_last(args[1]):
+            # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
+            result = func(*args, **kwargs)
+            return torch.empty_like(result, memory_format=torch.channels_last)
+        quick = _QUICK.get(func)
+        result = None if quick is None or kwargs else quick(*args)
+        return func(*args, **kwargs) if result is None else result
+
+    def workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
+        """Return what an operation's kernels take, one after another.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+            result: What it returned.
+        """
+        if func is _aten.convolution.default:
+            return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
+        if func is _aten.convolution_backward.default:
+            tensors = (args[1], args[2], args[0])
+            return tuple(
+                self._convolution(kind, tensors, args[4:10])
+                for kind, gradient in (("data", result[0]), ("filter", result[1]))
+                if gradient is not None
+            )
+        if func is _aten._scaled_dot_product_flash_attention_backward.default:
+            return (_flash_backward(args[1]),)
+        if func is _aten._scaled_dot_product_efficient_attention_backward.default:
+            return (_efficient_backward(args[1]),)
+        return ()
+
+    def _convolution(
+        self, kind: str, tensors: tuple[torch.Tensor, ...], parameters: Any
+    ) -> Workspace:
+        """Copies in NHWC, which is what tensor-core kernels compute in.
+
+        In half precision every convolution of contiguous (NCHW) tensors has its input, weight and
+        output transposed. With TF32 the forward kernels read NCHW, and so do 1x1 convolutions,
+        which are matrix products; the backward kernels of larger filters do not. Depthwise
+        convolutions are PyTorch's own kernels.
+
+        Args:
+            kind: Which of a convolution's three: `forward`, `data` or `filter`.
+            tensors: Input, weight and output, or the gradients in their place.
+            parameters: Stride, padding, dilation, whether transposed, output padding, groups.
+
+        Source: the kernel names that profilers show (`nchwToNhwcKernel`, `*_nhwc`,
+            `xmma_fprop_*_nchw`), and docs.nvidia.com/deeplearning/performance/
+            dl-performance-convolutional (tensor layouts).
+        """
+        data, weight, _ = tensors
+        *geometry, groups = parameters
+        is_depthwise = groups > 1 and groups == data.shape[1]
+        if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
+            return Workspace(name="convolution", num_bytes=0, is_needed=False)
+        is_last = data.is_contiguous(memory_format=torch.channels_last)
+        if not is_last and _is_channels_last(weight):
+            num_bytes = data.numel() * data.element_size()
+            return Workspace(name="input in NHWC", num_bytes=num_bytes, is_needed=True)
+        plan = (kind, tuple(data.shape[1:]), tuple(weight.shape), repr(geometry), groups)
+        half, tf32 = self._tensor_cores
+        transposes = not is_last and (
+            half
+            if data.dtype in _HALF
+            else data.dtype is torch.float32
+            and tf32
+            and kind != "forward"
+            and math.prod(weight.shape[2:]) > 1
+        )
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors) if transposes else 0
+        return Workspace(name="convolution", num_bytes=num_bytes, is_needed=False, plan=plan)
+
+
+def _flash_backward(query: torch.Tensor) -> Workspace:
+    """The query's gradient in fp32, and a row's scalar; both padded to the kernel's tiles.
+
+    Source: `mha_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    samples, heads, num_rows, head_dim = query.shape
+    rows = samples * heads * _ceil(num_rows, _FLASH_ROWS)
+    num_bytes = 4 * rows * (_ceil(head_dim, _FLASH_HEAD_DIMS) + 1)
+    return Workspace(name="flash attention backward", num_bytes=num_bytes, is_needed=True)
+
+
+def _efficient_backward(query: torch.Tensor) -> Workspace:
+    """A row's scalar in fp32, and for half inputs the query's gradient in fp32 (a bound).
+
+    Source: `_efficient_attention_backward` in
+        aten/src/ATen/native/transformers/cuda/attention_backward.cu.
+    """
+    samples, heads, num_rows, head_dim = query.shape
+    columns = 1 + (head_dim if query.dtype in _HALF else 0)
+    num_bytes = 4 * samples * heads * _ceil(num_rows, 32) * columns
+    return Workspace(name="efficient attention backward", num_bytes=num_bytes, is_needed=True)
+
+
+def _ceil(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether strides say so, as for a 1x1 filter that is contiguous in both formats."""
+    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
+        return False
+    _, channels, height, width = tensor.shape
+    return tensor.stride() != (channels * height * width, height * width, width, 1)
+
+
+def _convolution_backward(
+    gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of a convolution, laid out as cuDNN's: like the weight, in one format.
+
+    The meta device's own gives a contiguous gradient for a channels-last weight, which autograd
+    would then copy.
+    """
+    bias_sizes, needed = rest[0], rest[-1]
+    is_last = data.ndim == 4 and any(_is_channels_last(t) for t in (gradient, data, weight))  # noqa: PLR2004
+    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    return (
+        torch.empty_like(data, memory_format=memory_format) if needed[0] else None,
+        torch.empty_like(weight) if needed[1] else None,
+        weight.new_empty(bias_sizes) if needed[2] else None,
+    )
+
+
+# --- outputs without PyTorch's Python meta functions, which take most of a trace's time -----------
+
+
+def _like_first(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+    """An elementwise operation on tensors of one shape, type and layout."""
+    for other in rest:
+        if isinstance(other, torch.Tensor) and (
+            other.dtype is not first.dtype
+            or other.shape != first.shape
+            or other.stride() != first.stride()
+        ):
+            return None
+    return torch.empty_like(first)
+
+
+def _layer_norm(
+    data: torch.Tensor, shape: Any, weight: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, ...] | None:
+    if not data.is_contiguous() or (weight is not None and weight.dtype is not data.dtype):
+        return None
+    rows = (*data.shape[: data.ndim - len(shape)], *(1,) * len(shape))
+    return (torch.empty_like(data), *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
+
+
+def _layer_norm_backward(
+    _gradient: torch.Tensor, data: torch.Tensor, _shape: Any, _mean: Any, _rstd: Any, *rest: Any
+) -> tuple[torch.Tensor | None, ...] | None:
+    if not data.is_contiguous():
+        return None
+    *parameters, needed = rest
+    tensors = (data, *parameters)
+    return tuple(
+        torch.empty_like(tensor) if wanted and tensor is not None else None
+        for tensor, wanted in zip(tensors, needed, strict=True)
+    )
+
+
+def _batch_norm(
+    data: torch.Tensor, _weight: Any, _bias: Any, _mean: Any, _var: Any, training: bool, *_: Any
+) -> tuple[torch.Tensor, ...] | None:
+    if not training:
+        return None
+    channels = data.shape[1]
+    saved = (data.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    return (torch.empty_like(data), *saved)
+
+
+def _batch_norm_backward(
+    _gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    needed = rest[-1]
+    channels = data.shape[1]
+    return (
+        torch.empty_like(data) if needed[0] else None,
+        data.new_empty(channels, dtype=torch.float32) if needed[1] and weight is not None else None,
+        data.new_empty(channels, dtype=torch.float32) if needed[2] else None,
+    )
+
+
+_QUICK: Final[dict[Any, Any]] = {
+    _aten.add.Tensor: _like_first,
+    _aten.mul.Tensor: _like_first,
+    _aten.gelu.default: _like_first,
+    _aten.gelu_backward.default: _like_first,
+    _aten.threshold_backward.default: _like_first,
+    _aten.silu.default: _like_first,
+    _aten.silu_backward.default: _like_first,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_batch_norm_backward.default: _batch_norm_backward,
+}

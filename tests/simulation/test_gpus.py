@@ -1,0 +1,63 @@
+"""The catalogue of cards."""
+
+from __future__ import annotations
+
+import pytest
+
+from memfit.errors import UsageError
+from memfit.simulation.gpus import COMMON_GPUS, catalogue, find_gpu
+from memfit.units import GIB, MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("rtx3090", "NVIDIA GeForce RTX 3090"),
+        ("RTX 3090", "NVIDIA GeForce RTX 3090"),
+        ("3090", "NVIDIA GeForce RTX 3090"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"),
+        ("T4", "Tesla T4"),
+        ("mi300x", "AMD Instinct MI300X"),
+    ],
+)
+def test_finds_by_any_name(name: str, found: str) -> None:
+    """The name as torch prints it, an alias, with spaces or without."""
+    assert find_gpu(name).name == found
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    """The message says which card was probably meant."""
+    with pytest.raises(UsageError, match=r"no GPU 'rtx3091'.*RTX 3090"):
+        find_gpu("rtx3091")
+
+
+def test_memory_overrides_and_capacity_alone() -> None:
+    """A size replaces the catalogue's; `any` needs one."""
+    assert find_gpu("3090", total_bytes=20 * GIB).total_bytes == 20 * GIB
+    assert find_gpu("any", total_bytes=6 * GIB).total_bytes == 6 * GIB
+    with pytest.raises(UsageError, match="give its size"):
+        find_gpu("any")
+    with pytest.raises(UsageError, match="less than the process itself"):
+        find_gpu("3090", total_bytes=100 * MIB)
+
+
+def test_every_card_is_whole() -> None:
+    """Each has a source, a plausible context, and a name of its own."""
+    cards = catalogue()
+    assert len({card.name for card in cards}) == len(cards)
+    for card in cards:
+        assert card.source
+        assert 100 * MIB < card.context_bytes < GIB
+        assert card.usable_bytes > 0
+        assert card.blas_workspace_bytes >= 8 * MIB
+        assert card.context_origin == "band" or card.context_origin.startswith("measured: ")
+    assert {find_gpu(name).name for name in COMMON_GPUS} == set(COMMON_GPUS)
+
+
+def test_what_a_card_decides() -> None:
+    """bf16 from Ampere on, larger BLAS workspaces on Hopper."""
+    assert not find_gpu("t4").has_bf16
+    assert find_gpu("a100").has_bf16
+    assert find_gpu("a100").blas_workspace_bytes == 8_519_680
+    assert find_gpu("h100").blas_workspace_bytes == 32 * MIB
+    assert find_gpu("mi300x").blas_workspace_bytes == 128 * MIB

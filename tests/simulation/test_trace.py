@@ -1,0 +1,268 @@
+"""Traced steps: against a real one on the CPU, against arithmetic, and what cannot be traced."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from memfit.backends.simulated import trace
+from memfit.errors import UnsupportedError
+from memfit.records import Action, Precision, StepOptions
+from memfit.simulation.allocator import CachingAllocator
+from memfit.simulation.tape import StepTape
+from memfit.simulation.trace import StepTrace, TraceOptions
+from memfit.simulation.workspace import Kernels
+from memfit.workload import TrainingStep, Workload
+
+
+def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> TraceOptions:
+    return TraceOptions(
+        compute_capability=capability,
+        kernels=Kernels(compute_capability=capability),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def step_of(
+    subject: str | Workload, precision: Precision = Precision.FP32, **changes: bool
+) -> TrainingStep:
+    optimizer = "adamw" if isinstance(subject, str) else None
+    return TrainingStep(
+        subject=subject,
+        options=StepOptions(precision=precision, optimizer=optimizer, **changes),  # type: ignore[arg-type]
+    )
+
+
+def mlp(optimizer: str = "adamw") -> Workload:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    batch = (torch.zeros(4, 64), torch.zeros(4, dtype=torch.long))
+    return Workload(model, batch, nn.CrossEntropyLoss(), optimizer)
+
+
+def requested_peak(tape: StepTape, batch_size: int) -> int:
+    allocator = CachingAllocator()
+    for _ in tape.play(allocator, batch_size):
+        pass
+    return allocator.stats.peak_requested_bytes
+
+
+class AttentionBlock(nn.Module):
+    """Residual branches, so that the engine sums gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.first = nn.Linear(32, 128)
+        self.second = nn.Linear(128, 32)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            data = data + self.second(nn.functional.gelu(self.first(self.norm(data))))
+        return data.mean(1)
+
+
+def residual() -> Workload:
+    batch = (torch.zeros(4, 7, 32), torch.zeros(4, dtype=torch.long))
+    return Workload(AttentionBlock(), batch, nn.CrossEntropyLoss(), "sgd")
+
+
+@pytest.mark.parametrize(
+    ("subject", "cpu_only"),
+    [("test_vit", {51200, 614400}), (mlp("sgd"), set()), (residual(), set())],
+)
+def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[int]) -> None:
+    """Size by size, the allocations that PyTorch's profiler records on the CPU.
+
+    The CPU's convolution of the patches unfolds the images and copies its output, which CUDA's
+    does not; below 512 B, where the CUDA allocator sees one size, helpers on the CPU differ.
+    """
+    was_fused = bool(set_fused_attn.__globals__["_USE_FUSED_ATTN"])
+    set_fused_attn(False)
+    try:
+        name = isinstance(subject, str)
+        step = TrainingStep(
+            subject=subject,
+            options=StepOptions(precision=Precision.FP32, optimizer="sgd" if name else None),
+        )
+        traced = trace(step, options((5, 0), uses_foreach=False, uses_fused_attention=False))
+        real = real_allocations(step)
+    finally:
+        set_fused_attn(was_fused)
+    simulated = collections.Counter(
+        event.num_bytes
+        for event in traced.tape.later.at(2)
+        if event.action is Action.ALLOC and event.num_bytes > 512
+    )
+    assert simulated - real == collections.Counter()
+    assert set(real - simulated) == cpu_only
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """Its kernels repack tensors, which neither CUDA's nor the plain CPU's do."""
+    was_enabled = torch._C._get_mkldnn_enabled()
+    num_threads = torch.get_num_threads()
+    # Each thread takes scratch of its own.
+    torch.set_num_threads(1)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+        torch.set_num_threads(num_threads)
+
+
+def real_allocations(step: TrainingStep) -> collections.Counter[int]:
+    with without_onednn():
+        prepared = step.prepare(torch.device("cpu"))
+        prepared.begin()
+        prepared.iterate(2)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            prepared.iterate(2)
+    results = profiler.profiler.kineto_results.events()
+    sizes = (event.nbytes() for event in results if event.name() == "[memory]")
+    return collections.Counter(size for size in sizes if size > 512)
+
+
+def test_counts_parameters_gradients_and_state() -> None:
+    """For AdamW without activations to speak of: weights, gradients, two moments, a temporary."""
+    traced = trace(step_of(mlp()), options())
+    num_bytes = 4 * (64 * 256 + 256 + 256 * 10 + 10)
+    setup = sum(event.num_bytes for event in traced.tape.setup.events)
+    assert setup == num_bytes
+    assert 4.9 * num_bytes <= requested_peak(traced.tape, 1) <= 5.2 * num_bytes
+
+
+def test_sizes_are_affine_in_the_batch() -> None:
+    """Extrapolated from two batch sizes, another one is as if traced there."""
+    few = trace(step_of("test_vit"), options())
+    peaks = [requested_peak(few.tape, size) for size in (1000, 2000, 3000)]
+    assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 0
+
+
+def test_is_the_same_every_time() -> None:
+    """The same step gives the same events, whatever garbage there is."""
+    first = trace(step_of("test_vit"), options())
+    cycles = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    for cycle in cycles:
+        cycle.append(cycle)
+    del cycles
+    second = trace(step_of("test_vit"), options())
+    assert first.tape == second.tape
+
+
+def test_leaves_the_users_objects_alone() -> None:
+    """No weight, gradient, optimizer state or flag of the user's changes, nor torch's switches."""
+    workload = mlp()
+    model = workload.model
+    optimizer = torch.optim.AdamW(model.parameters())
+    live = Workload(model, workload.batch, workload.loss, optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    was_enabled = gc.isenabled()
+    trace(step_of(live, Precision.AMP_FP16), options())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.device.type == "cpu" for p in model.parameters())
+    assert not optimizer.state
+    assert gc.isenabled() == was_enabled
+    assert "meta" not in torch.utils._foreach_utils._get_foreach_kernels_supported_devices()
+
+
+def test_shared_parameters_stay_shared() -> None:
+    """A tied weight counts once."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    model[1].weight = model[0].weight
+    workload = Workload(model, torch.zeros(2, 32), lambda out: out.sum(), "sgd")
+    traced = trace(step_of(workload), options())
+    assert sum(event.num_bytes for event in traced.tape.setup.events) == 4 * 32 * 32
+
+
+def test_gradient_checkpointing_keeps_less() -> None:
+    """Recomputed activations are not held, and recomputation is cast as the forward was."""
+    plain = trace(step_of("test_vit", Precision.AMP_BF16), options())
+    spared = trace(step_of("test_vit", Precision.AMP_BF16, grad_checkpointing=True), options())
+    assert requested_peak(spared.tape, 64) < 0.8 * requested_peak(plain.tape, 64)
+    halves = [event for event in spared.tape.later.events if "_to_copy" in event.origin]
+    assert len(halves) > len([e for e in plain.tape.later.events if "_to_copy" in e.origin])
+
+
+def test_accumulation_holds_gradients_beside_activations() -> None:
+    """Two micro-batches before a step need more than one."""
+    one = trace(step_of("test_vit"), options())
+    two = trace(step_of("test_vit", accumulate=True), options())
+    assert requested_peak(two.tape, 8) > requested_peak(one.tape, 8)
+
+
+def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
+    """As on CUDA, where foreach is the default."""
+    one_by_one = trace(step_of("test_vit"), options(uses_foreach=False))
+    together = trace(step_of("test_vit"), options())
+    assert requested_peak(together.tape, 1) > requested_peak(one_by_one.tape, 1)
+
+
+def test_prefetched_batches_grow_with_the_batch() -> None:
+    """Two more batches, and one of bytes."""
+    plain = trace(step_of(mlp()), options())
+    fetched = trace(step_of(mlp()), options(num_prefetched_batches=2, prefetches_as_uint8=True))
+    sample = 4 * 64 + 8
+    more = sum(e.num_bytes for e in fetched.tape.setup.at(100)) - sum(
+        e.num_bytes for e in plain.tape.setup.at(100)
+    )
+    assert more == 100 * (2 * sample + 64 + 1)
+
+
+class ReadsValues(nn.Module):
+    """Branches on a value."""
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return data if data.sum().item() > 0 else -data
+
+
+def test_a_step_that_needs_values_is_a_sentence() -> None:
+    """It names the module and the operation, and what to do."""
+    model = nn.Sequential(nn.Linear(8, 8), ReadsValues())
+    workload = Workload(model, torch.zeros(2, 8), lambda out: out.sum(), "sgd")
+    with pytest.raises(UnsupportedError, match=r"ReadsValues '1' needs the values.*item"):
+        trace(step_of(workload), options())
+
+
+class GrowsOnce(nn.Module):
+    """Makes a buffer in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.table: torch.Tensor | None = None
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.zeros(1000, device=data.device)
+        output: torch.Tensor = self.layer(data) + self.table[:8]
+        return output
+
+
+def test_what_the_first_iteration_leaves_is_there_from_the_start() -> None:
+    """A lazily made buffer counts once."""
+    workload = Workload(GrowsOnce(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
+    traced: StepTrace = trace(step_of(workload), options())
+    assert 4000 in [event.num_bytes for event in traced.tape.setup.events]
+    assert 4000 not in [event.num_bytes for event in traced.tape.later.events]
+
+
+def test_convolutions_take_workspaces_by_layout() -> None:
+    """Contiguous half tensors are transposed; channels-last ones are not."""
+
+    def workspaces(channels_last: bool) -> int:
+        step = step_of("test_resnet", Precision.AMP_FP16, channels_last=channels_last)
+        events = trace(step, options()).tape.later.at(8)
+        return sum(event.num_bytes for event in events if event.action is Action.TRY_ALLOC)
+
+    assert workspaces(channels_last=True) == 0
+    assert workspaces(channels_last=False) > 0
