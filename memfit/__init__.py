@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import estimate, probe, survey
+    from memfit.api import estimate, probe, survey, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from memfit.records import (
         Capacity,
         DeviceProcess,
+        Equivalence,
+        LoopFault,
+        Mixer,
         Outcome,
         Precision,
         ProbeResult,
@@ -35,12 +38,13 @@ if TYPE_CHECKING:
         Survey,
         SurveyAnswer,
         Trial,
+        Verdict,
     )
     from memfit.workload import Workload
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("estimate", "probe", "survey"),
+    "memfit.api": ("estimate", "probe", "survey", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -54,6 +58,9 @@ _HOMES = {
     "memfit.records": (
         "Capacity",
         "DeviceProcess",
+        "Equivalence",
+        "LoopFault",
+        "Mixer",
         "Outcome",
         "Precision",
         "ProbeResult",
@@ -62,6 +69,7 @@ _HOMES = {
         "Survey",
         "SurveyAnswer",
         "Trial",
+        "Verdict",
     ),
     "memfit.workload": ("Workload",),
 }
@@ -71,7 +79,10 @@ __all__ = [
     "Capacity",
     "DeviceProcess",
     "DoesNotFitError",
+    "Equivalence",
+    "LoopFault",
     "MemfitError",
+    "Mixer",
     "Outcome",
     "Precision",
     "ProbeResult",
@@ -85,12 +96,14 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedError",
     "UsageError",
+    "Verdict",
     "Workload",
     "WorkloadError",
     "__version__",
     "estimate",
     "probe",
     "survey",
+    "verify",
 ]
 
 

@@ -13,17 +13,26 @@ from typing import Any
 
 import torch
 
-from memfit import search
+from memfit import equivalence, search
 from memfit.backends import Backend, open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.equivalence import AccumulationLoop
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.records import Precision, ProbeResult, StepOptions, Survey, SurveyAnswer, Trial
+from memfit.records import (
+    Equivalence,
+    Precision,
+    ProbeResult,
+    StepOptions,
+    Survey,
+    SurveyAnswer,
+    Trial,
+)
 from memfit.simulation.gpus import COMMON_GPUS, find_gpu, gpu_like
 from memfit.units import format_bytes, parse_bytes, parse_image_size
 from memfit.workload import TrainingStep, Workload
 
-__all__ = ["estimate", "has_gpu", "probe", "survey"]
+__all__ = ["estimate", "has_gpu", "probe", "survey", "verify"]
 
 _DEFAULT_OPTIMIZER = "adamw"
 
@@ -349,6 +358,85 @@ def _answer(
             torch_version=torch.__version__,
             predictions=prediction.of_trials(step, tuple(trials)),
         )
+
+
+def verify(
+    subject: str | Workload,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    device: str | None = None,
+    precision: str | Precision = "auto",
+    optimizer: str = _DEFAULT_OPTIMIZER,
+    image_size: int | str | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    freeze_bn: bool = False,
+    accumulate: AccumulationLoop | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Equivalence:
+    """Prove that accumulated gradients equal the full batch's, or name what makes them differ.
+
+    The user's model, optimizer, gradients, random states and switches are as before when this
+    returns, raises or is interrupted.
+
+    Args:
+        subject: A timm model's name, or a `Workload` of the user's own objects.
+        micro_batch_size: Samples in each micro-batch, at least 1.
+        accumulation_steps: Micro-batches before each optimizer step, at least 2.
+        device: Where training runs, as for `probe`; float64 is always checked on the CPU.
+        precision: As for `probe`.
+        optimizer: As for `probe`; gradients do not depend on it.
+        image_size: As for `probe`.
+        num_classes: As for `probe`.
+        channels_last: As for `probe`.
+        grad_checkpointing: As for `probe`.
+        model_kwargs: As for `probe`.
+        samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
+            whole effective batch in the precision of training.
+        freeze_bn: Put the layers that are found to mix samples, and that stop when they are in
+            evaluation mode, in that mode before gradients are compared.
+        accumulate: The user's own accumulation loop, `loop(model, micro_batches, loss, optimizer)`,
+            to be weighed as well: it runs each micro-batch through model and loss and steps the
+            optimizer after each window, or leaves the sum in `.grad`.
+        progress: Called with what runs next, the passes done and the passes in all.
+
+    Returns:
+        The verdict, every comparison, what mixes samples, and what the loop does wrong.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        DoesNotFitError: Not even a micro-batch fits the device.
+    """
+    options = StepOptions(
+        precision=_precision(precision),
+        optimizer=_optimizer(subject, optimizer),
+        image_size=None if image_size is None else parse_image_size(image_size),
+        num_classes=num_classes,
+        channels_last=channels_last,
+        grad_checkpointing=grad_checkpointing,
+        accumulate=True,
+        model_kwargs=tuple((model_kwargs or {}).items()),
+    )
+    TrainingStep(subject=subject, options=options)
+    wanted = _device(subject, device) or ("cuda" if has_gpu() else "cpu")
+    # Gradients need no limit on a CPU's memory, so neither a system that can set one.
+    auto = Precision.FP32 if wanted == "cpu" else open_backend(wanted).auto_precision
+    if options.precision is Precision.AUTO:
+        options = dataclasses.replace(options, precision=auto)
+    return equivalence.verify(
+        TrainingStep(subject=subject, options=options),
+        torch.device(wanted),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        samples=samples,
+        freeze_bn=freeze_bn,
+        accumulate=accumulate,
+        progress=progress,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

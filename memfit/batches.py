@@ -1,6 +1,7 @@
 """A batch of any nesting, seen along its leading dimension.
 
-Finds how many samples a batch holds, makes one of another size from it, and puts it on a device.
+Finds how many samples a batch holds, cuts it, makes one of another size from it, and puts it on a
+device.
 Tensors may sit in tuples, lists, dictionaries and whatever else is registered with
 `torch.utils._pytree`. What a batch means (which parts are inputs) is `memfit.workload`'s business.
 """
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from memfit.errors import WorkloadError
 
-__all__ = ["batch_size_of", "resized", "to_device"]
+__all__ = ["batch_size_of", "reordered", "resized", "take", "to_device"]
 
 
 def batch_size_of(batch: Any) -> int:
@@ -75,6 +76,43 @@ def resized(batch: Any, batch_size: int) -> Any:
         return leaf.index_select(0, rows)
 
     return pytree.tree_map(resize, batch)
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Return the samples from `start` up to and without `stop`, as views.
+
+    Args:
+        batch: Tensors of shape (samples, ...) in any nesting.
+        start: The first sample.
+        stop: The sample after the last.
+
+    Returns:
+        The same nesting with tensors of shape (stop - start, ...); other leaves as they are.
+    """
+
+    def cut(leaf: Any) -> Any:
+        return leaf[start:stop] if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 else leaf
+
+    return pytree.tree_map(cut, batch)
+
+
+def reordered(batch: Any, order: torch.Tensor) -> Any:
+    """Return the samples in another order.
+
+    Args:
+        batch: Tensors of shape (samples, ...) in any nesting.
+        order: Which sample comes where: integers of shape (samples,).
+
+    Returns:
+        The same nesting with new tensors; other leaves as they are.
+    """
+
+    def reorder(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+            return leaf
+        return leaf.index_select(0, order.to(leaf.device))
+
+    return pytree.tree_map(reorder, batch)
 
 
 def to_device(

@@ -1,7 +1,8 @@
 """Giving memory back between trials, and putting a user's objects back as they were.
 
 `release` empties what holds memory without being asked to: caches, workspaces, dead cycles.
-`preserved` brackets a search on live objects. Neither decides when; the backends do.
+`preserved` brackets a search on live objects, `rewound` a single pass through them. None decides
+when; the callers do.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["Preserved", "preserved", "release", "trim_heap"]
+__all__ = ["Preserved", "preserved", "release", "rewound", "trim_heap"]
 
 _T = TypeVar("_T")
 
@@ -117,6 +118,27 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
         with _interrupt_deferred():
             for restore in reversed(restores):
                 restore()
+
+
+@contextlib.contextmanager
+def rewound(*modules: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass changes besides gradients, so that passes can be compared.
+
+    Covers buffers, plain attributes of the modules and the random states. Parameters and gradients
+    stay as the pass left them.
+
+    Args:
+        *modules: The modules that take part.
+
+    Yields:
+        Once everything is noted down.
+    """
+    restores = [_save_random_states(), *(_save_forward_state(module) for module in modules)]
+    try:
+        yield
+    finally:
+        for restore in reversed(restores):
+            restore()
 
 
 def _refuse_lazy(module: nn.Module) -> None:
@@ -231,6 +253,28 @@ def _save_module(module: nn.Module, kept: Preserved) -> Callable[[], None]:
                     gradient, device=parameter.device, memory_format=torch.preserve_format
                 ).copy_(gradient)
             )
+
+    return restore
+
+
+def _save_forward_state(module: nn.Module) -> Callable[[], None]:
+    tensors = [_SavedTensor.of(buffer) for buffer in module.buffers()]
+    owners = [
+        (
+            child,
+            dict(child._buffers),
+            {name: value for name, value in vars(child).items() if _is_plain(value)},
+        )
+        for child in module.modules()
+    ]
+
+    def restore() -> None:
+        for child, buffers, attributes in owners:
+            child._buffers.clear()
+            child._buffers.update(buffers)
+            vars(child).update(attributes)
+        for saved in tensors:
+            saved.restore()
 
     return restore
 

@@ -27,7 +27,18 @@ from memfit.twin import without_values
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["Arithmetic", "OptimizerFactory", "PreparedStep", "TrainingStep", "Workload"]
+__all__ = [
+    "Arithmetic",
+    "OptimizerFactory",
+    "PreparedStep",
+    "StepParts",
+    "TrainingStep",
+    "Workload",
+    "autocast",
+    "call_model",
+    "check_loss",
+    "users_code",
+]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -151,6 +162,27 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """What a training step is made of, on its device.
+
+    Args:
+        model: The model, converted as the options ask.
+        batch_of: From a batch size to a batch, not yet placed.
+        place: Puts a batch where, and in the type and layout in which, the model takes it.
+        split: From a batch to the model's inputs and the loss's targets.
+        loss: From outputs and targets to one number.
+        optimizer: An optimizer, a function that makes one, or the name of one that timm knows.
+    """
+
+    model: nn.Module
+    batch_of: Callable[[int], Any]
+    place: Callable[[Any], Any]
+    split: Callable[[Any], tuple[Any, tuple[Any, ...]]]
+    loss: Callable[..., torch.Tensor]
+    optimizer: Optimizer | OptimizerFactory | str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep:
     """One training step, described: what it trains and how.
 
@@ -229,7 +261,20 @@ class TrainingStep:
             return twin._prepare(device, arithmetic)
         return self._prepare(device, arithmetic)
 
-    def _prepare(self, device: torch.device, arithmetic: Arithmetic | None) -> PreparedStep:
+    def parts(self, device: torch.device) -> StepParts:
+        """Build what the step is made of.
+
+        A user's model is converted in place, as in `prepare`.
+
+        Args:
+            device: Where to train.
+
+        Returns:
+            The parts, the model on the device.
+
+        Raises:
+            UsageError: The model cannot be built as asked, or lacks what an option needs.
+        """
         options = self.options
         if isinstance(self.subject, str):
             model, batch_of, loss = _timm_parts(self.subject, options, device)
@@ -239,6 +284,40 @@ class TrainingStep:
             model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
             optimizer = self.subject.optimizer
             split = self.subject.split
+        return StepParts(
+            model=model,
+            batch_of=batch_of,
+            place=self.convert(model, device),
+            split=split,
+            loss=loss,
+            optimizer=optimizer,
+        )
+
+    @property
+    def unmixed_variants(self) -> tuple[str, ...]:
+        """Names of timm models like this one whose names promise no batch normalisation."""
+        if not isinstance(self.subject, str):
+            return ()
+        base = self.subject.partition(".")[0]
+        wanted = [f"{base}{norm}" for norm in ("_gn", "_sgn", "_ln", "_evos")] + [f"nf_{base}"]
+        if base.startswith("resnet"):
+            wanted.append(f"resnetv2_{base.removeprefix('resnet')}x1_bit")
+        return tuple(name for name in wanted if _timm().is_model(name))
+
+    def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
+        """Convert a model in place, as the options ask.
+
+        Args:
+            model: The model that is trained.
+            device: Where to train.
+
+        Returns:
+            What puts a batch where, and in the type and layout in which, the model now takes it.
+
+        Raises:
+            UsageError: The model lacks what an option needs.
+        """
+        options = self.options
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else None
         memory_format = torch.channels_last if options.channels_last else None
         _convert(model, self.name, options, device)
@@ -246,13 +325,17 @@ class TrainingStep:
         def place(batch: Any) -> Any:
             return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
 
+        return place
+
+    def _prepare(self, device: torch.device, arithmetic: Arithmetic | None) -> PreparedStep:
+        parts = self.parts(device)
         return PreparedStep(
-            model=model,
-            make_batch=lambda batch_size: split(place(batch_of(batch_size))),
-            loss=loss,
-            make_optimizer=_optimizer_maker(model, optimizer),
+            model=parts.model,
+            make_batch=lambda batch_size: parts.split(parts.place(parts.batch_of(batch_size))),
+            loss=parts.loss,
+            make_optimizer=_optimizer_maker(parts.model, parts.optimizer),
             device=device,
-            precision=options.precision,
+            precision=self.options.precision,
             num_micro_batches=self.num_micro_batches,
             arithmetic=arithmetic,
         )
@@ -276,7 +359,7 @@ class _TorchArithmetic:
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self._device = device
-        self._dtype = _AUTOCAST_DTYPES.get(precision)
+        self._precision = precision
         # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
         # skipped, and the optimizer's state is there when the peak is read.
         self._scaler = torch.amp.GradScaler(
@@ -284,12 +367,7 @@ class _TorchArithmetic:
         )
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        autocast: contextlib.AbstractContextManager[None] = torch.autocast(
-            self._device.type, dtype=self._dtype
-        )
-        return autocast
+        return autocast(self._device, self._precision)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._scaler.scale(loss).backward()
@@ -377,7 +455,7 @@ class PreparedStep:
         """
         if self._optimizer is None:
             self.begin()
-        with _errors_marked():
+        with users_code():
             for _ in range(self.num_micro_batches):
                 self._backward(batch_size)
 
@@ -388,7 +466,7 @@ class PreparedStep:
             set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
         """
         assert self._optimizer is not None
-        with _errors_marked():
+        with users_code():
             self._arithmetic.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
@@ -407,13 +485,13 @@ class PreparedStep:
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
         with self._arithmetic.forward():
-            loss = self._loss(_call(self.model, inputs), *targets)
-        _check_loss(loss)
+            loss = self._loss(call_model(self.model, inputs), *targets)
+        check_loss(loss)
         self._arithmetic.backward(loss / self.num_micro_batches)
 
 
 @contextlib.contextmanager
-def _errors_marked() -> Iterator[None]:
+def users_code() -> Iterator[None]:
     """Mark what the user's own step raises, for `memfit.cli` to tell it from a bug of memfit's."""
     try:
         yield
@@ -426,15 +504,31 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model: a dictionary by its keys, a tuple or list one by one, else as it is."""
+    with users_code():
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
 
 
-def _check_loss(loss: object) -> None:
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a precision runs forward and loss on a device."""
+    dtype = _AUTOCAST_DTYPES.get(precision)
+    if dtype is None:
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
+    return context
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what `backward` cannot begin with.
+
+    Raises:
+        WorkloadError: The loss is not one number that has a gradient.
+    """
     if not isinstance(loss, torch.Tensor):
         raise WorkloadError(f"The loss must be a tensor of one number, not {_kind(loss)}.")
     if loss.numel() != 1:

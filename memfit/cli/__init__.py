@@ -56,9 +56,11 @@ def _end(sentence: str, exit_code: int) -> NoReturn:
 def _register() -> None:
     from memfit.cli.gpus import gpus
     from memfit.cli.probe import probe
+    from memfit.cli.verify import verify
 
     main.add_command(gpus)
     main.add_command(probe)
+    main.add_command(verify)
 
 
 _register()

@@ -1,0 +1,105 @@
+"""`memfit verify`: do accumulated gradients equal the full batch's?"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memfit.cli.options import parse_model_kwargs, step_options
+
+__all__ = ["verify"]
+
+_DIFFERS = 4
+
+
+@click.command(short_help="Prove that accumulated gradients equal the full batch's.")
+@click.argument("model")
+@click.option(
+    "--micro-batch", "micro_batch_size", type=int, required=True, help="Samples in a micro-batch."
+)
+@click.option(
+    "--accumulation-steps",
+    type=int,
+    required=True,
+    help="Micro-batches before each optimizer step.",
+)
+@click.option("--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one.")
+@step_options
+@click.option(
+    "--samples",
+    type=int,
+    help="The most samples that any comparison runs on.  [default: 8 in float64, all in the "
+    "precision of training]",
+)
+@click.option(
+    "--freeze-bn",
+    is_flag=True,
+    help="Freeze the layers that are found to mix samples, where evaluation mode stops them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(
+    *,
+    model: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    device: str | None,
+    precision: str,
+    optimizer: str,
+    image_size: str | None,
+    num_classes: int | None,
+    channels_last: bool,
+    grad_checkpointing: bool,
+    model_kwargs: tuple[str, ...],
+    samples: int | None,
+    freeze_bn: bool,
+    as_json: bool,
+) -> None:
+    """Prove that MODEL's accumulated gradients equal the full batch's, or say what differs.
+
+    MODEL is the name of a timm model. Gradients are compared in float64 on the CPU first, then in
+    the precision and on the device of training; layers that mix samples are found by experiment.
+    Ends with 0 if the gradients are equal, and with 4 if they are not.
+    """
+    from memfit import api
+    from memfit.reports.equivalence import render
+
+    log = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=log,
+        transient=True,
+        disable=as_json or not log.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("building the model")
+        result = api.verify(
+            model,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            device=device,
+            precision=precision,
+            optimizer=optimizer,
+            image_size=image_size,
+            num_classes=num_classes,
+            channels_last=channels_last,
+            grad_checkpointing=grad_checkpointing,
+            model_kwargs=parse_model_kwargs(model_kwargs),
+            samples=samples,
+            freeze_bn=freeze_bn,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        Console().print(render(result))
+    if not result.equal:
+        sys.exit(_DIFFERS)

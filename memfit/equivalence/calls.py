@@ -1,0 +1,54 @@
+"""Which layer of a model is running, and what goes in and out of each call of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CallStack"]
+
+
+class CallStack:
+    """The layers whose forward is running, innermost last; a context manager.
+
+    Args:
+        model: The model whose layers are followed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names: list[str] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def innermost(self) -> str:
+        """The path of the layer that runs; empty outside all and in the model itself."""
+        return self._names[-1] if self._names else ""
+
+    def __enter__(self) -> Self:
+        """Follow the layers from here on."""
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entered(name)))
+            self._handles.append(module.register_forward_hook(self._left, always_call=True))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Follow them no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._names.clear()
+
+    def _entered(self, name: str) -> Any:
+        def enter(_module: nn.Module, _args: Any) -> None:
+            self._names.append(name)
+
+        return enter
+
+    def _left(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._names.pop()

@@ -1,0 +1,281 @@
+"""What rounding can make of the difference between two gradients of one batch, and what it cannot.
+
+Two gradients are compared parameter by parameter, against a bound that has three terms, each of
+which is there for a reason:
+
+- Every micro-batch's gradient is rounded when it is written, and again where it is added to those
+  before: 3 u x sqrt(sum ||t_i||^2 + sum ||s_i||^2), where u is the unit roundoff of the type that
+  gradients are written in, t_i the weighted gradients of the micro-batches and s_i their partial
+  sums, of both gradients and as measured. The 3 is for layers whose own backward adds to it.
+- Inside each, n summands (samples x values of a sample) are added in the accumulator's type:
+  v x sqrt(n) x the same norm, as random-walk rounding has it.
+- Rounding that layers amplify on the way: the reference is computed once more with its samples in
+  another order, which changes nothing but rounding, and a multiple of that difference is allowed.
+
+Roundings of m elements average out, so the scale of a gradient is bounded more tightly than its
+distance: by 5 / sqrt(m) of what is likely for one. That is what finds an error of 1% in arithmetic
+of two or three digits. A gradient far smaller than the model's typical one is measured against
+that: most of its digits are its neighbours' rounding.
+
+Source: Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci.
+    Comput. 41(5), 2019, for sqrt(n) in place of n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+from torch.utils import _pytree as pytree
+
+from memfit.equivalence.gradients import Bench, Gradients
+from memfit.records import GradientCheck, ParameterDifference, Precision
+
+__all__ = ["check", "vanishing_in"]
+
+_NUM_LISTED = 20
+_PERMUTATION_FACTOR = 4.0  # the two differences have the same spread; four of them miss 1 in 10^4
+_WRITING_FACTOR = 3.0  # weight standardisation doubles it in bf16; see docs/equivalence.md
+_SCALE_SIGMAS = 5.0
+_MEASURING_ROUNDOFF = 2.0**-51  # of a scale near 1
+_NUM_LOOKED_AT = 65_536
+_UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+_WRITTEN_IN = {
+    None: torch.float64,
+    Precision.FP32: torch.float32,
+    Precision.AMP_BF16: torch.bfloat16,
+    Precision.BF16: torch.bfloat16,
+    Precision.AMP_FP16: torch.float16,
+}
+_TF32_ROUNDOFF = 2.0**-11
+
+
+def check(
+    bench: Bench,
+    reference: Gradients,
+    other: Gradients,
+    *,
+    shuffled: Gradients | None,
+    reference_cut: tuple[int, ...],
+    cut: tuple[int, ...],
+    vanishing: frozenset[str] = frozenset(),
+    message: str | None = None,
+) -> GradientCheck:
+    """Compare two gradients of one effective batch.
+
+    Args:
+        bench: What was run.
+        reference: The full batch's gradients.
+        other: Those of the batch cut otherwise.
+        shuffled: The reference's again, with the samples in another order; `None` to allow for no
+            amplified rounding.
+        reference_cut: How the reference was cut; a single micro-batch where it was not.
+        cut: How the other was cut.
+        vanishing: Parameters whose gradient is known to be zero but for rounding.
+        message: Why the reference is cut, where it is.
+
+    Returns:
+        The comparison.
+    """
+    rounding = _Rounding.of(bench)
+    typical = _typical(reference)
+    compared = [
+        _difference(
+            name,
+            reference.values[name],
+            other.values[name],
+            None if shuffled is None else shuffled.values[name],
+            written=math.sqrt(reference.written_squares[name] + other.written_squares[name]),
+            typical=typical,
+            rounding=rounding,
+            known_to_vanish=name in vanishing,
+        )
+        for name in reference.values
+        if not (reference.values[name] is None and other.values[name] is None)
+    ]
+    compared.sort(key=_excess, reverse=True)
+    return GradientCheck(
+        precision=bench.precision_name,
+        device=str(bench.device),
+        reference=reference_cut,
+        cut=cut,
+        unit_roundoff=rounding.written,
+        num_summands=rounding.num_summands,
+        num_parameters=len(compared),
+        num_differing=sum(difference.differs for difference in compared),
+        worst=tuple(compared[:_NUM_LISTED]),
+        worst_relative_error=max((d.relative_error for d in compared), default=0.0),
+        message=message,
+    )
+
+
+def vanishing_in(bench: Bench, reference: Gradients) -> frozenset[str]:
+    """Return the parameters whose gradient is zero but for rounding.
+
+    Args:
+        bench: What was run, in float64 if zero is to be told from small.
+        reference: The full batch's gradients.
+    """
+    share = _Rounding.of(bench).vanishing * _typical(reference)
+    return frozenset(
+        name
+        for name, value in reference.values.items()
+        if value is not None and _norm(value) <= share * math.sqrt(value.numel())
+    )
+
+
+def _typical(gradients: Gradients) -> float:
+    """Return the root mean square of all gradients' elements."""
+    values = [value for value in gradients.values.values() if value is not None]
+    total = math.sqrt(sum(_norm(value) ** 2 for value in values))
+    return total / math.sqrt(max(1, sum(value.numel() for value in values)))
+
+
+def _excess(difference: ParameterDifference) -> float:
+    errors = [difference.relative_error / difference.bound if difference.bound else math.inf]
+    if difference.relative_error == 0:
+        errors = [0.0]
+    if difference.scale is not None and difference.scale_bound:
+        errors.append(abs(difference.scale - 1) / difference.scale_bound)
+    return math.inf if any(math.isnan(error) for error in errors) else max(errors)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Rounding:
+    """Unit roundoffs of a check: of what is written, and of the sums inside."""
+
+    written: float
+    summed: float
+    num_summands: int
+
+    @property
+    def vanishing(self) -> float:
+        """The share of a typical gradient below which most of one's digits are rounding."""
+        return math.sqrt(self.summed)
+
+    @classmethod
+    def of(cls, bench: Bench) -> _Rounding:
+        per_sample = max(
+            (
+                leaf.numel() // bench.num_samples
+                for leaf in pytree.tree_leaves((bench.inputs, bench.targets))
+                if isinstance(leaf, torch.Tensor)
+            ),
+            default=1,
+        )
+        written = _UNIT_ROUNDOFF[_WRITTEN_IN[bench.precision]]
+        summed = _UNIT_ROUNDOFF[torch.float64 if bench.precision is None else torch.float32]
+        if bench.precision is None and bench.draws.narrowed is not None:
+            written = summed = _UNIT_ROUNDOFF[bench.draws.narrowed]
+        if bench.precision is not None and bench.device.type == "cuda" and _may_use_tf32():
+            written = max(written, _TF32_ROUNDOFF)
+        # A user's model may have weights of a narrower type than the precision says.
+        for parameter in bench.parameters().values():
+            written = max(written, _UNIT_ROUNDOFF.get(parameter.dtype, 0.0))
+        return cls(
+            written=written,
+            summed=summed,
+            num_summands=max(1, bench.num_samples * max(1, per_sample)),
+        )
+
+
+def _may_use_tf32() -> bool:
+    allowed = True  # as it is for convolutions, unless someone forbade it
+    # torch has two ways of asking, and refuses one where the other was used.
+    with contextlib.suppress(RuntimeError):
+        allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return allowed
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=_double(tensor.dtype)))
+
+
+def _double(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _difference(
+    name: str,
+    reference: torch.Tensor | None,
+    other: torch.Tensor | None,
+    shuffled: torch.Tensor | None,
+    *,
+    written: float,
+    typical: float,
+    rounding: _Rounding,
+    known_to_vanish: bool,
+) -> ParameterDifference:
+    if reference is None or other is None:
+        # One of the two reached the parameter and the other did not.
+        got = _norm(reference if reference is not None else other)  # type: ignore[arg-type]
+        return ParameterDifference(
+            name=name,
+            relative_error=1.0 if got else 0.0,
+            bound=0.0,
+            scale=0.0 if got else None,
+            scale_bound=0.0,
+        )
+    b, a = _flat(reference), _flat(other)
+    noise = 0.0 if shuffled is None else _norm(_flat(shuffled) - b)
+    norm, apart = _norm(b), _norm(a - b)
+    usual = typical * math.sqrt(b.numel())
+    vanishes = known_to_vanish or norm <= rounding.vanishing * usual
+    unit = usual if vanishes else norm
+    if unit == 0:
+        return ParameterDifference(
+            name=name, relative_error=apart, bound=0.0, scale=None, scale_bound=0.0, vanishes=True
+        )
+    summing = rounding.summed * math.sqrt(rounding.num_summands)
+    other_terms = summing * (written + usual) + _PERMUTATION_FACTOR * noise
+    # What vanishes is the sum of its neighbours' roundings, and not small beside those.
+    writing = rounding.written * (usual if vanishes else written)
+    likely = (writing + other_terms) / unit
+    bound = (_WRITING_FACTOR * writing + other_terms) / unit
+    # The difference is small and exact, so its share is too.
+    scale = None if vanishes else 1 + float(torch.dot(a - b, b)) / norm**2
+    scale_bound = bound
+    if scale is not None:
+        carrying = _num_carrying(b)
+        scale_bound = _averaged(bound, likely, carrying)
+        if abs(scale - 1) > scale_bound:
+            # Equal elements are rounded alike, so only different ones average out.
+            scale_bound = _averaged(bound, likely, min(carrying, _num_different(b)))
+    return ParameterDifference(
+        name=name,
+        relative_error=apart / unit,
+        bound=bound,
+        scale=scale,
+        scale_bound=scale_bound,
+        vanishes=vanishes,
+    )
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.detach().reshape(-1).double()
+
+
+def _averaged(bound: float, likely: float, num_elements: float) -> float:
+    """Return the bound of a mean over so many elements that are each off by what is likely."""
+    return max(_MEASURING_ROUNDOFF, min(bound, likely * _SCALE_SIGMAS / math.sqrt(num_elements)))
+
+
+def _num_carrying(gradient: torch.Tensor) -> float:
+    """Return how many elements carry the gradient's norm; the roundings of so many average out."""
+    squares = gradient.square()
+    fourth = float(squares.square().sum())
+    carrying = float(squares.sum()) ** 2 / fourth if fourth else 1.0
+    return max(1.0, carrying)
+
+
+def _num_different(gradient: torch.Tensor) -> int:
+    looked_at = gradient[:: max(1, gradient.numel() // _NUM_LOOKED_AT)]
+    return int(looked_at.unique().numel())

@@ -1,0 +1,140 @@
+"""Layers that gradients do not get past, and layers that remember how often they were called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from memfit.cleanup import rewound
+from memfit.equivalence.mixing import layer_name
+from memfit.equivalence.randomness import seed_all
+from memfit.workload import call_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DetachWatch", "stateful_layers"]
+
+
+class DetachWatch:
+    """Notices, in every forward pass of the block, layers that cut gradients off.
+
+    A layer does if what goes in has a gradient and what comes out has none. A container does if a
+    layer in it is given something without a gradient after another returned something with one.
+
+    Args:
+        model: The model to watch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+        self._flowing: list[bool] = []
+        self.layers: dict[str, None] = {}
+        self.suspects: dict[str, None] = {}
+
+    def __enter__(self) -> Self:
+        """Watch from here on."""
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._entered(name)))
+            self._handles.append(module.register_forward_hook(self._left(name)))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _entered(self, name: str) -> Any:
+        def enter(_module: nn.Module, args: Any) -> None:
+            if not name:
+                self._flowing.clear()
+            given = _flows(args)
+            if self._flowing and self._flowing[-1] and given is False:
+                self.suspects[layer_name(name.rpartition(".")[0])] = None
+            self._flowing.append(False)
+
+        return enter
+
+    def _left(self, name: str) -> Any:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            inside = self._flowing.pop() if self._flowing else False
+            going_in, going_out = _flows(args), _flows(output)
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if (going_in or inside or trains) and going_out is False and torch.is_grad_enabled():
+                inner = any(layer.startswith(f"{name}." if name else "") for layer in self.layers)
+                if (going_in or inside) and not inner:
+                    self.layers[layer_name(name)] = None
+            if self._flowing:
+                self._flowing[-1] = self._flowing[-1] or bool(going_out)
+
+        return leave
+
+
+def _flows(values: Any) -> bool | None:
+    """Whether any of some tensors has a gradient; `None` where there are no tensors of numbers."""
+    numbers = [
+        leaf
+        for leaf in pytree.tree_leaves(values)
+        if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    return any(leaf.requires_grad for leaf in numbers) if numbers else None
+
+
+def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
+    """Name the layers that return something else when they are called again on the same.
+
+    Args:
+        model: The model, in the mode in which it trains.
+        inputs: What it takes.
+
+    Returns:
+        Their paths, innermost only, in order of first appearance.
+    """
+    first: dict[tuple[str, int], list[torch.Tensor]] = {}
+    found: dict[str, None] = {}
+    calls: dict[str, int] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            call = calls[name] = calls.get(name, -1) + 1
+            leaves, spec = pytree.tree_flatten(output)
+            before = first.get((name, call))
+            if before is None:
+                first[name, call] = [leaf.clone() for leaf in leaves if _is_tensor(leaf)]
+                return output
+            old = iter(before)
+            put_back = [next(old) if _is_tensor(leaf) else leaf for leaf in leaves]
+            if not all(map(_same, put_back, leaves)):
+                found[layer_name(name)] = None
+            return pytree.tree_unflatten(put_back, spec)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()
+    ]
+    try:
+        with rewound(model), torch.no_grad():
+            for _ in range(2):
+                calls.clear()
+                seed_all()
+                call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found)
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if not _is_tensor(old):
+        return True
+    return old.shape == new.shape and torch.allclose(old, new, rtol=1e-9, atol=0, equal_nan=True)

@@ -1,0 +1,292 @@
+"""A verification's result for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import (
+    Equivalence,
+    GradientCheck,
+    LoopFault,
+    LossWeighting,
+    Mixer,
+    MixesIn,
+    ParameterDifference,
+    Verdict,
+)
+
+__all__ = ["render"]
+
+_NUM_PARAMETERS = 5
+_NUM_MIXERS = 8
+_NUM_NAMES = 4
+
+_WEIGHTINGS = {
+    LossWeighting.SAMPLES: "The loss averages over samples: weight each micro-batch's by n_i / N.",
+    LossWeighting.TARGETS: "The loss averages over valid targets: weight each micro-batch's by "
+    "t_i / T, counted over the whole effective batch first.",
+    LossWeighting.SUM: "The loss is a sum: add the micro-batches' up as they are.",
+    LossWeighting.MEASURED: "The loss averages over neither samples nor targets; the weights were "
+    "read off its gradients.",
+}
+
+_FAULTS = {
+    LoopFault.DIVIDED_BY_CONFIGURED_STEPS: "divides by the configured steps, so that a short last "
+    "window counts too little: divide by what the window really holds",
+    LoopFault.MEAN_OF_MEANS: "averages the micro-batches' means, so that samples of small ones "
+    "count too much: weight each by its samples, n_i / N",
+    LoopFault.MEAN_OF_TARGET_MEANS: "averages the micro-batches' means, where the loss averages "
+    "over targets: weight each by its targets, t_i / T",
+    LoopFault.NOT_DIVIDED: "adds up the micro-batches' means without dividing: the gradient grows "
+    "with their number",
+    LoopFault.SCALED: "scales every gradient by one factor",
+    LoopFault.SKIPPED_MICRO_BATCH: "leaves a micro-batch out",
+    LoopFault.MISSING_LAST_WINDOW: "takes no step for a short last window: its samples are lost, "
+    "or leak into the next epoch",
+    LoopFault.CLIPPED_PER_MICRO_BATCH: "clips after each micro-batch: clip once, before the step",
+    LoopFault.STEPPED_TOO_OFTEN: "steps more than once in a window: nothing accumulates",
+    LoopFault.GRADIENTS_CARRIED_OVER: "does not zero the gradients after a step",
+    LoopFault.UNEXPLAINED: "makes a gradient that no weighting of the micro-batches explains",
+}
+
+
+def render(result: Equivalence) -> RenderableType:
+    """Lay out a verification's result.
+
+    Args:
+        result: What was found.
+
+    Returns:
+        Something for `rich.console.Console.print`: the verdict in a line, the comparisons, the
+        parameters that differ most, what mixes samples, and what to do about it.
+    """
+    parts: list[RenderableType] = [_verdict(result), "", _checks(result)]
+    worst = _worst_check(result)
+    if worst is not None:
+        parts += ["", Text(f"furthest apart in {worst.precision}, {_cut(worst.cut)}:", "dim")]
+        parts.append(_parameters(worst))
+    if result.mixers:
+        parts += ["", _mixers(result)]
+    for title, lines in (("", _loop(result)), ("", _advice(result)), ("", _notes(result))):
+        if lines:
+            parts += [title, *(Text(line) for line in lines)]
+    return Group(*parts)
+
+
+def _verdict(result: Equivalence) -> Text:
+    what = f": {result.subject} at {result.micro_batch_size} x {result.accumulation_steps}"
+    if result.verdict is Verdict.EQUAL:
+        frozen = sum(mixer.frozen for mixer in result.mixers)
+        how = f", {_counted(frozen, 'layer')} frozen" if frozen else ""
+        error = _number(result.worst_relative_error("fp64") or 0.0)
+        return Text.assemble(("equal", "bold green"), f"{what}{how}, to {error} in float64")
+    if result.verdict is Verdict.DETACHED:
+        cut_off = _counted(len(result.unreached), "parameter")
+        return Text.assemble(
+            ("detached", "bold red"), f"{what}, {_names(result.detaching)} cuts off {cut_off}"
+        )
+    return Text.assemble(("differs", "bold red"), f"{what}, {_cause(result)}")
+
+
+def _cause(result: Equivalence) -> str:
+    failed = [check for check in result.checks if not check.passed]
+    if not failed:
+        return "the model's gradients add up, the loop's do not"
+    worst = max(failed, key=lambda check: check.worst_relative_error)
+    off = f"gradients off by up to {_number(worst.worst_relative_error)}"
+    mixing = [mixer for mixer in result.mixers if not mixer.frozen]
+    if mixing:
+        return f"{_who_mixes(mixing)} samples; {off}"
+    if result.stateful:
+        return f"{_names(result.stateful)} depends on how often it was called; {off}"
+    if result.detaching:
+        return f"{_names(result.detaching)} detaches; {off}"
+    return off
+
+
+def _who_mixes(mixing: list[Mixer]) -> str:
+    if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
+        return "the loss mixes"
+    return f"{_counted(len(mixing), 'layer')} {'mixes' if len(mixing) == 1 else 'mix'}"
+
+
+def _checks(result: Equivalence) -> Table:
+    table = _table("precision", "device", "compared", "with", "largest error", "differ")
+    for check in result.checks:
+        table.add_row(
+            check.precision,
+            check.device,
+            _cut(check.cut),
+            _cut(check.reference),
+            _number(check.worst_relative_error),
+            Text(f"{check.num_differing} of {check.num_parameters}",
+                 "green" if check.passed else "red"),
+        )  # fmt: skip
+    return table
+
+
+def _worst_check(result: Equivalence) -> GradientCheck | None:
+    """Return the first comparison that failed, or else the last: that of training."""
+    with_parameters = [check for check in result.checks if check.worst]
+    failed = [check for check in with_parameters if not check.passed]
+    if failed:
+        return failed[0]
+    return with_parameters[-1] if with_parameters else None
+
+
+def _parameters(check: GradientCheck) -> Table:
+    table = _table("parameter", "error", "bound", "scale", "")
+    for difference in check.worst[:_NUM_PARAMETERS]:
+        table.add_row(
+            difference.name,
+            _number(difference.relative_error),
+            _number(difference.bound),
+            "" if difference.scale is None else f"{difference.scale:.6g}",
+            _remark(difference),
+        )
+    left = check.num_parameters - min(_NUM_PARAMETERS, len(check.worst))
+    if left:
+        table.add_row(f"and {left} more", "", "", "", "", style="dim")
+    return table
+
+
+def _remark(difference: ParameterDifference) -> Text:
+    if difference.differs:
+        return Text("differs", "red")
+    return Text("zero but for rounding" if difference.vanishes else "", "dim")
+
+
+def _mixers(result: Equivalence) -> Table:
+    table = _table("mixes samples", "class", "in", "moves others by", "")
+    for mixer in result.mixers[:_NUM_MIXERS]:
+        table.add_row(
+            mixer.name,
+            mixer.type_name,
+            mixer.mixes_in.value,
+            f"{mixer.moved:.1%}",
+            _about_freezing(mixer),
+        )
+    left = len(result.mixers) - _NUM_MIXERS
+    if left > 0:
+        table.add_row(f"and {left} more", "", "", "", "", style="dim")
+    return table
+
+
+def _about_freezing(mixer: Mixer) -> str:
+    if mixer.frozen:
+        return "frozen"
+    if mixer.stops_in_eval is None:
+        return ""
+    return "stops in eval mode" if mixer.stops_in_eval else "also in eval mode"
+
+
+def _loop(result: Equivalence) -> list[str]:
+    if not result.loop:
+        return []
+    lines = [f"The loop {_FAULTS[fault]}." for fault in result.loop_faults]
+    for window in result.loop:
+        seen = ", ".join(f"{weight:.4g}" for weight in window.weights)
+        right = ", ".join(f"{weight:.4g}" for weight in window.expected_weights)
+        lines.append(f"  {_cut(window.cut)}: weights {seen}; right are {right}")
+    return lines if result.loop_faults else ["The accumulation loop is right.", *lines]
+
+
+def _advice(result: Equivalence) -> list[str]:
+    lines = []
+    mixing = [mixer for mixer in result.mixers if not mixer.frozen]
+    layers = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.FORWARD]
+    if layers and all(mixer.stops_in_eval for mixer in layers):
+        lines.append(
+            "Freeze what mixes (.eval() on those layers), and check that with --freeze-bn; or "
+            "larger micro-batches; or accept the difference, whose size you now know."
+        )
+    elif layers:
+        lines.append(
+            "Evaluation mode does not stop all of it: use normalisation within each sample, or "
+            "accept the difference, whose size you now know."
+        )
+    if result.alternatives:
+        lines.append(f"timm has, unchecked: {_names(result.alternatives)}.")
+    if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
+        lines.append(
+            "A loss over pairs of samples needs the whole batch at once: gather the outputs of all "
+            "micro-batches before it (GradCache), or keep the batch whole."
+        )
+    if _only_single_samples_differ(result):
+        lines.append(
+            "Only cuts with a micro-batch of one sample differ, so that a kernel treats a single "
+            "sample differently: avoid those. (Batch normalisation on the CPU does so in torch "
+            "2.15; see docs/equivalence.md.)"
+        )
+    return lines
+
+
+def _only_single_samples_differ(result: Equivalence) -> bool:
+    failed = [check for check in result.checks if not check.passed]
+    passed = [check for check in result.checks if check.passed and 1 not in check.cut]
+    return bool(failed) and bool(passed) and all(1 in check.cut for check in failed)
+
+
+def _notes(result: Equivalence) -> list[str]:
+    notes = [check.message for check in result.checks if check.message is not None][:1]
+    notes.append(_WEIGHTINGS[result.weighting])
+    if result.buffers and result.buffers[0].full is None:
+        worst = result.buffers[0]
+        notes.append(
+            f"{_counted(result.num_drifting_buffers, 'buffer')} end up elsewhere than after the "
+            f"full batch, {worst.name} by {worst.relative_change:.2g} of its norm: running "
+            "statistics move once for each micro-batch."
+        )
+    if result.unreached and result.verdict is not Verdict.DETACHED:
+        notes.append(f"No gradient reaches {_names(result.unreached)}.")
+    if result.replayed:
+        notes.append(f"Random draws were replayed sample by sample in {_names(result.replayed)}.")
+    if result.switched_off:
+        notes.append(f"Randomness was switched off in {_names(result.switched_off)}.")
+    if result.num_jittered_samples:
+        notes.append(
+            f"{_counted(result.num_jittered_samples, 'sample')} were copies of others and were "
+            "made different: copies hide what mixes."
+        )
+    if result.num_moved_parameters:
+        notes.append(
+            f"{_counted(result.num_moved_parameters, 'parameter')} at zero were moved off it for "
+            "the check, lest they hide others' gradients."
+        )
+    notes.append(f"Measured on {result.device} in {result.seconds:.1f} s, torch "
+                 f"{result.torch_version}.")  # fmt: skip
+    return notes
+
+
+def _cut(cut: tuple[int, ...]) -> str:
+    if len(cut) == 1:
+        return f"the full {cut[0]}"
+    if len(set(cut)) == 1:
+        return f"{len(cut)} x {cut[0]}"
+    if len(cut) > _NUM_MIXERS:
+        return f"{len(cut)} uneven parts of {min(cut)} to {max(cut)}"
+    return " + ".join(map(str, cut))
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:_NUM_NAMES])
+    return shown if len(names) <= _NUM_NAMES else f"{shown} and {len(names) - _NUM_NAMES} more"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        table.add_column(column)
+    return table

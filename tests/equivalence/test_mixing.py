@@ -1,0 +1,121 @@
+"""Tests of memfit.equivalence.mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
+from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
+from memfit.records import MixesIn
+
+
+def mixers_of(model: nn.Module, *shape: int) -> list[str]:
+    """Names of the layers that mix, for random inputs of a shape per sample."""
+    torch.manual_seed(0)
+    inputs = torch.randn(NUM_SAMPLES + 1, *shape, dtype=torch.float64)
+    return [mixer.name for mixer in mixing_layers(model.double(), inputs)]
+
+
+class HeadsFirst(nn.Module):
+    """Lays out heads before samples, (heads x samples, width), and mixes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH // 2, WIDTH // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(len(x), 2, -1).transpose(0, 1).reshape(2 * len(x), -1)
+        out = self.inner(heads).view(2, len(x), -1)
+        back: torch.Tensor = out.transpose(0, 1).reshape(len(x), -1)
+        return back
+
+
+class Centred(nn.Module):
+    """Mixes between its layers, where no layer's name would tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.after = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        return self.after(x - x.mean(dim=0))  # type: ignore[no-any-return]
+
+
+class Balanced(nn.Module):
+    """Weighs each sample by its share of the batch, as expert routing does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.softmax(x.sum(dim=1), dim=0)[:, None]
+
+
+MIXING: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm1d,
+    "sync": nn.SyncBatchNorm,
+    "hand": HandWrittenNorm,
+}
+PLAIN: dict[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "linear": lambda width: nn.Linear(width, width),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.sampled_from([*MIXING, *PLAIN]), min_size=1, max_size=5))
+def test_exactly_the_layers_that_mix_are_named(kinds: list[str]) -> None:
+    """Whatever comes before and after them, and in their order."""
+    layers = [(MIXING | PLAIN)[kind](WIDTH) for kind in kinds]
+    expected = [str(index) for index, kind in enumerate(kinds) if kind in MIXING]
+    assert mixers_of(nn.Sequential(*layers), WIDTH) == expected
+
+
+def test_mixing_between_layers_is_the_container_s() -> None:
+    """The layer that is given mixed values is innocent."""
+    assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Centred()), WIDTH) == ["1"]
+
+
+def test_a_layer_that_nobody_thought_of() -> None:
+    """Softmax over the batch."""
+    assert mixers_of(mlp(Balanced()), WIDTH) == ["2"]
+
+
+def test_another_layout_is_no_mixing() -> None:
+    """Heads before samples."""
+    assert mixers_of(mlp(HeadsFirst()), WIDTH) == []
+
+
+def test_norms_within_a_sample_do_not_mix() -> None:
+    """Group, instance and weight normalisation."""
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+        nn.GroupNorm(2, 8),
+        nn.InstanceNorm2d(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    assert mixers_of(model, 3, 8, 8) == []
+
+
+def test_timm_s_fused_batch_norm_is_named_itself() -> None:
+    """Not the dropout and activation inside it, which see its result first."""
+    model = timm.create_model("test_efficientnet", num_classes=7).train()
+    named = mixers_of(model, 3, 64, 64)
+    assert named[0] == "bn1"
+    assert all(isinstance(model.get_submodule(name), nn.BatchNorm2d) for name in named)
+    assert len(named) == sum(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+
+
+def test_mixing_in_backward_alone() -> None:
+    """Its outputs are as they should be, and still the gradient is not."""
+    model = mlp(MixingInBackward()).double()
+    inputs = torch.randn(NUM_SAMPLES + 1, WIDTH, dtype=torch.float64)
+    assert mixing_layers(model, inputs) == ()
+    (mixer,) = mixing_gradients(model, inputs)
+    assert (mixer.name, mixer.mixes_in) == ("2", MixesIn.BACKWARD)

@@ -1,0 +1,90 @@
+"""Tests of memfit.equivalence.randomness, through what rests on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+
+from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
+from memfit.records import Verdict
+
+
+class Noise(nn.Module):
+    """Adds noise, and knows no evaluation mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.3 * torch.randn_like(x) * torch.rand(len(x), 1, dtype=x.dtype)
+
+
+class FunctionalDropout(nn.Module):
+    """Drops out without a dropout layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.4, training=self.training)
+
+
+class FusedDropout(nn.Module):
+    """The operator that dropout is on a GPU: one kernel that draws, masks and scales."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped, _ = torch.native_dropout(x, 0.4, self.training)
+        return dropped
+
+
+class LastSampleFirst(nn.Module):
+    """Draws for its samples in an order of its own, so that no draw can be told to be whose."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        return x + torch.rand(2 * len(x) + 1, 1, dtype=x.dtype)[: len(x)]
+
+
+class DroppedAttention(nn.Module):
+    """Attention with dropout of its weights, whose draws have the shape (samples x heads, ...)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x[:, None] * torch.linspace(0.5, 1.5, 3, dtype=x.dtype)[None, :, None]
+        attended, _ = self.inner(tokens, tokens, tokens)
+        return self.head(attended.mean(dim=1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.3), DropPath(0.4), Noise(), FunctionalDropout(), FusedDropout()]
+)
+def test_draws_are_replayed_sample_by_sample(layer: nn.Module) -> None:
+    """Dropout, stochastic depth and noise are no difference."""
+    result = check(mlp(layer))
+    assert result.verdict is Verdict.EQUAL
+    assert result.replayed == ("2",)
+    assert result.switched_off == ()
+
+
+def test_draws_of_several_rows_for_each_sample() -> None:
+    """Attention heads."""
+    torch.manual_seed(0)
+    result = check(DroppedAttention())
+    assert result.verdict is Verdict.EQUAL
+    assert result.replayed == ("inner",)
+
+
+def test_what_cannot_be_replayed_is_switched_off_and_said() -> None:
+    """Rather than reported as a difference."""
+    result = check(mlp(LastSampleFirst()))
+    assert result.verdict is Verdict.EQUAL
+    assert result.switched_off == ("2",)
+
+
+def test_a_mixing_layer_is_found_beside_random_ones() -> None:
+    """What they draw does not move the samples that were not changed."""
+    result = check(mlp(nn.Dropout(0.3), nn.BatchNorm1d(WIDTH), Noise()))
+    assert result.verdict is Verdict.DIFFERS
+    assert [mixer.name for mixer in result.mixers] == ["3"]

@@ -1,0 +1,186 @@
+"""A verification's report, from made-up records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from memfit.records import (
+    BufferDrift,
+    Equivalence,
+    GradientCheck,
+    LoopFault,
+    LoopWindow,
+    LossWeighting,
+    Mixer,
+    MixesIn,
+    ParameterDifference,
+    Precision,
+    StepOptions,
+    Verdict,
+)
+from memfit.reports.equivalence import render
+
+SMALL = ParameterDifference(
+    name="head.weight", relative_error=2e-15, bound=1e-13, scale=1.0, scale_bound=1e-14
+)
+LARGE = dataclasses.replace(SMALL, relative_error=0.5, scale=0.75)
+PASSED = GradientCheck(
+    precision="fp64",
+    device="cpu",
+    reference=(32,),
+    cut=(8, 8, 8, 8),
+    unit_roundoff=2.0**-53,
+    num_summands=1000,
+    num_parameters=3,
+    num_differing=0,
+    worst=(SMALL,),
+    worst_relative_error=2e-15,
+)
+FAILED = dataclasses.replace(PASSED, num_differing=3, worst=(LARGE,), worst_relative_error=0.5)
+MIXER = Mixer(
+    name="bn1", type_name="BatchNorm2d", mixes_in=MixesIn.FORWARD, moved=0.25, stops_in_eval=True
+)
+EQUAL = Equivalence(
+    subject="vit_tiny",
+    verdict=Verdict.EQUAL,
+    micro_batch_size=8,
+    accumulation_steps=4,
+    options=StepOptions(precision=Precision.FP32),
+    device="cpu",
+    weighting=LossWeighting.SAMPLES,
+    checks=(PASSED,),
+    seconds=1.25,
+    torch_version="2.8.0",
+)
+DIFFERS = dataclasses.replace(EQUAL, verdict=Verdict.DIFFERS, checks=(FAILED,))
+
+
+def text(result: Equivalence, **changes: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=100).print(render(dataclasses.replace(result, **changes)))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def test_an_equal_model_s_report_in_full() -> None:
+    """The verdict in a line, the comparisons, the parameters."""
+    assert text(EQUAL) == (
+        "equal: vit_tiny at 8 x 4, to 2.0e-15 in float64\n"
+        "\n"
+        "precision  device  compared  with         largest error  differ\n"
+        "fp64       cpu     4 x 8     the full 32  2.0e-15        0 of 3\n"
+        "\n"
+        "furthest apart in fp64, 4 x 8:\n"
+        "parameter    error    bound    scale\n"
+        "head.weight  2.0e-15  1.0e-13  1\n"
+        "and 2 more\n"
+        "\n"
+        "The loss averages over samples: weight each micro-batch's by n_i / N.\n"
+        "Measured on cpu in 1.2 s, torch 2.8.0."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mixers": (MIXER,)}, "differs: vit_tiny at 8 x 4, 1 layer mixes samples; gradients off"),
+        (
+            {"mixers": (dataclasses.replace(MIXER, name="loss", mixes_in=MixesIn.LOSS),)},
+            "the loss mixes samples; gradients off by up to 5.0e-01",
+        ),
+        ({"stateful": ("norm",)}, "norm depends on how often it was called; gradients off"),
+        ({"detaching": ("neck",)}, "neck detaches; gradients off"),
+        ({}, "differs: vit_tiny at 8 x 4, gradients off by up to 5.0e-01"),
+        ({"checks": (PASSED,)}, "the model's gradients add up, the loop's do not"),
+    ],
+)
+def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None:
+    """In its one line."""
+    assert line in text(DIFFERS, **changes).splitlines()[0]
+
+
+def test_a_screen_holds_the_report_of_a_large_model() -> None:
+    """However many layers mix and parameters differ."""
+    many = dataclasses.replace(FAILED, worst=(LARGE,) * 20, num_parameters=900, num_differing=900)
+    report = text(DIFFERS, checks=(many,) * 4, mixers=(MIXER,) * 120)
+    assert len(report.splitlines()) < 40
+    assert "and 895 more" in report
+    assert "and 112 more" in report
+
+
+def test_what_was_frozen_is_said() -> None:
+    """In the verdict and in the table."""
+    report = text(EQUAL, mixers=(dataclasses.replace(MIXER, frozen=True),))
+    assert report.startswith("equal: vit_tiny at 8 x 4, 1 layer frozen, to 2.0e-15 in float64")
+    assert "--freeze-bn" not in report
+
+
+def test_what_to_do_about_layers_that_mix() -> None:
+    """Freezing only where that helps."""
+    report = text(DIFFERS, mixers=(MIXER,), alternatives=("vit_gn",))
+    assert "--freeze-bn" in report
+    assert "timm has, unchecked: vit_gn." in report
+    stubborn = text(DIFFERS, mixers=(dataclasses.replace(MIXER, stops_in_eval=False),))
+    assert "--freeze-bn" not in stubborn
+    assert "Evaluation mode does not stop" in stubborn
+    loss = Mixer(name="loss", type_name="clip", mixes_in=MixesIn.LOSS, moved=1.0)
+    assert "keep the batch whole" in text(DIFFERS, mixers=(loss,))
+
+
+def test_a_detached_model_s_verdict() -> None:
+    """With what is cut off."""
+    report = text(
+        EQUAL, verdict=Verdict.DETACHED, detaching=("neck",), unreached=("a", "b", "c", "d", "e")
+    )
+    assert report.startswith("detached: vit_tiny at 8 x 4, neck cuts off 5 parameters")
+
+
+def test_a_difference_of_single_samples_alone_is_pointed_out() -> None:
+    """The model is innocent then."""
+    single = dataclasses.replace(FAILED, cut=(2, 1, 1))
+    assert "one sample differ" in text(DIFFERS, checks=(PASSED, single))
+
+
+def test_everything_that_was_done_to_the_run_is_said() -> None:
+    """Nothing is changed without a word."""
+    report = text(
+        EQUAL,
+        checks=(dataclasses.replace(PASSED, message="The full batch of 32 does not fit."),),
+        buffers=(BufferDrift(name="bn.running_mean", relative_change=0.5),),
+        num_drifting_buffers=2,
+        unreached=("mask",),
+        replayed=("drop",),
+        switched_off=("noise",),
+        num_jittered_samples=3,
+        num_moved_parameters=1,
+    )
+    for said in (
+        "The full batch of 32 does not fit.",
+        "2 buffers end up elsewhere",
+        "No gradient reaches mask.",
+        "replayed sample by sample in drop.",
+        "switched off in noise.",
+        "3 samples were copies",
+        "1 parameter at zero",
+    ):
+        assert said in report
+
+
+@pytest.mark.parametrize("fault", LoopFault)
+def test_every_fault_of_a_loop_has_its_sentence(fault: LoopFault) -> None:
+    """Followed by the weights that were seen and the right ones."""
+    window = LoopWindow(
+        cut=(8, 4),
+        weights=(0.5, 0.5),
+        expected_weights=(2 / 3, 1 / 3),
+        residual=0.0,
+        relative_error=0.3,
+        num_steps=1,
+    )
+    report = text(DIFFERS, loop=(window,), loop_faults=(fault,))
+    assert "The loop " in report
+    assert "8 + 4: weights 0.5, 0.5; right are 0.6667, 0.3333" in report
