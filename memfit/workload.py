@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.optim import Optimizer
 
-from memfit import batches
-from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
+from memfit import batches, zoo
+from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.twin import without_values
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    pass
 
 __all__ = [
     "Arithmetic",
@@ -42,8 +40,6 @@ __all__ = [
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-_LEARNING_RATE = 1e-4
-_WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 _NUM_ACCUMULATED_MICRO_BATCHES = 2
 _AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
 
@@ -208,9 +204,9 @@ class TrainingStep:
                         "it is."
                     )
         else:
-            _check_model_name(self.subject)
+            zoo.check_model_name(self.subject)
         if self.options.optimizer is not None:
-            _check_optimizer_name(self.options.optimizer)
+            zoo.check_optimizer_name(self.options.optimizer)
 
     @property
     def name(self) -> str:
@@ -277,9 +273,9 @@ class TrainingStep:
         """
         options = self.options
         if isinstance(self.subject, str):
-            model, batch_of, loss = _timm_parts(self.subject, options, device)
+            model, batch_of, loss = zoo.timm_parts(self.subject, options, device)
             optimizer: Optimizer | OptimizerFactory | str = options.optimizer or "adamw"
-            split = _split_images
+            split = zoo.split_images
         else:
             model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
             optimizer = self.subject.optimizer
@@ -302,7 +298,7 @@ class TrainingStep:
         wanted = [f"{base}{norm}" for norm in ("_gn", "_sgn", "_ln", "_evos")] + [f"nf_{base}"]
         if base.startswith("resnet"):
             wanted.append(f"resnetv2_{base.removeprefix('resnet')}x1_bit")
-        return tuple(name for name in wanted if _timm().is_model(name))
+        return tuple(name for name in wanted if zoo.import_timm().is_model(name))
 
     def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
         """Convert a model in place, as the options ask.
@@ -546,10 +542,7 @@ def _optimizer_maker(
     if isinstance(optimizer, Optimizer):
         return lambda: optimizer
     if isinstance(optimizer, str):
-        create = _timm().optim.create_optimizer_v2
-        return functools.partial(
-            create, model, opt=optimizer, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
-        )
+        return functools.partial(zoo.make_optimizer, model, optimizer)
     return lambda: _made(optimizer, model)
 
 
@@ -578,125 +571,3 @@ def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.de
             raise UsageError(
                 f"{name} has no gradient checkpointing (no working set_grad_checkpointing)."
             ) from None
-
-
-# --- timm ---------------------------------------------------------------------------------------
-
-
-def _timm() -> ModuleType:
-    try:
-        import timm
-        import timm.optim
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        raise UnsupportedError(
-            f"The installed torchvision was built for another torch than {torch.__version__}, so "
-            "timm cannot be imported: install the two from the same place, as in "
-            "`pip install --upgrade torch torchvision`."
-        ) from error
-    return cast("ModuleType", timm)
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _check_model_name(name: str) -> None:
-    timm = _timm()
-    if ":" in name or "/" in name:
-        raise UnknownModelError(
-            f"{name!r} is on a hub or on disk, and memfit downloads nothing: give the name of an "
-            "architecture, as in timm.list_models()."
-        )
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UnknownModelError(
-            f"timm {timm.__version__} has no model {name!r}"
-            f"{_nearest(architecture, timm.list_models()) or '.'}"
-        )
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        near = _nearest(tag, tags) or f"; it has {', '.join(tags) or 'none'}."
-        raise UnknownModelError(f"{architecture} has no pretrained weights {tag!r}{near}")
-
-
-def _check_optimizer_name(name: str) -> None:
-    known = _timm().optim.list_optimizers()
-    if name.removeprefix("lookahead_") not in known:
-        raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
-
-
-def _timm_parts(
-    name: str, options: StepOptions, device: torch.device
-) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
-    model = _timm_model(name, options, device)
-    model.train()
-    num_classes = model.num_classes
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise UsageError(f"{name} has no classifier of its own: give num_classes.")
-    config = _timm().data.resolve_data_config({}, model=model)
-    num_channels, *default_size = config["input_size"]
-    num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
-    height, width = options.image_size or default_size
-    _check_patches(model, name, (height, width))
-
-    def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.randn(batch_size, num_channels, height, width, device=device)
-        return images, torch.randint(num_classes, (batch_size,), device=device)
-
-    return model, batch_of, _classification_loss
-
-
-def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
-    if device.type == "meta":
-        # A model that computes with tensors while it is built cannot be built without values.
-        with contextlib.suppress(NotImplementedError, RuntimeError), device:
-            return _created(name, options)
-    return _created(name, options)
-
-
-def _created(name: str, options: StepOptions) -> nn.Module:
-    timm = _timm()
-    kwargs = dict(options.model_kwargs)
-    if options.num_classes is not None:
-        kwargs["num_classes"] = options.num_classes
-    config = timm.models.get_pretrained_cfg(name)
-    if options.image_size is not None and config is not None and config.fixed_input_size:
-        # Only models that are built for one size take it; the others take any image.
-        kwargs["img_size"] = options.image_size
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-        asked = f" with {given}" if given else ""
-        raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
-    return model
-
-
-def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
-    embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(embed, "patch_size", None)
-    if getattr(embed, "dynamic_img_pad", False) or not getattr(embed, "strict_img_size", False):
-        return
-    for side, patch in zip(image_size, patch_size or (), strict=False):
-        if side % patch:
-            below, above = side // patch * patch, (side // patch + 1) * patch
-            near = " or ".join(str(size) for size in (below, above) if size)
-            raise UsageError(
-                f"An image side of {side} is not a multiple of {name}'s patches of {patch} pixels; "
-                f"the nearest is {near}."
-            )
-
-
-def _split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:
-    images, classes = batch
-    return images, (classes,)
-
-
-def _classification_loss(outputs: Any, classes: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy over class scores of shape (samples, classes), summed over several outputs."""
-    if isinstance(outputs, (tuple, list)):
-        return torch.stack([_classification_loss(output, classes) for output in outputs]).sum()
-    return F.cross_entropy(outputs, classes)

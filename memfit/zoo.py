@@ -1,0 +1,192 @@
+"""timm's models and optimizers, by their names.
+
+Checks names, builds models with random weights and makes the batches that they train on. Nothing is
+downloaded. Importing timm takes seconds, so it is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.optim import Optimizer
+
+from memfit.errors import UnknownModelError, UnsupportedError, UsageError
+from memfit.records import StepOptions
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = [
+    "check_model_name",
+    "check_optimizer_name",
+    "import_timm",
+    "make_optimizer",
+    "split_images",
+    "timm_parts",
+]
+
+_LEARNING_RATE = 1e-4
+_WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
+
+
+def make_optimizer(model: nn.Module, name: str) -> Optimizer:
+    """Make an optimizer over a model's parameters as timm's training script does."""
+    made: Optimizer = import_timm().optim.create_optimizer_v2(
+        model, opt=name, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+    )
+    return made
+
+
+def import_timm() -> ModuleType:
+    """Return timm, imported now if it was not before.
+
+    Raises:
+        UnsupportedError: The installed torchvision belongs to another torch.
+    """
+    try:
+        import timm
+        import timm.optim
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"The installed torchvision was built for another torch than {torch.__version__}, so "
+            "timm cannot be imported: install the two from the same place, as in "
+            "`pip install --upgrade torch torchvision`."
+        ) from error
+    return cast("ModuleType", timm)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that no timm model has.
+
+    Raises:
+        UnknownModelError: With the nearest names.
+    """
+    timm = import_timm()
+    if ":" in name or "/" in name:
+        raise UnknownModelError(
+            f"{name!r} is on a hub or on disk, and memfit downloads nothing: give the name of an "
+            "architecture, as in timm.list_models()."
+        )
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UnknownModelError(
+            f"timm {timm.__version__} has no model {name!r}"
+            f"{_nearest(architecture, timm.list_models()) or '.'}"
+        )
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        near = _nearest(tag, tags) or f"; it has {', '.join(tags) or 'none'}."
+        raise UnknownModelError(f"{architecture} has no pretrained weights {tag!r}{near}")
+
+
+def check_optimizer_name(name: str) -> None:
+    """Refuse a name that no timm optimizer has.
+
+    Raises:
+        UsageError: With the nearest names.
+    """
+    known = import_timm().optim.list_optimizers()
+    if name.removeprefix("lookahead_") not in known:
+        raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
+
+
+def timm_parts(
+    name: str, options: StepOptions, device: torch.device
+) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
+    """Build what a training step of a timm model takes.
+
+    Args:
+        name: The model's name; its weights are random, and nothing is downloaded.
+        options: The step's options.
+        device: Where batches are made, and for `meta` the model too.
+
+    Returns:
+        The model in training mode, a function from a batch size to images of shape
+        (samples, channels, height, width) and classes of shape (samples,), and the loss.
+
+    Raises:
+        UsageError: timm cannot build the model with these options.
+    """
+    model = _timm_model(name, options, device)
+    model.train()
+    num_classes = model.num_classes
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UsageError(f"{name} has no classifier of its own: give num_classes.")
+    config = import_timm().data.resolve_data_config({}, model=model)
+    num_channels, *default_size = config["input_size"]
+    num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
+    height, width = options.image_size or default_size
+    _check_patches(model, name, (height, width))
+
+    def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(batch_size, num_channels, height, width, device=device)
+        return images, torch.randint(num_classes, (batch_size,), device=device)
+
+    return model, batch_of, _classification_loss
+
+
+def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
+    if device.type == "meta":
+        # A model that computes with tensors while it is built cannot be built without values.
+        with contextlib.suppress(NotImplementedError, UsageError), device:
+            return _created(name, options)
+    return _created(name, options)
+
+
+def _created(name: str, options: StepOptions) -> nn.Module:
+    timm = import_timm()
+    kwargs = dict(options.model_kwargs)
+    if options.num_classes is not None:
+        kwargs["num_classes"] = options.num_classes
+    config = timm.models.get_pretrained_cfg(name)
+    if options.image_size is not None and config is not None and config.fixed_input_size:
+        # Only models that are built for one size take it; the others take any image.
+        kwargs["img_size"] = options.image_size
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        asked = f" with {given}" if given else ""
+        raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
+    return model
+
+
+def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+    embed = getattr(model, "patch_embed", None)
+    patch_size = getattr(embed, "patch_size", None)
+    if getattr(embed, "dynamic_img_pad", False) or not getattr(embed, "strict_img_size", False):
+        return
+    for side, patch in zip(image_size, patch_size or (), strict=False):
+        if side % patch:
+            below, above = side // patch * patch, (side // patch + 1) * patch
+            near = " or ".join(str(size) for size in (below, above) if size)
+            raise UsageError(
+                f"An image side of {side} is not a multiple of {name}'s patches of {patch} pixels; "
+                f"the nearest is {near}."
+            )
+
+
+def split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the images of a batch, and its classes as the only targets."""
+    images, classes = batch
+    return images, (classes,)
+
+
+def _classification_loss(outputs: Any, classes: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over class scores of shape (samples, classes), summed over several outputs."""
+    if isinstance(outputs, (tuple, list)):
+        return torch.stack([_classification_loss(output, classes) for output in outputs]).sum()
+    return F.cross_entropy(outputs, classes)
