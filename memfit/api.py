@@ -331,6 +331,7 @@ def _answer(
             capacity_bytes=capacity.usable_bytes,
             hint=prediction.batch_size,
             ceiling=question.max_batch_size or search.DEFAULT_CEILING,
+            has_retries=backend.has_retries,
         )
         if found.batch_size is None:
             raise _does_not_fit(step, backend, found)
@@ -340,6 +341,7 @@ def _answer(
             capacity_bytes=capacity.usable_bytes,
             headroom=question.headroom,
             multiple_of=question.multiple_of,
+            has_retries=backend.has_retries,
         )
         return ProbeResult(
             subject=step.name,

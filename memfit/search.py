@@ -27,6 +27,8 @@ _SAFE_SHARE = (9, 10)
 # recommended batch size, and measures again there.
 _NEAR = (5, 4)
 _STOP_SHORT_SHARE = (19, 20)
+# So many points make a line that can be trusted to the edge, where bytes are the step's own.
+_POINTS_TO_TRUST = 3
 # The furthest factor that two small trials are trusted with: memory at tiny batches misleads.
 _MAX_GROWTH = 16
 # This many outcomes in a row against what the bytes say are no accident.
@@ -73,6 +75,7 @@ def largest(
     hint: int | None = None,
     floor: int = 1,
     ceiling: int = DEFAULT_CEILING,
+    has_retries: bool = True,
 ) -> Found:
     """Find the largest batch size that fits.
 
@@ -91,6 +94,8 @@ def largest(
         hint: Where the edge is expected, in samples.
         floor: The smallest batch size of interest, at least 1.
         ceiling: The largest batch size of interest, at least `floor`.
+        has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
+            bytes are the step's own up to the edge, and a line through them is trusted further.
 
     Returns:
         The batch size, whether it is proved, and the trials.
@@ -100,7 +105,13 @@ def largest(
     """
     if not 1 <= floor <= ceiling:
         raise ValueError(f"need 1 <= floor <= ceiling, not floor={floor} and ceiling={ceiling}")
-    search = _Search(capacity_bytes=capacity_bytes, hint=hint, floor=floor, ceiling=ceiling)
+    search = _Search(
+        capacity_bytes=capacity_bytes,
+        hint=hint,
+        floor=floor,
+        ceiling=ceiling,
+        has_retries=has_retries,
+    )
     while (batch_size := search.next_batch_size()) is not None:
         search.record(trial(batch_size))
     return search.found()
@@ -113,6 +124,7 @@ def recommended(
     capacity_bytes: int,
     headroom: float = 0.05,
     multiple_of: int = 1,
+    has_retries: bool = True,
 ) -> Recommended:
     """Find the batch size to train with: below the edge, with room to spare.
 
@@ -122,10 +134,12 @@ def recommended(
         capacity_bytes: What the device has for this process.
         headroom: Share of the capacity to keep free, from 0 to below 1.
         multiple_of: What the batch size has to be a multiple of, at least 1.
+        has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
+            a batch size between two that fitted is not tried again.
 
     Returns:
-        A batch size that was tried and fitted without allocator retries within the capacity less
-        the headroom, and the trials it took to know that.
+        A batch size that fits without allocator retries within the capacity less the headroom, and
+        the trials it took to know that.
 
     Raises:
         ValueError: `headroom` or `multiple_of` is out of range.
@@ -144,6 +158,8 @@ def recommended(
         # Below the first multiple there is nothing to try, so the first multiple is.
         candidate = max(candidate // multiple_of * multiple_of, multiple_of)
         tried = next((t for t in reversed(known) if t.batch_size == candidate), None)
+        if tried is None and not has_retries and _is_between(candidate, known):
+            return Recommended(batch_size=candidate, trials=tuple(extra))
         if tried is None:
             tried = trial(candidate)
             known.append(tried)
@@ -158,6 +174,17 @@ def recommended(
 def _is_comfortable(trial: Trial, limit_bytes: int) -> bool:
     peak = trial.peak_reserved_bytes
     return trial.fits and trial.num_alloc_retries == 0 and (peak is None or peak <= limit_bytes)
+
+
+def _is_between(batch_size: int, trials: list[Trial]) -> bool:
+    """Whether trials that fitted lie on both sides, and none that failed between them."""
+    fits = [trial.batch_size for trial in trials if trial.fits]
+    fails = [trial.batch_size for trial in trials if not trial.fits]
+    return (
+        any(size < batch_size for size in fits)
+        and any(size > batch_size for size in fits)
+        and all(size > batch_size for size in fails)
+    )
 
 
 # --- what the bytes say -------------------------------------------------------------------------
@@ -218,8 +245,15 @@ class _Search:
     """What is known so far, and what to try next."""
 
     def __init__(
-        self, *, capacity_bytes: int | None, hint: int | None, floor: int, ceiling: int
+        self,
+        *,
+        capacity_bytes: int | None,
+        hint: int | None,
+        floor: int,
+        ceiling: int,
+        has_retries: bool,
     ) -> None:
+        self._has_retries = has_retries
         self._capacity_bytes = capacity_bytes
         self._hint = None if hint is None else min(max(hint, floor), ceiling)
         self._floor = floor
@@ -321,10 +355,13 @@ class _Search:
             return 2 * low
         # Points that a hint has put close together may show no slope but noise.
         edge = least if edge is None else edge
-        if edge * _NEAR[1] <= low * _NEAR[0]:
+        is_trusted = not self._has_retries and len(points) >= _POINTS_TO_TRUST
+        if is_trusted or edge * _NEAR[1] <= low * _NEAR[0]:
             self._expects_fit = False
             step = max(edge + 1 - low, 1)
             return low + max(step, min(step << self._surprises_up, low // _SURPRISED_STEP))
+        if not self._has_retries:
+            return max(edge // 2, 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
         short = _edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:

@@ -466,6 +466,16 @@ class PreparedStep:
             self._arithmetic.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
+    def step_on_zeros(self) -> None:
+        """Let the optimizer take a step on gradients of zero, so that its state is there."""
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
     @property
     def optimizer_state_bytes(self) -> int:
         """Bytes of tensors in the optimizer's state."""

@@ -96,6 +96,24 @@ def test_affine_devices_are_solved_exactly_within_the_promised_trials(device: De
     assert len(found.trials) <= most_trials(device.edge())
 
 
+@given(affine)
+def test_devices_without_retries_are_solved_within_the_promised_trials(device: Device) -> None:
+    """Where bytes are the step's own, a line through three points is followed to the edge."""
+    found = largest(
+        device.trial, capacity_bytes=device.capacity_bytes, ceiling=2**20, has_retries=False
+    )
+    assert found.batch_size == device.edge()
+    assert certificate_holds(device, found)
+    assert len(found.trials) <= most_trials(device.edge())
+    extra = len(device.tried)
+    answer = recommended(
+        device.trial, found, capacity_bytes=device.capacity_bytes, has_retries=False
+    )
+    if answer.batch_size is not None and answer.batch_size > min(device.tried):
+        assert device.bytes_of(answer.batch_size) <= 0.95 * device.capacity_bytes
+        assert len(device.tried) == extra
+
+
 def test_affine_devices_typically_take_under_seven_trials() -> None:
     """From no hint, most answers take five or six trials, whatever their size."""
     rng = random.Random(0)  # noqa: S311 - made-up devices

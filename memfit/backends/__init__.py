@@ -36,6 +36,11 @@ class Backend(Protocol):
         """What trials ran with that a training script has to be given, as NAME=value."""
         ...
 
+    @property
+    def has_retries(self) -> bool:
+        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        ...
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         ...

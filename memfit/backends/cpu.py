@@ -85,6 +85,11 @@ class CpuBackend:
         """What trials ran with that a training script has to be given, as NAME=value."""
         return () if is_heap_tuned() else (f"MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD_BYTES}",)
 
+    @property
+    def has_retries(self) -> bool:
+        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        return False
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         return self._capacity

@@ -78,6 +78,11 @@ class CudaBackend:
         """What trials ran with that a training script has to be given: nothing."""
         return ()
 
+    @property
+    def has_retries(self) -> bool:
+        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        return True
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         return self._capacity

@@ -33,7 +33,6 @@ from memfit.workload import PreparedStep, TrainingStep
 __all__ = ["Report", "Request", "Server", "ran_out"]
 
 _CPU = torch.device("cpu")
-_WARM_UP_BATCH_SIZE = 2  # not 1, which a batch norm after global pooling refuses
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,9 +230,11 @@ def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[st
     limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
     try:
         prepared.begin()
-        # A step on a small batch first: what comes once (the optimizer's state, the libraries' own
-        # buffers) is there before the readings begin.
-        prepared.iterate(min(request.batch_size, _WARM_UP_BATCH_SIZE))
+        # A step on gradients of zero first: the optimizer's state, which else comes in the first
+        # iteration and is at the peak from the second on, is there before the readings begin. Some
+        # optimizers refuse such gradients; then it comes when it comes.
+        with contextlib.suppress(RuntimeError):
+            prepared.step_on_zeros()
         _, grows = steady_readings(prepared, request.batch_size, meter.measured)
     except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent
         limit_data(None)

@@ -12,7 +12,7 @@ __all__ = ["Reading", "steady_readings"]
 _MIN_ITERATIONS = 2
 _MAX_ITERATIONS = 6
 # Two peaks agree when they differ by no more than this share; allocators round and pages wobble.
-_AGREEMENT_SHARE = 0.01
+_AGREEMENT_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

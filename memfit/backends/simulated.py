@@ -158,6 +158,11 @@ class SimulatedBackend:
         """bf16 autocast where the card has it, else fp16."""
         return Precision.AMP_BF16 if self._gpu.has_bf16 else Precision.AMP_FP16
 
+    @property
+    def has_retries(self) -> bool:
+        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        return True
+
     def capacity(self) -> Capacity:
         """Return what the caching allocator could take of the card."""
         gpu = self._gpu
