@@ -367,9 +367,8 @@ def report(
         f"{timm.__version__}, {dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}.\n"
     )
     print(f"The largest batch size that fits, by plain steps in fresh processes: {truth}.\n")
-    print(
-        "| tool | found | of the true | trials | ran out | s in all | s searching | state changed | crashed |"
-    )
+    columns = "tool | found | of the true | trials | ran out | s in all | s searching"
+    print(f"| {columns} | state changed | crashed |")
     print("|---|---|---|---|---|---|---|---|---|")
     for tool, row in rows:
         found, sizes = row.get("found"), row.get("sizes") or []

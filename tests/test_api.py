@@ -27,27 +27,39 @@ def proved(result: ProbeResult) -> bool:
     )
 
 
-def test_a_vision_transformer_is_probed_twice_with_one_answer() -> None:
-    """The answer is proved, the same again, and the second search finds no less room."""
-    first, second = (
-        memfit.probe("test_vit.r160_in1k", device="cpu", memory="80MiB", image_size=96)
-        for _ in range(2)
-    )
+def test_a_vision_transformer_is_probed() -> None:
+    """The answer is proved, and the recommendation leaves room below it."""
+    result = memfit.probe("test_vit.r160_in1k", device="cpu", memory="80MiB", image_size=96)
+    assert proved(result)
+    assert result.options.precision is Precision.FP32
+    assert result.options.image_size == (96, 96)
+    assert result.source is Source.MEASURED
+    assert result.capacity_bytes == 80 * MIB
+    stand = result.recommended_batch_size
+    assert stand is not None
+    assert stand < result.max_batch_size
+
+
+class Wide(nn.Module):
+    """Holds two mebibytes per sample at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return something of the shape (samples, 2**18) for an input of shape (samples, 1)."""
+        return x.expand(-1, 2**18) * self.scale
+
+
+def test_two_searches_in_a_row_give_the_same_answer() -> None:
+    """The second finds no less room than the first."""
+    workload = Workload(Wide(), torch.ones(1, 1), lambda out: out.mean(), torch.optim.SGD)
+    first, second = (memfit.probe(workload, memory="83MiB") for _ in range(2))
     assert proved(first)
     assert proved(second)
     assert first.max_batch_size == second.max_batch_size
     assert first.recommended_batch_size == second.recommended_batch_size
-    assert first.options.precision is Precision.FP32
-    assert first.options.image_size == (96, 96)
-    assert first.source is Source.MEASURED
-    assert first.capacity_bytes == 80 * MIB
-    stand = first.recommended_batch_size
-    assert stand is not None
-    assert stand < first.max_batch_size
-    trial = first.trial_at(stand)
-    assert trial is not None
-    assert trial.peak_reserved_bytes is not None
-    assert trial.peak_reserved_bytes <= 0.95 * 80 * MIB
 
 
 def test_a_batch_norm_cnn_is_probed_with_the_options_asked_for() -> None:
@@ -67,9 +79,7 @@ def test_a_batch_norm_cnn_is_probed_with_the_options_asked_for() -> None:
     assert proved(result)
     assert result.recommended_batch_size is not None
     assert result.recommended_batch_size % 4 == 0
-    fitted = result.trial_at(result.recommended_batch_size)
-    assert fitted is not None
-    assert fitted.num_micro_batches == 2
+    assert {trial.num_micro_batches for trial in result.trials} == {2}
 
 
 class TwoTowers(nn.Module):
