@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/memfit probe test_vit.r160_in1k --device cpu --memory 1GiB
+	$(BIN)/memfit probe test_vit.r160_in1k --device cpu --memory 300MiB
 	$(BIN)/memfit probe vit_base_patch16_224
 
 test: check

@@ -19,6 +19,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _STEP_OPTIONS = (
     click.option(
         "--precision",
+        "--dtype",
+        "precision",
         type=click.Choice([choice.value for choice in Precision]),
         default=Precision.AUTO.value,
         help="Arithmetic; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
