@@ -228,3 +228,9 @@ def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, endi
     except (KeyError, KeyboardInterrupt) as error:
         assert {"raised": KeyError, "interrupted": KeyboardInterrupt}[ending] is type(error)
     assert all(torch.equal(old, new) for old, new in zip(before, snapshot(workload), strict=True))
+
+
+def test_an_option_that_no_step_has_is_named() -> None:
+    """A misspelt keyword is a TypeError that says which there are, and nothing runs."""
+    with pytest.raises(TypeError, match=r"'chanels_last'.* channels_last, "):
+        memfit.probe("test_vit", device="cpu", chanels_last=True)  # type: ignore[call-arg]

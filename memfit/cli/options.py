@@ -1,23 +1,24 @@
-"""The options of a training step, shared by the commands that try or trace one."""
+"""Options that several commands share, handed to each as keywords of the public functions."""
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import click
 
 from memfit.errors import UsageError
 from memfit.records import Precision
 
-__all__ = ["parse_model_kwargs", "step_options"]
+__all__ = ["device_options", "parse_model_kwargs", "search_options", "step_options"]
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Command = Callable[..., Any]
+_Options = Mapping[str, Callable[[_Command], _Command]]
 
-_STEP_OPTIONS = (
-    click.option(
+_STEP_OPTIONS: _Options = {
+    "precision": click.option(
         "--precision",
         "--dtype",
         "precision",
@@ -25,33 +26,89 @@ _STEP_OPTIONS = (
         default=Precision.AUTO.value,
         help="Arithmetic; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
     ),
-    click.option(
+    "optimizer": click.option(
         "--optimizer", default="adamw", show_default=True, help="Any optimizer name timm knows."
     ),
-    click.option("--image-size", metavar="PIXELS", help="224, or 320x240 for height and width."),
-    click.option("--num-classes", type=int, help="Size of the classifier."),
-    click.option("--channels-last", is_flag=True, help="Train in the channels_last layout."),
-    click.option("--grad-checkpointing", is_flag=True, help="Recompute activations in backward."),
-    click.option(
+    "image_size": click.option(
+        "--image-size", metavar="PIXELS", help="224, or 320x240 for height and width."
+    ),
+    "num_classes": click.option("--num-classes", type=int, help="Size of the classifier."),
+    "channels_last": click.option(
+        "--channels-last", is_flag=True, help="Train in the channels_last layout."
+    ),
+    "grad_checkpointing": click.option(
+        "--grad-checkpointing", is_flag=True, help="Recompute activations in backward."
+    ),
+    "model_kwargs": click.option(
         "--model-kwargs",
         multiple=True,
         metavar="KEY=VALUE",
         help="A further argument for timm.create_model; may be repeated.",
     ),
-)
+}
+
+_DEVICE_OPTIONS: _Options = {
+    "device": click.option(
+        "--device",
+        help="cuda, cuda:1 or cpu; by default a GPU if there is one, else common GPUs are "
+        "simulated.",
+    ),
+    "gpus": click.option(
+        "--gpu",
+        "gpus",
+        multiple=True,
+        metavar="NAME",
+        help="Simulate this GPU instead (see `memfit gpus`), or `any` with --memory; may be "
+        "repeated.",
+    ),
+    "memory": click.option(
+        "--memory",
+        metavar="SIZE",
+        help="What training may use, such as 8GiB: a cap on the GPU's allocator, or a limit beyond "
+        "the loaded process on a CPU. What the card has, for a simulated one.",
+    ),
+}
+
+_SEARCH_OPTIONS: _Options = {
+    "headroom": click.option(
+        "--headroom",
+        type=float,
+        default=0.05,
+        show_default=True,
+        help="Share of the memory that the recommendation keeps free.",
+    ),
+    "multiple_of": click.option(
+        "--multiple-of",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Recommend a multiple of this.",
+    ),
+    "max_batch_size": click.option(
+        "--max-batch-size", type=int, help="Stop searching here.  [default: 65536]"
+    ),
+}
+
+
+def device_options(command: _Command) -> _Command:
+    """Give a command `device`, `gpus` and `memory`: where the step runs, or is simulated."""
+    return _added(_DEVICE_OPTIONS, command)
+
+
+def search_options(command: _Command) -> _Command:
+    """Give a command the search's options, as a dictionary of keywords named `search`."""
+    return _added(_SEARCH_OPTIONS, _gathering("search", _SEARCH_OPTIONS, command))
 
 
 def step_options(command: _Command) -> _Command:
-    """Give a command the options of a training step.
+    """Give a command a training step's options, as a dictionary of keywords named `step`."""
 
-    Args:
-        command: The function behind the command.
+    @functools.wraps(command)
+    def reading(*, step: dict[str, Any], **others: Any) -> Any:
+        kwargs = parse_model_kwargs(step["model_kwargs"])
+        return command(step={**step, "model_kwargs": kwargs}, **others)
 
-    Returns:
-        The function, with `precision`, `optimizer`, `image_size`, `num_classes`, `channels_last`,
-        `grad_checkpointing` and `model_kwargs` (pairs as text) among its parameters.
-    """
-    return functools.reduce(lambda inner, option: option(inner), reversed(_STEP_OPTIONS), command)
+    return _added(_STEP_OPTIONS, _gathering("step", _STEP_OPTIONS, reading))
 
 
 def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -76,3 +133,22 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             arguments[key] = text
     return arguments
+
+
+def _gathering(
+    parameter: str, options: _Options, command: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Hand a command the values of several options as one dictionary."""
+
+    @functools.wraps(command)
+    def gathered(**given: Any) -> Any:
+        values = {name: given.pop(name) for name in options}
+        return command(**{parameter: values}, **given)
+
+    return gathered
+
+
+def _added(options: _Options, command: _Command) -> _Command:
+    return functools.reduce(
+        lambda inner, option: option(inner), reversed(tuple(options.values())), command
+    )

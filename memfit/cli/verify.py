@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from memfit.cli.options import parse_model_kwargs, step_options
+from memfit.cli.options import step_options
 
 __all__ = ["verify"]
 
@@ -47,13 +48,7 @@ def verify(
     micro_batch_size: int,
     accumulation_steps: int,
     device: str | None,
-    precision: str,
-    optimizer: str,
-    image_size: str | None,
-    num_classes: int | None,
-    channels_last: bool,
-    grad_checkpointing: bool,
-    model_kwargs: tuple[str, ...],
+    step: dict[str, Any],
     samples: int | None,
     freeze_bn: bool,
     as_json: bool,
@@ -84,18 +79,12 @@ def verify(
             micro_batch_size=micro_batch_size,
             accumulation_steps=accumulation_steps,
             device=device,
-            precision=precision,
-            optimizer=optimizer,
-            image_size=image_size,
-            num_classes=num_classes,
-            channels_last=channels_last,
-            grad_checkpointing=grad_checkpointing,
-            model_kwargs=parse_model_kwargs(model_kwargs),
             samples=samples,
             freeze_bn=freeze_bn,
             progress=lambda what, done, total: bar.update(
                 task, description=what, completed=done, total=total
             ),
+            **step,
         )
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))

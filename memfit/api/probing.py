@@ -1,0 +1,180 @@
+"""`probe`, `survey` and `estimate`: trials of a training step, real or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Unpack
+
+from memfit.api.searching import Question, answer
+from memfit.api.steps import StepKeywords, describe, own_device, step_on
+from memfit.backends import open_backend
+from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import ProbeResult, Survey, SurveyAnswer, Trial
+from memfit.simulation.gpus import COMMON_GPUS, find_gpu
+from memfit.units import parse_bytes
+from memfit.workload import Workload
+
+__all__ = ["estimate", "probe", "simulated", "survey"]
+
+
+def probe(
+    subject: str | Workload,
+    *,
+    device: str | None = None,
+    gpu: str | None = None,
+    memory: str | int | None = None,
+    accumulate: bool = False,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    max_batch_size: int | None = None,
+    progress: Callable[[Trial], None] | None = None,
+    **options: Unpack[StepKeywords],
+) -> ProbeResult:
+    """Find the largest batch size of a training step that fits a device, and prove it.
+
+    The user's model, optimizer, gradients, random states and switches are as before when this
+    returns, raises or is interrupted.
+
+    Args:
+        subject: A timm model's name, or a `Workload` of the user's own objects.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own, and for a name the
+            first GPU, or else the CPU.
+        gpu: A card to simulate instead, by its name in the catalogue (`"rtx3090"`), or `"any"` with
+            `memory`; nothing is measured then, and the result says so.
+        memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
+            caching allocator, on a CPU a limit beyond the loaded process. By default, all that is
+            left. With `gpu` it is what the card has, in place of the catalogue's figure.
+        accumulate: Probe the micro-batch of a step that accumulates gradients.
+        headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
+        multiple_of: What the recommendation is a multiple of, at least 1.
+        max_batch_size: Where the search ends; by default 65,536.
+        progress: Called with each trial when it has ended.
+        **options: The step itself, `StepKeywords`: `precision` (`"fp32"`, `"amp-bf16"`,
+            `"amp-fp16"`, `"bf16"`, or `"auto"`: mixed precision on a GPU, `"fp32"` on a CPU),
+            `optimizer` (a name that timm knows; a workload brings its own), and for a timm model
+            `image_size` (pixels, or height and width), `num_classes`, `channels_last`,
+            `grad_checkpointing` and `model_kwargs` (for `timm.create_model`).
+
+    Returns:
+        The largest batch size, the one to train with, and every trial.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        DoesNotFitError: Not even the smallest batch fits.
+        UnsupportedError: This system cannot run such a trial.
+    """
+    question = Question(
+        step=describe(subject, accumulate=accumulate, **options),
+        headroom=headroom,
+        multiple_of=multiple_of,
+        max_batch_size=max_batch_size,
+    )
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    if gpu is not None:
+        if device is not None:
+            raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+        return answer(question, simulated(gpu, memory_bytes, TraceCache()), progress=progress)
+    backend = open_backend(
+        own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
+    )
+    return answer(question, backend, progress=progress)
+
+
+def survey(
+    subject: str | Workload,
+    *,
+    gpus: Sequence[str] | None = None,
+    memory: str | int | None = None,
+    accumulate: bool = False,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    max_batch_size: int | None = None,
+    **options: Unpack[StepKeywords],
+) -> Survey:
+    """Simulate a training step on several GPUs that are not there, from as few traces as can be.
+
+    Args:
+        subject: A timm model's name, or a `Workload`, which is not touched.
+        gpus: Names of the catalogue; by default a short list of common cards.
+        memory: What each card has, in place of the catalogue's figure.
+        accumulate: As in `probe`.
+        headroom: As in `probe`.
+        multiple_of: As in `probe`.
+        max_batch_size: As in `probe`.
+        **options: As in `probe`; a precision of `"auto"` is each card's own.
+
+    Returns:
+        An answer for each card, in the order of `gpus`.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        UnsupportedError: The step cannot be traced without values.
+    """
+    question = Question(
+        step=describe(subject, accumulate=accumulate, **options),
+        headroom=headroom,
+        multiple_of=multiple_of,
+        max_batch_size=max_batch_size,
+    )
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    traces = TraceCache()
+    answers = []
+    for backend in [simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]:
+        result = reason = None
+        try:
+            result = answer(question, backend)
+        except DoesNotFitError as error:
+            reason = str(error)
+        answers.append(SurveyAnswer(gpu=backend.device_name, result=result, reason=reason))
+    return Survey(subject=question.step.name, answers=tuple(answers))
+
+
+def estimate(
+    subject: str | Workload,
+    batch_size: int,
+    *,
+    gpu: str,
+    memory: str | int | None = None,
+    accumulate: bool = False,
+    **options: Unpack[StepKeywords],
+) -> Trial:
+    """Simulate one batch size of a training step on a GPU that is not there.
+
+    Args:
+        subject: A timm model's name, or a `Workload`, which is not touched.
+        batch_size: Samples in each micro-batch, at least 1.
+        gpu: A name of the catalogue, such as `"rtx3090"`; `"any"` with `memory` for a capacity
+            alone.
+        memory: What the card has, in place of the catalogue's figure.
+        accumulate: As in `probe`.
+        **options: As in `probe`.
+
+    Returns:
+        How it would end; its `source` is `SIMULATED`.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        UnsupportedError: The step cannot be traced without values.
+    """
+    if batch_size < 1:
+        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
+    step = describe(subject, accumulate=accumulate, **options)
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    backend = simulated(gpu, memory_bytes, TraceCache())
+    return backend.trial(step_on(step, backend), batch_size)
+
+
+def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:
+    """Return a card of the catalogue as a backend.
+
+    Args:
+        gpu: Its name or an alias; `"any"` with `memory_bytes`.
+        memory_bytes: What it has, in place of the catalogue's figure.
+        traces: Shared by the cards of one question.
+
+    Raises:
+        UsageError: There is no such card.
+    """
+    return SimulatedBackend(find_gpu(gpu, total_bytes=memory_bytes), traces=traces)

@@ -1,0 +1,172 @@
+"""One search on one backend, with the simulation's prediction as its hint where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from memfit import search
+from memfit.api.steps import step_on
+from memfit.backends import Backend
+from memfit.backends.cuda import CudaBackend
+from memfit.backends.simulated import SimulatedBackend
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import ProbeResult, Trial
+from memfit.simulation.gpus import gpu_like
+from memfit.units import format_bytes
+from memfit.workload import TrainingStep
+
+__all__ = ["Question", "answer"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked of a device.
+
+    Args:
+        step: The training step; its precision may be left open.
+        headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
+        multiple_of: What the recommendation is a multiple of, at least 1.
+        max_batch_size: Where the search ends; `None` for its own ceiling.
+
+    Raises:
+        UsageError: One of the figures is out of its range.
+    """
+
+    step: TrainingStep
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+
+    def __post_init__(self) -> None:
+        """Refuse what no search can answer."""
+        if not 0 <= self.headroom < 1:
+            raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
+        if self.multiple_of < 1:
+            raise UsageError(f"multiple_of must be at least 1, not {self.multiple_of}.")
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise UsageError(f"max_batch_size must be at least 1, not {self.max_batch_size}.")
+
+
+def answer(
+    question: Question, opened: Backend, *, progress: Callable[[Trial], None] | None = None
+) -> ProbeResult:
+    """Search on a backend, and close it.
+
+    Args:
+        question: What to find.
+        opened: Where to look.
+        progress: Called with each trial when it has ended.
+
+    Raises:
+        DoesNotFitError: Not even the smallest batch fits.
+    """
+    start = time.perf_counter()
+    with opened as backend:
+        step = step_on(question.step, backend)
+        trials: list[Trial] = []
+
+        def trial(batch_size: int) -> Trial:
+            trials.append(_tried(backend, step, batch_size, is_first=not trials))
+            if progress is not None:
+                progress(trials[-1])
+            return trials[-1]
+
+        capacity = backend.capacity()
+        prediction = _Prediction.of(backend, step)
+        found = search.largest(
+            trial,
+            capacity_bytes=capacity.usable_bytes,
+            hint=prediction.batch_size,
+            ceiling=question.max_batch_size or search.DEFAULT_CEILING,
+            has_retries=backend.has_retries,
+        )
+        if found.batch_size is None:
+            raise _does_not_fit(step, backend, found)
+        stand = search.recommended(
+            trial,
+            found,
+            capacity_bytes=capacity.usable_bytes,
+            headroom=question.headroom,
+            multiple_of=question.multiple_of,
+            has_retries=backend.has_retries,
+        )
+        return ProbeResult(
+            subject=step.name,
+            device=backend.device_name,
+            source=trials[-1].source,
+            options=step.options,
+            capacity=capacity,
+            max_batch_size=found.batch_size,
+            recommended_batch_size=stand.batch_size,
+            proved=found.proved,
+            headroom=question.headroom,
+            multiple_of=question.multiple_of,
+            trials=tuple(trials),
+            environment=backend.environment,
+            seconds=time.perf_counter() - start,
+            torch_version=torch.__version__,
+            predictions=prediction.of_trials(step, tuple(trials)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prediction:
+    """What the simulation says of a device: the search's hint, and what is shown beside trials."""
+
+    batch_size: int | None = None
+    simulated: SimulatedBackend | None = None
+
+    @classmethod
+    def of(cls, backend: Backend, step: TrainingStep) -> _Prediction:
+        """Predict for a simulated card or a GPU that is there; for others there is no model."""
+        if isinstance(backend, SimulatedBackend):
+            return cls(backend.expected_edge(step))
+        if not isinstance(backend, CudaBackend):
+            return cls()
+        capacity = backend.capacity()
+        simulated = SimulatedBackend(
+            gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
+            memory_bytes=capacity.usable_bytes,
+        )
+        try:
+            return cls(simulated.expected_edge(step), simulated)
+        except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
+            # A step that cannot run without values has no prediction, and is measured all the same.
+            return cls()
+
+    def of_trials(self, step: TrainingStep, trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+        if self.simulated is None:
+            return ()
+        sizes = dict.fromkeys(trial.batch_size for trial in trials)
+        return tuple(self.simulated.trial(step, size) for size in sizes)
+
+
+def _tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+    try:
+        return backend.trial(step, batch_size)
+    except Exception as error:
+        size = step.options.image_size
+        if is_first and size is not None and getattr(error, "raised_in_step", False):
+            raise UsageError(
+                f"{step.name} cannot be trained on images of {size[0]}x{size[1]}: {error}"
+            ) from error
+        raise
+
+
+def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> DoesNotFitError:
+    capacity = backend.capacity()
+    smallest = min(found.trials, key=lambda trial: trial.batch_size)
+    needed = backend.needed_bytes(step, smallest.batch_size)
+    what = (
+        f"it needs {format_bytes(needed)}"
+        if needed is not None
+        else f"it ran out at {format_bytes(smallest.peak_reserved_bytes or 0)}"
+    )
+    return DoesNotFitError(
+        f"{step.name} does not fit even at batch size {smallest.batch_size}: {what}, and "
+        f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin})."
+    )

@@ -1,0 +1,139 @@
+"""From what a caller asks to train to a checked `TrainingStep`, and where it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from typing_extensions import Unpack
+
+from memfit.backends import Backend
+from memfit.errors import UsageError
+from memfit.records import Precision, StepOptions
+from memfit.units import parse_image_size
+from memfit.workload import TrainingStep, Workload
+
+__all__ = ["StepKeywords", "describe", "has_gpu", "own_device", "step_on"]
+
+_DEFAULT_OPTIMIZER = "adamw"
+
+
+class StepKeywords(TypedDict, total=False):
+    """The options of a training step that every public function takes.
+
+    Args:
+        precision: `"fp32"`, `"amp-bf16"`, `"amp-fp16"`, `"bf16"`, or `"auto"` (the default): mixed
+            precision on a GPU, `"fp32"` on a CPU.
+        optimizer: A name that timm knows, by default `"adamw"`; a workload brings its own.
+        image_size: Pixels, or height and width, for a timm model; by default its own.
+        num_classes: Classes of a timm model; by default its own.
+        channels_last: Train in `torch.channels_last`; by default not.
+        grad_checkpointing: Recompute activations in backward, where the model can; by default not.
+        model_kwargs: Further arguments for `timm.create_model`.
+    """
+
+    precision: str | Precision
+    optimizer: str
+    image_size: int | str | tuple[int, int] | None
+    num_classes: int | None
+    channels_last: bool
+    grad_checkpointing: bool
+    model_kwargs: Mapping[str, Any] | None
+
+
+def describe(
+    subject: str | Workload, *, accumulate: bool = False, **options: Unpack[StepKeywords]
+) -> TrainingStep:
+    """Check what is asked for, and describe it.
+
+    Args:
+        subject: A timm model's name, or a workload.
+        accumulate: Two micro-batches before each optimizer step instead of one.
+        **options: The step's options.
+
+    Returns:
+        The step; its precision may be left open.
+
+    Raises:
+        UsageError: An option is none, or not one that the subject can take.
+    """
+    unknown = sorted(options.keys() - StepKeywords.__annotations__.keys())
+    if unknown:
+        raise TypeError(
+            f"there is no option {unknown[0]!r}; a training step has "
+            f"{', '.join(StepKeywords.__annotations__)}"
+        )
+    image_size = options.get("image_size")
+    return TrainingStep(
+        subject=subject,
+        options=StepOptions(
+            precision=_precision(options.get("precision", Precision.AUTO)),
+            optimizer=_optimizer(subject, options.get("optimizer", _DEFAULT_OPTIMIZER)),
+            image_size=None if image_size is None else parse_image_size(image_size),
+            num_classes=options.get("num_classes"),
+            channels_last=options.get("channels_last", False),
+            grad_checkpointing=options.get("grad_checkpointing", False),
+            accumulate=accumulate,
+            model_kwargs=tuple((options.get("model_kwargs") or {}).items()),
+        ),
+    )
+
+
+def step_on(step: TrainingStep, backend: Backend) -> TrainingStep:
+    """Return the step, its precision chosen by the device where it is left open.
+
+    Args:
+        step: What to train.
+        backend: Where it will run.
+    """
+    if step.options.precision is not Precision.AUTO:
+        return step
+    options = dataclasses.replace(step.options, precision=backend.auto_precision)
+    return dataclasses.replace(step, options=options)
+
+
+def own_device(subject: str | Workload, device: str | None) -> str | None:
+    """Return where a subject is to be trained.
+
+    Args:
+        subject: A timm model's name, or a workload, whose model is on a device already.
+        device: What was asked for, if anything.
+
+    Returns:
+        The device's name; `None` where neither says.
+
+    Raises:
+        UsageError: A workload's model is on a device of another kind.
+    """
+    if isinstance(subject, str):
+        return device
+    own = subject.device
+    if device is not None and torch.device(device).type != own.type:
+        raise UsageError(
+            f"The model is on {own}, and the trials were asked for on {device}: move the model "
+            "first, and make the optimizer after that."
+        )
+    return device or str(own)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can train on."""
+    return torch.cuda.is_available()
+
+
+def _precision(precision: str | Precision) -> Precision:
+    try:
+        return Precision(precision)
+    except ValueError:
+        known = ", ".join(choice.value for choice in Precision)
+        raise UsageError(f"There is no precision {precision!r}; choose one of {known}.") from None
+
+
+def _optimizer(subject: str | Workload, optimizer: str) -> str | None:
+    if isinstance(subject, str):
+        return optimizer
+    if optimizer != _DEFAULT_OPTIMIZER:
+        raise UsageError(f"A workload brings its own optimizer; {optimizer!r} was given beside it.")
+    return subject.optimizer if isinstance(subject.optimizer, str) else None

@@ -1,0 +1,76 @@
+"""`verify`: do accumulated gradients equal the full batch's?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from typing_extensions import Unpack
+
+from memfit import equivalence
+from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
+from memfit.backends import open_backend
+from memfit.equivalence import AccumulationLoop
+from memfit.records import Equivalence, Precision
+from memfit.workload import Workload
+
+__all__ = ["verify"]
+
+
+def verify(
+    subject: str | Workload,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    device: str | None = None,
+    samples: int | None = None,
+    freeze_bn: bool = False,
+    accumulate: AccumulationLoop | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Unpack[StepKeywords],
+) -> Equivalence:
+    """Prove that accumulated gradients equal the full batch's, or name what makes them differ.
+
+    The user's model, optimizer, gradients, random states and switches are as before when this
+    returns, raises or is interrupted.
+
+    Args:
+        subject: A timm model's name, or a `Workload` of the user's own objects.
+        micro_batch_size: Samples in each micro-batch, at least 1.
+        accumulation_steps: Micro-batches before each optimizer step, at least 2.
+        device: Where training runs, as for `probe`; float64 is always checked on the CPU.
+        samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
+            whole effective batch in the precision of training.
+        freeze_bn: Put the layers that are found to mix samples, and that stop when they are in
+            evaluation mode, in that mode before gradients are compared.
+        accumulate: The user's own accumulation loop, `loop(model, micro_batches, loss, optimizer)`,
+            to be weighed as well: it runs each micro-batch through model and loss and steps the
+            optimizer after each window, or leaves the sum in `.grad`.
+        progress: Called with what runs next, the passes done and the passes in all.
+        **options: As for `probe`; gradients do not depend on the optimizer.
+
+    Returns:
+        The verdict, every comparison, what mixes samples, and what the loop does wrong.
+
+    Raises:
+        UsageError: Something asked for cannot be.
+        DoesNotFitError: Not even a micro-batch fits the device.
+    """
+    step = describe(subject, accumulate=True, **options)
+    wanted = own_device(subject, device) or ("cuda" if has_gpu() else "cpu")
+    if step.options.precision is Precision.AUTO:
+        # Gradients need no limit on a CPU's memory, so neither a system that can set one.
+        auto = Precision.FP32 if wanted == "cpu" else open_backend(wanted).auto_precision
+        chosen = dataclasses.replace(step.options, precision=auto)
+        step = dataclasses.replace(step, options=chosen)
+    return equivalence.verify(
+        step,
+        torch.device(wanted),
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        samples=samples,
+        freeze_bn=freeze_bn,
+        accumulate=accumulate,
+        progress=progress,
+    )

@@ -1,0 +1,67 @@
+"""The records that travel between memfit's parts.
+
+All are frozen, hold integers of bytes, and turn into plain dictionaries for JSON with `to_dict`.
+Nothing here knows torch, runs a trial or formats a figure for people.
+"""
+
+from __future__ import annotations
+
+from memfit.records.base import (
+    SCHEMA_VERSION,
+    Record,
+    Source,
+)
+from memfit.records.equivalence import (
+    BufferDrift,
+    Equivalence,
+    GradientCheck,
+    LoopFault,
+    LoopWindow,
+    LossWeighting,
+    Mixer,
+    MixesIn,
+    ParameterDifference,
+    Verdict,
+)
+from memfit.records.steps import (
+    Precision,
+    StepOptions,
+)
+from memfit.records.trials import (
+    Action,
+    Capacity,
+    DeviceProcess,
+    Event,
+    Outcome,
+    ProbeResult,
+    Survey,
+    SurveyAnswer,
+    Trial,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Action",
+    "BufferDrift",
+    "Capacity",
+    "DeviceProcess",
+    "Equivalence",
+    "Event",
+    "GradientCheck",
+    "LoopFault",
+    "LoopWindow",
+    "LossWeighting",
+    "Mixer",
+    "MixesIn",
+    "Outcome",
+    "ParameterDifference",
+    "Precision",
+    "ProbeResult",
+    "Record",
+    "Source",
+    "StepOptions",
+    "Survey",
+    "SurveyAnswer",
+    "Trial",
+    "Verdict",
+]

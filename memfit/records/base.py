@@ -1,0 +1,50 @@
+"""What every record is."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, ClassVar
+
+__all__ = ["SCHEMA_VERSION", "Record", "Source"]
+
+SCHEMA_VERSION = 1
+"""Version of what `to_dict` gives; it rises when a key changes meaning or goes."""
+
+
+class Source(str, enum.Enum):
+    """Where a figure comes from: a device that was there, or a model of one."""
+
+    MEASURED = "measured"
+    SIMULATED = "simulated"
+
+
+class Record:
+    """What every record can do."""
+
+    __slots__ = ()
+
+    _derived: ClassVar[tuple[str, ...]] = ()
+    """Properties that `to_dict` gives beside the fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON, with a `schema_version`.
+
+        Enums become their values, tuples become lists, and missing values stay `None`.
+        """
+        return {"schema_version": SCHEMA_VERSION, **_plain_fields(self)}
+
+
+def _plain_fields(record: Record) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+    return {name: _plain(getattr(record, name)) for name in (*names, *record._derived)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return _plain_fields(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
