@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import estimate, probe, survey, verify
+    from memfit.accumulation import Accumulator, MicroBatch, Plan
+    from memfit.api import estimate, plan, probe, survey, survey_plans, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
+        RankFailedError,
         StepCrashedError,
         UnknownDeviceError,
         UnknownModelError,
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
         Capacity,
         DeviceProcess,
         Equivalence,
+        Exploration,
         LoopFault,
         Mixer,
+        Objective,
         Outcome,
+        PlanSurvey,
         Precision,
         ProbeResult,
         Source,
@@ -44,10 +49,12 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("estimate", "probe", "survey", "verify"),
+    "memfit.accumulation": ("Accumulator", "MicroBatch", "Plan"),
+    "memfit.api": ("estimate", "plan", "probe", "survey", "survey_plans", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
+        "RankFailedError",
         "StepCrashedError",
         "UnknownDeviceError",
         "UnknownModelError",
@@ -59,9 +66,12 @@ _HOMES = {
         "Capacity",
         "DeviceProcess",
         "Equivalence",
+        "Exploration",
         "LoopFault",
         "Mixer",
+        "Objective",
         "Outcome",
+        "PlanSurvey",
         "Precision",
         "ProbeResult",
         "Source",
@@ -76,16 +86,23 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Accumulator",
     "Capacity",
     "DeviceProcess",
     "DoesNotFitError",
     "Equivalence",
+    "Exploration",
     "LoopFault",
     "MemfitError",
+    "MicroBatch",
     "Mixer",
+    "Objective",
     "Outcome",
+    "Plan",
+    "PlanSurvey",
     "Precision",
     "ProbeResult",
+    "RankFailedError",
     "Source",
     "StepCrashedError",
     "StepOptions",
@@ -101,8 +118,10 @@ __all__ = [
     "WorkloadError",
     "__version__",
     "estimate",
+    "plan",
     "probe",
     "survey",
+    "survey_plans",
     "verify",
 ]
 

@@ -35,6 +35,7 @@ __all__ = [
     "autocast",
     "call_model",
     "check_loss",
+    "split_batch",
     "users_code",
 ]
 
@@ -149,12 +150,7 @@ class Workload:
         Returns:
             The inputs, and the targets one by one.
         """
-        if not isinstance(batch, (tuple, list)):
-            return batch, ()
-        inputs, targets = batch[: self.num_inputs], tuple(batch[self.num_inputs :])
-        if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
-            targets = tuple(targets[0])
-        return inputs[0] if self.num_inputs == 1 else inputs, targets
+        return split_batch(batch, num_inputs=self.num_inputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +331,24 @@ class TrainingStep:
             num_micro_batches=self.num_micro_batches,
             arithmetic=arithmetic,
         )
+
+
+def split_batch(batch: Any, *, num_inputs: int = 1) -> tuple[Any, tuple[Any, ...]]:
+    """Split a batch into what a model takes and what a loss compares with.
+
+    Args:
+        batch: A tuple or list of inputs and targets, or anything else, which is all inputs.
+        num_inputs: How many leading elements of a tuple or list are inputs.
+
+    Returns:
+        The inputs, and the targets one by one.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch, ()
+    inputs, targets = batch[:num_inputs], tuple(batch[num_inputs:])
+    if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
+        targets = tuple(targets[0])
+    return inputs[0] if num_inputs == 1 else inputs, targets
 
 
 class Arithmetic(Protocol):

@@ -23,6 +23,15 @@ from memfit.records.equivalence import (
     ParameterDifference,
     Verdict,
 )
+from memfit.records.plans import (
+    Alternative,
+    Exploration,
+    Objective,
+    PlanAnswer,
+    PlanRecord,
+    PlanSurvey,
+    cut,
+)
 from memfit.records.steps import (
     Precision,
     StepOptions,
@@ -42,19 +51,25 @@ from memfit.records.trials import (
 __all__ = [
     "SCHEMA_VERSION",
     "Action",
+    "Alternative",
     "BufferDrift",
     "Capacity",
     "DeviceProcess",
     "Equivalence",
     "Event",
+    "Exploration",
     "GradientCheck",
     "LoopFault",
     "LoopWindow",
     "LossWeighting",
     "Mixer",
     "MixesIn",
+    "Objective",
     "Outcome",
     "ParameterDifference",
+    "PlanAnswer",
+    "PlanRecord",
+    "PlanSurvey",
     "Precision",
     "ProbeResult",
     "Record",
@@ -64,4 +79,5 @@ __all__ = [
     "SurveyAnswer",
     "Trial",
     "Verdict",
+    "cut",
 ]
