@@ -159,6 +159,7 @@ class Accumulator:
 
     def _backward_all_recovering(self, batch: Any, start: StepStart) -> torch.Tensor:
         """Run all micro-batches, again and in smaller ones as long as some rank runs out."""
+        size_before = self._size
         while True:
             attempt = self._attempt(batch)
             agreed = self._ranks.agree(attempt.ending)
@@ -172,6 +173,7 @@ class Accumulator:
             start.rewind()
             cleanup.release(self._device)
             if agreed.failed:
+                self._size = size_before
                 raise attempt.error or RankFailedError(
                     "The training step failed on another rank, which has raised its own error."
                 )

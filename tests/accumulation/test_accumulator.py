@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 import memfit
-from accumulation.gradients import GradientRecorder, full_batch_gradients, relative_error
+from accumulation.parts import GradientRecorder, full_batch_gradients, relative_error
 from memfit import Accumulator
 from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision

@@ -11,35 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from memfit import Plan
+from accumulation.parts import plan_of
 from memfit.errors import UsageError, WorkloadError
-from memfit.records import Capacity, Objective, Precision, Source, StepOptions, cut
-from memfit.units import GIB
-
-
-def plan_of(effective: int, micro: int, *, world_size: int = 1, multiple_of: int = 1) -> Plan:
-    share = -(-effective // world_size)
-    return Plan(
-        subject="net",
-        device="cpu",
-        source=Source.MEASURED,
-        options=StepOptions(precision=Precision.FP32, accumulate=True),
-        capacity=Capacity(usable_bytes=GIB, total_bytes=GIB, origin="given"),
-        effective_batch_size=effective,
-        world_size=world_size,
-        objective=Objective.LARGEST,
-        micro_batch_sizes=cut(share, micro, multiple_of=multiple_of),
-        multiple_of=multiple_of,
-        headroom=0.05,
-        max_micro_batch_size=micro,
-        proved=True,
-        recommended_micro_batch_size=micro,
-        peak_reserved_bytes=None,
-        samples_per_second=None,
-        trials=(),
-        seconds=0.0,
-        torch_version="2.15",
-    )
 
 
 @settings(deadline=None, max_examples=40)
