@@ -99,6 +99,7 @@ class Accumulator:
             scaler = torch.amp.GradScaler(self._device.type)
         self.scaler = scaler
         self._size = self._planned_size
+        self._parameters: list[nn.Parameter] = []
         modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
         self._start = StepStart(modules) if recover else None
         self._pressure = Pressure(self._device)
@@ -131,6 +132,7 @@ class Accumulator:
                 are as before, and gradients are none.
             RankFailedError: The step failed on another rank.
         """
+        self._parameters = self._now_held()
         self._drop_gradients()
         if self._start is None:
             loss = self._backward_all(batch)
@@ -256,8 +258,8 @@ class Accumulator:
         if self._clip_grad_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self._optimizer)
-            held = [p for group in self._optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(held, self._clip_grad_norm)
+            stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(stepped, self._clip_grad_norm)
         is_skipped = False
         if self.scaler is None:
             self._optimizer.step()
@@ -270,12 +272,14 @@ class Accumulator:
             self._scheduler.step()
         self._drop_gradients()
 
+    def _now_held(self) -> list[nn.Parameter]:
+        """Return what gradients may sit at: more may have been added since the last step."""
+        stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return list({id(p): p for p in (*self._model.parameters(), *stepped)}.values())
+
     def _drop_gradients(self) -> None:
-        for parameter in self._model.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def _shrink_to(self, size: int, why: str) -> None:
         if size < self._size:
