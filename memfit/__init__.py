@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from memfit.accumulation import Accumulator, MicroBatch, Plan
-    from memfit.api import estimate, plan, probe, survey, survey_plans, verify
+    from memfit.api import estimate, explore, plan, probe, survey, survey_plans, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
     "memfit.accumulation": ("Accumulator", "MicroBatch", "Plan"),
-    "memfit.api": ("estimate", "plan", "probe", "survey", "survey_plans", "verify"),
+    "memfit.api": ("estimate", "explore", "plan", "probe", "survey", "survey_plans", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -118,6 +118,7 @@ __all__ = [
     "WorkloadError",
     "__version__",
     "estimate",
+    "explore",
     "plan",
     "probe",
     "survey",

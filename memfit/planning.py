@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Sequence
 
 from memfit.errors import UsageError
-from memfit.records import Objective, cut
+from memfit.records import Objective, cut, equal_part
 
-__all__ = ["Parts", "Speed", "check_target", "equal_part", "share_of", "sizes_to_time", "split"]
+__all__ = ["Parts", "Speed", "check_target", "share_of", "sizes_to_time", "split"]
 
 # Two timings closer than this are the same: trials are short.
 _TIMING_NOISE = 0.02
@@ -151,21 +151,6 @@ def split(
     remarks += _uneven(share, sizes, multiple_of)
     speed = share / _seconds(sizes, speeds) if speeds else None
     return Parts(sizes=sizes, samples_per_second=speed, remarks=tuple(remarks))
-
-
-def equal_part(share: int, largest: int, *, multiple_of: int = 1) -> int | None:
-    """Return the largest part that a share can be cut into equally.
-
-    Args:
-        share: Samples to cut, at least 1.
-        largest: The most samples in a part.
-        multiple_of: What the part is a multiple of.
-
-    Returns:
-        A divisor of `share`; `None` where there is none.
-    """
-    parts = range(multiple_of, min(share, largest) + 1, multiple_of)
-    return next((part for part in reversed(parts) if share % part == 0), None)
 
 
 def sizes_to_time(largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:

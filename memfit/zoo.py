@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_model_name",
     "check_optimizer_name",
+    "image_size_of",
     "import_timm",
     "make_optimizer",
     "split_images",
@@ -101,6 +102,22 @@ def check_optimizer_name(name: str) -> None:
     known = import_timm().optim.list_optimizers()
     if name.removeprefix("lookahead_") not in known:
         raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
+
+
+def image_size_of(name: str) -> tuple[int, int] | None:
+    """Return the height and width of the images that a model is made for, as timm has it.
+
+    Args:
+        name: The model's name.
+
+    Returns:
+        Pixels; `None` where timm does not say.
+    """
+    config = import_timm().models.get_pretrained_cfg(name)
+    if config is None or not config.input_size:
+        return None
+    _, height, width = config.input_size
+    return height, width
 
 
 def timm_parts(

@@ -13,12 +13,11 @@ from memfit.planning import (
     Parts,
     Speed,
     check_target,
-    equal_part,
     share_of,
     sizes_to_time,
     split,
 )
-from memfit.records import Objective, cut
+from memfit.records import Objective, cut, equal_part
 
 SAMPLES = st.integers(1, 5000)
 LARGEST = st.integers(1, 700)

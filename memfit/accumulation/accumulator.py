@@ -50,6 +50,8 @@ class Accumulator:
         weight: What the loss averages over: `"samples"`, `"sum"` for a loss that does not average,
             or a function that counts it in a batch, such as its valid targets. For several losses
             that average over different things, one for each, nested as the losses are.
+        multiple_of: What micro-batches are multiples of, the last one excepted; by default the
+            plan's, and 1 for a micro-batch size.
         num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
         scaler: The `GradScaler`; by default one of its own where the precision is `amp-fp16`.
         scheduler: Stepped after each optimizer step that was not skipped for an overflow.
@@ -73,6 +75,7 @@ class Accumulator:
         *,
         loss: Callable[..., Any],
         weight: Weights = "samples",
+        multiple_of: int | None = None,
         num_inputs: int = 1,
         scaler: torch.amp.GradScaler | None = None,
         scheduler: LRScheduler | None = None,
@@ -89,7 +92,10 @@ class Accumulator:
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, not {clip_grad_norm}.")
         self._clip_grad_norm = clip_grad_norm
-        self._planned_size, self._multiple_of, options = _read(plan)
+        self._planned_size, unit, options = _read(plan)
+        self._multiple_of = unit if multiple_of is None else multiple_of
+        if self._multiple_of < 1:
+            raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
         self._options = _with_precision(options, precision)
         self._device = next(model.parameters()).device
         self._ranks: Ranks = ranks_of(model)

@@ -47,9 +47,9 @@ def plan(
 ) -> Plan:
     """Turn an effective batch size into micro-batches that fit, exactly.
 
-    Where one rank's share fits whole, there is one step. Otherwise the largest micro-batch of a
-    step that accumulates is looked for, for gradients then live beside the activations. The plan's
-    own micro-batch is among the trials.
+    Where one rank's share fits whole, there is one step, and where half of it fits beside the
+    gradients, two. Otherwise the largest micro-batch of a step that accumulates is looked for. The
+    plan's own micro-batch is among the trials.
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.
@@ -215,18 +215,19 @@ class Target:
         """The samples that the first rank takes."""
         return planning.share_of(self.effective_batch_size, self.world_size)
 
-    def question(self, step: TrainingStep) -> Question:
-        """Return what is asked of a device for a step that accumulates.
+    def part_of(self, num_steps: int) -> int:
+        """Return the most samples in a micro-batch of so many steps or more."""
+        part = -(-self.share // num_steps)
+        part = -(-part // self.multiple_of) * self.multiple_of
+        return min(part, self.max_batch_size or part)
 
-        No micro-batch of two steps or more has more than half of the share.
-        """
-        half = -(-self.share // 2)
-        ceiling = -(-half // self.multiple_of) * self.multiple_of
+    def question(self, step: TrainingStep) -> Question:
+        """Return what is asked of a device where two steps are too few."""
         return Question(
             step=step,
             headroom=self.headroom,
             multiple_of=self.multiple_of,
-            max_batch_size=min(ceiling, self.max_batch_size or ceiling),
+            max_batch_size=self.part_of(3),
         )
 
 
@@ -293,8 +294,14 @@ class _Planner:
                     f"{share} samples do fit in one step, but leave less than "
                     f"{target.headroom:.0%} free or need allocator retries."
                 )
-        result = searched(self._question, self._backend, progress=self._noted)
-        largest = self._largest(result)
+        half = self._tried(self._step, target.part_of(2))
+        if search.is_comfortable(half, self._limit_bytes):
+            result, largest = None, half.batch_size
+        else:
+            result = searched(self._question, self._backend, progress=self._noted)
+            largest = self._recommended(result)
+        if target.objective is Objective.FASTEST:
+            largest = self._timed(largest)
         while largest:
             parts = self._parts(0, largest)
             trial = self._known(parts.sizes[0]) or self._tried(self._step, parts.sizes[0])
@@ -303,12 +310,12 @@ class _Planner:
             # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
             largest = parts.sizes[0] - 1
         raise DoesNotFitError(
-            f"{self._step.name} fits in micro-batches of {result.max_batch_size} and not in "
-            "smaller ones: its memory is not steady enough to plan with."
+            f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
+            "memory is not steady enough to plan with."
         )
 
-    def _largest(self, result: ProbeResult) -> int:
-        """Return the largest micro-batch that a plan may have."""
+    def _recommended(self, result: ProbeResult) -> int:
+        """Return the largest micro-batch that keeps the headroom."""
         target, largest = self._target, result.recommended_batch_size
         if largest is None:
             unit = f" that is a multiple of {target.multiple_of}" if target.multiple_of > 1 else ""
@@ -317,7 +324,7 @@ class _Planner:
                 "the memory free without allocator retries: the largest that fits at all is "
                 f"{result.max_batch_size}; ask for less headroom."
             )
-        return self._timed(largest) if target.objective is Objective.FASTEST else largest
+        return largest
 
     def _parts(self, largest_whole: int, largest_accumulating: int) -> planning.Parts:
         target = self._target

@@ -31,6 +31,7 @@ from memfit.records.plans import (
     PlanRecord,
     PlanSurvey,
     cut,
+    equal_part,
 )
 from memfit.records.steps import (
     Precision,
@@ -80,4 +81,5 @@ __all__ = [
     "Trial",
     "Verdict",
     "cut",
+    "equal_part",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "PlanRecord",
     "PlanSurvey",
     "cut",
+    "equal_part",
 ]
 
 
@@ -56,6 +57,21 @@ def cut(num_samples: int, largest: int, *, multiple_of: int = 1) -> tuple[int, .
     parts = [(small + 1) * unit] * num_larger + [small * unit] * (num_parts - num_larger)
     parts[-1] -= num_units * unit - num_samples
     return tuple(parts)
+
+
+def equal_part(share: int, largest: int, *, multiple_of: int = 1) -> int | None:
+    """Return the largest part that a share can be cut into equally.
+
+    Args:
+        share: Samples to cut, at least 1.
+        largest: The most samples in a part.
+        multiple_of: What the part is a multiple of.
+
+    Returns:
+        A divisor of `share`; `None` where there is none.
+    """
+    parts = range(multiple_of, min(share, largest) + 1, multiple_of)
+    return next((part for part in reversed(parts) if share % part == 0), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
