@@ -125,6 +125,8 @@ def _simulated(
             costs=costs,
             options=plan.options,
             micro_batch_sizes=plan.micro_batch_sizes,
+            recommended_micro_batch_size=plan.recommended_micro_batch_size,
+            proved=plan.proved,
             peak_reserved_bytes=plan.peak_reserved_bytes,
         )
     return Alternative(change=change, costs=costs, options=step.options, reason=reason)

@@ -21,9 +21,7 @@ def lines(plan: PlanRecord) -> str:
     It expects `train`, `valid`, `model` and `loss_fn`.
     """
     parts = equal_parts(plan, "fastai")
-    comments = [
-        "n_acc counts samples; those left over in an epoch are part of the next one's step."
-    ]
+    comments = ["n_acc counts samples; those left over in an epoch are part of the next step."]
     if plan.world_size > 1:
         comments.append(
             f"Start it with: accelerate launch --num_processes {plan.world_size} SCRIPT, and fit "

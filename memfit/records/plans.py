@@ -211,7 +211,10 @@ class Alternative(Record):
         options: The step's options.
         micro_batch_sizes: The first rank's micro-batches of one optimizer step; empty where not
             even one sample fits.
-        peak_reserved_bytes: Peak of the largest of them; `None` where none fits.
+        recommended_micro_batch_size: The largest micro-batch that keeps the headroom; `None` where
+            none fits.
+        proved: Larger ones were looked for; otherwise no more was asked for.
+        peak_reserved_bytes: Peak of the largest of the parts; `None` where none fits.
         reason: Why there are none.
     """
 
@@ -219,6 +222,8 @@ class Alternative(Record):
     costs: str
     options: StepOptions
     micro_batch_sizes: tuple[int, ...] = ()
+    recommended_micro_batch_size: int | None = None
+    proved: bool = False
     peak_reserved_bytes: int | None = None
     reason: str | None = None
 

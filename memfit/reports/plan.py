@@ -142,8 +142,8 @@ def render_exploration(exploration: Exploration) -> RenderableType:
     """
     table = _table()
     table.add_column("change (simulated)")
-    table.add_column("micro-batch", justify="right")
-    table.add_column("steps", justify="right")
+    table.add_column("fits", justify="right")
+    table.add_column("plan", justify="right")
     table.add_column("peak", justify="right")
     table.add_column("at the cost of")
     for alternative in (exploration.baseline, *exploration.alternatives):
@@ -159,6 +159,8 @@ def render_exploration(exploration: Exploration) -> RenderableType:
         ),
         "",
         table,
+        "",
+        Text("What fits is the largest micro-batch with the headroom; ≥ where no more is needed."),
     )
 
 
@@ -167,10 +169,11 @@ def _alternative(alternative: Alternative) -> tuple[str | Text, ...]:
     if not alternative.micro_batch_sizes:
         return change, Text("none", "red"), "", "", alternative.reason or ""
     peak = alternative.peak_reserved_bytes
+    most = alternative.recommended_micro_batch_size
     return (
         change,
-        Text(str(alternative.micro_batch_size), "bold green"),
-        str(alternative.accumulation_steps),
+        f"{'' if alternative.proved else '≥ '}{most}",
+        Text(sum_of(alternative.micro_batch_sizes), "bold green"),
         "" if peak is None else format_bytes(peak),
         alternative.costs,
     )
