@@ -56,7 +56,7 @@ def main() -> None:
             print(
                 f"{model:<30} {image_size:>7}  {planned.accumulation_steps:>5}  {course:>6}  "
                 f"{format_bytes(peak):>9}  {format_bytes(usable)}"
-                f"{'  (borderline)' * (peak > 0.95 * usable)}"
+                f"{'  (borderline)' * (peak > 0.94 * usable)}"
             )
     finally:
         set_fused_attn(True)

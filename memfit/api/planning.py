@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from memfit import planning, search
 from memfit.accumulation import Plan
 from memfit.api.probing import simulated
-from memfit.api.searching import Question, searched, tried
+from memfit.api.searching import Question, check_bounds, searched, tried
 from memfit.api.steps import StepKeywords, describe, own_device, step_on
 from memfit.backends import Backend, open_backend
 from memfit.backends.simulated import TraceCache
@@ -196,6 +196,7 @@ class Target:
             UsageError: Something asked for cannot be.
         """
         samples, ranks = planning.check_target(effective_batch_size, world_size)
+        check_bounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
         known = [choice.value for choice in Objective]
         if objective not in known:
             raise UsageError(
@@ -218,7 +219,9 @@ class Target:
     def part_of(self, num_steps: int) -> int:
         """Return the most samples in a micro-batch of so many steps or more."""
         part = -(-self.share // num_steps)
-        part = -(-part // self.multiple_of) * self.multiple_of
+        rounded = -(-part // self.multiple_of) * self.multiple_of
+        # Rounded up to the whole share, it would be no part.
+        part = rounded if rounded < self.share else part
         return min(part, self.max_batch_size or part)
 
     def question(self, step: TrainingStep) -> Question:
@@ -258,6 +261,15 @@ def plan_on(
         return _Planner(backend, step, question, target, progress).plan()
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Limits:
+    """The largest micro-batch that fits, and that keeps the headroom; `proved` if none larger."""
+
+    largest: int
+    recommended: int
+    proved: bool
+
+
 class _Planner:
     """A plan that is being made on one device."""
 
@@ -282,36 +294,54 @@ class _Planner:
 
     def plan(self) -> Plan:
         target, share = self._target, self._target.share
+        is_timed = target.objective is Objective.FASTEST
         remarks: list[str] = []
-        if share <= (target.max_batch_size or share):
-            whole = self._tried(self._whole_step, share)
-            if search.is_comfortable(whole, self._limit_bytes):
-                is_timed = target.objective is Objective.FASTEST
-                smaller = self._timed(share // 2) if is_timed else 0
-                return self._made(self._parts(share, smaller), remarks, result=None)
-            if whole.fits:
-                remarks.append(
-                    f"{share} samples do fit in one step, but leave less than "
-                    f"{target.headroom:.0%} free or need allocator retries."
-                )
-        half = self._tried(self._step, target.part_of(2))
-        if search.is_comfortable(half, self._limit_bytes):
-            result, largest = None, half.batch_size
+        if self._fits_whole(remarks):
+            limits = _Limits(largest=share, recommended=share, proved=False)
+            largest = self._timed(share // 2) if is_timed else 0
         else:
-            result = searched(self._question, self._backend, progress=self._noted)
-            largest = self._recommended(result)
-        if target.objective is Objective.FASTEST:
-            largest = self._timed(largest)
-        while largest:
-            parts = self._parts(0, largest)
-            trial = self._known(parts.sizes[0]) or self._tried(self._step, parts.sizes[0])
+            limits = self._limits()
+            largest = self._timed(limits.recommended) if is_timed else limits.recommended
+        whole = limits.recommended if limits.recommended == share else 0
+        while whole or largest:
+            parts = self._parts(whole, largest)
+            size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
+            trial = self._known(step, size) or self._tried(step, size)
             if search.is_comfortable(trial, self._limit_bytes):
-                return self._made(parts, remarks, result=result)
+                return self._made(step, trial, parts, limits, tuple(remarks))
             # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
-            largest = parts.sizes[0] - 1
+            largest = size - 1
         raise DoesNotFitError(
             f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
             "memory is not steady enough to plan with."
+        )
+
+    def _fits_whole(self, remarks: list[str]) -> bool:
+        """Whether a share fits in one step, with the headroom."""
+        target, share = self._target, self._target.share
+        if share > (target.max_batch_size or share):
+            return False
+        trial = self._tried(self._whole_step, share)
+        if search.is_comfortable(trial, self._limit_bytes):
+            return True
+        if trial.fits:
+            remarks.append(
+                f"{share} samples do fit in one step, but leave less than {target.headroom:.0%} "
+                "free or need allocator retries."
+            )
+        return False
+
+    def _limits(self) -> _Limits:
+        """Find the largest micro-batch of a step that accumulates."""
+        half = self._target.part_of(2)
+        trial = self._tried(self._step, half)
+        if search.is_comfortable(trial, self._limit_bytes):
+            return _Limits(largest=half, recommended=half, proved=False)
+        result = searched(self._question, self._backend, progress=self._noted)
+        return _Limits(
+            largest=result.max_batch_size,
+            recommended=self._recommended(result),
+            proved=result.proved,
         )
 
     def _recommended(self, result: ProbeResult) -> int:
@@ -349,18 +379,17 @@ class _Planner:
     def _timed(self, largest: int) -> int:
         """Try micro-batches whose speed is to be known; return the largest that fits well."""
         sizes = planning.sizes_to_time(largest, multiple_of=self._target.multiple_of)
-        trials = [self._known(size) or self._tried(self._step, size) for size in sizes]
+        trials = [self._known(self._step, size) or self._tried(self._step, size) for size in sizes]
         fitting = [t.batch_size for t in trials if search.is_comfortable(t, self._limit_bytes)]
         return max(fitting, default=0)
 
-    def _known(self, batch_size: int) -> Trial | None:
-        tried_before = [
+    def _known(self, step: TrainingStep, batch_size: int) -> Trial | None:
+        tried_before = (
             trial
-            for trial in self._trials
-            if trial.batch_size == batch_size
-            and trial.num_micro_batches == self._step.num_micro_batches
-        ]
-        return tried_before[-1] if tried_before else None
+            for trial in reversed(self._trials)
+            if (trial.batch_size, trial.num_micro_batches) == (batch_size, step.num_micro_batches)
+        )
+        return next(tried_before, None)
 
     def _tried(self, step: TrainingStep, batch_size: int) -> Trial:
         trial = tried(self._backend, step, batch_size, is_first=not self._trials)
@@ -373,18 +402,14 @@ class _Planner:
             self._progress(trial)
 
     def _made(
-        self, parts: planning.Parts, remarks: list[str], *, result: ProbeResult | None
+        self,
+        step: TrainingStep,
+        trial: Trial,
+        parts: planning.Parts,
+        limits: _Limits,
+        remarks: tuple[str, ...],
     ) -> Plan:
         target = self._target
-        is_whole = len(parts.sizes) == 1
-        step = self._whole_step if is_whole else self._step
-        size = parts.sizes[0]
-        trial = next(
-            trial
-            for trial in reversed(self._trials)
-            if trial.batch_size == size and trial.num_micro_batches == step.num_micro_batches
-        )
-        known = result is not None and not is_whole
         return Plan(
             subject=step.name,
             device=self._backend.device_name,
@@ -397,11 +422,9 @@ class _Planner:
             micro_batch_sizes=parts.sizes,
             multiple_of=target.multiple_of,
             headroom=target.headroom,
-            max_micro_batch_size=result.max_batch_size if known and result else size,
-            proved=bool(known and result and result.proved),
-            recommended_micro_batch_size=(
-                (result.recommended_batch_size or size) if known and result else size
-            ),
+            max_micro_batch_size=limits.largest,
+            proved=limits.proved,
+            recommended_micro_batch_size=limits.recommended,
             peak_reserved_bytes=trial.peak_reserved_bytes,
             samples_per_second=parts.samples_per_second,
             trials=tuple(self._trials),

@@ -19,7 +19,7 @@ from memfit.simulation.gpus import gpu_like
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["Question", "answer", "searched", "tried"]
+__all__ = ["Question", "answer", "check_bounds", "searched", "tried"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,25 @@ class Question:
 
     def __post_init__(self) -> None:
         """Refuse what no search can answer."""
-        if not 0 <= self.headroom < 1:
-            raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
-        if self.multiple_of < 1:
-            raise UsageError(f"multiple_of must be at least 1, not {self.multiple_of}.")
-        if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise UsageError(f"max_batch_size must be at least 1, not {self.max_batch_size}.")
+        check_bounds(
+            headroom=self.headroom,
+            multiple_of=self.multiple_of,
+            max_batch_size=self.max_batch_size,
+        )
+
+
+def check_bounds(*, headroom: float, multiple_of: int, max_batch_size: int | None) -> None:
+    """Refuse figures that bound no search.
+
+    Raises:
+        UsageError: One of them is out of its range.
+    """
+    if not 0 <= headroom < 1:
+        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom}.")
+    if multiple_of < 1:
+        raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise UsageError(f"max_batch_size must be at least 1, not {max_batch_size}.")
 
 
 def answer(
