@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from pathlib import Path
 from types import ModuleType
@@ -83,7 +84,7 @@ def test_examples_run(name: str, first: str, capsys: pytest.CaptureFixture[str])
     assert " + " in lines[0]
     assert sum(line.startswith("step ") for line in lines) == 3
     if name == "token_weighted_loss":
-        assert "is off by 1e-07" in lines[1] or "is off by 2e-07" in lines[1]
+        assert re.search(r"is off by \de-0[78]$", lines[1])
     if name == "timm_fine_tuning":
         assert "step 2: 32 samples" in lines[-1]
 
