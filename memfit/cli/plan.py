@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
+from memfit.cli.output import print_json
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective
 
@@ -52,7 +54,9 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 @step_options
 @search_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.pass_obj
 def plan(
+    start_again: Callable[[], None] | None,
     *,
     model: str,
     effective_batch_size: Any,
@@ -73,53 +77,57 @@ def plan(
     run on the device, or with --gpu are simulated; the plan's own micro-batch is among those that
     were tried, and fitted with the headroom.
     """
+    if trainer and as_json:
+        raise UsageError("Give --emit or --json, not both: each is all that is printed.")
+    if start_again is not None and device == "cpu" and not gpus:
+        start_again()
     from memfit import api
 
-    if _is_survey(device, gpus, has_gpu=api.has_gpu()):
-        if explore or trainer:
-            option = "--explore" if explore else "--emit"
-            raise UsageError(f"{option} is for one device: give one --gpu, or --device.")
-        found = api.survey_plans(
-            model,
-            effective_batch_size,
-            gpus=gpus or None,
-            world_size=world_size,
-            objective=objective,
-            memory=memory,
-            **search,
-            **step,
-        )
-        if as_json:
-            click.echo(json.dumps(found.to_dict(), indent=2))
-        else:
-            from memfit.reports.plan import render_survey
-
-            Console().print(render_survey(found))
-        return
-    target = {
+    target: dict[str, Any] = {
         "world_size": world_size,
         "objective": objective,
-        "device": device,
-        "gpu": gpus[0] if gpus else None,
         "memory": memory,
         **search,
         **step,
     }
-    reason = result = None
+    if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
+        if explore or trainer:
+            option = "--explore" if explore else "--emit"
+            raise UsageError(f"{option} is for one device: give one --gpu, or --device.")
+        _survey(model, effective_batch_size, gpus, target, as_json=as_json)
+        return
+    target |= {"device": device, "gpu": gpus[0] if gpus else None}
     try:
         result = _planned(model, effective_batch_size, target, is_quiet=as_json)
-    except DoesNotFitError as error:
-        if not explore:
-            raise
-        reason = error
-    exploration = api.explore(model, effective_batch_size, **target) if explore else None
-    _show(result, exploration, trainer=trainer, as_json=as_json)
-    if reason is not None:
-        raise reason
+    except DoesNotFitError:
+        if explore:
+            _show_exploration(api.explore(model, effective_batch_size, **target), as_json=as_json)
+        raise
+    if explore:
+        exploration = api.explore(model, effective_batch_size, **target)
+        result = dataclasses.replace(result, exploration=exploration)
+    _show(result, trainer=trainer, as_json=as_json)
 
 
-def _is_survey(device: str | None, gpus: tuple[str, ...], *, has_gpu: bool) -> bool:
-    return device is None and (len(gpus) > 1 or not (gpus or has_gpu))
+def _survey(
+    model: str,
+    effective_batch_size: Any,
+    gpus: tuple[str, ...],
+    target: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from memfit import api
+
+    found = api.survey_plans(model, effective_batch_size, gpus=gpus or None, **target)
+    if as_json:
+        print_json(found.answers)
+    else:
+        from memfit.reports.plan import render_survey
+
+        Console().print(render_survey(found))
+    if not any(answer.plan for answer in found.answers):
+        raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
 
 
 def _planned(
@@ -136,32 +144,25 @@ def _planned(
         return api.plan(model, effective_batch_size, progress=table.add, **target)
 
 
-def _show(
-    result: PlanRecord | None,
-    exploration: Exploration | None,
-    *,
-    trainer: str | None,
-    as_json: bool,
-) -> None:
+def _show(result: PlanRecord, *, trainer: str | None, as_json: bool) -> None:
     from memfit.integrations import lines_for
-    from memfit.reports.plan import render, render_exploration
+    from memfit.reports.plan import render
 
-    emitted = lines_for(result, trainer) if trainer and result is not None else None
     if as_json:
-        plain = {} if result is None else result.to_dict()
-        if exploration is not None:
-            plain["exploration"] = exploration.to_dict()
-        if emitted is not None:
-            plain["emitted"] = emitted
-        click.echo(json.dumps(plain, indent=2))
+        print_json([result])
         return
-    console = Console(stderr=emitted is not None)
-    if result is not None:
-        console.print(render(result))
-    if exploration is not None:
-        if result is not None:
-            console.print()
-        console.print(render_exploration(exploration))
+    emitted = lines_for(result, trainer) if trainer else None
+    # What is to be pasted or piped is all that goes to standard output.
+    Console(stderr=emitted is not None).print(render(result))
     if emitted is not None:
-        console.print()
+        click.echo(err=True)
         click.echo(emitted, nl=False)
+
+
+def _show_exploration(exploration: Exploration, *, as_json: bool) -> None:
+    from memfit.reports.plan import render_exploration
+
+    if as_json:
+        print_json([exploration])
+    else:
+        Console().print(render_exploration(exploration))

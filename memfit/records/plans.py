@@ -100,6 +100,7 @@ class PlanRecord(Record):
         trials: Every trial, in the order they ran.
         environment: What the trials ran with that training has to be given, as NAME=value.
         remarks: What there is to say about the parts, in sentences.
+        exploration: What single changes of the step would make fit, where that was asked for.
         seconds: Wall time of the planning.
         torch_version: The torch that ran.
     """
@@ -123,6 +124,7 @@ class PlanRecord(Record):
     trials: tuple[Trial, ...]
     environment: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    exploration: Exploration | None = None
     seconds: float
     torch_version: str
 

@@ -33,6 +33,7 @@ def render(plan: PlanRecord) -> RenderableType:
         "",
         *(Text(remark) for remark in plan.remarks),
         *(Text(note) for note in trial_notes(plan)),
+        *(("", render_exploration(plan.exploration)) if plan.exploration else ()),
     )
 
 
