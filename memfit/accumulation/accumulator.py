@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memfit import batches, cleanup, oom
-from memfit.accumulation.plans import as_nested, check_world, micro_batches_of
+from memfit.accumulation.plans import as_nested, micro_batches_of
 from memfit.accumulation.ranks import Ending, Ranks, ranks_of
 from memfit.accumulation.recovery import Pressure, StepStart, smaller
 from memfit.accumulation.weighing import Terms, Weights
@@ -83,6 +83,8 @@ class Accumulator:
         precision: str | Precision | None = None,
         recover: bool = True,
     ) -> None:
+        if not callable(loss):
+            raise UsageError(f"The loss must be a function, not {type(loss).__name__}.")
         self._model = model
         self._optimizer = optimizer
         self._loss = loss
@@ -97,10 +99,10 @@ class Accumulator:
         if self._multiple_of < 1:
             raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
         self._options = _with_precision(options, precision)
-        self._device = next(model.parameters()).device
+        self._device = _device_of(model)
         self._ranks: Ranks = ranks_of(model)
-        if isinstance(plan, PlanRecord) and plan.world_size > 1:
-            check_world(plan.world_size)
+        if isinstance(plan, PlanRecord):
+            _check_ranks(plan, self._ranks)
         if scaler is None and self._options.precision is Precision.AMP_FP16:
             scaler = torch.amp.GradScaler(self._device.type)
         self.scaler = scaler
@@ -348,6 +350,24 @@ class _Trouble:
                     f"The training step runs out of memory even in micro-batches of {size}: "
                     f"{self.message}"
                 )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    return parameter.device
+
+
+def _check_ranks(plan: PlanRecord, ranks: Ranks) -> None:
+    """Refuse a plan whose effective batch these ranks would not make."""
+    planned, seen = plan.world_size, ranks.world_size
+    if planned != seen:
+        wrap = ", or wrap the model in DistributedDataParallel" if seen == 1 else ""
+        raise UsageError(
+            f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
+            f"those of {seen}: plan with world_size={seen}{wrap}."
+        )
 
 
 def _read(plan: object) -> tuple[int, int, StepOptions]:

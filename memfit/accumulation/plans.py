@@ -67,7 +67,7 @@ class Plan(PlanRecord):
         """
         check_weight(weight)
         if self.world_size > 1:
-            check_world(self.world_size)
+            _check_world(self.world_size)
         batch = as_nested(batch)
         sizes = cut(
             batches.batch_size_of(batch), self.micro_batch_size, multiple_of=self.multiple_of
@@ -92,7 +92,7 @@ class Plan(PlanRecord):
         )
 
 
-def check_world(world_size: int) -> None:
+def _check_world(world_size: int) -> None:
     """Refuse to run a plan for several ranks among others than those.
 
     Raises:

@@ -73,7 +73,7 @@ class Ranks(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Make sure that `reduce` needs no more memory, while running out is still an outcome."""
+        """Take what memory `reduce` needs, while running out is still an outcome."""
         ...
 
     def reduce(self) -> None:
@@ -137,6 +137,10 @@ class Together:
         self._device = self._parameters[0].device
         self._flat: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._has_gradient: list[bool] = []
+        # Now, and not when some rank may have no memory left for it.
+        for tensors in (self._parameters, list(model.module.buffers())):
+            for alike in _alike(tensors).values():
+                self._bucket(alike)
 
     @property
     def world_size(self) -> int:
@@ -187,7 +191,7 @@ class Together:
         return Ending(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
 
     def prepare(self) -> None:
-        """Fill in gradients that this rank has none of, and make room for a bucket.
+        """Fill in gradients that this rank has none of.
 
         Raises:
             WorkloadError: A gradient is sparse.
@@ -200,8 +204,6 @@ class Together:
                 raise WorkloadError(
                     "Sparse gradients are summed over ranks by the model alone: give recover=False."
                 )
-        for tensors in _alike(self._gradients()).values():
-            self._bucket(tensors[0], max(_largest_piece(tensor) for tensor in tensors))
 
     def reduce(self) -> None:
         """Sum gradients over the ranks; one that no rank has is none again."""
@@ -221,9 +223,15 @@ class Together:
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def _bucket(self, like: torch.Tensor, num_items: int) -> torch.Tensor:
+    def _bucket(self, alike: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return memory for many tensors of one kind at a time, and for each piece of one."""
+        like = alike[0]
         key = (like.dtype, like.device)
-        wanted = max(num_items, _BUCKET_BYTES // like.element_size())
+        total = sum(tensor.numel() for tensor in alike)
+        wanted = max(
+            min(total, _BUCKET_BYTES // like.element_size()),
+            *(_largest_piece(tensor) for tensor in alike),
+        )
         if key not in self._flat or self._flat[key].numel() < wanted:
             self._flat[key] = torch.empty(wanted, dtype=like.dtype, device=like.device)
         return self._flat[key]
@@ -234,7 +242,7 @@ class Together:
     ) -> None:
         """Run a collective over tensors, many at a time, in the order that all ranks have them."""
         for alike in _alike(tensors).values():
-            flat = self._bucket(alike[0], max(_largest_piece(tensor) for tensor in alike))
+            flat = self._bucket(alike)
             pending: list[tuple[torch.Tensor, torch.Tensor]] = []
             start = 0
             for piece in (piece for tensor in alike for piece in _pieces(tensor)):
@@ -295,8 +303,9 @@ def ranks_of(model: nn.Module) -> Ranks:
     Raises:
         UnsupportedError: Its parameters are sharded over ranks.
     """
-    if isinstance(model, DistributedDataParallel):
-        return Together(model)
+    inner = getattr(model, "_orig_mod", model)  # as torch.compile keeps what it was given
+    if isinstance(inner, DistributedDataParallel):
+        return Together(inner)
     if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):
         raise UnsupportedError(
             "The model's parameters are sharded over ranks (FSDP), and Accumulator carries out "

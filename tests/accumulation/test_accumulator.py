@@ -344,6 +344,8 @@ def test_what_makes_no_step_gets_a_sentence(
         (2, {"weight": None}, "not None"),
         (2, {"clip_grad_norm": 0.0}, "must be above 0, not 0.0"),
         (2, {"precision": "auto"}, "not 'auto'"),
+        (2, {"multiple_of": 0}, "must be at least 1, not 0"),
+        (2, {"loss": "mse"}, "must be a function, not str"),
     ],
 )
 def test_arguments_that_cannot_be_get_a_sentence(
@@ -352,7 +354,27 @@ def test_arguments_that_cannot_be_get_a_sentence(
     """When the accumulator is made, not at its first step."""
     model = small_model()
     with pytest.raises(UsageError, match=says):
-        Accumulator(model, sgd(model), plan, loss=F.cross_entropy, **options)
+        Accumulator(model, sgd(model), plan, **{"loss": F.cross_entropy, **options})
+
+
+def test_a_model_without_parameters_gets_a_sentence() -> None:
+    """There is nothing to train."""
+    model = small_model()
+    with pytest.raises(UsageError, match="Identity has no parameters"):
+        Accumulator(nn.Identity(), sgd(model), 2, loss=F.cross_entropy)
+
+
+def test_parts_keep_to_a_multiple() -> None:
+    """The last one excepted."""
+    seen: list[int] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    model = small_model()
+    Accumulator(model, sgd(model), 56, loss=loss, multiple_of=8).step(batch_of(100))
+    assert seen == [56, 44]
 
 
 def test_losses_that_are_named_otherwise_get_a_sentence() -> None:

@@ -23,6 +23,7 @@ from memfit import Accumulator
 from memfit.accumulation import recovery
 from memfit.accumulation.recovery import Pressure, smaller
 from memfit.errors import DoesNotFitError
+from memfit.units import MIB
 
 
 def seeded() -> None:
@@ -237,7 +238,8 @@ import torch
 from torch import nn
 
 from memfit import Accumulator
-from memfit.backends.linux import Footprint, limit_data, steady_heap
+from memfit.backends.linux import Footprint, limit_data
+from memfit.heap import steady_heap
 
 MIB = 2**20
 torch.set_num_threads(1)
@@ -294,3 +296,48 @@ def test_a_real_limit_is_survived_at_any_micro_batch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("survived") == 4
     assert done.stderr.count("DefaultCPUAllocator: can't allocate memory") == 4
+
+
+class Ballast(nn.Module):
+    """Takes 3 MiB for each sample that is marked, on the device of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return numbers of shape (samples, 1)."""
+        ballast = torch.zeros(1 + int(x[:, 0].sum()) * 3 * MIB // 4, device=x.device)
+        out: torch.Tensor = self.body(x) + ballast[0]
+        return out
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out_is_survived() -> None:
+    """A cap on the caching allocator: parameters, buffers and draws end bit for bit the same."""
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+
+    def train(micro: int, *, is_capped: bool) -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = Ballast().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        x, y = torch.randn(64, 4), torch.randn(64, 1)
+        x[:, 0] = 0
+        x[16:32, 0] = 1
+        accumulator = Accumulator(model, optimizer, micro, loss=F.mse_loss)
+        torch.cuda.empty_cache()
+        room_bytes = torch.cuda.memory_reserved() + 40 * MIB
+        torch.cuda.set_per_process_memory_fraction(room_bytes / total_bytes if is_capped else 1.0)
+        try:
+            losses = [accumulator.step((x, y)) for _ in range(2)]
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return accumulator.micro_batch_size, [*losses, *model.state_dict().values()]
+
+    train(8, is_capped=False)  # libraries are loaded, and have their workspaces
+    _, reference = train(8, is_capped=False)
+    size, limited = train(16, is_capped=True)
+    assert size == 8
+    assert same(limited, reference)

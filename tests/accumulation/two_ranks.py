@@ -12,6 +12,7 @@ import contextlib
 import copy
 import datetime as dt
 import functools
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -313,13 +314,14 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
     assert relative_error(ours, list(expected)) < BOUND
     with raises(UsageError, "for 3 ranks, and there are 2"):
         plan_of(15, 4, world_size=3).split(shares[RANK])
-    with raises(UsageError, "for 3 ranks, and there are 2"):
-        Accumulator(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            plan_of(15, 4, world_size=3),
-            loss=F.cross_entropy,
-        )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for world_size, says in ((3, "is for 3 ranks"), (1, "is for 1 rank, and")):
+        other = plan_of(15, 4, world_size=world_size)
+        with raises(UsageError, says):
+            Accumulator(model, optimizer, other, loss=F.cross_entropy)
+    alone = plan_of(15, 4, world_size=2)
+    with raises(UsageError, "are those of 1: plan with world_size=1, or wrap"):
+        Accumulator(reference, optimizer, alone, loss=F.cross_entropy)
 
 
 CASES = (
@@ -337,6 +339,7 @@ CASES = (
 def main() -> None:
     """Run every case, and say which passed."""
     torch.set_num_threads(1)
+    gc.freeze()  # what torch has loaded need not be searched after each attempt that ran out
     meeting = Path(sys.argv[2], "meeting").as_uri()
     distributed.init_process_group(
         "gloo", init_method=meeting, rank=RANK, world_size=2, timeout=TIMEOUT
