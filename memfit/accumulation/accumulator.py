@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
 
 from memfit import batches, cleanup, oom
 from memfit.accumulation.plans import as_nested, micro_batches_of
@@ -162,7 +163,7 @@ class Accumulator:
         for index, micro_batch in enumerate(cut_up.micro_batches):
             is_last = index == len(cut_up.micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._ranks.unsynchronised():
-                part = self._backward(micro_batch, shares[index])
+                part = self._backward(micro_batch, shares[index], is_needed=is_last)
             loss = part if loss is None else loss + part
         assert loss is not None
         return loss / self._ranks.world_size
@@ -221,8 +222,16 @@ class Accumulator:
             message=trouble.message,
         )
 
-    def _backward(self, micro_batch: Any, weights: Sequence[float]) -> torch.Tensor:
-        """Run one micro-batch; return its part of the whole batch's loss."""
+    def _backward(
+        self, micro_batch: Any, weights: Sequence[float], *, is_needed: bool = False
+    ) -> torch.Tensor:
+        """Run one micro-batch; return its part of the whole batch's loss.
+
+        Args:
+            micro_batch: The micro-batch, on any device.
+            weights: What its losses are multiplied by.
+            is_needed: Run backward even if it contributes nothing: other ranks wait for it.
+        """
         options = self._options
         placed = batches.to_device(
             micro_batch,
@@ -232,15 +241,20 @@ class Accumulator:
         )
         inputs, targets = split_batch(placed, num_inputs=self._num_inputs)
         with autocast(self._device, options.precision):
-            losses = self._terms.losses(self._loss(call_model(self._model, inputs), *targets))
+            outputs = call_model(self._model, inputs)
+            losses = self._terms.losses(self._loss(outputs, *targets))
         weighted = [
             loss * weight
             # What has nothing to average over is 0 / 0, and no part of the whole batch's loss.
             for loss, weight in zip(losses, self._terms.for_each(losses, weights), strict=True)
             if weight != 0
         ]
-        if not weighted:
+        if not weighted and not is_needed:
             return torch.zeros((), device=self._device, dtype=losses[0].dtype)
+        if not weighted:
+            # A loss of 0 / 0 times 0 is no 0, and what the model returned times 0 is.
+            leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
+            weighted = [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         (part if self.scaler is None else self.scaler.scale(part)).backward()
         return part.detach()
@@ -335,8 +349,11 @@ class _Trouble:
         """
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - raised again as it came, once all ranks know
+        except Exception as error:
             verdict = oom.classify(error)
+            if verdict is oom.Verdict.NO and isinstance(error, torch.AcceleratorError):
+                # The device's context is poisoned: nothing can be put back, and nobody told.
+                raise
             self.message = oom.first_line(error)
             if verdict is oom.Verdict.NO:
                 self.error = error
@@ -350,6 +367,10 @@ class _Trouble:
                     f"The training step runs out of memory even in micro-batches of {size}: "
                     f"{self.message}"
                 )
+
+
+def _has_gradient(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -388,6 +388,21 @@ def test_losses_that_are_named_otherwise_get_a_sentence() -> None:
         accumulator.step(batch_of(4))
 
 
+def test_a_poisoned_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is put back or released, for that would raise another error in its place."""
+    model = small_model()
+
+    def loss(*_: Any) -> torch.Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def touched(*_: Any) -> None:
+        raise AssertionError("the device was touched")
+
+    monkeypatch.setattr("memfit.cleanup.release", touched)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        Accumulator(model, sgd(model), 2, loss=loss).step(batch_of(4))
+
+
 def test_an_error_of_the_users_is_raised_as_it_came() -> None:
     """The same object, where it was raised."""
     model = small_model()

@@ -16,6 +16,7 @@ CASES = (
     "everything_is_as_if_it_had_not_run_out",
     "a_failure_on_one_rank_ends_the_step_on_both",
     "nothing_to_average_over_is_said_on_both",
+    "ranks_without_targets_take_part",
     "gradients_are_summed_in_buckets",
     "only_the_last_micro_batch_is_synchronised",
     "a_plan_splits_for_a_loop_of_ones_own",

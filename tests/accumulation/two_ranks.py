@@ -249,6 +249,38 @@ def nothing_to_average_over_is_said_on_both() -> None:
         accumulator.step(data((6, 6))[0][RANK])
 
 
+def ranks_without_targets_take_part() -> None:
+    """In the last micro-batch, or in all: the other rank waits for its gradients all the same."""
+    for recover in (True, False):
+        for num_valid in (0, 3):
+            torch.manual_seed(0)
+            reference = nn.Linear(5, 4).double()
+            shares, _ = data((12, 12))
+            shares[1][1][num_valid:] = -100
+            optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+            x, y = (torch.cat(parts) for parts in zip(*shares, strict=True))
+            expected = full_batch_gradients(
+                reference, optimizer, functools.partial(whole_loss_of, reference, x, y)
+            )
+            model = together(copy.deepcopy(reference))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            seen = GradientRecorder(optimizer)
+            accumulator = Accumulator(
+                model,
+                optimizer,
+                4,
+                loss=F.cross_entropy,
+                weight=WEIGHTS["targets"],
+                recover=recover,
+            )
+            accumulator.step(shares[RANK])
+            assert relative_error(seen.steps[0], expected) < BOUND
+
+
+def whole_loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
 def gradients_are_summed_in_buckets() -> None:
     """Larger than a bucket, of other strides, of other types."""
     ranks._BUCKET_BYTES = 64
@@ -330,6 +362,7 @@ CASES = (
     everything_is_as_if_it_had_not_run_out,
     a_failure_on_one_rank_ends_the_step_on_both,
     nothing_to_average_over_is_said_on_both,
+    ranks_without_targets_take_part,
     gradients_are_summed_in_buckets,
     only_the_last_micro_batch_is_synchronised,
     a_plan_splits_for_a_loop_of_ones_own,
