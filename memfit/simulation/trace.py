@@ -147,9 +147,9 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
 
     def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
         recorder.forget_plans()
+        recorder.num_operations = 0
         prepared.accumulate(batch_size)
         forward_backward = recorder.cut()
-        recorder.num_operations = 0
         prepared.update(set_to_none=not options.keeps_gradients)
         return forward_backward, recorder.cut()
 

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import torch
 
+from memfit.simulation.recurrent import Recurrence, recur_backward, with_reserve
+
 __all__ = ["Kernels", "Workspace"]
 
 _aten = torch.ops.aten
@@ -72,6 +74,10 @@ class Kernels:
             # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
             result = func(*args, **kwargs)
             return torch.empty_like(result, memory_format=torch.channels_last)
+        if func is _aten._cudnn_rnn.default:
+            return with_reserve(args, func(*args, **kwargs))
+        if func is _aten._cudnn_rnn_backward.default:
+            return recur_backward(args)
         quick = _QUICK.get(func)
         result = None if quick is None or kwargs else quick(*args)
         return func(*args, **kwargs) if result is None else result
@@ -97,6 +103,10 @@ class Kernels:
             return (_flash_backward(args[1]),)
         if func is _aten._scaled_dot_product_efficient_attention_backward.default:
             return (_efficient_backward(args[1]),)
+        if func is _aten._cudnn_rnn.default:
+            return (_recurrent(args[1], args[6:14], args[0]),)
+        if func is _aten._cudnn_rnn_backward.default:
+            return (_recurrent(args[1], args[10:18], args[0], args[6]),)
         return ()
 
     def _convolution(
@@ -162,6 +172,17 @@ def _efficient_backward(query: torch.Tensor) -> Workspace:
     columns = 1 + (head_dim if query.dtype in _HALF else 0)
     num_bytes = 4 * samples * heads * _ceil(num_rows, 32) * columns
     return Workspace(name="efficient attention backward", num_bytes=num_bytes, is_needed=True)
+
+
+def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
+    """The workspace of cuDNN's own, beside copies with time steps first where samples come first.
+
+    Source: `input.transpose(0, 1)` and `.contiguous()` in aten/src/ATen/native/cudnn/RNN.cpp.
+    """
+    num_bytes = Recurrence.of(tensors[0], weights, options).workspace_bytes
+    if options[4]:
+        num_bytes += sum(t.numel() * t.element_size() for t in tensors)
+    return Workspace(name="recurrent layer", num_bytes=num_bytes, is_needed=True)
 
 
 def _ceil(number: int, multiple: int) -> int:
