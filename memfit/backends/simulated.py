@@ -268,13 +268,12 @@ class SimulatedBackend:
         key = (batch_size, workspace_bytes, capacity_bytes)
         if key not in traced.replays:
             allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
-            peaks = []
+            peaks: list[int] = []
             message = None
             try:
                 for handle in _BLAS_HANDLES:
                     allocator.allocate(handle, workspace_bytes)
-                for peak in traced.trace.tape.play(allocator, batch_size):
-                    peaks.append(peak)
+                peaks.extend(traced.trace.tape.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)

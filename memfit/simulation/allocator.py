@@ -313,10 +313,8 @@ class CachingAllocator:
         self._live[block_id] = block
         self._requested += num_bytes
         self._allocated += block.size
-        if self._requested > self._peak_requested:
-            self._peak_requested = self._requested
-        if self._allocated > self._peak_allocated:
-            self._peak_allocated = self._allocated
+        self._peak_requested = max(self._peak_requested, self._requested)
+        self._peak_allocated = max(self._peak_allocated, self._allocated)
 
     # --- giving back ---------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @functools.cache
 def _writes_lists(func: Any) -> bool:
     """Whether it writes where it reads, as `_foreach_add_` does, and returns nothing."""
-    name = func.__name__.partition(".")[0]
+    name: str = func.__name__.partition(".")[0]
     return name.startswith("_foreach_") and name.endswith("_")
 
 

@@ -242,8 +242,8 @@ class StepTape:
                     held, growth = held + base, growth + slope
                     lines[growth] = max(held, lines.get(growth, held))
                 elif event.action is _FREE_COMPLETED:
-                    base, slope = live.pop(event.id, (0.0, 0.0))
-                    held, growth = held - base, growth - slope
+                    freed = live.pop(event.id, (0.0, 0.0))
+                    held, growth = held - freed[0], growth - freed[1]
         return lines
 
     def _stretches(self, num_iterations: int) -> tuple[Tape, ...]:

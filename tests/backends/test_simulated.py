@@ -236,15 +236,15 @@ def test_command_lists_the_catalogue() -> None:
 
 def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search gets the prediction as its hint, and the table shows both."""
-    from memfit import api
+    from memfit.api import probing, searching
 
     class Posing(SimulatedBackend):
         """Stands in for a card that is there."""
 
-    monkeypatch.setattr(api, "CudaBackend", Posing)
-    monkeypatch.setattr(api, "SimulatedBackend", _Distinct)
+    monkeypatch.setattr(searching, "CudaBackend", Posing)
+    monkeypatch.setattr(searching, "SimulatedBackend", _Distinct)
     posing = Posing(find_gpu("3090"), memory_bytes=4 * GIB)
-    monkeypatch.setattr(api, "open_backend", lambda *_args, **_kwargs: posing)
+    monkeypatch.setattr(probing, "open_backend", lambda *_args, **_kwargs: posing)
     result = memfit.probe(MODEL)
     assert len(result.trials) <= 12
     assert [t.batch_size for t in result.predictions] == list(

@@ -41,7 +41,7 @@ def stretches(draw: st.DrawFn) -> tuple[list[Event], list[int]]:
         events.append(alloc(number, slope + draw(st.integers(1, 5000))))
         growth.append(slope)
         live.append(number)
-        while live and draw(st.booleans()):
+        for _ in range(draw(st.integers(0, len(live)))):
             events.append(free(live.pop(draw(st.integers(0, len(live) - 1)))))
             growth.append(0)
     events += [free(number) for number in live]
