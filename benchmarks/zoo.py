@@ -28,6 +28,8 @@ from typing import Any
 
 NUM_CLASSES = 1000
 COMPUTE_CAPABILITY = (8, 0)
+REPLAYED_BATCH_SIZE = 32
+_EDGES = (0, 1500, 3000, 6000, 12000, 10**9)
 
 
 def main() -> None:
@@ -77,6 +79,7 @@ def traced(name: str) -> dict[str, Any]:
 
     from memfit.backends.simulated import trace
     from memfit.records import Precision, StepOptions
+    from memfit.simulation.allocator import CachingAllocator
     from memfit.simulation.trace import TraceOptions
     from memfit.simulation.workspace import Kernels
     from memfit.workload import TrainingStep
@@ -104,6 +107,9 @@ def traced(name: str) -> dict[str, Any]:
         return {"model": name, "error": reason}
     seconds = time.process_time() - start
     tape = result.tape
+    start = time.process_time()
+    num_iterations = len(list(tape.play(CachingAllocator(), REPLAYED_BATCH_SIZE)))
+    replay_seconds = (time.process_time() - start) / num_iterations
     stretches = [
         [
             (e.action.value, e.num_bytes, growth)
@@ -114,6 +120,7 @@ def traced(name: str) -> dict[str, Any]:
     return {
         "model": name,
         "seconds": round(seconds, 3),
+        "replay_seconds": round(replay_seconds, 5),
         "num_operations": result.num_operations,
         "num_events": len(tape.later.events),
         "digest": hashlib.sha256(json.dumps(stretches).encode()).hexdigest()[:16],
@@ -136,18 +143,21 @@ def report(rows: list[dict[str, Any]]) -> None:
             print(f"  {row['model']}: {row['error']}")
     if not good:
         return
-    print(f"{'events of a step':<24}{'models':>8}{'median s':>10}{'largest s':>11}{'us/event':>10}")
-    edges = (0, 2000, 4000, 8000, 16000, 10**9)
-    for low, high in itertools.pairwise(edges):
-        part = [row for row in good if low <= row["num_events"] < high]
+    print(
+        f"{'operations of a step':<24}{'models':>8}{'trace, s':>10}{'at most':>9}"
+        f"{'us/operation':>14}{'replay, us/event':>18}"
+    )
+    for low, high in itertools.pairwise(_EDGES):
+        part = [row for row in good if low <= row["num_operations"] < high]
         if not part:
             continue
         seconds = [row["seconds"] for row in part]
-        each = statistics.median(row["seconds"] / row["num_events"] * 1e6 for row in part)
-        name = f"{low} to {high}" if high < edges[-1] else f"{low} and more"
+        each = statistics.median(row["seconds"] / row["num_operations"] * 1e6 for row in part)
+        replay = statistics.median(row["replay_seconds"] / row["num_events"] * 1e6 for row in part)
+        name = f"{low} to {high}" if high < _EDGES[-1] else f"{low} and more"
         print(
-            f"{name:<24}{len(part):>8}{statistics.median(seconds):>10.2f}{max(seconds):>11.2f}"
-            f"{each:>10.0f}"
+            f"{name:<24}{len(part):>8}{statistics.median(seconds):>10.2f}{max(seconds):>9.2f}"
+            f"{each:>14.0f}{replay:>18.2f}"
         )
     total = sum(row["seconds"] for row in good)
     print(
