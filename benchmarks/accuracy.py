@@ -131,6 +131,7 @@ def _run(task: Task) -> list[dict[str, Any]]:
 
 def _trace(task: Task) -> Any:
     import timm
+    import timm.layers
     import torch
 
     from memfit.backends.simulated import trace
@@ -144,6 +145,8 @@ def _trace(task: Task) -> Any:
     torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)
     is_ladder = task.kind == "ladder"
+    # timm 0.6 knew no fused attention: its own products, and a softmax that autocast runs in fp32.
+    timm.layers.set_fused_attn(not is_ladder)
     capability = (8, 6) if is_ladder else (8, 0)
     size = task.image_size
     step = TrainingStep(
