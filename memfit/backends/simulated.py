@@ -6,8 +6,11 @@ replayed for each batch size and capacity. Nothing here is measured, and every t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -271,10 +274,23 @@ class SimulatedBackend:
             peaks: list[int] = []
             message = None
             try:
-                for handle in _BLAS_HANDLES:
-                    allocator.allocate(handle, workspace_bytes)
-                peaks.extend(traced.trace.tape.play(allocator, batch_size))
+                with _collector_paused():
+                    for handle in _BLAS_HANDLES:
+                        allocator.allocate(handle, workspace_bytes)
+                    peaks.extend(traced.trace.tape.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)
         return traced.replays[key]
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking thousands of live blocks again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
