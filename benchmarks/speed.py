@@ -47,7 +47,7 @@ def main() -> None:
 
     print(
         f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} CPU cores, one of them used, {dt.datetime.now(tz=dt.timezone.utc).date()}"
+        f"{os.cpu_count()} CPU cores, one in use, {dt.datetime.now(tz=dt.timezone.utc).date()}"
     )
     print(f"{'model':<32}{'wall s':>8}{'MiB':>7}{'12 cards':>10}{'first':>8}{'one more':>10}")
     for model in arguments.models:
