@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
+from memfit.cli.output import print_json
+from memfit.errors import DoesNotFitError
 
 __all__ = ["probe"]
 
@@ -21,7 +23,9 @@ __all__ = ["probe"]
 @click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
 @search_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
 def probe(
+    start_again: Callable[[], None] | None,
     *,
     model: str,
     device: str | None,
@@ -38,6 +42,8 @@ def probe(
     the device; the answer fitted, and one sample more ran out of memory. With --gpu nothing runs:
     the step's allocations are replayed on a model of that card, and the answer says simulated.
     """
+    if start_again is not None and device == "cpu" and not gpus:
+        start_again()
     from memfit import api
 
     if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
@@ -50,11 +56,13 @@ def probe(
             **step,
         )
         if as_json:
-            click.echo(json.dumps(found.to_dict(), indent=2))
+            print_json(found.answers)
         else:
             from memfit.reports import survey
 
             Console().print(survey.render(found))
+        if not any(answer.result for answer in found.answers):
+            raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
         return
     from memfit.reports.probe import ProgressTable, render
 
@@ -74,6 +82,6 @@ def probe(
             **step,
         )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        print_json([result])
     else:
         Console().print(render(result))

@@ -155,8 +155,8 @@ def _notes(result: ProbeResult) -> list[str]:
     notes = []
     if result.environment:
         notes.append(
-            f"Trials ran with {' '.join(result.environment)}: set it for training too, or leave "
-            "more room, for without it glibc's heap fragments and the same step needs more."
+            f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "
+            "room, for as it comes glibc's heap fragments and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:

@@ -264,7 +264,7 @@ def test_command_simulates_a_named_gpu() -> None:
     assert "Simulated in" in output
     assert "easured" not in output
     code, output = run("probe", MODEL, "--gpu", "RTX 3070", "--json")
-    assert json.loads(output)["source"] == "simulated"
+    assert json.loads(output)["results"][0]["source"] == "simulated"
 
 
 def test_command_surveys_several_gpus() -> None:
@@ -275,8 +275,8 @@ def test_command_surveys_several_gpus() -> None:
     assert "Simulated, not measured" in output
     little = ("probe", "resnet18", "--gpu", "3060", "--gpu", "h200", "--memory", "800MiB")
     code, output = run(*little, "--json")
-    answers = json.loads(output)["answers"]
-    assert [answer["result"] is None for answer in answers] == [False, True]
+    results = json.loads(output)["results"]
+    assert [result["max_batch_size"] is None for result in results] == [False, True]
     code, output = run(*little)
     assert "does not fit" in output
 
@@ -295,7 +295,7 @@ def test_command_lists_the_catalogue() -> None:
     assert code == 0
     assert "RTX 3090" in output
     code, output = run("gpus", "h100", "--json")
-    assert json.loads(output)[0]["total_bytes"] > 79 * GIB
+    assert json.loads(output)["results"][0]["total_bytes"] > 79 * GIB
     code, output = run("gpus", "rtx3091")
     assert code == 2
     assert "did you mean" in output
