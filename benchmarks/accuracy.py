@@ -155,7 +155,6 @@ def _run(task: Task) -> list[dict[str, Any]]:
 
 def _trace(task: Task) -> Any:
     import timm
-    import timm.layers
     import torch
 
     from memfit.backends.simulated import trace
@@ -169,8 +168,6 @@ def _trace(task: Task) -> Any:
     torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)
     is_ladder = task.kind == "ladder"
-    # timm 0.6 knew no fused attention: its own products, and a softmax that autocast runs in fp32.
-    timm.layers.set_fused_attn(not is_ladder)
     capability = (8, 6) if is_ladder else (8, 0)
     size = task.image_size
     step = TrainingStep(
@@ -186,11 +183,11 @@ def _trace(task: Task) -> Any:
     kernels = Kernels(compute_capability=capability)
     if is_ladder:
         # timm's benchmark.py with torch 1.12: one tensor at a time in SGD, gradients zeroed in
-        # place, backward called inside autocast, no fused attention.
+        # place, backward called inside autocast, attention written out.
         options = TraceOptions(
             compute_capability=capability,
             kernels=kernels,
-            uses_fused_attention=False,
+            has_fused_attention=False,
             uses_foreach=False,
             keeps_gradients=True,
         )

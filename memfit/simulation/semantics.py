@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from memfit.records import Precision
-from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe
+from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe, write_out
 from memfit.simulation.autocast import FP32, CudaAutocast
 from memfit.simulation.recurrent import RECURRENT, is_padded, recur
 
@@ -87,6 +87,10 @@ class CudaSemantics(TorchFunctionMode):
         call = describe(query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal)
         backend = self._choose_attention(call)
         self.attention[call] = backend
+        if backend is AttentionBackend.WRITTEN_OUT:
+            # Here each operation is the model's own, so each comes by autocast.
+            with self:
+                return write_out(query, key, value, mask=attn_mask, dropout=dropout_p, scale=scale)
         return attend(
             backend,
             query,
