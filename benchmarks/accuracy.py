@@ -238,14 +238,22 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
     while 0 < rung <= len(LADDER) and fits(LADDER[rung - 1]):
         rung -= 1
     predicted = LADDER[rung] if rung < len(LADDER) else 0
+
+    def share(batch_size: str) -> float:
+        """What tensors hold at their peak, as a share of the capacity."""
+        stats = _replay(trace, int(batch_size), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
+        return stats.peak_allocated_bytes / capacity
+
     failed = row["batch_size_that_failed"]
-    needed = (
-        _replay(trace, int(failed), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
-        if failed
-        else None
-    )
-    share = None if needed is None else needed.peak_allocated_bytes / capacity
-    return [{"kind": "ladder", **row, "predicted": predicted, "failed_share": share}]
+    return [
+        {
+            "kind": "ladder",
+            **row,
+            "predicted": predicted,
+            "fitted_share": share(row["batch_size_that_fit"]),
+            "failed_share": share(failed) if failed else None,
+        }
+    ]
 
 
 def _peak_rows(task: Task) -> list[dict[str, Any]]:
@@ -307,7 +315,10 @@ def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ladder_reason(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if row["predicted"] < int(row["batch_size_that_fit"]):
-        return "today's model or kernels take more"
+        share = f"the size that fitted takes {row['fitted_share']:.0%} of the capacity in tensors"
+        if row["fitted_share"] < 1:
+            return f"{share}: no room for what the simulation adds as fragments and workspaces"
+        return f"{share}: today's model or kernels take more"
     others = [
         other
         for other in rows

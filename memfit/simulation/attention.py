@@ -23,7 +23,7 @@ _FLASH_ALIGNMENT = 8
 
 
 class AttentionBackend(enum.Enum):
-    """The kernels behind `scaled_dot_product_attention`, and what models did before it was there."""
+    """The kernels behind `scaled_dot_product_attention`, and what models did before it."""
 
     FLASH = "flash"
     EFFICIENT = "efficient"
