@@ -48,7 +48,9 @@ def test_json_is_all_that_is_printed() -> None:
 
 def test_json_of_several_cards_is_a_list_of_results() -> None:
     """One for each card, with the same keys, also where not even one sample fits."""
-    result = run("test_vit", "--gpu", "3090", "--gpu", "3090", "--memory", "330MiB", "--json")
+    result = run(
+        "probe", "test_vit", "--gpu", "3090", "--gpu", "3090", "--memory", "330MiB", "--json"
+    )
     printed = json.loads(result.stdout)
     assert [each["max_batch_size"] for each in printed["results"]] == [None, None]
     assert all(each["source"] == "simulated" for each in printed["results"])
