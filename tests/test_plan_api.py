@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import memfit
-from memfit.api import exploring, planning
+from memfit.api import exploring, planner
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Outcome, Precision, Source, Trial
@@ -273,6 +273,6 @@ def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.Monkey
 def test_the_target_is_checked_before_anything_is_built() -> None:
     """What is wrong is said at once."""
     with pytest.raises(UsageError, match="whole number"):
-        planning.Target.of(
+        planner.Target.of(
             "64", world_size=1, objective="even", headroom=0, multiple_of=1, max_batch_size=None
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing_extensions import Unpack
 
 from memfit import zoo
-from memfit.api.planning import Target, plan_on
+from memfit.api.planner import Target, plan_on
 from memfit.api.probing import simulated
 from memfit.api.steps import StepKeywords, describe, own_device, step_on
 from memfit.backends import open_backend

@@ -11,6 +11,7 @@ import textwrap
 
 from memfit.errors import UsageError
 from memfit.records import PlanRecord, equal_part
+from memfit.units import format_parts
 
 __all__ = ["EqualParts", "comment", "equal_parts", "headline"]
 
@@ -72,7 +73,7 @@ def equal_parts(plan: PlanRecord, trainer: str) -> EqualParts:
             f"{trainer} takes equal parts only, and {share} has none near {plan.micro_batch_size}: "
             f"{instead}."
         )
-    planned = " + ".join(map(str, plan.micro_batch_sizes))
+    planned = format_parts(plan.micro_batch_sizes)
     instead = f"{share // part} x {part} in place of the plan's {planned}"
     return EqualParts(
         micro_batch_size=part,

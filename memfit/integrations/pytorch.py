@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memfit.integrations.equal import comment
 from memfit.records import PlanRecord, Precision
+from memfit.units import format_parts
 
 __all__ = ["lines"]
 
@@ -19,7 +20,7 @@ def lines(plan: PlanRecord) -> str:
 
 
 def _loader(plan: PlanRecord) -> str:
-    parts = " + ".join(map(str, plan.micro_batch_sizes))
+    parts = format_parts(plan.micro_batch_sizes)
     share = plan.share_of(0)
     if plan.world_size == 1:
         return (

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from memfit.records import Alternative, Exploration, PlanRecord, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
-from memfit.units import format_bytes
+from memfit.units import format_bytes, format_parts
 
-__all__ = ["render", "render_exploration", "render_survey", "sum_of"]
+__all__ = ["render", "render_exploration", "render_survey"]
 
 
 def render(plan: PlanRecord) -> RenderableType:
@@ -37,21 +35,6 @@ def render(plan: PlanRecord) -> RenderableType:
     )
 
 
-def sum_of(sizes: tuple[int, ...]) -> str:
-    """Write micro-batches as a sum, equal ones together.
-
-    Args:
-        sizes: Samples in each, larger ones first.
-
-    Returns:
-        Text such as `"4 x 256"` or `"2 x 22 + 20"`.
-    """
-    groups = [(size, len(list(equal))) for size, equal in itertools.groupby(sizes)]
-    if len(sizes) == 1:
-        return f"1 x {sizes[0]}"
-    return " + ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in groups)
-
-
 def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
 
@@ -67,7 +50,9 @@ def _answers(plan: PlanRecord) -> Table:
     how = "one step, no accumulation" if steps == 1 else f"{steps} micro-batches a step"
     each = " on each rank" if plan.world_size > 1 and plan.is_even else ""
     first = " on the first rank" if plan.world_size > 1 and not plan.is_even else ""
-    table.add_row("plan", Text(sum_of(plan.micro_batch_sizes), "bold green"), f"{how}{each}{first}")
+    table.add_row(
+        "plan", Text(format_parts(plan.micro_batch_sizes), "bold green"), f"{how}{each}{first}"
+    )
     peak = plan.peak_reserved_bytes
     if peak is not None:
         free = plan.capacity.usable_bytes - peak
@@ -114,7 +99,7 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
         table.add_row(
             answer.gpu,
             plan.options.precision.value,
-            Text(sum_of(plan.micro_batch_sizes), "bold green"),
+            Text(format_parts(plan.micro_batch_sizes), "bold green"),
             str(plan.accumulation_steps),
             "" if peak is None else format_bytes(peak),
             "" if peak is None else format_bytes(plan.capacity.usable_bytes - peak),
@@ -174,7 +159,7 @@ def _alternative(alternative: Alternative) -> tuple[str | Text, ...]:
     return (
         change,
         f"{'' if alternative.proved else '≥ '}{most}",
-        Text(sum_of(alternative.micro_batch_sizes), "bold green"),
+        Text(format_parts(alternative.micro_batch_sizes), "bold green"),
         "" if peak is None else format_bytes(peak),
         alternative.costs,
     )

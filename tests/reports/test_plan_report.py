@@ -20,7 +20,7 @@ from memfit.records import (
     StepOptions,
     Trial,
 )
-from memfit.reports.plan import render, render_exploration, render_survey, sum_of
+from memfit.reports.plan import render, render_exploration, render_survey
 from memfit.units import GIB, MIB
 
 
@@ -82,14 +82,6 @@ def test_ranks_and_a_limit_that_was_not_looked_for() -> None:
     assert "largest          ≥ 3    micro-batch that fits: more is not needed" in text
     even = text_of(render(plan_of(16, 2, world_size=4)))
     assert "2 x 2  2 micro-batches a step on each rank" in even
-
-
-def test_parts_are_written_as_sums() -> None:
-    """Equal ones together."""
-    assert sum_of((64,)) == "1 x 64"
-    assert sum_of((32, 32)) == "2 x 32"
-    assert sum_of((56, 44)) == "56 + 44"
-    assert sum_of((22, 22, 20)) == "2 x 22 + 20"
 
 
 def test_a_survey_is_one_table() -> None:
