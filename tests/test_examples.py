@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -111,5 +112,6 @@ def test_road_to_the_top_comes_to_the_courses_steps(capsys: pytest.CaptureFixtur
     for row in rows:
         assert row.count("iB") == 2
     assert took.startswith("Simulated for a card of 16,280 MiB")
-    # The processor's seconds: other processes of the machine are not the example's.
-    assert seconds < 30
+    # The processor's seconds: other processes of the machine are not the example's. What measures
+    # coverage is, and doubles them.
+    assert seconds < (30 if sys.gettrace() is None else 90)

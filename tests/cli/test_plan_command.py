@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -112,6 +114,17 @@ def test_what_does_not_fit_is_explored_and_still_ends_with_3() -> None:
     assert (bare.exit_code, bare.stdout) == (3, "")
 
 
+def test_help_needs_no_torch() -> None:
+    """`memfit plan --help` comes at once."""
+    script = (
+        "import sys, click.testing\n"
+        "from memfit.cli import main\n"
+        "assert click.testing.CliRunner().invoke(main, ['plan', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_several_cards_come_in_one_table() -> None:
     """All of it simulated."""
     cards = ("--gpu", "3070", "--gpu", "h200")
@@ -122,7 +135,8 @@ def test_several_cards_come_in_one_table() -> None:
     assert "Simulated, not measured" in result.stdout
     plain = json.loads(run("test_vit", *cards, "--effective-batch", "512", "--json").stdout)
     assert [answer["plan"]["source"] for answer in plain["results"]] == ["simulated"] * 2
-    little = run("resnet18", *cards, "--memory", "520MiB", "--effective-batch", "64")
+    small = ("--gpu", "3070", "--gpu", "3060", "--memory", "400MiB")
+    little = run("resnet18", *small, "--effective-batch", "64")
     assert little.exit_code == 3
     assert "does not fit" in little.stdout
     assert "resnet18 fits none of these cards" in little.stderr
