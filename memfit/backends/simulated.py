@@ -22,23 +22,27 @@ from memfit.simulation.attention import AttentionBackend
 from memfit.simulation.gpus import Gpu
 from memfit.simulation.semantics import META, MetaArithmetic
 from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import StepTrace, TraceOptions, trace_step
+from memfit.simulation.trace import StepTrace, TraceOptions, Watcher, trace_step
 from memfit.simulation.workspace import Kernels
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["SimulatedBackend", "TraceCache", "trace"]
+__all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]
 
 _NUM_ITERATIONS = 3
-# Forward runs in the caller's thread and backward in one of its own, each with a handle.
-_BLAS_HANDLES = (-1_000_001, -1_000_002)
+BLAS_HANDLES = (-1_000_001, -1_000_002)
+"""Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
 _LINE_BATCH_SIZES = (8, 32)
 _MAX_LINE_BATCH_SIZE = 65_536
 _PREFERS_CUDNN = (2, 11)
 
 
 def trace(
-    step: TrainingStep, options: TraceOptions, *, arithmetic: MetaArithmetic | None = None
+    step: TrainingStep,
+    options: TraceOptions,
+    *,
+    arithmetic: MetaArithmetic | None = None,
+    watcher: Watcher | None = None,
 ) -> StepTrace:
     """Trace a training step on the meta device.
 
@@ -46,6 +50,7 @@ def trace(
         step: What to train, its precision chosen.
         options: What decides the trace besides.
         arithmetic: How it computes in mixed precision; `None` for today's torch.
+        watcher: Told of every allocation.
 
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
@@ -54,7 +59,21 @@ def trace(
     # A user's batch function may draw random numbers, and a step may throw switches.
     with cleanup.preserved():
         prepared = step.prepare(META, arithmetic=arithmetic)
-        return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
+        return trace_step(
+            prepared, arithmetic=arithmetic, options=options, name=step.name, watcher=watcher
+        )
+
+
+def trace_options(gpu: Gpu) -> TraceOptions:
+    """Return what a card decides of a trace, with this torch."""
+    capability = gpu.compute_capability
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return TraceOptions(
+        compute_capability=capability,
+        kernels=Kernels(compute_capability=capability),
+        prefers_cudnn_attention=version >= _PREFERS_CUDNN,
+        cudnn_benchmark=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,14 +116,7 @@ class TraceCache:
 
     def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
-        capability = gpu.compute_capability
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        options = TraceOptions(
-            compute_capability=capability,
-            kernels=Kernels(compute_capability=capability),
-            prefers_cudnn_attention=version >= _PREFERS_CUDNN,
-            cudnn_benchmark=False,
-        )
+        options = trace_options(gpu)
         for traced in self._traced:
             if traced.holds_for(step, options):
                 return traced
@@ -261,7 +273,7 @@ class SimulatedBackend:
         peaks = []
         message = None
         try:
-            for handle in _BLAS_HANDLES:
+            for handle in BLAS_HANDLES:
                 allocator.allocate(handle, self._gpu.blas_workspace_bytes)
             peaks = list(trace.tape.play(allocator, batch_size, num_iterations=_NUM_ITERATIONS))
         except AllocatorOutOfMemoryError as error:
