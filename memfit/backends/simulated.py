@@ -114,6 +114,10 @@ class TraceCache:
     def __init__(self) -> None:
         self._traced: list[_Traced] = []
 
+    def add(self, step: TrainingStep, options: TraceOptions, trace: StepTrace) -> None:
+        """Take over a trace that was made elsewhere."""
+        self._traced.append(_Traced(step, options, trace))
+
     def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
         options = trace_options(gpu)
@@ -154,6 +158,11 @@ class SimulatedBackend:
 
     def __exit__(self, *exc_info: object) -> None:
         """Nothing was taken, and nothing is to be given back."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """The card."""
+        return self._gpu
 
     @property
     def device_name(self) -> str:
@@ -231,10 +240,9 @@ class SimulatedBackend:
             message=message,
         )
 
-    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with all the room in the world."""
-        traced = self._traces.find(step, self._gpu)
-        return self._replay(traced.trace, batch_size, None)[0].peak_reserved_bytes
+        return self._unlimited_peak(step, batch_size)
 
     def expected_edge(self, step: TrainingStep) -> int | None:
         """Return about the largest batch size that fits.

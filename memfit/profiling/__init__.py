@@ -6,7 +6,7 @@ What each allocation is for is noted while the step runs or is traced (`attribut
 
 from __future__ import annotations
 
-from memfit.profiling.measured import profile_device
-from memfit.profiling.simulated import profile_gpu
+from memfit.profiling.measured import DeviceProfile, profile_device
+from memfit.profiling.simulated import SimulatedProfile, profile_gpu
 
-__all__ = ["profile_device", "profile_gpu"]
+__all__ = ["DeviceProfile", "SimulatedProfile", "profile_device", "profile_gpu"]

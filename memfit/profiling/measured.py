@@ -1,1 +1,211 @@
-def profile_device(): ...
+"""Profiles a training step on the device that is there, from the device's own record.
+
+On a GPU that is the caching allocator's history, on a CPU torch.profiler's memory events. The step
+runs three times and the third is recorded: the optimizer's state is there then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity
+
+from memfit import cleanup, oom
+from memfit.backends import Backend
+from memfit.errors import DoesNotFitError
+from memfit.profiling.history import history_of, residents_of
+from memfit.profiling.modules import shown_file
+from memfit.profiling.peak import peak_of
+from memfit.profiling.recorded import RecordedEvent, Resident, assemble
+from memfit.profiling.watching import Notebook
+from memfit.records import (
+    Action,
+    MemoryBlock,
+    MemoryProfile,
+    Outcome,
+    Precision,
+    Source,
+    Timeline,
+)
+from memfit.units import format_bytes
+from memfit.workload import PreparedStep, TrainingStep
+
+__all__ = ["DeviceProfile", "profile_device"]
+
+_WARM_UP_STEPS: Final = 2
+_MAX_ENTRIES: Final = 1_000_000
+_BLOCK_BYTES: Final = 512
+_HALF_BYTES: Final = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceProfile:
+    """A measured profile.
+
+    Args:
+        profile: The profile; its cards and advice are still to come.
+        snapshot: The allocator's history in PyTorch's format; `None` on a CPU.
+    """
+
+    profile: MemoryProfile
+    snapshot: dict[str, Any] | None
+
+
+def profile_device(
+    step: TrainingStep, batch_size: int, backend: Backend, device: torch.device
+) -> DeviceProfile:
+    """Run a training step on a device and record its allocations.
+
+    Args:
+        step: What to train, its precision chosen.
+        batch_size: Samples in each micro-batch, at least 1.
+        backend: Says what the device is and has.
+        device: The device.
+
+    Raises:
+        DoesNotFitError: The step ran out of memory.
+    """
+    start = time.perf_counter()
+    record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
+    try:
+        with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer):
+            prepared = step.prepare(device)
+            try:
+                timeline, blocks, snapshot = record(step, prepared, batch_size, device)
+            finally:
+                prepared.end()
+    except Exception as error:
+        if oom.classify(error) is oom.Verdict.NO:
+            raise
+        raise DoesNotFitError(
+            f"A batch of {batch_size} does not fit {backend.device_name} "
+            f"({format_bytes(backend.capacity().usable_bytes)} usable): {oom.first_line(error)} "
+            "Simulate it with --gpu to see what is missing."
+        ) from error
+    finally:
+        if device.type == "cuda":
+            cleanup.release(device)
+    profile = MemoryProfile(
+        subject=step.name,
+        device=backend.device_name,
+        source=Source.MEASURED,
+        options=step.options,
+        batch_size=batch_size,
+        num_micro_batches=step.num_micro_batches,
+        capacity=backend.capacity(),
+        outcome=Outcome.FITS,
+        message=None,
+        timeline=timeline,
+        peak=peak_of(blocks, timeline),
+        blocks=blocks,
+        cards=(),
+        advice=(),
+        seconds=time.perf_counter() - start,
+        torch_version=torch.__version__,
+    )
+    return DeviceProfile(profile=profile, snapshot=snapshot)
+
+
+_Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]
+
+
+def _record_on_cpu(
+    step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
+) -> _Recorded:
+    del device
+    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step))
+    with notebook.watched():
+        _warm_up(prepared, batch_size)
+        with _quiet_profiler() as profiler:
+            known = notebook.start()
+            prepared.iterate(batch_size)
+    residents = [
+        Resident(address=address, held_bytes=num_bytes, requested_bytes=num_bytes)
+        for address, num_bytes in known
+    ]
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    events = [event for event in _memory_events(tree) if event.time_ns >= notebook.started_ns]
+    timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=None)
+    return timeline, blocks, None
+
+
+def _record_on_gpu(
+    step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
+) -> _Recorded:
+    memory = torch.cuda.memory
+    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with notebook.watched(), torch.cuda.device(index):
+        _warm_up(prepared, batch_size)
+        torch.cuda.synchronize(index)
+        memory._record_memory_history(
+            "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES
+        )
+        try:
+            residents, reserved = residents_of(memory._snapshot()["segments"], device_index=index)
+            notebook.start()
+            prepared.iterate(batch_size)
+            torch.cuda.synchronize(index)
+            snapshot = memory._snapshot()
+        finally:
+            memory._record_memory_history(None)
+    events = history_of(
+        snapshot["device_traces"][index], since_ns=notebook.started_ns, shown=shown_file
+    )
+    timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=reserved)
+    return timeline, blocks, snapshot
+
+
+def _warm_up(prepared: PreparedStep, batch_size: int) -> None:
+    prepared.begin()
+    for _ in range(_WARM_UP_STEPS):
+        prepared.iterate(batch_size)
+
+
+def _copy_bytes(step: TrainingStep) -> int | None:
+    is_mixed = step.options.precision in (Precision.AMP_BF16, Precision.AMP_FP16)
+    return _HALF_BYTES if is_mixed else None
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[Any]:
+    """Profile memory without the log lines that Kineto writes where it finds no GPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True
+    ) as profiler:
+        yield profiler
+
+
+def _memory_events(
+    tree: Any, operation: str = "", line: str | None = None
+) -> Iterator[RecordedEvent]:
+    """Yield the memory events of a profiler's tree, each with what it happened in."""
+    for event in tree:
+        fields = event.extra_fields
+        if event.tag is _EventType.Allocation or event.tag == _EventType.Allocation:
+            yield RecordedEvent(
+                time_ns=event.start_time_ns,
+                action=Action.ALLOC if fields.alloc_size > 0 else Action.FREE_COMPLETED,
+                address=fields.ptr,
+                num_bytes=abs(fields.alloc_size),
+                operation=operation,
+                source_line=line,
+            )
+            continue
+        inner, inner_line = operation, line
+        if event.tag == _EventType.TorchOp and event.name.startswith("aten::"):
+            inner = event.name
+        elif event.tag in (_EventType.PyCall, _EventType.PyCCall):
+            caller = fields.caller
+            name = shown_file(caller.file_name)
+            if name is not None:
+                inner_line = f"{name}:{caller.line_number}"
+        yield from _memory_events(event.children, inner, inner_line)

@@ -21,7 +21,7 @@ from torch.nn.modules import module as hooks
 
 from memfit import workload
 
-__all__ = ["BATCH", "LOSS", "OPTIMIZER", "ModuleStack", "SourceLines"]
+__all__ = ["BATCH", "LOSS", "OPTIMIZER", "ModuleStack", "SourceLines", "shown_file"]
 
 LOSS: Final = "(loss)"
 OPTIMIZER: Final = "(optimizer)"
@@ -108,7 +108,7 @@ class SourceLines:
         while frame is not None and frame.f_code.co_filename != _STARTS_THE_STEP:
             code = frame.f_code
             if code not in self._files:
-                self._files[code] = _shown(code.co_filename)
+                self._files[code] = shown_file(code.co_filename)
             shown = self._files[code]
             if shown is not None:
                 return f"{shown}:{frame.f_lineno}"
@@ -116,13 +116,19 @@ class SourceLines:
         return None
 
 
-def _shown(filename: str) -> str | None:
-    """Return how a file is called in reports; `None` for torch's, memfit's and Python's own."""
+def shown_file(filename: str) -> str | None:
+    """Return how a file is called in reports; `None` for torch's, memfit's and Python's own.
+
+    Args:
+        filename: Its path; torch.profiler's are relative to the import path.
+    """
     path = Path(filename)
-    if filename.startswith("<") or path.is_relative_to(_TORCH) or path.is_relative_to(_OWN):
+    if not path.is_absolute():
+        is_own = path.parts[:1] in (("torch",), ("memfit",)) or filename.startswith("<")
+        is_standard = (_STANDARD_LIBRARY / path).exists()
+        return None if is_own or is_standard else path.as_posix()
+    if path.is_relative_to(_TORCH) or path.is_relative_to(_OWN):
         return None
     if path.is_relative_to(_PACKAGES):
         return path.relative_to(_PACKAGES).as_posix()
-    if path.is_relative_to(_STANDARD_LIBRARY):
-        return None
-    return path.name
+    return None if path.is_relative_to(_STANDARD_LIBRARY) else path.name

@@ -40,6 +40,7 @@ class Phases:
     Args:
         begun: Called with a phase's name when it begins.
         batch_made: Called with every batch.
+        loss_made: Called with the loss before every backward.
         gradients_ready: Called after every backward.
         stepped: Called with the optimizer after its step.
     """
@@ -49,12 +50,14 @@ class Phases:
         *,
         begun: Callable[[str], None],
         batch_made: Callable[[Any], None] = lambda _batch: None,
+        loss_made: Callable[[torch.Tensor], None] = lambda _loss: None,
         gradients_ready: Callable[[], None] = lambda: None,
         stepped: Callable[[Optimizer], None] = lambda _optimizer: None,
     ) -> None:
         self.current: CurrentPhase | None = None
         self._begun = begun
         self._batch_made = batch_made
+        self._loss_made = loss_made
         self._gradients_ready = gradients_ready
         self._stepped = stepped
         self._num_phases = 0
@@ -99,6 +102,7 @@ class _WatchedArithmetic:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._phases._loss_made(loss)
         self._phases._begin(BACKWARD)
         self._arithmetic.backward(loss)
         self._phases._gradients_ready()

@@ -8,7 +8,13 @@ import time
 
 import torch
 
-from memfit.backends.simulated import BLAS_HANDLES, SimulatedBackend, trace, trace_options
+from memfit.backends.simulated import (
+    BLAS_HANDLES,
+    SimulatedBackend,
+    TraceCache,
+    trace,
+    trace_options,
+)
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
 from memfit.profiling.replay import OutOfRoom, Replay, replay
@@ -35,7 +41,12 @@ class SimulatedProfile:
 
 
 def profile_gpu(
-    step: TrainingStep, batch_size: int, gpu: Gpu, *, keeps_history: bool = False
+    step: TrainingStep,
+    batch_size: int,
+    gpu: Gpu,
+    *,
+    traces: TraceCache | None = None,
+    keeps_history: bool = False,
 ) -> SimulatedProfile:
     """Profile a training step on a card of the catalogue.
 
@@ -43,6 +54,7 @@ def profile_gpu(
         step: What to train, its precision chosen.
         batch_size: Samples in each micro-batch, at least 1.
         gpu: The card.
+        traces: Takes over the trace, for what is asked next.
         keeps_history: Keep every event, for a snapshot.
 
     Raises:
@@ -50,7 +62,10 @@ def profile_gpu(
     """
     start = time.perf_counter()
     attribution = Attribution()
-    traced = trace(step, trace_options(gpu), watcher=attribution)
+    options = trace_options(gpu)
+    traced = trace(step, options, watcher=attribution)
+    if traces is not None:
+        traces.add(step, options, traced)
     settings = AllocatorSettings.from_environment(os.environ)
 
     def run(capacity_bytes: int | None) -> Replay | OutOfRoom:

@@ -1,0 +1,153 @@
+"""Which changes to a step would free most at its peak, each of them simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from memfit.backends.simulated import SimulatedBackend
+from memfit.errors import MemfitError
+from memfit.records import Change, MemoryProfile, Precision, Role, StepOptions
+from memfit.workload import TrainingStep
+
+__all__ = ["advise"]
+
+_NUM_CHANGES = 3
+_MIN_SHARE = 0.01
+_SMALL_CLASSIFIER = 10
+_LIGHTER_OPTIMIZERS = ("lion", "adafactor")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """A change to try.
+
+    Args:
+        title: What to change.
+        how: The option that does it.
+        cost: What it costs.
+        options: The step with it.
+        bound_bytes: The most that it could free: what it bears on.
+    """
+
+    title: str
+    how: str
+    cost: str
+    options: StepOptions
+    bound_bytes: int
+
+
+def advise(
+    profile: MemoryProfile, step: TrainingStep, backend: SimulatedBackend
+) -> tuple[Change, ...]:
+    """Return the changes that free most, the best first.
+
+    Args:
+        profile: The step as it is, simulated on the card or measured on one like it.
+        step: The step.
+        backend: The card.
+
+    Returns:
+        At most three; none frees less than a hundredth of the peak.
+    """
+    context_bytes = backend.gpu.context_bytes
+    now = backend.needed_bytes(step, profile.batch_size)
+    least = _MIN_SHARE * now
+    found: list[Change] = []
+    candidates = sorted(_candidates(profile, step), key=lambda c: -c.bound_bytes)
+    for candidate in candidates:
+        worst = found[_NUM_CHANGES - 1].freed_bytes if len(found) >= _NUM_CHANGES else least
+        if candidate.bound_bytes <= worst:
+            break
+        changed = dataclasses.replace(step, options=candidate.options)
+        try:
+            needed = backend.needed_bytes(changed, profile.batch_size)
+        except MemfitError:
+            # A model without the switch.
+            continue
+        if now - needed < least:
+            continue
+        found.append(
+            Change(
+                title=candidate.title,
+                how=candidate.how,
+                cost=candidate.cost,
+                total_bytes=needed + context_bytes,
+                freed_bytes=now - needed,
+            )
+        )
+        found.sort(key=lambda change: -change.freed_bytes)
+    return tuple(found[:_NUM_CHANGES])
+
+
+def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candidate]:
+    options = step.options
+    held = profile.peak.bytes_of
+    reserved = profile.peak.reserved_bytes
+    loose = held(Role.FRAGMENTATION) + held(Role.TEMPORARIES) + held(Role.WORKSPACES)
+
+    def change(**changes: object) -> StepOptions:
+        return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+
+    if not options.grad_checkpointing:
+        yield _Candidate(
+            title="Recompute activations in backward",
+            how="--grad-checkpointing",
+            cost="forward runs twice: about a third more time",
+            options=change(grad_checkpointing=True),
+            bound_bytes=held(Role.ACTIVATIONS) + loose,
+        )
+    yield from _precisions(options, change, reserved)
+    if options.optimizer is not None:
+        for name in _LIGHTER_OPTIMIZERS:
+            if name != options.optimizer:
+                yield _Candidate(
+                    title=f"Train with {name} in place of {options.optimizer}",
+                    how=f"--optimizer {name}",
+                    cost="another optimizer: its learning rate has to be found anew",
+                    options=change(optimizer=name),
+                    bound_bytes=held(Role.OPTIMIZER_STATE) + loose,
+                )
+    if not options.channels_last:
+        yield _Candidate(
+            title="Train in channels_last",
+            how="--channels-last",
+            cost="none known; convolutions in half precision get faster",
+            options=change(channels_last=True),
+            bound_bytes=loose,
+        )
+    if isinstance(step.subject, str) and (options.num_classes or 0) != _SMALL_CLASSIFIER:
+        yield _Candidate(
+            title=f"A classifier of {_SMALL_CLASSIFIER} classes, if that is all there are",
+            how=f"--num-classes {_SMALL_CLASSIFIER}",
+            cost="only for data with so few classes",
+            options=change(num_classes=_SMALL_CLASSIFIER),
+            bound_bytes=_classifier_bytes(profile),
+        )
+
+
+def _precisions(
+    options: StepOptions, change: Callable[..., StepOptions], reserved: int
+) -> Iterator[_Candidate]:
+    if options.precision is Precision.FP32:
+        yield _Candidate(
+            title="Mixed precision",
+            how="--precision amp-bf16",
+            cost="activations in half the bits; weights stay in fp32",
+            options=change(precision=Precision.AMP_BF16),
+            bound_bytes=reserved,
+        )
+    if options.precision is not Precision.BF16:
+        yield _Candidate(
+            title="Weights, gradients and optimizer state in bf16",
+            how="--precision bf16",
+            cost="weights keep 8 bits of precision: small updates are lost",
+            options=change(precision=Precision.BF16),
+            bound_bytes=reserved,
+        )
+
+
+def _classifier_bytes(profile: MemoryProfile) -> int:
+    """What the last module with parameters holds, with the loss behind it."""
+    names = {"head", "fc", "classifier", "head.fc", "(loss)"}
+    return sum(share.num_bytes for share in profile.peak.modules if share.module in names)
