@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import estimate, probe, survey, verify
+    from memfit.api import estimate, probe, profile, survey, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
         DeviceProcess,
         Equivalence,
         LoopFault,
+        MemoryBlock,
+        MemoryProfile,
         Mixer,
         Outcome,
         Precision,
         ProbeResult,
+        Role,
         Source,
         StepOptions,
         Survey,
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("estimate", "probe", "survey", "verify"),
+    "memfit.api": ("estimate", "probe", "profile", "survey", "verify"),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -60,10 +63,13 @@ _HOMES = {
         "DeviceProcess",
         "Equivalence",
         "LoopFault",
+        "MemoryBlock",
+        "MemoryProfile",
         "Mixer",
         "Outcome",
         "Precision",
         "ProbeResult",
+        "Role",
         "Source",
         "StepOptions",
         "Survey",
@@ -82,10 +88,13 @@ __all__ = [
     "Equivalence",
     "LoopFault",
     "MemfitError",
+    "MemoryBlock",
+    "MemoryProfile",
     "Mixer",
     "Outcome",
     "Precision",
     "ProbeResult",
+    "Role",
     "Source",
     "StepCrashedError",
     "StepOptions",
@@ -102,6 +111,7 @@ __all__ = [
     "__version__",
     "estimate",
     "probe",
+    "profile",
     "survey",
     "verify",
 ]

@@ -8,18 +8,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from typing_extensions import Unpack
 
-from memfit.api.steps import StepKeywords, describe, own_device, step_on
+from memfit.api.steps import StepKeywords, describe, has_gpu, own_device, step_on
+from memfit.backends import open_backend
+from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.errors import UsageError
-from memfit.profiling import Recorded, profile_device, profile_gpu
-from memfit.profiling.advice import advise
-from memfit.profiling.cards import card_lines
-from memfit.records import CardLine, Change, MemoryProfile
-from memfit.simulation.gpus import COMMON_GPUS, Gpu, find_gpu, gpu_like
+from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
+from memfit.records import MemoryProfile
+from memfit.simulation.gpus import find_gpu, gpu_like
 from memfit.units import parse_bytes
-from memfit.workload import TrainingStep, Workload
+from memfit.workload import Workload
 
 __all__ = ["profile"]
 
@@ -70,40 +71,48 @@ def profile(
     start = time.perf_counter()
     described = describe(subject, accumulate=accumulate, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    others = tuple(find_gpu(name, total_bytes=memory_bytes) for name in compared)
+    cards = [find_gpu(name, total_bytes=memory_bytes) for name in compared]
     traces = TraceCache()
     if gpu is not None:
-        card: Gpu | None = find_gpu(gpu, total_bytes=memory_bytes)
-        assert card is not None
+        card = find_gpu(gpu, total_bytes=memory_bytes)
         step = step_on(described, SimulatedBackend(card))
-        recorded: Recorded = profile_gpu(
+        found = profile_gpu(
             step, batch_size, card, traces=traces, keeps_history=snapshot is not None
         )
+        cards.insert(0, card)
     else:
-        recorded = profile_device(
-            described, batch_size, own_device(subject, device), keeps_history=snapshot is not None
-        )
-        card = _card_of(recorded.profile)
+        chosen = own_device(subject, device)
+        with open_backend(chosen) as backend:
+            step = step_on(described, backend)
+            found = profile_device(step, batch_size, backend, _device(chosen))
+            if isinstance(backend, CudaBackend):
+                total_bytes = backend.capacity().total_bytes
+                cards.insert(0, gpu_like(backend.device_name, total_bytes=total_bytes))
     if snapshot is not None:
-        _write_snapshot(recorded, Path(snapshot))
-    cards, advice = _simulated_parts(described, recorded.profile, card, others, traces)
+        _write(found, Path(snapshot))
+    backends = [SimulatedBackend(card, traces=traces) for card in cards]
+    steps = [(backend, step_on(described, backend)) for backend in backends]
+    # What was measured on a CPU says nothing of a card.
+    has_advice = len(cards) > len(compared)
     return dataclasses.replace(
-        recorded.profile, cards=cards, advice=advice, seconds=time.perf_counter() - start
+        found.profile,
+        cards=card_lines(steps, batch_size),
+        advice=advise(found.profile, step, backends[0]) if has_advice else (),
+        seconds=time.perf_counter() - start,
     )
 
 
-def _simulated_parts(
-    described: TrainingStep,
-    found: MemoryProfile,
-    card: Gpu | None,
-    others: tuple[Gpu, ...],
-    traces: TraceCache,
-) -> tuple[tuple[CardLine, ...], tuple[Change, ...]]:
-    """Return the lines of the cards and the advice, as far as there is a card to simulate."""
-    gpus = (*(() if card is None else (card,)), *others)
-    if not gpus:
-        return (), ()
-    backends = [SimulatedBackend(gpu, traces=traces) for gpu in gpus]
-    steps = [(backend, step_on(described, backend)) for backend in backends]
-    advice = () if card is None else advise(found, *reversed(steps[0]))
-    return card_lines(steps, found.batch_size), advice
+def _device(chosen: str | None) -> torch.device:
+    return torch.device(chosen or ("cuda" if has_gpu() else "cpu"))
+
+
+def _write(found: Profiled, path: Path) -> None:
+    if found.snapshot is None:
+        raise UsageError(
+            f"{found.profile.device} has no caching allocator, so there is no snapshot to write: "
+            "profile on a GPU or simulate one."
+        )
+    try:
+        path.write_bytes(pickle.dumps(found.snapshot))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.") from error

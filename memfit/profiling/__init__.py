@@ -6,7 +6,10 @@ What each allocation is for is noted while the step runs or is traced (`attribut
 
 from __future__ import annotations
 
-from memfit.profiling.measured import DeviceProfile, profile_device
-from memfit.profiling.simulated import SimulatedProfile, profile_gpu
+from memfit.profiling.advice import advise
+from memfit.profiling.cards import card_lines
+from memfit.profiling.measured import profile_device
+from memfit.profiling.simulated import profile_gpu
+from memfit.profiling.snapshot import Profiled
 
-__all__ = ["DeviceProfile", "SimulatedProfile", "profile_device", "profile_gpu"]
+__all__ = ["Profiled", "advise", "card_lines", "profile_device", "profile_gpu"]

@@ -177,9 +177,7 @@ class Attribution:
     def _see_gradients(self) -> None:
         for parameter in self._model.parameters():
             if parameter.grad is not None:
-                self._settle(
-                    parameter.grad, Role.GRADIENTS, self._parameters[id(parameter)]
-                )
+                self._settle(parameter.grad, Role.GRADIENTS, self._parameters[id(parameter)])
 
     def _see_state(self, optimizer: Optimizer) -> None:
         for parameter, values in optimizer.state.items():

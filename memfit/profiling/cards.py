@@ -30,6 +30,8 @@ def card_lines(
     Raises:
         UnsupportedError: The step cannot be traced without values.
     """
+    if not steps:
+        return ()
     edges = [_edge(backend, step) for backend, step in steps]
     last = max([batch_size, *(edge or 1 for edge in edges)])
     last = max(2, round(last * _BEYOND_THE_EDGE))

@@ -84,9 +84,7 @@ def residents_of(
     return tuple(residents), sum(segment["total_size"] for segment in own)
 
 
-def _line(
-    frames: Sequence[Mapping[str, Any]], shown: Callable[[str], str | None]
-) -> str | None:
+def _line(frames: Sequence[Mapping[str, Any]], shown: Callable[[str], str | None]) -> str | None:
     for frame in frames:
         name = shown(frame["filename"])
         if name is not None:

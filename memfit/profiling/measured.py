@@ -7,7 +7,6 @@ runs three times and the third is recorded: the optimizer's state is there then.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import shown_file
 from memfit.profiling.peak import peak_of
 from memfit.profiling.recorded import RecordedEvent, Resident, assemble
+from memfit.profiling.snapshot import Profiled
 from memfit.profiling.watching import Notebook
 from memfit.records import (
     Action,
@@ -37,7 +37,7 @@ from memfit.records import (
 from memfit.units import format_bytes
 from memfit.workload import PreparedStep, TrainingStep
 
-__all__ = ["DeviceProfile", "profile_device"]
+__all__ = ["profile_device"]
 
 _WARM_UP_STEPS: Final = 2
 _MAX_ENTRIES: Final = 1_000_000
@@ -45,22 +45,9 @@ _BLOCK_BYTES: Final = 512
 _HALF_BYTES: Final = 2
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceProfile:
-    """A measured profile.
-
-    Args:
-        profile: The profile; its cards and advice are still to come.
-        snapshot: The allocator's history in PyTorch's format; `None` on a CPU.
-    """
-
-    profile: MemoryProfile
-    snapshot: dict[str, Any] | None
-
-
 def profile_device(
     step: TrainingStep, batch_size: int, backend: Backend, device: torch.device
-) -> DeviceProfile:
+) -> Profiled:
     """Run a training step on a device and record its allocations.
 
     Args:
@@ -110,7 +97,7 @@ def profile_device(
         seconds=time.perf_counter() - start,
         torch_version=torch.__version__,
     )
-    return DeviceProfile(profile=profile, snapshot=snapshot)
+    return Profiled(profile=profile, snapshot=snapshot)
 
 
 _Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]
@@ -190,7 +177,7 @@ def _memory_events(
     """Yield the memory events of a profiler's tree, each with what it happened in."""
     for event in tree:
         fields = event.extra_fields
-        if event.tag is _EventType.Allocation or event.tag == _EventType.Allocation:
+        if event.tag == _EventType.Allocation:
             yield RecordedEvent(
                 time_ns=event.start_time_ns,
                 action=Action.ALLOC if fields.alloc_size > 0 else Action.FREE_COMPLETED,

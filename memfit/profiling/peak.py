@@ -27,9 +27,7 @@ def peak_moment(timeline: Timeline) -> int:
     )
 
 
-def peak_of(
-    blocks: Iterable[MemoryBlock], timeline: Timeline, *, context_bytes: int = 0
-) -> Peak:
+def peak_of(blocks: Iterable[MemoryBlock], timeline: Timeline, *, context_bytes: int = 0) -> Peak:
     """Add up a step's peak.
 
     Args:

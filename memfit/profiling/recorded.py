@@ -272,6 +272,4 @@ class _Sweep:
 
     def _note(self) -> None:
         self._allocated_bytes.append(self._allocated)
-        self._reserved_bytes.append(
-            self._allocated if self._reserved is None else self._reserved
-        )
+        self._reserved_bytes.append(self._allocated if self._reserved is None else self._reserved)

@@ -222,7 +222,9 @@ class _Run:
                 reserved_bytes=tuple(self._reserved),
                 phases=phases_of(self._marks),
             ),
-            blocks=tuple(sorted(blocks, key=lambda block: -1 if block.born is None else block.born)),
+            blocks=tuple(
+                sorted(blocks, key=lambda block: -1 if block.born is None else block.born)
+            ),
             history=tuple(self._history),
             segments=self._allocator.segments(),
             addresses={held.address: held.block for held in self._open.values()},
@@ -309,9 +311,7 @@ class _Run:
     def _note_segments(self) -> None:
         if not self._keeps_history:
             return
-        segments = {
-            segment.address: segment.num_bytes for segment in self._allocator.segments()
-        }
+        segments = {segment.address: segment.num_bytes for segment in self._allocator.segments()}
         for address, num_bytes in self._segments.items():
             if segments.get(address) != num_bytes:
                 self._write_segment(Action.SEGMENT_FREE, address, num_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 
@@ -18,26 +17,14 @@ from memfit.backends.simulated import (
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
 from memfit.profiling.replay import OutOfRoom, Replay, replay
+from memfit.profiling.snapshot import Profiled, snapshot_of
 from memfit.records import Capacity, MemoryProfile, Outcome, Source
 from memfit.simulation.gpus import Gpu
 from memfit.simulation.settings import AllocatorSettings
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["SimulatedProfile", "profile_gpu"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedProfile:
-    """A simulated profile, and the replay that it was made from.
-
-    Args:
-        profile: The profile; its cards and advice are still to come.
-        replay: Where every block lay.
-    """
-
-    profile: MemoryProfile
-    replay: Replay
+__all__ = ["profile_gpu"]
 
 
 def profile_gpu(
@@ -47,7 +34,7 @@ def profile_gpu(
     *,
     traces: TraceCache | None = None,
     keeps_history: bool = False,
-) -> SimulatedProfile:
+) -> Profiled:
     """Profile a training step on a card of the catalogue.
 
     Args:
@@ -103,7 +90,7 @@ def profile_gpu(
         seconds=time.perf_counter() - start,
         torch_version=torch.__version__,
     )
-    return SimulatedProfile(profile=profile, replay=replayed)
+    return Profiled(profile=profile, snapshot=snapshot_of(replayed) if keeps_history else None)
 
 
 def _shortage(shortage: OutOfRoom, needed_bytes: int, capacity: Capacity) -> str:

@@ -5,16 +5,31 @@ Source: the docstring of `_snapshot` in torch/cuda/memory.py, and torch/cuda/_me
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 from memfit.profiling.replay import Entry, Replay
-from memfit.records import Action, MemoryBlock
+from memfit.records import Action, MemoryBlock, MemoryProfile
 from memfit.simulation.segments import Segment
 
-__all__ = ["snapshot_of"]
+__all__ = ["Profiled", "snapshot_of"]
 
 _BASE_ADDRESS: Final = 0x7F00_0000_0000
 _MAX_ADDRESS: Final = 1 << 47
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Profiled:
+    """A profile, and the history behind it.
+
+    Args:
+        profile: The profile; its cards and advice are still to come.
+        snapshot: The allocator's history in PyTorch's format; `None` where it was not asked for,
+            or there is no caching allocator.
+    """
+
+    profile: MemoryProfile
+    snapshot: dict[str, Any] | None
 
 
 def snapshot_of(replay: Replay) -> dict[str, Any]:
@@ -29,9 +44,7 @@ def snapshot_of(replay: Replay) -> dict[str, Any]:
     """
     return {
         "segments": [_segment(segment, replay) for segment in replay.segments],
-        "device_traces": [
-            [_entry(entry, moment) for moment, entry in enumerate(replay.history)]
-        ],
+        "device_traces": [[_entry(entry, moment) for moment, entry in enumerate(replay.history)]],
         "allocator_settings": {},
         "external_annotations": [],
     }

@@ -10,7 +10,7 @@ from rich.text import Text
 from memfit.records import DeviceProcess, ProbeResult, Source, StepOptions, Trial
 from memfit.units import format_bytes
 
-__all__ = ["ProgressTable", "render"]
+__all__ = ["ProgressTable", "render", "step_words"]
 
 _OUT_OF_MEMORY = "out of memory"
 
@@ -46,7 +46,7 @@ def render(result: ProbeResult) -> RenderableType:
     where = Text.assemble(
         (result.subject, "bold"),
         f" on {result.device}\n",
-        (" · ".join(_step_words(result.options)), "dim"),
+        (" · ".join(step_words(result.options)), "dim"),
         "\n",
         f"{format_bytes(result.capacity_bytes)} usable ({result.capacity.origin})",
         *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
@@ -70,7 +70,8 @@ def _holds(process: DeviceProcess) -> str:
     return f"{process.name} (pid {process.pid}) holds {how_much}"
 
 
-def _step_words(options: StepOptions) -> list[str]:
+def step_words(options: StepOptions) -> list[str]:
+    """Return what a training step is in a few words each."""
     words = [options.precision.value]
     if options.optimizer is not None:
         words.append(options.optimizer)
