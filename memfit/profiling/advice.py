@@ -15,7 +15,8 @@ __all__ = ["advise"]
 _NUM_CHANGES = 3
 _MIN_SHARE = 0.01
 _SMALL_CLASSIFIER = 10
-_LIGHTER_OPTIMIZERS = ("lion", "adafactor")
+# Lion keeps one number for every parameter, and Adafactor one for every row and column.
+_LIGHTER_OPTIMIZERS = (("lion", 1.0), ("adafactor", 0.1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
     options = step.options
     held = profile.peak.bytes_of
     reserved = profile.peak.reserved_bytes
-    loose = held(Role.FRAGMENTATION) + held(Role.TEMPORARIES) + held(Role.WORKSPACES)
+    loose = held(Role.FRAGMENTATION) + held(Role.WORKSPACES)
 
     def change(**changes: object) -> StepOptions:
         return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
@@ -95,19 +96,19 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
             how="--grad-checkpointing",
             cost="forward runs twice: about a third more time",
             options=change(grad_checkpointing=True),
-            bound_bytes=held(Role.ACTIVATIONS) + loose,
+            bound_bytes=held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose,
         )
     yield from _precisions(options, change, reserved)
-    if options.optimizer is not None:
-        for name in _LIGHTER_OPTIMIZERS:
-            if name != options.optimizer:
-                yield _Candidate(
-                    title=f"Train with {name} in place of {options.optimizer}",
-                    how=f"--optimizer {name}",
-                    cost="another optimizer: its learning rate has to be found anew",
-                    options=change(optimizer=name),
-                    bound_bytes=held(Role.OPTIMIZER_STATE) + loose,
-                )
+    lighter = _lighter_optimizer(profile)
+    if options.optimizer is not None and lighter is not None:
+        yield _Candidate(
+            title=f"Train with {lighter} in place of {options.optimizer}",
+            how=f"--optimizer {lighter}",
+            cost="another optimizer: its learning rate has to be found anew",
+            options=change(optimizer=lighter),
+            bound_bytes=held(Role.OPTIMIZER_STATE)
+            + (held(Role.TEMPORARIES) if profile.peak.phase == "optimizer" else 0),
+        )
     if not options.channels_last:
         yield _Candidate(
             title="Train in channels_last",
@@ -145,6 +146,14 @@ def _precisions(
             options=change(precision=Precision.BF16),
             bound_bytes=reserved,
         )
+
+
+def _lighter_optimizer(profile: MemoryProfile) -> str | None:
+    """Return an optimizer with clearly less state for every parameter, if there is one."""
+    held = profile.peak.bytes_of(Role.OPTIMIZER_STATE)
+    numbers = held / max(1, profile.peak.bytes_of(Role.PARAMETERS))
+    names = [name for name, kept in _LIGHTER_OPTIMIZERS if numbers > 1.5 * kept + 0.1]
+    return names[0] if names else None
 
 
 def _classifier_bytes(profile: MemoryProfile) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
@@ -21,7 +22,7 @@ _SPARKS = " ▁▂▃▄▅▆▇█"
 _NUM_BLOCKS = 8
 _NUM_MODULES = 6
 _NUM_INNER = 3
-_MODULE_WIDTH = 26
+_MODULE_WIDTH = 23
 
 
 def render(profile: MemoryProfile) -> RenderableType:
@@ -71,16 +72,15 @@ def _heading(profile: MemoryProfile) -> Text:
 
 def _peak_line(profile: MemoryProfile) -> Text:
     peak = profile.peak
-    context = f", {format_bytes(peak.context_bytes)} the CUDA context" if peak.context_bytes else ""
+    context = f", {format_bytes(peak.context_bytes)} CUDA context" if peak.context_bytes else ""
     reserved = (
-        f": {format_bytes(peak.reserved_bytes)} reserved by the allocator{context}"
-        if peak.context_bytes
-        else ""
+        f": {format_bytes(peak.reserved_bytes)} reserved{context}" if peak.context_bytes else ""
     )
     return Text.assemble(
         ("Peak ", "bold"),
         (format_bytes(peak.total_bytes), "bold"),
-        f" of {format_bytes(profile.capacity.total_bytes)}{reserved}; in {peak.phase or 'the step'}",
+        f" of {format_bytes(profile.capacity.total_bytes)}{reserved}, in "
+        f"{peak.phase or 'the step'}",
     )
 
 
@@ -121,7 +121,7 @@ def _sparkline(profile: MemoryProfile) -> Text:
     values = timeline.allocated_bytes
     width = min(_WIDTH, len(values))
     edges = [round(index * len(values) / width) for index in range(width + 1)]
-    tops = [max(values[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    tops = [max(values[begin:end]) for begin, end in itertools.pairwise(edges)]
     most = max(tops) or 1
     sparks = "".join(_SPARKS[max(1, round(top / most * (len(_SPARKS) - 1)))] for top in tops)
     begins = list(_begins(timeline, width))
@@ -141,9 +141,9 @@ def _modules(profile: MemoryProfile) -> Tree:
     root = module_tree((share.module, share.num_bytes) for share in profile.peak.modules)
     tree = Tree(Text("Modules at the peak", "bold"), guide_style="dim")
     for node in root.largest[:_NUM_MODULES]:
-        branch = tree.add(_labelled(node, root.num_bytes))
+        branch = tree.add(_labelled(node.name, node, root.num_bytes))
         for inner in node.largest[:_NUM_INNER]:
-            branch.add(_labelled(inner, root.num_bytes))
+            branch.add(_labelled(inner.path, inner, root.num_bytes))
         _rest(branch, node.largest[_NUM_INNER:], root.num_bytes)
     _rest(tree, root.largest[_NUM_MODULES:], root.num_bytes)
     return tree
@@ -155,8 +155,8 @@ def _rest(tree: Tree, nodes: list[ModuleNode], total: int) -> None:
         tree.add(Text(f"{len(nodes)} more  {_share(num_bytes, total)}", "dim"))
 
 
-def _labelled(node: ModuleNode, total: int) -> Text:
-    return Text.assemble(node.name, "  ", (_share(node.num_bytes, total), "dim"))
+def _labelled(name: str, node: ModuleNode, total: int) -> Text:
+    return Text.assemble(name, "  ", (_share(node.num_bytes, total), "dim"))
 
 
 def _share(num_bytes: int, total: int) -> str:
@@ -166,10 +166,10 @@ def _share(num_bytes: int, total: int) -> str:
 def _blocks(profile: MemoryProfile) -> Table:
     table = _table()
     table.add_column("")
-    table.add_column("size", justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
     table.add_column("module", max_width=_MODULE_WIDTH, no_wrap=True)
-    table.add_column("operation", max_width=18, no_wrap=True)
-    table.add_column("line", max_width=26, no_wrap=True)
+    table.add_column("operation", max_width=17, no_wrap=True)
+    table.add_column("line", max_width=24, no_wrap=True)
     for block in profile.blocks_at_peak()[:_NUM_BLOCKS]:
         style = STYLES[block.role]
         table.add_row(
@@ -177,7 +177,7 @@ def _blocks(profile: MemoryProfile) -> Table:
             format_bytes(block.requested_bytes),
             Text(_tail(block.module, _MODULE_WIDTH)),
             Text(_operation(block.operation)),
-            Text(_tail(block.source_line or "", 26), "dim"),
+            Text(_tail(block.source_line or "", 24), "dim"),
         )
     return table
 
@@ -204,7 +204,7 @@ def _cards(profile: MemoryProfile) -> Table:
 
 def _advice(profile: MemoryProfile) -> Table:
     table = _table()
-    table.add_column("frees", justify="right")
+    table.add_column("frees", justify="right", no_wrap=True)
     table.add_column("change")
     for change in profile.advice:
         table.add_row(
