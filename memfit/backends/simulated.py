@@ -224,7 +224,7 @@ class SimulatedBackend:
             stats, grows = known
         else:
             stats, grows, message = self._replay(traced.trace, batch_size, capacity_bytes)
-            if message is None and stats.num_alloc_retries == 0:
+            if message is None and stats.num_alloc_retries == stats.num_refused == 0:
                 traced.roomy[key] = (stats, grows)
         return Trial(
             batch_size=batch_size,

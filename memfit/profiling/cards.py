@@ -11,7 +11,7 @@ from memfit.workload import TrainingStep
 
 __all__ = ["card_lines"]
 
-_NUM_POINTS = 9
+_NUM_PARTS = 9
 _BEYOND_THE_EDGE = 1.2
 
 
@@ -33,9 +33,13 @@ def card_lines(
     if not steps:
         return ()
     edges = [_edge(backend, step) for backend, step in steps]
-    last = max([batch_size, *(edge or 1 for edge in edges)])
+    last = max(batch_size, *(1 if edge is None else edge.batch_size for edge in edges))
     last = max(2, round(last * _BEYOND_THE_EDGE))
-    grid = {1, batch_size, *(1 + round((last - 1) * i / _NUM_POINTS) for i in range(10))}
+    grid = {
+        1,
+        batch_size,
+        *(1 + round((last - 1) * part / _NUM_PARTS) for part in range(_NUM_PARTS + 1)),
+    }
     return tuple(
         CardLine(
             gpu=backend.device_name,
@@ -43,15 +47,20 @@ def card_lines(
             total_bytes=backend.gpu.total_bytes,
             points=tuple(
                 (size, backend.needed_bytes(step, size) + backend.gpu.context_bytes)
-                for size in sorted({*grid, *((edge, edge + 1) if edge else ())})
+                for size in sorted(grid)
             ),
-            max_batch_size=edge,
+            max_batch_size=None if edge is None else edge.batch_size,
+            max_batch_bytes=None
+            if edge is None
+            else (edge.peak_reserved_bytes or 0) + backend.gpu.context_bytes,
         )
         for (backend, step), edge in zip(steps, edges, strict=True)
     )
 
 
-def _edge(backend: SimulatedBackend, step: TrainingStep) -> int | None:
+def _edge(backend: SimulatedBackend, step: TrainingStep) -> Trial | None:
+    """Return the trial of the largest batch size that fits."""
+
     def trial(size: int) -> Trial:
         return backend.trial(step, size)
 
@@ -64,4 +73,4 @@ def _edge(backend: SimulatedBackend, step: TrainingStep) -> int | None:
         ceiling=search.DEFAULT_CEILING,
         has_retries=backend.has_retries,
     )
-    return found.batch_size
+    return None if found.batch_size is None else trial(found.batch_size)

@@ -207,8 +207,10 @@ class CardLine(Record):
         gpu: The card's name.
         precision: The arithmetic there.
         total_bytes: What it has.
-        points: Batch sizes, and what the step takes of the card at each, context included.
+        points: Batch sizes, and what the step takes of the card at each with all the room it
+            wants, context included.
         max_batch_size: The largest batch size that fits; `None` where none does.
+        max_batch_bytes: What that takes, context included.
     """
 
     gpu: str
@@ -216,6 +218,7 @@ class CardLine(Record):
     total_bytes: int
     points: tuple[tuple[int, int], ...]
     max_batch_size: int | None
+    max_batch_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from memfit.records import MemoryProfile, Outcome, Phase, Timeline
 from memfit.reports.probe import step_words
-from memfit.reports.roles import STYLES, ModuleNode, module_tree
+from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -176,7 +176,7 @@ def _blocks(profile: MemoryProfile) -> Table:
             Text(style.letter, f"white on {style.colour}"),
             format_bytes(block.requested_bytes),
             Text(_tail(block.module, _MODULE_WIDTH)),
-            Text(_operation(block.operation)),
+            Text(short_operation(block.operation)),
             Text(_tail(block.source_line or "", 24), "dim"),
         )
     return table
@@ -231,10 +231,6 @@ def _table() -> Table:
     return Table(
         box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_edge=False
     )
-
-
-def _operation(name: str) -> str:
-    return name.removeprefix("aten.").removeprefix("aten::").removesuffix(".default")
 
 
 def _tail(text: str, width: int) -> str:

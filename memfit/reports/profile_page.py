@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 from memfit.records import MemoryProfile, Role
 from memfit.reports.html import Page, Panel, line_chart, render
 from memfit.reports.probe import step_words
-from memfit.reports.roles import STYLES, ModuleNode, module_tree
+from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import GIB, MIB, format_bytes
 
 __all__ = ["page"]
@@ -30,7 +29,7 @@ def page(profile: MemoryProfile) -> str:
         panels.append(_cards(profile))
     if profile.advice:
         panels.append(_advice(profile))
-    panels.append(_blocks(profile))
+    panels.append(_blocks())
     facts = [
         ("Peak", format_bytes(peak.total_bytes)),
         ("Device", profile.device),
@@ -81,9 +80,7 @@ def _timeline(profile: MemoryProfile) -> Panel:
     data = {
         "num_moments": last,
         "peak": peak.moment,
-        "roles": [
-            {"name": STYLES[role].label, "colour": STYLES[role].colour} for role in _ROLES
-        ],
+        "roles": [{"name": STYLES[role].label, "colour": STYLES[role].colour} for role in _ROLES],
         "slack": _ROLES.index(Role.SLACK),
         "phases": [
             {
@@ -102,7 +99,7 @@ def _timeline(profile: MemoryProfile) -> Panel:
         "born": [-1 if block.born is None else block.born for block in blocks],
         "died": [last if block.died is None else block.died for block in blocks],
         "module": [number(block.module) for block in blocks],
-        "operation": [number(block.operation) for block in blocks],
+        "operation": [number(short_operation(block.operation)) for block in blocks],
         "line": [number(block.source_line or "") for block in blocks],
         "sample": [
             None if block.bytes_per_sample is None else round(block.bytes_per_sample)
@@ -168,12 +165,13 @@ def _roles(profile: MemoryProfile) -> Panel:
         title="What the peak is made of",
         note="The parts add up to the peak, to the byte.",
         data={
-            "height": 260,
+            "height": 280,
             "traces": traces,
             "layout": {
                 "barmode": "stack",
                 "xaxis": {"title": {"text": "MiB"}},
                 "yaxis": {"visible": False},
+                "legend": {"orientation": "h", "y": -0.55, "traceorder": "normal"},
             },
         },
         alternative="; ".join(
@@ -216,7 +214,11 @@ def _modules(profile: MemoryProfile) -> Panel:
             "Every module with what it holds at the peak: the wider, the more. Click one to look "
             "inside. What belongs to no module is in parentheses."
         ),
-        data={"height": 460, "traces": [trace], "layout": {}},
+        data={
+            "height": 460,
+            "traces": [trace],
+            "layout": {"margin": {"l": 0, "r": 0, "t": 8, "b": 0}},
+        },
         alternative="The largest: "
         + "; ".join(f"{node.path} {format_bytes(node.num_bytes)}" for node in by_size[:5]),
         header=("module", "bytes", "share"),
@@ -265,20 +267,33 @@ def _cards(profile: MemoryProfile) -> Panel:
         for card in cards
     ]
     highest = max(card.total_bytes for card in cards) / GIB
-    layout: dict[str, Any] = {"shapes": shapes, "yaxis": {}}
-    data = line_chart(lines, x_title="batch size", y_title="GiB of the card")
-    data["layout"] = {
-        **data["layout"],
-        "shapes": layout["shapes"],
-        "yaxis": {"title": {"text": "GiB of the card"}, "range": [0, 1.15 * highest]},
-    }
+    edges = [
+        (card.max_batch_size, card.max_batch_bytes)
+        for card in cards
+        if card.max_batch_size is not None and card.max_batch_bytes is not None
+    ]
+    y_axis = {"title": {"text": "GiB of the card"}, "range": [0, 1.15 * highest]}
+    data = line_chart(
+        lines, x_title="batch size", y_title="GiB", layout={"shapes": shapes, "yaxis": y_axis}
+    )
+    data["traces"].append(
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "largest batch that fits",
+            "x": [size for size, _ in edges],
+            "y": [num_bytes / GIB for _, num_bytes in edges],
+            "marker": {"symbol": "diamond", "size": 11},
+        }
+    )
     return Panel(
         key="cards",
         kind="figure",
         title="Batch size against memory",
         note=(
-            "What the step takes of each card, context included, simulated; the dotted lines are "
-            "what the cards have. Where a line meets its card's, the batch ends."
+            "What the step takes of each card with all the room it wants, context included, "
+            "simulated; the dotted lines are what the cards have. The largest batch may lie beyond "
+            "where they meet: convolutions make do with less where there is less."
         ),
         data=data,
         alternative="; ".join(
@@ -345,7 +360,7 @@ def _advice(profile: MemoryProfile) -> Panel:
     )
 
 
-def _blocks(profile: MemoryProfile) -> Panel:
+def _blocks() -> Panel:
     names = ("bytes", "role", "module", "operation", "line", "for every sample", "phase")
     return Panel(
         key="blocks",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from memfit.records import Role
 
-__all__ = ["STYLES", "ModuleNode", "RoleStyle", "module_tree"]
+__all__ = ["STYLES", "ModuleNode", "RoleStyle", "module_tree", "short_operation"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,3 +81,8 @@ def module_tree(shares: Iterable[tuple[str, int]]) -> ModuleNode:
             node = node.children.setdefault(part, ModuleNode(part, ".".join(parts[:depth])))
             node.num_bytes += num_bytes
     return root
+
+
+def short_operation(name: str) -> str:
+    """Return an operation's name without its namespace and its usual overload."""
+    return name.removeprefix("aten.").removeprefix("aten::").removesuffix(".default")

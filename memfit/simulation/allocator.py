@@ -49,6 +49,7 @@ class AllocatorStats:
         peak_allocated_bytes: The largest `allocated_bytes` so far.
         peak_reserved_bytes: The largest `reserved_bytes` so far.
         num_alloc_retries: Times that everything cached was given back to serve a request.
+        num_refused: Requests that their callers could do without, and had to.
     """
 
     requested_bytes: int
@@ -58,6 +59,7 @@ class AllocatorStats:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     num_alloc_retries: int
+    num_refused: int = 0
 
 
 def round_request(num_bytes: int, settings: AllocatorSettings) -> int:
@@ -122,6 +124,7 @@ class CachingAllocator:
         self._requested = self._allocated = 0
         self._peak_requested = self._peak_allocated = 0
         self._num_alloc_retries = 0
+        self._num_refused = 0
 
     @property
     def stats(self) -> AllocatorStats:
@@ -134,6 +137,7 @@ class CachingAllocator:
             peak_allocated_bytes=self._peak_allocated,
             peak_reserved_bytes=self._device.peak_bytes,
             num_alloc_retries=self._num_alloc_retries,
+            num_refused=self._num_refused,
         )
 
     def replay(self, events: Iterable[Event]) -> None:
@@ -199,6 +203,7 @@ class CachingAllocator:
         size, pool = self._rounded(num_bytes)
         block = self._take_free(pool, size) or self._new_block(pool, size)
         if block is None:
+            self._num_refused += 1
             return False
         self._hand_out(block, block_id, size, num_bytes)
         return True

@@ -35,8 +35,9 @@
   const themed = (layout) => {
     const axis = { gridcolor: variable("--grid"), zerolinecolor: variable("--grid"), linecolor: variable("--line") };
     return {
-      margin: { l: 64, r: 16, t: 12, b: 48 },
+      margin: { l: 64, r: 16, t: 28, b: 48 },
       legend: { orientation: "h", y: -0.22, traceorder: "normal" },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--dim"), activecolor: variable("--accent") },
       hoverlabel: { namelength: -1 },
       ...layout,
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -133,7 +134,7 @@
       ...data.phases.map((phase) => ({
         type: "line", yref: "paper", x0: phase.begin, x1: phase.begin, y0: 0, y1: 1,
         line: { width: 1, dash: "dot" },
-        label: { text: `${phase.name} ${phase.label}`, textangle: 0, textposition: "end", xanchor: "left", yanchor: "top" },
+        label: { text: `${phase.name} ${phase.label}`, textangle: 0, textposition: "end", xanchor: "left", yanchor: "bottom" },
       })),
       { type: "line", yref: "paper", x0: moment, x1: moment, y0: 0, y1: 1, line: { width: 2, color: variable("--accent") } },
     ];
@@ -162,7 +163,7 @@
       }
       const largest = element("div");
       for (const block of live.slice(0, NUM_LIVE)) {
-        largest.append(element("div", `${bytes(data.requested[block])}  ${data.strings[data.module[block]]}  ${data.strings[data.operation[block]]}`));
+        largest.append(element("div", `${bytes(data.requested[block])} · ${data.strings[data.module[block]]} · ${data.strings[data.operation[block]]}`, "block"));
       }
       readout.replaceChildren(heading, roles, largest);
     };
