@@ -27,8 +27,12 @@ _SAFE_SHARE = (9, 10)
 # recommended batch size, and measures again there.
 _NEAR = (5, 4)
 _STOP_SHORT_SHARE = (19, 20)
-# So many points make a line that can be trusted to the edge, where bytes are the step's own.
+# Where bytes are the step's own up to the edge, so many points make a line that can be trusted that
+# far; two do, if about a hundredth of the samples beyond them is one at most (kernels and their
+# workspaces come and go with the batch size) and they are no further than this factor from it.
 _POINTS_TO_TRUST = 3
+_LINE_ERROR = (1, 100)
+_TRUSTED_GROWTH = 8
 # The furthest factor that two small trials are trusted with: memory at tiny batches misleads.
 _MAX_GROWTH = 16
 # This many outcomes in a row against what the bytes say are no accident.
@@ -303,7 +307,7 @@ class _Search:
         if low is None:
             return self._down(high)
         if low == self._ceiling or high == low + 1:
-            return low if self._failed_since(low) else None
+            return low if self._has_retries and self._failed_since(low) else None
         if high is None:
             return min(max(self._up(low), low + 1), self._ceiling)
         return self._between(low, high)
@@ -355,10 +359,13 @@ class _Search:
             return 2 * low
         # Points that a hint has put close together may show no slope but noise.
         edge = least if edge is None else edge
-        is_trusted = not self._has_retries and len(points) >= _POINTS_TO_TRUST
-        if is_trusted or edge * _NEAR[1] <= low * _NEAR[0]:
-            self._expects_fit = False
-            step = max(edge + 1 - low, 1)
+        if self._is_near(low, edge, len(points)):
+            # A cache outlives a failure, so there the sample beyond the edge goes first and the
+            # edge is proved after it. Elsewhere the edge does: lines err upwards, and a failure is
+            # the cheaper trial.
+            beyond = edge + 1 if self._has_retries or low >= edge else edge
+            self._expects_fit = False if beyond > edge else None
+            step = max(beyond - low, 1)
             return low + max(step, min(step << self._surprises_up, low // _SURPRISED_STEP))
         if not self._has_retries:
             return max(edge // 2, 2 * low)
@@ -367,6 +374,16 @@ class _Search:
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
+
+    def _is_near(self, low: int, edge: int, num_points: int) -> bool:
+        """Whether the bytes can be believed from `low` up to where they say the edge is."""
+        if edge * _NEAR[1] <= low * _NEAR[0]:
+            return True
+        if self._has_retries:
+            return False
+        numerator, denominator = _LINE_ERROR
+        is_short = (edge - low) * numerator <= denominator and edge <= _TRUSTED_GROWTH * low
+        return num_points >= _POINTS_TO_TRUST or is_short
 
     def _between(self, low: int, high: int) -> int:
         """`low` fitted, `high` failed, and they are not neighbours."""
@@ -385,20 +402,26 @@ class _Search:
         elif edge >= high - 1:
             guess = high - (1 << self._surprises_down)
         else:
-            guess = low + ((edge + 1 - low) << self._surprises_up)
+            beyond = edge + 1 if self._has_retries or low >= edge else edge
+            guess = low + ((beyond - low) << self._surprises_up)
         if not (low < guess < high and self._affordable(guess, low, high)):
             return middle
-        self._expects_fit = None if edge is None else guess <= edge
+        at_edge = not self._has_retries and guess == edge
+        self._expects_fit = None if edge is None or at_edge else guess <= edge
         return guess
 
     def _affordable(self, guess: int, low: int, high: int) -> bool:
         """Whether bisection from `guess` would still keep to the promised number of trials."""
         used = len(self._trials) + 1
+        points = self._clean_points()
+        # No answer is expected below what bytes that only grow with the samples leave room for.
+        least = _least_edge(points[-1], self._capacity_bytes or 0) if points else 0
+        least = least * _SAFE_SHARE[0] // _SAFE_SHARE[1]
 
         def keeps(new_low: int, new_high: int) -> bool:
-            retry = 1
+            retry = 1 if self._has_retries else 0
             bisections = math.ceil(math.log2(new_high - new_low))
-            return used + bisections + retry <= 2 + 2 * math.log2(max(new_low, 2))
+            return used + bisections + retry <= 2 + 2 * math.log2(max(new_low, least, 2))
 
         if keeps(low, guess) and keeps(guess, high):
             return True
