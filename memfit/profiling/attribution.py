@@ -141,7 +141,7 @@ class Attribution:
         line = self._lines.current()
         if phase == "optimizer":
             return OPTIMIZER, line
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is None or stack.current is not None:
             if torch.is_grad_enabled():
                 self._lines_of_nodes[torch._C._autograd._get_sequence_nr() - 1] = line

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch._C._profiler import _EventType
+from torch.cuda._utils import _get_device_index
 from torch.profiler import ProfilerActivity
 
 from memfit import cleanup, oom
@@ -128,7 +129,7 @@ def _record_on_gpu(
 ) -> _Recorded:
     memory = torch.cuda.memory
     notebook = Notebook(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _get_device_index(device, optional=True)
     with notebook.watched(), torch.cuda.device(index):
         _warm_up(prepared, batch_size)
         torch.cuda.synchronize(index)

@@ -140,7 +140,7 @@ def bar_chart(
 
 
 def _source(name: str) -> str:
-    return resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("page").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["check_format", "draw", "series_by_role"]
 
 _FORMATS = (".svg", ".png", ".pdf")
-_SIZE_INCHES = (8.0, 4.2)
+_SIZE_INCHES = (9.5, 4.0)
 _DOTS_PER_INCH = 200
 _MAX_POINTS = 240
 _NOT_OVER_TIME = (Role.FRAGMENTATION, Role.CONTEXT)
@@ -100,13 +100,14 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(
+    # Outside, where it hides no moment.
+    axes.figure.legend(
         handles[::-1],
         labels[::-1],
-        loc="upper right",
+        loc="outside right center",
         fontsize=8,
         title="at the peak",
-        framealpha=0.9,
+        frameon=False,
     )
 
 

@@ -101,7 +101,7 @@ def _bar(profile: MemoryProfile) -> Text:
 def _roles(profile: MemoryProfile) -> Table:
     table = _table()
     for justify in ("left", "left", "right", "right", "right"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]
+        table.add_column(justify=justify)
     total = profile.peak.total_bytes
     for share in sorted(profile.peak.roles, key=lambda share: -share.num_bytes):
         style = STYLES[share.role]
