@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from memfit.records import MemoryProfile, Outcome, Phase, Timeline
+from memfit.records import MemoryProfile
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import format_bytes
@@ -119,22 +118,19 @@ def _roles(profile: MemoryProfile) -> Table:
 def _sparkline(profile: MemoryProfile) -> Text:
     timeline = profile.timeline
     values = timeline.allocated_bytes
-    width = min(_WIDTH, len(values))
-    edges = [round(index * len(values) / width) for index in range(width + 1)]
-    tops = [max(values[begin:end]) for begin, end in itertools.pairwise(edges)]
+    count = len(values)
+    starts = [index * count // _WIDTH for index in range(_WIDTH + 1)]
+    tops = [max(values[start : max(start + 1, end)]) for start, end in itertools.pairwise(starts)]
     most = max(tops) or 1
     sparks = "".join(_SPARKS[max(1, round(top / most * (len(_SPARKS) - 1)))] for top in tops)
-    begins = list(_begins(timeline, width))
-    names = Text(style="dim")
-    for (phase, begin), end in zip(begins, [*(b for _, b in begins[1:]), width], strict=True):
-        names.append(("│" + phase.name)[: max(0, end - begin)].ljust(end - begin))
+    edges = [phase.begin * _WIDTH // count for phase in timeline.phases]
+    names = Text(" " * (edges[0] if edges else 0), style="dim")
+    for phase, (begin, end) in zip(
+        timeline.phases, itertools.pairwise([*edges, _WIDTH]), strict=True
+    ):
+        names.append(f"│{phase.name}"[: end - begin].ljust(end - begin))
     low, high = format_bytes(min(values)), format_bytes(most)
     return Text("\n").join([Text(sparks), names, Text(f"allocated, from {low} to {high}", "dim")])
-
-
-def _begins(timeline: Timeline, width: int) -> Iterator[tuple[Phase, int]]:
-    for phase in timeline.phases:
-        yield phase, round(phase.begin * width / len(timeline.allocated_bytes))
 
 
 def _modules(profile: MemoryProfile) -> Tree:
@@ -219,11 +215,10 @@ def _advice(profile: MemoryProfile) -> Table:
 
 
 def _note(profile: MemoryProfile) -> str:
-    fits = "" if profile.outcome is Outcome.FITS else " It does not fit."
     how = "Simulated, not measured" if profile.source.value == "simulated" else "Measured"
     return (
         f"{how}, in {profile.seconds:.1f} s with torch {profile.torch_version}; "
-        f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events.{fits}"
+        f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, int]:
     """A small network of linear layers, norms and activations, and its input's width."""
     widths = draw(st.lists(st.integers(1, 300), min_size=2, max_size=5))
     layers: list[nn.Module] = []
-    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+    for narrow, wide in itertools.pairwise(widths):
         layers.append(nn.Linear(narrow, wide, bias=draw(st.booleans())))
         layers += draw(
             st.sampled_from(
