@@ -1,10 +1,16 @@
-"""Which changes to a step would free most at its peak, each of them simulated."""
+"""Which changes to a step would free most at its peak, each of them simulated.
+
+Activation functions in place are not among them: autograd keeps a ReLU's output whether or not it
+was written over its input, which nobody keeps, so that the peak is the same.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from memfit import zoo
 from memfit.backends.simulated import SimulatedBackend
 from memfit.errors import MemfitError
 from memfit.records import Change, MemoryProfile, Precision, Role, StepOptions
@@ -27,15 +33,17 @@ class _Candidate:
         title: What to change.
         how: The option that does it.
         cost: What it costs.
-        options: The step with it.
+        step: The step with it.
         bound_bytes: The most that it could free: what it bears on.
+        needs_fused_attention: It is to be traced with timm's fused attention allowed.
     """
 
     title: str
     how: str
     cost: str
-    options: StepOptions
+    step: TrainingStep
     bound_bytes: int
+    needs_fused_attention: bool = False
 
 
 def advise(
@@ -60,9 +68,8 @@ def advise(
         worst = found[_NUM_CHANGES - 1].freed_bytes if len(found) >= _NUM_CHANGES else least
         if candidate.bound_bytes <= worst:
             break
-        changed = dataclasses.replace(step, options=candidate.options)
         try:
-            needed = backend.needed_bytes(changed, profile.batch_size)
+            needed = _needed_bytes(candidate, profile.batch_size, backend)
         except MemfitError:
             # A model without the switch.
             continue
@@ -81,31 +88,48 @@ def advise(
     return tuple(found[:_NUM_CHANGES])
 
 
+def _needed_bytes(candidate: _Candidate, batch_size: int, backend: SimulatedBackend) -> int:
+    if not candidate.needs_fused_attention:
+        return backend.needed_bytes(candidate.step, batch_size)
+    # The step is the same to a cache of traces, so this one has a cache of its own.
+    with zoo.fused_attention():
+        return SimulatedBackend(backend.gpu).needed_bytes(candidate.step, batch_size)
+
+
 def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candidate]:
     options = step.options
     held = profile.peak.bytes_of
     reserved = profile.peak.reserved_bytes
     loose = held(Role.FRAGMENTATION) + held(Role.WORKSPACES)
 
-    def change(**changes: object) -> StepOptions:
-        return dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+    def change(**changes: Any) -> TrainingStep:
+        return dataclasses.replace(step, options=dataclasses.replace(options, **changes))
 
     if not options.grad_checkpointing:
         yield _Candidate(
             title="Recompute activations in backward",
             how="--grad-checkpointing",
             cost="forward runs twice: about a third more time",
-            options=change(grad_checkpointing=True),
+            step=change(grad_checkpointing=True),
             bound_bytes=held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose,
         )
     yield from _precisions(options, change, reserved)
+    if isinstance(step.subject, str) and not zoo.uses_fused_attention():
+        yield _Candidate(
+            title="Fused attention, which timm was told not to use",
+            how="TIMM_FUSED_ATTN=1",
+            cost="none known; attention gets faster",
+            step=step,
+            bound_bytes=held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose,
+            needs_fused_attention=True,
+        )
     lighter = _lighter_optimizer(profile)
     if options.optimizer is not None and lighter is not None:
         yield _Candidate(
             title=f"Train with {lighter} in place of {options.optimizer}",
             how=f"--optimizer {lighter}",
             cost="another optimizer: its learning rate has to be found anew",
-            options=change(optimizer=lighter),
+            step=change(optimizer=lighter),
             bound_bytes=held(Role.OPTIMIZER_STATE)
             + (held(Role.TEMPORARIES) if profile.peak.phase == "optimizer" else 0),
         )
@@ -114,7 +138,7 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
             title="Train in channels_last",
             how="--channels-last",
             cost="none known; convolutions in half precision get faster",
-            options=change(channels_last=True),
+            step=change(channels_last=True),
             bound_bytes=loose,
         )
     if isinstance(step.subject, str) and (options.num_classes or 0) != _SMALL_CLASSIFIER:
@@ -122,20 +146,20 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
             title=f"A classifier of {_SMALL_CLASSIFIER} classes, if that is all there are",
             how=f"--num-classes {_SMALL_CLASSIFIER}",
             cost="only for data with so few classes",
-            options=change(num_classes=_SMALL_CLASSIFIER),
+            step=change(num_classes=_SMALL_CLASSIFIER),
             bound_bytes=_classifier_bytes(profile),
         )
 
 
 def _precisions(
-    options: StepOptions, change: Callable[..., StepOptions], reserved: int
+    options: StepOptions, change: Callable[..., TrainingStep], reserved: int
 ) -> Iterator[_Candidate]:
     if options.precision is Precision.FP32:
         yield _Candidate(
             title="Mixed precision",
             how="--precision amp-bf16",
             cost="activations in half the bits; weights stay in fp32",
-            options=change(precision=Precision.AMP_BF16),
+            step=change(precision=Precision.AMP_BF16),
             bound_bytes=reserved,
         )
     if options.precision is not Precision.BF16:
@@ -143,7 +167,7 @@ def _precisions(
             title="Weights, gradients and optimizer state in bf16",
             how="--precision bf16",
             cost="weights keep 8 bits of precision: small updates are lost",
-            options=change(precision=Precision.BF16),
+            step=change(precision=Precision.BF16),
             bound_bytes=reserved,
         )
 

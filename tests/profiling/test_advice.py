@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 
 from memfit import Precision, StepOptions, Workload
@@ -65,6 +66,19 @@ def test_a_model_without_the_switch_is_passed_over() -> None:
     changes = advice_for(step_of(workload, optimizer="adamw"), 4096)
     assert changes
     assert "--grad-checkpointing" not in {change.how for change in changes}
+
+
+def test_fused_attention_that_was_turned_off() -> None:
+    """Where timm was told not to use it, its effect is simulated and the switch put back."""
+    step = step_of(precision=Precision.BF16, image_size=(160, 160))
+    set_fused_attn(enable=False)
+    try:
+        changes = advice_for(step, 256)
+        assert not use_fused_attn()
+    finally:
+        set_fused_attn(enable=True)
+    change = {change.how: change for change in changes}["TIMM_FUSED_ATTN=1"]
+    assert change.total_bytes == profile_gpu(step, 256, RTX3090).profile.peak.total_bytes
 
 
 def test_lines_meet_the_cards() -> None:

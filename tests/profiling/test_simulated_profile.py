@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_random_networks_sum_to_the_byte(
         ("resnet10t", {"precision": Precision.AMP_FP16, "optimizer": "sgd"}),
     ],
 )
-def test_the_peak_is_the_trials(subject: str, options: dict[str, object]) -> None:
+def test_the_peak_is_the_trials(subject: str, options: dict[str, Any]) -> None:
     """A profile's peak is the one that probing the same batch size finds, and is all explained."""
     profile = profile_of(subject, **options)
     check_sums(profile)
