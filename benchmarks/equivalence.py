@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)  # small models: more threads would wait for each other
     wanted = set(sys.argv[1:])
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} CPU thread, torch {torch.__version__}, "
         f"timm {timm.__version__}, {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}; "
         f"{ACCUMULATION_STEPS} micro-batches of {MICRO_BATCH_SIZE}\n"
     )

@@ -98,7 +98,7 @@ def test_affine_devices_are_solved_exactly_within_the_promised_trials(device: De
 
 @given(affine)
 def test_devices_without_retries_are_solved_within_the_promised_trials(device: Device) -> None:
-    """Where bytes are the step's own, a line is followed to the edge, and nothing is tried twice."""
+    """Where bytes are the step's own, a line is followed, and nothing is tried twice."""
     found = largest(
         device.trial, capacity_bytes=device.capacity_bytes, ceiling=2**20, has_retries=False
     )
@@ -337,7 +337,7 @@ def test_impossible_recommendations_are_refused(wrong: dict[str, float]) -> None
 def test_a_line_that_errs_upwards_costs_one_cheap_trial(
     fixed: int, per_sample: int, edge: int, bend: float
 ) -> None:
-    """Memory that grows a little faster near the edge is overtaken there, and not explored first."""
+    """Where memory grows a little faster near the edge, the edge itself is tried, and one less."""
 
     def bytes_of(n: int) -> int:
         return int(MIB * (fixed + per_sample * n * (1 + bend * n / edge)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import mmap
 import os
 import pickle
 import signal
@@ -23,7 +25,16 @@ from typing import IO
 import torch
 
 from memfit import cleanup, oom
-from memfit.backends.linux import Footprint, fork, limit_data, status_bytes, steady_heap
+from memfit.backends.linux import (
+    Footprint,
+    fill_heap,
+    fork,
+    fork_as_is,
+    limit_data,
+    prepare_to_fork,
+    status_bytes,
+    steady_heap,
+)
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import StepCrashedError, UnsupportedError
 from memfit.records import Outcome, Source, Trial
@@ -33,6 +44,7 @@ from memfit.workload import PreparedStep, TrainingStep
 __all__ = ["Report", "Request", "Server", "ran_out"]
 
 _CPU = torch.device("cpu")
+_ANSWERED, _UNASKED = 1, 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +105,16 @@ class Server:
         """Have one trial run, and wait for its report."""
         try:
             self._connection.send(request)
-            text, report = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, OSError):
-            report = _judge_death(self._reap(), request, _written(self._output))
             self.is_dead = True
-            text = None
+            answer = self._reap()
+        if isinstance(answer, int):
+            return _judge_death(answer, request, _written(self._output))
+        text, report = answer
+        assert isinstance(report, Report)
         if text is not None and report.error is not None:
             report.error.__cause__ = _ChildTraceback(text)
-        assert isinstance(report, Report)
         return report
 
     def kill(self) -> None:
@@ -170,6 +184,8 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
     os.setsid()
     steady_heap()
     _load_lazily()
+    gc.collect()
+    fill_heap()
     before = Footprint.now()
     built: PreparedStep | None = None
     failure: tuple[str, Report] | None = None
@@ -180,15 +196,31 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
     cleanup.release(_CPU)
     gc.freeze()
     model = Footprint.now() - before
-    while True:
+
+    # What a child got to, for its parent to read when it has gone.
+    progress = mmap.mmap(-1, 1)
+
+    def run_one() -> None:
         try:
             request = connection.recv()
         except EOFError:
+            progress[0] = _UNASKED
             return
-        if built is None:
-            connection.send(failure)
-            continue
-        connection.send(_try_in_child(built, request, model, output))
+        os.ftruncate(output.fileno(), 0)
+        os.lseek(output.fileno(), 0, os.SEEK_SET)
+        connection.send(failure if built is None else _try(built, request, model))
+        progress[0] = _ANSWERED
+
+    # Trials have to begin alike: the heap's holes decide what they need to within a megabyte. So
+    # each is forked from the same state before it is asked for, talks to the parent itself, and
+    # nothing happens here meanwhile.
+    prepare_to_fork()
+    while progress[0] != _UNASKED:
+        progress[0] = 0
+        _, status = os.waitpid(fork_as_is(run_one, but_keep=output), 0)
+        if not progress[0]:
+            tell = functools.partial(connection.send, os.waitstatus_to_exitcode(status))
+            os.waitpid(fork_as_is(tell, but_keep=output), 0)
 
 
 def _load_lazily() -> None:
@@ -197,25 +229,6 @@ def _load_lazily() -> None:
     optimizer = torch.optim.AdamW([weight])
     torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
     optimizer.step()
-
-
-def _try_in_child(
-    prepared: PreparedStep, request: Request, model: Footprint, output: IO[bytes]
-) -> tuple[str | None, Report]:
-    os.ftruncate(output.fileno(), 0)
-    os.lseek(output.fileno(), 0, os.SEEK_SET)
-    ours, theirs = Pipe(duplex=False)
-
-    pid = fork(lambda: theirs.send(_try(prepared, request, model)), but_keep=output)
-    theirs.close()
-    report: tuple[str | None, Report] | None = None
-    with contextlib.suppress(EOFError):
-        report = ours.recv()
-    ours.close()
-    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if report is None:
-        return None, _judge_death(exit_code, request, _written(output))
-    return report
 
 
 # --- the trial, in the child --------------------------------------------------------------------

@@ -29,11 +29,14 @@ from memfit.units import KIB, MIB
 __all__ = [
     "MMAP_THRESHOLD_BYTES",
     "Footprint",
+    "fill_heap",
     "fork",
+    "fork_as_is",
     "is_heap_tuned",
     "limit_data",
     "limit_works",
     "memory_left",
+    "prepare_to_fork",
     "processor_name",
     "status_bytes",
     "steady_heap",
@@ -45,6 +48,10 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 # 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
 # same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
 MMAP_THRESHOLD_BYTES = 128 * KIB
+# glibc's malloc.c: MINSIZE, and the most that a thread keeps of each size, up to which size.
+_LEAST_BLOCK_BYTES = 32
+_TCACHE_BLOCKS = 7
+_TCACHE_BYTES = 1032
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
@@ -124,6 +131,47 @@ def steady_heap() -> None:
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
 
+class _HeapInfo(ctypes.Structure):
+    """What glibc says of its heap, in bytes and counts (mallinfo(3))."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def fill_heap() -> None:
+    """Take every free block of the heap for good, so that what follows finds no holes to use.
+
+    A fork inherits the holes that its parent's past has left, a megabyte or two, and a step that
+    fits into them would need that much less in one search than in the next.
+    """
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        libc.malloc.restype = ctypes.c_void_p
+        libc.mallinfo2.restype = _HeapInfo
+        for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
+            for _ in range(_TCACHE_BLOCKS):
+                libc.malloc(num_bytes)
+        num_bytes = MMAP_THRESHOLD_BYTES // 2
+        while num_bytes >= _LEAST_BLOCK_BYTES:
+            mapped_bytes = libc.mallinfo2().arena
+            while libc.mallinfo2().arena == mapped_bytes:
+                libc.malloc(num_bytes)
+            num_bytes //= 2
+
+
 def is_heap_tuned() -> bool:
     """Whether the user has chosen glibc's mmap threshold, or another allocator."""
     return (
@@ -137,15 +185,35 @@ def is_heap_tuned() -> bool:
 
 
 def fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
-    """Fork a child that runs the target and nothing else; return its process id."""
+    """Fork a child that runs the target and nothing else; return its process id.
+
+    Args:
+        target: What it runs.
+        but_keep: Where what it writes goes.
+    """
+    with warnings.catch_warnings():
+        prepare_to_fork()
+        return fork_as_is(target, but_keep=but_keep)
+
+
+def prepare_to_fork() -> None:
+    """Let go of what does not survive a fork: buffers, threads. Filters a warning for good."""
     sys.stdout.flush()
     sys.stderr.flush()
-    parent = os.getpid()
     _end_thread_pool()
-    with warnings.catch_warnings():
-        # Python warns of any thread. The child uses none of this process's.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    # Python warns of any thread. A child uses none of its parent's.
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
+def fork_as_is(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
+    """Fork as `fork` does, from a process that is prepared, and leave its heap as it is.
+
+    Args:
+        target: What the child runs.
+        but_keep: Where what it writes goes.
+    """
+    parent = os.getpid()
+    pid = os.fork()
     if pid:
         return pid
     _run_and_exit(target, parent, but_keep)
