@@ -5,9 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import click
+
 from memfit.errors import UsageError
 
-__all__ = ["check_writable", "write"]
+__all__ = ["OUTPUT", "check_writable", "html_option", "write"]
+
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+"""A file that a command writes, as the type of an option."""
+
+html_option = click.option(
+    "--html", type=OUTPUT, metavar="FILE", help="Write a page to look at in a browser, offline."
+)
 
 
 def check_writable(*paths: Path | None) -> None:

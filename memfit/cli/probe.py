@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
+from memfit.cli.outputs import check_writable, html_option, write
 
 __all__ = ["probe"]
 
@@ -20,6 +22,7 @@ __all__ = ["probe"]
 @step_options
 @click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
 @search_options
+@html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def probe(
     *,
@@ -30,6 +33,7 @@ def probe(
     step: dict[str, Any],
     accumulate: bool,
     search: dict[str, Any],
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
@@ -40,6 +44,7 @@ def probe(
     """
     from memfit import api
 
+    check_writable(html)
     if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
         found = api.survey(
             model,
@@ -49,6 +54,10 @@ def probe(
             **search,
             **step,
         )
+        if html is not None:
+            from memfit.reports.probe_page import survey_page
+
+            write(html, survey_page(found))
         if as_json:
             click.echo(json.dumps(found.to_dict(), indent=2))
         else:
@@ -73,6 +82,10 @@ def probe(
             **search,
             **step,
         )
+    if html is not None:
+        from memfit.reports.probe_page import page
+
+        write(html, page(result))
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
     else:

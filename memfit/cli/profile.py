@@ -11,12 +11,10 @@ import click
 from rich.console import Console
 
 from memfit.cli.options import device_options, step_options
-from memfit.cli.outputs import check_writable, write
+from memfit.cli.outputs import OUTPUT, check_writable, html_option, write
 from memfit.errors import DoesNotFitError
 
 __all__ = ["profile"]
-
-_OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(short_help="Show what holds the memory of a training step.")
@@ -25,13 +23,13 @@ _OUTPUT = click.Path(dir_okay=False, path_type=Path)
 @device_options
 @step_options
 @click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
-@click.option("--html", type=_OUTPUT, metavar="FILE", help="Write a page to look at in a browser.")
+@html_option
 @click.option(
-    "--plot", type=_OUTPUT, metavar="FILE", help="Write the main picture; .svg, .png or .pdf."
+    "--plot", type=OUTPUT, metavar="FILE", help="Write the main picture; .svg, .png or .pdf."
 )
 @click.option(
     "--snapshot",
-    type=_OUTPUT,
+    type=OUTPUT,
     metavar="FILE",
     help="Write the allocator's history for PyTorch's viewer (pytorch.org/memory_viz).",
 )

@@ -10,7 +10,7 @@ from rich.text import Text
 from memfit.records import DeviceProcess, ProbeResult, Source, StepOptions, Trial
 from memfit.units import format_bytes
 
-__all__ = ["ProgressTable", "render", "step_words"]
+__all__ = ["ProgressTable", "notes", "render", "step_words"]
 
 _OUT_OF_MEMORY = "out of memory"
 
@@ -58,9 +58,7 @@ def render(result: ProbeResult) -> RenderableType:
         "",
         _answers(result),
     ]
-    notes = _notes(result)
-    if notes:
-        parts += ["", *(Text(note) for note in notes)]
+    parts += ["", *(Text(note) for note in notes(result))]
     return Group(*parts)
 
 
@@ -149,30 +147,31 @@ def _why_recommended(result: ProbeResult) -> str:
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
 
 
-def _notes(result: ProbeResult) -> list[str]:
-    notes = []
+def notes(result: ProbeResult) -> list[str]:
+    """Return what there is to say about a probe besides its answer, in sentences."""
+    said = []
     if result.environment:
-        notes.append(
+        said.append(
             f"Trials ran with {' '.join(result.environment)}: set it for training too, or leave "
             "more room, for without it glibc's heap fragments and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:
-        notes.append(
+        said.append(
             f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned up; a fresh "
             "process gets it back."
         )
     growing = sorted({trial.batch_size for trial in result.trials if trial.peak_grows})
     if growing:
-        notes.append(
+        said.append(
             f"The peak still grew when the trial ended at batch size "
             f"{', '.join(map(str, growing))}: training longer may need more."
         )
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"
     kind = "Measured" if result.source is Source.MEASURED else "Simulated"
-    notes.append(
+    said.append(
         f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
         f"{result.seconds:.1f} s with {versions}."
     )
-    return notes
+    return said

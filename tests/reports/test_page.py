@@ -12,13 +12,67 @@ from typing import Any
 
 import pytest
 
-from memfit.records import MemoryProfile
+from memfit.records import (
+    Capacity,
+    MemoryProfile,
+    Outcome,
+    Precision,
+    ProbeResult,
+    Source,
+    StepOptions,
+    Survey,
+    SurveyAnswer,
+    Trial,
+)
+from memfit.reports import probe_page
 from memfit.reports.profile_page import page
+from memfit.units import MIB
 from reports.profiles import PROFILE, with_many_events
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
     BROWSER is None or DRIVER is None, reason="needs Debian's chromium and chromium-driver"
+)
+PROBE = ProbeResult(
+    subject="net",
+    device="NVIDIA L4",
+    source=Source.MEASURED,
+    options=StepOptions(precision=Precision.FP32),
+    capacity=Capacity(usable_bytes=1000 * MIB, total_bytes=1200 * MIB, origin="free"),
+    max_batch_size=8,
+    recommended_batch_size=8,
+    proved=True,
+    headroom=0.05,
+    multiple_of=1,
+    trials=(
+        Trial(
+            batch_size=8,
+            outcome=Outcome.FITS,
+            source=Source.MEASURED,
+            peak_reserved_bytes=900 * MIB,
+            step_seconds=0.5,
+        ),
+        Trial(
+            batch_size=9,
+            outcome=Outcome.OUT_OF_MEMORY,
+            source=Source.MEASURED,
+            peak_reserved_bytes=990 * MIB,
+            num_alloc_retries=1,
+            step_seconds=0.7,
+        ),
+    ),
+    environment=(),
+    seconds=2.0,
+    torch_version="2.15.0",
+    predictions=tuple(
+        Trial(
+            batch_size=size,
+            outcome=Outcome.FITS,
+            source=Source.SIMULATED,
+            peak_reserved_bytes=num_bytes * MIB,
+        )
+        for size, num_bytes in ((8, 910), (9, 1010))
+    ),
 )
 PANELS = ("timeline", "roles", "modules", "cards", "advice", "blocks")
 
@@ -43,8 +97,12 @@ def browser() -> Iterator[Any]:
 
 def opened(browser: Any, profile: MemoryProfile, folder: Path) -> Any:
     """Open a profile's page and wait until it is drawn."""
+    return shown(browser, page(profile), folder)
+
+
+def shown(browser: Any, text: str, folder: Path) -> Any:
     path = folder / "report.html"
-    path.write_text(page(profile), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     browser.get(path.as_uri())
     for _ in range(400):
         if browser.execute_script("return document.documentElement.dataset.drawn") == "true":
@@ -69,6 +127,12 @@ def test_every_panel_is_drawn_without_errors_or_requests(browser: Any, tmp_path:
     requests(browser)
     drawn = opened(browser, PROFILE, tmp_path)
     assert drawn.get_log("browser") == []
+    # Nor does any button offer to send the data away.
+    buttons = drawn.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"
+    )
+    assert "Zoom" in buttons
+    assert not [title for title in buttons if "hare" in title]
     asked = [url for url in requests(drawn) if not url.startswith(("data:", "blob:"))]
     assert [url.rpartition("/")[2] for url in asked] == ["report.html"]
     shapes = drawn.execute_script(
@@ -217,6 +281,44 @@ def test_dark_and_light(browser: Any, tmp_path: Path) -> None:
 
     assert seen("dark") == ("rgb(20, 23, 27)", "#e7eaee")
     assert seen("light") == ("rgb(255, 255, 255)", "#1b1f24")
+
+
+@needs_browser
+def test_a_probes_page(browser: Any, tmp_path: Path) -> None:
+    """Trials, predictions and throughput are drawn, and the table has every trial."""
+    from selenium.webdriver.common.by import By
+
+    drawn = shown(browser, probe_page.page(PROBE), tmp_path)
+    assert drawn.get_log("browser") == []
+    names = drawn.execute_script(
+        "return document.querySelector('#memory .chart').data.map((trace) => trace.name)"
+    )
+    assert names == ["fits", "ran out of memory", "predicted"]
+    assert drawn.find_elements(By.CSS_SELECTOR, "#throughput .chart svg path")
+    cells = [
+        [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        for row in drawn.find_elements(By.CSS_SELECTOR, "#trials tbody tr")
+    ]
+    assert cells == [
+        ["9", "out of memory", "990 MiB", "1010 MiB", "1", "", ""],
+        ["8", "fits", "900 MiB", "910 MiB", "0", "0.5", "16"],
+    ]
+
+
+@needs_browser
+def test_a_surveys_page(browser: Any, tmp_path: Path) -> None:
+    """Every card has its bars, and one that takes nothing says so."""
+    survey = Survey(
+        subject="net",
+        answers=(
+            SurveyAnswer(gpu="NVIDIA L4", result=PROBE),
+            SurveyAnswer(gpu="Tesla T4", result=None, reason="too small"),
+        ),
+    )
+    drawn = shown(browser, probe_page.survey_page(survey), tmp_path)
+    assert drawn.get_log("browser") == []
+    assert "does not fit" in drawn.page_source
+    assert "1 of 2 cards" in drawn.page_source
 
 
 def test_names_cannot_break_out_of_the_page() -> None:

@@ -8,7 +8,10 @@
   const MAX_POINTS = 1200;
   const MAX_ROWS = 200;
   const NUM_LIVE = 8;
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const config = {
+    displaylogo: false, responsive: true, showSendToCloud: false,
+    modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d"],
+  };
 
   const bytes = (n) => {
     const size = Math.abs(n);
