@@ -19,7 +19,7 @@ __all__ = ["check_format", "draw", "series_by_role"]
 _FORMATS = (".svg", ".png", ".pdf")
 _SIZE_INCHES = (9.5, 4.0)
 _DOTS_PER_INCH = 200
-_MAX_POINTS = 240
+_MAX_POINTS = 160
 _NOT_OVER_TIME = (Role.FRAGMENTATION, Role.CONTEXT)
 
 

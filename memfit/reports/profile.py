@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from memfit.records import MemoryProfile
+from memfit.records import MemoryProfile, Role
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import format_bytes
@@ -21,7 +22,7 @@ _SPARKS = " ▁▂▃▄▅▆▇█"
 _NUM_BLOCKS = 8
 _NUM_MODULES = 6
 _NUM_INNER = 3
-_MODULE_WIDTH = 23
+_LINE_WIDTH = 28
 
 
 def render(profile: MemoryProfile) -> RenderableType:
@@ -47,7 +48,7 @@ def render(profile: MemoryProfile) -> RenderableType:
             )
         )
     parts += ["", Text("Over the step", "bold"), _sparkline(profile)]
-    parts += ["", _modules(profile), "", Text("Largest blocks at the peak", "bold")]
+    parts += ["", _modules(profile), "", Text("Largest blocks at the peak, by line", "bold")]
     parts.append(_blocks(profile))
     if profile.cards:
         parts += ["", Text("Cards (simulated)", "bold"), _cards(profile)]
@@ -160,20 +161,29 @@ def _share(num_bytes: int, total: int) -> str:
 
 
 def _blocks(profile: MemoryProfile) -> Table:
+    """The blocks of the peak, those of one line and operation together."""
+    groups: dict[tuple[Role, str, str], list[int]] = defaultdict(list)
+    for block in profile.blocks_at_peak():
+        key = (block.role, short_operation(block.operation), block.source_line or block.module)
+        groups[key].append(block.requested_bytes)
     table = _table()
     table.add_column("")
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("module", max_width=_MODULE_WIDTH, no_wrap=True)
+    table.add_column("in all", justify="right", no_wrap=True)
+    table.add_column("blocks", justify="right")
+    table.add_column("largest", justify="right", no_wrap=True)
     table.add_column("operation", max_width=17, no_wrap=True)
-    table.add_column("line", max_width=24, no_wrap=True)
-    for block in profile.blocks_at_peak()[:_NUM_BLOCKS]:
-        style = STYLES[block.role]
+    table.add_column("line", max_width=_LINE_WIDTH, no_wrap=True)
+    for (role, operation, line), sizes in sorted(
+        groups.items(), key=lambda item: (-sum(item[1]), item[0])
+    )[:_NUM_BLOCKS]:
+        style = STYLES[role]
         table.add_row(
             Text(style.letter, f"white on {style.colour}"),
-            format_bytes(block.requested_bytes),
-            Text(_tail(block.module, _MODULE_WIDTH)),
-            Text(short_operation(block.operation)),
-            Text(_tail(block.source_line or "", 24), "dim"),
+            format_bytes(sum(sizes)),
+            str(len(sizes)),
+            format_bytes(max(sizes)),
+            Text(operation),
+            Text(_tail(line, _LINE_WIDTH), "dim"),
         )
     return table
 

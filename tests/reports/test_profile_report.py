@@ -42,13 +42,13 @@ Modules at the peak
 ├── (cached, free)  10.0 MiB  1.4%
 └── (rounding)  7 B  0.0%
 
-Largest blocks at the peak
-       size  module     operation          line
-A   200 MiB  stem.conv  convolution        net.py:12
-P   100 MiB  head       model
-G   100 MiB  head       mm                 net.py:15
-I  20.0 MiB  (batch)    randn
-T  10.0 MiB  stem.conv  convolution_back…  net.py:12
+Largest blocks at the peak, by line
+     in all  blocks   largest  operation          line
+A   200 MiB       1   200 MiB  convolution        net.py:12
+G   100 MiB       1   100 MiB  mm                 net.py:15
+P   100 MiB       1   100 MiB  model              head
+I  20.0 MiB       1  20.0 MiB  randn              (batch)
+T  10.0 MiB       1  10.0 MiB  convolution_back…  net.py:12
 
 Cards (simulated)
 GPU                      precision  largest batch     at 4      left
