@@ -16,6 +16,8 @@ from memfit.errors import DoesNotFitError
 
 __all__ = ["profile"]
 
+_DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
+
 
 @click.command(short_help="Show what holds the memory of a training step.")
 @click.argument("model")
@@ -52,8 +54,8 @@ def profile(
 
     MODEL is the name of a timm model. With --gpu nothing runs: the step's allocations are replayed
     on a model of the first card, and every card's batch size is drawn against its memory.
-    Otherwise the step runs on the device and its allocations are recorded. Ends with 0 if the batch
-    fits, and with 3 if it does not.
+    With --device the step runs there and its allocations are recorded; so it does on a GPU that is
+    there. Ends with 0 if the batch fits, and with 3 if it does not.
     """
     from memfit import api
     from memfit.reports.profile import render
@@ -63,17 +65,22 @@ def profile(
         from memfit.reports.picture import check_format
 
         check_format(plot)
-    found = api.profile(
-        model,
-        batch_size,
-        device=device,
-        gpu=gpus[0] if gpus else None,
-        compared=gpus[1:],
-        memory=memory,
-        accumulate=accumulate,
-        snapshot=snapshot,
-        **step,
-    )
+    log = Console(stderr=True)
+    if device is None and not (gpus or api.has_gpu()):
+        gpus = (_DEFAULT_GPU,)
+        log.print(f"There is no GPU here and none was named: simulating an {_DEFAULT_GPU}.")
+    with log.status("profiling"):
+        found = api.profile(
+            model,
+            batch_size,
+            device=device,
+            gpu=gpus[0] if gpus else None,
+            compared=gpus[1:],
+            memory=memory,
+            accumulate=accumulate,
+            snapshot=snapshot,
+            **step,
+        )
     if html is not None:
         from memfit.reports.profile_page import page
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, SourceLines
-from memfit.profiling.phases import Phases
+from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.replay import Purpose
 from memfit.records import Role
 from memfit.workload import PreparedStep
@@ -47,6 +46,8 @@ class Attribution:
         self._parameters: dict[int, str] = {}
         self._lines = SourceLines()
         self._lines_of_nodes: dict[int, str | None] = {}
+        self._modules_of_storages: dict[int, str] = {}
+        self._model: nn.Module | None = None
         self._stack: ModuleStack | None = None
         self._phases: Phases | None = None
 
@@ -99,9 +100,7 @@ class Attribution:
             self._notes[block_id] = self._resident(tensor, key)
             return
         # Recomputing a checkpointed segment runs forward inside backward, with gradients enabled.
-        is_forward = phase.name == "forward" or (
-            phase.name == "backward" and torch.is_grad_enabled()
-        )
+        is_forward = phase.name == FORWARD or (phase.name == BACKWARD and torch.is_grad_enabled())
         role = None
         if phase.is_making_batch:
             role = Role.INPUTS
@@ -132,7 +131,7 @@ class Attribution:
         if phase is None or note.phase != phase.index:
             return
         # A recomputed activation ends in the phase that made it, but not while recomputing.
-        is_kept = phase.name == "backward" and note.is_forward and not torch.is_grad_enabled()
+        is_kept = phase.name == BACKWARD and note.is_forward and not torch.is_grad_enabled()
         note.outlives_phase = is_kept
 
     def _whence(self, phase: str) -> tuple[str, str | None]:
@@ -175,16 +174,15 @@ class Attribution:
         )
 
     def _see_gradients(self) -> None:
+        assert self._model is not None
         for parameter in self._model.parameters():
             if parameter.grad is not None:
                 self._settle(parameter.grad, Role.GRADIENTS, self._parameters[id(parameter)])
 
     def _see_state(self, optimizer: Optimizer) -> None:
-        for parameter, values in optimizer.state.items():
+        for parameter, value in states_of(optimizer):
             module = self._parameters.get(id(parameter), OPTIMIZER)
-            for value in pytree.tree_leaves(values):
-                if isinstance(value, torch.Tensor):
-                    self._settle(value, Role.OPTIMIZER_STATE, module)
+            self._settle(value, Role.OPTIMIZER_STATE, module)
 
     def _settle(self, tensor: torch.Tensor, role: Role, module: str) -> None:
         number = self._numbers.get(tensor.untyped_storage()._cdata)

@@ -9,10 +9,11 @@ from typing import Any, Final
 
 import torch
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from memfit.workload import Arithmetic, PreparedStep
 
-__all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases"]
+__all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases", "states_of"]
 
 FORWARD: Final = "forward"
 BACKWARD: Final = "backward"
@@ -32,6 +33,22 @@ class CurrentPhase:
     name: str
     index: int
     is_making_batch: bool = False
+
+
+def states_of(optimizer: Optimizer) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the tensors of an optimizer's state, each with the parameter that it is of.
+
+    One that wraps another, such as timm's Lookahead, may leave the state to that one.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    wrapped = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    for owner in (optimizer, *wrapped):
+        for parameter, values in owner.state.items():
+            for value in pytree.tree_leaves(values):
+                if isinstance(value, torch.Tensor):
+                    yield parameter, value
 
 
 class Phases:

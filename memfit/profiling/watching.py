@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
-from memfit.profiling.phases import BACKWARD, Phases
+from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled
 from memfit.records import Role
 from memfit.workload import PreparedStep
@@ -108,8 +108,7 @@ class Notebook:
     def _begin(self, name: str) -> None:
         now = time.time_ns()
         self._phases.append(PhaseBegins(time_ns=now, name=name))
-        is_batch = name not in (BACKWARD, "optimizer")
-        module = BATCH if is_batch else LOSS if name == BACKWARD else OPTIMIZER
+        module = {FORWARD: BATCH, BACKWARD: LOSS}.get(name, OPTIMIZER)
         self._work.append(AtWork(time_ns=now, module=module, is_forward=False))
 
     def _enter(self, path: str) -> None:
@@ -150,11 +149,9 @@ class Notebook:
 
     def _see_state(self, optimizer: Optimizer, known: dict[int, int] | None = None) -> None:
         self._optimizer = optimizer
-        for parameter, values in optimizer.state.items():
-            for value in pytree.tree_leaves(values):
-                if isinstance(value, torch.Tensor):
-                    owner = self._owners.get(id(parameter), OPTIMIZER)
-                    self._settle(value, Role.OPTIMIZER_STATE, owner, known)
+        for parameter, value in states_of(optimizer):
+            owner = self._owners.get(id(parameter), OPTIMIZER)
+            self._settle(value, Role.OPTIMIZER_STATE, owner, known)
 
     def _settle(
         self,

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from memfit.cli import main
@@ -69,6 +70,15 @@ def test_the_step_on_this_machine() -> None:
     assert result.exit_code == 0, result.output
     assert "· measured" in result.output
     assert "Cards" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the step would run on the GPU")
+def test_without_a_gpu_one_is_simulated_and_said() -> None:
+    """Neither a card nor a device was named."""
+    result = run("--batch-size", "4")
+    assert result.exit_code == 0
+    assert "none was named: simulating an NVIDIA GeForce RTX 4090" in result.stderr
+    assert "on NVIDIA GeForce RTX 4090, 4 samples" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memfit import Precision, StepOptions, Workload
+from memfit import Precision, StepOptions, UnsupportedError, Workload
 from memfit.backends.simulated import SimulatedBackend, TraceCache, trace, trace_options
 from memfit.profiling import profile_gpu
 from memfit.profiling.attribution import Attribution
@@ -212,6 +212,27 @@ def test_lines_are_the_models_own() -> None:
         b for b in profile.blocks if (b.born or 0) > backward and b.module == "blocks.3.mlp.fc2"
     ]
     assert any(block.source_line for block in late)
+
+
+def test_an_optimizer_around_another() -> None:
+    """Lookahead leaves its state to the optimizer inside; its own comes with the sixth step."""
+    peak = profile_of(optimizer="lookahead_adamw").peak
+    assert peak.bytes_of(Role.OPTIMIZER_STATE) == 2 * peak.bytes_of(Role.PARAMETERS)
+
+
+def test_a_step_that_needs_values_is_one_sentence() -> None:
+    """It cannot be traced, and no hook is left behind."""
+
+    class Peeking(nn.Linear):
+        def forward(self, data: torch.Tensor) -> torch.Tensor:
+            return super().forward(data) * data.sum().item()
+
+    workload = Workload(
+        Peeking(4, 4), (torch.randn(2, 4),), lambda outputs: outputs.sum(), torch.optim.SGD
+    )
+    with pytest.raises(UnsupportedError, match="needs the values of its tensors"):
+        profile_of(workload, precision=Precision.FP32)
+    assert not torch.nn.modules.module._global_forward_hooks
 
 
 def test_growth_predicts_another_batch_size() -> None:
