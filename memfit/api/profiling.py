@@ -15,7 +15,7 @@ from memfit.api.steps import StepKeywords, describe, has_gpu, own_device, step_o
 from memfit.backends import open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
-from memfit.errors import UsageError
+from memfit.errors import UnsupportedError, UsageError
 from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
 from memfit.records import MemoryProfile
 from memfit.simulation.gpus import find_gpu, gpu_like
@@ -94,11 +94,16 @@ def profile(
     steps = [(backend, step_on(described, backend)) for backend in backends]
     # What was measured on a CPU says nothing of a card.
     has_advice = len(cards) > len(compared)
+    try:
+        lines = card_lines(steps, batch_size)
+        advice = advise(found.profile, step, backends[0]) if has_advice else ()
+    except UnsupportedError:
+        # What was measured stands without them.
+        if gpu is not None:
+            raise
+        lines, advice = (), ()
     return dataclasses.replace(
-        found.profile,
-        cards=card_lines(steps, batch_size),
-        advice=advise(found.profile, step, backends[0]) if has_advice else (),
-        seconds=time.perf_counter() - start,
+        found.profile, cards=lines, advice=advice, seconds=time.perf_counter() - start
     )
 
 

@@ -63,7 +63,7 @@ def advise(
     now = backend.needed_bytes(step, profile.batch_size)
     least = _MIN_SHARE * now
     found: list[Change] = []
-    candidates = sorted(_candidates(profile, step), key=lambda c: -c.bound_bytes)
+    candidates = sorted(_candidates(profile, step, backend), key=lambda c: -c.bound_bytes)
     for candidate in candidates:
         worst = found[_NUM_CHANGES - 1].freed_bytes if len(found) >= _NUM_CHANGES else least
         if candidate.bound_bytes <= worst:
@@ -96,7 +96,9 @@ def _needed_bytes(candidate: _Candidate, batch_size: int, backend: SimulatedBack
         return SimulatedBackend(backend.gpu).needed_bytes(candidate.step, batch_size)
 
 
-def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candidate]:
+def _candidates(
+    profile: MemoryProfile, step: TrainingStep, backend: SimulatedBackend
+) -> Iterator[_Candidate]:
     options = step.options
     held = profile.peak.bytes_of
     reserved = profile.peak.reserved_bytes
@@ -113,7 +115,7 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
             step=change(grad_checkpointing=True),
             bound_bytes=held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose,
         )
-    yield from _precisions(options, change, reserved)
+    yield from _precisions(options, change, reserved, backend)
     if isinstance(step.subject, str) and not zoo.uses_fused_attention():
         yield _Candidate(
             title="Fused attention, which timm was told not to use",
@@ -152,17 +154,21 @@ def _candidates(profile: MemoryProfile, step: TrainingStep) -> Iterator[_Candida
 
 
 def _precisions(
-    options: StepOptions, change: Callable[..., TrainingStep], reserved: int
+    options: StepOptions,
+    change: Callable[..., TrainingStep],
+    reserved: int,
+    backend: SimulatedBackend,
 ) -> Iterator[_Candidate]:
+    mixed = backend.auto_precision
     if options.precision is Precision.FP32:
         yield _Candidate(
             title="Mixed precision",
-            how="--precision amp-bf16",
+            how=f"--precision {mixed.value}",
             cost="activations in half the bits; weights stay in fp32",
-            step=change(precision=Precision.AMP_BF16),
+            step=change(precision=mixed),
             bound_bytes=reserved,
         )
-    if options.precision is not Precision.BF16:
+    if options.precision is not Precision.BF16 and backend.gpu.has_bf16:
         yield _Candidate(
             title="Weights, gradients and optimizer state in bf16",
             how="--precision bf16",
@@ -181,6 +187,6 @@ def _lighter_optimizer(profile: MemoryProfile) -> str | None:
 
 
 def _classifier_bytes(profile: MemoryProfile) -> int:
-    """What the last module with parameters holds, with the loss behind it."""
+    """What modules hold that timm's models call their classifier, and the loss."""
     names = {"head", "fc", "classifier", "head.fc", "(loss)"}
     return sum(share.num_bytes for share in profile.peak.modules if share.module in names)

@@ -35,6 +35,7 @@ class _Note:
     role: Role | None = None
     is_forward: bool = False
     outlives_phase: bool = True
+    is_freed: bool = False
 
 
 class Attribution:
@@ -55,12 +56,12 @@ class Attribution:
         """Return what an allocation was for, once the trace has ended."""
         note = self._notes[block_id]
         role = note.role
-        if role is None:
-            if not note.is_forward or not note.outlives_phase:
-                role = Role.TEMPORARIES
-            else:
-                role = Role.ACTIVATIONS
-        return Purpose(role=role, module=note.module, source_line=note.source_line)
+        if role is None and note.is_forward and note.outlives_phase:
+            # What no step gives back is the model's own, such as a table made when first needed.
+            role = Role.ACTIVATIONS if note.is_freed else Role.BUFFERS
+        return Purpose(
+            role=role or Role.TEMPORARIES, module=note.module, source_line=note.source_line
+        )
 
     @contextlib.contextmanager
     def watch(self, prepared: PreparedStep, mark: Callable[[str], None]) -> Iterator[None]:
@@ -128,6 +129,7 @@ class Attribution:
         """Take note of a storage's end."""
         assert self._phases is not None
         note, phase = self._notes[block_id], self._phases.current
+        note.is_freed = True
         if phase is None or note.phase != phase.index:
             return
         # A recomputed activation ends in the phase that made it, but not while recomputing.

@@ -62,24 +62,28 @@ def profile_device(
     """
     start = time.perf_counter()
     record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
+    recorded = message = None
     try:
-        with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer):
+        with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
             prepared = step.prepare(device)
+            kept.release_replaced()
             try:
-                timeline, blocks, snapshot = record(step, prepared, batch_size, device)
+                recorded = record(step, prepared, batch_size, device)
             finally:
                 prepared.end()
     except Exception as error:
         if oom.classify(error) is oom.Verdict.NO:
             raise
+        message = oom.first_line(error)
+    # Only here, out of the except block, are the failed step's tensors gone.
+    cleanup.release(device)
+    if recorded is None:
         raise DoesNotFitError(
             f"A batch of {batch_size} does not fit {backend.device_name} "
-            f"({format_bytes(backend.capacity().usable_bytes)} usable): {oom.first_line(error)} "
-            "Simulate it with --gpu to see what is missing."
-        ) from error
-    finally:
-        if device.type == "cuda":
-            cleanup.release(device)
+            f"({format_bytes(backend.capacity().usable_bytes)} usable): {message} Simulate it with "
+            "--gpu to see what is missing."
+        )
+    timeline, blocks, snapshot = recorded
     profile = MemoryProfile(
         subject=step.name,
         device=backend.device_name,

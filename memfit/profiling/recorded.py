@@ -210,7 +210,7 @@ class _Sweep:
             block.closed(
                 Role.WORKSPACES
                 if block.born is None
-                else Role.ACTIVATIONS
+                else Role.BUFFERS
                 if block.is_forward
                 else Role.TEMPORARIES,
                 None,

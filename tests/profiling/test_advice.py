@@ -12,7 +12,7 @@ from memfit import Precision, StepOptions, Workload
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.profiling import advise, card_lines, profile_gpu
 from memfit.records import Change
-from memfit.simulation.gpus import find_gpu
+from memfit.simulation.gpus import Gpu, find_gpu
 from memfit.units import GIB
 from memfit.workload import TrainingStep
 
@@ -26,10 +26,10 @@ def step_of(subject: str | Workload = "test_vit.r160_in1k", **options: object) -
     return TrainingStep(subject=subject, options=StepOptions(**chosen))  # type: ignore[arg-type]
 
 
-def advice_for(step: TrainingStep, batch_size: int) -> tuple[Change, ...]:
+def advice_for(step: TrainingStep, batch_size: int, gpu: Gpu = RTX3090) -> tuple[Change, ...]:
     traces = TraceCache()
-    profile = profile_gpu(step, batch_size, RTX3090, traces=traces).profile
-    return advise(profile, step, SimulatedBackend(RTX3090, traces=traces))
+    profile = profile_gpu(step, batch_size, gpu, traces=traces).profile
+    return advise(profile, step, SimulatedBackend(gpu, traces=traces))
 
 
 def test_advice_is_what_the_changes_give() -> None:
@@ -53,6 +53,13 @@ def test_what_is_on_is_not_advised() -> None:
     )
     options = {change.how.split()[0] for change in changes}
     assert not options & {"--grad-checkpointing", "--precision"}
+
+
+def test_a_card_without_bf16_is_advised_fp16() -> None:
+    """Precisions are those that the card has."""
+    changes = advice_for(step_of(), 256, find_gpu("t4"))
+    precisions = {change.how for change in changes if change.how.startswith("--precision")}
+    assert precisions == {"--precision amp-fp16"}
 
 
 def test_a_model_without_the_switch_is_passed_over() -> None:

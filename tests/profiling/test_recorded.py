@@ -148,12 +148,15 @@ def test_recomputed_activations() -> None:
 
 
 def test_copies_are_known_by_their_size() -> None:
-    """In forward a block as large as a module's weight in half its bits is autocast's copy."""
+    """In forward a block as large as a module's weight in half its bits is autocast's copy.
+
+    What is left when the step has ended is the model's own.
+    """
     history = [entry(120, "alloc", SAVED, MIB), entry(121, "alloc", SCRATCH, 2 * MIB)]
     notes = Notes(
         phases=NOTES.phases, work=NOTES.work, settled=(), copies={"conv": frozenset({MIB})}
     )
     events = history_of(history, since_ns=0, shown=shown)
     _, blocks = assemble(events, (), notes, reserved_bytes=None)
-    assert [block.role for block in blocks] == [Role.AUTOCAST_COPIES, Role.ACTIVATIONS]
+    assert [block.role for block in blocks] == [Role.AUTOCAST_COPIES, Role.BUFFERS]
     assert {event.action for event in events} == {Action.ALLOC}

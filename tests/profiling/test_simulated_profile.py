@@ -214,6 +214,24 @@ def test_lines_are_the_models_own() -> None:
     assert any(block.source_line for block in late)
 
 
+def test_a_table_that_the_model_makes_and_keeps_is_a_buffer() -> None:
+    """It is no activation, for no step gives it back."""
+
+    class Lazy(nn.Linear):
+        table: torch.Tensor | None = None
+
+        def forward(self, data: torch.Tensor) -> torch.Tensor:
+            if self.table is None:
+                self.table = torch.ones(1000, 1000, device=data.device)
+            return super().forward(data) + self.table[0, 0]
+
+    workload = Workload(
+        Lazy(4, 4), (torch.randn(2, 4),), lambda outputs: outputs.sum(), torch.optim.SGD
+    )
+    profile = profile_of(workload, precision=Precision.FP32)
+    assert profile.peak.bytes_of(Role.BUFFERS) == 4_000_000
+
+
 def test_an_optimizer_around_another() -> None:
     """Lookahead leaves its state to the optimizer inside; its own comes with the sixth step."""
     peak = profile_of(optimizer="lookahead_adamw").peak
