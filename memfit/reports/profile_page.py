@@ -14,6 +14,8 @@ __all__ = ["page"]
 
 _ROLES = tuple(Role)
 _NUM_MODULE_ROWS = 60
+# What would be narrower than a pixel is drawn together.
+_LEAST_SHARE = 0.001
 
 
 def page(profile: MemoryProfile) -> str:
@@ -192,8 +194,9 @@ def _roles(profile: MemoryProfile) -> Panel:
 
 def _modules(profile: MemoryProfile) -> Panel:
     tree = module_tree((share.module, share.num_bytes) for share in profile.peak.modules)
-    nodes = list(_walk(tree, None))
-    by_size = sorted((node for node, parent in nodes if parent is not None), key=_by_bytes)
+    nodes = list(_walk(tree, None, least=tree.num_bytes * _LEAST_SHARE))
+    named = (node for node, parent in nodes if parent is not None and "smaller)" not in node.name)
+    by_size = sorted(named, key=_by_bytes)
     trace = {
         "type": "icicle",
         "ids": [node.path or "all" for node, _ in nodes],
@@ -238,9 +241,15 @@ def _by_bytes(node: ModuleNode) -> int:
 
 
 def _walk(
-    node: ModuleNode, parent: ModuleNode | None
+    node: ModuleNode, parent: ModuleNode | None, *, least: float
 ) -> list[tuple[ModuleNode, ModuleNode | None]]:
-    inner = [pair for child in node.largest for pair in _walk(child, node)]
+    """Return a module and those inside it with their parents, the small ones as one."""
+    shown = [child for child in node.largest if child.num_bytes >= least]
+    small = sum(child.num_bytes for child in node.largest[len(shown) :])
+    if small and shown:
+        rest = f"({len(node.children) - len(shown)} smaller)"
+        shown.append(ModuleNode(rest, f"{node.path}.{rest}", small))
+    inner = [pair for child in shown for pair in _walk(child, node, least=least)]
     return [(node, parent), *inner]
 
 

@@ -239,10 +239,17 @@ def test_searching_and_sorting_blocks(browser: Any, tmp_path: Path) -> None:
 
 @needs_browser
 def test_twenty_thousand_events_open_quickly(browser: Any, tmp_path: Path) -> None:
-    """A large model's page stays below 6 MB and is drawn within seconds, on a busy machine too."""
+    """A large model's page stays below 6 MB, and its first chart is there within seconds.
+
+    The bound leaves room for a machine that is busy with other tests.
+    """
     drawn = opened(browser, with_many_events(20_000), tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 6_000_000
-    assert drawn.execute_script("return performance.now()") < 8000
+    marks = drawn.execute_script(
+        "return performance.getEntriesByType('mark').map((mark) => [mark.name, mark.startTime])"
+    )
+    assert [name for name, _ in marks] == list(PANELS)
+    assert marks[0][1] < 6000
 
 
 @needs_browser

@@ -273,7 +273,14 @@
   };
 
   const draws = { figure: drawFigure, timeline: drawTimeline, table: drawTable };
-  const sections = [...document.querySelectorAll("section.panel")];
-  Promise.all(sections.map((section) => draws[section.dataset.kind](section, panels[section.id])))
-    .then(() => document.documentElement.setAttribute("data-drawn", "true"));
+  // One panel after another, so that the first can be used while the others are being drawn.
+  const drawAll = async () => {
+    for (const section of document.querySelectorAll("section.panel")) {
+      await draws[section.dataset.kind](section, panels[section.id]);
+      performance.mark(section.id);
+      await new Promise((resume) => setTimeout(resume));
+    }
+    document.documentElement.setAttribute("data-drawn", "true");
+  };
+  drawAll();
 })();
