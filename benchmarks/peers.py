@@ -45,7 +45,6 @@ class Task:
     device: str
     memory_mib: int
     sizes: list[int] = dataclasses.field(default_factory=list)
-    ended: float | None = None
 
     def limit(self) -> None:
         """Let this process have so much more memory and no more."""
@@ -99,7 +98,7 @@ def data_bytes() -> int:
 
 
 def run_memfit(task: Task) -> tuple[Any, Callable[[], int | None]]:
-    """Probe the model by its name; a live one is probed beside it to see whether it changes."""
+    """Probe a live model through the library, to see whether it changes; see `command_line`."""
     import torch
 
     import memfit
@@ -112,20 +111,30 @@ def run_memfit(task: Task) -> tuple[Any, Callable[[], int | None]]:
     live = memfit.Workload(model, task.batch, loss, optimizer)
 
     def search() -> int:
-        result = memfit.probe(
-            task.model,
-            device=task.device,
-            memory=task.memory_mib * MIB,
-            precision="fp32",
-            optimizer="momentum",
-            image_size=task.image_size,
-            progress=lambda trial: task.sizes.append(trial.batch_size),
-        )
-        task.ended = time.perf_counter()
-        memfit.probe(live, memory="1GiB", precision="fp32", max_batch_size=2)
+        result = memfit.probe(live, memory="1GiB", precision="fp32", max_batch_size=2)
         return result.max_batch_size
 
     return model, search
+
+
+def command_line(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `memfit probe` as a user does, and time the whole of it."""
+    command = [sys.executable, "-m", "memfit", "probe", arguments.model, "--json"]
+    command += ["--device", arguments.device, "--memory", f"{arguments.memory_mib}MiB"]
+    command += ["--precision", "fp32", "--optimizer", "momentum"]
+    command += ["--image-size", str(arguments.image_size)]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment(arguments)
+    )
+    seconds = time.perf_counter() - start
+    (result,) = json.loads(done.stdout)["results"]
+    return {
+        "found": result["max_batch_size"],
+        "sizes": [trial["batch_size"] for trial in result["trials"]],
+        "seconds": result["seconds"],
+        "import_seconds": seconds - result["seconds"],
+    }
 
 
 def run_accelerate(task: Task) -> tuple[Any, Callable[[], int | None]]:
@@ -243,7 +252,7 @@ def run_tool(tool: str, task: Task) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 - that a tool crashes is a result
             resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
             crash = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    seconds = (task.ended or time.perf_counter()) - start
+    seconds = time.perf_counter() - start
     after = model.state_dict().values()
     same = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     return {
@@ -269,11 +278,14 @@ def try_plainly(task: Task, size: int) -> dict[str, Any]:
     return {"fits": True}
 
 
+def environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return what every tool gets."""
+    steady = arguments.device == "cpu" and not arguments.default_heap
+    return {**os.environ, **(STEADY_HEAP if steady else {})}
+
+
 def in_process(arguments: argparse.Namespace, *extra: str) -> dict[str, Any]:
     """Run this script again in a fresh process and return its last line."""
-    environment = dict(os.environ)
-    if arguments.device == "cpu" and not arguments.default_heap:
-        environment |= STEADY_HEAP
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -290,7 +302,12 @@ def in_process(arguments: argparse.Namespace, *extra: str) -> dict[str, Any]:
     # Lightning leaves a checkpoint where it runs, if it crashes.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False, cwd=folder
+            command,
+            capture_output=True,
+            text=True,
+            env=environment(arguments),
+            check=False,
+            cwd=folder,
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -338,6 +355,10 @@ def main() -> None:
         print(json.dumps(try_plainly(task, arguments.size)))
         return
     rows = [(tool, in_process(arguments, "--tool", tool)) for tool in arguments.tools]
+    rows = [
+        (tool, {**row, **command_line(arguments)} if tool == "memfit" else row)
+        for tool, row in rows
+    ]
     near = max((row.get("found") or 1 for _, row in rows), default=1)
     report(arguments, rows, true_largest(arguments, near))
 

@@ -1,6 +1,6 @@
 """Run the command line: `python -m memfit`."""
 
-from memfit.cli import main
+from memfit.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

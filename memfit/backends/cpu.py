@@ -10,10 +10,9 @@ from __future__ import annotations
 import psutil
 import torch
 
+from memfit import heap
 from memfit.backends.forkserver import Report, Request, Server, ran_out
 from memfit.backends.linux import (
-    MMAP_THRESHOLD_BYTES,
-    is_heap_tuned,
     limit_works,
     memory_left,
     processor_name,
@@ -83,7 +82,7 @@ class CpuBackend:
     @property
     def environment(self) -> tuple[str, ...]:
         """What trials ran with that a training script has to be given, as NAME=value."""
-        return () if is_heap_tuned() else (f"MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD_BYTES}",)
+        return heap.trials_environment()
 
     @property
     def has_retries(self) -> bool:

@@ -27,16 +27,15 @@ import torch
 from memfit import cleanup, oom
 from memfit.backends.linux import (
     Footprint,
-    fill_heap,
     fork,
     fork_as_is,
     limit_data,
     prepare_to_fork,
     status_bytes,
-    steady_heap,
 )
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import StepCrashedError, UnsupportedError
+from memfit.heap import fill_heap, steady_heap
 from memfit.records import Outcome, Source, Trial
 from memfit.units import MIB
 from memfit.workload import PreparedStep, TrainingStep

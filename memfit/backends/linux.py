@@ -1,4 +1,4 @@
-"""What Linux and glibc do for a process: its footprint, its limit, its heap, its forks.
+"""What Linux does for a process: its footprint, its limit, its forks.
 
 Reads /proc and the control groups, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
 `memfit.backends.forkserver`'s.
@@ -27,31 +27,17 @@ import psutil
 from memfit.units import KIB, MIB
 
 __all__ = [
-    "MMAP_THRESHOLD_BYTES",
     "Footprint",
-    "fill_heap",
     "fork",
     "fork_as_is",
-    "is_heap_tuned",
     "limit_data",
     "limit_works",
     "memory_left",
     "prepare_to_fork",
     "processor_name",
     "status_bytes",
-    "steady_heap",
 ]
 
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_M_ARENA_MAX = -8  # glibc's malloc.h
-# glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
-# 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
-# same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
-MMAP_THRESHOLD_BYTES = 128 * KIB
-# glibc's malloc.c: MINSIZE, and the most that a thread keeps of each size, up to which size.
-_LEAST_BLOCK_BYTES = 32
-_TCACHE_BLOCKS = 7
-_TCACHE_BYTES = 1032
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
@@ -117,68 +103,6 @@ def limit_works() -> bool:
     with tempfile.TemporaryFile() as output:
         pid = fork(overdraw, but_keep=output)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-# --- the heap -----------------------------------------------------------------------------------
-
-
-def steady_heap() -> None:
-    """Make the memory of what follows in this process repeatable, as far as glibc allows it."""
-    with contextlib.suppress(AttributeError):
-        # One arena: others would be mapped in the middle of a trial, for the thread pool.
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-        if not is_heap_tuned():
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
-
-
-class _HeapInfo(ctypes.Structure):
-    """What glibc says of its heap, in bytes and counts (mallinfo(3))."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
-
-
-def fill_heap() -> None:
-    """Take every free block of the heap for good, so that what follows finds no holes to use.
-
-    A fork inherits the holes that its parent's past has left, a megabyte or two, and a step that
-    fits into them would need that much less in one search than in the next.
-    """
-    libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):
-        libc.malloc.restype = ctypes.c_void_p
-        libc.mallinfo2.restype = _HeapInfo
-        for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
-            for _ in range(_TCACHE_BLOCKS):
-                libc.malloc(num_bytes)
-        num_bytes = MMAP_THRESHOLD_BYTES // 2
-        while num_bytes >= _LEAST_BLOCK_BYTES:
-            mapped_bytes = libc.mallinfo2().arena
-            while libc.mallinfo2().arena == mapped_bytes:
-                libc.malloc(num_bytes)
-            num_bytes //= 2
-
-
-def is_heap_tuned() -> bool:
-    """Whether the user has chosen glibc's mmap threshold, or another allocator."""
-    return (
-        "MALLOC_MMAP_THRESHOLD_" in os.environ
-        or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-        or "malloc" in os.environ.get("LD_PRELOAD", "")
-    )
 
 
 # --- forks --------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@ and an exit code here, whatever the command.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
-from memfit import __version__
+from memfit import __version__, heap
 from memfit.errors import MemfitError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 _FAILED = 1
 _INTERRUPTED = 130
@@ -46,6 +47,19 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="memfit")
 def main() -> None:
     """Find the largest batch size that fits, before the run."""
+
+
+def run() -> None:
+    """Run the command line as a program of its own, which may start itself again."""
+    main(obj=_start_again_for_huge_pages)
+
+
+def _start_again_for_huge_pages() -> None:
+    """Start this program again with huge pages, before torch is imported, if they help."""
+    if heap.huge_pages_help():
+        environment = {**os.environ, **heap.HUGE_PAGES, heap.STARTED_AGAIN: "1"}
+        # sys.orig_argv has the interpreter's own options as well.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
 
 
 def _end(sentence: str, exit_code: int) -> NoReturn:

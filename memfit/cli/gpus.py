@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 from rich.console import Console
+
+from memfit.cli.output import print_json
 
 __all__ = ["gpus"]
 
@@ -23,6 +23,6 @@ def gpus(*, name: str | None, as_json: bool) -> None:
 
     cards = catalogue() if name is None else (find_gpu(name),)
     if as_json:
-        click.echo(json.dumps([card.to_dict() for card in cards], indent=2))
+        print_json(cards)
     else:
         Console().print(render(cards))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
-from memfit.cli.outputs import check_writable, html_option, write
+from memfit.cli.output import check_writable, html_option, print_json, write
+from memfit.errors import DoesNotFitError
 
 __all__ = ["probe"]
 
@@ -24,7 +25,9 @@ __all__ = ["probe"]
 @search_options
 @html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
 def probe(
+    start_again: Callable[[], None] | None,
     *,
     model: str,
     device: str | None,
@@ -42,6 +45,8 @@ def probe(
     the device; the answer fitted, and one sample more ran out of memory. With --gpu nothing runs:
     the step's allocations are replayed on a model of that card, and the answer says simulated.
     """
+    if start_again is not None and device == "cpu" and not gpus:
+        start_again()
     from memfit import api
 
     check_writable(html)
@@ -59,11 +64,13 @@ def probe(
 
             write(html, survey_page(found))
         if as_json:
-            click.echo(json.dumps(found.to_dict(), indent=2))
+            print_json(found.answers)
         else:
             from memfit.reports import survey
 
             Console().print(survey.render(found))
+        if not any(answer.result for answer in found.answers):
+            raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
         return
     from memfit.reports.probe import ProgressTable, render
 
@@ -87,6 +94,6 @@ def probe(
 
         write(html, page(result))
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        print_json([result])
     else:
         Console().print(render(result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 from rich.console import Console
 
 from memfit.cli.options import device_options, step_options
-from memfit.cli.outputs import OUTPUT, check_writable, html_option, write
+from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError
 
 __all__ = ["profile"]
@@ -90,7 +89,7 @@ def profile(
 
         draw(found, plot)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        print_json([found])
     else:
         Console().print(render(found))
     if found.message is not None:

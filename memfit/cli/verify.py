@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memfit.cli.options import step_options
+from memfit.cli.output import print_json
 
 __all__ = ["verify"]
 
@@ -87,7 +87,7 @@ def verify(
             **step,
         )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        print_json([result])
     else:
         Console().print(render(result))
     if not result.equal:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from memfit.records.base import Record, Source
+from memfit.records.base import SCHEMA_VERSION, Record, Source
 from memfit.records.steps import StepOptions
 
 __all__ = [
@@ -230,6 +230,19 @@ class SurveyAnswer(Record):
     gpu: str
     result: ProbeResult | None
     reason: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result, or what can be said of a card without one under the same keys."""
+        if self.result is not None:
+            return self.result.to_dict()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "device": self.gpu,
+            "source": Source.SIMULATED.value,
+            "max_batch_size": None,
+            "recommended_batch_size": None,
+            "reason": self.reason,
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,8 +152,8 @@ def notes(result: ProbeResult) -> list[str]:
     said = []
     if result.environment:
         said.append(
-            f"Trials ran with {' '.join(result.environment)}: set it for training too, or leave "
-            "more room, for without it glibc's heap fragments and the same step needs more."
+            f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "
+            "room, for as it comes glibc's heap fragments and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:

@@ -363,25 +363,6 @@ def test_the_engine_that_cannot_fork_is_explained() -> None:
     assert forkserver._explained(other) is other
 
 
-@pytest.mark.parametrize(
-    ("variables", "is_tuned"),
-    [
-        ({}, False),
-        ({"MALLOC_MMAP_THRESHOLD_": "65536"}, True),
-        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}, True),
-        ({"LD_PRELOAD": "libjemalloc.so.2"}, True),
-    ],
-)
-def test_a_heap_that_the_user_tuned_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_tuned: bool
-) -> None:
-    """Then nothing needs setting for training either."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert linux.is_heap_tuned() is is_tuned
-    assert bool(CpuBackend(memory_bytes=LIMIT).environment) is not is_tuned
-
-
 def write(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -197,7 +197,7 @@ def test_command_simulates_a_named_gpu() -> None:
     assert "Simulated in" in output
     assert "easured" not in output
     code, output = run("probe", MODEL, "--gpu", "RTX 3070", "--json")
-    assert json.loads(output)["source"] == "simulated"
+    assert json.loads(output)["results"][0]["source"] == "simulated"
 
 
 def test_command_surveys_several_gpus() -> None:
@@ -208,8 +208,8 @@ def test_command_surveys_several_gpus() -> None:
     assert "Simulated, not measured" in output
     little = ("probe", "resnet18", "--gpu", "3060", "--gpu", "h200", "--memory", "800MiB")
     code, output = run(*little, "--json")
-    answers = json.loads(output)["answers"]
-    assert [answer["result"] is None for answer in answers] == [False, True]
+    results = json.loads(output)["results"]
+    assert [result["max_batch_size"] is None for result in results] == [False, True]
     code, output = run(*little)
     assert "does not fit" in output
 
@@ -228,7 +228,7 @@ def test_command_lists_the_catalogue() -> None:
     assert code == 0
     assert "RTX 3090" in output
     code, output = run("gpus", "h100", "--json")
-    assert json.loads(output)[0]["total_bytes"] > 79 * GIB
+    assert json.loads(output)["results"][0]["total_bytes"] > 79 * GIB
     code, output = run("gpus", "rtx3091")
     assert code == 2
     assert "did you mean" in output
@@ -236,15 +236,15 @@ def test_command_lists_the_catalogue() -> None:
 
 def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search gets the prediction as its hint, and the table shows both."""
-    from memfit import api
+    from memfit.api import probing, searching
 
     class Posing(SimulatedBackend):
         """Stands in for a card that is there."""
 
-    monkeypatch.setattr(api, "CudaBackend", Posing)
-    monkeypatch.setattr(api, "SimulatedBackend", _Distinct)
+    monkeypatch.setattr(searching, "CudaBackend", Posing)
+    monkeypatch.setattr(searching, "SimulatedBackend", _Distinct)
     posing = Posing(find_gpu("3090"), memory_bytes=4 * GIB)
-    monkeypatch.setattr(api, "open_backend", lambda *_args, **_kwargs: posing)
+    monkeypatch.setattr(probing, "open_backend", lambda *_args, **_kwargs: posing)
     result = memfit.probe(MODEL)
     assert len(result.trials) <= 12
     assert [t.batch_size for t in result.predictions] == list(

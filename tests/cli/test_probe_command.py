@@ -37,11 +37,25 @@ def test_a_probe_prints_both_numbers_and_its_proof() -> None:
 def test_json_is_all_that_is_printed() -> None:
     """A script can read the output as it stands."""
     result = run(*SMALL, "--max-batch-size", "4", "--json", "--model-kwargs", "in_chans=1")
-    plain = json.loads(result.stdout)
-    assert plain["schema_version"] == 1
+    printed = json.loads(result.stdout)
+    assert printed.keys() == {"schema_version", "results"}
+    assert printed["schema_version"] == 1
+    (plain,) = printed["results"]
     assert plain["max_batch_size"] == 4
     assert plain["options"]["model_kwargs"] == [["in_chans", 1]]
     assert plain["trials"][0]["outcome"] == "fits"
+
+
+def test_json_of_several_cards_is_a_list_of_results() -> None:
+    """One for each card, with the same keys, also where not even one sample fits."""
+    result = run(
+        "probe", "test_vit", "--gpu", "3090", "--gpu", "3090", "--memory", "330MiB", "--json"
+    )
+    printed = json.loads(result.stdout)
+    assert [each["max_batch_size"] for each in printed["results"]] == [None, None]
+    assert all(each["source"] == "simulated" for each in printed["results"])
+    assert all("does not fit" in each["reason"] for each in printed["results"])
+    assert result.exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_every_output_at_once(tmp_path: Path) -> None:
 def test_json_has_the_documented_keys() -> None:
     """The schema that docs/profile.md describes."""
     result = run("--batch-size", "4", "--gpu", "rtx3090", "--json")
-    found = json.loads(result.output)
+    (found,) = json.loads(result.output)["results"]
     assert found["schema_version"] == 1
     assert set(found) == {
         "schema_version", "subject", "device", "source", "options", "batch_size",

@@ -44,7 +44,7 @@ def test_json_is_all_that_is_printed() -> None:
     """And the exit code stays."""
     result = run("test_resnet", *ON_CPU, "--json", "--samples", "6")
     assert result.exit_code == 4
-    plain = json.loads(result.stdout)
+    (plain,) = json.loads(result.stdout)["results"]
     assert (plain["schema_version"], plain["verdict"]) == (1, "differs")
     assert plain["effective_batch_size"] == 8
     assert sum(plain["checks"][0]["cut"]) == 6

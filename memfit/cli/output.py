@@ -1,15 +1,18 @@
-"""Files that commands write."""
+"""What commands print and write besides their reports."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from memfit.errors import UsageError
+from memfit.records import SCHEMA_VERSION, Record
 
-__all__ = ["OUTPUT", "check_writable", "html_option", "write"]
+__all__ = ["OUTPUT", "check_writable", "html_option", "print_json", "write"]
 
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 """A file that a command writes, as the type of an option."""
@@ -17,6 +20,16 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 html_option = click.option(
     "--html", type=OUTPUT, metavar="FILE", help="Write a page to look at in a browser, offline."
 )
+
+
+def print_json(results: Iterable[Record]) -> None:
+    """Print one JSON object with a list of results, as every command does with `--json`.
+
+    Args:
+        results: One for each thing that was asked about.
+    """
+    plain = [result.to_dict() for result in results]
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "results": plain}, indent=2))
 
 
 def check_writable(*paths: Path | None) -> None:

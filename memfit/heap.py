@@ -1,0 +1,130 @@
+"""glibc's heap: what makes a step's memory repeatable, and its pages cheap.
+
+Elsewhere (musl, macOS) these functions do nothing, and memory is what the system makes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+
+from memfit.units import KIB
+
+__all__ = [
+    "HUGE_PAGES",
+    "MMAP_THRESHOLD_BYTES",
+    "STARTED_AGAIN",
+    "fill_heap",
+    "huge_pages_help",
+    "is_heap_tuned",
+    "steady_heap",
+    "trials_environment",
+]
+
+# glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
+# 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
+# same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
+MMAP_THRESHOLD_BYTES = 128 * KIB
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""The environment in which glibc asks for huge pages; it is read when a process starts.
+
+Blocks above the threshold are mapped anew each time and their pages faulted in one by one; huge
+pages make that cheap, and no block larger (the GNU C Library's manual, Memory Allocation Tunables).
+"""
+
+STARTED_AGAIN = "_MEMFIT_STARTED_AGAIN"
+"""The environment's mark of a process that was started again for huge pages."""
+
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_M_ARENA_MAX = -8  # glibc's malloc.h
+# glibc's malloc.c: MINSIZE, and the most that a thread keeps of each size, up to which size.
+_LEAST_BLOCK_BYTES = 32
+_TCACHE_BLOCKS = 7
+_TCACHE_BYTES = 1032
+_HUGE_PAGES_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+class _HeapInfo(ctypes.Structure):
+    """What glibc says of its heap, in bytes and counts (mallinfo(3))."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def steady_heap() -> None:
+    """Make the memory of what follows in this process repeatable, as far as glibc allows it."""
+    with contextlib.suppress(AttributeError):
+        # One arena: others would be mapped in the middle of a trial, for the thread pool.
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        if not is_heap_tuned():
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
+
+
+def fill_heap() -> None:
+    """Take every free block of the heap for good, so that what follows finds no holes to use.
+
+    A fork inherits the holes that its parent's past has left, a megabyte or two, and a step that
+    fits into them would need that much less in one search than in the next.
+    """
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        libc.malloc.restype = ctypes.c_void_p
+        libc.mallinfo2.restype = _HeapInfo
+        for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
+            for _ in range(_TCACHE_BLOCKS):
+                libc.malloc(num_bytes)
+        num_bytes = MMAP_THRESHOLD_BYTES // 2
+        while num_bytes >= _LEAST_BLOCK_BYTES:
+            mapped_bytes = libc.mallinfo2().arena
+            while libc.mallinfo2().arena == mapped_bytes:
+                libc.malloc(num_bytes)
+            num_bytes //= 2
+
+
+def is_heap_tuned() -> bool:
+    """Whether the user has chosen glibc's mmap threshold, or another allocator."""
+    return (
+        "MALLOC_MMAP_THRESHOLD_" in os.environ
+        or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+        or "malloc" in os.environ.get("LD_PRELOAD", "")
+    )
+
+
+def huge_pages_help() -> bool:
+    """Whether this process would get huge pages if it were started again with `HUGE_PAGES`.
+
+    Not where the user has tunables or an allocator of their own, nor where the kernel gives huge
+    pages to all or to none.
+    """
+    if "GLIBC_TUNABLES" in os.environ or "malloc" in os.environ.get("LD_PRELOAD", ""):
+        return False
+    try:
+        return "[madvise]" in _HUGE_PAGES_MODE.read_text() and "glibc" in (
+            os.confstr("CS_GNU_LIBC_VERSION") or ""
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def trials_environment() -> tuple[str, ...]:
+    """Return what trials in this process run with and a training script does not, as NAME=value."""
+    names = [] if is_heap_tuned() else [f"MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD_BYTES}"]
+    if STARTED_AGAIN in os.environ:
+        names += [f"{name}={value}" for name, value in HUGE_PAGES.items()]
+    return tuple(names)
