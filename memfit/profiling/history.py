@@ -5,7 +5,7 @@ Source: the docstring of `_snapshot` in torch/cuda/memory.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from memfit.profiling.recorded import RecordedEvent, Resident
@@ -28,15 +28,14 @@ def history_of(
     entries: Iterable[Mapping[str, Any]],
     *,
     since_ns: int,
-    shown: Callable[[str], str | None],
+    line_of: Callable[[Iterable[tuple[str, int]]], str | None],
 ) -> tuple[RecordedEvent, ...]:
     """Read one device's history.
 
     Args:
         entries: `device_traces` of a snapshot, of one device.
         since_ns: Earlier entries are left out; in nanoseconds since 1970.
-        shown: From a file's name to what reports call it, `None` for those that are not the
-            user's.
+        line_of: From a stack's files and lines, the innermost first, to the line that is shown.
 
     Returns:
         What was allocated and freed, in the order that it was recorded in.
@@ -48,7 +47,7 @@ def history_of(
             address=entry["addr"],
             num_bytes=entry["size"],
             operation=frames[0]["name"] if (frames := entry.get("frames") or ()) else "",
-            source_line=_line(frames, shown),
+            source_line=line_of((frame["filename"], frame["line"]) for frame in frames),
         )
         for entry in entries
         if entry["action"] in _KNOWN and entry["time_us"] * 1000 >= since_ns
@@ -82,11 +81,3 @@ def residents_of(
                 )
             address += block["size"]
     return tuple(residents), sum(segment["total_size"] for segment in own)
-
-
-def _line(frames: Sequence[Mapping[str, Any]], shown: Callable[[str], str | None]) -> str | None:
-    for frame in frames:
-        name = shown(frame["filename"])
-        if name is not None:
-            return f"{name}:{frame['line']}"
-    return None

@@ -21,7 +21,7 @@ from memfit import cleanup, oom
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError
 from memfit.profiling.history import history_of, residents_of
-from memfit.profiling.modules import shown_file
+from memfit.profiling.modules import is_own_file, line_of, shown_file
 from memfit.profiling.peak import peak_of
 from memfit.profiling.recorded import RecordedEvent, Resident, assemble
 from memfit.profiling.snapshot import Profiled
@@ -44,6 +44,8 @@ _WARM_UP_STEPS: Final = 2
 _MAX_ENTRIES: Final = 1_000_000
 _BLOCK_BYTES: Final = 512
 _HALF_BYTES: Final = 2
+_MAKES_ROOM: Final = ("aten::empty", "aten::new_empty", "aten::resize_")
+_LOG_LEVEL: Final = "KINETO_LOG_LEVEL"
 
 
 def profile_device(
@@ -61,21 +63,14 @@ def profile_device(
         DoesNotFitError: The step ran out of memory.
     """
     start = time.perf_counter()
-    record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
     recorded = message = None
     try:
-        with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
-            prepared = step.prepare(device)
-            kept.release_replaced()
-            try:
-                recorded = record(step, prepared, batch_size, device)
-            finally:
-                prepared.end()
+        recorded = _record(step, batch_size, device)
     except Exception as error:
         if oom.classify(error) is oom.Verdict.NO:
             raise
         message = oom.first_line(error)
-    # Only here, out of the except block, are the failed step's tensors gone.
+    # Only here, out of the except block, are the step's tensors gone.
     cleanup.release(device)
     if recorded is None:
         raise DoesNotFitError(
@@ -106,6 +101,17 @@ def profile_device(
 
 
 _Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]
+
+
+def _record(step: TrainingStep, batch_size: int, device: torch.device) -> _Recorded:
+    record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
+    with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
+        prepared = step.prepare(device)
+        kept.release_replaced()
+        try:
+            return record(step, prepared, batch_size, device)
+        finally:
+            prepared.end()
 
 
 def _record_on_cpu(
@@ -149,7 +155,7 @@ def _record_on_gpu(
         finally:
             memory._record_memory_history(None)
     events = history_of(
-        snapshot["device_traces"][index], since_ns=notebook.started_ns, shown=shown_file
+        snapshot["device_traces"][index], since_ns=notebook.started_ns, line_of=line_of
     )
     timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=reserved)
     return timeline, blocks, snapshot
@@ -169,11 +175,16 @@ def _copy_bytes(step: TrainingStep) -> int | None:
 @contextlib.contextmanager
 def _quiet_profiler() -> Iterator[Any]:
     """Profile memory without the log lines that Kineto writes where it finds no GPU."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True
-    ) as profiler:
-        yield profiler
+    is_set = _LOG_LEVEL in os.environ
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        with torch.profiler.profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True
+        ) as profiler:
+            yield profiler
+    finally:
+        if not is_set:
+            del os.environ[_LOG_LEVEL]
 
 
 def _memory_events(
@@ -193,11 +204,15 @@ def _memory_events(
             )
             continue
         inner, inner_line = operation, line
-        if event.tag == _EventType.TorchOp and event.name.startswith("aten::"):
-            inner = event.name
+        if event.tag == _EventType.TorchOp:
+            # What only makes room is told by what it makes room for.
+            if event.name.startswith("aten::") and not event.name.startswith(_MAKES_ROOM):
+                inner = event.name
         elif event.tag in (_EventType.PyCall, _EventType.PyCCall):
             caller = fields.caller
             name = shown_file(caller.file_name)
-            if name is not None:
+            if is_own_file(caller.file_name):
+                inner_line = None
+            elif name is not None:
                 inner_line = f"{name}:{caller.line_number}"
         yield from _memory_events(event.children, inner, inner_line)

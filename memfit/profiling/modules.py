@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Final
@@ -21,7 +21,16 @@ from torch.nn.modules import module as hooks
 
 from memfit import workload
 
-__all__ = ["BATCH", "LOSS", "OPTIMIZER", "ModuleStack", "SourceLines", "shown_file"]
+__all__ = [
+    "BATCH",
+    "LOSS",
+    "OPTIMIZER",
+    "ModuleStack",
+    "SourceLines",
+    "is_own_file",
+    "line_of",
+    "shown_file",
+]
 
 LOSS: Final = "(loss)"
 OPTIMIZER: Final = "(optimizer)"
@@ -116,6 +125,30 @@ class SourceLines:
         return None
 
 
+def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
+    """Return the innermost line of a recorded stack that is the step's own.
+
+    Args:
+        frames: Files and lines, the innermost first.
+
+    Returns:
+        `file:line`; `None` where there is none before memfit's own, beyond which is whoever asked.
+    """
+    for filename, line in frames:
+        if is_own_file(filename):
+            return None
+        shown = shown_file(filename)
+        if shown is not None:
+            return f"{shown}:{line}"
+    return None
+
+
+def is_own_file(filename: str) -> bool:
+    """Whether a file is memfit's; torch.profiler's names are relative to the import path."""
+    path = Path(filename)
+    return path.is_relative_to(_OWN) if path.is_absolute() else path.parts[:1] == (_OWN.name,)
+
+
 def shown_file(filename: str) -> str | None:
     """Return how a file is called in reports; `None` for torch's, memfit's and Python's own.
 
@@ -124,10 +157,10 @@ def shown_file(filename: str) -> str | None:
     """
     path = Path(filename)
     if not path.is_absolute():
-        is_own = path.parts[:1] in (("torch",), ("memfit",)) or filename.startswith("<")
+        is_hidden = path.parts[:1] == ("torch",) or filename.startswith("<")
         is_standard = (_STANDARD_LIBRARY / path).exists()
-        return None if is_own or is_standard else path.as_posix()
-    if path.is_relative_to(_TORCH) or path.is_relative_to(_OWN):
+        return None if is_hidden or is_own_file(filename) or is_standard else path.as_posix()
+    if path.is_relative_to(_TORCH) or is_own_file(filename):
         return None
     if path.is_relative_to(_PACKAGES):
         return path.relative_to(_PACKAGES).as_posix()

@@ -20,6 +20,8 @@ _FORMATS = (".svg", ".png", ".pdf")
 _SIZE_INCHES = (9.5, 4.0)
 _DOTS_PER_INCH = 200
 _MAX_POINTS = 160
+# Of the width: a phase that is narrower has no label, which the next one's would cover.
+_LABEL_SHARE = 0.09
 _NOT_OVER_TIME = (Role.FRAGMENTATION, Role.CONTEXT)
 
 
@@ -74,21 +76,26 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
         linewidth=0,
         step="post",
     )
-    axes.step(
-        moments,
-        [timeline.reserved_bytes[moment] / MIB for moment in moments],
-        where="post",
-        color="#333333",
-        linewidth=1,
-        linestyle="--",
-        label=f"reserved: {format_bytes(peak.reserved_bytes)}",
-    )
+    # Without a caching allocator what is in use is all there is.
+    if timeline.reserved_bytes != timeline.allocated_bytes:
+        axes.step(
+            moments,
+            [timeline.reserved_bytes[moment] / MIB for moment in moments],
+            where="post",
+            color="#333333",
+            linewidth=1,
+            linestyle="--",
+            label=f"reserved: {format_bytes(peak.reserved_bytes)}",
+        )
     top = max(timeline.reserved_bytes) / MIB * 1.12
-    for phase in timeline.phases:
+    count = len(timeline.allocated_bytes)
+    ends = [*(phase.begin for phase in timeline.phases[1:]), count]
+    for phase, end in zip(timeline.phases, ends, strict=True):
         axes.axvline(phase.begin, color="#888888", linewidth=0.7, linestyle=":")
-        axes.text(phase.begin, top, f" {phase.name}", va="top", color="#555555")
+        if end - phase.begin > _LABEL_SHARE * count:
+            axes.text(phase.begin, top, f" {phase.name}", va="top", color="#555555")
     axes.axvline(peak.moment, color="#1f5fae", linewidth=1)
-    axes.set_xlim(0, len(timeline.allocated_bytes))
+    axes.set_xlim(0, count)
     axes.set_ylim(0, top)
     axes.set_xlabel("event of the step")
     axes.set_ylabel("MiB")

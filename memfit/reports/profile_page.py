@@ -115,7 +115,7 @@ def _timeline(profile: MemoryProfile) -> Panel:
         kind="timeline",
         title="The step, moment by moment",
         note=(
-            "What is in use, by role, after every allocation and free; the dashed line is what the "
+            "What is in use, by role, after every allocation and free; a dashed line is what the "
             "allocator has reserved. Drag to zoom, double-click to zoom out, point at a moment or "
             "move the slider with the arrow keys to see what is live there."
         ),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
+
+import memfit
 from memfit.profiling.history import history_of, residents_of
+from memfit.profiling.modules import line_of
 from memfit.profiling.peak import peak_of
 from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled, assemble
 from memfit.records import Action, Role
@@ -18,8 +23,9 @@ WEIGHT, BATCH, SAVED, SCRATCH, GRADIENT = (MIB * number for number in (1, 10, 20
 def entry(time_us: int, action: str, address: int, size: int, **more: Any) -> dict[str, Any]:
     """One entry of `device_traces`, as the docstring of `torch.cuda.memory._snapshot` has it."""
     frames = [
-        {"name": "conv2d", "filename": "/torch/nn/functional.py", "line": 1},
+        {"name": "conv2d", "filename": torch.nn.functional.__file__, "line": 1},
         {"name": "forward", "filename": "/home/me/net.py", "line": 7},
+        {"name": "fit", "filename": "/home/me/train.py", "line": 9},
     ]
     return {
         "time_us": time_us, "action": action, "addr": address, "size": size, "stream": 0,
@@ -85,14 +91,10 @@ NOTES = Notes(
 )
 
 
-def shown(filename: str) -> str | None:
-    return None if filename.startswith("/torch") else filename.rpartition("/")[2]
-
-
 def test_a_gpus_history_becomes_a_profile() -> None:
     """Every block has its role, module and line, and the series are the allocator's."""
     residents, reserved = residents_of(SNAPSHOT["segments"], device_index=0)
-    events = history_of(SNAPSHOT["device_traces"][0], since_ns=100_000, shown=shown)
+    events = history_of(SNAPSHOT["device_traces"][0], since_ns=100_000, line_of=line_of)
     timeline, blocks = assemble(events, residents, NOTES, reserved_bytes=reserved)
     found = [(block.role, block.module, block.held_bytes // MIB) for block in blocks]
     assert found == [
@@ -142,7 +144,7 @@ def test_recomputed_activations() -> None:
         AtWork(time_ns=130_000, module="conv", is_forward=False),
     )
     notes = Notes(phases=NOTES.phases, work=work, settled=())
-    events = history_of(history, since_ns=0, shown=shown)
+    events = history_of(history, since_ns=0, line_of=line_of)
     _, blocks = assemble(events, (), notes, reserved_bytes=0)
     assert [block.role for block in blocks] == [Role.ACTIVATIONS, Role.TEMPORARIES]
 
@@ -156,7 +158,19 @@ def test_copies_are_known_by_their_size() -> None:
     notes = Notes(
         phases=NOTES.phases, work=NOTES.work, settled=(), copies={"conv": frozenset({MIB})}
     )
-    events = history_of(history, since_ns=0, shown=shown)
+    events = history_of(history, since_ns=0, line_of=line_of)
     _, blocks = assemble(events, (), notes, reserved_bytes=None)
     assert [block.role for block in blocks] == [Role.AUTOCAST_COPIES, Role.BUFFERS]
     assert {event.action for event in events} == {Action.ALLOC}
+
+
+def test_lines_beyond_memfit_are_not_the_steps() -> None:
+    """Whoever asked for the profile is outside it, and so are torch and Python."""
+    inner = ((torch.nn.functional.__file__, 5), (contextlib.__file__, 6))
+    asked = ((memfit.__file__, 1), ("/home/me/ask.py", 2))
+    assert line_of((*inner, ("/home/me/net.py", 3), *asked)) == "net.py:3"
+    assert line_of((*inner, *asked)) is None
+    assert line_of(inner) is None
+    assert line_of([("torch/nn/modules/linear.py", 1), ("timm/layers/mlp.py", 4)]) == (
+        "timm/layers/mlp.py:4"
+    )

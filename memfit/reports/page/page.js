@@ -8,6 +8,8 @@
   const MAX_POINTS = 1200;
   const MAX_ROWS = 200;
   const NUM_LIVE = 8;
+  // Of the width: a phase that is narrower has no label, which the next one's would cover.
+  const LABEL_SHARE = 0.09;
   const config = {
     displaylogo: false, responsive: true, showSendToCloud: false,
     modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d"],
@@ -115,6 +117,8 @@
       reserved.fill(amount, moment, end);
     });
     const whole = [0, data.num_moments];
+    // Without a caching allocator what is in use is all there is.
+    const isCached = reserved.some((amount, m) => amount !== totals[m]);
     let range = whole;
     let moment = data.peak;
 
@@ -126,6 +130,7 @@
         line: { width: 0, shape: "hv" }, fillcolor: data.roles[role].colour,
         hovertemplate: "%{y:,.1f} MiB",
       }));
+      if (!isCached) return areas;
       return [...areas, {
         type: "scatter", mode: "lines", name: "reserved", x: moments,
         y: moments.map((m) => reserved[m] / MIB),
@@ -133,11 +138,16 @@
         hovertemplate: "%{y:,.1f} MiB",
       }];
     };
+    const isWide = (index) => {
+      const next = data.phases[index + 1];
+      const end = Math.min(range[1], next ? next.begin : data.num_moments);
+      return end - Math.max(range[0], data.phases[index].begin) > LABEL_SHARE * (range[1] - range[0]);
+    };
     const shapes = () => [
-      ...data.phases.map((phase) => ({
+      ...data.phases.map((phase, index) => ({
         type: "line", yref: "paper", x0: phase.begin, x1: phase.begin, y0: 0, y1: 1,
         line: { width: 1, dash: "dot" },
-        label: { text: `${phase.name} ${phase.label}`, textangle: 0, textposition: "end", xanchor: "left", yanchor: "bottom" },
+        label: { text: isWide(index) ? `${phase.name} ${phase.label}` : "", textangle: 0, textposition: "end", xanchor: "left", yanchor: "bottom" },
       })),
       { type: "line", yref: "paper", x0: moment, x1: moment, y0: 0, y1: 1, line: { width: 2, color: variable("--accent") } },
     ];
@@ -154,7 +164,7 @@
       });
       live.sort((one, other) => data.held[other] - data.held[one]);
       const phase = data.phases.filter((candidate) => candidate.begin <= moment).pop();
-      const heading = element("h3", `Event ${moment}${phase ? `, ${phase.name}` : ""}: ${bytes(totals[moment])} in use of ${bytes(reserved[moment])} reserved, ${live.length} blocks${moment === data.peak ? " (the peak)" : ""}`);
+      const heading = element("h3", `Event ${moment}${phase ? `, ${phase.name}` : ""}: ${bytes(totals[moment])} in use${isCached ? ` of ${bytes(reserved[moment])} reserved` : ""}, ${live.length} blocks${moment === data.peak ? " (the peak)" : ""}`);
       const roles = element("div");
       for (const role of [...used].sort((one, other) => series[other][moment] - series[one][moment])) {
         if (!series[role][moment]) continue;
