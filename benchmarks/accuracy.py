@@ -1,10 +1,12 @@
 """How right the simulation is, against published measurements of two real GPUs.
 
     python benchmarks/accuracy.py --data FOLDER [--sample N] [--seed S] [--jobs J] [--json FILE]
+                                  [--rows FILE]
 
 FOLDER holds `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted) and
 `timm-train-a100-40gb.csv` (peak memory of a process). docs/accuracy.md says where they come from
-and how to read what this prints. Nothing is downloaded.
+and how to read what this prints. Nothing is downloaded. With --rows, a line of JSON is written for
+each row as soon as it is known, and a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="only so many models of each table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write summary and rows here")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
     arguments = parser.parse_args()
     start = time.perf_counter()
     tasks = _sampled(
@@ -67,13 +70,34 @@ def main() -> None:
         arguments.sample,
         arguments.seed,
     )
-    rows = [row for rows in _mapped(_run, tasks, arguments.jobs) for row in rows]
+    rows = _rows(tasks, arguments.rows, arguments.jobs)
     ladder = [row for row in rows if row["kind"] == "ladder"]
     peaks = [row for row in rows if row["kind"] == "peak"]
     summary = {"ladder": report_ladder(ladder), "peak": report_peaks(peaks)}
     print(f"\n{len(tasks)} traces in {time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
+
+
+def _rows(tasks: list[Task], kept: Path | None, jobs: int) -> list[dict[str, Any]]:
+    """Run the tasks whose rows are not known yet."""
+    if kept is None:
+        return [row for rows in _mapped(_run, tasks, jobs) for row in rows]
+    known: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    if kept.exists():
+        for row in map(json.loads, kept.read_text().splitlines()):
+            known.setdefault(_key(row["kind"], row), []).append(row)
+    missing = [task for task in tasks if _key(task.kind, task.rows[0]) not in known]
+    with kept.open("a") as file:
+        for task, rows in zip(missing, _mapped(_run, missing, jobs), strict=True):
+            known[_key(task.kind, task.rows[0])] = rows
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+    return [row for task in tasks for row in known[_key(task.kind, task.rows[0])]]
+
+
+def _key(kind: str, row: dict[str, Any]) -> tuple[str, str, str]:
+    return kind, row["model"], row.get("memory_format", "")
 
 
 def _ladder_tasks(folder: Path) -> list[Task]:
@@ -159,11 +183,11 @@ def _trace(task: Task) -> Any:
     kernels = Kernels(compute_capability=capability)
     if is_ladder:
         # timm's benchmark.py with torch 1.12: one tensor at a time in SGD, gradients zeroed in
-        # place, backward called inside autocast, no fused attention.
+        # place, backward called inside autocast, attention written out.
         options = TraceOptions(
             compute_capability=capability,
             kernels=kernels,
-            uses_fused_attention=False,
+            has_fused_attention=False,
             uses_foreach=False,
             keeps_gradients=True,
         )
@@ -192,7 +216,7 @@ def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int
     try:
         for handle in (-1_000_001, -1_000_002):
             allocator.allocate(handle, blas_bytes)
-        for _ in trace.tape.play(allocator, batch_size, num_iterations=3):
+        for _ in trace.tape.play(allocator, batch_size):
             pass
     except AllocatorOutOfMemoryError:
         return None
@@ -214,14 +238,22 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
     while 0 < rung <= len(LADDER) and fits(LADDER[rung - 1]):
         rung -= 1
     predicted = LADDER[rung] if rung < len(LADDER) else 0
+
+    def share(batch_size: str) -> float:
+        """What tensors hold at their peak, as a share of the capacity."""
+        stats = _replay(trace, int(batch_size), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
+        return stats.peak_allocated_bytes / capacity
+
     failed = row["batch_size_that_failed"]
-    needed = (
-        _replay(trace, int(failed), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
-        if failed
-        else None
-    )
-    share = None if needed is None else needed.peak_allocated_bytes / capacity
-    return [{"kind": "ladder", **row, "predicted": predicted, "failed_share": share}]
+    return [
+        {
+            "kind": "ladder",
+            **row,
+            "predicted": predicted,
+            "fitted_share": share(row["batch_size_that_fit"]),
+            "failed_share": share(failed) if failed else None,
+        }
+    ]
 
 
 def _peak_rows(task: Task) -> list[dict[str, Any]]:
@@ -283,7 +315,10 @@ def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _ladder_reason(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if row["predicted"] < int(row["batch_size_that_fit"]):
-        return "today's model or kernels take more"
+        share = f"the size that fitted takes {row['fitted_share']:.0%} of the capacity in tensors"
+        if row["fitted_share"] < 1:
+            return f"{share}: no room for what the simulation adds as fragments and workspaces"
+        return f"{share}: today's model or kernels take more"
     others = [
         other
         for other in rows
@@ -381,7 +416,7 @@ def _peak_reason(row: dict[str, Any], rows: list[dict[str, Any]], constant: floa
         if grown > _JUMP_SHARE * (predicted[size] - predicted[smaller]):
             return "jumps beyond its tensors: a workspace that cudnn.benchmark tried"
     if len(own) > 1 and _slope(measured) > (1 + _CHANGED_SHARE) * _slope(predicted):
-        return "grows more per sample: a workspace, or the model has changed"
+        return "grows more per sample: larger plans, other fragments, or the model has changed"
     return "a constant more: a workspace that cudnn.benchmark tried"
 
 

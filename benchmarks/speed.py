@@ -1,23 +1,25 @@
 """How long a simulated answer takes, and what it holds.
 
-    python benchmarks/speed.py [--zoo N] [--seed S]
+    python benchmarks/speed.py [MODEL ...]
 
-For six models: cold seconds and peak resident bytes of `memfit probe MODEL` for a dozen simulated
-cards in a fresh process; warm seconds of the same after imports, of tracing alone, and of one card
-more. With `--zoo`, tracing a sample of timm's registered models: how many trace, what fails, and
-how seconds grow with the number of operations.
+For each model, a dozen simulated cards in a fresh process on one core: wall-clock seconds and peak
+resident bytes of all of it, imports included; and the process's own seconds after imports for the
+twelve cards, for one alone (its trace included), and for each further one that shares the trace
+(the median). `benchmarks/zoo.py` has how tracing and replaying grow with a model's operations.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import datetime as dt
+import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 
 MODELS = (
     "resnet50",
@@ -31,118 +33,82 @@ MODELS = (
 
 def main() -> None:
     """Time everything, print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--zoo", type=int, default=0, metavar="N", help="trace N of timm's models")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cold", metavar="MODEL", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
+    parser.add_argument("--inside", metavar="MODEL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.cold:
-        _survey(arguments.cold)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if arguments.inside:
+        print(json.dumps(survey(arguments.inside)))
         return
-    print(f"{'model':<32}{'cold s':>8}{'peak MiB':>10}{'warm s':>8}{'trace s':>9}{'card s':>8}")
-    for model in MODELS:
-        start = time.perf_counter()
-        command = [sys.executable, __file__, "--cold", model]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        cold = time.perf_counter() - start
-        warm, tracing, card = _warm(model)
-        peak = int(output.split()[-1]) / 2**20
-        print(f"{model:<32}{cold:>8.1f}{peak:>10.0f}{warm:>8.2f}{tracing:>9.2f}{card:>8.3f}")
-    if arguments.zoo:
-        zoo(arguments.zoo, arguments.seed)
-
-
-def _survey(model: str) -> None:
-    import torch
-
-    import memfit
-
-    torch.set_num_threads(1)
-    memfit.survey(model)
-
-
-def _warm(model: str) -> tuple[float, float, float]:
-    """Seconds for twelve cards, for one trace, and for one card more."""
-    import torch
-
-    from memfit import search
-    from memfit.backends.simulated import SimulatedBackend, TraceCache
-    from memfit.records import StepOptions
-    from memfit.simulation.gpus import find_gpu
-    from memfit.workload import TrainingStep
-
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    _survey(model)
-    warm = time.perf_counter() - start
-    traces = TraceCache()
-
-    def answer(name: str) -> float:
-        start = time.perf_counter()
-        backend = SimulatedBackend(find_gpu(name), traces=traces)
-        options = StepOptions(precision=backend.auto_precision, optimizer="adamw")
-        step = TrainingStep(subject=model, options=options)
-        search.largest(
-            lambda batch_size: backend.trial(step, batch_size),
-            capacity_bytes=backend.capacity().usable_bytes,
-            hint=backend.expected_edge(step),
-        )
-        return time.perf_counter() - start
-
-    first = answer("rtx3090")
-    card = answer("rtx4080")
-    return warm, first - card, card
-
-
-def zoo(num_models: int, seed: int) -> None:
-    """Trace a sample of timm's models in mixed precision.
-
-    Args:
-        num_models: How many; all if there are fewer.
-        seed: Of the sample.
-    """
     import timm
     import torch
 
-    from memfit.backends.simulated import trace
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} CPU cores, one in use, {dt.datetime.now(tz=dt.timezone.utc).date()}"
+    )
+    print(f"{'model':<32}{'wall s':>8}{'MiB':>7}{'12 cards':>10}{'first':>8}{'one more':>10}")
+    for model in arguments.models:
+        start = time.perf_counter()
+        command = [sys.executable, __file__, "--inside", model]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+        ).stdout
+        wall = time.perf_counter() - start
+        row = json.loads(output.splitlines()[-1])
+        print(
+            f"{model:<32}{wall:>8.1f}{row['peak_bytes'] / 2**20:>7.0f}{row['all_seconds']:>10.2f}"
+            f"{row['first_seconds']:>8.2f}{row['more_seconds']:>10.3f}"
+        )
+
+
+def survey(model: str) -> dict[str, float]:
+    """Answer for the common cards, one after another, from as few traces as can be.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        The process's seconds for all, for the first and for the last, and its peak resident bytes.
+    """
+    import torch
+
+    import memfit
+    from memfit.api.searching import Question, answer
+    from memfit.backends.simulated import SimulatedBackend, TraceCache
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.trace import TraceOptions
-    from memfit.simulation.workspace import Kernels
+    from memfit.simulation.gpus import COMMON_GPUS, find_gpu
     from memfit.workload import TrainingStep
 
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    known = timm.list_models()
-    names = random.Random(seed).sample(known, min(num_models, len(known)))  # noqa: S311 - a sample
-    options = TraceOptions(compute_capability=(8, 0), kernels=Kernels(compute_capability=(8, 0)))
-    seconds, operations, failed = [], [], []
-    for name in names:
-        config = timm.models.get_pretrained_cfg(name)
-        num_classes = 1000 if config is not None and config.num_classes == 0 else None
-        start = time.perf_counter()
-        try:
-            step = TrainingStep(
-                subject=name,
-                options=StepOptions(
-                    precision=Precision.AMP_BF16, optimizer="adamw", num_classes=num_classes
-                ),
-            )
-            traced = trace(step, options)
-        except Exception as error:  # noqa: BLE001 - every failure is listed
-            failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-            continue
-        seconds.append(time.perf_counter() - start)
-        operations.append(len(traced.tape.later.events))
-    print(f"\n{len(seconds)} of {len(names)} models trace ({len(seconds) / len(names):.1%})")
-    for reason in failed:
-        print(f"  {reason}")
-    per_event = [s / n * 1e6 for s, n in zip(seconds, operations, strict=True)]
-    print(
-        f"seconds a model: median {statistics.median(seconds):.2f}, largest {max(seconds):.1f}; "
-        f"microseconds an event: median {statistics.median(per_event):.0f}, "
-        f"from {min(per_event):.0f} to {max(per_event):.0f}"
+    # Small, so that what torch and timm import when they are first used is imported.
+    memfit.survey("test_vit", gpus=("rtx3090",))
+    start = time.process_time()
+    memfit.survey(model)
+    whole = time.process_time() - start
+    options = StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")
+    question = Question(
+        step=TrainingStep(subject=model, options=options),
+        headroom=0.05,
+        multiple_of=1,
+        max_batch_size=None,
     )
+    traces = TraceCache()
+    seconds = []
+    for gpu in (find_gpu(name) for name in COMMON_GPUS):
+        if gpu.has_bf16:
+            start = time.process_time()
+            answer(question, SimulatedBackend(gpu, traces=traces))
+            seconds.append(time.process_time() - start)
+    return {
+        "all_seconds": whole,
+        "first_seconds": seconds[0],
+        "more_seconds": statistics.median(seconds[1:]),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ class _Search:
         """Something fitted and nothing above it has failed."""
         points = self._clean_points()
         if self._capacity_bytes is None or not points:
-            return 2 * low
+            return self._beyond_hint(low) or 2 * low
         edge = self._expected_edge(low)
         least = _least_edge(points[-1], self._capacity_bytes)
         if edge is None and len(points) == 1:
@@ -374,6 +374,16 @@ class _Search:
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
+
+    def _beyond_hint(self, low: int) -> int | None:
+        """Where a hint fitted with nothing but retries to show: the bytes are full, so a step."""
+        numerator, denominator = _HINT_ERROR
+        if self._hint is None or self._capacity_bytes is None:
+            return None
+        if low * (denominator - numerator) > self._hint * denominator:
+            return None
+        self._expects_fit = False
+        return low + min(1 << self._surprises_up, max(1, low // _SURPRISED_STEP))
 
     def _is_near(self, low: int, edge: int, num_points: int) -> bool:
         """Whether the bytes can be believed from `low` up to where they say the edge is."""

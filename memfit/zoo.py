@@ -126,6 +126,10 @@ def timm_parts(
     model.train()
     num_classes = model.num_classes
     if not isinstance(num_classes, int) or num_classes < 1:
+        if options.num_classes is not None:
+            raise UsageError(
+                f"{name} takes no classifier: give a Workload with the loss that you train it with."
+            )
         raise UsageError(f"{name} has no classifier of its own: give num_classes.")
     config = import_timm().data.resolve_data_config({}, model=model)
     num_channels, *default_size = config["input_size"]

@@ -201,6 +201,29 @@ def test_noisy_bytes_do_not_change_the_answer(device: Device, seed: int, noise: 
     assert certificate_holds(noisy, found)
 
 
+@given(st.integers(1, 5000), st.integers(-20, 20))
+def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permille: int) -> None:
+    """Near the edge every trial needs retries, and its bytes are the capacity: they say nothing."""
+
+    def trial(batch_size: int) -> Trial:
+        fits = batch_size <= edge
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
+            source=Source.SIMULATED,
+            peak_reserved_bytes=2**30,
+            num_alloc_retries=3,
+        )
+
+    hint = max(1, round(edge * (1 + off_permille / 1000)))
+    found = largest(trial, capacity_bytes=2**30, hint=hint)
+    assert found.batch_size == edge
+    assert found.proved
+    if hint == edge:
+        assert len(found.trials) == 3
+    assert max(t.batch_size for t in found.trials) <= max(hint, edge) * 17 // 16 + 1
+
+
 @given(affine, st.sets(st.integers(1, 120), max_size=60))
 def test_holes_leave_a_certificate(device: Device, holes: set[int]) -> None:
     """Where fits are not monotone, the answer is an edge: it fits and its successor does not."""

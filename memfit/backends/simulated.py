@@ -6,8 +6,11 @@ replayed for each batch size and capacity. Nothing here is measured, and every t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -29,11 +32,10 @@ from memfit.workload import TrainingStep
 
 __all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]
 
-_NUM_ITERATIONS = 3
 BLAS_HANDLES = (-1_000_001, -1_000_002)
 """Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
-_LINE_BATCH_SIZES = (8, 32)
-_MAX_LINE_BATCH_SIZE = 65_536
+# How far below what its tensors allow a step's edge is looked for first.
+_FRAGMENTS_SHARE = 64
 _PREFERS_CUDNN = (2, 11)
 
 
@@ -77,15 +79,29 @@ def trace_options(gpu: Gpu) -> TraceOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Replay:
+    """How a replay ended: the allocator's figures, its peaks by iteration, and why it ran out."""
+
+    stats: AllocatorStats
+    peaks: tuple[int, ...]
+    message: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Traced:
-    """A trace, whom it holds for, and what replays of it without a limit gave."""
+    """A trace, whom it holds for, and what replays of it gave.
+
+    Args:
+        step: What was traced.
+        options: What decided the trace besides.
+        trace: The trace.
+        replays: By batch size, workspace of each BLAS handle, and capacity.
+    """
 
     step: TrainingStep
     options: TraceOptions
     trace: StepTrace
-    roomy: dict[tuple[int, int], tuple[AllocatorStats, bool]] = dataclasses.field(
-        default_factory=dict
-    )
+    replays: dict[tuple[int, int, int | None], _Replay] = dataclasses.field(default_factory=dict)
 
     def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
         """Whether another card would have made the same trace."""
@@ -215,76 +231,87 @@ class SimulatedBackend:
         Raises:
             UnsupportedError: The step needs values that a meta tensor does not have.
         """
-        traced = self._traces.find(step, self._gpu)
-        key = (batch_size, self._gpu.blas_workspace_bytes)
-        capacity_bytes = self.capacity().usable_bytes
-        known = traced.roomy.get(key)
-        message = None
-        if known is not None and known[0].peak_reserved_bytes <= capacity_bytes:
-            stats, grows = known
-        else:
-            stats, grows, message = self._replay(traced.trace, batch_size, capacity_bytes)
-            if message is None and stats.num_alloc_retries == stats.num_refused == 0:
-                traced.roomy[key] = (stats, grows)
+        replay = self._replay(step, batch_size, self.capacity().usable_bytes)
+        stats, peaks, fits = replay.stats, replay.peaks, replay.message is None
         return Trial(
             batch_size=batch_size,
-            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
+            outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
             source=Source.SIMULATED,
             peak_requested_bytes=stats.peak_requested_bytes,
             peak_allocated_bytes=stats.peak_allocated_bytes,
             peak_reserved_bytes=stats.peak_reserved_bytes,
             num_alloc_retries=stats.num_alloc_retries,
-            num_iterations=_NUM_ITERATIONS if message is None else 0,
+            num_iterations=len(peaks) if fits else 0,
             num_micro_batches=step.num_micro_batches,
-            peak_grows=grows,
-            message=message,
+            peak_grows=fits and peaks[-1] > peaks[-2],
+            message=replay.message,
         )
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with all the room in the world."""
-        return self._unlimited_peak(step, batch_size)
+        return self._replay(step, batch_size, None).stats.peak_reserved_bytes
 
     def expected_edge(self, step: TrainingStep) -> int | None:
-        """Return about the largest batch size that fits.
+        """Return an edge: a batch size that fits below one that does not.
+
+        What tensors hold bounds it from above. Below that, replays under the capacity decide, for
+        without a limit a step reserves what it would do without where there is none.
 
         Args:
             step: What to train; its precision is chosen.
 
         Returns:
-            Samples, as a line through two small batch sizes gives them, and then one through what
-            that gives; `None` where the step does not grow.
+            Samples; `None` where the step does not grow, or nothing fits.
         """
         limit = self.capacity().usable_bytes
-        sizes = list(_LINE_BATCH_SIZES)
-        for _ in range(2):
-            (near, near_bytes), (far, far_bytes) = (
-                (size, self._unlimited_peak(step, size)) for size in sizes[-2:]
-            )
-            if near == far or (far_bytes - near_bytes) * (far - near) <= 0:
-                return None
-            edge = far + int((limit - far_bytes) * (far - near) / (far_bytes - near_bytes))
-            sizes.append(min(max(1, edge), _MAX_LINE_BATCH_SIZE))
-        return sizes[-1]
+        room = limit - len(BLAS_HANDLES) * self._gpu.blas_workspace_bytes
+        trace = self._traces.find(step, self._gpu).trace
+        most = trace.tape.largest_within(room)
+        if most is None:
+            return None
+        fails, distance = most + 1, 1 + most // _FRAGMENTS_SHARE
+        while not self._fits(step, most):
+            fails, most, distance = most, most - distance, 2 * distance
+            if most < 1:
+                most = 0
+                break
+        while most + 1 < fails:
+            middle = (most + fails) // 2
+            if self._fits(step, middle):
+                most = middle
+            else:
+                fails = middle
+        return most or None
 
-    def _unlimited_peak(self, step: TrainingStep, batch_size: int) -> int:
+    def _fits(self, step: TrainingStep, batch_size: int) -> bool:
+        return self._replay(step, batch_size, self.capacity().usable_bytes).message is None
+
+    def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> _Replay:
         traced = self._traces.find(step, self._gpu)
-        key = (batch_size, self._gpu.blas_workspace_bytes)
-        if key not in traced.roomy:
-            stats, grows, _ = self._replay(traced.trace, batch_size, None)
-            traced.roomy[key] = (stats, grows)
-        return traced.roomy[key][0].peak_reserved_bytes
+        workspace_bytes = self._gpu.blas_workspace_bytes
+        key = (batch_size, workspace_bytes, capacity_bytes)
+        if key not in traced.replays:
+            allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
+            peaks: list[int] = []
+            message = None
+            try:
+                with _collector_paused():
+                    for handle in BLAS_HANDLES:
+                        allocator.allocate(handle, workspace_bytes)
+                    peaks.extend(traced.trace.tape.play(allocator, batch_size))
+            except AllocatorOutOfMemoryError as error:
+                message = str(error)
+            traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)
+        return traced.replays[key]
 
-    def _replay(
-        self, trace: StepTrace, batch_size: int, capacity_bytes: int | None
-    ) -> tuple[AllocatorStats, bool, str | None]:
-        allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
-        peaks = []
-        message = None
-        try:
-            for handle in BLAS_HANDLES:
-                allocator.allocate(handle, self._gpu.blas_workspace_bytes)
-            peaks = list(trace.tape.play(allocator, batch_size, num_iterations=_NUM_ITERATIONS))
-        except AllocatorOutOfMemoryError as error:
-            message = str(error)
-        grows = len(peaks) == _NUM_ITERATIONS and peaks[-1] > 1.01 * peaks[-2]
-        return allocator.stats, grows, message
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector from walking thousands of live blocks again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,12 +1,14 @@
 """A traced step on the model of the allocator, with what happens to every block kept.
 
-Three iterations run, as in a trial, and the last is the one that is shown: the optimizer's state is
-there, and the allocator holds what it will go on holding. Knows no torch.
+As many iterations run as in a trial, until the peak has settled, and the last is the one that is
+shown: the optimizer's state is there, and the allocator holds what it will go on holding. Knows no
+torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -18,7 +20,6 @@ from memfit.simulation.tape import StepTape, Tape
 
 __all__ = ["Entry", "OutOfRoom", "Purpose", "Replay", "phases_of", "replay"]
 
-_NUM_ITERATIONS: Final = 3
 _BLAS: Final = "(cuBLAS)"
 
 
@@ -100,7 +101,7 @@ def replay(
     capacity_bytes: int | None = None,
     keeps_history: bool = False,
 ) -> Replay | OutOfRoom:
-    """Replay three iterations of a step.
+    """Replay a step until its peak has settled.
 
     Args:
         tape: Its events.
@@ -114,21 +115,16 @@ def replay(
     Returns:
         The last iteration, or the request that found no room.
     """
-    run = _Run(
-        CachingAllocator(capacity_bytes=capacity_bytes, settings=settings),
-        batch_size,
-        purpose,
-        keeps_history=keeps_history,
-    )
+    allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=settings)
+    run = _Run(allocator, batch_size, purpose, keeps_history=keeps_history)
     handles = Tape.fixed(
         [
             Event(action=Action.ALLOC, id=number, num_bytes=num_bytes, origin="cuBLAS handle")
             for number, num_bytes in workspaces.items()
         ]
     )
-    later = (tape.later,) * (_NUM_ITERATIONS - 1)
     try:
-        for stretch in (handles, tape.setup, tape.first, *later):
+        for stretch in itertools.chain((handles,), tape.until_settled(allocator)):
             run.start()
             run.play(stretch)
     except _NoRoomError as error:

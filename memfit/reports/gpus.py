@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from memfit.simulation.gpus import Gpu
 from memfit.units import format_bytes
 
 __all__ = ["render"]
 
+_ESTIMATED = "~"
+
 
 def render(cards: tuple[Gpu, ...]) -> RenderableType:
-    """Lay out cards: name, short names, architecture, memory, and how each figure is known.
+    """Lay out cards: a line each, or all that is known of a single one.
 
     Args:
         cards: What to list.
     """
+    return _details(cards[0]) if len(cards) == 1 else _list(cards)
+
+
+def _list(cards: tuple[Gpu, ...]) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("--gpu", no_wrap=True)
     table.add_column("GPU")
-    table.add_column("also")
-    table.add_column("architecture")
-    table.add_column("memory", justify="right")
-    table.add_column("known from")
-    table.add_column("process", justify="right")
-    table.add_column("known from")
+    table.add_column("arch", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("process", justify="right", no_wrap=True)
     for card in cards:
-        context = card.context_origin
         table.add_row(
+            card.aliases[0] if card.aliases else "",
             card.name,
-            ", ".join(card.aliases),
             card.architecture,
-            format_bytes(card.total_bytes),
-            "torch" if card.total_origin == "seen" else card.total_origin,
-            format_bytes(card.context_bytes),
-            "similar cards" if context == "band" else "measured",
+            _mark(card.total_origin != "derived") + format_bytes(card.total_bytes),
+            _mark(card.context_origin != "band") + format_bytes(card.context_bytes),
         )
-    return table
+    note = (
+        "memory: as torch reports it. process: what a process holds beside the caching allocator. "
+        f"{_ESTIMATED}: estimated from similar cards. `memfit gpus NAME` says where a card's "
+        "figures come from."
+    )
+    return Group(table, "", Text(note))
+
+
+def _mark(is_known: bool) -> str:
+    return "" if is_known else _ESTIMATED
+
+
+def _details(card: Gpu) -> RenderableType:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    context = card.context_origin
+    table.add_row("memory", format_bytes(card.total_bytes), f"{card.total_origin}: {card.source}")
+    table.add_row(
+        "process",
+        format_bytes(card.context_bytes),
+        "estimated from similar cards" if context == "band" else context,
+    )
+    table.add_row("for training", format_bytes(card.usable_bytes), "memory less the process")
+    table.add_row(
+        "BLAS workspace", format_bytes(card.blas_workspace_bytes), "of each of two threads"
+    )
+    vendor = "compute capability" if card.vendor == "NVIDIA" else "AMD"
+    table.add_row("architecture", card.architecture, vendor)
+    names = Text("also: " + ", ".join(card.aliases), "dim") if card.aliases else Text("")
+    return Group(Text(card.name, "bold"), names, "", table)

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-__all__ = ["Page", "Panel", "bar_chart", "line_chart", "render"]
+__all__ = ["Page", "Panel", "bar_chart", "level", "line_chart", "render"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +117,25 @@ def line_chart(
     ]
     axes = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}}}
     return {"traces": traces, "layout": {**axes, **(layout or {})}}
+
+
+def level(height: float, text: str) -> dict[str, Any]:
+    """Return a shape for a chart's layout: a dotted line across it, such as a capacity.
+
+    Args:
+        height: Where, in units of the chart's vertical axis.
+        text: What it is.
+    """
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": height,
+        "y1": height,
+        "line": {"dash": "dot", "width": 1.5},
+        "label": {"text": text},
+    }
 
 
 def bar_chart(

@@ -88,6 +88,8 @@ def step_words(options: StepOptions) -> list[str]:
 
 def _trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
     predicted = {trial.batch_size: trial for trial in predictions}
+    # Nothing runs in a simulation, so nothing is timed.
+    is_timed = not trials or any(trial.source is Source.MEASURED for trial in trials)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("batch", justify="right")
     table.add_column("outcome")
@@ -95,18 +97,19 @@ def _trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ())
     if predicted:
         table.add_column("predicted", justify="right")
     table.add_column("retries", justify="right")
-    table.add_column("s/step", justify="right")
-    table.add_column("samples/s", justify="right")
+    if is_timed:
+        table.add_column("s/step", justify="right")
+        table.add_column("samples/s", justify="right")
     for trial in trials:
         speed = trial.samples_per_second if trial.fits else None
+        pace = ("", "") if speed is None else (f"{trial.step_seconds:.3g}", f"{speed:.4g}")
         table.add_row(
             str(trial.batch_size),
             Text("fits", "green") if trial.fits else Text(_OUT_OF_MEMORY, "red"),
             "" if trial.peak_reserved_bytes is None else format_bytes(trial.peak_reserved_bytes),
             *((_predicted(predicted.get(trial.batch_size)),) if predicted else ()),
             str(trial.num_alloc_retries),
-            "" if speed is None else f"{trial.step_seconds:.3g}",
-            "" if speed is None else f"{speed:.4g}",
+            *(pace if is_timed else ()),
         )
     return table
 

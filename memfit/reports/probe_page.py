@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memfit.records import ProbeResult, Survey, Trial
-from memfit.reports.html import Page, Panel, bar_chart, line_chart, render
+from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
 from memfit.reports.probe import notes, step_words
 from memfit.units import GIB, MIB, format_bytes
 
@@ -109,22 +109,13 @@ def _memory(result: ProbeResult) -> Panel:
         )
         if points:
             lines[name] = ([float(size) for size, _ in points], [peak for _, peak in points])
-    edge: dict[str, Any] = {
-        "type": "line",
-        "xref": "paper",
-        "x0": 0,
-        "x1": 1,
-        "y0": result.capacity_bytes / unit,
-        "y1": result.capacity_bytes / unit,
-        "line": {"dash": "dot"},
-        "label": {"text": f"usable: {format_bytes(result.capacity_bytes)}"},
-    }
+    usable = level(result.capacity_bytes / unit, f"usable: {format_bytes(result.capacity_bytes)}")
     data = line_chart(
         lines,
         x_title="batch size",
         y_title=f"{unit_name} at the peak",
         colours={"fits": _FITS, "ran out of memory": _RAN_OUT, "predicted": _EDGE},
-        layout={"shapes": [edge]},
+        layout={"shapes": [usable]},
     )
     return Panel(
         key="memory",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from memfit.records import MemoryProfile, Role
-from memfit.reports.html import Page, Panel, line_chart, render
+from memfit.reports.html import Page, Panel, level, line_chart, render
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import GIB, MIB, format_bytes
@@ -263,16 +263,7 @@ def _cards(profile: MemoryProfile) -> Panel:
         for card in cards
     }
     shapes = [
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": card.total_bytes / GIB,
-            "y1": card.total_bytes / GIB,
-            "line": {"dash": "dot", "width": 1.5},
-            "label": {"text": f"{card.gpu} has {format_bytes(card.total_bytes)}"},
-        }
+        level(card.total_bytes / GIB, f"{card.gpu} has {format_bytes(card.total_bytes)}")
         for card in cards
     ]
     highest = max(card.total_bytes for card in cards) / GIB

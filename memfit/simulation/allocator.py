@@ -12,7 +12,7 @@ Source: c10/cuda/CUDACachingAllocator.cpp, with the constants of
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from typing import Final
 
@@ -49,7 +49,6 @@ class AllocatorStats:
         peak_allocated_bytes: The largest `allocated_bytes` so far.
         peak_reserved_bytes: The largest `reserved_bytes` so far.
         num_alloc_retries: Times that everything cached was given back to serve a request.
-        num_refused: Requests that their callers could do without, and had to.
     """
 
     requested_bytes: int
@@ -59,7 +58,6 @@ class AllocatorStats:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     num_alloc_retries: int
-    num_refused: int = 0
 
 
 def round_request(num_bytes: int, settings: AllocatorSettings) -> int:
@@ -117,6 +115,7 @@ class CachingAllocator:
         )
         self._rounds_to_divisions = max(settings.roundup_power2_divisions) > 1
         self._expandable = settings.expandable_segments
+        self._is_plain = not self._expandable and settings.max_split_size_bytes is None
         self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = Pool(is_small=False, page_bytes=settings.large_segment_bytes)
         self._live: dict[int, Block] = {}
@@ -124,7 +123,6 @@ class CachingAllocator:
         self._requested = self._allocated = 0
         self._peak_requested = self._peak_allocated = 0
         self._num_alloc_retries = 0
-        self._num_refused = 0
 
     @property
     def stats(self) -> AllocatorStats:
@@ -137,8 +135,12 @@ class CachingAllocator:
             peak_allocated_bytes=self._peak_allocated,
             peak_reserved_bytes=self._device.peak_bytes,
             num_alloc_retries=self._num_alloc_retries,
-            num_refused=self._num_refused,
         )
+
+    @property
+    def num_device_calls(self) -> int:
+        """How often the device was asked for memory or given some back."""
+        return self._device.num_calls
 
     def replay(self, events: Iterable[Event]) -> None:
         """Carry out a stream of events.
@@ -203,7 +205,6 @@ class CachingAllocator:
         size, pool = self._rounded(num_bytes)
         block = self._take_free(pool, size) or self._new_block(pool, size)
         if block is None:
-            self._num_refused += 1
             return False
         self._hand_out(block, block_id, size, num_bytes)
         return True
@@ -221,16 +222,22 @@ class CachingAllocator:
         self._allocated -= block.size
         pool = block.pool
         block.born = pool.num_searches
-        for neighbour in (block.previous, block.next):
-            if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
-                pool.remove(neighbour)
-                absorb(block, neighbour)
-        pool.insert(block)
+        neighbour = block.previous
+        if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
+            pool.remove(neighbour)
+            absorb(block, neighbour)
+        neighbour = block.next
+        if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
+            pool.remove(neighbour)
+            absorb(block, neighbour)
+        # As Pool.insert, which a replay would call as often as this.
+        insort(pool.order, (block.size, block.address, block))
+        block.is_free = True
 
     def empty_cache(self) -> None:
         """Give back every segment that holds no tensor, and every such page of expandable ones."""
         for pool in (self._small, self._large):
-            for block in list(pool.by_address.values()):
+            for block in pool.blocks:
                 if self._expandable:
                     unmap(block, self._device)
                 elif block.is_whole_segment:
@@ -242,8 +249,7 @@ class CachingAllocator:
 
     def segments(self) -> tuple[Segment, ...]:
         """Return what was taken from the device, and the blocks that it is divided into."""
-        free = (pool.by_address.values() for pool in (self._small, self._large))
-        return lay_out(self._live, [block for blocks in free for block in blocks])
+        return lay_out(self._live, [*self._small.blocks, *self._large.blocks])
 
     # --- finding a block -----------------------------------------------------------------------
 
@@ -258,12 +264,14 @@ class CachingAllocator:
         """Best fit: the smallest free block that is large enough."""
         pool.num_searches += 1
         order = pool.order
-        index = bisect_left(order, (size, 0))
+        index = bisect_left(order, (size,))
         if index == len(order):
             return None
-        block = pool.by_address[order[index][1]]
-        if self._expandable:
-            block = preferred(pool, index)
+        if self._is_plain:
+            block = order.pop(index)[2]
+            block.is_free = False
+            return block
+        block = preferred(pool, index) if self._expandable else order[index][2]
         if size < self._max_split:
             if block.size >= self._max_split:
                 return None
@@ -291,7 +299,7 @@ class CachingAllocator:
         segment = self._segment_bytes(size)
         if not self._device.take(segment):
             return None
-        block = Block(address=self._next_address, size=segment, pool=pool)
+        block = Block(self._next_address, segment, pool)
         self._next_address += segment
         return block
 
@@ -304,7 +312,7 @@ class CachingAllocator:
 
     def _hand_out(self, block: Block, block_id: int, size: int, num_bytes: int) -> None:
         rest = block.size - size
-        if (
+        if rest and (
             rest >= MIN_BLOCK_BYTES
             if block.pool.is_small or self._expandable
             else rest > SMALL_REQUEST_BYTES and size < self._max_split
@@ -328,16 +336,16 @@ class CachingAllocator:
         if self._max_split == float("inf") or self._expandable:
             return False
         wanted = max(size, int(self._max_split))
-        index = bisect_left(pool.order, (wanted, 0))
+        index = pool.first_of(wanted)
         if index < len(pool.order):
-            self._release(pool.by_address[pool.order[index][1]])
+            self._release(pool.order[index][2])
             return True
         released = 0
-        for block_bytes, address in reversed(list(pool.order)):
-            if released >= wanted or block_bytes < self._max_split:
+        for block in reversed(pool.blocks):
+            if released >= wanted or block.size < self._max_split:
                 break
-            self._release(pool.by_address[address])
-            released += block_bytes
+            self._release(block)
+            released += block.size
         return released >= wanted
 
     def _collect_garbage(self) -> None:
@@ -345,7 +353,7 @@ class CachingAllocator:
         target = self._device.taken_bytes - self._collects_above
         pool = self._large
         reclaimed = 0
-        freeable = [block for block in pool.by_address.values() if block.is_whole_segment]
+        freeable = [block for block in pool.blocks if block.is_whole_segment]
         while reclaimed < target and freeable:
             ages = {id(block): pool.num_searches - block.born for block in freeable}
             average = sum(ages.values()) / len(freeable)

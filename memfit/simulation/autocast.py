@@ -77,7 +77,7 @@ class CudaAutocast:
     """
 
     def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._fp32 = fp32
         self._is_entered = False
         self._is_backward = False
@@ -136,7 +136,7 @@ class CudaAutocast:
         """
         name = _ALIASES.get(name, name)
         if name in LOWER_PRECISION:
-            return func(*self._cast(args, self._dtype), **self._cast_values(kwargs, self._dtype))
+            return func(*self._cast(args, self.dtype), **self._cast_values(kwargs, self.dtype))
         if name in self._fp32:
             return func(
                 *self._cast(args, torch.float32), **self._cast_values(kwargs, torch.float32)
@@ -181,7 +181,7 @@ class CudaAutocast:
         if not _is_eligible(tensor) or tensor.dtype is dtype:
             return tensor
         is_kept = (
-            dtype is self._dtype
+            dtype is self.dtype
             and tensor.dtype is torch.float32
             and tensor.is_leaf
             and tensor.requires_grad
@@ -197,7 +197,7 @@ class CudaAutocast:
 
     def _widest(self, values: Any) -> torch.dtype:
         """The widest type among the eligible tensors."""
-        found = [self._dtype]
+        found = [self.dtype]
 
         def look(value: Any) -> None:
             if isinstance(value, torch.Tensor):
@@ -210,7 +210,7 @@ class CudaAutocast:
                 look(tuple(value.values()))
 
         look(values)
-        return torch.float32 if torch.float32 in found else self._dtype
+        return torch.float32 if torch.float32 in found else self.dtype
 
 
 def _is_eligible(value: object) -> bool:

@@ -18,15 +18,17 @@ class DeviceMemory:
         capacity_bytes: What there is; infinity for no limit.
     """
 
-    __slots__ = ("capacity_bytes", "peak_bytes", "taken_bytes")
+    __slots__ = ("capacity_bytes", "num_calls", "peak_bytes", "taken_bytes")
 
     def __init__(self, capacity_bytes: float) -> None:
         self.capacity_bytes = capacity_bytes
         self.taken_bytes = 0
         self.peak_bytes = 0
+        self.num_calls = 0
 
     def take(self, num_bytes: int) -> bool:
         """Take memory if there is enough, and say whether there was."""
+        self.num_calls += 1
         if self.taken_bytes + num_bytes > self.capacity_bytes:
             return False
         self.taken_bytes += num_bytes
@@ -35,6 +37,7 @@ class DeviceMemory:
 
     def give_back(self, num_bytes: int) -> None:
         """Give memory back."""
+        self.num_calls += 1
         self.taken_bytes -= num_bytes
 
 
@@ -53,15 +56,22 @@ class Block:
         "size",
     )
 
-    def __init__(self, *, address: int, size: int, pool: Pool) -> None:
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        pool: Pool,
+        previous: Block | None = None,
+        following: Block | None = None,
+    ) -> None:
         self.address = address
         self.size = size
         self.pool = pool
         self.requested = 0
         self.is_free = False
         self.is_mapped = True
-        self.previous: Block | None = None
-        self.next: Block | None = None
+        self.previous = previous
+        self.next = following
         self.born = 0
 
     @property
@@ -73,27 +83,34 @@ class Block:
 class Pool:
     """Free blocks of small or of large requests, ordered by size, then address."""
 
-    __slots__ = ("by_address", "is_small", "num_searches", "order", "page_bytes", "unmapped")
+    __slots__ = ("is_small", "num_searches", "order", "page_bytes", "unmapped")
 
     def __init__(self, *, is_small: bool, page_bytes: int) -> None:
         self.is_small = is_small
         self.page_bytes = page_bytes
-        self.order: list[tuple[int, int]] = []
-        self.by_address: dict[int, Block] = {}
+        self.order: list[tuple[int, int, Block]] = []
         self.num_searches = 0
         # Of expandable segments: the rest of the address space that no memory is behind yet.
         self.unmapped: list[Block] = []
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The free blocks, smallest first."""
+        return [block for _, _, block in self.order]
+
+    def first_of(self, num_bytes: int) -> int:
+        """Return the index in `order` of the smallest block of at least so many bytes."""
+        return bisect_left(self.order, (num_bytes,))
+
     def insert(self, block: Block) -> None:
         """Index a block as free."""
-        insort(self.order, (block.size, block.address))
-        self.by_address[block.address] = block
+        insort(self.order, (block.size, block.address, block))
         block.is_free = True
 
     def remove(self, block: Block) -> None:
         """Take a free block out of the index."""
+        # A shorter tuple comes before the one that it begins, so blocks are never compared.
         del self.order[bisect_left(self.order, (block.size, block.address))]
-        del self.by_address[block.address]
         block.is_free = False
 
 
@@ -113,11 +130,13 @@ def absorb(block: Block, neighbour: Block) -> None:
 
 def split(block: Block, size: int) -> None:
     """Keep the first `size` bytes of a block and index the rest as free."""
-    rest = Block(address=block.address + size, size=block.size - size, pool=block.pool)
+    following, pool = block.next, block.pool
+    rest = Block(block.address + size, block.size - size, pool, block, following)
     rest.born = block.born
-    rest.previous, rest.next = block, block.next
-    if block.next is not None:
-        block.next.previous = rest
+    if following is not None:
+        following.previous = rest
     block.next = rest
     block.size = size
-    block.pool.insert(rest)
+    # As Pool.insert, which a replay would call as often as this.
+    insort(pool.order, (rest.size, rest.address, rest))
+    rest.is_free = True

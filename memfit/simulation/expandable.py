@@ -23,9 +23,8 @@ def preferred(pool: Pool, index: int) -> Block:
         pool: Where to look.
         index: Of the smallest block that is large enough, in the pool's order.
     """
-    block = pool.by_address[pool.order[index][1]]
-    for _, address in pool.order[index + 1 :]:
-        following = pool.by_address[address]
+    block = pool.order[index][2]
+    for _, _, following in pool.order[index + 1 :]:
         if _expandable_size(following) >= _expandable_size(block):
             break
         block = following
@@ -70,7 +69,7 @@ def _map(block: Block, size: int, device: DeviceMemory) -> Block | None:
         return None
     pool.unmapped.remove(block)
     if pages < block.size:
-        rest = Block(address=block.address + pages, size=block.size - pages, pool=pool)
+        rest = Block(block.address + pages, block.size - pages, pool)
         rest.is_mapped = False
         rest.previous, rest.next = block, block.next
         if block.next is not None:
@@ -96,14 +95,14 @@ def unmap(block: Block, device: DeviceMemory) -> None:
         return
     pool.remove(block)
     if begin > block.address:
-        before = Block(address=block.address, size=begin - block.address, pool=pool)
+        before = Block(block.address, begin - block.address, pool)
         before.previous, before.next = block.previous, block
         if block.previous is not None:
             block.previous.next = before
         block.previous = before
         pool.insert(before)
     if block.address + block.size > end:
-        after = Block(address=end, size=block.address + block.size - end, pool=pool)
+        after = Block(end, block.address + block.size - end, pool)
         after.previous, after.next = block, block.next
         if block.next is not None:
             block.next.previous = after
@@ -120,7 +119,7 @@ def unmap(block: Block, device: DeviceMemory) -> None:
 
 def _endless(*, address: int, pool: Pool) -> Block:
     first_page = address // pool.page_bytes * pool.page_bytes
-    block = Block(address=first_page, size=_ADDRESS_SPACE_BYTES, pool=pool)
+    block = Block(first_page, _ADDRESS_SPACE_BYTES, pool)
     block.is_mapped = False
     return block
 

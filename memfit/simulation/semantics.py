@@ -1,7 +1,8 @@
 """What CUDA does differently from the meta device, put right while a step is traced.
 
-Attention's kernel, dropout's mask, autocast and the loss's scale, and the optimizers' choice of
-their foreach implementation. What kernels take besides tensors is `memfit.simulation.workspace`'s.
+Attention's kernel, recurrent layers, dropout's mask, autocast and the loss's scale, and the
+optimizers' choice of their foreach implementation. What kernels take besides tensors is
+`memfit.simulation.workspace`'s.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from memfit.records import Precision
-from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe
+from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe, write_out
 from memfit.simulation.autocast import FP32, CudaAutocast
+from memfit.simulation.recurrent import RECURRENT, is_padded, recur
 
 __all__ = ["META", "CudaSemantics", "MetaArithmetic", "foreach_on_meta"]
 
@@ -62,7 +64,11 @@ class CudaSemantics(TorchFunctionMode):
         elif name == "dropout":
             func = _dropout
         autocast = self._autocast
-        if autocast is not None and autocast.is_active:
+        if autocast is not None and not autocast.is_active:
+            autocast = None
+        if name in RECURRENT and is_padded(args):
+            return recur(name, None if autocast is None else autocast.dtype, *args)
+        if autocast is not None:
             return autocast.call(func, name, args, kwargs)
         return func(*args, **kwargs)
 
@@ -81,6 +87,10 @@ class CudaSemantics(TorchFunctionMode):
         call = describe(query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal)
         backend = self._choose_attention(call)
         self.attention[call] = backend
+        if backend is AttentionBackend.WRITTEN_OUT:
+            # Here each operation is the model's own, so each comes by autocast.
+            with self:
+                return write_out(query, key, value, mask=attn_mask, dropout=dropout_p, scale=scale)
         return attend(
             backend,
             query,

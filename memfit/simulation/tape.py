@@ -16,6 +16,8 @@ from memfit.simulation.allocator import CachingAllocator
 __all__ = ["StepTape", "StreamsDifferError", "Tape"]
 
 _NUM_ITERATIONS = 3
+# As a measured trial: at most so many until the peak has settled (memfit.backends.readings).
+_MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 _TRY_ALLOC, _EMPTY_CACHE = Action.TRY_ALLOC, Action.EMPTY_CACHE
 
@@ -156,6 +158,12 @@ class StepTape:
     setup: Tape
     first: Tape
     later: Tape
+    # What tensors hold at some moment: for each growth with a sample, the most at no sample.
+    _lines: dict[float, float] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Find the moments that can be the peak of some batch size."""
+        object.__setattr__(self, "_lines", self._tensor_lines())
 
     def at(self, batch_size: int, *, num_iterations: int = _NUM_ITERATIONS) -> Iterator[Event]:
         """Yield all events of a training run's beginning.
@@ -167,19 +175,12 @@ class StepTape:
         for tape in self._stretches(num_iterations):
             yield from tape.at(batch_size)
 
-    def play(
-        self,
-        allocator: CachingAllocator,
-        batch_size: int,
-        *,
-        num_iterations: int = _NUM_ITERATIONS,
-    ) -> Iterator[int]:
-        """Replay on an allocator.
+    def play(self, allocator: CachingAllocator, batch_size: int) -> Iterator[int]:
+        """Replay on an allocator until the peak has settled.
 
         Args:
             allocator: A new one.
             batch_size: Samples in each micro-batch.
-            num_iterations: Optimizer steps, at least 1.
 
         Yields:
             The peak of reserved bytes after each iteration.
@@ -187,10 +188,72 @@ class StepTape:
         Raises:
             AllocatorOutOfMemoryError: The step does not fit.
         """
-        self.setup.play(allocator, batch_size)
-        for tape in self._stretches(num_iterations)[1:]:
+        for tape in self.until_settled(allocator):
             tape.play(allocator, batch_size)
-            yield allocator.stats.peak_reserved_bytes
+            if tape is not self.setup:
+                yield allocator.stats.peak_reserved_bytes
+
+    def until_settled(self, allocator: CachingAllocator) -> Iterator[Tape]:
+        """Yield the stretches to replay, one after another, until the peak has settled.
+
+        The optimizer's state is at the peak from the second iteration on, and where fragments move
+        a later one may still take more. An iteration that asks nothing of the device leaves the
+        allocator as it found it, and every further one would be the same; where each has to ask,
+        the replay ends when two peaks agree.
+
+        Args:
+            allocator: Where each is replayed before the next is taken.
+        """
+        yield self.setup
+        yield self.first
+        peaks = [allocator.stats.peak_reserved_bytes]
+        while len(peaks) < _MAX_ITERATIONS:
+            num_calls = allocator.num_device_calls
+            yield self.later
+            peaks.append(allocator.stats.peak_reserved_bytes)
+            if allocator.num_device_calls == num_calls:
+                break
+            if len(peaks) >= _NUM_ITERATIONS and peaks[-1] == peaks[-2]:
+                break
+
+    def largest_within(self, num_bytes: int) -> int | None:
+        """Return a batch size beyond which the step's tensors alone need more than there is.
+
+        Args:
+            num_bytes: What there is.
+
+        Returns:
+            Samples, possibly 0; `None` where tensors do not grow with the batch.
+        """
+        lines = self._lines
+        growth, held = max(lines.items())
+        if growth <= 0:
+            return None
+        batch_size = max(0, int((num_bytes - held) // growth))
+        # Newton's method on a maximum of lines: from above, and never past the edge.
+        while batch_size:
+            held, growth = max((base + slope * batch_size, slope) for slope, base in lines.items())
+            if held <= num_bytes:
+                break
+            held -= growth * batch_size
+            batch_size = max(0, int((num_bytes - held) // growth)) if growth > 0 else 0
+        return batch_size
+
+    def _tensor_lines(self) -> dict[float, float]:
+        held = growth = 0.0
+        live: dict[int, tuple[float, float]] = {}
+        lines: dict[float, float] = {}
+        for tape in self._stretches(2):
+            for event, slope in zip(tape.events, tape.growth_bytes, strict=True):
+                if event.action is _ALLOC:
+                    base = event.num_bytes - slope * tape.batch_size
+                    live[event.id] = (base, slope)
+                    held, growth = held + base, growth + slope
+                    lines[growth] = max(held, lines.get(growth, held))
+                elif event.action is _FREE_COMPLETED:
+                    freed = live.pop(event.id, (0.0, 0.0))
+                    held, growth = held - freed[0], growth - freed[1]
+        return lines
 
     def _stretches(self, num_iterations: int) -> tuple[Tape, ...]:
         return (self.setup, self.first, *(self.later,) * (num_iterations - 1))

@@ -48,7 +48,8 @@ class TraceOptions:
         compute_capability: Of the card, such as (8, 6).
         kernels: What its kernels take besides tensors.
         prefers_cudnn_attention: See `memfit.simulation.attention.choose`.
-        uses_fused_attention: `scaled_dot_product_attention` may take a fused kernel.
+        has_fused_attention: There is `scaled_dot_product_attention`; otherwise models write
+            attention out.
         uses_foreach: Optimizers take their foreach implementation by default.
         keeps_gradients: Gradients are zeroed in place instead of dropped.
         cudnn_benchmark: Convolutions try their plans once (`torch.backends.cudnn.benchmark`).
@@ -60,7 +61,7 @@ class TraceOptions:
     compute_capability: tuple[int, int]
     kernels: Kernels
     prefers_cudnn_attention: bool = False
-    uses_fused_attention: bool = True
+    has_fused_attention: bool = True
     uses_foreach: bool = True
     keeps_gradients: bool = False
     cudnn_benchmark: bool = True
@@ -69,8 +70,8 @@ class TraceOptions:
 
     def choose_attention(self, call: AttentionCall) -> AttentionBackend:
         """Return the kernel that attention takes."""
-        if not self.uses_fused_attention:
-            return AttentionBackend.MATH
+        if not self.has_fused_attention:
+            return AttentionBackend.WRITTEN_OUT
         return choose(call, self.compute_capability, prefers_cudnn=self.prefers_cudnn_attention)
 
 
@@ -173,9 +174,9 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
 
     def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
         recorder.forget_plans()
+        recorder.num_operations = 0
         prepared.accumulate(batch_size)
         forward_backward = recorder.cut()
-        recorder.num_operations = 0
         prepared.update(set_to_none=not options.keeps_gradients)
         return forward_backward, recorder.cut()
 

@@ -13,6 +13,9 @@ from typing import Any, Final
 
 import torch
 
+from memfit.simulation.outputs import outputs
+from memfit.simulation.recurrent import Recurrence, recur_backward, with_reserve
+
 __all__ = ["Kernels", "Workspace"]
 
 _aten = torch.ops.aten
@@ -72,9 +75,11 @@ class Kernels:
             # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
             result = func(*args, **kwargs)
             return torch.empty_like(result, memory_format=torch.channels_last)
-        quick = _QUICK.get(func)
-        result = None if quick is None or kwargs else quick(*args)
-        return func(*args, **kwargs) if result is None else result
+        if func is _aten._cudnn_rnn.default:
+            return with_reserve(args, func(*args, **kwargs))
+        if func is _aten._cudnn_rnn_backward.default:
+            return recur_backward(args)
+        return outputs(func, args, kwargs)
 
     def workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
         """Return what an operation's kernels take, one after another.
@@ -97,6 +102,10 @@ class Kernels:
             return (_flash_backward(args[1]),)
         if func is _aten._scaled_dot_product_efficient_attention_backward.default:
             return (_efficient_backward(args[1]),)
+        if func is _aten._cudnn_rnn.default:
+            return (_recurrent(args[1], args[6:14], args[0]),)
+        if func is _aten._cudnn_rnn_backward.default:
+            return (_recurrent(args[1], args[10:18], args[0], args[6]),)
         return ()
 
     def _convolution(
@@ -164,6 +173,17 @@ def _efficient_backward(query: torch.Tensor) -> Workspace:
     return Workspace(name="efficient attention backward", num_bytes=num_bytes, is_needed=True)
 
 
+def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
+    """The workspace of cuDNN's own, beside copies with time steps first where samples come first.
+
+    Source: `input.transpose(0, 1)` and `.contiguous()` in aten/src/ATen/native/cudnn/RNN.cpp.
+    """
+    num_bytes = Recurrence.of(tensors[0], weights, options).workspace_bytes
+    if options[4]:
+        num_bytes += sum(t.numel() * t.element_size() for t in tensors)
+    return Workspace(name="recurrent layer", num_bytes=num_bytes, is_needed=True)
+
+
 def _ceil(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -192,77 +212,3 @@ def _convolution_backward(
         torch.empty_like(weight) if needed[1] else None,
         weight.new_empty(bias_sizes) if needed[2] else None,
     )
-
-
-# --- outputs without PyTorch's Python meta functions, which take most of a trace's time -----------
-
-
-def _like_first(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-    """An elementwise operation on tensors of one shape, type and layout."""
-    for other in rest:
-        if isinstance(other, torch.Tensor) and (
-            other.dtype is not first.dtype
-            or other.shape != first.shape
-            or other.stride() != first.stride()
-        ):
-            return None
-    return torch.empty_like(first)
-
-
-def _layer_norm(
-    data: torch.Tensor, shape: Any, weight: torch.Tensor | None, *_: Any
-) -> tuple[torch.Tensor, ...] | None:
-    if not data.is_contiguous() or (weight is not None and weight.dtype is not data.dtype):
-        return None
-    rows = (*data.shape[: data.ndim - len(shape)], *(1,) * len(shape))
-    return (torch.empty_like(data), *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
-
-
-def _layer_norm_backward(
-    _gradient: torch.Tensor, data: torch.Tensor, _shape: Any, _mean: Any, _rstd: Any, *rest: Any
-) -> tuple[torch.Tensor | None, ...] | None:
-    if not data.is_contiguous():
-        return None
-    *parameters, needed = rest
-    tensors = (data, *parameters)
-    return tuple(
-        torch.empty_like(tensor) if wanted and tensor is not None else None
-        for tensor, wanted in zip(tensors, needed, strict=True)
-    )
-
-
-def _batch_norm(
-    data: torch.Tensor, _weight: Any, _bias: Any, _mean: Any, _var: Any, training: bool, *_: Any
-) -> tuple[torch.Tensor, ...] | None:
-    if not training:
-        return None
-    channels = data.shape[1]
-    saved = (data.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    return (torch.empty_like(data), *saved)
-
-
-def _batch_norm_backward(
-    _gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor | None, ...]:
-    needed = rest[-1]
-    channels = data.shape[1]
-    return (
-        torch.empty_like(data) if needed[0] else None,
-        data.new_empty(channels, dtype=torch.float32) if needed[1] and weight is not None else None,
-        data.new_empty(channels, dtype=torch.float32) if needed[2] else None,
-    )
-
-
-_QUICK: Final[dict[Any, Any]] = {
-    _aten.add.Tensor: _like_first,
-    _aten.mul.Tensor: _like_first,
-    _aten.gelu.default: _like_first,
-    _aten.gelu_backward.default: _like_first,
-    _aten.threshold_backward.default: _like_first,
-    _aten.silu.default: _like_first,
-    _aten.silu_backward.default: _like_first,
-    _aten.native_layer_norm.default: _layer_norm,
-    _aten.native_layer_norm_backward.default: _layer_norm_backward,
-    _aten.native_batch_norm.default: _batch_norm,
-    _aten.native_batch_norm_backward.default: _batch_norm_backward,
-}

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 import memfit
+from memfit import search
 from memfit.backends import simulated
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cli import main
@@ -18,7 +24,7 @@ from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Precision, Source, StepOptions
 from memfit.simulation.gpus import find_gpu
 from memfit.simulation.settings import AllocatorSettings
-from memfit.units import GIB, MIB
+from memfit.units import GIB, KIB, MIB
 from memfit.workload import TrainingStep
 
 MODEL = "test_vit"
@@ -102,6 +108,65 @@ def test_the_allocators_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
         memfit.estimate(MODEL, 64, gpu="3090")
 
 
+def test_memory_does_not_grow_with_the_batch() -> None:
+    """A batch that would take terabytes is a replay of the same trace."""
+    backend = SimulatedBackend(find_gpu("3090"), traces=TraceCache())
+    backend.trial(step(), 8)
+    held_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    needed = backend.needed_bytes(step(), 2_000_000)
+    assert needed is not None
+    assert needed > 1000 * GIB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held_kib < 64 * KIB
+
+
+_PRINTS_AN_ANSWER = f"""
+import memfit
+print([trial.to_dict() for trial in memfit.probe({MODEL!r}, gpu="rtx3090").trials])
+"""
+
+
+def test_an_answer_is_the_same_in_another_process() -> None:
+    """Whatever order strings hash in, however many threads there are, GPU in sight or not."""
+    changes = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", _PRINTS_AN_ANSWER],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | changes,
+    )
+    here = [trial.to_dict() for trial in memfit.probe(MODEL, gpu="rtx3090").trials]
+    assert run.stdout.strip() == str(here)
+
+
+def test_a_conv_nets_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workspaces come and go with the room there is, and the hint knows, for it was replayed.
+
+    Three trials prove the edge; those that follow look for where to stand.
+    """
+    found: list[search.Found] = []
+    original = search.largest
+
+    def recorded(*args: Any, **kwargs: Any) -> search.Found:
+        found.append(original(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(search, "largest", recorded)
+    for gpu in ("rtx3090", "a100", "rtx4080", "t4"):
+        result = memfit.probe("resnet10t", gpu=gpu, image_size=96)
+        assert result.proved
+        assert len(found[-1].trials) <= 3
+
+
+def test_the_hint_is_an_edge_under_the_capacity() -> None:
+    """It fits, and one sample more runs out."""
+    backend = SimulatedBackend(find_gpu("3070"), memory_bytes=GIB)
+    edge = backend.expected_edge(step())
+    assert edge is not None
+    assert backend.trial(step(), edge).fits
+    assert not backend.trial(step(), edge + 1).fits
+
+
 def test_precision_is_the_cards_own() -> None:
     """bf16 from Ampere on, fp16 before."""
     assert memfit.probe(MODEL, gpu="t4").options.precision is Precision.AMP_FP16
@@ -156,6 +221,8 @@ def test_a_users_workload_is_simulated_untouched() -> None:
     [
         ("convnext_large", "320x240", False),
         ("vit_large_patch16_224", "224", False),
+        ("swin_large_patch4_window7_224", "224", False),
+        ("swinv2_large_window12_192", "192", False),
         ("convnext_small", "128", True),
     ],
 )

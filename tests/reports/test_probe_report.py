@@ -133,3 +133,15 @@ def test_progress_shows_the_trials_so_far() -> None:
     shown = text(table)
     assert "900 MiB" in shown
     assert "trial 2 is running" in shown
+
+
+def test_a_simulation_is_not_timed() -> None:
+    """Nothing ran, so there are no columns for how fast it ran."""
+    trials = tuple(
+        dataclasses.replace(trial, source=Source.SIMULATED, step_seconds=None)
+        for trial in RESULT.trials
+    )
+    shown = text(render(dataclasses.replace(RESULT, source=Source.SIMULATED, trials=trials)))
+    assert "s/step" in text(render(RESULT))
+    assert "s/step" not in shown
+    assert "batch  outcome            peak  retries\n" in shown

@@ -38,7 +38,7 @@ def free_blocks(allocator: CachingAllocator) -> list[tuple[int, int]]:
     return [
         (block.address, block.size)
         for pool in (allocator._small, allocator._large)
-        for block in pool.by_address.values()
+        for block in pool.blocks
     ]
 
 
@@ -54,8 +54,9 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
         address + size <= following for (address, size), (following, _) in itertools.pairwise(spans)
     )
     for pool in (allocator._small, allocator._large):
-        assert pool.order == sorted((b.size, b.address) for b in pool.by_address.values())
-        for block in pool.by_address.values():
+        order = [(block.size, block.address) for block in pool.blocks]
+        assert order == [(size, address) for size, address, _ in pool.order] == sorted(order)
+        for block in pool.blocks:
             assert block.next is None or not block.next.is_free
 
 

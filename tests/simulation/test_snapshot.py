@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memfit.errors import UsageError
 from memfit.records import Action
+from memfit.simulation.allocator import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.blocks import DeviceMemory
+from memfit.simulation.settings import AllocatorSettings
 from memfit.simulation.snapshot import disagreement, load, read_history, save
 from memfit.units import MIB
 
@@ -64,6 +69,57 @@ def test_one_stream_only() -> None:
     """Pools are per stream, and the replay has one."""
     with pytest.raises(UsageError, match="2 streams"):
         read_history((*HISTORY, entry("alloc", 5, 512, stream=7)))
+
+
+class Recording(DeviceMemory):
+    """A device that notes its segments as PyTorch does."""
+
+    def __init__(self, capacity_bytes: float, history: list[dict[str, Any]], prefix: str) -> None:
+        super().__init__(capacity_bytes)
+        self._history = history
+        self._words = ("map", "unmap") if prefix == "mapped" else ("alloc", "free")
+
+    def take(self, num_bytes: int) -> bool:
+        is_taken = super().take(num_bytes)
+        if is_taken:
+            self._history.append(entry(f"segment_{self._words[0]}", 0, num_bytes))
+        return is_taken
+
+    def give_back(self, num_bytes: int) -> None:
+        super().give_back(num_bytes)
+        self._history.append(entry(f"segment_{self._words[1]}", 0, num_bytes))
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(
+    script=st.lists(
+        st.tuples(st.booleans(), st.integers(1, 40 * MIB), st.integers(0, 2**16)), max_size=60
+    )
+)
+def test_a_synthetic_history_replays_under_pressure(
+    expandable: bool, script: list[tuple[bool, int, int]]
+) -> None:
+    """Segments taken, given back and taken again, in either kind, until nothing more fits."""
+    options = AllocatorSettings(expandable_segments=expandable)
+    history: list[dict[str, Any]] = []
+    recorded = CachingAllocator(settings=options)
+    recorded._device = Recording(200 * MIB, history, "mapped" if expandable else "")
+    live: list[int] = []
+    for number, (is_free, num_bytes, choice) in enumerate(script):
+        if is_free and live:
+            freed = live.pop(choice % len(live))
+            recorded.free(freed)
+            history.append(entry("free_completed", freed, 0))
+            continue
+        try:
+            recorded.allocate(number, num_bytes)
+        except AllocatorOutOfMemoryError:
+            break
+        history.append(entry("alloc", number, num_bytes))
+        live.append(number)
+    events = read_history(history)
+    assert disagreement(events, settings=options, capacity_bytes=200 * MIB) is None
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)

@@ -92,7 +92,7 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
             subject=subject,
             options=StepOptions(precision=Precision.FP32, optimizer="sgd" if name else None),
         )
-        traced = trace(step, options((5, 0), uses_foreach=False, uses_fused_attention=False))
+        traced = trace(step, options((5, 0), uses_foreach=False, has_fused_attention=False))
         real = real_allocations(step)
     finally:
         set_fused_attn(was_fused)
@@ -173,6 +173,19 @@ def test_leaves_the_users_objects_alone() -> None:
     assert not optimizer.state
     assert gc.isenabled() == was_enabled
     assert "meta" not in torch.utils._foreach_utils._get_foreach_kernels_supported_devices()
+
+
+def test_attention_written_out_keeps_its_probabilities() -> None:
+    """In fp32 as the softmax gave them, and in half as the second product takes them."""
+    step = step_of("test_vit", Precision.AMP_FP16)
+    fused, own = (
+        requested_peak(trace(step, options(has_fused_attention=kept)).tape, 64)
+        for kept in (True, False)
+    )
+    assert own > fused
+    events = trace(step, options(has_fused_attention=False)).tape.later.events
+    assert any("_softmax" in event.origin for event in events)
+    assert not any("scaled_dot_product" in event.origin for event in events)
 
 
 def test_shared_parameters_stay_shared() -> None:

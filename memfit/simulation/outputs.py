@@ -1,0 +1,202 @@
+"""Outputs of the most frequent operations on meta tensors, without PyTorch's Python meta functions.
+
+Those check and promote at length, which is most of a trace's time. Here only the plain cases are
+known: operands of one type, layouts that leave no choice. Everything else goes PyTorch's way, and
+in the plain cases the outputs are the same, which a test compares.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+__all__ = ["outputs"]
+
+_aten = torch.ops.aten
+
+
+def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on meta tensors, or on the few others of a step (an optimizer's counters).
+
+    Args:
+        func: The operation.
+        args: Its positional arguments.
+        kwargs: Its other arguments.
+
+    Returns:
+        What it returns, with the shapes, types and strides that PyTorch gives it.
+    """
+    if _writes_lists(func) and args[0][0].is_meta:
+        return None
+    quick = None if kwargs else _QUICK.get(func)
+    result = None if quick is None else quick(*args)
+    return func(*args, **kwargs) if result is None else result
+
+
+@functools.cache
+def _writes_lists(func: Any) -> bool:
+    """Whether it writes where it reads, as `_foreach_add_` does, and returns nothing."""
+    name: str = func.__name__.partition(".")[0]
+    return name.startswith("_foreach_") and name.endswith("_")
+
+
+def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
+    """An operation on tensors of one type: one shape and layout, or one that is broadcast."""
+    if not (type(first) is torch.Tensor and first.is_floating_point()):
+        return None
+    for other in rest:
+        if not isinstance(other, torch.Tensor):
+            continue
+        if other.dtype is not first.dtype:
+            return None
+        if other.shape != first.shape or other.stride() != first.stride():
+            return _broadcast(first, *rest)
+    return torch.empty_like(first) if _is_dense(first) else None
+
+
+def _broadcast(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+    """Contiguous tensors of one type, the others broadcast to the first."""
+    for other in rest:
+        if isinstance(other, torch.Tensor) and not (
+            other.is_contiguous()
+            and other.ndim == first.ndim
+            and all(o in (1, f) for o, f in zip(other.shape, first.shape, strict=True))
+        ):
+            return None
+    return torch.empty_like(first) if first.is_contiguous() else None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _unary(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
+    return torch.empty_like(data) if data.is_floating_point() and _is_dense(data) else None
+
+
+def _softmax_backward(
+    gradient: torch.Tensor, output: torch.Tensor, _dim: int, dtype: torch.dtype
+) -> torch.Tensor | None:
+    if not (gradient.is_contiguous() and output.is_contiguous()):
+        return None
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    return left.new_empty((left.shape[0], right.shape[1])) if _alike(left, right) else None
+
+
+def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    return _mm(left, right) if _alike(bias, left) else None
+
+
+def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    if not _alike(left, right):
+        return None
+    return left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype is other.dtype
+
+
+def _reduction(data: torch.Tensor, dims: Any, keepdim: bool = False) -> torch.Tensor | None:
+    if not (data.is_contiguous() and data.is_floating_point() and dims and data.ndim):
+        return None
+    gone = {dim % data.ndim for dim in dims}
+    if keepdim:
+        shape = [1 if i in gone else size for i, size in enumerate(data.shape)]
+    else:
+        shape = [size for i, size in enumerate(data.shape) if i not in gone]
+    return data.new_empty(shape)
+
+
+def _roll(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
+    return torch.empty_like(data) if data.is_contiguous() else None
+
+
+def _layer_norm(
+    data: torch.Tensor, shape: Any, weight: torch.Tensor | None, *_: Any
+) -> tuple[torch.Tensor, ...] | None:
+    if not data.is_contiguous() or (weight is not None and weight.dtype is not data.dtype):
+        return None
+    rows = (*data.shape[: data.ndim - len(shape)], *(1,) * len(shape))
+    return (torch.empty_like(data), *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
+
+
+def _layer_norm_backward(
+    _gradient: torch.Tensor, data: torch.Tensor, _shape: Any, _mean: Any, _rstd: Any, *rest: Any
+) -> tuple[torch.Tensor | None, ...] | None:
+    if not data.is_contiguous():
+        return None
+    *parameters, needed = rest
+    tensors = (data, *parameters)
+    return tuple(
+        torch.empty_like(tensor) if wanted and tensor is not None else None
+        for tensor, wanted in zip(tensors, needed, strict=True)
+    )
+
+
+def _batch_norm(
+    data: torch.Tensor, _weight: Any, _bias: Any, _mean: Any, _var: Any, training: bool, *_: Any
+) -> tuple[torch.Tensor, ...] | None:
+    if not training:
+        return None
+    channels = data.shape[1]
+    saved = (data.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    return (torch.empty_like(data), *saved)
+
+
+def _batch_norm_backward(
+    _gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor | None, ...]:
+    needed = rest[-1]
+    channels = data.shape[1]
+    return (
+        torch.empty_like(data) if needed[0] else None,
+        data.new_empty(channels, dtype=torch.float32) if needed[1] and weight is not None else None,
+        data.new_empty(channels, dtype=torch.float32) if needed[2] else None,
+    )
+
+
+def _each(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    if not all(t.is_floating_point() and _is_dense(t) for t in tensors):
+        return None
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
+_QUICK: Final[dict[Any, Any]] = {
+    _aten.add.Tensor: _elementwise,
+    _aten.sub.Tensor: _elementwise,
+    _aten.mul.Tensor: _elementwise,
+    _aten.div.Tensor: _elementwise,
+    _aten.gelu.default: _unary,
+    _aten.gelu_backward.default: _elementwise,
+    _aten.relu.default: _unary,
+    _aten.threshold_backward.default: _elementwise,
+    _aten.silu.default: _unary,
+    _aten.silu_backward.default: _elementwise,
+    _aten.sigmoid.default: _unary,
+    _aten.sigmoid_backward.default: _elementwise,
+    _aten.tanh.default: _unary,
+    _aten.tanh_backward.default: _elementwise,
+    _aten.hardtanh.default: _unary,
+    _aten.hardtanh_backward.default: _elementwise,
+    _aten.neg.default: _unary,
+    _aten.exp.default: _unary,
+    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten.mm.default: _mm,
+    _aten.addmm.default: _addmm,
+    _aten.bmm.default: _bmm,
+    _aten.sum.dim_IntList: _reduction,
+    _aten.mean.dim: _reduction,
+    _aten.roll.default: _roll,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_batch_norm_backward.default: _batch_norm_backward,
+    _aten._foreach_sqrt.default: _each,
+}

@@ -1,0 +1,93 @@
+"""Tapes: what they hold at any batch size, and when a replay has seen enough."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memfit.records import Action, Event
+from memfit.simulation.allocator import CachingAllocator
+from memfit.simulation.tape import StepTape, Tape
+from memfit.units import MIB
+
+
+def alloc(number: int, num_bytes: int) -> Event:
+    return Event(action=Action.ALLOC, id=number, num_bytes=num_bytes, origin="test")
+
+
+def free(number: int) -> Event:
+    return Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0, origin="")
+
+
+def step(events: list[Event], growth: list[int], *, fixed: int = 0) -> StepTape:
+    stretch = Tape(events=tuple(events), growth_bytes=tuple(growth), batch_size=1)
+    return StepTape(
+        setup=Tape.fixed([alloc(-1, fixed)]),
+        first=stretch,
+        later=dataclasses.replace(stretch),
+    )
+
+
+@st.composite
+def stretches(draw: st.DrawFn) -> tuple[list[Event], list[int]]:
+    """Allocations that grow by whatever they do, freed in any order, all of them in the end."""
+    events: list[Event] = []
+    growth: list[int] = []
+    live: list[int] = []
+    for number in range(draw(st.integers(1, 12))):
+        slope = draw(st.integers(0, 3000))
+        events.append(alloc(number, slope + draw(st.integers(1, 5000))))
+        growth.append(slope)
+        live.append(number)
+        for _ in range(draw(st.integers(0, len(live)))):
+            events.append(free(live.pop(draw(st.integers(0, len(live) - 1)))))
+            growth.append(0)
+    events += [free(number) for number in live]
+    growth += [0] * len(live)
+    return events, growth
+
+
+def requested_peak(tape: StepTape, batch_size: int) -> int:
+    allocator = CachingAllocator()
+    for _ in tape.play(allocator, batch_size):
+        pass
+    return allocator.stats.peak_requested_bytes
+
+
+@settings(deadline=None)
+@given(stretches(), st.integers(0, 10**6), st.integers(0, 5000))
+def test_tensors_bound_the_batch(
+    stretch: tuple[list[Event], list[int]], room: int, fixed: int
+) -> None:
+    """The batch size that tensors allow is the last whose peak of requested bytes has room."""
+    tape = step(*stretch, fixed=fixed)
+    found = tape.largest_within(room)
+    if not any(stretch[1]):
+        assert found is None
+        return
+    assert found is not None
+    assert requested_peak(tape, found + 1) > room
+    if found:
+        assert requested_peak(tape, found) <= room
+
+
+def test_a_replay_ends_when_an_iteration_asks_nothing_of_the_device() -> None:
+    """The second iteration finds everything in the cache, so a third would be the same."""
+    tape = step([alloc(1, 8 * MIB), free(1)], [MIB, 0])
+    assert list(tape.play(CachingAllocator(), 4)) == [12 * MIB, 12 * MIB]
+
+
+def test_a_replay_goes_on_while_the_peak_grows() -> None:
+    """At most six iterations, as a measured trial."""
+    leaking = step([alloc(1, 12 * MIB)], [0])
+    peaks = list(leaking.play(CachingAllocator(), 1))
+    assert peaks == [12 * MIB * count for count in range(1, 7)]
+
+
+def test_a_replay_that_always_asks_ends_when_two_peaks_agree() -> None:
+    """Here each iteration gives back its cache, so it never ends where it began."""
+    emptied = Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0, origin="test")
+    tape = step([alloc(1, 30 * MIB), free(1), emptied], [0] * 3)
+    assert list(tape.play(CachingAllocator(), 1)) == [30 * MIB] * 3
