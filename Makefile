@@ -17,7 +17,7 @@ demo: $(STAMP)
 
 # Pages are tested in Debian's Chromium. Where it cannot be installed, those tests are skipped.
 browser:
-	@command -v chromium chromedriver > /dev/null || ! command -v apt-get > /dev/null || \
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || ! command -v apt-get > /dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
 		--no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
 		echo "no Chromium: the tests of pages are skipped"
