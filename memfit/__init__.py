@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from memfit.accumulation import Accumulator, MicroBatch, Plan
-    from memfit.api import estimate, explore, plan, probe, survey, survey_plans, verify
+    from memfit.api import estimate, explore, plan, probe, profile, survey, survey_plans, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
         Equivalence,
         Exploration,
         LoopFault,
+        MemoryBlock,
+        MemoryProfile,
         Mixer,
         Objective,
         Outcome,
         PlanSurvey,
         Precision,
         ProbeResult,
+        Role,
         Source,
         StepOptions,
         Survey,
@@ -50,7 +53,16 @@ if TYPE_CHECKING:
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
     "memfit.accumulation": ("Accumulator", "MicroBatch", "Plan"),
-    "memfit.api": ("estimate", "explore", "plan", "probe", "survey", "survey_plans", "verify"),
+    "memfit.api": (
+        "estimate",
+        "explore",
+        "plan",
+        "probe",
+        "profile",
+        "survey",
+        "survey_plans",
+        "verify",
+    ),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
@@ -68,12 +80,15 @@ _HOMES = {
         "Equivalence",
         "Exploration",
         "LoopFault",
+        "MemoryBlock",
+        "MemoryProfile",
         "Mixer",
         "Objective",
         "Outcome",
         "PlanSurvey",
         "Precision",
         "ProbeResult",
+        "Role",
         "Source",
         "StepOptions",
         "Survey",
@@ -94,6 +109,8 @@ __all__ = [
     "Exploration",
     "LoopFault",
     "MemfitError",
+    "MemoryBlock",
+    "MemoryProfile",
     "MicroBatch",
     "Mixer",
     "Objective",
@@ -103,6 +120,7 @@ __all__ = [
     "Precision",
     "ProbeResult",
     "RankFailedError",
+    "Role",
     "Source",
     "StepCrashedError",
     "StepOptions",
@@ -121,6 +139,7 @@ __all__ = [
     "explore",
     "plan",
     "probe",
+    "profile",
     "survey",
     "survey_plans",
     "verify",

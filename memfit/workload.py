@@ -425,7 +425,7 @@ class PreparedStep:
         self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self._arithmetic = arithmetic or _TorchArithmetic(device, precision)
+        self.arithmetic = arithmetic or _TorchArithmetic(device, precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
 
@@ -477,7 +477,7 @@ class PreparedStep:
         """
         assert self._optimizer is not None
         with users_code():
-            self._arithmetic.step(self._optimizer)
+            self.arithmetic.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
     def step_on_zeros(self) -> None:
@@ -504,10 +504,10 @@ class PreparedStep:
 
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
-        with self._arithmetic.forward():
+        with self.arithmetic.forward():
             loss = self._loss(call_model(self.model, inputs), *targets)
         check_loss(loss)
-        self._arithmetic.backward(loss / self.num_micro_batches)
+        self.arithmetic.backward(loss / self.num_micro_batches)
 
 
 @contextlib.contextmanager

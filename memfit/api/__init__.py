@@ -9,7 +9,18 @@ from __future__ import annotations
 from memfit.api.exploring import explore
 from memfit.api.planning import plan, survey_plans
 from memfit.api.probing import estimate, probe, survey
+from memfit.api.profiling import profile
 from memfit.api.steps import has_gpu
 from memfit.api.verifying import verify
 
-__all__ = ["estimate", "explore", "has_gpu", "plan", "probe", "survey", "survey_plans", "verify"]
+__all__ = [
+    "estimate",
+    "explore",
+    "has_gpu",
+    "plan",
+    "probe",
+    "profile",
+    "survey",
+    "survey_plans",
+    "verify",
+]

@@ -164,29 +164,29 @@ def _why_recommended(result: ProbeResult) -> str:
 
 def trial_notes(result: ProbeResult | PlanRecord) -> list[str]:
     """Say what there is to say about trials: at the end, how they were had."""
-    notes = []
+    said = []
     if result.environment:
-        notes.append(
+        said.append(
             f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "
             "room, for as it comes glibc's heap fragments and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:
-        notes.append(
+        said.append(
             f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned up; a fresh "
             "process gets it back."
         )
     growing = sorted({trial.batch_size for trial in result.trials if trial.peak_grows})
     if growing:
-        notes.append(
+        said.append(
             f"The peak still grew when the trial ended at batch size "
             f"{', '.join(map(str, growing))}: training longer may need more."
         )
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"
     kind = "Measured" if result.source is Source.MEASURED else "Simulated"
-    notes.append(
+    said.append(
         f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
         f"{result.seconds:.1f} s with {versions}."
     )
-    return notes
+    return said
