@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_share_below_the_multiple_is_cut_all_the_same() -> None:
     assert found.micro_batch_sizes == (16, 16)
 
 
+def test_a_single_sample_without_headroom_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no smaller part to try."""
+    original = SimulatedBackend.trial
+
+    def whole_steps_are_tight(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
+        trial = original(self, step, batch_size)
+        if accumulating(trial):
+            return trial
+        return dataclasses.replace(trial, num_alloc_retries=1)
+
+    monkeypatch.setattr(SimulatedBackend, "trial", whole_steps_are_tight)
+    with pytest.raises(DoesNotFitError, match="memory is not steady enough"):
+        plan(1)
+
+
 def test_a_limit_of_ones_own_is_kept() -> None:
     """max_batch_size bounds whole steps and micro-batches."""
     found = plan(64, max_batch_size=20)
@@ -132,8 +148,6 @@ def test_fits_that_are_not_monotone_are_planned_around(monkeypatch: pytest.Monke
     holes = {plan(2000).micro_batch_size}
 
     def holed(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
-        import dataclasses
-
         trial = original(self, step, batch_size)
         if batch_size in holes:
             trial = dataclasses.replace(trial, outcome=Outcome.OUT_OF_MEMORY)

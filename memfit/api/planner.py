@@ -157,13 +157,13 @@ class _Planner:
         target, share = self._target, self._target.share
         is_timed = target.objective is Objective.FASTEST
         remarks: list[str] = []
-        if self._fits_whole(remarks):
+        whole = share if self._fits_whole(remarks) else 0
+        if whole:
             limits = _Limits(largest=share, recommended=share, proved=False)
             largest = self._timed(share // 2) if is_timed else 0
         else:
             limits = self._limits()
             largest = self._timed(limits.recommended) if is_timed else limits.recommended
-        whole = limits.recommended if limits.recommended == share else 0
         while whole or largest:
             parts = self._parts(whole, largest)
             size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
