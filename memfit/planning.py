@@ -78,7 +78,7 @@ def _whole(what: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1:
         raise UsageError(f"{what} must be a whole number, not {value!r}.")
     if value < 1:
-        raise UsageError(f"{what} must be at least 1, not {value}.")
+        raise UsageError(f"{what} must be at least 1, not {value:g}.")
     return int(value)
 
 

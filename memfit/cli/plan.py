@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
-from memfit.cli.output import print_json
+from memfit.cli.output import check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective
 
@@ -53,6 +54,7 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 @device_options
 @step_options
 @search_options
+@html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.pass_obj
 def plan(
@@ -69,6 +71,7 @@ def plan(
     memory: str | None,
     step: dict[str, Any],
     search: dict[str, Any],
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Turn an effective batch size into micro-batches of MODEL that fit.
@@ -79,6 +82,9 @@ def plan(
     """
     if trainer and as_json:
         raise UsageError("Give --emit or --json, not both: each is all that is printed.")
+    if html is not None and not explore:
+        raise UsageError("--html shows what --explore finds: give both.")
+    check_writable(html)
     if start_again is not None and device == "cpu" and not gpus:
         start_again()
     from memfit import api
@@ -101,10 +107,13 @@ def plan(
         result = _planned(model, effective_batch_size, target, is_quiet=as_json)
     except DoesNotFitError:
         if explore:
-            _show_exploration(api.explore(model, effective_batch_size, **target), as_json=as_json)
+            exploration = api.explore(model, effective_batch_size, **target)
+            _write_page(exploration, html)
+            _show_exploration(exploration, as_json=as_json)
         raise
     if explore:
         exploration = api.explore(model, effective_batch_size, **target)
+        _write_page(exploration, html)
         result = dataclasses.replace(result, exploration=exploration)
     _show(result, trainer=trainer, as_json=as_json)
 
@@ -166,3 +175,10 @@ def _show_exploration(exploration: Exploration, *, as_json: bool) -> None:
         print_json([exploration])
     else:
         Console().print(render_exploration(exploration))
+
+
+def _write_page(exploration: Exploration, html: Path | None) -> None:
+    from memfit.reports.exploration_page import page
+
+    if html is not None:
+        write(html, page(exploration))

@@ -10,7 +10,7 @@ from memfit.records import Alternative, Exploration, PlanRecord, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
 from memfit.units import format_bytes, format_parts
 
-__all__ = ["render", "render_exploration", "render_survey"]
+__all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
 
 
 def render(plan: PlanRecord) -> RenderableType:
@@ -133,7 +133,9 @@ def render_exploration(exploration: Exploration) -> RenderableType:
     table.add_column("peak", justify="right")
     table.add_column("at the cost of")
     for alternative in (exploration.baseline, *exploration.alternatives):
-        table.add_row(*_alternative(alternative))
+        change, fits, parts, *others = alternative_cells(alternative)
+        shown = Text(fits, "" if alternative.micro_batch_sizes else "red")
+        table.add_row(change, shown, Text(parts, "bold green"), *others)
     ranks = f" over {exploration.world_size} ranks" if exploration.world_size > 1 else ""
     target = f"{exploration.effective_batch_size} samples a step{ranks}"
     return Group(
@@ -150,16 +152,17 @@ def render_exploration(exploration: Exploration) -> RenderableType:
     )
 
 
-def _alternative(alternative: Alternative) -> tuple[str | Text, ...]:
+def alternative_cells(alternative: Alternative) -> tuple[str, ...]:
+    """Return what a change makes fit: its name, the micro-batch, the plan, the peak, the cost."""
     change = alternative.change or "as it is"
     if not alternative.micro_batch_sizes:
-        return change, Text("none", "red"), "", "", alternative.reason or ""
+        return change, "none", "", "", alternative.reason or ""
     peak = alternative.peak_reserved_bytes
     most = alternative.recommended_micro_batch_size
     return (
         change,
         f"{'' if alternative.proved else '≥ '}{most}",
-        Text(format_parts(alternative.micro_batch_sizes), "bold green"),
+        format_parts(alternative.micro_batch_sizes),
         "" if peak is None else format_bytes(peak),
         alternative.costs,
     )

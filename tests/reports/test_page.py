@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from memfit.records import (
+    Alternative,
     Capacity,
+    Exploration,
     MemoryProfile,
     Outcome,
     Precision,
@@ -24,7 +26,7 @@ from memfit.records import (
     SurveyAnswer,
     Trial,
 )
-from memfit.reports import probe_page
+from memfit.reports import exploration_page, probe_page
 from memfit.reports.profile_page import page
 from memfit.units import MIB
 from reports.profiles import PROFILE, with_many_events
@@ -326,6 +328,37 @@ def test_a_surveys_page(browser: Any, tmp_path: Path) -> None:
     assert drawn.get_log("browser") == []
     assert "does not fit" in drawn.page_source
     assert "1 of 2 cards" in drawn.page_source
+
+
+@needs_browser
+def test_an_explorations_page(browser: Any, tmp_path: Path) -> None:
+    """Each change has its bar, what does not fit says so, and the best is named."""
+    options = StepOptions(precision=Precision.FP32)
+    exploration = Exploration(
+        subject="net",
+        device="NVIDIA L4",
+        capacity=PROBE.capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=Alternative(change="", costs="", options=options, reason="needs 2 GiB"),
+        alternatives=(
+            Alternative(
+                change="gradient checkpointing",
+                costs="a second forward",
+                options=options,
+                micro_batch_sizes=(16, 16, 16, 16),
+                recommended_micro_batch_size=20,
+                proved=True,
+                peak_reserved_bytes=800 * MIB,
+            ),
+        ),
+    )
+    drawn = shown(browser, exploration_page.page(exploration), tmp_path)
+    assert drawn.get_log("browser") == []
+    assert "gradient checkpointing: micro-batches of 20 fit" in drawn.page_source
+    assert "needs 2 GiB" in drawn.page_source
+    bars = drawn.execute_script("return document.querySelector('#sizes .chart').data[0].y")
+    assert bars == [0, 20]
 
 
 def test_names_cannot_break_out_of_the_page() -> None:
