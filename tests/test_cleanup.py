@@ -38,7 +38,7 @@ def everything(workload: Workload) -> dict[str, Any]:
             "calls": model.num_calls,
             "optimizer": optimizer.state_dict(),
             "random": (random.getstate(), torch.get_rng_state()),
-            "numpy": np.random.get_state(legacy=False)["state"]["key"],
+            "numpy": np.random.get_state(legacy=False),
             "switches": (
                 torch.backends.cudnn.benchmark,
                 torch.are_deterministic_algorithms_enabled(),
