@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format test-gpu bench clean
+.PHONY: demo test check browser format test-gpu bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,7 +15,14 @@ demo: $(STAMP)
 	$(BIN)/memfit probe test_vit.r160_in1k --device cpu --memory 300MiB
 	$(BIN)/memfit probe vit_base_patch16_224
 
-test: check
+# Pages are tested in Debian's Chromium. Where it cannot be installed, those tests are skipped.
+browser:
+	@{ command -v chromium && command -v chromedriver; } > /dev/null || ! command -v apt-get > /dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+		--no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
+		echo "no Chromium: the tests of pages are skipped"
+
+test: check browser
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 check: $(STAMP)

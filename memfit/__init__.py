@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.api import estimate, probe, survey, verify
+    from memfit.accumulation import Accumulator, MicroBatch, Plan
+    from memfit.api import estimate, explore, plan, probe, profile, survey, survey_plans, verify
     from memfit.errors import (
         DoesNotFitError,
         MemfitError,
+        RankFailedError,
         StepCrashedError,
         UnknownDeviceError,
         UnknownModelError,
@@ -28,11 +30,17 @@ if TYPE_CHECKING:
         Capacity,
         DeviceProcess,
         Equivalence,
+        Exploration,
         LoopFault,
+        MemoryBlock,
+        MemoryProfile,
         Mixer,
+        Objective,
         Outcome,
+        PlanSurvey,
         Precision,
         ProbeResult,
+        Role,
         Source,
         StepOptions,
         Survey,
@@ -44,10 +52,21 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.api": ("estimate", "probe", "survey", "verify"),
+    "memfit.accumulation": ("Accumulator", "MicroBatch", "Plan"),
+    "memfit.api": (
+        "estimate",
+        "explore",
+        "plan",
+        "probe",
+        "profile",
+        "survey",
+        "survey_plans",
+        "verify",
+    ),
     "memfit.errors": (
         "DoesNotFitError",
         "MemfitError",
+        "RankFailedError",
         "StepCrashedError",
         "UnknownDeviceError",
         "UnknownModelError",
@@ -59,11 +78,17 @@ _HOMES = {
         "Capacity",
         "DeviceProcess",
         "Equivalence",
+        "Exploration",
         "LoopFault",
+        "MemoryBlock",
+        "MemoryProfile",
         "Mixer",
+        "Objective",
         "Outcome",
+        "PlanSurvey",
         "Precision",
         "ProbeResult",
+        "Role",
         "Source",
         "StepOptions",
         "Survey",
@@ -76,16 +101,26 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Accumulator",
     "Capacity",
     "DeviceProcess",
     "DoesNotFitError",
     "Equivalence",
+    "Exploration",
     "LoopFault",
     "MemfitError",
+    "MemoryBlock",
+    "MemoryProfile",
+    "MicroBatch",
     "Mixer",
+    "Objective",
     "Outcome",
+    "Plan",
+    "PlanSurvey",
     "Precision",
     "ProbeResult",
+    "RankFailedError",
+    "Role",
     "Source",
     "StepCrashedError",
     "StepOptions",
@@ -101,8 +136,12 @@ __all__ = [
     "WorkloadError",
     "__version__",
     "estimate",
+    "explore",
+    "plan",
     "probe",
+    "profile",
     "survey",
+    "survey_plans",
     "verify",
 ]
 

@@ -130,6 +130,8 @@ def to_device(
         dtype: What floating-point tensors become; `None` leaves them.
         memory_format: What tensors of shape (N, C, H, W) are laid out in; `None` leaves them.
 
+    Copies from pinned memory to a GPU do not make the host wait.
+
     Returns:
         The same nesting; tensors that are as wanted already are not copied.
     """
@@ -138,7 +140,8 @@ def to_device(
         if not isinstance(leaf, torch.Tensor):
             return leaf
         wanted = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
-        moved = leaf.to(device, wanted)
+        # Towards a GPU the stream keeps the order; to the host a copy has to be complete.
+        moved = leaf.to(device, wanted, non_blocking=device.type == "cuda")
         if memory_format is not None and moved.ndim == 4:  # noqa: PLR2004 - (N, C, H, W)
             moved = moved.contiguous(memory_format=memory_format)
         return moved

@@ -1,8 +1,8 @@
 """Giving memory back between trials, and putting a user's objects back as they were.
 
 `release` empties what holds memory without being asked to: caches, workspaces, dead cycles.
-`preserved` brackets a search on live objects, `rewound` a single pass through them. None decides
-when; the callers do.
+`preserved` brackets a search on live objects, `rewound` a single pass through them; `save_...` note
+down one kind of state for those who bracket in their own way. None decides when; the callers do.
 """
 
 from __future__ import annotations
@@ -29,9 +29,18 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["Preserved", "preserved", "release", "rewound", "trim_heap"]
+__all__ = [
+    "Preserved",
+    "preserved",
+    "release",
+    "rewound",
+    "save_attributes",
+    "save_random_states",
+    "trim_heap",
+]
 
 _T = TypeVar("_T")
+_PLAIN_TYPES = frozenset((type(None), bool, int, float, str))
 
 
 def release(device: torch.device) -> int:
@@ -107,7 +116,7 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
     """
     for module in modules:
         _refuse_lazy(module)
-    restores: list[Callable[[], None]] = [_save_random_states(), _save_switches()]
+    restores: list[Callable[[], None]] = [save_random_states(), _save_switches()]
     kept = Preserved()
     restores += [_save_module(module, kept) for module in modules]
     if optimizer is not None:
@@ -133,7 +142,7 @@ def rewound(*modules: nn.Module) -> Iterator[None]:
     Yields:
         Once everything is noted down.
     """
-    restores = [_save_random_states(), *(_save_forward_state(module) for module in modules)]
+    restores = [save_random_states(), *(_save_forward_state(module) for module in modules)]
     try:
         yield
     finally:
@@ -259,11 +268,31 @@ def _save_module(module: nn.Module, kept: Preserved) -> Callable[[], None]:
 
 def _save_forward_state(module: nn.Module) -> Callable[[], None]:
     tensors = [_SavedTensor.of(buffer) for buffer in module.buffers()]
+    restore_attributes = save_attributes(module)
+
+    def restore() -> None:
+        restore_attributes()
+        for saved in tensors:
+            saved.restore()
+
+    return restore
+
+
+def save_attributes(module: nn.Module) -> Callable[[], None]:
+    """Note down the plain attributes of a module and those in it, and which tensors are buffers.
+
+    Args:
+        module: The module; the values of its buffers are not kept.
+
+    Returns:
+        What puts them back.
+    """
     owners = [
         (
             child,
             dict(child._buffers),
-            {name: value for name, value in vars(child).items() if _is_plain(value)},
+            # By type: a training loop asks this of thousands of attributes in each of its steps.
+            {name: value for name, value in vars(child).items() if type(value) in _PLAIN_TYPES},
         )
         for child in module.modules()
     ]
@@ -273,8 +302,6 @@ def _save_forward_state(module: nn.Module) -> Callable[[], None]:
             child._buffers.clear()
             child._buffers.update(buffers)
             vars(child).update(attributes)
-        for saved in tensors:
-            saved.restore()
 
     return restore
 
@@ -315,7 +342,12 @@ def _save_value(value: _T) -> Callable[[], _T]:
     return lambda: kept
 
 
-def _save_random_states() -> Callable[[], None]:
+def save_random_states() -> Callable[[], None]:
+    """Note down the random states of Python, NumPy, torch and every initialised device.
+
+    Returns:
+        What puts them back.
+    """
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -10,7 +10,8 @@ errors of a user's own model or loss: those are raised as they came.
     │   └── WorkloadError           2  a model, batch, loss or optimizer that makes no training step
     ├── DoesNotFitError             3  not even the smallest batch fits
     ├── UnsupportedError            1  this system cannot run such a trial
-    └── StepCrashedError            1  the training step took its process down
+    ├── StepCrashedError            1  the training step took its process down
+    └── RankFailedError             1  the same training step failed on another rank
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import ClassVar
 __all__ = [
     "DoesNotFitError",
     "MemfitError",
+    "RankFailedError",
     "StepCrashedError",
     "UnknownDeviceError",
     "UnknownModelError",
@@ -65,3 +67,7 @@ class UnsupportedError(MemfitError):
 
 class StepCrashedError(MemfitError):
     """The training step took its process down: a signal or an exit, and not for want of memory."""
+
+
+class RankFailedError(MemfitError):
+    """The same training step failed on another rank; its own error is raised there."""

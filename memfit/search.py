@@ -13,7 +13,15 @@ from collections.abc import Callable
 
 from memfit.records import Trial
 
-__all__ = ["DEFAULT_CEILING", "Found", "Recommended", "largest", "recommended"]
+__all__ = [
+    "DEFAULT_CEILING",
+    "Found",
+    "Recommended",
+    "is_comfortable",
+    "largest",
+    "limit_of",
+    "recommended",
+]
 
 DEFAULT_CEILING = 65_536
 """Where a search ends that nobody told where to end, in samples."""
@@ -152,7 +160,7 @@ def recommended(
         raise ValueError(f"headroom must be at least 0 and below 1, not {headroom}")
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
-    limit_bytes = int(capacity_bytes * (1 - headroom))
+    limit_bytes = limit_of(capacity_bytes, headroom)
     known = list(found.trials)
     extra: list[Trial] = []
     upper = found.batch_size or 0
@@ -168,14 +176,25 @@ def recommended(
             tried = trial(candidate)
             known.append(tried)
             extra.append(tried)
-        if _is_comfortable(tried, limit_bytes):
+        if is_comfortable(tried, limit_bytes):
             return Recommended(batch_size=candidate, trials=tuple(extra))
         # A candidate that the bytes had promised and that failed is not approached by ones.
         upper = candidate - max(1, candidate // 50)
     return Recommended(batch_size=None, trials=tuple(extra))
 
 
-def _is_comfortable(trial: Trial, limit_bytes: int) -> bool:
+def limit_of(capacity_bytes: int, headroom: float) -> int:
+    """Return the bytes of a capacity that are not to be kept free."""
+    return int(capacity_bytes * (1 - headroom))
+
+
+def is_comfortable(trial: Trial, limit_bytes: int) -> bool:
+    """Whether a batch size fits without allocator retries, within a limit.
+
+    Args:
+        trial: What was tried.
+        limit_bytes: The capacity less the headroom; see `limit_of`.
+    """
     peak = trial.peak_reserved_bytes
     return trial.fits and trial.num_alloc_retries == 0 and (peak is None or peak <= limit_bytes)
 

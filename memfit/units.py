@@ -7,11 +7,20 @@ durations.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 
 from memfit.errors import UsageError
 
-__all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes", "parse_image_size"]
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "format_bytes",
+    "format_parts",
+    "parse_bytes",
+    "parse_image_size",
+]
 
 KIB = 1024
 MIB = 1024**2
@@ -115,3 +124,18 @@ def format_bytes(num_bytes: int) -> str:
         if size < limit:
             return f"{sign}{size / factor:.{0 if size >= 100 * factor else 1}f} {unit}"
     return f"{sign}{size / GIB:.{0 if size >= 1000 * GIB else 1}f} GiB"
+
+
+def format_parts(sizes: tuple[int, ...]) -> str:
+    """Write the parts of a whole as a sum, equal ones together.
+
+    Args:
+        sizes: The parts, equal ones side by side.
+
+    Returns:
+        Text such as `"4 x 256"` or `"2 x 22 + 20"`.
+    """
+    groups = [(size, len(list(equal))) for size, equal in itertools.groupby(sizes)]
+    if len(sizes) == 1:
+        return f"1 x {sizes[0]}"
+    return " + ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in groups)

@@ -35,6 +35,7 @@ __all__ = [
     "autocast",
     "call_model",
     "check_loss",
+    "split_batch",
     "users_code",
 ]
 
@@ -149,12 +150,7 @@ class Workload:
         Returns:
             The inputs, and the targets one by one.
         """
-        if not isinstance(batch, (tuple, list)):
-            return batch, ()
-        inputs, targets = batch[: self.num_inputs], tuple(batch[self.num_inputs :])
-        if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
-            targets = tuple(targets[0])
-        return inputs[0] if self.num_inputs == 1 else inputs, targets
+        return split_batch(batch, num_inputs=self.num_inputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +333,24 @@ class TrainingStep:
         )
 
 
+def split_batch(batch: Any, *, num_inputs: int = 1) -> tuple[Any, tuple[Any, ...]]:
+    """Split a batch into what a model takes and what a loss compares with.
+
+    Args:
+        batch: A tuple or list of inputs and targets, or anything else, which is all inputs.
+        num_inputs: How many leading elements of a tuple or list are inputs.
+
+    Returns:
+        The inputs, and the targets one by one.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch, ()
+    inputs, targets = batch[:num_inputs], tuple(batch[num_inputs:])
+    if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
+        targets = tuple(targets[0])
+    return inputs[0] if num_inputs == 1 else inputs, targets
+
+
 class Arithmetic(Protocol):
     """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
 
@@ -411,7 +425,7 @@ class PreparedStep:
         self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self._arithmetic = arithmetic or _TorchArithmetic(device, precision)
+        self.arithmetic = arithmetic or _TorchArithmetic(device, precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
 
@@ -463,7 +477,7 @@ class PreparedStep:
         """
         assert self._optimizer is not None
         with users_code():
-            self._arithmetic.step(self._optimizer)
+            self.arithmetic.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
     def step_on_zeros(self) -> None:
@@ -490,10 +504,10 @@ class PreparedStep:
 
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
-        with self._arithmetic.forward():
+        with self.arithmetic.forward():
             loss = self._loss(call_model(self.model, inputs), *targets)
         check_loss(loss)
-        self._arithmetic.backward(loss / self.num_micro_batches)
+        self.arithmetic.backward(loss / self.num_micro_batches)
 
 
 @contextlib.contextmanager

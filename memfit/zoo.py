@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 __all__ = [
     "check_model_name",
     "check_optimizer_name",
+    "fused_attention",
+    "image_size_of",
     "import_timm",
     "make_optimizer",
     "split_images",
     "timm_parts",
+    "uses_fused_attention",
 ]
 
 _LEARNING_RATE = 1e-4
@@ -101,6 +104,22 @@ def check_optimizer_name(name: str) -> None:
     known = import_timm().optim.list_optimizers()
     if name.removeprefix("lookahead_") not in known:
         raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
+
+
+def image_size_of(name: str) -> tuple[int, int] | None:
+    """Return the height and width of the images that a model is made for, as timm has it.
+
+    Args:
+        name: The model's name.
+
+    Returns:
+        Pixels; `None` where timm does not say.
+    """
+    config = import_timm().models.get_pretrained_cfg(name)
+    if config is None or not config.input_size:
+        return None
+    _, height, width = config.input_size
+    return height, width
 
 
 def timm_parts(
@@ -183,6 +202,23 @@ def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> 
                 f"An image side of {side} is not a multiple of {name}'s patches of {patch} pixels; "
                 f"the nearest is {near}."
             )
+
+
+def uses_fused_attention() -> bool:
+    """Whether timm's attention calls `scaled_dot_product_attention`."""
+    return bool(import_timm().layers.use_fused_attn())
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let models that are built meanwhile call `scaled_dot_product_attention`."""
+    layers = import_timm().layers
+    before = layers.use_fused_attn()
+    layers.set_fused_attn(enable=True)
+    try:
+        yield
+    finally:
+        layers.set_fused_attn(enable=bool(before))
 
 
 def split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:

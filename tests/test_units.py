@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.errors import UsageError
-from memfit.units import GIB, MIB, format_bytes, parse_bytes, parse_image_size
+from memfit.units import GIB, MIB, format_bytes, format_parts, parse_bytes, parse_image_size
 
 
 @pytest.mark.parametrize(
@@ -84,3 +84,11 @@ def test_what_is_no_image_size_gets_a_sentence(size: object) -> None:
     """The message has the value."""
     with pytest.raises(UsageError, match="is not an image size"):
         parse_image_size(size)  # type: ignore[arg-type]
+
+
+def test_parts_are_written_as_sums() -> None:
+    """Equal ones together."""
+    assert format_parts((64,)) == "1 x 64"
+    assert format_parts((32, 32)) == "2 x 32"
+    assert format_parts((56, 44)) == "56 + 44"
+    assert format_parts((22, 22, 20)) == "2 x 22 + 20"

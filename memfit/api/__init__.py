@@ -1,13 +1,26 @@
 """The public functions: each wires a workload, a backend and what asks of them together.
 
 No logic of its own: what is trained is `memfit.workload`'s, where it runs `memfit.backends`', which
-batch size is `memfit.search`'s.
+batch size is `memfit.search`'s, and in how many parts `memfit.planning`'s.
 """
 
 from __future__ import annotations
 
+from memfit.api.exploring import explore
+from memfit.api.planning import plan, survey_plans
 from memfit.api.probing import estimate, probe, survey
+from memfit.api.profiling import profile
 from memfit.api.steps import has_gpu
 from memfit.api.verifying import verify
 
-__all__ = ["estimate", "has_gpu", "probe", "survey", "verify"]
+__all__ = [
+    "estimate",
+    "explore",
+    "has_gpu",
+    "plan",
+    "probe",
+    "profile",
+    "survey",
+    "survey_plans",
+    "verify",
+]

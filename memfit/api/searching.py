@@ -19,7 +19,7 @@ from memfit.simulation.gpus import gpu_like
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["Question", "answer"]
+__all__ = ["Question", "answer", "check_bounds", "searched", "tried"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +43,25 @@ class Question:
 
     def __post_init__(self) -> None:
         """Refuse what no search can answer."""
-        if not 0 <= self.headroom < 1:
-            raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
-        if self.multiple_of < 1:
-            raise UsageError(f"multiple_of must be at least 1, not {self.multiple_of}.")
-        if self.max_batch_size is not None and self.max_batch_size < 1:
-            raise UsageError(f"max_batch_size must be at least 1, not {self.max_batch_size}.")
+        check_bounds(
+            headroom=self.headroom,
+            multiple_of=self.multiple_of,
+            max_batch_size=self.max_batch_size,
+        )
+
+
+def check_bounds(*, headroom: float, multiple_of: int, max_batch_size: int | None) -> None:
+    """Refuse figures that bound no search.
+
+    Raises:
+        UsageError: One of them is out of its range.
+    """
+    if not 0 <= headroom < 1:
+        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom}.")
+    if multiple_of < 1:
+        raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise UsageError(f"max_batch_size must be at least 1, not {max_batch_size}.")
 
 
 def answer(
@@ -64,53 +77,69 @@ def answer(
     Raises:
         DoesNotFitError: Not even the smallest batch fits.
     """
-    start = time.perf_counter()
     with opened as backend:
-        step = step_on(question.step, backend)
-        trials: list[Trial] = []
+        return searched(question, backend, progress=progress)
 
-        def trial(batch_size: int) -> Trial:
-            trials.append(_tried(backend, step, batch_size, is_first=not trials))
-            if progress is not None:
-                progress(trials[-1])
-            return trials[-1]
 
-        capacity = backend.capacity()
-        prediction = _Prediction.of(backend, step)
-        found = search.largest(
-            trial,
-            capacity_bytes=capacity.usable_bytes,
-            hint=prediction.batch_size,
-            ceiling=question.max_batch_size or search.DEFAULT_CEILING,
-            has_retries=backend.has_retries,
-        )
-        if found.batch_size is None:
-            raise _does_not_fit(step, backend, found)
-        stand = search.recommended(
-            trial,
-            found,
-            capacity_bytes=capacity.usable_bytes,
-            headroom=question.headroom,
-            multiple_of=question.multiple_of,
-            has_retries=backend.has_retries,
-        )
-        return ProbeResult(
-            subject=step.name,
-            device=backend.device_name,
-            source=trials[-1].source,
-            options=step.options,
-            capacity=capacity,
-            max_batch_size=found.batch_size,
-            recommended_batch_size=stand.batch_size,
-            proved=found.proved,
-            headroom=question.headroom,
-            multiple_of=question.multiple_of,
-            trials=tuple(trials),
-            environment=backend.environment,
-            seconds=time.perf_counter() - start,
-            torch_version=torch.__version__,
-            predictions=prediction.of_trials(step, tuple(trials)),
-        )
+def searched(
+    question: Question, backend: Backend, *, progress: Callable[[Trial], None] | None = None
+) -> ProbeResult:
+    """Search on a backend that is entered.
+
+    Args:
+        question: What to find.
+        backend: Where to look.
+        progress: Called with each trial when it has ended.
+
+    Raises:
+        DoesNotFitError: Not even the smallest batch fits.
+    """
+    start = time.perf_counter()
+    step = step_on(question.step, backend)
+    trials: list[Trial] = []
+
+    def trial(batch_size: int) -> Trial:
+        trials.append(tried(backend, step, batch_size, is_first=not trials))
+        if progress is not None:
+            progress(trials[-1])
+        return trials[-1]
+
+    capacity = backend.capacity()
+    prediction = _Prediction.of(backend, step)
+    found = search.largest(
+        trial,
+        capacity_bytes=capacity.usable_bytes,
+        hint=prediction.batch_size,
+        ceiling=question.max_batch_size or search.DEFAULT_CEILING,
+        has_retries=backend.has_retries,
+    )
+    if found.batch_size is None:
+        raise _does_not_fit(step, backend, found)
+    stand = search.recommended(
+        trial,
+        found,
+        capacity_bytes=capacity.usable_bytes,
+        headroom=question.headroom,
+        multiple_of=question.multiple_of,
+        has_retries=backend.has_retries,
+    )
+    return ProbeResult(
+        subject=step.name,
+        device=backend.device_name,
+        source=trials[-1].source,
+        options=step.options,
+        capacity=capacity,
+        max_batch_size=found.batch_size,
+        recommended_batch_size=stand.batch_size,
+        proved=found.proved,
+        headroom=question.headroom,
+        multiple_of=question.multiple_of,
+        trials=tuple(trials),
+        environment=backend.environment,
+        seconds=time.perf_counter() - start,
+        torch_version=torch.__version__,
+        predictions=prediction.of_trials(step, tuple(trials)),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,7 +174,18 @@ class _Prediction:
         return tuple(self.simulated.trial(step, size) for size in sizes)
 
 
-def _tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+def tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+    """Try a batch size, and say so where it is the image size that cannot be.
+
+    Args:
+        backend: Where to try it.
+        step: What to train, its precision chosen.
+        batch_size: Samples in each micro-batch.
+        is_first: No other trial has shown yet that the step runs.
+
+    Raises:
+        UsageError: The model refuses images of the size that was asked for.
+    """
     try:
         return backend.trial(step, batch_size)
     except Exception as error:

@@ -25,22 +25,26 @@ from memfit.simulation.attention import AttentionBackend
 from memfit.simulation.gpus import Gpu
 from memfit.simulation.semantics import META, MetaArithmetic
 from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import StepTrace, TraceOptions, trace_step
+from memfit.simulation.trace import StepTrace, TraceOptions, Watcher, trace_step
 from memfit.simulation.workspace import Kernels
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["SimulatedBackend", "TraceCache", "trace"]
+__all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]
 
-# Forward runs in the caller's thread and backward in one of its own, each with a handle.
-_BLAS_HANDLES = (-1_000_001, -1_000_002)
+BLAS_HANDLES = (-1_000_001, -1_000_002)
+"""Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
 # How far below what its tensors allow a step's edge is looked for first.
 _FRAGMENTS_SHARE = 64
 _PREFERS_CUDNN = (2, 11)
 
 
 def trace(
-    step: TrainingStep, options: TraceOptions, *, arithmetic: MetaArithmetic | None = None
+    step: TrainingStep,
+    options: TraceOptions,
+    *,
+    arithmetic: MetaArithmetic | None = None,
+    watcher: Watcher | None = None,
 ) -> StepTrace:
     """Trace a training step on the meta device.
 
@@ -48,6 +52,7 @@ def trace(
         step: What to train, its precision chosen.
         options: What decides the trace besides.
         arithmetic: How it computes in mixed precision; `None` for today's torch.
+        watcher: Told of every allocation.
 
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
@@ -56,7 +61,21 @@ def trace(
     # A user's batch function may draw random numbers, and a step may throw switches.
     with cleanup.preserved():
         prepared = step.prepare(META, arithmetic=arithmetic)
-        return trace_step(prepared, arithmetic=arithmetic, options=options, name=step.name)
+        return trace_step(
+            prepared, arithmetic=arithmetic, options=options, name=step.name, watcher=watcher
+        )
+
+
+def trace_options(gpu: Gpu) -> TraceOptions:
+    """Return what a card decides of a trace, with this torch."""
+    capability = gpu.compute_capability
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return TraceOptions(
+        compute_capability=capability,
+        kernels=Kernels(compute_capability=capability),
+        prefers_cudnn_attention=version >= _PREFERS_CUDNN,
+        cudnn_benchmark=False,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,16 +130,13 @@ class TraceCache:
     def __init__(self) -> None:
         self._traced: list[_Traced] = []
 
+    def add(self, step: TrainingStep, options: TraceOptions, trace: StepTrace) -> None:
+        """Take over a trace that was made elsewhere."""
+        self._traced.append(_Traced(step, options, trace))
+
     def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
-        capability = gpu.compute_capability
-        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        options = TraceOptions(
-            compute_capability=capability,
-            kernels=Kernels(compute_capability=capability),
-            prefers_cudnn_attention=version >= _PREFERS_CUDNN,
-            cudnn_benchmark=False,
-        )
+        options = trace_options(gpu)
         for traced in self._traced:
             if traced.holds_for(step, options):
                 return traced
@@ -158,6 +174,11 @@ class SimulatedBackend:
 
     def __exit__(self, *exc_info: object) -> None:
         """Nothing was taken, and nothing is to be given back."""
+
+    @property
+    def gpu(self) -> Gpu:
+        """The card."""
+        return self._gpu
 
     @property
     def device_name(self) -> str:
@@ -226,7 +247,7 @@ class SimulatedBackend:
             message=replay.message,
         )
 
-    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
+    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with all the room in the world."""
         return self._replay(step, batch_size, None).stats.peak_reserved_bytes
 
@@ -243,7 +264,7 @@ class SimulatedBackend:
             Samples; `None` where the step does not grow, or nothing fits.
         """
         limit = self.capacity().usable_bytes
-        room = limit - len(_BLAS_HANDLES) * self._gpu.blas_workspace_bytes
+        room = limit - len(BLAS_HANDLES) * self._gpu.blas_workspace_bytes
         trace = self._traces.find(step, self._gpu).trace
         most = trace.tape.largest_within(room)
         if most is None:
@@ -275,7 +296,7 @@ class SimulatedBackend:
             message = None
             try:
                 with _collector_paused():
-                    for handle in _BLAS_HANDLES:
+                    for handle in BLAS_HANDLES:
                         allocator.allocate(handle, workspace_bytes)
                     peaks.extend(traced.trace.tape.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:

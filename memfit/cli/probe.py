@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from memfit.cli.options import device_options, search_options, step_options
-from memfit.cli.output import print_json
+from memfit.cli.output import check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError
 
 __all__ = ["probe"]
@@ -22,6 +23,7 @@ __all__ = ["probe"]
 @step_options
 @click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
 @search_options
+@html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def probe(
@@ -34,6 +36,7 @@ def probe(
     step: dict[str, Any],
     accumulate: bool,
     search: dict[str, Any],
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
@@ -46,6 +49,7 @@ def probe(
         start_again()
     from memfit import api
 
+    check_writable(html)
     if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
         found = api.survey(
             model,
@@ -55,6 +59,10 @@ def probe(
             **search,
             **step,
         )
+        if html is not None:
+            from memfit.reports.probe_page import survey_page
+
+            write(html, survey_page(found))
         if as_json:
             print_json(found.answers)
         else:
@@ -81,6 +89,10 @@ def probe(
             **search,
             **step,
         )
+    if html is not None:
+        from memfit.reports.probe_page import page
+
+        write(html, page(result))
     if as_json:
         print_json([result])
     else:

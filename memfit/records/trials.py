@@ -65,7 +65,8 @@ class Capacity(Record):
 class Action(str, enum.Enum):
     """What an event does, in the words of PyTorch's memory snapshots, and two of our own.
 
-    `TRY_ALLOC` is an allocation that its caller can do without, such as a convolution's workspace:
+    `USER_DEFINED` marks where a phase begins; its name is the event's origin. `TRY_ALLOC` is an
+    allocation that its caller can do without, such as a convolution's workspace:
     where there is no room it takes another plan.
 
     Source: `TraceEntry` in c10/cuda/CUDACachingAllocator.h and torch/cuda/_memory_viz.py.
@@ -80,6 +81,7 @@ class Action(str, enum.Enum):
     SEGMENT_MAP = "segment_map"
     SEGMENT_UNMAP = "segment_unmap"
     OOM = "oom"
+    USER_DEFINED = "user_defined"
     EMPTY_CACHE = "empty_cache"
 
 

@@ -7,10 +7,17 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from memfit.records import DeviceProcess, ProbeResult, Source, StepOptions, Trial
+from memfit.records import (
+    DeviceProcess,
+    PlanRecord,
+    ProbeResult,
+    Source,
+    StepOptions,
+    Trial,
+)
 from memfit.units import format_bytes
 
-__all__ = ["ProgressTable", "render"]
+__all__ = ["ProgressTable", "heading", "render", "step_words", "trial_notes", "trial_table"]
 
 _OUT_OF_MEMORY = "out of memory"
 
@@ -28,7 +35,7 @@ class ProgressTable:
     def __rich__(self) -> RenderableType:
         """Return the trials so far and a sign of life."""
         return Group(
-            _trial_table(tuple(self._trials)),
+            trial_table(tuple(self._trials)),
             Spinner("dots", f" trial {len(self._trials) + 1} is running"),
         )
 
@@ -43,25 +50,27 @@ def render(result: ProbeResult) -> RenderableType:
         Something for `rich.console.Console.print`: what ran where, the trials, the two numbers and
         what there is to say about them.
     """
-    where = Text.assemble(
-        (result.subject, "bold"),
-        f" on {result.device}\n",
-        (" · ".join(_step_words(result.options)), "dim"),
-        "\n",
-        f"{format_bytes(result.capacity_bytes)} usable ({result.capacity.origin})",
-        *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
-    )
     parts: list[RenderableType] = [
-        where,
+        heading(result),
         "",
-        _trial_table(result.trials, result.predictions),
+        trial_table(result.trials, result.predictions),
         "",
         _answers(result),
     ]
-    notes = _notes(result)
-    if notes:
-        parts += ["", *(Text(note) for note in notes)]
+    parts += ["", *(Text(note) for note in trial_notes(result))]
     return Group(*parts)
+
+
+def heading(result: ProbeResult | PlanRecord) -> Text:
+    """Say what ran where, and what it could use."""
+    return Text.assemble(
+        (result.subject, "bold"),
+        f" on {result.device}\n",
+        (" · ".join(step_words(result.options)), "dim"),
+        "\n",
+        f"{format_bytes(result.capacity.usable_bytes)} usable ({result.capacity.origin})",
+        *(f"\n{_holds(process)}" for process in result.capacity.other_processes),
+    )
 
 
 def _holds(process: DeviceProcess) -> str:
@@ -70,7 +79,8 @@ def _holds(process: DeviceProcess) -> str:
     return f"{process.name} (pid {process.pid}) holds {how_much}"
 
 
-def _step_words(options: StepOptions) -> list[str]:
+def step_words(options: StepOptions) -> list[str]:
+    """Say what a training step is, in a few words each."""
     words = [options.precision.value]
     if options.optimizer is not None:
         words.append(options.optimizer)
@@ -87,7 +97,8 @@ def _step_words(options: StepOptions) -> list[str]:
     return words + [f"{key}={value}" for key, value in options.model_kwargs]
 
 
-def _trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
+def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
+    """Lay out trials, each beside its prediction where there are any."""
     predicted = {trial.batch_size: trial for trial in predictions}
     # Nothing runs in a simulation, so nothing is timed.
     is_timed = not trials or any(trial.source is Source.MEASURED for trial in trials)
@@ -151,30 +162,31 @@ def _why_recommended(result: ProbeResult) -> str:
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
 
 
-def _notes(result: ProbeResult) -> list[str]:
-    notes = []
+def trial_notes(result: ProbeResult | PlanRecord) -> list[str]:
+    """Say what there is to say about trials: at the end, how they were had."""
+    said = []
     if result.environment:
-        notes.append(
+        said.append(
             f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "
             "room, for as it comes glibc's heap fragments and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:
-        notes.append(
+        said.append(
             f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned up; a fresh "
             "process gets it back."
         )
     growing = sorted({trial.batch_size for trial in result.trials if trial.peak_grows})
     if growing:
-        notes.append(
+        said.append(
             f"The peak still grew when the trial ended at batch size "
             f"{', '.join(map(str, growing))}: training longer may need more."
         )
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"
     kind = "Measured" if result.source is Source.MEASURED else "Simulated"
-    notes.append(
+    said.append(
         f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
         f"{result.seconds:.1f} s with {versions}."
     )
-    return notes
+    return said

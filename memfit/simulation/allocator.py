@@ -20,6 +20,7 @@ from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.blocks import Block, DeviceMemory, Pool, absorb, split
 from memfit.simulation.expandable import expand, preferred, unmap
+from memfit.simulation.segments import Segment, lay_out
 from memfit.simulation.settings import AllocatorSettings
 from memfit.units import MIB
 
@@ -241,6 +242,14 @@ class CachingAllocator:
                     unmap(block, self._device)
                 elif block.is_whole_segment:
                     self._release(block)
+
+    def address_of(self, block_id: int) -> int:
+        """Return where a block that is in use begins."""
+        return self._live[block_id].address
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Return what was taken from the device, and the blocks that it is divided into."""
+        return lay_out(self._live, [*self._small.blocks, *self._large.blocks])
 
     # --- finding a block -----------------------------------------------------------------------
 

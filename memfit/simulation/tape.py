@@ -178,11 +178,6 @@ class StepTape:
     def play(self, allocator: CachingAllocator, batch_size: int) -> Iterator[int]:
         """Replay on an allocator until the peak has settled.
 
-        The optimizer's state is at the peak from the second iteration on, and where fragments move
-        a later one may still take more. An iteration that asks nothing of the device leaves the
-        allocator as it found it, and every further one would be the same; where each has to ask,
-        the replay ends when two peaks agree.
-
         Args:
             allocator: A new one.
             batch_size: Samples in each micro-batch.
@@ -193,15 +188,29 @@ class StepTape:
         Raises:
             AllocatorOutOfMemoryError: The step does not fit.
         """
-        self.setup.play(allocator, batch_size)
-        self.first.play(allocator, batch_size)
+        for tape in self.until_settled(allocator):
+            tape.play(allocator, batch_size)
+            if tape is not self.setup:
+                yield allocator.stats.peak_reserved_bytes
+
+    def until_settled(self, allocator: CachingAllocator) -> Iterator[Tape]:
+        """Yield the stretches to replay, one after another, until the peak has settled.
+
+        The optimizer's state is at the peak from the second iteration on, and where fragments move
+        a later one may still take more. An iteration that asks nothing of the device leaves the
+        allocator as it found it, and every further one would be the same; where each has to ask,
+        the replay ends when two peaks agree.
+
+        Args:
+            allocator: Where each is replayed before the next is taken.
+        """
+        yield self.setup
+        yield self.first
         peaks = [allocator.stats.peak_reserved_bytes]
-        yield peaks[-1]
         while len(peaks) < _MAX_ITERATIONS:
             num_calls = allocator.num_device_calls
-            self.later.play(allocator, batch_size)
+            yield self.later
             peaks.append(allocator.stats.peak_reserved_bytes)
-            yield peaks[-1]
             if allocator.num_device_calls == num_calls:
                 break
             if len(peaks) >= _NUM_ITERATIONS and peaks[-1] == peaks[-2]:

@@ -33,7 +33,7 @@ from memfit.simulation.semantics import META, CudaSemantics, MetaArithmetic, for
 from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
 from memfit.simulation.workspace import Kernels, Workspace
 
-__all__ = ["StepTrace", "TraceOptions", "trace_step"]
+__all__ = ["StepTrace", "TraceOptions", "Watcher", "trace_step"]
 
 _BATCH_SIZES: Final = (2, 3)
 _PLANS_TRIED: Final = "cudnn.benchmark"
@@ -106,8 +106,31 @@ class PreparedStep(Protocol):
         """Take the optimizer's step and zero the gradients."""
 
 
+class Watcher(Protocol):
+    """Who is told of every allocation while a step is traced, to know what it is for."""
+
+    def watch(
+        self, prepared: Any, mark: Callable[[str], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Begin to watch a step; `mark` writes the name of a phase between the events."""
+
+    def allocated(self, block_id: int, tensor: torch.Tensor, args: tuple[Any, ...]) -> None:
+        """Take note of a new storage, and of what the operation that made it was called with."""
+
+    def took_workspace(self, block_id: int) -> None:
+        """Take note of a kernel's workspace, which ends with the operation."""
+
+    def freed(self, block_id: int) -> None:
+        """Take note of a storage's end."""
+
+
 def trace_step(
-    prepared: PreparedStep, *, arithmetic: MetaArithmetic, options: TraceOptions, name: str
+    prepared: PreparedStep,
+    *,
+    arithmetic: MetaArithmetic,
+    options: TraceOptions,
+    name: str,
+    watcher: Watcher | None = None,
 ) -> StepTrace:
     """Trace a training step on the meta device.
 
@@ -116,6 +139,7 @@ def trace_step(
         arithmetic: How it computes in mixed precision.
         options: What else decides.
         name: What an error calls the model.
+        watcher: Told of every allocation; the events are the same with it and without.
 
     Returns:
         The events of setting up, of the first iteration and of the later ones.
@@ -123,13 +147,15 @@ def trace_step(
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    recorder = _Recorder(options.kernels)
+    recorder = _Recorder(options.kernels, watcher)
     semantics = CudaSemantics(arithmetic.autocast, options.choose_attention)
     with contextlib.ExitStack() as stack:
         stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
         stack.enter_context(_garbage_held())
         stack.enter_context(_sentences_for(prepared.model, name))
+        if watcher is not None:
+            stack.enter_context(watcher.watch(prepared, recorder.mark))
         stack.enter_context(semantics)
         stack.enter_context(recorder)
         tape = _record(prepared, recorder, options)
@@ -211,11 +237,13 @@ class _Recorder(TorchDispatchMode):
 
     Args:
         kernels: What kernels take besides their outputs.
+        watcher: Told of every allocation.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, watcher: Watcher | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
+        self._watcher = watcher
         self._events: list[Event] = []
         self._ids: dict[int, int] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -238,11 +266,11 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         result = self._kernels.run(func, args, kwargs)
         if type(result) is torch.Tensor:
-            self._see(result, func)
+            self._see(result, func, args)
         elif isinstance(result, (tuple, list)):
             for output in result:
                 if isinstance(output, torch.Tensor):
-                    self._see(output, func)
+                    self._see(output, func, args)
         for workspace in self._kernels.workspaces(func, args, result):
             if workspace.plan is not None and workspace.plan not in self._tried_plans:
                 self._tried_plans.add(workspace.plan)
@@ -286,7 +314,11 @@ class _Recorder(TorchDispatchMode):
         """Have every convolution try its plans again, so that iterations make the same stream."""
         self._tried_plans.clear()
 
-    def _see(self, tensor: torch.Tensor, origin: Any) -> None:
+    def mark(self, name: str) -> None:
+        """Write the name of a phase that begins."""
+        self._write(Action.USER_DEFINED, 0, 0, name)
+
+    def _see(self, tensor: torch.Tensor, origin: Any, args: tuple[Any, ...] = ()) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._ids or storage.device.type != "meta":
@@ -296,18 +328,25 @@ class _Recorder(TorchDispatchMode):
             return
         number = self._take_id()
         self._ids[key] = number
+        watcher = self._watcher
 
         def ended(_: object) -> None:
             del self._ids[key], self._references[number]
             self._write(Action.FREE_COMPLETED, number, 0, "")
+            if watcher is not None:
+                watcher.freed(number)
 
         self._references[number] = weakref.ref(storage, ended)
         self._write(Action.ALLOC, number, num_bytes, str(origin))
+        if watcher is not None:
+            watcher.allocated(number, tensor, args)
 
     def _pass(self, workspace: Workspace) -> None:
         number = self._take_id()
         action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
         self._write(action, number, workspace.num_bytes, workspace.name)
+        if self._watcher is not None:
+            self._watcher.took_workspace(number)
         self._write(Action.FREE_COMPLETED, number, 0, "")
 
     def _take_id(self) -> int:

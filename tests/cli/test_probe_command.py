@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,3 +169,18 @@ def test_torch_is_the_one_that_was_tested_or_newer() -> None:
     """The oldest torch that memfit supports is 2.8."""
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     assert (major, minor) >= (2, 8)
+
+
+@pytest.mark.parametrize("cards", [("t4",), ("t4", "rtx3090")])
+def test_a_page(tmp_path: Path, cards: tuple[str, ...]) -> None:
+    """One card's trials, or several cards, are written as a page beside the table."""
+    path = tmp_path / "probe.html"
+    named = [part for card in cards for part in ("--gpu", card)]
+    step = ["test_vit.r160_in1k", "--image-size", "96"]
+    result = CliRunner().invoke(main, ["probe", *step, *named, "--html", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "the largest batch size" in path.read_text(encoding="utf-8")[:2000]
+    nowhere = str(tmp_path / "nowhere" / "probe.html")
+    refused = CliRunner().invoke(main, ["probe", *step, *named, "--html", nowhere])
+    assert refused.exit_code == 2
+    assert "cannot be written: there is no folder" in refused.output

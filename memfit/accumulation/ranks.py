@@ -1,0 +1,322 @@
+"""One optimizer step on several ranks: totals, agreement, and gradients summed when all are done.
+
+A rank that runs out of memory in the middle of a backward pass never starts the all-reduces that
+`DistributedDataParallel` has hung into that pass, and the others would wait in theirs for ever. So
+where a step may be done again, every micro-batch runs inside `no_sync()`, the ranks then agree on
+how it ended, and only if all are done do they sum their gradients. That gives up the overlap of the
+last backward pass with its communication, once in an optimizer step.
+
+In each attempt every rank calls the same collectives in the same order, whatever happens to it in
+between: `summed`, `share_buffers`, `agree`, and then, if all are done, `reduce`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memfit.errors import UnsupportedError, WorkloadError
+
+__all__ = ["Alone", "Ending", "Ranks", "Together", "ranks_of"]
+
+_BUCKET_BYTES = 25 * 1024**2  # as DistributedDataParallel's
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How an attempt at an optimizer step ended: on one rank, or on all together.
+
+    Args:
+        micro_batch_size: What the next micro-batches shall have at most; the smallest counts.
+        ran_out: A micro-batch ran out of memory.
+        failed: Something else went wrong, or there is nothing smaller to try.
+    """
+
+    micro_batch_size: int
+    ran_out: bool = False
+    failed: bool = False
+
+
+class Ranks(Protocol):
+    """Those who take part in an optimizer step."""
+
+    @property
+    def world_size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one speaks for all."""
+        ...
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of values over the ranks."""
+        ...
+
+    def share_buffers(self) -> None:
+        """Give all ranks the first one's buffers, where the model is told to."""
+        ...
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context for passes whose gradients stay with the rank."""
+        ...
+
+    def agree(self, ending: Ending) -> Ending:
+        """Tell the others how it ended here, and return how it ended for all together."""
+        ...
+
+    def prepare(self) -> None:
+        """Take what memory `reduce` needs, while running out is still an outcome."""
+        ...
+
+    def reduce(self) -> None:
+        """Sum gradients over the ranks."""
+        ...
+
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor of one number over the ranks."""
+        ...
+
+
+class Alone:
+    """A process that trains by itself."""
+
+    world_size = 1
+    is_first = True
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Return the values."""
+        return list(values)
+
+    def share_buffers(self) -> None:
+        """There is nobody to share with."""
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+    def agree(self, ending: Ending) -> Ending:
+        """Return what it is told."""
+        return ending
+
+    def prepare(self) -> None:
+        """There is nothing to reduce."""
+
+    def reduce(self) -> None:
+        """There is nothing to sum."""
+
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the value."""
+        return value
+
+
+class Together:
+    """The ranks of a `DistributedDataParallel` model.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = model
+        self._group = model.process_group
+        self._first = distributed.get_global_rank(self._group, 0)
+        ignored = getattr(model, "parameters_to_ignore", None) or set()
+        self._parameters = [
+            parameter
+            for name, parameter in model.module.named_parameters()
+            if parameter.requires_grad and name not in ignored
+        ]
+        self._device = self._parameters[0].device
+        self._flat: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._has_gradient: list[bool] = []
+        # Now, and not when some rank may have no memory left for it.
+        for tensors in (self._parameters, list(model.module.buffers())):
+            for alike in _alike(tensors).values():
+                self._bucket(alike)
+
+    @property
+    def world_size(self) -> int:
+        """How many they are."""
+        return int(self._group.size())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the group's first rank."""
+        return int(self._group.rank()) == 0
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of values over the ranks."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(tensor, group=self._group)
+        sums: list[float] = tensor.tolist()
+        return sums
+
+    def share_buffers(self) -> None:
+        """Give all ranks the first one's buffers, as the model's forward would.
+
+        Done here, where every rank comes by: one that ran out before its forward would leave the
+        others waiting in theirs.
+        """
+        buffers = list(self._model.module.buffers())
+        if self._model.broadcast_buffers and buffers:
+            self._in_buckets(
+                buffers,
+                lambda flat: distributed.broadcast(flat, src=self._first, group=self._group),
+            )
+        self._model.require_forward_param_sync = False
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[object]:
+        """Return the model's `no_sync()`."""
+        context: contextlib.AbstractContextManager[object] = self._model.no_sync()
+        return context
+
+    def agree(self, ending: Ending) -> Ending:
+        """Tell the others how it ended here, and return how it ended for all together."""
+        message = [-ending.micro_batch_size, int(ending.ran_out), int(ending.failed)]
+        message += map(int, self._has_gradient or [False] * len(self._parameters))
+        tensor = torch.tensor(message, dtype=torch.int64, device=self._device)
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self._group)
+        size, ran_out, failed, *has_gradient = tensor.tolist()
+        # The model's own next forward, in an evaluation say, shares buffers as it always does.
+        self._model.require_forward_param_sync = True
+        self._has_gradient = [bool(has) for has in has_gradient]
+        return Ending(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
+
+    def prepare(self) -> None:
+        """Fill in gradients that this rank has none of.
+
+        Raises:
+            WorkloadError: A gradient is sparse.
+        """
+        self._has_gradient = [parameter.grad is not None for parameter in self._parameters]
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:
+                raise WorkloadError(
+                    "Sparse gradients are summed over ranks by the model alone: give recover=False."
+                )
+
+    def reduce(self) -> None:
+        """Sum gradients over the ranks; one that no rank has is none again."""
+        for parameter, has in zip(self._parameters, self._has_gradient, strict=True):
+            if not has:
+                parameter.grad = None
+        self._in_buckets(
+            self._gradients(), lambda flat: distributed.all_reduce(flat, group=self._group)
+        )
+
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor of one number over the ranks."""
+        total = value.clone()
+        distributed.all_reduce(total, group=self._group)
+        return total
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _bucket(self, alike: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return memory for many tensors of one kind at a time, and for each piece of one."""
+        like = alike[0]
+        key = (like.dtype, like.device)
+        total = sum(tensor.numel() for tensor in alike)
+        wanted = max(
+            min(total, _BUCKET_BYTES // like.element_size()),
+            *(_largest_piece(tensor) for tensor in alike),
+        )
+        if key not in self._flat or self._flat[key].numel() < wanted:
+            self._flat[key] = torch.empty(wanted, dtype=like.dtype, device=like.device)
+        return self._flat[key]
+
+    @torch.no_grad()
+    def _in_buckets(
+        self, tensors: Sequence[torch.Tensor], collective: Callable[[torch.Tensor], object]
+    ) -> None:
+        """Run a collective over tensors, many at a time, in the order that all ranks have them."""
+        for alike in _alike(tensors).values():
+            flat = self._bucket(alike)
+            pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+            start = 0
+            for piece in (piece for tensor in alike for piece in _pieces(tensor)):
+                if start + piece.numel() > flat.numel():
+                    _exchange(pending, flat[:start], collective)
+                    pending, start = [], 0
+                # Views of the bucket take any strides, so that ranks need not agree on them.
+                pending.append((piece, flat[start : start + piece.numel()].view(piece.shape)))
+                start += piece.numel()
+            _exchange(pending, flat[:start], collective)
+
+
+def _exchange(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    flat: torch.Tensor,
+    collective: Callable[[torch.Tensor], object],
+) -> None:
+    tensors = [tensor for tensor, _ in pairs]
+    views = [view for _, view in pairs]
+    torch._foreach_copy_(views, tensors)
+    collective(flat)
+    torch._foreach_copy_(tensors, views)
+
+
+def _alike(
+    tensors: Sequence[torch.Tensor],
+) -> dict[tuple[torch.dtype, torch.device], list[torch.Tensor]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return groups
+
+
+def _rows_per_piece(tensor: torch.Tensor) -> int:
+    row_items = max(tensor[0].numel(), 1)
+    return max(_BUCKET_BYTES // tensor.element_size() // row_items, 1)
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut a tensor along its rows so that each piece fits a bucket, or is one row."""
+    if tensor.numel() * tensor.element_size() <= _BUCKET_BYTES:
+        return (tensor,)
+    return torch.split(tensor, _rows_per_piece(tensor))
+
+
+def _largest_piece(tensor: torch.Tensor) -> int:
+    if tensor.numel() * tensor.element_size() <= _BUCKET_BYTES:
+        return tensor.numel()
+    return _rows_per_piece(tensor) * tensor[0].numel()
+
+
+def ranks_of(model: nn.Module) -> Ranks:
+    """Return those who take part in training a model.
+
+    Args:
+        model: The model, as the training loop calls it.
+
+    Raises:
+        UnsupportedError: Its parameters are sharded over ranks.
+    """
+    inner = getattr(model, "_orig_mod", model)  # as torch.compile keeps what it was given
+    if isinstance(inner, DistributedDataParallel):
+        return Together(inner)
+    if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):
+        raise UnsupportedError(
+            "The model's parameters are sharded over ranks (FSDP), and Accumulator carries out "
+            "steps of DistributedDataParallel models only: use plan.split in a loop of your own."
+        )
+    return Alone()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(
+        isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()
+    )

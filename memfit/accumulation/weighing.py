@@ -1,0 +1,197 @@
+"""By how much each micro-batch's loss counts, so that the sum is the whole batch's.
+
+A loss that averages over something is weighed by its micro-batch's share of what it averages over,
+counted over the whole effective batch first. Counting over several ranks is `ranks`' work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union, cast
+
+import torch
+
+from memfit.errors import UsageError, WorkloadError
+from memfit.workload import check_loss
+
+__all__ = ["Terms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
+
+Weight = Union[Literal["samples", "sum"], Callable[[Any], Any]]  # noqa: UP007 - an alias, at runtime
+"""What a loss averages over: its samples, nothing (a sum), or what a function of a batch counts."""
+
+Weights = Union[Weight, Sequence[Weight], Mapping[str, Weight]]  # noqa: UP007 - as above
+"""One for all losses, or one for each, nested as the losses are."""
+
+
+def check_weight(weight: object) -> None:
+    """Refuse what says nothing about a loss.
+
+    Raises:
+        UsageError: It is neither a known word nor a function.
+    """
+    if not callable(weight) and weight not in ("samples", "sum"):
+        raise UsageError(
+            f"A weight is 'samples', 'sum' or a function that counts what the loss of a batch "
+            f"averages over, not {weight!r}."
+        )
+
+
+def counts_of(weight: Weight, micro_batches: Sequence[Any], sizes: Sequence[int]) -> list[float]:
+    """Count what a loss averages over, in each micro-batch.
+
+    Args:
+        weight: What the loss averages over.
+        micro_batches: The micro-batches.
+        sizes: Their samples.
+
+    Returns:
+        A count for each; for a sum there is nothing to count, and each is 1.
+
+    Raises:
+        WorkloadError: What was counted is no number, or negative.
+    """
+    if weight == "samples":
+        return [float(size) for size in sizes]
+    if weight == "sum":
+        return [1.0] * len(sizes)
+    assert callable(weight)
+    counted = [weight(micro_batch) for micro_batch in micro_batches]
+    if all(isinstance(count, torch.Tensor) and count.numel() == 1 for count in counted):
+        # Read together: each tensor read alone would make the host wait for the device.
+        counts = [float(count) for count in torch.stack([c.reshape(()) for c in counted]).tolist()]
+    else:
+        counts = [_number(count) for count in counted]
+    for count in counts:
+        if not (math.isfinite(count) and count >= 0):
+            raise WorkloadError(
+                f"The weight of a micro-batch must be a count, at least 0, not {count}."
+            )
+    return counts
+
+
+def _number(count: object) -> float:
+    if isinstance(count, torch.Tensor):
+        if count.numel() != 1:
+            raise WorkloadError(
+                f"The weight of a micro-batch must be one number, not a tensor of shape "
+                f"{tuple(count.shape)}: end the function with .sum()."
+            )
+        return float(count)
+    if not isinstance(count, (int, float)):
+        raise WorkloadError(
+            f"The weight of a micro-batch must be one number, not {type(count).__name__}."
+        )
+    return float(count)
+
+
+def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[float]:
+    """Return each micro-batch's share of what the loss of the effective batch averages over.
+
+    Args:
+        weight: What the loss averages over.
+        counts: What `counts_of` counted.
+        total: Their sum over the whole effective batch, all ranks included.
+
+    Returns:
+        Factors for the losses of the micro-batches.
+
+    Raises:
+        WorkloadError: There is nothing to average over.
+    """
+    if weight == "sum":
+        return [1.0] * len(counts)
+    if total == 0:
+        raise WorkloadError(
+            "The weight of the whole batch is 0: its loss has nothing to average over."
+        )
+    return [count / total for count in counts]
+
+
+class Terms:
+    """The losses that are added, and what each averages over.
+
+    Args:
+        weight: One for all losses, or one for each, nested as the losses are.
+
+    Raises:
+        UsageError: One of them is neither a known word nor a function.
+    """
+
+    def __init__(self, weight: Weights) -> None:
+        self._keys: tuple[str, ...] | None = None
+        self._is_single = not isinstance(weight, (Mapping, tuple, list))
+        if isinstance(weight, Mapping):
+            self._keys = tuple(weight)
+            self.weights: tuple[Weight, ...] = tuple(weight.values())
+        elif isinstance(weight, (tuple, list)):
+            self.weights = tuple(weight)
+        else:
+            self.weights = (cast("Weight", weight),)
+        for each in self.weights:
+            check_weight(each)
+
+    def counts(self, micro_batches: list[Any], sizes: tuple[int, ...]) -> list[list[float]]:
+        """Count what each loss averages over, in each micro-batch.
+
+        Args:
+            micro_batches: The micro-batches.
+            sizes: Their samples.
+
+        Raises:
+            WorkloadError: What was counted is no number, or negative.
+        """
+        return [counts_of(weight, micro_batches, sizes) for weight in self.weights]
+
+    def shares(
+        self,
+        counts: Sequence[Sequence[float]],
+        totals: Sequence[float],
+        *,
+        factor: float = 1,
+    ) -> list[tuple[float, ...]]:
+        """Return for each micro-batch what its losses are multiplied by.
+
+        Args:
+            counts: What `counts` gave.
+            totals: Their sums over the effective batch, one for each weight.
+            factor: What all are multiplied by besides.
+
+        Raises:
+            WorkloadError: There is nothing to average over.
+        """
+        by_loss = [
+            [share * factor for share in shares_of(weight, counted, total)]
+            for weight, counted, total in zip(self.weights, counts, totals, strict=True)
+        ]
+        return list(zip(*by_loss, strict=True))
+
+    def losses(self, returned: Any) -> list[torch.Tensor]:
+        """Return what the loss function returned as a list, checked.
+
+        Raises:
+            WorkloadError: One of them is not one number, or they are not nested as the weights.
+        """
+        if isinstance(returned, Mapping):
+            if self._keys is not None and set(returned) != set(self._keys):
+                raise WorkloadError(
+                    f"The losses are {', '.join(map(repr, returned))}, and the weights are for "
+                    f"{', '.join(map(repr, self._keys))}."
+                )
+            losses = [returned[key] for key in self._keys or returned]
+        elif isinstance(returned, (tuple, list)):
+            losses = list(returned)
+        else:
+            losses = [returned]
+        if not losses or not (self._is_single or len(losses) == len(self.weights)):
+            raise WorkloadError(
+                f"The loss function returned {len(losses)} losses, and there are "
+                f"{len(self.weights)} weights."
+            )
+        for loss in losses:
+            check_loss(loss)
+        return [loss.reshape(()) for loss in losses]
+
+    def for_each(self, losses: Sequence[torch.Tensor], weights: Sequence[float]) -> Sequence[float]:
+        """Return a weight for each loss, where one may be for all."""
+        return [weights[0]] * len(losses) if self._is_single else weights

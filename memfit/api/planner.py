@@ -1,0 +1,296 @@
+"""One plan on one backend: what is tried, in which order, until the plan's own micro-batch fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from memfit import planning, search
+from memfit.accumulation import Plan
+from memfit.api.searching import Question, check_bounds, searched, tried
+from memfit.api.steps import step_on
+from memfit.backends import Backend
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import Objective, ProbeResult, Trial
+from memfit.workload import TrainingStep
+
+__all__ = ["Target", "plan_on"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is planned for, checked.
+
+    Args:
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        world_size: Ranks that share them.
+        objective: What the plan aims at.
+        headroom: Share of the capacity to keep free.
+        multiple_of: What micro-batches are multiples of, the last of a step excepted.
+        max_batch_size: The largest micro-batch of interest; `None` for any.
+    """
+
+    effective_batch_size: int
+    world_size: int
+    objective: Objective
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+
+    @classmethod
+    def of(
+        cls,
+        effective_batch_size: object,
+        *,
+        world_size: object,
+        objective: str | Objective,
+        headroom: float,
+        multiple_of: int,
+        max_batch_size: int | None,
+    ) -> Target:
+        """Check what was asked for.
+
+        Raises:
+            UsageError: Something asked for cannot be.
+        """
+        samples, ranks = planning.check_target(effective_batch_size, world_size)
+        check_bounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+        known = [choice.value for choice in Objective]
+        if objective not in known:
+            raise UsageError(
+                f"There is no objective {objective!r}; choose one of {', '.join(known)}."
+            )
+        return cls(
+            effective_batch_size=samples,
+            world_size=ranks,
+            objective=Objective(objective),
+            headroom=headroom,
+            multiple_of=multiple_of,
+            max_batch_size=max_batch_size,
+        )
+
+    @property
+    def share(self) -> int:
+        """The samples that the first rank takes."""
+        return planning.share_of(self.effective_batch_size, self.world_size)
+
+    def part_of(self, num_steps: int) -> int:
+        """Return the most samples in a micro-batch of so many steps or more."""
+        part = -(-self.share // num_steps)
+        rounded = -(-part // self.multiple_of) * self.multiple_of
+        # Rounded up to the whole share, it would be no part.
+        part = rounded if rounded < self.share else part
+        return min(part, self.max_batch_size or part)
+
+    def question(self, step: TrainingStep) -> Question:
+        """Return what is asked of a device where two steps are too few."""
+        return Question(
+            step=step,
+            headroom=self.headroom,
+            multiple_of=self.multiple_of,
+            max_batch_size=self.part_of(3),
+        )
+
+
+def plan_on(
+    opened: Backend,
+    step: TrainingStep,
+    target: Target,
+    *,
+    progress: Callable[[Trial], None] | None = None,
+) -> Plan:
+    """Plan on a backend, and close it.
+
+    Args:
+        opened: Where trials run.
+        step: What to train; its precision may be left open.
+        target: What to plan for.
+        progress: Called with each trial when it has ended.
+
+    Raises:
+        UsageError: The target has no such plan.
+        DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
+    """
+    accumulating = dataclasses.replace(
+        step, options=dataclasses.replace(step.options, accumulate=True)
+    )
+    question = target.question(accumulating)
+    with opened as backend:
+        return _Planner(backend, step, question, target, progress).plan()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Limits:
+    """The largest micro-batch that fits, and that keeps the headroom; `proved` if none larger."""
+
+    largest: int
+    recommended: int
+    proved: bool
+
+
+class _Planner:
+    """A plan that is being made on one device."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        step: TrainingStep,
+        question: Question,
+        target: Target,
+        progress: Callable[[Trial], None] | None,
+    ) -> None:
+        self._start = time.perf_counter()
+        self._backend = backend
+        self._whole_step = step_on(step, backend)
+        self._step = step_on(question.step, backend)
+        self._question = dataclasses.replace(question, step=self._step)
+        self._target = target
+        self._progress = progress
+        self._trials: list[Trial] = []
+        self._capacity = backend.capacity()
+        self._limit_bytes = search.limit_of(self._capacity.usable_bytes, target.headroom)
+
+    def plan(self) -> Plan:
+        target, share = self._target, self._target.share
+        is_timed = target.objective is Objective.FASTEST
+        remarks: list[str] = []
+        whole = share if self._fits_whole(remarks) else 0
+        if whole:
+            limits = _Limits(largest=share, recommended=share, proved=False)
+            largest = self._timed(share // 2) if is_timed else 0
+        else:
+            limits = self._limits()
+            largest = self._timed(limits.recommended) if is_timed else limits.recommended
+        while whole or largest:
+            parts = self._parts(whole, largest)
+            size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
+            trial = self._known(step, size) or self._tried(step, size)
+            if search.is_comfortable(trial, self._limit_bytes):
+                return self._made(step, trial, parts, limits, tuple(remarks))
+            # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
+            largest = size - 1
+        raise DoesNotFitError(
+            f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
+            "memory is not steady enough to plan with."
+        )
+
+    def _fits_whole(self, remarks: list[str]) -> bool:
+        """Whether a share fits in one step, with the headroom."""
+        target, share = self._target, self._target.share
+        if share > (target.max_batch_size or share):
+            return False
+        trial = self._tried(self._whole_step, share)
+        if search.is_comfortable(trial, self._limit_bytes):
+            return True
+        if trial.fits:
+            remarks.append(
+                f"{share} samples do fit in one step, but leave less than {target.headroom:.0%} "
+                "free or need allocator retries."
+            )
+        return False
+
+    def _limits(self) -> _Limits:
+        """Find the largest micro-batch of a step that accumulates."""
+        half = self._target.part_of(2)
+        trial = self._tried(self._step, half)
+        if search.is_comfortable(trial, self._limit_bytes):
+            return _Limits(largest=half, recommended=half, proved=False)
+        result = searched(self._question, self._backend, progress=self._noted)
+        return _Limits(
+            largest=result.max_batch_size,
+            recommended=self._recommended(result),
+            proved=result.proved,
+        )
+
+    def _recommended(self, result: ProbeResult) -> int:
+        """Return the largest micro-batch that keeps the headroom."""
+        target, largest = self._target, result.recommended_batch_size
+        if largest is None:
+            unit = f" that is a multiple of {target.multiple_of}" if target.multiple_of > 1 else ""
+            raise DoesNotFitError(
+                f"{self._step.name} fits, but no micro-batch{unit} leaves {target.headroom:.0%} of "
+                "the memory free without allocator retries: the largest that fits at all is "
+                f"{result.max_batch_size}; ask for less headroom."
+            )
+        return largest
+
+    def _parts(self, largest_whole: int, largest_accumulating: int) -> planning.Parts:
+        target = self._target
+        return planning.split(
+            target.effective_batch_size,
+            world_size=target.world_size,
+            largest_whole=largest_whole,
+            largest_accumulating=largest_accumulating,
+            objective=target.objective,
+            multiple_of=target.multiple_of,
+            speeds=self._speeds(),
+        )
+
+    def _speeds(self) -> list[planning.Speed]:
+        return [
+            planning.Speed(batch_size=trial.batch_size, samples_per_second=trial.samples_per_second)
+            for trial in self._trials
+            if trial.samples_per_second is not None
+            and search.is_comfortable(trial, self._limit_bytes)
+        ]
+
+    def _timed(self, largest: int) -> int:
+        """Try micro-batches whose speed is to be known; return the largest that fits well."""
+        sizes = planning.sizes_to_time(largest, multiple_of=self._target.multiple_of)
+        trials = [self._known(self._step, size) or self._tried(self._step, size) for size in sizes]
+        fitting = [t.batch_size for t in trials if search.is_comfortable(t, self._limit_bytes)]
+        return max(fitting, default=0)
+
+    def _known(self, step: TrainingStep, batch_size: int) -> Trial | None:
+        tried_before = (
+            trial
+            for trial in reversed(self._trials)
+            if (trial.batch_size, trial.num_micro_batches) == (batch_size, step.num_micro_batches)
+        )
+        return next(tried_before, None)
+
+    def _tried(self, step: TrainingStep, batch_size: int) -> Trial:
+        trial = tried(self._backend, step, batch_size, is_first=not self._trials)
+        self._noted(trial)
+        return trial
+
+    def _noted(self, trial: Trial) -> None:
+        self._trials.append(trial)
+        if self._progress is not None:
+            self._progress(trial)
+
+    def _made(
+        self,
+        step: TrainingStep,
+        trial: Trial,
+        parts: planning.Parts,
+        limits: _Limits,
+        remarks: tuple[str, ...],
+    ) -> Plan:
+        target = self._target
+        return Plan(
+            subject=step.name,
+            device=self._backend.device_name,
+            source=trial.source,
+            options=step.options,
+            capacity=self._capacity,
+            effective_batch_size=target.effective_batch_size,
+            world_size=target.world_size,
+            objective=target.objective,
+            micro_batch_sizes=parts.sizes,
+            multiple_of=target.multiple_of,
+            headroom=target.headroom,
+            max_micro_batch_size=limits.largest,
+            proved=limits.proved,
+            recommended_micro_batch_size=limits.recommended,
+            peak_reserved_bytes=trial.peak_reserved_bytes,
+            samples_per_second=parts.samples_per_second,
+            trials=tuple(self._trials),
+            environment=self._backend.environment,
+            remarks=(*remarks, *parts.remarks),
+            seconds=time.perf_counter() - self._start,
+            torch_version=torch.__version__,
+        )

@@ -1,0 +1,123 @@
+"""`profile`: what holds the memory of a training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from typing_extensions import Unpack
+
+from memfit.api.steps import StepKeywords, describe, has_gpu, own_device, step_on
+from memfit.backends import open_backend
+from memfit.backends.cuda import CudaBackend
+from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.errors import UnsupportedError, UsageError
+from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
+from memfit.records import MemoryProfile
+from memfit.simulation.gpus import find_gpu, gpu_like
+from memfit.units import parse_bytes
+from memfit.workload import Workload
+
+__all__ = ["profile"]
+
+
+def profile(
+    subject: str | Workload,
+    batch_size: int,
+    *,
+    device: str | None = None,
+    gpu: str | None = None,
+    compared: Sequence[str] = (),
+    memory: str | int | None = None,
+    accumulate: bool = False,
+    snapshot: str | Path | None = None,
+    **options: Unpack[StepKeywords],
+) -> MemoryProfile:
+    """Find what holds the memory of a training step, at its peak and moment by moment.
+
+    The user's model, optimizer, gradients, random states and switches are as before when this
+    returns, raises or is interrupted.
+
+    Args:
+        subject: A timm model's name, or a `Workload` of the user's own objects.
+        batch_size: Samples in each micro-batch, at least 1.
+        device: Where to run the step and record its allocations, as for `probe`.
+        gpu: A card to simulate instead, as for `probe`.
+        compared: Further cards to simulate for the lines of batch size against memory.
+        memory: What each simulated card has, in place of the catalogue's figure.
+        accumulate: Two micro-batches before the optimizer's step instead of one.
+        snapshot: Where to write the allocator's history as a pickle in the format of
+            `torch.cuda.memory._snapshot`; nothing is written by default.
+        **options: The step itself, as for `probe`.
+
+    Returns:
+        Everything that lived in one step, its peak by role and by module, and what would lower it.
+        A step that does not fit is profiled too, where it is simulated, and says so.
+
+    Raises:
+        UsageError: Something asked for cannot be, or the snapshot cannot be written.
+        UnsupportedError: The step cannot be traced without values, or not be recorded here.
+    """
+    if batch_size < 1:
+        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
+    if gpu is not None and device is not None:
+        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+    if gpu is None and memory is not None:
+        raise UsageError("memory is for a simulated card (gpu): a step is recorded with all of it.")
+    start = time.perf_counter()
+    described = describe(subject, accumulate=accumulate, **options)
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    cards = [find_gpu(name, total_bytes=memory_bytes) for name in compared]
+    traces = TraceCache()
+    if gpu is not None:
+        card = find_gpu(gpu, total_bytes=memory_bytes)
+        step = step_on(described, SimulatedBackend(card))
+        found = profile_gpu(
+            step, batch_size, card, traces=traces, keeps_history=snapshot is not None
+        )
+        cards.insert(0, card)
+    else:
+        chosen = own_device(subject, device)
+        with open_backend(chosen) as backend:
+            step = step_on(described, backend)
+            found = profile_device(step, batch_size, backend, _device(chosen))
+            if isinstance(backend, CudaBackend):
+                total_bytes = backend.capacity().total_bytes
+                cards.insert(0, gpu_like(backend.device_name, total_bytes=total_bytes))
+    if snapshot is not None:
+        _write(found, Path(snapshot))
+    backends = [SimulatedBackend(card, traces=traces) for card in cards]
+    steps = [(backend, step_on(described, backend)) for backend in backends]
+    # What was measured on a CPU says nothing of a card.
+    has_advice = len(cards) > len(compared)
+    try:
+        lines = card_lines(steps, batch_size)
+        advice = advise(found.profile, step, backends[0]) if has_advice else ()
+    except UnsupportedError:
+        # What was measured stands without them.
+        if gpu is not None:
+            raise
+        lines, advice = (), ()
+    return dataclasses.replace(
+        found.profile, cards=lines, advice=advice, seconds=time.perf_counter() - start
+    )
+
+
+def _device(chosen: str | None) -> torch.device:
+    return torch.device(chosen or ("cuda" if has_gpu() else "cpu"))
+
+
+def _write(found: Profiled, path: Path) -> None:
+    if found.snapshot is None:
+        raise UsageError(
+            f"{found.profile.device} has no caching allocator, so there is no snapshot to write: "
+            "profile on a GPU or simulate one."
+        )
+    try:
+        path.write_bytes(pickle.dumps(found.snapshot))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}.") from error

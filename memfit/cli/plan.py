@@ -1,0 +1,168 @@
+"""`memfit plan`: micro-batches and accumulation steps for a target batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from memfit.cli.options import device_options, search_options, step_options
+from memfit.cli.output import print_json
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import Objective
+
+if TYPE_CHECKING:
+    from memfit.records import Exploration, PlanRecord
+
+__all__ = ["plan"]
+
+_TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
+
+
+@click.command(short_help="Turn a target batch size into micro-batches that fit.")
+@click.argument("model")
+@click.option(
+    "--effective-batch",
+    "effective_batch_size",
+    type=float,  # so that a number that is not whole gets memfit's own sentence
+    required=True,
+    metavar="SAMPLES",
+    help="Samples in each optimizer step, over all ranks.",
+)
+@click.option("--world-size", type=int, default=1, show_default=True, help="Ranks that share them.")
+@click.option(
+    "--objective",
+    type=click.Choice([choice.value for choice in Objective]),
+    default=Objective.LARGEST.value,
+    show_default=True,
+    help="The fewest steps, the most samples per second as measured, or equal parts only.",
+)
+@click.option(
+    "--explore", is_flag=True, help="Simulate what one change of the step would make fit."
+)
+@click.option(
+    "--emit",
+    "trainer",
+    type=click.Choice(_TRAINERS),
+    help="Print what to paste or run for this trainer; the rest goes to standard error.",
+)
+@device_options
+@step_options
+@search_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.pass_obj
+def plan(
+    start_again: Callable[[], None] | None,
+    *,
+    model: str,
+    effective_batch_size: Any,
+    world_size: int,
+    objective: str,
+    explore: bool,
+    trainer: str | None,
+    device: str | None,
+    gpus: tuple[str, ...],
+    memory: str | None,
+    step: dict[str, Any],
+    search: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Turn an effective batch size into micro-batches of MODEL that fit.
+
+    MODEL is the name of a timm model. The parts add up to the effective batch exactly. Real steps
+    run on the device, or with --gpu are simulated; the plan's own micro-batch is among those that
+    were tried, and fitted with the headroom.
+    """
+    if trainer and as_json:
+        raise UsageError("Give --emit or --json, not both: each is all that is printed.")
+    if start_again is not None and device == "cpu" and not gpus:
+        start_again()
+    from memfit import api
+
+    target: dict[str, Any] = {
+        "world_size": world_size,
+        "objective": objective,
+        "memory": memory,
+        **search,
+        **step,
+    }
+    if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
+        if explore or trainer:
+            option = "--explore" if explore else "--emit"
+            raise UsageError(f"{option} is for one device: give one --gpu, or --device.")
+        _survey(model, effective_batch_size, gpus, target, as_json=as_json)
+        return
+    target |= {"device": device, "gpu": gpus[0] if gpus else None}
+    try:
+        result = _planned(model, effective_batch_size, target, is_quiet=as_json)
+    except DoesNotFitError:
+        if explore:
+            _show_exploration(api.explore(model, effective_batch_size, **target), as_json=as_json)
+        raise
+    if explore:
+        exploration = api.explore(model, effective_batch_size, **target)
+        result = dataclasses.replace(result, exploration=exploration)
+    _show(result, trainer=trainer, as_json=as_json)
+
+
+def _survey(
+    model: str,
+    effective_batch_size: Any,
+    gpus: tuple[str, ...],
+    target: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from memfit import api
+
+    found = api.survey_plans(model, effective_batch_size, gpus=gpus or None, **target)
+    if as_json:
+        print_json(found.answers)
+    else:
+        from memfit.reports.plan import render_survey
+
+        Console().print(render_survey(found))
+    if not any(answer.plan for answer in found.answers):
+        raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
+
+
+def _planned(
+    model: str, effective_batch_size: Any, target: dict[str, Any], *, is_quiet: bool
+) -> PlanRecord:
+    from memfit import api
+    from memfit.reports.probe import ProgressTable
+
+    log = Console(stderr=True)
+    table = ProgressTable()
+    with Live(table, console=log, transient=True, refresh_per_second=4) as live:
+        if is_quiet or not log.is_terminal:
+            live.stop()
+        return api.plan(model, effective_batch_size, progress=table.add, **target)
+
+
+def _show(result: PlanRecord, *, trainer: str | None, as_json: bool) -> None:
+    from memfit.integrations import lines_for
+    from memfit.reports.plan import render
+
+    if as_json:
+        print_json([result])
+        return
+    emitted = lines_for(result, trainer) if trainer else None
+    # What is to be pasted or piped is all that goes to standard output.
+    Console(stderr=emitted is not None).print(render(result))
+    if emitted is not None:
+        click.echo(err=True)
+        click.echo(emitted, nl=False)
+
+
+def _show_exploration(exploration: Exploration, *, as_json: bool) -> None:
+    from memfit.reports.plan import render_exploration
+
+    if as_json:
+        print_json([exploration])
+    else:
+        Console().print(render_exploration(exploration))

@@ -1,0 +1,96 @@
+"""`memfit profile`: what holds the memory of a training step."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from memfit.cli.options import device_options, step_options
+from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
+from memfit.errors import DoesNotFitError
+
+__all__ = ["profile"]
+
+_DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
+
+
+@click.command(short_help="Show what holds the memory of a training step.")
+@click.argument("model")
+@click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
+@device_options
+@step_options
+@click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
+@html_option
+@click.option(
+    "--plot", type=OUTPUT, metavar="FILE", help="Write the main picture; .svg, .png or .pdf."
+)
+@click.option(
+    "--snapshot",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Write the allocator's history for PyTorch's viewer (pytorch.org/memory_viz).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+def profile(
+    *,
+    model: str,
+    batch_size: int,
+    device: str | None,
+    gpus: tuple[str, ...],
+    memory: str | None,
+    step: dict[str, Any],
+    accumulate: bool,
+    html: Path | None,
+    plot: Path | None,
+    snapshot: Path | None,
+    as_json: bool,
+) -> None:
+    """Show what holds the memory of a training step of MODEL, at its peak and over time.
+
+    MODEL is the name of a timm model. With --gpu nothing runs: the step's allocations are replayed
+    on a model of the first card, and every card's batch size is drawn against its memory.
+    With --device the step runs there and its allocations are recorded; so it does on a GPU that is
+    there. Ends with 0 if the batch fits, and with 3 if it does not.
+    """
+    from memfit import api
+    from memfit.reports.profile import render
+
+    check_writable(html, plot, snapshot)
+    if plot is not None:
+        from memfit.reports.picture import check_format
+
+        check_format(plot)
+    log = Console(stderr=True)
+    if device is None and not (gpus or api.has_gpu()):
+        gpus = (_DEFAULT_GPU,)
+        log.print(f"There is no GPU here and none was named: simulating an {_DEFAULT_GPU}.")
+    with log.status("profiling"):
+        found = api.profile(
+            model,
+            batch_size,
+            device=device,
+            gpu=gpus[0] if gpus else None,
+            compared=gpus[1:],
+            memory=memory,
+            accumulate=accumulate,
+            snapshot=snapshot,
+            **step,
+        )
+    if html is not None:
+        from memfit.reports.profile_page import page
+
+        write(html, page(found))
+    if plot is not None:
+        from memfit.reports.picture import draw
+
+        draw(found, plot)
+    if as_json:
+        print_json([found])
+    else:
+        Console().print(render(found))
+    if found.message is not None:
+        sys.exit(DoesNotFitError.exit_code)

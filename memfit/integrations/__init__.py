@@ -1,0 +1,41 @@
+"""Thin bridges to other trainers: a plan in each one's own words.
+
+Each module knows how one trainer counts (micro-batches or samples, per process or in all) and what
+it cannot express. Nothing here imports a trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from memfit.integrations import accelerate, fastai, lightning, pytorch, timm, transformers
+from memfit.records import PlanRecord
+
+__all__ = ["TRAINERS", "lines_for"]
+
+TRAINERS: Final[Mapping[str, Callable[[PlanRecord], str]]] = MappingProxyType(
+    {
+        "pytorch": pytorch.lines,
+        "timm": timm.lines,
+        "lightning": lightning.lines,
+        "accelerate": accelerate.lines,
+        "transformers": transformers.lines,
+        "fastai": fastai.lines,
+    }
+)
+"""What writes a plan for each trainer."""
+
+
+def lines_for(plan: PlanRecord, trainer: str) -> str:
+    """Return the lines to paste, or the command to run, that carry a plan out.
+
+    Args:
+        plan: The plan.
+        trainer: A key of `TRAINERS`.
+
+    Raises:
+        UsageError: The trainer takes equal parts only, and the plan has none near its own.
+    """
+    return TRAINERS[trainer](plan)

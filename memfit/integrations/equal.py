@@ -1,0 +1,100 @@
+"""A plan for trainers that know one micro-batch size and one number of steps.
+
+They take equal parts only, so uneven plans are cut again, into equal parts that are not much
+smaller, and the text says so; where there are none, the plan is refused rather than changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+
+from memfit.errors import UsageError
+from memfit.records import PlanRecord, equal_part
+from memfit.units import format_parts
+
+__all__ = ["EqualParts", "comment", "equal_parts", "headline"]
+
+_WIDTH = 96
+# Equal parts are chosen down to this share of the plan's micro-batch.
+_LEAST_SHARE = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EqualParts:
+    """What a trainer is told.
+
+    Args:
+        micro_batch_size: Samples in each micro-batch of each rank.
+        accumulation_steps: Micro-batches in each optimizer step.
+        comments: What the text has to say besides, in sentences.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    comments: tuple[str, ...]
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Samples in each optimizer step of each rank."""
+        return self.micro_batch_size * self.accumulation_steps
+
+
+def equal_parts(plan: PlanRecord, trainer: str) -> EqualParts:
+    """Return the equal parts that a trainer can be told.
+
+    Args:
+        plan: The plan, of any parts.
+        trainer: What errors and comments call it.
+
+    Raises:
+        UsageError: There are none near the plan's own.
+    """
+    if plan.is_even:
+        return EqualParts(
+            micro_batch_size=plan.micro_batch_size,
+            accumulation_steps=plan.accumulation_steps,
+            comments=(),
+        )
+    total, ranks = plan.effective_batch_size, plan.world_size
+    if total % ranks:
+        below = total // ranks * ranks
+        raise UsageError(
+            f"{trainer} gives each rank the same, and {total} samples are no equal shares for "
+            f"{ranks} ranks: plan for {below} or {below + ranks}, or emit pytorch."
+        )
+    share = total // ranks
+    part = equal_part(share, plan.micro_batch_size, multiple_of=plan.multiple_of)
+    if part is None or part * _LEAST_SHARE < plan.micro_batch_size:
+        steps = plan.accumulation_steps
+        near = share // steps // plan.multiple_of * plan.multiple_of * steps * ranks
+        instead = f"plan for {near}, or emit pytorch" if near else "emit pytorch"
+        raise UsageError(
+            f"{trainer} takes equal parts only, and {share} has none near {plan.micro_batch_size}: "
+            f"{instead}."
+        )
+    planned = format_parts(plan.micro_batch_sizes)
+    instead = f"{share // part} x {part} in place of the plan's {planned}"
+    return EqualParts(
+        micro_batch_size=part,
+        accumulation_steps=share // part,
+        comments=(f"{trainer} takes equal parts only: {instead}.",),
+    )
+
+
+def headline(plan: PlanRecord, parts: EqualParts) -> str:
+    """Say in a comment what the numbers make, and where they come from."""
+    ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
+    return (
+        f"{plan.effective_batch_size} = {parts.accumulation_steps} x {parts.micro_batch_size}"
+        f"{ranks}, {plan.source.value} for {plan.device} in {plan.options.precision.value}."
+    )
+
+
+def comment(*sentences: str) -> str:
+    """Write sentences as comments that both Python and a shell skip."""
+    return "\n".join(
+        line
+        for sentence in sentences
+        for line in textwrap.wrap(sentence, _WIDTH, initial_indent="# ", subsequent_indent="# ")
+    )

@@ -1,0 +1,128 @@
+"""A plan as plain PyTorch: a loop with `memfit.Accumulator`, and one written by hand."""
+
+from __future__ import annotations
+
+from memfit.integrations.equal import comment
+from memfit.records import PlanRecord, Precision
+from memfit.units import format_parts
+
+__all__ = ["lines"]
+
+_AUTOCAST = {Precision.AMP_BF16: "bfloat16", Precision.AMP_FP16: "float16"}
+
+
+def lines(plan: PlanRecord) -> str:
+    """Return two loops over a loader of effective batches; either carries the plan out.
+
+    They expect `model`, `optimizer`, `loss_fn` and `dataset`.
+    """
+    return "\n\n".join((_loader(plan), _accumulator(plan), _by_hand(plan))) + "\n"
+
+
+def _loader(plan: PlanRecord) -> str:
+    parts = format_parts(plan.micro_batch_sizes)
+    share = plan.share_of(0)
+    if plan.world_size == 1:
+        return (
+            comment(
+                f"{plan.effective_batch_size} = {parts}, {plan.source.value} for {plan.device} in "
+                f"{plan.options.precision.value}."
+            )
+            + "\nfrom torch.utils.data import DataLoader\n\n"
+            + f"loader = DataLoader(dataset, batch_size={share}, shuffle=True)"
+        )
+    rest = plan.effective_batch_size % plan.world_size
+    uneven = (
+        (
+            f"The first {rest} of {plan.world_size} ranks take {share} samples of each step and "
+            f"the others {share - 1}: a DistributedSampler deals out equally, so bring one of "
+            "your own."
+        ),
+    ) * bool(rest)
+    size = f"{share} - (distributed.get_rank() >= {rest})" if rest else str(share)
+    return (
+        comment(
+            f"{plan.effective_batch_size} over {plan.world_size} ranks: {parts} on the first, "
+            f"{plan.source.value} for {plan.device} in {plan.options.precision.value}. The model "
+            "is a DistributedDataParallel.",
+            *uneven,
+        )
+        + "\nfrom torch import distributed\n"
+        + "from torch.utils.data import DataLoader, DistributedSampler\n\n"
+        + "sampler = DistributedSampler(dataset, shuffle=True)\n"
+        + f"loader = DataLoader(dataset, batch_size={size}, sampler=sampler)"
+    )
+
+
+def _accumulator(plan: PlanRecord) -> str:
+    arguments = ["model", "optimizer", str(plan.micro_batch_size), "loss=loss_fn"]
+    if plan.multiple_of > 1:
+        arguments.append(f"multiple_of={plan.multiple_of}")
+    if plan.options.precision is not Precision.FP32:
+        arguments.append(f'precision="{plan.options.precision.value}"')
+    return (
+        comment("With memfit: smaller micro-batches by itself, should one run out of memory.")
+        + "\nimport memfit\n\n"
+        + f"accumulator = memfit.Accumulator({', '.join(arguments)})\n"
+        + "for batch in loader:\n"
+        + "    loss = accumulator.step(batch)"
+    )
+
+
+def _by_hand(plan: PlanRecord) -> str:
+    """Return the loop that `Accumulator` saves one from writing."""
+    precision, num_ranks = plan.options.precision, plan.world_size
+    is_scaled, has_ranks = precision is Precision.AMP_FP16, num_ranks > 1
+    setup = ["device = next(model.parameters()).device"]
+    if is_scaled:
+        setup.append("scaler = torch.amp.GradScaler(device.type)")
+    size = plan.micro_batch_size
+    step = ["scaler.step(optimizer)", "scaler.update()"] if is_scaled else ["optimizer.step()"]
+    count = ["total = torch.tensor(len(x), device=device)", "distributed.all_reduce(total)"]
+    for_each_part = [
+        *(count if has_ranks else ["total = len(x)"]),
+        f"parts = list(zip(x.split({size}), y.split({size})))",
+        "for index, (x_i, y_i) in enumerate(parts):" if has_ranks else "for x_i, y_i in parts:",
+        *_indented(_one_part(plan)),
+        *step,
+        "optimizer.zero_grad(set_to_none=True)",
+    ]
+    imports = ["import contextlib\n"] * has_ranks + ["import torch\n"]
+    return "\n".join(
+        [
+            comment("Or by hand, for a loss that is a mean over samples."),
+            *imports,
+            *setup,
+            "for x, y in loader:",
+            *_indented(for_each_part),
+        ]
+    )
+
+
+def _one_part(plan: PlanRecord) -> list[str]:
+    """Return forward and backward of one micro-batch."""
+    precision, num_ranks = plan.options.precision, plan.world_size
+    dtype = _AUTOCAST.get(precision)
+    place = "x_i.to(device, torch.bfloat16)" if precision is Precision.BF16 else "x_i.to(device)"
+    # DistributedDataParallel averages over the ranks what is to be summed.
+    averaged = f" * {num_ranks}" if num_ranks > 1 else ""
+    passes = ["loss = loss_fn(model(x_i), y_i) * weight"]
+    if dtype is not None:
+        passes = [f"with torch.autocast(device.type, dtype=torch.{dtype}):", *_indented(passes)]
+    is_scaled = precision is Precision.AMP_FP16
+    passes.append("scaler.scale(loss).backward()" if is_scaled else "loss.backward()")
+    if num_ranks > 1:
+        is_last = "index == len(parts) - 1"
+        passes = [
+            f"with contextlib.nullcontext() if {is_last} else model.no_sync():",
+            *_indented(passes),
+        ]
+    return [
+        f"x_i, y_i = {place}, y_i.to(device)",
+        f"weight = len(x_i) / total{averaged}",
+        *passes,
+    ]
+
+
+def _indented(lines_of_code: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines_of_code]

@@ -1,0 +1,62 @@
+"""A plan as a command line of timm's `train.py`.
+
+Source: huggingface/pytorch-image-models, train.py: `--batch-size` is a process's micro-batch, and
+    `--grad-accum-steps` how many make a step.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.records import PlanRecord, Precision, StepOptions
+
+__all__ = ["lines"]
+
+_COLOUR_CHANNELS = 3
+
+
+def lines(plan: PlanRecord) -> str:
+    """Return the command that carries the plan out."""
+    parts = equal_parts(plan, "timm's train.py")
+    program = (
+        ["python"] if plan.world_size == 1 else ["torchrun", f"--nproc-per-node={plan.world_size}"]
+    )
+    command = [
+        *program,
+        "train.py",
+        "--data-dir",
+        "DATA",
+        "--model",
+        plan.subject,
+        "--batch-size",
+        str(parts.micro_batch_size),
+        "--grad-accum-steps",
+        str(parts.accumulation_steps),
+        *_options(plan.options),
+    ]
+    return f"{comment(headline(plan, parts), *parts.comments)}\n{shlex.join(command)}\n"
+
+
+def _options(options: StepOptions) -> list[str]:
+    words = {
+        Precision.AMP_BF16: ["--amp", "--amp-dtype", "bfloat16"],
+        Precision.AMP_FP16: ["--amp", "--amp-dtype", "float16"],
+        Precision.BF16: ["--model-dtype", "bfloat16"],
+    }.get(options.precision, [])
+    words = [*words]
+    if options.optimizer is not None:
+        words += ["--opt", options.optimizer]
+    kwargs = dict(options.model_kwargs)
+    if options.image_size is not None:
+        channels = kwargs.pop("in_chans", _COLOUR_CHANNELS)
+        words += ["--input-size", str(channels), *map(str, options.image_size)]
+    if options.num_classes is not None:
+        words += ["--num-classes", str(options.num_classes)]
+    if options.channels_last:
+        words.append("--channels-last")
+    if options.grad_checkpointing:
+        words.append("--grad-checkpointing")
+    if kwargs:
+        words += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
+    return words

@@ -1,0 +1,266 @@
+"""Micro-batch x accumulation steps x ranks = effective batch, exactly.
+
+Pure arithmetic over what trials have shown; nothing here knows torch or runs anything. What can be
+reached by other options of the step is not its business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from memfit.errors import UsageError
+from memfit.records import Objective, cut, equal_part
+
+__all__ = ["Parts", "Speed", "check_target", "share_of", "sizes_to_time", "split"]
+
+# Two timings closer than this are the same: trials are short.
+_TIMING_NOISE = 0.02
+# So many halvings below the largest micro-batch are timed.
+_NUM_HALVINGS = 3
+# Equal parts smaller than this part of the largest micro-batch are remarked upon.
+_FAR_BELOW = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast a micro-batch trains, as measured.
+
+    Args:
+        batch_size: Samples in the micro-batch.
+        samples_per_second: What was measured.
+    """
+
+    batch_size: int
+    samples_per_second: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """One rank's share of an effective batch, cut.
+
+    Args:
+        sizes: Samples in each micro-batch, larger ones first.
+        samples_per_second: What the rank trains; `None` where nothing was measured.
+        remarks: What there is to say about it, in sentences.
+    """
+
+    sizes: tuple[int, ...]
+    samples_per_second: float | None
+    remarks: tuple[str, ...]
+
+
+def check_target(effective_batch_size: object, world_size: object = 1) -> tuple[int, int]:
+    """Refuse an effective batch that cannot be planned.
+
+    Args:
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        world_size: Ranks that share them.
+
+    Returns:
+        Both, as the whole numbers that they are.
+
+    Raises:
+        UsageError: One is no whole number, is less than 1, or there are more ranks than samples.
+    """
+    samples = _whole("The effective batch size", effective_batch_size)
+    ranks = _whole("The world size", world_size)
+    if samples < ranks:
+        raise UsageError(
+            f"An effective batch of {samples} cannot be shared by {ranks} ranks: each needs at "
+            f"least one sample, so give at least {ranks}."
+        )
+    return samples, ranks
+
+
+def _whole(what: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1:
+        raise UsageError(f"{what} must be a whole number, not {value!r}.")
+    if value < 1:
+        raise UsageError(f"{what} must be at least 1, not {value}.")
+    return int(value)
+
+
+def share_of(effective_batch_size: int, world_size: int) -> int:
+    """Return the samples that the first rank takes: no rank takes more."""
+    return -(-effective_batch_size // world_size)
+
+
+def split(
+    effective_batch_size: int,
+    *,
+    world_size: int = 1,
+    largest_whole: int = 0,
+    largest_accumulating: int = 0,
+    objective: Objective = Objective.LARGEST,
+    multiple_of: int = 1,
+    speeds: Sequence[Speed] = (),
+) -> Parts:
+    """Cut the first rank's share of an effective batch into micro-batches.
+
+    Args:
+        effective_batch_size: Samples in each optimizer step, over all ranks; `check_target` has
+            seen both.
+        world_size: Ranks that share them.
+        largest_whole: The largest batch of a step without accumulation; 0 where it does not matter
+            because a whole share does not fit.
+        largest_accumulating: The largest micro-batch of a step that accumulates, whose gradients
+            live beside the activations; 0 where none is needed.
+        objective: What to aim at.
+        multiple_of: What micro-batches are to be multiples of, the last one excepted.
+        speeds: What was measured of micro-batches; for `FASTEST` at least one.
+
+    Returns:
+        The parts, and why they are as they are.
+
+    Raises:
+        UsageError: There are no equal parts where only those are wanted, or no speeds where the
+            fastest is.
+    """
+    share = share_of(effective_batch_size, world_size)
+    uneven_ranks = effective_batch_size % world_size
+    remarks = []
+    if uneven_ranks:
+        if objective is Objective.EVEN:
+            below = effective_batch_size // world_size * world_size
+            raise UsageError(
+                f"{effective_batch_size} samples are no equal shares for {world_size} ranks; the "
+                f"nearest effective batch sizes that are: {below} and {below + world_size}."
+            )
+        remarks.append(
+            f"{effective_batch_size} samples are no equal shares for {world_size} ranks: "
+            f"{_ranks(uneven_ranks, 'take')} {share} and the others {share - 1}, each sample "
+            "weighted alike."
+        )
+    if objective is Objective.FASTEST:
+        if not speeds:
+            raise UsageError(
+                "Nothing was measured, so nothing is known to be fastest: a simulation has bytes "
+                "and no seconds. Plan for the largest micro-batch, or on a device that is there."
+            )
+        sizes, why = _fastest(share, largest_whole, largest_accumulating, multiple_of, speeds)
+        remarks.append(why)
+    elif share <= largest_whole:
+        sizes = (share,)
+    elif objective is Objective.EVEN:
+        sizes, why_even = _even(share, largest_accumulating, multiple_of)
+        remarks += why_even
+    else:
+        sizes = cut(share, largest_accumulating, multiple_of=multiple_of)
+    remarks += _uneven(share, sizes, multiple_of)
+    speed = share / _seconds(sizes, speeds) if speeds else None
+    return Parts(sizes=sizes, samples_per_second=speed, remarks=tuple(remarks))
+
+
+def sizes_to_time(largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:
+    """Return the micro-batches whose speed decides which is fastest.
+
+    Args:
+        largest: The largest micro-batch.
+        multiple_of: What they are multiples of.
+
+    Returns:
+        The largest, and halves of it, largest first.
+    """
+    sizes = (largest >> halvings for halvings in range(_NUM_HALVINGS + 1))
+    rounded = (size // multiple_of * multiple_of for size in sizes)
+    return tuple(dict.fromkeys(size for size in rounded if size))
+
+
+def _even(share: int, largest: int, multiple_of: int) -> tuple[tuple[int, ...], list[str]]:
+    part = equal_part(share, largest, multiple_of=multiple_of)
+    near = _nearest_even(share, largest, multiple_of)
+    if part is None:
+        raise UsageError(
+            f"{share} samples have no equal parts of at most {largest} that are multiples of "
+            f"{multiple_of}; {near} would."
+        )
+    if part * _FAR_BELOW > largest:
+        return (part,) * (share // part), []
+    return (part,) * (share // part), [
+        f"The equal parts of {share} nearest to {largest} have {part}; {near} would do better."
+    ]
+
+
+def _nearest_even(share: int, largest: int, multiple_of: int) -> str:
+    """Say which number of samples near a share has large equal parts."""
+    unit = multiple_of if multiple_of <= largest else 1
+    num_parts = -(-share // (largest // unit * unit))
+    part = max(round(share / num_parts / unit) * unit, unit)
+    if part > largest:
+        part -= unit
+    return f"{num_parts * part} ({num_parts} x {part})"
+
+
+def _uneven(share: int, sizes: tuple[int, ...], multiple_of: int) -> list[str]:
+    remarks = []
+    largest = sizes[0]
+    if sizes[-1] != largest:
+        equal = equal_part(share, largest, multiple_of=multiple_of)
+        instead = (
+            f"equal parts would be {share // equal} x {equal}"
+            if equal is not None
+            else f"there are no equal parts that are multiples of {multiple_of}"
+        )
+        remarks.append(
+            f"{len(sizes)} steps do not divide {share}, so the parts differ and are weighted by "
+            f"their samples; {instead}."
+        )
+    if sizes[-1] % multiple_of:
+        which = "The last part" if len(sizes) > 1 else "The whole batch"
+        remarks.append(f"{which}, {sizes[-1]}, is no multiple of {multiple_of}.")
+    return remarks
+
+
+def _fastest(
+    share: int,
+    largest_whole: int,
+    largest_accumulating: int,
+    multiple_of: int,
+    speeds: Sequence[Speed],
+) -> tuple[tuple[int, ...], str]:
+    """Return the parts that take the least time, and by how much they beat the fewest steps."""
+    slowest_end = min(speed.batch_size for speed in speeds)
+    candidates: list[tuple[int, ...]] = [(share,)] if share <= largest_whole else []
+    largest = largest_accumulating
+    while largest >= min(slowest_end, largest_accumulating) and largest > 0:
+        sizes = cut(share, largest, multiple_of=multiple_of)
+        if not candidates or len(sizes) > len(candidates[-1]):
+            candidates.append(sizes)
+        # The next smaller cut: below the part that this one is made of.
+        largest = sizes[0] - 1
+    fewest = candidates[0]
+    best, best_seconds = fewest, _seconds(fewest, speeds)
+    for sizes in candidates[1:]:
+        seconds = _seconds(sizes, speeds)
+        if seconds < best_seconds * (1 - _TIMING_NOISE):
+            best, best_seconds = sizes, seconds
+    if best is fewest:
+        return best, "The fewest steps are the fastest, as far as was measured."
+    gain = _seconds(fewest, speeds) / best_seconds - 1
+    return best, (
+        f"Micro-batches of {best[0]} train {gain:.0%} faster than the fewest steps, of {fewest[0]}."
+    )
+
+
+def _seconds(sizes: tuple[int, ...], speeds: Sequence[Speed]) -> float:
+    """Return the seconds of micro-batches; speeds between measured sizes are interpolated."""
+    known = sorted({speed.batch_size: speed.samples_per_second for speed in speeds}.items())
+    # Parts differ in at most three sizes, however many they are.
+    return sum(sizes.count(size) * size / _speed_at(size, known) for size in set(sizes))
+
+
+def _speed_at(size: int, known: list[tuple[int, float]]) -> float:
+    first_size, first_speed = known[0]
+    if size <= first_size:
+        # Below what was measured a micro-batch takes as long as the smallest that was.
+        return first_speed * size / first_size
+    for (low, low_speed), (high, high_speed) in itertools.pairwise(known):
+        if size <= high:
+            return low_speed + (high_speed - low_speed) * (size - low) / (high - low)
+    return known[-1][1]
+
+
+def _ranks(count: int, verb: str) -> str:
+    return f"the first rank {verb}s" if count == 1 else f"the first {count} ranks {verb}"

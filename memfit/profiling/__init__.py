@@ -1,0 +1,15 @@
+"""Where the memory of a training step goes: from a simulation, or from the device's own record.
+
+What each allocation is for is noted while the step runs or is traced (`attribution`, `watching`);
+`peak` adds it up. It says nothing of time.
+"""
+
+from __future__ import annotations
+
+from memfit.profiling.advice import advise
+from memfit.profiling.cards import card_lines
+from memfit.profiling.measured import profile_device
+from memfit.profiling.simulated import profile_gpu
+from memfit.profiling.snapshot import Profiled
+
+__all__ = ["Profiled", "advise", "card_lines", "profile_device", "profile_gpu"]

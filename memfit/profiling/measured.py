@@ -1,0 +1,218 @@
+"""Profiles a training step on the device that is there, from the device's own record.
+
+On a GPU that is the caching allocator's history, on a CPU torch.profiler's memory events. The step
+runs three times and the third is recorded: the optimizer's state is there then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch._C._profiler import _EventType
+from torch.cuda._utils import _get_device_index
+from torch.profiler import ProfilerActivity
+
+from memfit import cleanup, oom
+from memfit.backends import Backend
+from memfit.errors import DoesNotFitError
+from memfit.profiling.history import history_of, residents_of
+from memfit.profiling.modules import is_own_file, line_of, shown_file
+from memfit.profiling.peak import peak_of
+from memfit.profiling.recorded import RecordedEvent, Resident, assemble
+from memfit.profiling.snapshot import Profiled
+from memfit.profiling.watching import Notebook
+from memfit.records import (
+    Action,
+    MemoryBlock,
+    MemoryProfile,
+    Outcome,
+    Precision,
+    Source,
+    Timeline,
+)
+from memfit.units import format_bytes
+from memfit.workload import PreparedStep, TrainingStep
+
+__all__ = ["profile_device"]
+
+_WARM_UP_STEPS: Final = 2
+_MAX_ENTRIES: Final = 1_000_000
+_BLOCK_BYTES: Final = 512
+_HALF_BYTES: Final = 2
+_MAKES_ROOM: Final = ("aten::empty", "aten::new_empty", "aten::resize_")
+_LOG_LEVEL: Final = "KINETO_LOG_LEVEL"
+
+
+def profile_device(
+    step: TrainingStep, batch_size: int, backend: Backend, device: torch.device
+) -> Profiled:
+    """Run a training step on a device and record its allocations.
+
+    Args:
+        step: What to train, its precision chosen.
+        batch_size: Samples in each micro-batch, at least 1.
+        backend: Says what the device is and has.
+        device: The device.
+
+    Raises:
+        DoesNotFitError: The step ran out of memory.
+    """
+    start = time.perf_counter()
+    recorded = message = None
+    try:
+        recorded = _record(step, batch_size, device)
+    except Exception as error:
+        if oom.classify(error) is oom.Verdict.NO:
+            raise
+        message = oom.first_line(error)
+    # Only here, out of the except block, are the step's tensors gone.
+    cleanup.release(device)
+    if recorded is None:
+        raise DoesNotFitError(
+            f"A batch of {batch_size} does not fit {backend.device_name} "
+            f"({format_bytes(backend.capacity().usable_bytes)} usable): {message} Simulate it with "
+            "--gpu to see what is missing."
+        )
+    timeline, blocks, snapshot = recorded
+    profile = MemoryProfile(
+        subject=step.name,
+        device=backend.device_name,
+        source=Source.MEASURED,
+        options=step.options,
+        batch_size=batch_size,
+        num_micro_batches=step.num_micro_batches,
+        capacity=backend.capacity(),
+        outcome=Outcome.FITS,
+        message=None,
+        timeline=timeline,
+        peak=peak_of(blocks, timeline),
+        blocks=blocks,
+        cards=(),
+        advice=(),
+        seconds=time.perf_counter() - start,
+        torch_version=torch.__version__,
+    )
+    return Profiled(profile=profile, snapshot=snapshot)
+
+
+_Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]
+
+
+def _record(step: TrainingStep, batch_size: int, device: torch.device) -> _Recorded:
+    record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
+    with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
+        prepared = step.prepare(device)
+        kept.release_replaced()
+        try:
+            return record(step, prepared, batch_size, device)
+        finally:
+            prepared.end()
+
+
+def _record_on_cpu(
+    step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
+) -> _Recorded:
+    del device
+    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step))
+    with notebook.watched():
+        _warm_up(prepared, batch_size)
+        with _quiet_profiler() as profiler:
+            known = notebook.start()
+            prepared.iterate(batch_size)
+    residents = [
+        Resident(address=address, held_bytes=num_bytes, requested_bytes=num_bytes)
+        for address, num_bytes in known
+    ]
+    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    events = [event for event in _memory_events(tree) if event.time_ns >= notebook.started_ns]
+    timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=None)
+    return timeline, blocks, None
+
+
+def _record_on_gpu(
+    step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
+) -> _Recorded:
+    memory = torch.cuda.memory
+    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
+    index = _get_device_index(device, optional=True)
+    with notebook.watched(), torch.cuda.device(index):
+        _warm_up(prepared, batch_size)
+        torch.cuda.synchronize(index)
+        memory._record_memory_history(
+            "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES
+        )
+        try:
+            residents, reserved = residents_of(memory._snapshot()["segments"], device_index=index)
+            notebook.start()
+            prepared.iterate(batch_size)
+            torch.cuda.synchronize(index)
+            snapshot = memory._snapshot()
+        finally:
+            memory._record_memory_history(None)
+    events = history_of(
+        snapshot["device_traces"][index], since_ns=notebook.started_ns, line_of=line_of
+    )
+    timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=reserved)
+    return timeline, blocks, snapshot
+
+
+def _warm_up(prepared: PreparedStep, batch_size: int) -> None:
+    prepared.begin()
+    for _ in range(_WARM_UP_STEPS):
+        prepared.iterate(batch_size)
+
+
+def _copy_bytes(step: TrainingStep) -> int | None:
+    is_mixed = step.options.precision in (Precision.AMP_BF16, Precision.AMP_FP16)
+    return _HALF_BYTES if is_mixed else None
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[Any]:
+    """Profile memory without the log lines that Kineto writes where it finds no GPU."""
+    is_set = _LOG_LEVEL in os.environ
+    os.environ.setdefault(_LOG_LEVEL, "99")
+    try:
+        with torch.profiler.profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True
+        ) as profiler:
+            yield profiler
+    finally:
+        if not is_set:
+            del os.environ[_LOG_LEVEL]
+
+
+def _memory_events(
+    tree: Any, operation: str = "", line: str | None = None
+) -> Iterator[RecordedEvent]:
+    """Yield the memory events of a profiler's tree, each with what it happened in."""
+    for event in tree:
+        fields = event.extra_fields
+        if event.tag == _EventType.Allocation:
+            yield RecordedEvent(
+                time_ns=event.start_time_ns,
+                action=Action.ALLOC if fields.alloc_size > 0 else Action.FREE_COMPLETED,
+                address=fields.ptr,
+                num_bytes=abs(fields.alloc_size),
+                operation=operation,
+                source_line=line,
+            )
+            continue
+        inner, inner_line = operation, line
+        if event.tag == _EventType.TorchOp:
+            # What only makes room is told by what it makes room for.
+            if event.name.startswith("aten::") and not event.name.startswith(_MAKES_ROOM):
+                inner = event.name
+        elif event.tag in (_EventType.PyCall, _EventType.PyCCall):
+            caller = fields.caller
+            name = shown_file(caller.file_name)
+            if is_own_file(caller.file_name):
+                inner_line = None
+            elif name is not None:
+                inner_line = f"{name}:{caller.line_number}"
+        yield from _memory_events(event.children, inner, inner_line)

@@ -1,0 +1,167 @@
+"""Which module is at work: in forward by hooks, in backward by autograd's sequence numbers.
+
+A node of the graph takes its sequence number when forward makes it, so the module whose forward was
+running then is the module whose backward it is. Nothing is registered on tensors or nodes, and no
+tensor is held: what is watched allocates and frees as it would unwatched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+
+from memfit import workload
+
+__all__ = [
+    "BATCH",
+    "LOSS",
+    "OPTIMIZER",
+    "ModuleStack",
+    "SourceLines",
+    "is_own_file",
+    "line_of",
+    "shown_file",
+]
+
+LOSS: Final = "(loss)"
+OPTIMIZER: Final = "(optimizer)"
+BATCH: Final = "(batch)"
+
+_OWN = Path(__file__).parent.parent
+_TORCH = Path(torch.__file__).parent
+_PACKAGES = _TORCH.parent
+_STANDARD_LIBRARY = Path(contextlib.__file__).parent
+_STARTS_THE_STEP = workload.__file__
+
+
+class ModuleStack:
+    """The modules of a model, and which of them is at work.
+
+    Args:
+        model: The model.
+        entered: Called with a path whenever another module is at work in forward.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, entered: Callable[[str], None] = lambda _path: None
+    ) -> None:
+        self._paths = {id(module): path or "(model)" for path, module in model.named_modules()}
+        self._entered = entered
+        self._stack: list[str] = []
+        self._begins: list[int] = []
+        self._at: list[str] = []
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Follow the model's modules as they are called."""
+        handles = (
+            hooks.register_module_forward_pre_hook(self._enter),
+            hooks.register_module_forward_hook(self._leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def current(self) -> str | None:
+        """The module at work in forward; `None` outside the model."""
+        return self._stack[-1] if self._stack else None
+
+    def of_node(self, node: Any) -> str | None:
+        """Return the module whose forward made a node of the graph, if it is known."""
+        return self.of_sequence(node._sequence_nr())
+
+    def of_sequence(self, number: int) -> str | None:
+        """Return the module that was at work when a sequence number was given out."""
+        index = bisect_right(self._begins, number) - 1
+        return self._at[index] if index >= 0 else None
+
+    def _enter(self, module: nn.Module, _args: Any) -> None:
+        path = self._paths.get(id(module))
+        if path is not None:
+            self._stack.append(path)
+            self._note(path)
+
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if id(module) in self._paths and self._stack:
+            self._stack.pop()
+            self._note(self._stack[-1] if self._stack else LOSS)
+
+    def _note(self, path: str) -> None:
+        self._begins.append(torch._C._autograd._get_sequence_nr())
+        self._at.append(path)
+        self._entered(path)
+
+
+class SourceLines:
+    """The innermost line of the step, outside torch and memfit, that is being run."""
+
+    def __init__(self) -> None:
+        self._files: dict[CodeType, str | None] = {}
+
+    def current(self) -> str | None:
+        """Return it as `file:line`; `None` where only torch and memfit are at work."""
+        frame: FrameType | None = sys._getframe(1)
+        # Beyond what starts the step is whoever asked for the profile.
+        while frame is not None and frame.f_code.co_filename != _STARTS_THE_STEP:
+            code = frame.f_code
+            if code not in self._files:
+                self._files[code] = shown_file(code.co_filename)
+            shown = self._files[code]
+            if shown is not None:
+                return f"{shown}:{frame.f_lineno}"
+            frame = frame.f_back
+        return None
+
+
+def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
+    """Return the innermost line of a recorded stack that is the step's own.
+
+    Args:
+        frames: Files and lines, the innermost first.
+
+    Returns:
+        `file:line`; `None` where there is none before memfit's own, beyond which is whoever asked.
+    """
+    for filename, line in frames:
+        if is_own_file(filename):
+            return None
+        shown = shown_file(filename)
+        if shown is not None:
+            return f"{shown}:{line}"
+    return None
+
+
+def is_own_file(filename: str) -> bool:
+    """Whether a file is memfit's; torch.profiler's names are relative to the import path."""
+    path = Path(filename)
+    return path.is_relative_to(_OWN) if path.is_absolute() else path.parts[:1] == (_OWN.name,)
+
+
+def shown_file(filename: str) -> str | None:
+    """Return how a file is called in reports; `None` for torch's, memfit's and Python's own.
+
+    Args:
+        filename: Its path; torch.profiler's are relative to the import path.
+    """
+    path = Path(filename)
+    if not path.is_absolute():
+        is_hidden = path.parts[:1] == ("torch",) or filename.startswith("<")
+        is_standard = (_STANDARD_LIBRARY / path).exists()
+        return None if is_hidden or is_own_file(filename) or is_standard else path.as_posix()
+    if path.is_relative_to(_TORCH) or is_own_file(filename):
+        return None
+    if path.is_relative_to(_PACKAGES):
+        return path.relative_to(_PACKAGES).as_posix()
+    return None if path.is_relative_to(_STANDARD_LIBRARY) else path.name

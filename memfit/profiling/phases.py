@@ -1,0 +1,130 @@
+"""Where a training step stands: its batch, forward, backward, the optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from memfit.workload import Arithmetic, PreparedStep
+
+__all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases", "states_of"]
+
+FORWARD: Final = "forward"
+BACKWARD: Final = "backward"
+OPTIMIZER: Final = "optimizer"
+
+
+@dataclasses.dataclass(slots=True)
+class CurrentPhase:
+    """What a step is doing.
+
+    Args:
+        name: `forward`, `backward` or `optimizer`.
+        index: Its number since the beginning, from 1.
+        is_making_batch: Forward has not begun; its batch is being made.
+    """
+
+    name: str
+    index: int
+    is_making_batch: bool = False
+
+
+def states_of(optimizer: Optimizer) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Yield the tensors of an optimizer's state, each with the parameter that it is of.
+
+    One that wraps another, such as timm's Lookahead, may leave the state to that one.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    wrapped = (value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+    for owner in (optimizer, *wrapped):
+        for parameter, values in owner.state.items():
+            for value in pytree.tree_leaves(values):
+                if isinstance(value, torch.Tensor):
+                    yield parameter, value
+
+
+class Phases:
+    """Follows a prepared step through its phases, by wrapping its batches and its arithmetic.
+
+    Args:
+        begun: Called with a phase's name when it begins.
+        batch_made: Called with every batch.
+        loss_made: Called with the loss before every backward.
+        gradients_ready: Called after every backward.
+        stepped: Called with the optimizer after its step.
+    """
+
+    def __init__(
+        self,
+        *,
+        begun: Callable[[str], None],
+        batch_made: Callable[[Any], None] = lambda _batch: None,
+        loss_made: Callable[[torch.Tensor], None] = lambda _loss: None,
+        gradients_ready: Callable[[], None] = lambda: None,
+        stepped: Callable[[Optimizer], None] = lambda _optimizer: None,
+    ) -> None:
+        self.current: CurrentPhase | None = None
+        self._begun = begun
+        self._batch_made = batch_made
+        self._loss_made = loss_made
+        self._gradients_ready = gradients_ready
+        self._stepped = stepped
+        self._num_phases = 0
+
+    @contextlib.contextmanager
+    def watched(self, prepared: PreparedStep) -> Iterator[None]:
+        """Follow a step; it is as before afterwards."""
+        arithmetic, make_batch = prepared.arithmetic, prepared.make_batch
+
+        def watched_batch(batch_size: int) -> tuple[Any, tuple[Any, ...]]:
+            self._begin(FORWARD, is_making_batch=True)
+            batch = make_batch(batch_size)
+            self._batch_made(batch)
+            return batch
+
+        prepared.make_batch = watched_batch
+        prepared.arithmetic = _WatchedArithmetic(arithmetic, self)
+        try:
+            yield
+        finally:
+            prepared.arithmetic, prepared.make_batch = arithmetic, make_batch
+
+    def _begin(self, name: str, *, is_making_batch: bool = False) -> None:
+        self._num_phases += 1
+        self.current = CurrentPhase(name, self._num_phases, is_making_batch)
+        self._begun(name)
+
+
+class _WatchedArithmetic:
+    """Another arithmetic, with its phases told."""
+
+    def __init__(self, arithmetic: Arithmetic, phases: Phases) -> None:
+        self._arithmetic = arithmetic
+        self._phases = phases
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        current = self._phases.current
+        assert current is not None
+        current.is_making_batch = False
+        with self._arithmetic.forward():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._phases._loss_made(loss)
+        self._phases._begin(BACKWARD)
+        self._arithmetic.backward(loss)
+        self._phases._gradients_ready()
+
+    def step(self, optimizer: Optimizer) -> None:
+        self._phases._begin(OPTIMIZER)
+        self._arithmetic.step(optimizer)
+        self._phases._stepped(optimizer)

@@ -1,0 +1,275 @@
+"""From what a device recorded of a step, and what was noted meanwhile, to its blocks.
+
+Allocations are matched with notes by address and time. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from memfit.profiling.replay import phases_of
+from memfit.records import Action, MemoryBlock, Role, Timeline
+
+__all__ = ["AtWork", "Notes", "PhaseBegins", "RecordedEvent", "Resident", "Settled", "assemble"]
+
+_BEFORE: Final = "(before the step)"
+_UNKNOWN: Final = "(unknown)"
+_TAKEN: Final = {Action.SEGMENT_ALLOC: 1, Action.SEGMENT_MAP: 1}
+_GIVEN_BACK: Final = {Action.SEGMENT_FREE: -1, Action.SEGMENT_UNMAP: -1}
+_SEGMENTS: Final = _TAKEN | _GIVEN_BACK
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedEvent:
+    """Something that an allocator recorded.
+
+    Args:
+        time_ns: When, in nanoseconds since 1970.
+        action: What.
+        address: Where.
+        num_bytes: How much.
+        operation: What was running, as the recording has it.
+        source_line: Where in the user's code, as `file:line`.
+    """
+
+    time_ns: int
+    action: Action
+    address: int
+    num_bytes: int
+    operation: str = ""
+    source_line: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """A block that was there when the recording began.
+
+    Args:
+        address: Where.
+        held_bytes: What the allocator had handed out.
+        requested_bytes: What was asked for.
+    """
+
+    address: int
+    held_bytes: int
+    requested_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseBegins:
+    """A phase began."""
+
+    time_ns: int
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AtWork:
+    """Another module is at work; in forward, or as its backward runs."""
+
+    time_ns: int
+    module: str
+    is_forward: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What the block at an address is, known once it is a parameter's gradient or the like."""
+
+    time_ns: int
+    address: int
+    role: Role
+    module: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Notes:
+    """What was noted while a step ran.
+
+    Args:
+        phases: Its phases.
+        work: Which module was at work.
+        settled: What is at which address.
+        copies: For every module, the bytes of its parameters in autocast's type.
+    """
+
+    phases: tuple[PhaseBegins, ...]
+    work: tuple[AtWork, ...]
+    settled: tuple[Settled, ...]
+    copies: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
+class _Open:
+    """A block that lives."""
+
+    module: str
+    operation: str
+    source_line: str | None
+    requested_bytes: int
+    held_bytes: int
+    born: int | None
+    phase: int
+    is_forward: bool
+    role: Role | None = None
+
+    def closed(self, role: Role, died: int | None) -> MemoryBlock:
+        return MemoryBlock(
+            role=self.role or role,
+            module=self.module,
+            operation=self.operation,
+            source_line=self.source_line,
+            requested_bytes=self.requested_bytes,
+            held_bytes=self.held_bytes,
+            born=self.born,
+            died=died,
+        )
+
+
+def assemble(
+    events: Iterable[RecordedEvent],
+    residents: Sequence[Resident],
+    notes: Notes,
+    *,
+    reserved_bytes: int | None,
+) -> tuple[Timeline, tuple[MemoryBlock, ...]]:
+    """Put a recording together.
+
+    Args:
+        events: What was allocated and freed, in any order.
+        residents: What was there when it began.
+        notes: What was noted meanwhile.
+        reserved_bytes: What was taken from the device when it began; `None` where there is no
+            caching allocator, and what is handed out is all there is.
+
+    Returns:
+        The timeline and every block that lived in it.
+    """
+    sweep = _Sweep(residents, notes, reserved_bytes)
+    items: list[RecordedEvent | PhaseBegins | AtWork | Settled] = [
+        *notes.phases,
+        *notes.work,
+        *notes.settled,
+        *events,
+    ]
+    for item in sorted(items, key=lambda item: item.time_ns):
+        sweep.take(item)
+    return sweep.finished()
+
+
+class _Sweep:
+    """A recording being read, in the order of time."""
+
+    def __init__(
+        self, residents: Sequence[Resident], notes: Notes, reserved_bytes: int | None
+    ) -> None:
+        self._copies = notes.copies
+        self._reserved = reserved_bytes
+        self._open = {
+            resident.address: _Open(
+                module=_BEFORE,
+                operation="",
+                source_line=None,
+                requested_bytes=resident.requested_bytes,
+                held_bytes=resident.held_bytes,
+                born=None,
+                phase=0,
+                is_forward=False,
+            )
+            for resident in residents
+        }
+        self._allocated = sum(resident.held_bytes for resident in residents)
+        self._closed: list[MemoryBlock] = []
+        self._marks: list[tuple[str, int]] = []
+        self._work: AtWork | None = None
+        self._allocated_bytes: list[int] = []
+        self._reserved_bytes: list[int] = []
+
+    def take(self, item: RecordedEvent | PhaseBegins | AtWork | Settled) -> None:
+        """Take the next thing that happened."""
+        if isinstance(item, PhaseBegins):
+            self._marks.append((item.name, len(self._allocated_bytes)))
+        elif isinstance(item, AtWork):
+            self._work = item
+        elif isinstance(item, Settled):
+            block = self._open.get(item.address)
+            if block is not None and block.role is None:
+                block.role, block.module = item.role, item.module
+        elif item.action in _SEGMENTS and self._reserved is not None:
+            self._reserved += _SEGMENTS[item.action] * item.num_bytes
+        elif item.action is Action.ALLOC:
+            self._allocate(item)
+        elif item.action is Action.FREE_COMPLETED:
+            self._free(item.address)
+
+    def finished(self) -> tuple[Timeline, tuple[MemoryBlock, ...]]:
+        """Close what still lives."""
+        living = [
+            block.closed(
+                Role.WORKSPACES
+                if block.born is None
+                else Role.BUFFERS
+                if block.is_forward
+                else Role.TEMPORARIES,
+                None,
+            )
+            for block in self._open.values()
+        ]
+        blocks = [*living, *self._closed]
+        blocks.sort(key=lambda block: -1 if block.born is None else block.born)
+        timeline = Timeline(
+            allocated_bytes=tuple(self._allocated_bytes),
+            reserved_bytes=tuple(self._reserved_bytes),
+            phases=phases_of(self._marks),
+        )
+        return timeline, tuple(blocks)
+
+    @property
+    def _phase(self) -> str:
+        return self._marks[-1][0] if self._marks else ""
+
+    def _allocate(self, event: RecordedEvent) -> None:
+        work, phase = self._work, self._phase
+        is_forward = phase == "forward" or (
+            phase == "backward" and work is not None and work.is_forward
+        )
+        if phase == "optimizer":
+            module = "(optimizer)"
+        else:
+            module = _UNKNOWN if work is None else work.module
+        is_copy = is_forward and event.num_bytes in self._copies.get(module, ())
+        self._open[event.address] = _Open(
+            module=module,
+            operation=event.operation,
+            source_line=event.source_line,
+            requested_bytes=event.num_bytes,
+            held_bytes=event.num_bytes,
+            born=len(self._allocated_bytes),
+            phase=len(self._marks),
+            is_forward=is_forward,
+            role=Role.AUTOCAST_COPIES if is_copy else None,
+        )
+        self._allocated += event.num_bytes
+        self._note()
+
+    def _free(self, address: int) -> None:
+        block = self._open.pop(address, None)
+        if block is None:
+            # It was there before the recording, and nothing is known of it.
+            return
+        ends_where_it_began = block.phase == len(self._marks) and (
+            self._phase != "backward" or (self._work is not None and self._work.is_forward)
+        )
+        is_kept = block.is_forward and not ends_where_it_began
+        role = Role.ACTIVATIONS if is_kept else Role.TEMPORARIES
+        if block.born is None:
+            role = Role.WORKSPACES
+        self._closed.append(block.closed(role, len(self._allocated_bytes)))
+        self._allocated -= block.held_bytes
+        self._note()
+
+    def _note(self) -> None:
+        self._allocated_bytes.append(self._allocated)
+        self._reserved_bytes.append(self._allocated if self._reserved is None else self._reserved)

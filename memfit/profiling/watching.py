@@ -1,0 +1,175 @@
+"""Notes down, while a real step runs, what will tell its allocations apart afterwards.
+
+Hooks write the time at which each module begins and ends, in forward and, through the graph's
+nodes, in backward; and the addresses of parameters, gradients, optimizer state and batches. Nothing
+is held, so the step allocates and frees as it does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
+from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
+from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled
+from memfit.records import Role
+from memfit.workload import PreparedStep
+
+__all__ = ["Notebook"]
+
+
+class Notebook:
+    """What is noted of a prepared step.
+
+    Args:
+        prepared: The step.
+        copy_bytes: Bytes of an element of what autocast casts parameters to; `None` without it.
+        rounds_to: What the allocator rounds requests to, in bytes.
+    """
+
+    def __init__(
+        self, prepared: PreparedStep, *, copy_bytes: int | None = None, rounds_to: int = 1
+    ) -> None:
+        self._prepared = prepared
+        self._model = prepared.model
+        self._copy_bytes = copy_bytes
+        self._rounds_to = rounds_to
+        self._stack = ModuleStack(self._model, entered=self._enter)
+        self._phases: list[PhaseBegins] = []
+        self._work: list[AtWork] = []
+        self._settled: list[Settled] = []
+        self._optimizer: Optimizer | None = None
+        self.started_ns = 0
+        self._owners = {
+            id(parameter): path.rpartition(".")[0] or "(model)"
+            for path, parameter in self._model.named_parameters()
+        }
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take notes."""
+        phases = Phases(
+            begun=self._begin,
+            batch_made=self._see_batch,
+            loss_made=self._see_graph,
+            gradients_ready=self._see_gradients,
+            stepped=self._see_state,
+        )
+        with self._stack.watched(), phases.watched(self._prepared):
+            yield
+
+    def start(self) -> tuple[tuple[int, int], ...]:
+        """Forget what was noted, and note what is there before the step that follows.
+
+        Returns:
+            Address and bytes of every storage that is known.
+        """
+        self._phases.clear()
+        self._work.clear()
+        self._settled.clear()
+        self.started_ns = time.time_ns()
+        known: dict[int, int] = {}
+        for path, tensor, role in (
+            *((p, t, Role.PARAMETERS) for p, t in self._model.named_parameters()),
+            *((p, t, Role.BUFFERS) for p, t in self._model.named_buffers()),
+        ):
+            self._settle(tensor, role, path.rpartition(".")[0] or "(model)", known)
+        if self._optimizer is not None:
+            self._see_state(self._optimizer, known)
+        return tuple(known.items())
+
+    def notes(self) -> Notes:
+        """Return what was noted since the start."""
+        return Notes(
+            phases=tuple(self._phases),
+            work=tuple(self._work),
+            settled=tuple(self._settled),
+            copies=self._copies(),
+        )
+
+    def _copies(self) -> dict[str, frozenset[int]]:
+        if self._copy_bytes is None:
+            return {}
+        unit = self._rounds_to
+        sizes: dict[str, set[int]] = {}
+        for parameter in self._model.parameters():
+            num_bytes = parameter.numel() * self._copy_bytes
+            sizes.setdefault(self._owners[id(parameter)], set()).add(-(-num_bytes // unit) * unit)
+        return {module: frozenset(found) for module, found in sizes.items()}
+
+    def _begin(self, name: str) -> None:
+        now = time.time_ns()
+        self._phases.append(PhaseBegins(time_ns=now, name=name))
+        module = {FORWARD: BATCH, BACKWARD: LOSS}.get(name, OPTIMIZER)
+        self._work.append(AtWork(time_ns=now, module=module, is_forward=False))
+
+    def _enter(self, path: str) -> None:
+        self._work.append(
+            AtWork(time_ns=time.time_ns(), module=path, is_forward=self._stack.current is not None)
+        )
+
+    def _see_batch(self, batch: Any) -> None:
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, torch.Tensor):
+                self._settle(leaf, Role.INPUTS, BATCH)
+
+    def _see_graph(self, loss: torch.Tensor) -> None:
+        """Have every node of the graph say when it runs."""
+        seen = {loss.grad_fn}
+        left = [loss.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None:
+                continue
+            if not hasattr(node, "variable"):
+                path = self._stack.of_node(node) or LOSS
+                node.register_prehook(self._noting(path))
+            following = [child for child, _ in node.next_functions if child not in seen]
+            seen.update(following)
+            left += following
+
+    def _noting(self, path: str) -> Any:
+        def note(_gradients: Any) -> None:
+            self._work.append(AtWork(time_ns=time.time_ns(), module=path, is_forward=False))
+
+        return note
+
+    def _see_gradients(self) -> None:
+        for parameter in self._model.parameters():
+            if parameter.grad is not None:
+                self._settle(parameter.grad, Role.GRADIENTS, self._owners[id(parameter)])
+
+    def _see_state(self, optimizer: Optimizer, known: dict[int, int] | None = None) -> None:
+        self._optimizer = optimizer
+        for parameter, value in states_of(optimizer):
+            owner = self._owners.get(id(parameter), OPTIMIZER)
+            self._settle(value, Role.OPTIMIZER_STATE, owner, known)
+
+    def _settle(
+        self,
+        tensor: torch.Tensor | nn.Parameter,
+        role: Role,
+        module: str,
+        known: dict[int, int] | None = None,
+    ) -> None:
+        if tensor.device.type != self._device.type or not tensor.untyped_storage().nbytes():
+            return
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if known is not None:
+            known[address] = storage.nbytes()
+        self._settled.append(
+            Settled(time_ns=time.time_ns(), address=address, role=role, module=module)
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device

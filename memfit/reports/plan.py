@@ -1,0 +1,165 @@
+"""A plan, plans for several GPUs, and what else would fit, for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import Alternative, Exploration, PlanRecord, PlanSurvey
+from memfit.reports.probe import heading, step_words, trial_notes, trial_table
+from memfit.units import format_bytes, format_parts
+
+__all__ = ["render", "render_exploration", "render_survey"]
+
+
+def render(plan: PlanRecord) -> RenderableType:
+    """Lay out a plan: what ran where, the trials, the parts, both limits and the remarks.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Something for `rich.console.Console.print`.
+    """
+    return Group(
+        heading(plan),
+        "",
+        trial_table(plan.trials),
+        "",
+        _answers(plan),
+        "",
+        *(Text(remark) for remark in plan.remarks),
+        *(Text(note) for note in trial_notes(plan)),
+        *(("", render_exploration(plan.exploration)) if plan.exploration else ()),
+    )
+
+
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+
+
+def _answers(plan: PlanRecord) -> Table:
+    table = _table()
+    table.show_header = False
+    ranks = f", {plan.world_size} ranks" if plan.world_size > 1 else ""
+    table.add_row(
+        "effective batch", Text(str(plan.effective_batch_size), "bold"), f"samples a step{ranks}"
+    )
+    steps = plan.accumulation_steps
+    how = "one step, no accumulation" if steps == 1 else f"{steps} micro-batches a step"
+    each = " on each rank" if plan.world_size > 1 and plan.is_even else ""
+    first = " on the first rank" if plan.world_size > 1 and not plan.is_even else ""
+    table.add_row(
+        "plan", Text(format_parts(plan.micro_batch_sizes), "bold green"), f"{how}{each}{first}"
+    )
+    peak = plan.peak_reserved_bytes
+    if peak is not None:
+        free = plan.capacity.usable_bytes - peak
+        table.add_row(
+            "peak",
+            format_bytes(peak),
+            f"{plan.source.value}; {format_bytes(free)} of "
+            f"{format_bytes(plan.capacity.usable_bytes)} left",
+        )
+    edge = plan.max_micro_batch_size
+    if plan.proved:
+        table.add_row("largest", str(edge), f"micro-batch that fits: {edge + 1} ran out of memory")
+        table.add_row(
+            "recommended",
+            str(plan.recommended_micro_batch_size),
+            f"micro-batch with {plan.headroom:.0%} kept free: the plan's limit",
+        )
+    else:
+        table.add_row("largest", f"≥ {edge}", "micro-batch that fits: more is not needed")
+    if plan.samples_per_second is not None:
+        table.add_row("speed", f"{plan.samples_per_second:.4g}", "samples/s on each rank, measured")
+    return table
+
+
+def render_survey(survey: PlanSurvey) -> RenderableType:
+    """Lay out what each card makes of an effective batch, all of it simulated.
+
+    Args:
+        survey: The plans.
+    """
+    table = _table()
+    table.add_column("GPU (simulated)")
+    table.add_column("precision")
+    table.add_column("plan", justify="right")
+    table.add_column("steps", justify="right")
+    table.add_column("peak", justify="right")
+    table.add_column("left", justify="right")
+    for answer in survey.answers:
+        plan = answer.plan
+        if plan is None:
+            table.add_row(answer.gpu, "", Text("does not fit", "red"))
+            continue
+        peak = plan.peak_reserved_bytes
+        table.add_row(
+            answer.gpu,
+            plan.options.precision.value,
+            Text(format_parts(plan.micro_batch_sizes), "bold green"),
+            str(plan.accumulation_steps),
+            "" if peak is None else format_bytes(peak),
+            "" if peak is None else format_bytes(plan.capacity.usable_bytes - peak),
+        )
+    ranks = f" over {survey.world_size} ranks" if survey.world_size > 1 else ""
+    note = (
+        "Simulated, not measured: no GPU took part. The peak and what is left are those of the "
+        "plan's largest micro-batch; `memfit plan --device` measures on a device of this machine."
+    )
+    return Group(
+        Text.assemble(
+            (survey.subject, "bold"), f": {survey.effective_batch_size} samples a step{ranks}"
+        ),
+        "",
+        table,
+        "",
+        Text(note),
+    )
+
+
+def render_exploration(exploration: Exploration) -> RenderableType:
+    """Lay out what single changes of the step make fit, all of it simulated.
+
+    Args:
+        exploration: What was found.
+    """
+    table = _table()
+    table.add_column("change (simulated)")
+    table.add_column("fits", justify="right")
+    table.add_column("plan", justify="right")
+    table.add_column("peak", justify="right")
+    table.add_column("at the cost of")
+    for alternative in (exploration.baseline, *exploration.alternatives):
+        table.add_row(*_alternative(alternative))
+    ranks = f" over {exploration.world_size} ranks" if exploration.world_size > 1 else ""
+    target = f"{exploration.effective_batch_size} samples a step{ranks}"
+    return Group(
+        Text.assemble(
+            "What one change would do for ",
+            (exploration.subject, "bold"),
+            f" on {exploration.device}, {target}\n",
+            (" · ".join(step_words(exploration.baseline.options)), "dim"),
+        ),
+        "",
+        table,
+        "",
+        Text("What fits is the largest micro-batch with the headroom; ≥ where no more is needed."),
+    )
+
+
+def _alternative(alternative: Alternative) -> tuple[str | Text, ...]:
+    change = alternative.change or "as it is"
+    if not alternative.micro_batch_sizes:
+        return change, Text("none", "red"), "", "", alternative.reason or ""
+    peak = alternative.peak_reserved_bytes
+    most = alternative.recommended_micro_batch_size
+    return (
+        change,
+        f"{'' if alternative.proved else '≥ '}{most}",
+        Text(format_parts(alternative.micro_batch_sizes), "bold green"),
+        "" if peak is None else format_bytes(peak),
+        alternative.costs,
+    )

@@ -1,0 +1,189 @@
+"""A probe's result, or a survey of cards, as a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memfit.records import ProbeResult, Survey, Trial
+from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
+from memfit.reports.probe import step_words, trial_notes
+from memfit.units import GIB, MIB, format_bytes
+
+__all__ = ["page", "survey_page"]
+
+_FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
+
+
+def page(result: ProbeResult) -> str:
+    """Return a probe's result as one HTML document, to be opened offline.
+
+    Args:
+        result: What was found.
+    """
+    stand = result.recommended_batch_size
+    panels = [_memory(result)]
+    if any(trial.samples_per_second for trial in result.trials):
+        panels.append(_throughput(result))
+    panels.append(_trials(result))
+    proof = (
+        f"{result.max_batch_size + 1} ran out of memory" if result.proved else "the search's end"
+    )
+    return render(
+        Page(
+            title=f"{result.subject}: the largest batch size",
+            lead=(
+                f"Train with {stand if stand is not None else 'none that keeps the headroom'}; the "
+                f"largest that fits is {result.max_batch_size} ({proof})."
+            ),
+            facts=(
+                ("Recommended", "none" if stand is None else str(stand)),
+                ("Largest", str(result.max_batch_size)),
+                ("Device", result.device),
+                ("Usable", format_bytes(result.capacity_bytes)),
+                ("Step", ", ".join(step_words(result.options))),
+                ("Figures", result.source.value),
+            ),
+            panels=tuple(panels),
+            footer=" ".join(trial_notes(result)),
+        )
+    )
+
+
+def survey_page(survey: Survey) -> str:
+    """Return what several simulated cards take as one HTML document.
+
+    Args:
+        survey: What was found.
+    """
+    fitting = [answer.result for answer in survey.answers if answer.result is not None]
+    names = [result.device for result in fitting]
+    bars = {
+        "recommended": (names, [float(result.recommended_batch_size or 0) for result in fitting]),
+        "largest": (names, [float(result.max_batch_size) for result in fitting]),
+    }
+    rows = tuple((answer.gpu, *_answer_cells(answer.result)) for answer in survey.answers)
+    panel = Panel(
+        key="cards",
+        kind="figure",
+        title="Batch size by card",
+        note="Simulated, not measured: no GPU took part.",
+        data=bar_chart(bars, x_title="GPU", y_title="samples"),
+        alternative="; ".join(f"{name}: {', '.join(cells)}" for name, *cells in rows),
+        header=("GPU", "precision", "recommended", "largest"),
+        rows=rows,
+    )
+    return render(
+        Page(
+            title=f"{survey.subject}: the largest batch size by card",
+            lead=f"{len(fitting)} of {len(survey.answers)} cards take a batch.",
+            facts=(("Figures", survey.source.value),),
+            panels=(panel,),
+            footer="memfit, simulated.",
+        )
+    )
+
+
+def _answer_cells(result: ProbeResult | None) -> tuple[str, str, str]:
+    if result is None:
+        return ("", "does not fit", "does not fit")
+    stand = result.recommended_batch_size
+    return (
+        result.options.precision.value,
+        "none" if stand is None else str(stand),
+        str(result.max_batch_size),
+    )
+
+
+def _memory(result: ProbeResult) -> Panel:
+    unit, unit_name = (GIB, "GiB") if result.capacity_bytes >= 4 * GIB else (MIB, "MiB")
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for name, trials in (
+        ("fits", [trial for trial in result.trials if trial.fits]),
+        ("ran out of memory", [trial for trial in result.trials if not trial.fits]),
+        ("predicted", [trial for trial in result.predictions if trial.fits]),
+    ):
+        points = sorted(
+            (trial.batch_size, trial.peak_reserved_bytes / unit)
+            for trial in trials
+            if trial.peak_reserved_bytes is not None
+        )
+        if points:
+            lines[name] = ([float(size) for size, _ in points], [peak for _, peak in points])
+    usable = level(result.capacity_bytes / unit, f"usable: {format_bytes(result.capacity_bytes)}")
+    data = line_chart(
+        lines,
+        x_title="batch size",
+        y_title=f"{unit_name} at the peak",
+        colours={"fits": _FITS, "ran out of memory": _RAN_OUT, "predicted": _EDGE},
+        layout={"shapes": [usable]},
+    )
+    return Panel(
+        key="memory",
+        kind="figure",
+        title="Batch size against memory",
+        note=(
+            "Every trial with its peak of reserved bytes; where it ran out, the peak until then. "
+            "Predicted is what the simulation of the device gave for the same batch sizes."
+            if result.predictions
+            else "Every trial with its peak of reserved bytes; where it ran out, the peak until "
+            "then."
+        ),
+        data=data,
+        alternative=f"{len(result.trials)} trials; the largest that fits is "
+        f"{result.max_batch_size}, of {format_bytes(result.capacity_bytes)} usable.",
+    )
+
+
+def _throughput(result: ProbeResult) -> Panel:
+    points = sorted(
+        (trial.batch_size, trial.samples_per_second)
+        for trial in result.trials
+        if trial.fits and trial.samples_per_second is not None
+    )
+    speeds = ([float(size) for size, _ in points], [speed for _, speed in points])
+    best_size, best = max(points, key=lambda point: point[1])
+    return Panel(
+        key="throughput",
+        kind="figure",
+        title="Throughput by batch size",
+        note="Samples trained on per second, in each trial's last iteration.",
+        data=line_chart({"samples/s": speeds}, x_title="batch size", y_title="samples per second"),
+        alternative=f"The fastest trial trained on {best:.4g} samples per second, at batch size "
+        f"{best_size}.",
+    )
+
+
+def _trials(result: ProbeResult) -> Panel:
+    predicted = {trial.batch_size: trial for trial in result.predictions}
+    names = ("batch size", "outcome", "peak", "predicted", "retries", "s/step", "samples/s")
+    return Panel(
+        key="trials",
+        kind="table",
+        title="Trials",
+        note="In any order that you choose by their headings.",
+        data={
+            "toggle": None,
+            "columns": [{"name": name} for name in names],
+            "rows": [_cells(trial, predicted.get(trial.batch_size)) for trial in result.trials],
+        },
+    )
+
+
+def _cells(trial: Trial, prediction: Trial | None) -> list[Any]:
+    guess = None if prediction is None else prediction.peak_reserved_bytes
+    # What one that ran out did before is no measure of the batch size.
+    seconds = trial.step_seconds if trial.fits else None
+    speed = trial.samples_per_second if trial.fits else None
+    return [
+        [trial.batch_size, str(trial.batch_size)],
+        "fits" if trial.fits else "out of memory",
+        _number(trial.peak_reserved_bytes),
+        _number(guess),
+        [trial.num_alloc_retries, str(trial.num_alloc_retries)],
+        [seconds or 0, f"{seconds:.3g}" if seconds else ""],
+        [speed or 0, f"{speed:.4g}" if speed else ""],
+    ]
+
+
+def _number(num_bytes: int | None) -> list[Any]:
+    return [num_bytes or 0, "" if num_bytes is None else format_bytes(num_bytes)]

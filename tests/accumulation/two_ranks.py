@@ -1,0 +1,388 @@
+"""One of two ranks that train together; started by `test_ranks.py`, one process for each.
+
+    python two_ranks.py RANK FOLDER
+
+Each case below runs on both ranks, meets the other in every collective, and checks what it is left
+with. A rank that waits for one that does not come ends with the process group's timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime as dt
+import functools
+import gc
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.nn.parallel import DistributedDataParallel
+
+from accumulation.parts import (
+    Failing,
+    GradientRecorder,
+    Restless,
+    full_batch_gradients,
+    out_of_memory,
+    plan_of,
+    relative_error,
+)
+from memfit import Accumulator
+from memfit.accumulation import ranks
+from memfit.errors import DoesNotFitError, RankFailedError, UsageError, WorkloadError
+
+RANK = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+TIMEOUT = dt.timedelta(seconds=45)
+BOUND = 1e-10
+
+
+class Net(nn.Module):
+    """Mixes no samples; a part of it is used by one rank alone, and a part by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.GELU(), nn.Linear(7, 4))
+        self.first_ranks = nn.Linear(5, 4)
+        self.nobodys = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, 4)."""
+        # Each rank's samples say whose they are.
+        scores: torch.Tensor = self.body(x)
+        return scores + self.first_ranks(x) if x[0, 0] > 0 else scores
+
+
+def data(sizes: tuple[int, int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Any]:
+    """Return each rank's batch, and all of it."""
+    torch.manual_seed(5)
+    shares = []
+    for rank, size in enumerate(sizes):
+        x, y = torch.randn(size, 5).double(), torch.randint(4, (size,))
+        x[:, 0] = 1 - 2 * rank
+        y[: size // 3 + rank] = -100
+        shares.append((x, y))
+    return shares, shares
+
+
+def mean_over_all(model: Net, shares: list[Any], *, over: str) -> torch.Tensor:
+    """Return the loss of the whole effective batch, in one process."""
+    outputs = torch.cat([model(x) for x, _ in shares])
+    targets = torch.cat([y for _, y in shares])
+    if over == "targets":
+        return F.cross_entropy(outputs, targets)
+    total = F.cross_entropy(outputs, targets, reduction="sum")
+    return total if over == "sum" else total / len(targets)
+
+
+def loss_over(over: str) -> Callable[..., torch.Tensor]:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if over == "targets":
+            return F.cross_entropy(outputs, targets)
+        total = F.cross_entropy(outputs, targets, reduction="sum")
+        return total if over == "sum" else total / len(targets)
+
+    return loss
+
+
+def together(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    return DistributedDataParallel(model, **options)
+
+
+def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    distributed.all_gather(both, tensor.contiguous())
+    return both
+
+
+def assert_same_on_both(tensors: list[torch.Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            one, other = gathered(tensor)
+            assert torch.equal(one, other)
+
+
+WEIGHTS: dict[str, Any] = {
+    "samples": "samples",
+    "targets": lambda batch: (batch[1] != -100).sum(),
+    "sum": "sum",
+}
+
+
+def gradients_are_the_whole_batchs() -> None:
+    """Uneven shares and counts, parameters that one rank or none uses, with recovery or without."""
+    for recover in (True, False):
+        for over, weight in WEIGHTS.items():
+            torch.manual_seed(0)
+            reference = Net().double()
+            shares, _ = data((11, 6))
+            optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+            whole = mean_over_all(reference, shares, over=over).item()
+            whole_loss = functools.partial(mean_over_all, reference, shares, over=over)
+            expected = full_batch_gradients(reference, optimizer, whole_loss)
+            model = together(copy.deepcopy(reference), find_unused_parameters=not recover)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            seen = GradientRecorder(optimizer)
+            accumulator = Accumulator(
+                model, optimizer, 4, loss=loss_over(over), weight=weight, recover=recover
+            )
+            loss = accumulator.step(shares[RANK])
+            assert relative_error(seen.steps[0], expected) < BOUND, (recover, over)
+            assert abs(float(loss) - whole) < 1e-10 * abs(whole)
+            assert_same_on_both(seen.steps[0])
+
+
+def one_that_runs_out_takes_the_other_along() -> None:
+    """In forward or backward, of the first or the last micro-batch."""
+    for failing, where in ((0, "forward"), (1, "forward"), (1, "backward"), (2, "backward")):
+        torch.manual_seed(0)
+        reference = Net().double()
+        shares, _ = data((12, 12))
+        optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+        whole_loss = functools.partial(mean_over_all, reference, shares, over="targets")
+        expected = full_batch_gradients(reference, optimizer, whole_loss)
+        model = together(copy.deepcopy(reference))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen = GradientRecorder(optimizer)
+        calls = {failing} if RANK == 1 else set()
+        accumulator = Accumulator(
+            model,
+            optimizer,
+            4,
+            loss=Failing(calls, out_of_memory, where),
+            weight=WEIGHTS["targets"],
+        )
+        accumulator.step(shares[RANK])
+        assert accumulator.micro_batch_size == 2
+        assert relative_error(seen.steps[0], expected) < BOUND
+        assert_same_on_both(seen.steps[0])
+
+
+def everything_is_as_if_it_had_not_run_out() -> None:
+    """Buffers that ranks share and random states too: bit for bit, over several steps."""
+    finals = []
+    for micro, calls in ((8, {1} if RANK == 1 else set()), (4, set())):
+        torch.manual_seed(RANK)
+        model = Restless()
+        model.load_state_dict(distributed_state(model))
+        ddp = together(model)
+        optimizer = torch.optim.AdamW(ddp.parameters(), lr=0.01)
+        accumulator = Accumulator(
+            ddp, optimizer, micro, loss=Failing(calls, out_of_memory, "backward")
+        )
+        torch.manual_seed(10 + RANK)
+        random.seed(RANK)
+        np.random.seed(RANK)
+        # The first micro-batch of the first step passes on both ranks, the second runs out.
+        batch = torch.randn(16, 6), torch.randint(3, (16,))
+        for _ in range(3):
+            accumulator.step(batch)
+        finals.append([*model.state_dict().values(), torch.get_rng_state()])
+        assert_same_on_both(list(model.parameters()))
+        assert accumulator.micro_batch_size == 4
+        # As after any synchronised step, the next forward shares the first rank's buffers.
+        assert ddp.require_forward_param_sync
+    assert all(torch.equal(one, other) for one, other in zip(*finals, strict=True))
+
+
+def distributed_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    states = [model.state_dict()]
+    distributed.broadcast_object_list(states, src=0)
+    return states[0]
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], says: str) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def a_failure_on_one_rank_ends_the_step_on_both() -> None:
+    """A bug, a batch that is none, memory that no micro-batch is small enough for; then go on."""
+    model = together(Net().double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    shares, _ = data((6, 6))
+
+    def bug() -> Exception:
+        return KeyError("a bug")
+
+    accumulator = Accumulator(model, optimizer, 2, loss=Failing(set(), bug, "forward"))
+    failures: tuple[tuple[set[int], Callable[[], Exception], type[Exception], str], ...] = (
+        ({1}, bug, KeyError, "a bug"),
+        (set(range(99)), out_of_memory, DoesNotFitError, "micro-batches of 1"),
+    )
+    for calls, make_error, own, says in failures:
+        accumulator._loss = Failing(calls if RANK == 1 else set(), make_error, "forward")
+        with raises(own, says) if RANK == 1 else raises(RankFailedError, "on another rank"):
+            accumulator.step(shares[RANK])
+        assert accumulator.micro_batch_size == 2
+    mismatched = (torch.zeros(2, 5), torch.zeros(3)) if RANK == 1 else shares[RANK]
+    differs = raises(WorkloadError, "dimensions differ")
+    with differs if RANK == 1 else raises(RankFailedError, "on another rank"):
+        accumulator.step(mismatched)
+    accumulator._loss = Failing(set(), bug, "forward")
+    accumulator.step(shares[RANK])
+    assert_same_on_both(list(model.parameters()))
+
+
+def nothing_to_average_over_is_said_on_both() -> None:
+    """The weight of all ranks together is 0."""
+    model = together(Net().double())
+    accumulator = Accumulator(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        2,
+        loss=F.cross_entropy,
+        weight=lambda batch: 0,
+    )
+    with raises(WorkloadError, "nothing to average over"):
+        accumulator.step(data((6, 6))[0][RANK])
+
+
+def ranks_without_targets_take_part() -> None:
+    """In the last micro-batch, or in all: the other rank waits for its gradients all the same."""
+    for recover in (True, False):
+        for num_valid in (0, 3):
+            torch.manual_seed(0)
+            reference = nn.Linear(5, 4).double()
+            shares, _ = data((12, 12))
+            shares[1][1][num_valid:] = -100
+            optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+            x, y = (torch.cat(parts) for parts in zip(*shares, strict=True))
+            expected = full_batch_gradients(
+                reference, optimizer, functools.partial(whole_loss_of, reference, x, y)
+            )
+            model = together(copy.deepcopy(reference))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            seen = GradientRecorder(optimizer)
+            accumulator = Accumulator(
+                model,
+                optimizer,
+                4,
+                loss=F.cross_entropy,
+                weight=WEIGHTS["targets"],
+                recover=recover,
+            )
+            accumulator.step(shares[RANK])
+            assert relative_error(seen.steps[0], expected) < BOUND
+
+
+def whole_loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def gradients_are_summed_in_buckets() -> None:
+    """Larger than a bucket, of other strides, of other types."""
+    ranks._BUCKET_BYTES = 64
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 40)).double()
+        model.to(memory_format=torch.channels_last)
+        reference = copy.deepcopy(model)
+        ddp = together(model)
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        seen = GradientRecorder(optimizer)
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 3, 4, 4).double()
+        Accumulator(ddp, optimizer, 2, loss=lambda out: out.square().mean()).step(x[RANK])
+        expected = full_batch_gradients(
+            reference,
+            torch.optim.SGD(reference.parameters(), lr=0.1),
+            lambda: reference(x.flatten(0, 1)).square().mean(),
+        )
+        assert relative_error(seen.steps[0], expected) < BOUND
+    finally:
+        ranks._BUCKET_BYTES = 25 * 1024**2
+
+
+def only_the_last_micro_batch_is_synchronised() -> None:
+    """Without recovery the model sums gradients, once in a step; with it, this does."""
+    for recover, expected in ((False, [False, False, True]), (True, [False] * 3)):
+        seen: list[bool] = []
+        model = together(nn.Linear(5, 4).double())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def loss(
+            outputs: torch.Tensor,
+            targets: torch.Tensor,
+            seen: list[bool] = seen,
+            model: DistributedDataParallel = model,
+        ) -> torch.Tensor:
+            seen.append(model.require_backward_grad_sync)
+            return F.cross_entropy(outputs, targets)
+
+        accumulator = Accumulator(model, optimizer, 4, loss=loss, recover=recover)
+        accumulator.step(data((12, 12))[0][RANK])
+        assert seen == expected
+        assert_same_on_both(list(model.parameters()))
+
+
+def a_plan_splits_for_a_loop_of_ones_own() -> None:
+    """Weights are for gradients that are averaged over the ranks, and count over both."""
+    torch.manual_seed(0)
+    reference = nn.Linear(5, 4).double()
+    model = together(copy.deepcopy(reference))
+    shares, _ = data((9, 6))
+    plan = plan_of(15, 4, world_size=2)
+    micro_batches = plan.split(shares[RANK], weight=WEIGHTS["targets"])
+    for micro in micro_batches:
+        x, y = micro.batch
+        with contextlib.nullcontext() if micro.is_last else model.no_sync():
+            loss = F.cross_entropy(model(x), y, reduction="sum") / (y != -100).sum().clamp(min=1)
+            (loss * micro.weight).backward()
+    x, y = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    expected = torch.autograd.grad(F.cross_entropy(reference(x), y), list(reference.parameters()))
+    ours = [parameter.grad for parameter in model.parameters()]
+    assert relative_error(ours, list(expected)) < BOUND
+    with raises(UsageError, "for 3 ranks, and there are 2"):
+        plan_of(15, 4, world_size=3).split(shares[RANK])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for world_size, says in ((3, "is for 3 ranks"), (1, "is for 1 rank, and")):
+        other = plan_of(15, 4, world_size=world_size)
+        with raises(UsageError, says):
+            Accumulator(model, optimizer, other, loss=F.cross_entropy)
+    alone = plan_of(15, 4, world_size=2)
+    with raises(UsageError, "are those of 1: plan with world_size=1, or wrap"):
+        Accumulator(reference, optimizer, alone, loss=F.cross_entropy)
+
+
+CASES = (
+    gradients_are_the_whole_batchs,
+    one_that_runs_out_takes_the_other_along,
+    everything_is_as_if_it_had_not_run_out,
+    a_failure_on_one_rank_ends_the_step_on_both,
+    nothing_to_average_over_is_said_on_both,
+    ranks_without_targets_take_part,
+    gradients_are_summed_in_buckets,
+    only_the_last_micro_batch_is_synchronised,
+    a_plan_splits_for_a_loop_of_ones_own,
+)
+
+
+def main() -> None:
+    """Run every case, and say which passed."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what torch has loaded need not be searched after each attempt that ran out
+    meeting = Path(sys.argv[2], "meeting").as_uri()
+    distributed.init_process_group(
+        "gloo", init_method=meeting, rank=RANK, world_size=2, timeout=TIMEOUT
+    )
+    for case in CASES:
+        case()
+        distributed.barrier()
+        print("passed", case.__name__, flush=True)  # noqa: T201 - to `test_ranks.py`
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""`memfit plan`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from memfit import api
+from memfit.cli import main
+from memfit.records import Alternative, Capacity, Exploration, Precision, StepOptions
+from memfit.units import GIB
+
+SIMULATED = ("test_vit", "--gpu", "any", "--memory", "1GiB", "--image-size", "96")
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, ["plan", *arguments])
+
+
+def test_a_plan_shows_its_parts_and_both_limits() -> None:
+    """Simulated where a GPU is named."""
+    result = run(*SIMULATED, "--effective-batch", "9000")
+    assert result.exit_code == 0, result.output
+    assert "effective batch  9000" in result.stdout
+    assert "micro-batches a step" in result.stdout
+    assert "ran out of memory" in result.stdout
+    assert "5% kept free" in result.stdout
+    assert "Simulated in" in result.stdout
+
+
+def test_a_plan_is_measured_on_the_cpu() -> None:
+    """Real steps under a limit."""
+    result = run(
+        *("test_vit", "--device", "cpu", "--memory", "60MiB", "--image-size", "96"),
+        *("--effective-batch", "64", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    (plain,) = json.loads(result.stdout)["results"]
+    assert (plain["source"], sum(plain["micro_batch_sizes"])) == ("measured", 64)
+    assert plain["accumulation_steps"] >= 2
+
+
+def test_what_is_emitted_is_all_there_is_on_standard_output() -> None:
+    """The report goes beside it, so that the lines can be piped."""
+    result = run(*SIMULATED, "--effective-batch", "2000", "--emit", "timm")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("# 2000 = ")
+    assert "python train.py --data-dir DATA --model test_vit --batch-size" in result.stdout
+    assert "effective batch" in result.stderr
+
+
+def test_equal_parts_that_are_not_there_are_refused() -> None:
+    """Rather than another effective batch."""
+    limit = ("--max-batch-size", "30")
+    result = run(*SIMULATED, *limit, "--effective-batch", "61", "--emit", "fastai")
+    assert result.exit_code == 2
+    assert "61 has none near 21: plan for 60, or emit pytorch" in result.stderr
+
+
+@pytest.fixture
+def exploration(monkeypatch: pytest.MonkeyPatch) -> Exploration:
+    """What `memfit.explore` would have found; `tests/test_plan_api.py` has it find something."""
+    options = StepOptions(precision=Precision.FP32)
+    found = Exploration(
+        subject="test_vit",
+        device="any GPU",
+        capacity=Capacity(usable_bytes=GIB, total_bytes=GIB, origin="given"),
+        effective_batch_size=64,
+        world_size=1,
+        baseline=Alternative(change="", costs="", options=options, reason="it does not fit"),
+        alternatives=(
+            Alternative(
+                change="gradient checkpointing",
+                costs="time",
+                options=options,
+                micro_batch_sizes=(32, 32),
+            ),
+        ),
+    )
+    monkeypatch.setattr(api, "explore", lambda *_args, **_kwargs: found)
+    return found
+
+
+@pytest.mark.usefixtures("exploration")
+def test_single_changes_are_explored() -> None:
+    """After the plan, in text and in JSON."""
+    arguments = (*SIMULATED, "--effective-batch", "64", "--explore")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.index("effective batch") < result.stdout.index("What one change would do")
+    assert "gradient checkpointing" in result.stdout
+    (plain,) = json.loads(run(*arguments, "--json").stdout)["results"]
+    assert plain["exploration"]["source"] == "simulated"
+    assert plain["micro_batch_sizes"] == [64]
+
+
+@pytest.mark.usefixtures("exploration")
+def test_what_does_not_fit_is_explored_and_still_ends_with_3() -> None:
+    """The table first, then the sentence."""
+    tight = ("test_vit", "--gpu", "any", "--memory", "460MiB", "--effective-batch", "64")
+    result = run(*tight, "--explore")
+    assert result.exit_code == 3, result.output
+    assert "What one change would do" in result.stdout
+    assert "does not fit even at batch size 1" in result.stderr
+    (plain,) = json.loads(run(*tight, "--explore", "--json").stdout)["results"]
+    assert plain["baseline"]["micro_batch_sizes"] == []
+    bare = run(*tight)
+    assert (bare.exit_code, bare.stdout) == (3, "")
+
+
+def test_help_needs_no_torch() -> None:
+    """`memfit plan --help` comes at once."""
+    script = (
+        "import sys, click.testing\n"
+        "from memfit.cli import main\n"
+        "assert click.testing.CliRunner().invoke(main, ['plan', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_several_cards_come_in_one_table() -> None:
+    """All of it simulated."""
+    cards = ("--gpu", "3070", "--gpu", "h200")
+    result = run("test_vit", *cards, "--effective-batch", "512", "--world-size", "2")
+    assert result.exit_code == 0, result.output
+    assert "512 samples a step over 2 ranks" in result.stdout
+    assert "1 x 256" in result.stdout
+    assert "Simulated, not measured" in result.stdout
+    plain = json.loads(run("test_vit", *cards, "--effective-batch", "512", "--json").stdout)
+    assert [answer["plan"]["source"] for answer in plain["results"]] == ["simulated"] * 2
+    small = ("--gpu", "3070", "--gpu", "3060", "--memory", "400MiB")
+    little = run("resnet18", *small, "--effective-batch", "64")
+    assert little.exit_code == 3
+    assert "does not fit" in little.stdout
+    assert "resnet18 fits none of these cards" in little.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, plan measures")
+def test_without_a_gpu_common_ones_are_planned_for() -> None:
+    """A dozen cards from 8 to 141 GB."""
+    result = run("test_vit", "--effective-batch", "64")
+    assert result.exit_code == 0
+    assert result.stdout.count("NVIDIA") + result.stdout.count("Tesla") == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "says"),
+    [
+        (("--effective-batch", "0"), 2, "at least 1, not 0"),
+        (("--effective-batch", "64.5"), 2, "must be a whole number, not 64.5"),
+        (("--effective-batch", "many"), 2, "'many' is not a valid float"),
+        (("--effective-batch", "3", "--world-size", "4"), 2, "give at least 4"),
+        (("--effective-batch", "64", "--world-size", "0"), 2, "world size must be at least 1"),
+        (("--effective-batch", "64", "--objective", "fastest"), 2, "a simulation has no seconds"),
+        (("--effective-batch", "64", "--objective", "best"), 2, "'best' is not one of"),
+        (("--effective-batch", "64", "--emit", "keras"), 2, "'keras' is not one of"),
+        (("--effective-batch", "64", "--emit", "timm", "--json"), 2, "--emit or --json, not both"),
+        (("--effective-batch", "64", "--gpu", "t4", "--explore"), 2, "--explore is for one device"),
+        (("--effective-batch", "64", "--gpu", "t4", "--emit", "timm"), 2, "--emit is for one"),
+        ((), 2, "Missing option '--effective-batch'"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments: tuple[str, ...], exit_code: int, says: str) -> None:
+    """No traceback."""
+    result = run(*SIMULATED, *arguments)
+    assert result.exit_code == exit_code, result.output
+    assert says in result.stderr
+    assert "Traceback" not in result.output

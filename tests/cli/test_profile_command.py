@@ -1,0 +1,98 @@
+"""`memfit profile` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from memfit.cli import main
+
+STEP = ("test_vit.r160_in1k", "--image-size", "96")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["profile", *STEP, *arguments])
+
+
+def test_every_output_at_once(tmp_path: Path) -> None:
+    """The terminal, a page, a picture and a snapshot come from one simulation."""
+    files = {name: tmp_path / f"out.{name}" for name in ("html", "svg", "pickle")}
+    result = run(
+        "--batch-size", "8", "--gpu", "rtx3090", "--gpu", "t4",
+        "--html", str(files["html"]), "--plot", str(files["svg"]),
+        "--snapshot", str(files["pickle"]),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "test_vit.r160_in1k on NVIDIA GeForce RTX 3090, 8 samples" in result.output
+    assert "Tesla T4" in result.output
+    assert "What would free most at the peak (simulated)" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert files["html"].read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "</svg>" in files["svg"].read_text(encoding="utf-8")
+    snapshot = pickle.loads(files["pickle"].read_bytes())  # noqa: S301 - written above
+    assert snapshot["device_traces"][0]
+
+
+def test_json_has_the_documented_keys() -> None:
+    """The schema that docs/profile.md describes."""
+    result = run("--batch-size", "4", "--gpu", "rtx3090", "--json")
+    (found,) = json.loads(result.output)["results"]
+    assert found["schema_version"] == 1
+    assert set(found) == {
+        "schema_version", "subject", "device", "source", "options", "batch_size",
+        "num_micro_batches", "capacity", "outcome", "message", "timeline", "peak", "blocks",
+        "cards", "advice", "seconds", "torch_version", "bytes_per_sample", "fixed_bytes",
+    }  # fmt: skip
+    documented = (Path(__file__).parents[2] / "docs" / "profile.md").read_text(encoding="utf-8")
+    for record in (found, found["peak"], found["timeline"], found["blocks"][0], found["cards"][0]):
+        for key in record:
+            assert f"`{key}`" in documented
+    total = found["peak"]["total_bytes"]
+    assert sum(share["num_bytes"] for share in found["peak"]["roles"]) == total
+
+
+def test_what_does_not_fit_ends_with_3() -> None:
+    """The profile is shown all the same, with what is missing."""
+    result = run("--batch-size", "64", "--gpu", "any", "--memory", "510MiB")
+    assert result.exit_code == 3
+    assert "It does not fit" in result.output
+    assert "Largest blocks at the peak" in result.output
+
+
+def test_the_step_on_this_machine() -> None:
+    """Without a card the step runs on the CPU and is recorded."""
+    result = run("--batch-size", "2", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "· measured" in result.output
+    assert "Cards" not in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the step would run on the GPU")
+def test_without_a_gpu_one_is_simulated_and_said() -> None:
+    """Neither a card nor a device was named."""
+    result = run("--batch-size", "4")
+    assert result.exit_code == 0
+    assert "none was named: simulating an NVIDIA GeForce RTX 4090" in result.stderr
+    assert "on NVIDIA GeForce RTX 4090, 4 samples" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--html", "nowhere/out.html"), "nowhere/out.html cannot be written: there is no folder"),
+        (("--plot", "out.gif"), "out.gif has no ending of a picture"),
+        (("--gpu", "rtx3091"), "There is no GPU 'rtx3091'"),
+        (("--batch-size", "0"), "The batch size must be at least 1, not 0."),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    """They end with 2 before anything is traced."""
+    result = run("--batch-size", "8", "--gpu", "rtx3090", *arguments)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert result.output.count("\n") == 1

@@ -1,0 +1,201 @@
+"""What is printed for each trainer carries the plan out, or says that it cannot."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from accumulation.parts import GradientRecorder, plan_of, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.utils.data import TensorDataset
+
+from memfit.cli.plan import _TRAINERS
+from memfit.errors import UsageError
+from memfit.integrations import TRAINERS, lines_for
+from memfit.records import PlanRecord, Precision, StepOptions
+
+EQUAL_ONLY = ("timm", "lightning", "accelerate", "transformers", "fastai")
+
+
+def with_options(plan: PlanRecord, **options: Any) -> PlanRecord:
+    import dataclasses
+
+    return dataclasses.replace(plan, options=StepOptions(accumulate=True, **options))
+
+
+def numbers(text: str, trainer: str) -> tuple[int, int]:
+    """Read micro-batch and samples of a rank's step back from what was emitted."""
+    patterns = {
+        "timm": (r"--batch-size (\d+)", r"--grad-accum-steps (\d+)"),
+        "lightning": (r"batch_size=(\d+)", r"accumulate_grad_batches=(\d+)"),
+        "accelerate": (r"batch_size=(\d+)", r"gradient_accumulation_steps=(\d+)"),
+        "transformers": (
+            r"per_device_train_batch_size=(\d+)",
+            r"gradient_accumulation_steps=(\d+)",
+        ),
+        "fastai": (r"bs=(\d+)", r"n_acc=(\d+)"),
+    }[trainer]
+    found = [re.findall(pattern, text) for pattern in patterns]
+    assert [len(each) for each in found] == [1, 1], text
+    micro, steps = (int(each[0]) for each in found)
+    return micro, steps if trainer == "fastai" else micro * steps
+
+
+@given(st.integers(1, 400), st.integers(1, 80), st.integers(1, 4), st.sampled_from(EQUAL_ONLY))
+def test_the_effective_batch_is_never_changed_in_silence(
+    samples: int, micro: int, ranks: int, trainer: str
+) -> None:
+    """What is emitted multiplies to the plan's effective batch; otherwise it is refused."""
+    plan = plan_of(max(samples, ranks), micro, world_size=ranks)
+    try:
+        text = lines_for(plan, trainer)
+    except UsageError as error:
+        assert not plan.is_even
+        assert "equal" in str(error)
+        return
+    emitted, step = numbers(text, trainer)
+    assert step * ranks == plan.effective_batch_size
+    assert emitted <= plan.micro_batch_size
+    assert step % emitted == 0
+    assert ("equal parts only" in text) is (not plan.is_even)
+
+
+def test_the_commands_are_those_of_the_command_line() -> None:
+    """Every trainer has its lines."""
+    assert tuple(TRAINERS) == _TRAINERS
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (plan_of(10, 4, world_size=4), "10 samples are no equal shares for 4 ranks: plan for 8 or"),
+        (plan_of(61, 30), "61 has none near 21: plan for 60, or emit pytorch"),
+        (plan_of(100, 60, multiple_of=8), "100 has none near 56: plan for 96, or emit pytorch"),
+    ],
+)
+def test_plans_without_equal_parts_are_refused(plan: PlanRecord, says: str) -> None:
+    """With the nearest that has some."""
+    for trainer in EQUAL_ONLY:
+        with pytest.raises(UsageError, match=says):
+            lines_for(plan, trainer)
+
+
+def test_timm_gets_its_own_flags() -> None:
+    """Everything that the step's options say, and the ranks."""
+    plan = with_options(
+        plan_of(256, 64, world_size=2),
+        precision=Precision.AMP_BF16,
+        optimizer="lamb",
+        image_size=(320, 240),
+        num_classes=10,
+        channels_last=True,
+        grad_checkpointing=True,
+        model_kwargs=(("drop_path_rate", 0.1), ("in_chans", 1)),
+    )
+    assert lines_for(plan, "timm") == (
+        "# 256 = 2 x 64 x 2 ranks, measured for cpu in amp-bf16.\n"
+        "torchrun --nproc-per-node=2 train.py --data-dir DATA --model net --batch-size 64 "
+        "--grad-accum-steps 2 --amp --amp-dtype bfloat16 --opt lamb --input-size 1 320 240 "
+        "--num-classes 10 --channels-last --grad-checkpointing --model-kwargs drop_path_rate=0.1\n"
+    )
+
+
+PRECISIONS = {
+    Precision.FP32: {"lightning": "32-true", "accelerate": '"no"'},
+    Precision.AMP_BF16: {
+        "timm": "--amp-dtype bfloat16",
+        "lightning": "bf16-mixed",
+        "accelerate": '"bf16"',
+        "transformers": "bf16=True",
+        "fastai": ".to_bf16()",
+    },
+    Precision.AMP_FP16: {
+        "timm": "--amp-dtype float16",
+        "lightning": "16-mixed",
+        "accelerate": '"fp16"',
+        "transformers": "fp16=True",
+        "fastai": ".to_fp16()",
+    },
+    Precision.BF16: {
+        "timm": "--model-dtype bfloat16",
+        "lightning": "bf16-true",
+        "accelerate": "model.to(torch.bfloat16)",
+        "transformers": "model.to(torch.bfloat16)",
+        "fastai": "model.to(torch.bfloat16)",
+    },
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_trainer_is_told_the_precision_and_its_code_compiles(
+    precision: Precision, ranks: int
+) -> None:
+    """In its own words; with several ranks it is told how to start them."""
+    plan = with_options(
+        plan_of(64, 16, world_size=ranks),
+        precision=precision,
+        optimizer="lamb",
+        grad_checkpointing=True,
+    )
+    for trainer in EQUAL_ONLY:
+        text = lines_for(plan, trainer)
+        assert PRECISIONS[precision].get(trainer, "") in text
+        if trainer != "timm":
+            compile(text, trainer, "exec")
+        assert ("2" in re.findall(r"(?:processes |node=|devices=)(\d)", text)) is (ranks == 2)
+    assert "lamb" in lines_for(plan, "transformers")
+    assert "gradient_checkpointing=True" in lines_for(plan, "transformers")
+    adamw = with_options(plan, precision=precision, optimizer="adamw")
+    assert 'optim="adamw_torch"' in lines_for(adamw, "transformers")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("micro", [16, 25])
+def test_pytorchs_loops_run_as_they_are(precision: Precision, micro: int) -> None:
+    """Both loops train on every batch, and take the same first step."""
+    plan = with_options(plan_of(64, micro), precision=precision)
+    text = lines_for(plan, "pytorch")
+    assert text.startswith("# 64 = ")
+    gradients = []
+    loader, by_accumulator, by_hand = re.split(r"(?=# With memfit|# Or by hand)", text)
+    for loop in (by_accumulator, by_hand):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        if precision is Precision.BF16:
+            model.to(torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen = GradientRecorder(optimizer)
+        names = {
+            "model": model,
+            "optimizer": optimizer,
+            "loss_fn": F.cross_entropy,
+            "dataset": TensorDataset(torch.randn(100, 5), torch.randint(3, (100,))),
+        }
+        if precision is Precision.BF16 and loop is by_accumulator:
+            # A batch in host memory is converted as the trials' were.
+            assert 'precision="bf16"' in loop
+        exec(compile(loader + loop, "emitted", "exec"), names)  # noqa: S102 - that is the test
+        assert len(seen.steps) == 2
+        gradients.append(seen.steps[0])
+    tolerance = 1e-5 if precision is Precision.FP32 else 0.05
+    assert relative_error(*gradients) < tolerance
+
+
+def test_pytorchs_loops_for_ranks_count_over_all_of_them() -> None:
+    """Synchronised in the last micro-batch, weighted for gradients that are averaged."""
+    text = lines_for(plan_of(64, 16, world_size=2), "pytorch")
+    compile(text, "emitted", "exec")
+    assert "batch_size=32, sampler=sampler" in text
+    assert "weight = len(x_i) / total * 2" in text
+    assert "with contextlib.nullcontext() if index == len(parts) - 1 else model.no_sync():" in text
+    uneven = lines_for(plan_of(10, 2, world_size=4), "pytorch")
+    compile(uneven, "emitted", "exec")
+    assert "batch_size=3 - (distributed.get_rank() >= 2)" in uneven
+    multiple = lines_for(plan_of(100, 60, multiple_of=8), "pytorch")
+    assert "memfit.Accumulator(model, optimizer, 56, loss=loss_fn, multiple_of=8)" in multiple

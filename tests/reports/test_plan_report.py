@@ -1,0 +1,135 @@
+"""Plans, surveys of plans and explorations as text, from made-up records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+from accumulation.parts import plan_of
+from rich.console import Console, RenderableType
+
+from memfit.records import (
+    Alternative,
+    Exploration,
+    Outcome,
+    PlanAnswer,
+    PlanRecord,
+    PlanSurvey,
+    Precision,
+    Source,
+    StepOptions,
+    Trial,
+)
+from memfit.reports.plan import render, render_exploration, render_survey
+from memfit.units import GIB, MIB
+
+
+def text_of(renderable: RenderableType) -> str:
+    console = Console(width=110, file=io.StringIO(), record=True)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+
+
+def example() -> PlanRecord:
+    trial = Trial(
+        batch_size=22,
+        outcome=Outcome.FITS,
+        source=Source.MEASURED,
+        peak_reserved_bytes=900 * MIB,
+        step_seconds=2.0,
+        num_micro_batches=2,
+    )
+    return dataclasses.replace(
+        plan_of(64, 22),
+        max_micro_batch_size=25,
+        recommended_micro_batch_size=24,
+        peak_reserved_bytes=900 * MIB,
+        samples_per_second=22.0,
+        trials=(trial,),
+        remarks=("3 steps do not divide 64.",),
+        seconds=3.21,
+    )
+
+
+def test_a_plan_shows_its_parts_both_limits_and_why() -> None:
+    """The whole of it."""
+    assert text_of(render(example())) == (
+        "net on cpu\n"
+        "fp32 · accumulating\n"
+        "1024 MiB usable (given)\n"
+        "\n"
+        "batch  outcome     peak  retries  s/step  samples/s\n"
+        "   22  fits     900 MiB        0       2         22\n"
+        "\n"
+        "effective batch  64           samples a step\n"
+        "plan             22 + 2 x 21  3 micro-batches a step\n"
+        "peak             900 MiB      measured; 124 MiB of 1024 MiB left\n"
+        "largest          25           micro-batch that fits: 26 ran out of memory\n"
+        "recommended      24           micro-batch with 5% kept free: the plan's limit\n"
+        "speed            22           samples/s on each rank, measured\n"
+        "\n"
+        "3 steps do not divide 64.\n"
+        "Measured in 1 trials (0 ran out) and 3.2 s with torch 2.15."
+    )
+
+
+def test_ranks_and_a_limit_that_was_not_looked_for() -> None:
+    """What is the first rank's, and where no more was needed."""
+    plan = dataclasses.replace(plan_of(10, 3, world_size=4), proved=False)
+    text = text_of(render(plan))
+    assert "10     samples a step, 4 ranks" in text
+    assert "1 x 3  one step, no accumulation on the first rank" in text
+    assert "largest          ≥ 3    micro-batch that fits: more is not needed" in text
+    even = text_of(render(plan_of(16, 2, world_size=4)))
+    assert "2 x 2  2 micro-batches a step on each rank" in even
+
+
+def test_a_survey_is_one_table() -> None:
+    """What does not fit says so, and all of it is simulated."""
+    survey = PlanSurvey(
+        subject="net",
+        effective_batch_size=64,
+        world_size=2,
+        answers=(
+            PlanAnswer(gpu="A", plan=example()),
+            PlanAnswer(gpu="B", plan=None, reason="does not fit even at batch size 1"),
+        ),
+    )
+    text = text_of(render_survey(survey))
+    assert "net: 64 samples a step over 2 ranks" in text
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "A fp32 22 + 2 x 21 3 900 MiB 124 MiB" in rows
+    assert "B does not fit" in rows
+    assert "Simulated, not measured" in text
+
+
+def test_an_exploration_shows_what_each_change_does() -> None:
+    """As it is first; what cannot be says why."""
+    options = StepOptions(precision=Precision.FP32)
+    as_it_is = Alternative(change="", costs="", options=options, reason="it needs 9 GiB")
+    leaner = Alternative(
+        change="gradient checkpointing",
+        costs="a second forward pass",
+        options=options,
+        micro_batch_sizes=(32, 32),
+        recommended_micro_batch_size=40,
+        proved=True,
+        peak_reserved_bytes=7 * GIB,
+    )
+    exploration = Exploration(
+        subject="net",
+        device="a card",
+        capacity=example().capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=as_it_is,
+        alternatives=(leaner, dataclasses.replace(leaner, proved=False, change="a smaller image")),
+    )
+    lines = text_of(render_exploration(exploration)).splitlines()
+    assert lines[0] == "What one change would do for net on a card, 64 samples a step"
+    assert lines[4].split() == ["as", "it", "is", "none", "it", "needs", "9", "GiB"]
+    shown = "gradient checkpointing 40 2 x 32 7168 MiB a second forward pass"
+    assert " ".join(lines[5].split()) == shown
+    assert lines[6].split()[:5] == ["a", "smaller", "image", "≥", "40"]
+    assert exploration.to_dict()["alternatives"][0]["accumulation_steps"] == 2
+    assert as_it_is.micro_batch_size is None

@@ -1,0 +1,294 @@
+"""`memfit.plan`, `survey_plans` and `explore`, end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit.api import exploring, planner
+from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import Objective, Outcome, Precision, Source, Trial
+from memfit.simulation.gpus import find_gpu
+from memfit.workload import TrainingStep
+
+MODEL = "test_vit"
+SMALL: dict[str, Any] = {"gpu": "any", "memory": "1GiB", "image_size": 96}
+
+
+def plan(effective_batch_size: int, **options: Any) -> memfit.Plan:
+    return memfit.plan(MODEL, effective_batch_size, **{**SMALL, **options})
+
+
+def accumulating(trial: Trial) -> bool:
+    return trial.num_micro_batches == 2
+
+
+def test_what_fits_whole_is_one_step() -> None:
+    """Tried as it will run: without gradients beside the activations."""
+    found = plan(64)
+    assert found.micro_batch_sizes == (64,)
+    assert (found.options.accumulate, found.source) == (False, Source.SIMULATED)
+    assert [(t.batch_size, accumulating(t)) for t in found.trials] == [(64, False)]
+    assert found.peak_reserved_bytes == found.trials[0].peak_reserved_bytes
+    assert (found.max_micro_batch_size, found.proved) == (64, False)
+
+
+def test_what_does_not_fit_whole_accumulates() -> None:
+    """In the fewest steps; the plan's own micro-batch was tried and keeps the headroom."""
+    found = plan(9000)
+    assert sum(found.micro_batch_sizes) == 9000
+    assert found.accumulation_steps == -(-9000 // found.recommended_micro_batch_size)
+    assert found.micro_batch_size <= found.recommended_micro_batch_size
+    assert found.recommended_micro_batch_size <= found.max_micro_batch_size
+    assert found.proved
+    own = [t for t in found.trials if t.batch_size == found.micro_batch_size and accumulating(t)]
+    assert own[-1].fits
+    assert own[-1].peak_reserved_bytes == found.peak_reserved_bytes
+    assert found.peak_reserved_bytes is not None
+    assert found.peak_reserved_bytes <= 0.95 * found.capacity.usable_bytes
+    assert found.options.accumulate
+    more = [t for t in found.trials if t.batch_size == found.max_micro_batch_size + 1]
+    assert more[-1].outcome is Outcome.OUT_OF_MEMORY
+    plain = found.to_dict()
+    assert plain["accumulation_steps"] == found.accumulation_steps
+    assert plain["trials"][0]["outcome"] == "out_of_memory"
+
+
+def test_two_steps_need_no_search() -> None:
+    """Half of the share is tried at once."""
+    edge = plan(9000).recommended_micro_batch_size
+    found = plan(2 * edge)
+    assert found.micro_batch_sizes == (edge, edge)
+    assert len(found.trials) == 2
+
+
+def test_ranks_share() -> None:
+    """Each plans for its own share; shares that differ are said."""
+    assert plan(256, world_size=4).micro_batch_sizes == (64,)
+    uneven = plan(30, world_size=4)
+    assert uneven.micro_batch_sizes == (8,)
+    assert "30 samples are no equal shares for 4 ranks" in uneven.remarks[0]
+
+
+def test_multiples_and_equal_parts() -> None:
+    """As asked for, and never a changed effective batch."""
+    found = plan(2000, multiple_of=16)
+    assert sum(found.micro_batch_sizes) == 2000
+    assert all(size % 16 == 0 for size in found.micro_batch_sizes[:-1])
+    even = plan(2000, objective="even")
+    assert even.is_even
+    assert even.micro_batch_size * even.accumulation_steps == 2000
+    assert even.objective is Objective.EVEN
+
+
+def test_a_share_below_the_multiple_is_cut_all_the_same() -> None:
+    """Where rounding up would make the whole of it."""
+    found = plan(32, multiple_of=32, memory="500MiB")
+    assert found.micro_batch_sizes == (16, 16)
+
+
+def test_a_single_sample_without_headroom_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no smaller part to try."""
+    original = SimulatedBackend.trial
+
+    def whole_steps_are_tight(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
+        trial = original(self, step, batch_size)
+        if accumulating(trial):
+            return trial
+        return dataclasses.replace(trial, num_alloc_retries=1)
+
+    monkeypatch.setattr(SimulatedBackend, "trial", whole_steps_are_tight)
+    with pytest.raises(DoesNotFitError, match="memory is not steady enough"):
+        plan(1)
+
+
+def test_a_limit_of_ones_own_is_kept() -> None:
+    """max_batch_size bounds whole steps and micro-batches."""
+    found = plan(64, max_batch_size=20)
+    assert found.micro_batch_sizes == (16, 16, 16, 16)
+    assert found.max_micro_batch_size == 20
+
+
+def test_what_fits_without_headroom_is_remarked() -> None:
+    """One step was possible, at a price."""
+    most = memfit.probe(MODEL, **SMALL).max_batch_size
+    found = plan(most)
+    assert found.accumulation_steps == 2
+    assert "do fit in one step, but leave less than 5% free" in found.remarks[0]
+
+
+def test_a_measured_plan_trains() -> None:
+    """On the CPU, the fastest of what was timed; Accumulator takes the plan as it is."""
+    model = nn.Sequential(nn.Linear(256, 2**14), nn.Tanh(), nn.Linear(2**14, 1))
+    batch = (torch.randn(4, 256), torch.randn(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    workload = memfit.Workload(model, batch, nn.functional.mse_loss, optimizer)
+    heard: list[Trial] = []
+    found = memfit.plan(workload, 96, objective="fastest", memory="70MiB", progress=heard.append)
+    assert tuple(heard) == found.trials
+    assert found.source is Source.MEASURED
+    assert sum(found.micro_batch_sizes) == 96
+    assert found.samples_per_second is not None
+    assert "fastest" in found.remarks[0] or "faster" in found.remarks[0]
+    timed = {t.batch_size for t in found.trials if t.fits and accumulating(t)}
+    assert len(timed) >= 3
+    accumulator = memfit.Accumulator(model, optimizer, found, loss=nn.functional.mse_loss)
+    assert accumulator.step((torch.randn(96, 256), torch.randn(96, 1))).isfinite()
+
+
+def test_fits_that_are_not_monotone_are_planned_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan whose own micro-batch runs out takes a smaller one."""
+    original = SimulatedBackend.trial
+    holes = {plan(2000).micro_batch_size}
+
+    def holed(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
+        trial = original(self, step, batch_size)
+        if batch_size in holes:
+            trial = dataclasses.replace(trial, outcome=Outcome.OUT_OF_MEMORY)
+        return trial
+
+    monkeypatch.setattr(SimulatedBackend, "trial", holed)
+    found = plan(2000)
+    assert found.micro_batch_size not in holes
+    assert sum(found.micro_batch_sizes) == 2000
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "error", "says"),
+    [
+        (0, {}, UsageError, "effective batch size must be at least 1, not 0"),
+        (64.5, {}, UsageError, "must be a whole number, not 64.5"),
+        (3, {"world_size": 4}, UsageError, "needs at least one sample, so give at least 4"),
+        (64, {"objective": "cheapest"}, UsageError, "choose one of largest, fastest, even"),
+        (64, {"objective": "fastest"}, UsageError, "a simulation has no seconds"),
+        (64, {"device": "cpu"}, UsageError, "not both"),
+        (64, {"headroom": 1.0}, UsageError, "headroom"),
+        (64, {"multiple_of": 0}, UsageError, "multiple_of"),
+        (4000, {"memory": "460MiB"}, DoesNotFitError, "does not fit even at batch size 1"),
+        (4000, {"headroom": 0.999}, DoesNotFitError, "ask for less headroom"),
+        (4000, {"multiple_of": 1500}, DoesNotFitError, "that is a multiple of 1500"),
+    ],
+)
+def test_what_cannot_be_planned_gets_a_sentence(
+    target: Any, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """Before anything runs where that can be known."""
+    with pytest.raises(error, match=says):
+        plan(target, **options)
+
+
+def test_several_cards_are_planned_for_at_once() -> None:
+    """From shared traces, each in its own precision; what does not fit says so."""
+    survey = memfit.survey_plans("resnet10t", 512, gpus=("t4", "3090"), image_size=64)
+    assert [answer.plan is not None for answer in survey.answers] == [True, True]
+    first, second = (answer.plan for answer in survey.answers)
+    assert first is not None
+    assert second is not None
+    assert (first.options.precision, second.options.precision) == (
+        Precision.AMP_FP16,
+        Precision.AMP_BF16,
+    )
+    little = memfit.survey_plans("resnet18", 512, gpus=("t4", "h200"), memory="800MiB")
+    assert [answer.plan is None for answer in little.answers] == [False, True]
+    assert "does not fit" in (little.answers[1].reason or "")
+    with pytest.raises(UsageError, match="a simulation has no seconds"):
+        memfit.survey_plans(MODEL, 512, objective="fastest")
+
+
+def test_single_changes_are_explored() -> None:
+    """As it is first, then what changes training least; each differs in one thing."""
+    exploration = memfit.explore(MODEL, 2000, precision="fp32", **SMALL)
+    assert exploration.source is Source.SIMULATED
+    assert [alternative.change for alternative in exploration.alternatives] == [
+        "channels last",
+        "amp-bf16",
+        "gradient checkpointing",
+        "optimizer momentum",
+        "image 64x64",
+    ]
+    before = exploration.baseline.options
+    changed = [
+        {
+            field
+            for field in before.__dataclass_fields__
+            if getattr(alternative.options, field) != getattr(before, field)
+        }
+        for alternative in exploration.alternatives
+    ]
+    assert changed == [
+        {"channels_last"},
+        {"precision"},
+        {"grad_checkpointing"},
+        {"optimizer"},
+        {"image_size"},
+    ]
+    most = exploration.baseline.recommended_micro_batch_size
+    assert most is not None
+    for alternative in exploration.alternatives:
+        assert sum(alternative.micro_batch_sizes) == 2000
+    _, amp, checkpointing, _, image = (
+        alternative.recommended_micro_batch_size or 0 for alternative in exploration.alternatives
+    )
+    assert min(amp, checkpointing, image) > most
+
+
+def test_what_does_not_fit_at_all_is_explored_too() -> None:
+    """Which change would reach it; a change that a model cannot make says so."""
+    exploration = memfit.explore(
+        "resnet18", 64, gpu="any", memory="690MiB", precision="fp32", optimizer="adamw"
+    )
+    assert exploration.baseline.micro_batch_sizes == ()
+    assert "does not fit" in (exploration.baseline.reason or "")
+    fits = {a.change for a in exploration.alternatives if a.micro_batch_sizes}
+    assert fits
+    none = memfit.explore("vgg11", 8, gpu="3090", image_size=64, grad_checkpointing=False)
+    reasons = {a.change: a.reason for a in none.alternatives}
+    assert "has no gradient checkpointing" in (reasons["gradient checkpointing"] or "")
+
+
+def test_a_workload_is_explored_untouched() -> None:
+    """It brings its own optimizer, unless that is a name; there is no image to make smaller."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2))
+    batch = (torch.zeros(2, 8), torch.zeros(2, dtype=torch.long))
+    by_name = memfit.Workload(model, batch, nn.CrossEntropyLoss(), "adamw")
+    exploration = memfit.explore(by_name, 64, gpu="3090")
+    assert [a.change for a in exploration.alternatives] == [
+        "channels last",
+        "gradient checkpointing",
+        "optimizer momentum",
+    ]
+    own = memfit.Workload(model, batch, nn.CrossEntropyLoss(), torch.optim.SGD)
+    changes = [a.change for a in memfit.explore(own, 64, gpu="3090").alternatives]
+    assert "optimizer momentum" not in changes
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is not: it has no model."""
+
+    class Posing(SimulatedBackend):
+        """Stands in for a card that is there."""
+
+    posing = Posing(find_gpu("3090"), memory_bytes=2**30, traces=TraceCache())
+    monkeypatch.setattr(exploring, "CudaBackend", Posing)
+    monkeypatch.setattr(exploring, "open_backend", lambda *_args, **_kwargs: posing)
+    exploration = memfit.explore(MODEL, 64, image_size=96)
+    assert exploration.device == "NVIDIA GeForce RTX 3090"
+    assert exploration.capacity.usable_bytes == 2**30
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="only GPUs can be: give gpu"):
+        memfit.explore(MODEL, 64, device="cpu")
+
+
+def test_the_target_is_checked_before_anything_is_built() -> None:
+    """What is wrong is said at once."""
+    with pytest.raises(UsageError, match="whole number"):
+        planner.Target.of(
+            "64", world_size=1, objective="even", headroom=0, multiple_of=1, max_batch_size=None
+        )

@@ -1,0 +1,249 @@
+"""Plans as arithmetic: exact sums, fewest steps, no silent change of the effective batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfit.errors import UsageError
+from memfit.planning import (
+    Parts,
+    Speed,
+    check_target,
+    share_of,
+    sizes_to_time,
+    split,
+)
+from memfit.records import Objective, cut, equal_part
+
+SAMPLES = st.integers(1, 5000)
+LARGEST = st.integers(1, 700)
+UNITS = st.sampled_from([1, 2, 8, 12])
+
+
+@given(SAMPLES, LARGEST, UNITS)
+def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: int) -> None:
+    """The fewest parts, larger ones first, within one unit of each other but for the last."""
+    parts = cut(samples, largest, multiple_of=unit)
+    usable = largest // unit * unit or largest
+    assert sum(parts) == samples
+    assert max(parts) == parts[0] <= largest
+    assert len(parts) == (1 if samples <= largest else -(-samples // usable))
+    assert list(parts) == sorted(parts, reverse=True)
+    assert min(parts) >= 1
+    if unit <= largest:
+        assert all(part % unit == 0 for part in parts[:-1])
+        assert max(parts) - min(parts) < 2 * unit
+
+
+@given(SAMPLES, LARGEST, UNITS)
+def test_cutting_by_the_first_part_cuts_the_same(samples: int, largest: int, unit: int) -> None:
+    """A loop that knows only the micro-batch size makes the plan's own parts."""
+    parts = cut(samples, largest, multiple_of=unit)
+    assert cut(samples, parts[0], multiple_of=unit) == parts
+
+
+@given(SAMPLES, st.integers(1, 16), LARGEST, LARGEST, UNITS)
+def test_the_largest_micro_batch_takes_the_fewest_steps(
+    samples: int, ranks: int, whole: int, accumulating: int, unit: int
+) -> None:
+    """One step where the share fits whole, else as few as the largest micro-batch allows."""
+    samples = max(samples, ranks)
+    parts = split(
+        samples,
+        world_size=ranks,
+        largest_whole=whole,
+        largest_accumulating=accumulating,
+        multiple_of=unit,
+    )
+    share = share_of(samples, ranks)
+    assert sum(parts.sizes) == share
+    if share <= whole:
+        assert parts.sizes == (share,)
+    else:
+        usable = accumulating // unit * unit or accumulating
+        assert parts.sizes[0] <= accumulating
+        expected = 1 if share <= accumulating else -(-share // usable)
+        assert len(parts.sizes) == expected
+
+
+@given(SAMPLES, st.integers(1, 16), LARGEST, UNITS)
+def test_even_parts_are_equal_or_refused(samples: int, ranks: int, largest: int, unit: int) -> None:
+    """Every part of every rank the same, and the effective batch the one asked for."""
+    samples = max(samples, ranks)
+    try:
+        parts = split(
+            samples,
+            world_size=ranks,
+            largest_accumulating=largest,
+            objective=Objective.EVEN,
+            multiple_of=unit,
+        )
+    except UsageError:
+        share = samples // ranks
+        fitting = range(unit, min(share, largest) + 1, unit)
+        assert samples % ranks or not any(share % part == 0 for part in fitting)
+        return
+    assert len(set(parts.sizes)) == 1
+    assert sum(parts.sizes) * ranks == samples
+    assert parts.sizes[0] % unit == 0
+    assert equal_part(samples // ranks, largest, multiple_of=unit) == parts.sizes[0]
+
+
+@given(
+    SAMPLES,
+    LARGEST,
+    st.dictionaries(st.integers(1, 700), st.floats(1, 1e4), min_size=1, max_size=6),
+)
+def test_the_fastest_is_no_slower_than_the_fewest_steps(
+    samples: int, largest: int, measured: dict[int, float]
+) -> None:
+    """By what was measured, and never above the largest micro-batch."""
+    speeds = [Speed(batch_size=size, samples_per_second=rate) for size, rate in measured.items()]
+
+    def parts(objective: Objective) -> Parts:
+        return split(samples, largest_accumulating=largest, objective=objective, speeds=speeds)
+
+    fastest, fewest = parts(Objective.FASTEST), parts(Objective.LARGEST)
+    assert sum(fastest.sizes) == samples
+    assert max(fastest.sizes) <= largest
+    assert fastest.samples_per_second is not None
+    assert fewest.samples_per_second is not None
+    assert fastest.samples_per_second >= fewest.samples_per_second * (1 - 1e-9)
+    assert cut(samples, fastest.sizes[0]) == fastest.sizes
+
+
+def test_a_smaller_micro_batch_can_be_the_fastest() -> None:
+    """A dip at the largest is avoided, and the gain is told; noise is no reason to change."""
+    dip = [
+        Speed(batch_size=16, samples_per_second=100.0),
+        Speed(batch_size=32, samples_per_second=60.0),
+    ]
+    parts = split(64, largest_accumulating=32, objective=Objective.FASTEST, speeds=dip)
+    assert parts.sizes == (16,) * 4
+    assert "67% faster than the fewest steps, of 32" in parts.remarks[0]
+    noise = [
+        Speed(batch_size=16, samples_per_second=101.0),
+        Speed(batch_size=32, samples_per_second=100.0),
+    ]
+    parts = split(64, largest_accumulating=32, objective=Objective.FASTEST, speeds=noise)
+    assert parts.sizes == (32, 32)
+    assert parts.remarks == ("The fewest steps are the fastest, as far as was measured.",)
+
+
+def test_speeds_between_measured_ones_are_interpolated() -> None:
+    """Half way between, the speed is half way; below the smallest, the time is its."""
+    speeds = [
+        Speed(batch_size=10, samples_per_second=100.0),
+        Speed(batch_size=30, samples_per_second=200.0),
+    ]
+    assert split(20, largest_whole=20, speeds=speeds).samples_per_second == pytest.approx(150)
+    assert split(5, largest_whole=5, speeds=speeds).samples_per_second == pytest.approx(50)
+    assert split(60, largest_whole=60, speeds=speeds).samples_per_second == pytest.approx(200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "says"),
+    [
+        (
+            {"effective_batch_size": 64, "largest_accumulating": 30},
+            (22, 21, 21),
+            "the parts differ and are weighted by their samples; equal parts would be 4 x 16.",
+        ),
+        (
+            {"effective_batch_size": 100, "largest_accumulating": 60, "multiple_of": 8},
+            (56, 44),
+            "there are no equal parts that are multiples of 8",
+        ),
+        (
+            {"effective_batch_size": 61, "largest_accumulating": 30, "objective": Objective.EVEN},
+            (1,) * 61,
+            "The equal parts of 61 nearest to 30 have 1; 60 (3 x 20) would do better.",
+        ),
+        (
+            {"effective_batch_size": 100, "largest_whole": 100, "multiple_of": 8},
+            (100,),
+            "The whole batch, 100, is no multiple of 8.",
+        ),
+        (
+            {"effective_batch_size": 10, "world_size": 4, "largest_whole": 3},
+            (3,),
+            "10 samples are no equal shares for 4 ranks: the first 2 ranks take 3 and the others 2",
+        ),
+        (
+            {"effective_batch_size": 9, "world_size": 4, "largest_whole": 3},
+            (3,),
+            "the first rank takes 3 and the others 2",
+        ),
+    ],
+)
+def test_a_plan_says_why_its_parts_differ(
+    arguments: dict[str, Any], sizes: tuple[int, ...], says: str
+) -> None:
+    """Which parts, and what would be equal."""
+    parts = split(**arguments)
+    assert parts.sizes == sizes
+    assert says in " ".join(parts.remarks)
+
+
+@pytest.mark.parametrize(
+    ("target", "ranks", "says"),
+    [
+        (0, 1, "effective batch size must be at least 1, not 0"),
+        (-8, 1, "at least 1, not -8"),
+        (64.5, 1, "must be a whole number, not 64.5"),
+        ("64", 1, "must be a whole number, not '64'"),
+        (float("nan"), 1, "must be a whole number, not nan"),
+        (float("inf"), 1, "must be a whole number, not inf"),
+        (True, 1, "must be a whole number, not True"),
+        (3, 4, "cannot be shared by 4 ranks: each needs at least one sample, so give at least 4"),
+        (64, 0, "world size must be at least 1, not 0"),
+    ],
+)
+def test_targets_that_cannot_be_get_a_sentence(target: object, ranks: object, says: str) -> None:
+    """Before anything is tried."""
+    with pytest.raises(UsageError, match=says):
+        check_target(target, ranks)
+
+
+def test_whole_numbers_of_any_kind_are_targets() -> None:
+    """1e3 is a thousand."""
+    assert check_target(1e3, 2) == (1000, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            {"effective_batch_size": 10, "world_size": 4, "objective": Objective.EVEN},
+            "no equal shares for 4 ranks; the nearest effective batch sizes that are: 8 and 12",
+        ),
+        (
+            {
+                "effective_batch_size": 100,
+                "largest_accumulating": 60,
+                "multiple_of": 8,
+                "objective": Objective.EVEN,
+            },
+            r"no equal parts of at most 60 that are multiples of 8; 96 \(2 x 48\) would",
+        ),
+        (
+            {"effective_batch_size": 8, "objective": Objective.FASTEST},
+            "a simulation has bytes and no seconds",
+        ),
+    ],
+)
+def test_what_has_no_plan_gets_a_sentence(arguments: dict[str, Any], says: str) -> None:
+    """With the nearest that has one."""
+    with pytest.raises(UsageError, match=says):
+        split(**arguments)
+
+
+def test_halves_of_the_largest_are_timed() -> None:
+    """Each once, and in the multiples asked for."""
+    assert sizes_to_time(100) == (100, 50, 25, 12)
+    assert sizes_to_time(64, multiple_of=16) == (64, 32, 16)
+    assert sizes_to_time(1) == (1,)
