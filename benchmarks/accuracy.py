@@ -363,6 +363,11 @@ def report_peaks(rows: list[dict[str, Any]]) -> dict[str, Any]:
             [r["faketensor_error_share"] for r in known if r["faketensor_error_share"] is not None],
         ),
     }
+    ended = [row for row in known if _ended_early(row, constant)]
+    if ended and len(ended) < len(known):
+        name = f"less {len(ended)} ended"
+        trained = [row["error_share"] for row in known if not _ended_early(row, constant)]
+        summary["trained"] = _quantiles(name, trained)
     for size in sorted({int(row["batch_size"]) for row in known}):
         errors = [row["error_share"] for row in known if int(row["batch_size"]) == size]
         summary[f"batch_{size}"] = _quantiles(f"batch size {size}", errors)
@@ -405,7 +410,7 @@ def _peak_reason(row: dict[str, Any], rows: list[dict[str, Any]], constant: floa
     predicted = {int(r["batch_size"]): r["predicted_mib"] for r in own}
     size = int(row["batch_size"])
     if row["error_share"] > 0:
-        if measured[size] < constant + 0.5 * (predicted[size] - constant):
+        if _ended_early(row, constant):
             return "the run held less than the step's tensors: it ended before its first step"
         if len(own) > 1 and _slope(measured) < (1 - _CHANGED_SHARE) * _slope(predicted):
             return "grows less per sample: the model or its default image size has changed"
@@ -418,6 +423,12 @@ def _peak_reason(row: dict[str, Any], rows: list[dict[str, Any]], constant: floa
     if len(own) > 1 and _slope(measured) > (1 + _CHANGED_SHARE) * _slope(predicted):
         return "grows more per sample: larger plans, other fragments, or the model has changed"
     return "a constant more: a workspace that cudnn.benchmark tried"
+
+
+def _ended_early(row: dict[str, Any], constant: float) -> bool:
+    """Whether a run held less than half of what a step's tensors take."""
+    measured = float(row["measured_peak_mib"])
+    return bool(measured < constant + 0.5 * (row["predicted_mib"] - constant))
 
 
 def _slope(peaks: dict[int, float]) -> float:

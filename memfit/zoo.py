@@ -152,7 +152,9 @@ def timm_parts(
     num_channels, *default_size = config["input_size"]
     num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
     height, width = options.image_size or default_size
-    _check_patches(model, name, (height, width))
+    if options.image_size is not None:
+        # A model's own size may be none of its patches' (siglip's 384 with patches of 14).
+        _check_patches(model, name, options.image_size)
 
     def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.randn(batch_size, num_channels, height, width, device=device)

@@ -1,0 +1,49 @@
+"""timm's models: which of them make no training step, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from memfit.errors import UsageError
+from memfit.records import Precision, StepOptions
+from memfit.zoo import timm_parts
+
+META = torch.device("meta")
+# What `benchmarks/zoo.py` could not trace, of all that this release of timm registers.
+NOT_TRACED = json.loads((Path(__file__).parent / "data" / "zoo-not-traced.json").read_text())
+
+
+def options(num_classes: int | None = None) -> StepOptions:
+    return StepOptions(precision=Precision.FP32, optimizer="sgd", num_classes=num_classes)
+
+
+def test_nearly_all_of_timm_traces() -> None:
+    """At least 99%."""
+    if timm.__version__ != NOT_TRACED["timm"]:
+        pytest.skip(f"the list was made with timm {NOT_TRACED['timm']}")
+    names = timm.list_models()
+    assert set(NOT_TRACED["not_traced"]) < set(names)
+    assert len(NOT_TRACED["not_traced"]) < 0.01 * len(names)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "gemma4_vit_167m_enc"])
+def test_an_encoder_is_refused_with_what_to_do(name: str) -> None:
+    """With classes asked for or not, it has none to train."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with pytest.raises(UsageError, match="no classifier of its own"):
+        timm_parts(name, options(), META)
+    with pytest.raises(UsageError, match=NOT_TRACED["not_traced"][name]):
+        timm_parts(name, options(1000), META)
+
+
+def test_a_models_own_image_size_is_taken() -> None:
+    """Also where it is no multiple of its patches: the rest of the border is left out."""
+    model, make_batch, _ = timm_parts("vit_so400m_patch14_siglip_gap_384", options(10), META)
+    images, _ = make_batch(2)
+    assert model(images).shape == (2, 10)
