@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 import click
@@ -49,9 +50,19 @@ def main() -> None:
     """Find the largest batch size that fits, before the run."""
 
 
-def run() -> None:
-    """Run the command line as a program of its own, which may start itself again."""
-    main(obj=_start_again_for_huge_pages)
+def run() -> NoReturn:
+    """Run the command line as a program of its own: it may start itself again, and ends at once."""
+    code = _FAILED
+    try:
+        main(obj=_start_again_for_huge_pages)
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 0
+    except BaseException:  # noqa: BLE001 - a bug of memfit's; shown as Python would
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would take torch apart first, which takes seconds and is of use to nobody.
+    os._exit(code)
 
 
 def _start_again_for_huge_pages() -> None:
