@@ -1,4 +1,4 @@
-"""glibc's heap: what makes a step's memory repeatable, and its pages cheap.
+"""glibc's heap, and what makes the memory of a step repeatable.
 
 Elsewhere (musl, macOS) these functions do nothing, and memory is what the system makes of it.
 """
@@ -8,35 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from pathlib import Path
 
 from memfit.units import KIB
 
-__all__ = [
-    "HUGE_PAGES",
-    "MMAP_THRESHOLD_BYTES",
-    "STARTED_AGAIN",
-    "fill_heap",
-    "huge_pages_help",
-    "is_heap_tuned",
-    "steady_heap",
-    "trials_environment",
-]
+__all__ = ["MMAP_THRESHOLD_BYTES", "fill_heap", "is_heap_tuned", "steady_heap"]
 
 # glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
 # 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
 # same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
 MMAP_THRESHOLD_BYTES = 128 * KIB
-
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""The environment in which glibc asks for huge pages; it is read when a process starts.
-
-Blocks above the threshold are mapped anew each time and their pages faulted in one by one; huge
-pages make that cheap, and no block larger (the GNU C Library's manual, Memory Allocation Tunables).
-"""
-
-STARTED_AGAIN = "_MEMFIT_STARTED_AGAIN"
-"""The environment's mark of a process that was started again for huge pages."""
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _M_ARENA_MAX = -8  # glibc's malloc.h
@@ -44,7 +24,6 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _LEAST_BLOCK_BYTES = 32
 _TCACHE_BLOCKS = 7
 _TCACHE_BYTES = 1032
-_HUGE_PAGES_MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class _HeapInfo(ctypes.Structure):
@@ -104,27 +83,3 @@ def is_heap_tuned() -> bool:
         or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
         or "malloc" in os.environ.get("LD_PRELOAD", "")
     )
-
-
-def huge_pages_help() -> bool:
-    """Whether this process would get huge pages if it were started again with `HUGE_PAGES`.
-
-    Not where the user has tunables or an allocator of their own, nor where the kernel gives huge
-    pages to all or to none.
-    """
-    if "GLIBC_TUNABLES" in os.environ or "malloc" in os.environ.get("LD_PRELOAD", ""):
-        return False
-    try:
-        return "[madvise]" in _HUGE_PAGES_MODE.read_text() and "glibc" in (
-            os.confstr("CS_GNU_LIBC_VERSION") or ""
-        )
-    except (OSError, ValueError):
-        return False
-
-
-def trials_environment() -> tuple[str, ...]:
-    """Return what trials in this process run with and a training script does not, as NAME=value."""
-    names = [] if is_heap_tuned() else [f"MALLOC_MMAP_THRESHOLD_={MMAP_THRESHOLD_BYTES}"]
-    if STARTED_AGAIN in os.environ:
-        names += [f"{name}={value}" for name, value in HUGE_PAGES.items()]
-    return tuple(names)

@@ -82,7 +82,9 @@ class CpuBackend:
     @property
     def environment(self) -> tuple[str, ...]:
         """What trials ran with that a training script has to be given, as NAME=value."""
-        return heap.trials_environment()
+        if heap.is_heap_tuned():
+            return ()
+        return (f"MALLOC_MMAP_THRESHOLD_={heap.MMAP_THRESHOLD_BYTES}",)
 
     @property
     def has_retries(self) -> bool:

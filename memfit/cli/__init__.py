@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from memfit import __version__, heap
+from memfit import __version__
 from memfit.errors import MemfitError
 
 __all__ = ["main", "run"]
@@ -51,10 +51,10 @@ def main() -> None:
 
 
 def run() -> NoReturn:
-    """Run the command line as a program of its own: it may start itself again, and ends at once."""
+    """Run the command line as a program of its own, which ends at once."""
     code = _FAILED
     try:
-        main(obj=_start_again_for_huge_pages)
+        main()
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else 0
     except BaseException:  # noqa: BLE001 - a bug of memfit's; shown as Python would
@@ -63,14 +63,6 @@ def run() -> NoReturn:
     sys.stderr.flush()
     # Python would take torch apart first, which takes seconds and is of use to nobody.
     os._exit(code)
-
-
-def _start_again_for_huge_pages() -> None:
-    """Start this program again with huge pages, before torch is imported, if they help."""
-    if heap.huge_pages_help():
-        environment = {**os.environ, **heap.HUGE_PAGES, heap.STARTED_AGAIN: "1"}
-        # sys.orig_argv has the interpreter's own options as well.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606
 
 
 def _end(sentence: str, exit_code: int) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +55,7 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 @search_options
 @html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.pass_obj
 def plan(
-    start_again: Callable[[], None] | None,
     *,
     model: str,
     effective_batch_size: Any,
@@ -85,8 +82,6 @@ def plan(
     if html is not None and not explore:
         raise UsageError("--html shows what --explore finds: give both.")
     check_writable(html)
-    if start_again is not None and device == "cpu" and not gpus:
-        start_again()
     from memfit import api
 
     target: dict[str, Any] = {

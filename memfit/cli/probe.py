@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ __all__ = ["probe"]
 @search_options
 @html_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.pass_obj
 def probe(
-    start_again: Callable[[], None] | None,
     *,
     model: str,
     device: str | None,
@@ -45,8 +42,6 @@ def probe(
     the device; the answer fitted, and one sample more ran out of memory. With --gpu nothing runs:
     the step's allocations are replayed on a model of that card, and the answer says simulated.
     """
-    if start_again is not None and device == "cpu" and not gpus:
-        start_again()
     from memfit import api
 
     check_writable(html)
