@@ -399,7 +399,7 @@ class _Search:
         numerator, denominator = _HINT_ERROR
         if self._hint is None or self._capacity_bytes is None:
             return None
-        if low * (denominator - numerator) > self._hint * denominator:
+        if low > self._hint * denominator // (denominator - numerator) + 1:
             return None
         self._expects_fit = False
         return low + min(1 << self._surprises_up, max(1, low // _SURPRISED_STEP))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from memfit import Workload
 
 # The steps are small: a pool of threads would only wait for a busy machine.
 torch.set_num_threads(1)
+# A shell lets what it runs in the background ignore interrupts, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Outcome, Source, Trial
@@ -202,6 +202,7 @@ def test_noisy_bytes_do_not_change_the_answer(device: Device, seed: int, noise: 
 
 
 @given(st.integers(1, 5000), st.integers(-20, 20))
+@example(25, -20)
 def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permille: int) -> None:
     """Near the edge every trial needs retries, and its bytes are the capacity: they say nothing."""
 
