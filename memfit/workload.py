@@ -1,17 +1,16 @@
 """What is trained: a timm model by its name, or a user's own objects, as one `TrainingStep`.
 
 A `TrainingStep` is a description and holds no device memory; `TrainingStep.prepare` makes it real
-on a device, and a `PreparedStep` carries out its iterations. Measuring them, and surviving them, is
-the backends' work.
+on a device. Its iterations are `memfit.prepared`'s; measuring them, and surviving them, is the
+backends' work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,30 +18,21 @@ from torch.optim import Optimizer
 
 from memfit import batches, zoo
 from memfit.errors import UsageError, WorkloadError
+from memfit.prepared import Arithmetic, PreparedStep
 from memfit.records import Precision, StepOptions
 from memfit.twin import without_values
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
-    "Arithmetic",
     "OptimizerFactory",
-    "PreparedStep",
     "StepParts",
     "TrainingStep",
     "Workload",
-    "autocast",
-    "call_model",
-    "check_loss",
     "split_batch",
-    "users_code",
 ]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 _NUM_ACCUMULATED_MICRO_BATCHES = 2
-_AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,213 +341,8 @@ def split_batch(batch: Any, *, num_inputs: int = 1) -> tuple[Any, tuple[Any, ...
     return inputs[0] if num_inputs == 1 else inputs, targets
 
 
-class Arithmetic(Protocol):
-    """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
-
-    def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context that model and loss run in."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from the loss, scaled where the precision asks for it."""
-
-    def step(self, optimizer: Optimizer) -> None:
-        """Take the optimizer's step; its state exists afterwards."""
-
-
-class _TorchArithmetic:
-    """torch's own autocast and GradScaler."""
-
-    def __init__(self, device: torch.device, precision: Precision) -> None:
-        self._device = device
-        self._precision = precision
-        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
-        # skipped, and the optimizer's state is there when the peak is read.
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
-        )
-
-    def forward(self) -> contextlib.AbstractContextManager[None]:
-        return autocast(self._device, self._precision)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self._scaler.scale(loss).backward()
-
-    def step(self, optimizer: Optimizer) -> None:
-        before = self._scaler.get_scale()
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
-            # The scaler skipped the step for an overflow; training will get past that, and then
-            # the optimizer's state is there.
-            optimizer.step()
-
-
-class PreparedStep:
-    """A training step on its device: model, batches, loss, optimizer.
-
-    Args:
-        model: The model, on its device.
-        make_batch: From a batch size to the model's inputs and the loss's targets.
-        loss: From outputs and targets to one number.
-        make_optimizer: Gives the optimizer that a trial begins with.
-        device: Where all of it is.
-        precision: The arithmetic; not `AUTO`.
-        num_micro_batches: Micro-batches in one iteration.
-        arithmetic: Stands in for torch's autocast and GradScaler.
-    """
-
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]],
-        loss: Callable[..., torch.Tensor],
-        make_optimizer: Callable[[], Optimizer],
-        device: torch.device,
-        precision: Precision,
-        num_micro_batches: int,
-        arithmetic: Arithmetic | None = None,
-    ) -> None:
-        if precision is Precision.AUTO:
-            raise ValueError("a prepared step needs a precision that was chosen")
-        self.model = model
-        self.num_micro_batches = num_micro_batches
-        self.make_batch = make_batch
-        self._loss = loss
-        self._make_optimizer = make_optimizer
-        self.arithmetic = arithmetic or _TorchArithmetic(device, precision)
-        self._optimizer: Optimizer | None = None
-        self._had_state = False
-
-    def begin(self) -> None:
-        """Start as training does: an optimizer as it was given, no gradients."""
-        self._optimizer = self._make_optimizer()
-        self._had_state = bool(self._optimizer.state)
-        self.model.zero_grad(set_to_none=True)
-
-    def end(self) -> None:
-        """Drop the gradients, and the optimizer with the state that it did not begin with."""
-        if self._optimizer is not None and not self._had_state:
-            self._optimizer.state.clear()
-        self._optimizer = None
-        self.model.zero_grad(set_to_none=True)
-
-    def iterate(self, batch_size: int) -> None:
-        """Run one iteration: every micro-batch forward and backward, step, gradients zeroed.
-
-        Args:
-            batch_size: Samples in each micro-batch, at least 1.
-
-        Raises:
-            WorkloadError: The loss is not one number that has a gradient.
-        """
-        self.accumulate(batch_size)
-        self.update()
-
-    def accumulate(self, batch_size: int) -> None:
-        """Run the first part of an iteration: every micro-batch forward and backward.
-
-        Args:
-            batch_size: Samples in each micro-batch, at least 1.
-
-        Raises:
-            WorkloadError: The loss is not one number that has a gradient.
-        """
-        if self._optimizer is None:
-            self.begin()
-        with users_code():
-            for _ in range(self.num_micro_batches):
-                self._backward(batch_size)
-
-    def update(self, *, set_to_none: bool = True) -> None:
-        """Run the second part: the optimizer's step, and gradients zeroed.
-
-        Args:
-            set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
-        """
-        assert self._optimizer is not None
-        with users_code():
-            self.arithmetic.step(self._optimizer)
-            self._optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step_on_zeros(self) -> None:
-        """Let the optimizer take a step on gradients of zero, so that its state is there."""
-        assert self._optimizer is not None
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def optimizer_state_bytes(self) -> int:
-        """Bytes of tensors in the optimizer's state."""
-        if self._optimizer is None:
-            return 0
-        return sum(
-            value.untyped_storage().nbytes()
-            for values in self._optimizer.state.values()
-            for value in values.values()
-            if isinstance(value, torch.Tensor)
-        )
-
-    def _backward(self, batch_size: int) -> None:
-        inputs, targets = self.make_batch(batch_size)
-        with self.arithmetic.forward():
-            loss = self._loss(call_model(self.model, inputs), *targets)
-        check_loss(loss)
-        self.arithmetic.backward(loss / self.num_micro_batches)
-
-
-@contextlib.contextmanager
-def users_code() -> Iterator[None]:
-    """Mark what the user's own step raises, for `memfit.cli` to tell it from a bug of memfit's."""
-    try:
-        yield
-    except Exception as error:
-        error.raised_in_step = True  # type: ignore[attr-defined]
-        raise
-
-
 def _kind(value: object) -> str:
     return type(value).__name__
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model: a dictionary by its keys, a tuple or list one by one, else as it is."""
-    with users_code():
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        if isinstance(inputs, (tuple, list)):
-            return model(*inputs)
-        return model(inputs)
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a precision runs forward and loss on a device."""
-    dtype = _AUTOCAST_DTYPES.get(precision)
-    if dtype is None:
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
-    return context
-
-
-def check_loss(loss: object) -> None:
-    """Refuse what `backward` cannot begin with.
-
-    Raises:
-        WorkloadError: The loss is not one number that has a gradient.
-    """
-    if not isinstance(loss, torch.Tensor):
-        raise WorkloadError(f"The loss must be a tensor of one number, not {_kind(loss)}.")
-    if loss.numel() != 1:
-        raise WorkloadError(
-            f"The loss has the shape {tuple(loss.shape)}, and backward needs one number: end the "
-            "loss with .mean() or .sum()."
-        )
-    if not loss.requires_grad:
-        raise WorkloadError("The loss has no gradient: it does not depend on the parameters.")
 
 
 def _optimizer_maker(

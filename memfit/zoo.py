@@ -165,7 +165,8 @@ def timm_parts(
 
 def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
     if device.type == "meta":
-        # A model that computes with tensors while it is built cannot be built without values.
+        # A model that computes with tensors while it is built cannot be built without values, and
+        # says so in either way; with values it is built below, or refused there.
         with contextlib.suppress(NotImplementedError, UsageError), device:
             return _created(name, options)
     return _created(name, options)

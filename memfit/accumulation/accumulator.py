@@ -24,8 +24,9 @@ from memfit.accumulation.ranks import Ending, Ranks, ranks_of
 from memfit.accumulation.recovery import Pressure, StepStart, smaller
 from memfit.accumulation.weighing import Terms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
+from memfit.prepared import autocast, call_model
 from memfit.records import PlanRecord, Precision, StepOptions, cut
-from memfit.workload import autocast, call_model, split_batch
+from memfit.workload import split_batch
 
 __all__ = ["Accumulator"]
 

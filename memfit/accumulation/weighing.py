@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, cast
 import torch
 
 from memfit.errors import UsageError, WorkloadError
-from memfit.workload import check_loss
+from memfit.prepared import check_loss
 
 __all__ = ["Terms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
 

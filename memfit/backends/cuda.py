@@ -16,9 +16,10 @@ import torch
 from memfit import cleanup, oom
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import UnknownDeviceError, UsageError
+from memfit.prepared import PreparedStep
 from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
 from memfit.units import format_bytes
-from memfit.workload import PreparedStep, TrainingStep
+from memfit.workload import TrainingStep
 
 __all__ = ["CudaBackend"]
 

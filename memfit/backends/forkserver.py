@@ -36,9 +36,10 @@ from memfit.backends.linux import (
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import StepCrashedError, UnsupportedError
 from memfit.heap import fill_heap, steady_heap
+from memfit.prepared import PreparedStep
 from memfit.records import Outcome, Source, Trial
 from memfit.units import MIB
-from memfit.workload import PreparedStep, TrainingStep
+from memfit.workload import TrainingStep
 
 __all__ = ["Report", "Request", "Server", "ran_out"]
 

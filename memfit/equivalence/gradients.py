@@ -16,8 +16,8 @@ from memfit.cleanup import rewound
 from memfit.equivalence.cuts import spans
 from memfit.equivalence.randomness import Draws
 from memfit.errors import WorkloadError
+from memfit.prepared import autocast, call_model, check_loss, users_code
 from memfit.records import Precision
-from memfit.workload import autocast, call_model, check_loss, users_code
 
 __all__ = ["FP64", "Bench", "Gradients", "SingleSampleError", "dense", "gradients"]
 

@@ -25,8 +25,8 @@ from memfit.equivalence.gradients import dense
 from memfit.equivalence.randomness import seed_all
 from memfit.equivalence.weighting import Weights
 from memfit.errors import WorkloadError
+from memfit.prepared import call_model
 from memfit.records import LoopFault, LoopWindow, LossWeighting
-from memfit.workload import call_model
 
 __all__ = ["AccumulationLoop", "weigh"]
 

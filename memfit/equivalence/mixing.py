@@ -24,8 +24,8 @@ from torch.utils import _pytree as pytree
 from memfit import batches
 from memfit.cleanup import rewound
 from memfit.equivalence.randomness import seed_all
+from memfit.prepared import call_model
 from memfit.records import Mixer, MixesIn
-from memfit.workload import call_model
 
 __all__ = ["NUM_SAMPLES", "changed_sample", "layer_name", "mixing_gradients", "mixing_layers"]
 

@@ -8,6 +8,7 @@ layers that make them are named, so that they can be switched off.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import random
 import sys
@@ -131,7 +132,7 @@ class Draws:
         return drawn.narrow(dim, start * per_sample, shape[dim])
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode, abc.ABC):
     """What recording and replaying share: which operators draw, and in which layer."""
 
     def __init__(self, draws: Draws) -> None:
@@ -161,8 +162,9 @@ class _Mode(TorchDispatchMode):
             self.draws.not_replayable[layer] = None
         return func(*args, **kwargs)
 
+    @abc.abstractmethod
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """Serve an operator that draws."""
 
     def not_replayable(self) -> None:
         layer = self.stack.innermost if self.stack is not None else ""

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from memfit.cleanup import rewound
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import seed_all
-from memfit.workload import call_model
+from memfit.prepared import call_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self

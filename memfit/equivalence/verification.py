@@ -31,6 +31,7 @@ from memfit.equivalence.rounds import Compared, Progress, Work, compare, in_eval
 from memfit.equivalence.samples import made_distinct, moved_off_zero, widen
 from memfit.equivalence.weighting import Weights
 from memfit.errors import UsageError
+from memfit.prepared import call_model
 from memfit.records import (
     Equivalence,
     LoopFault,
@@ -40,7 +41,7 @@ from memfit.records import (
     Precision,
     Verdict,
 )
-from memfit.workload import StepParts, TrainingStep, call_model
+from memfit.workload import StepParts, TrainingStep
 
 __all__ = ["verify"]
 

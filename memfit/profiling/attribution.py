@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memfit.prepared import PreparedStep
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, SourceLines
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.replay import Purpose
 from memfit.records import Role
-from memfit.workload import PreparedStep
 
 __all__ = ["Attribution"]
 

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 from memfit import cleanup, oom
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError
+from memfit.prepared import PreparedStep
 from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import is_own_file, line_of, shown_file
 from memfit.profiling.peak import peak_of
@@ -36,7 +37,7 @@ from memfit.records import (
     Timeline,
 )
 from memfit.units import format_bytes
-from memfit.workload import PreparedStep, TrainingStep
+from memfit.workload import TrainingStep
 
 __all__ = ["profile_device"]
 

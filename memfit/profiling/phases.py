@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from memfit.workload import Arithmetic, PreparedStep
+from memfit.prepared import Arithmetic, PreparedStep
 
 __all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases", "states_of"]
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from memfit.prepared import PreparedStep
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled
 from memfit.records import Role
-from memfit.workload import PreparedStep
 
 __all__ = ["Notebook"]
 

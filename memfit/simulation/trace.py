@@ -91,7 +91,7 @@ class StepTrace:
 
 
 class PreparedStep(Protocol):
-    """What a trace needs of a training step on the meta device (`memfit.workload.PreparedStep`)."""
+    """What a trace needs of a training step on the meta device (`memfit.prepared.PreparedStep`)."""
 
     model: nn.Module
     make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
