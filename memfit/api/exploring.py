@@ -10,13 +10,13 @@ from typing_extensions import Unpack
 from memfit import zoo
 from memfit.api.planner import Target, plan_on
 from memfit.api.probing import simulated
+from memfit.api.searching import likeness_of
 from memfit.api.steps import StepKeywords, describe, own_device, step_on
 from memfit.backends import open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Alternative, Exploration, Objective, Precision, StepOptions
-from memfit.simulation.gpus import gpu_like
 from memfit.units import parse_bytes
 from memfit.workload import TrainingStep, Workload
 
@@ -104,11 +104,7 @@ def _like(device: str | None, memory_bytes: int | None) -> SimulatedBackend:
             "What else would fit is simulated, and only GPUs can be: give gpu, a name of `memfit "
             "gpus`."
         )
-    capacity = backend.capacity()
-    return SimulatedBackend(
-        gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
-        memory_bytes=capacity.usable_bytes,
-    )
+    return likeness_of(backend)
 
 
 def _simulated(

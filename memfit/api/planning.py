@@ -8,13 +8,12 @@ from typing_extensions import Unpack
 
 from memfit.accumulation import Plan
 from memfit.api.planner import Target, plan_on
-from memfit.api.probing import simulated
+from memfit.api.probing import on_each_card, simulated
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import open_backend
 from memfit.backends.simulated import TraceCache
-from memfit.errors import DoesNotFitError, UsageError
+from memfit.errors import UsageError
 from memfit.records import Objective, PlanAnswer, PlanSurvey, Trial
-from memfit.simulation.gpus import COMMON_GPUS
 from memfit.units import parse_bytes
 from memfit.workload import Workload
 
@@ -137,19 +136,12 @@ def survey_plans(
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
     step = describe(subject, **options)
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    traces = TraceCache()
-    answers = []
-    for backend in [simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]:
-        found = reason = None
-        try:
-            found = plan_on(backend, step, target)
-        except DoesNotFitError as error:
-            reason = str(error)
-        answers.append(PlanAnswer(gpu=backend.device_name, plan=found, reason=reason))
+    answers = on_each_card(gpus, memory, lambda card: plan_on(card, step, target))
     return PlanSurvey(
         subject=step.name,
         effective_batch_size=target.effective_batch_size,
         world_size=target.world_size,
-        answers=tuple(answers),
+        answers=tuple(
+            PlanAnswer(gpu=gpu, plan=found, reason=reason) for gpu, found, reason in answers
+        ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from typing_extensions import Unpack
 
@@ -16,7 +17,9 @@ from memfit.simulation.gpus import COMMON_GPUS, find_gpu
 from memfit.units import parse_bytes
 from memfit.workload import Workload
 
-__all__ = ["estimate", "probe", "simulated", "survey"]
+__all__ = ["estimate", "on_each_card", "probe", "simulated", "survey"]
+
+_Found = TypeVar("_Found")
 
 
 def probe(
@@ -118,17 +121,13 @@ def survey(
         multiple_of=multiple_of,
         max_batch_size=max_batch_size,
     )
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    traces = TraceCache()
-    answers = []
-    for backend in [simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]:
-        result = reason = None
-        try:
-            result = answer(question, backend)
-        except DoesNotFitError as error:
-            reason = str(error)
-        answers.append(SurveyAnswer(gpu=backend.device_name, result=result, reason=reason))
-    return Survey(subject=question.step.name, answers=tuple(answers))
+    answers = on_each_card(gpus, memory, lambda card: answer(question, card))
+    return Survey(
+        subject=question.step.name,
+        answers=tuple(
+            SurveyAnswer(gpu=gpu, result=result, reason=reason) for gpu, result, reason in answers
+        ),
+    )
 
 
 def estimate(
@@ -178,3 +177,34 @@ def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> Simulat
         UsageError: There is no such card.
     """
     return SimulatedBackend(find_gpu(gpu, total_bytes=memory_bytes), traces=traces)
+
+
+def on_each_card(
+    gpus: Sequence[str] | None,
+    memory: str | int | None,
+    ask: Callable[[SimulatedBackend], _Found],
+) -> list[tuple[str, _Found | None, str | None]]:
+    """Ask the same of several simulated cards, which share their traces.
+
+    Args:
+        gpus: Names of the catalogue, all looked up first; `None` for a short list of common cards.
+        memory: What each card has, in place of the catalogue's figure.
+        ask: What is asked of each.
+
+    Returns:
+        For each its name, what was found, and why nothing was where nothing fits.
+
+    Raises:
+        UsageError: There is no such card.
+    """
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    traces = TraceCache()
+
+    def asked(card: SimulatedBackend) -> tuple[str, _Found | None, str | None]:
+        try:
+            return card.device_name, ask(card), None
+        except DoesNotFitError as error:
+            return card.device_name, None, str(error)
+
+    cards = [simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]
+    return [asked(card) for card in cards]

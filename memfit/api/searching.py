@@ -19,7 +19,7 @@ from memfit.simulation.gpus import gpu_like
 from memfit.units import format_bytes
 from memfit.workload import TrainingStep
 
-__all__ = ["Question", "answer", "check_bounds", "searched", "tried"]
+__all__ = ["Question", "answer", "check_bounds", "likeness_of", "searched", "tried"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +156,7 @@ class _Prediction:
             return cls(backend.expected_edge(step))
         if not isinstance(backend, CudaBackend):
             return cls()
-        capacity = backend.capacity()
-        simulated = SimulatedBackend(
-            gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
-            memory_bytes=capacity.usable_bytes,
-        )
+        simulated = likeness_of(backend)
         try:
             return cls(simulated.expected_edge(step), simulated)
         except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
@@ -209,4 +205,17 @@ def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> 
     return DoesNotFitError(
         f"{step.name} does not fit even at batch size {smallest.batch_size}: {what}, and "
         f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin})."
+    )
+
+
+def likeness_of(backend: CudaBackend) -> SimulatedBackend:
+    """Return the model of a GPU that is there, with the room that it has now.
+
+    Args:
+        backend: The GPU.
+    """
+    capacity = backend.capacity()
+    return SimulatedBackend(
+        gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
+        memory_bytes=capacity.usable_bytes,
     )

@@ -6,7 +6,7 @@ Source: huggingface/accelerate, Accelerator(gradient_accumulation_steps=...): ba
 
 from __future__ import annotations
 
-from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
 from memfit.records import PlanRecord, Precision
 
 __all__ = ["lines"]
@@ -28,8 +28,7 @@ def lines(plan: PlanRecord) -> str:
             f"Start it with: accelerate launch --num_processes {plan.world_size} SCRIPT. The batch "
             "size is each process's."
         )
-    if plan.options.precision is Precision.BF16:
-        comments.append("The model's own parameters are in bfloat16: model.to(torch.bfloat16).")
+    comments += weights_in_bf16(plan)
     precision = _PRECISIONS.get(plan.options.precision, "no")
     return (
         f"{comment(headline(plan, parts), *parts.comments, *comments)}\n"

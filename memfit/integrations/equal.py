@@ -10,10 +10,10 @@ import dataclasses
 import textwrap
 
 from memfit.errors import UsageError
-from memfit.records import PlanRecord, equal_part
+from memfit.records import PlanRecord, Precision, equal_part
 from memfit.units import format_parts
 
-__all__ = ["EqualParts", "comment", "equal_parts", "headline"]
+__all__ = ["EqualParts", "comment", "equal_parts", "headline", "weights_in_bf16"]
 
 _WIDTH = 96
 # Equal parts are chosen down to this share of the plan's micro-batch.
@@ -89,6 +89,13 @@ def headline(plan: PlanRecord, parts: EqualParts) -> str:
         f"{plan.effective_batch_size} = {parts.accumulation_steps} x {parts.micro_batch_size}"
         f"{ranks}, {plan.source.value} for {plan.device} in {plan.options.precision.value}."
     )
+
+
+def weights_in_bf16(plan: PlanRecord) -> list[str]:
+    """Say what no trainer's option does: train weights that are in bfloat16 themselves."""
+    if plan.options.precision is not Precision.BF16:
+        return []
+    return ["The model's own parameters are in bfloat16: model.to(torch.bfloat16)."]
 
 
 def comment(*sentences: str) -> str:

@@ -7,7 +7,7 @@ Source: fastai/fastai, fastai/callback/training.py: `GradientAccumulation(n_acc)
 
 from __future__ import annotations
 
-from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
 from memfit.records import PlanRecord, Precision
 
 __all__ = ["lines"]
@@ -27,8 +27,7 @@ def lines(plan: PlanRecord) -> str:
             f"Start it with: accelerate launch --num_processes {plan.world_size} SCRIPT, and fit "
             "inside learn.distrib_ctx(). bs and n_acc are each process's."
         )
-    if plan.options.precision is Precision.BF16:
-        comments.append("The model's own parameters are in bfloat16: model.to(torch.bfloat16).")
+    comments += weights_in_bf16(plan)
     precision = _PRECISIONS.get(plan.options.precision, "")
     return (
         f"{comment(headline(plan, parts), *parts.comments, *comments)}\n"
