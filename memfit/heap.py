@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 
 from memfit.units import KIB
 
@@ -24,6 +25,7 @@ _M_ARENA_MAX = -8  # glibc's malloc.h
 _LEAST_BLOCK_BYTES = 32
 _TCACHE_BLOCKS = 7
 _TCACHE_BYTES = 1032
+_BLOCKS_AT_ONCE = 16
 
 
 class _HeapInfo(ctypes.Structure):
@@ -58,22 +60,60 @@ def steady_heap() -> None:
 def fill_heap() -> None:
     """Take every free block of the heap for good, so that what follows finds no holes to use.
 
-    A fork inherits the holes that its parent's past has left, a megabyte or two, and a step that
-    fits into them would need that much less in one search than in the next.
+    A fork inherits the holes that its parent's past has left, from a megabyte to whatever a peak of
+    it was, and a step that fits into them needs that much less in one search than in the next. They
+    are in every arena: a thread whose own is full is served by another.
+
+    Source: glibc's malloc/arena.c (arena_get_retry, and the free list that a fork puts all arenas
+        on but its own).
     """
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         libc.malloc.restype = ctypes.c_void_p
         libc.mallinfo2.restype = _HeapInfo
-        for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
-            for _ in range(_TCACHE_BLOCKS):
+        # A thread that asks for memory gets an arena that no other has.
+        num_arenas = _num_arenas(libc)
+        all_attached = threading.Barrier(num_arenas)
+        one_at_a_time = threading.Lock()
+
+        def fill() -> None:
+            libc.malloc(1)
+            all_attached.wait()
+            with one_at_a_time:
+                _fill_arena(libc)
+
+        threads = [threading.Thread(target=fill) for _ in range(num_arenas - 1)]
+        for thread in threads:
+            thread.start()
+        fill()
+        for thread in threads:
+            thread.join()
+
+
+def _num_arenas(libc: ctypes.CDLL) -> int:
+    text, num_bytes = ctypes.c_void_p(), ctypes.c_size_t()
+    libc.open_memstream.restype = ctypes.c_void_p
+    stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(num_bytes)))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    num_arenas = ctypes.string_at(text, num_bytes.value).count(b"<heap nr=")
+    libc.free(text)
+    return num_arenas
+
+
+def _fill_arena(libc: ctypes.CDLL) -> None:
+    """Fill the arena of this thread."""
+    for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
+        for _ in range(_TCACHE_BLOCKS):
+            libc.malloc(num_bytes)
+    num_bytes = MMAP_THRESHOLD_BYTES // 2
+    while num_bytes >= _LEAST_BLOCK_BYTES:
+        arena_bytes = libc.mallinfo2().arena
+        while libc.mallinfo2().arena == arena_bytes:
+            # Several at once, for the question walks through all that is free.
+            for _ in range(_BLOCKS_AT_ONCE):
                 libc.malloc(num_bytes)
-        num_bytes = MMAP_THRESHOLD_BYTES // 2
-        while num_bytes >= _LEAST_BLOCK_BYTES:
-            mapped_bytes = libc.mallinfo2().arena
-            while libc.mallinfo2().arena == mapped_bytes:
-                libc.malloc(num_bytes)
-            num_bytes //= 2
+        num_bytes //= 2
 
 
 def is_heap_tuned() -> bool:

@@ -71,6 +71,28 @@ def test_a_step_fits_or_runs_out_by_its_bytes() -> None:
     assert large.left_behind_bytes == 0
 
 
+def test_the_limit_holds_whatever_this_process_has_freed() -> None:
+    """glibc serves a thread from another's arena once the limit refuses it more of its own."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks: list[int] = []
+
+    def make_a_hole() -> None:
+        blocks.extend(libc.malloc(50_000) for _ in range(1000))
+        for block in blocks[:-1]:
+            libc.free(block)
+
+    thread = threading.Thread(target=make_a_hole)
+    thread.start()
+    thread.join()
+    try:
+        with CpuBackend(memory_bytes=30 * MIB) as backend:
+            assert not backend.trial(wide_step(), 21).fits
+    finally:
+        libc.free(blocks[-1])
+
+
 def test_trials_repeat() -> None:
     """Trials are forked from the same state, whatever came before; other threads may still race."""
     step = TrainingStep(
