@@ -31,6 +31,9 @@ TrialFunction = Callable[[int], Trial]
 # One trial has shown only the sum of fixed and per-sample bytes; this share of the batch size that
 # it promises at least is safe even where memory comes in steps.
 _SAFE_SHARE = (9, 10)
+# Where bytes are the step's own up to the edge, a second point is had for less: time goes with its
+# samples, and a line through two points is as good.
+_QUICK_SHARE = (3, 4)
 # Extrapolating further than this factor, the search stops short of the edge first, at about the
 # recommended batch size, and measures again there.
 _NEAR = (5, 4)
@@ -373,7 +376,8 @@ class _Search:
         if edge is None and len(points) == 1:
             if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
                 return least
-            return max(least * _SAFE_SHARE[0] // _SAFE_SHARE[1], 2 * low)
+            numerator, denominator = _SAFE_SHARE if self._has_retries else _QUICK_SHARE
+            return max(least * numerator // denominator, 2 * low)
         if edge is None and self._hint is None:
             return 2 * low
         # Points that a hint has put close together may show no slope but noise.

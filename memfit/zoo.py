@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.optim import Optimizer
 
+from memfit.collector import collector_paused
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError
 from memfit.records import StepOptions
 
@@ -53,8 +54,9 @@ def import_timm() -> ModuleType:
         UnsupportedError: The installed torchvision belongs to another torch.
     """
     try:
-        import timm
-        import timm.optim
+        with collector_paused():
+            import timm
+            import timm.optim
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise

@@ -184,7 +184,8 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
     os.setsid()
     steady_heap()
     _load_lazily()
-    gc.collect()
+    # Whatever this process had before is left alone: a collection would walk all of it.
+    gc.freeze()
     fill_heap()
     before = Footprint.now()
     built: PreparedStep | None = None

@@ -6,15 +6,13 @@ replayed for each batch size and capacity. Nothing here is measured, and every t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import os
-from collections.abc import Iterator
 
 import torch
 
 from memfit import cleanup
+from memfit.collector import collector_paused
 from memfit.records import Capacity, Outcome, Precision, Source, Trial
 from memfit.simulation.allocator import (
     AllocatorOutOfMemoryError,
@@ -295,7 +293,7 @@ class SimulatedBackend:
             peaks: list[int] = []
             message = None
             try:
-                with _collector_paused():
+                with collector_paused():
                     for handle in BLAS_HANDLES:
                         allocator.allocate(handle, workspace_bytes)
                     peaks.extend(traced.trace.tape.play(allocator, batch_size))
@@ -303,15 +301,3 @@ class SimulatedBackend:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)
         return traced.replays[key]
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Keep the garbage collector from walking thousands of live blocks again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

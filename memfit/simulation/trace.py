@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memfit.collector import collector_paused
 from memfit.errors import UnsupportedError
 from memfit.records import Action, Event
 from memfit.simulation.attention import AttentionBackend, AttentionCall, choose
@@ -384,15 +385,12 @@ def _sole_owner() -> tuple[int, int]:
 @contextlib.contextmanager
 def _garbage_held() -> Iterator[None]:
     """Keep the collector from freeing at moments that depend on what else the process did."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+    with collector_paused():
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
