@@ -268,11 +268,9 @@ class SimulatedBackend:
         if most is None:
             return None
         fails, distance = most + 1, 1 + most // _FRAGMENTS_SHARE
-        while not self._fits(step, most):
-            fails, most, distance = most, most - distance, 2 * distance
-            if most < 1:
-                most = 0
-                break
+        most = max(most - distance, 0)
+        while most and not self._fits(step, most):
+            fails, most, distance = most, max(most - distance, 0), 2 * distance
         while most + 1 < fails:
             middle = (most + fails) // 2
             if self._fits(step, middle):
