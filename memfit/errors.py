@@ -56,9 +56,19 @@ class WorkloadError(UsageError):
 
 
 class DoesNotFitError(MemfitError):
-    """Not even the smallest batch size fits."""
+    """Not even the smallest batch size fits.
+
+    Args:
+        message: The sentence.
+        needed_bytes: What the smallest batch size takes; `None` where that is not known, or is not
+            what decides.
+    """
 
     exit_code: ClassVar[int] = 3
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class UnsupportedError(MemfitError):

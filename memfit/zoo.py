@@ -30,6 +30,7 @@ __all__ = [
     "image_size_of",
     "import_timm",
     "make_optimizer",
+    "patches_of",
     "split_images",
     "timm_parts",
     "uses_fused_attention",
@@ -192,12 +193,28 @@ def _created(name: str, options: StepOptions) -> nn.Module:
     return model
 
 
-def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+def patches_of(name: str, options: StepOptions) -> tuple[int, ...]:
+    """Return what the sides of a model's images have to be multiples of.
+
+    Args:
+        name: The model's name.
+        options: The step's options.
+
+    Returns:
+        Pixels of a patch's height and width; nothing where any image will do.
+    """
+    return _patches(_timm_model(name, options, torch.device("meta")))
+
+
+def _patches(model: nn.Module) -> tuple[int, ...]:
     embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(embed, "patch_size", None)
     if getattr(embed, "dynamic_img_pad", False) or not getattr(embed, "strict_img_size", False):
-        return
-    for side, patch in zip(image_size, patch_size or (), strict=False):
+        return ()
+    return tuple(getattr(embed, "patch_size", None) or ())
+
+
+def _check_patches(model: nn.Module, name: str, image_size: tuple[int, int]) -> None:
+    for side, patch in zip(image_size, _patches(model), strict=False):
         if side % patch:
             below, above = side // patch * patch, (side // patch + 1) * patch
             near = " or ".join(str(size) for size in (below, above) if size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -238,13 +239,25 @@ def test_single_changes_are_explored() -> None:
     assert min(amp, checkpointing, image) > most
 
 
+@pytest.mark.parametrize(
+    ("model", "image"),
+    [("vit_tiny_patch16_224", 160), ("vit_small_patch14_dinov2", 378), ("resnet10t", 128)],
+)
+def test_the_smaller_image_is_one_that_the_model_takes(model: str, image: int) -> None:
+    """Whole patches, where it has any."""
+    exploration = memfit.explore(model, 4, gpu="any", memory="8GiB", num_classes=10)
+    (alternative,) = (a for a in exploration.alternatives if a.change.startswith("image"))
+    assert alternative.options.image_size == (image, image)
+    assert sum(alternative.micro_batch_sizes) == 4
+
+
 def test_what_does_not_fit_at_all_is_explored_too() -> None:
     """Which change would reach it; a change that a model cannot make says so."""
     exploration = memfit.explore(
         "resnet18", 64, gpu="any", memory="690MiB", precision="fp32", optimizer="adamw"
     )
     assert exploration.baseline.micro_batch_sizes == ()
-    assert "does not fit" in (exploration.baseline.reason or "")
+    assert re.fullmatch(r"needs \d+ MiB at batch size 1", exploration.baseline.reason or "")
     fits = {a.change for a in exploration.alternatives if a.micro_batch_sizes}
     assert fits
     none = memfit.explore("vgg11", 8, gpu="3090", image_size=64, grad_checkpointing=False)

@@ -17,7 +17,7 @@ from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Alternative, Exploration, Objective, Precision, StepOptions
-from memfit.units import parse_bytes
+from memfit.units import format_bytes, parse_bytes
 from memfit.workload import TrainingStep, Workload
 
 __all__ = ["explore"]
@@ -25,8 +25,8 @@ __all__ = ["explore"]
 _LEAN_OPTIMIZER = "momentum"
 _LEAN_OPTIMIZERS = ("momentum", "sgd", "sgdp", "sgdw", "nesterov", "lion", "adafactor")
 _SMALLER_IMAGE = (3, 4)
-# Patches of 14, 16 and 32 pixels, and windows of 7 of them, divide one of these.
-_IMAGE_UNITS = (32, 28)
+# What patches and strides mostly come to, windows of 7 of them too; the first divisor is taken.
+_IMAGE_UNITS = (32, 28, 16)
 
 
 def explore(
@@ -114,7 +114,8 @@ def _simulated(
     try:
         plan = plan_on(backend, step, target)
     except (DoesNotFitError, UsageError, UnsupportedError) as error:
-        reason = str(error)
+        needed = getattr(error, "needed_bytes", None)
+        reason = str(error) if needed is None else f"needs {format_bytes(needed)} at batch size 1"
     else:
         return Alternative(
             change=change,
@@ -180,7 +181,9 @@ def _smaller_image(step: TrainingStep) -> tuple[int, int] | None:
     if size is None:
         return None
     numerator, denominator = _SMALLER_IMAGE
-    unit = next((u for u in _IMAGE_UNITS if all(side % u == 0 for side in size)), None)
+    patches = zoo.patches_of(step.subject, step.options)
+    units = (u for u in (*_IMAGE_UNITS, *patches[:1]) if not any(u % patch for patch in patches))
+    unit = next((u for u in units if all(side % u == 0 for side in size)), None)
     if unit is None:
         return None
     height, width = (max(side * numerator // denominator // unit * unit, unit) for side in size)

@@ -204,7 +204,8 @@ def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> 
     )
     return DoesNotFitError(
         f"{step.name} does not fit even at batch size {smallest.batch_size}: {what}, and "
-        f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin})."
+        f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin}).",
+        needed_bytes=needed,
     )
 
 

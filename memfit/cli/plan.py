@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,20 @@ __all__ = ["plan"]
 _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
 
 
+def _as_typed(text: str) -> int | float | str:
+    """Return the number, or the text itself: whatever is no number gets memfit's own sentence."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
 @click.command(short_help="Turn a target batch size into micro-batches that fit.")
 @click.argument("model")
 @click.option(
     "--effective-batch",
     "effective_batch_size",
-    type=float,  # so that a number that is not whole gets memfit's own sentence
+    type=_as_typed,
     required=True,
     metavar="SAMPLES",
     help="Samples in each optimizer step, over all ranks.",

@@ -142,7 +142,8 @@ def render_exploration(exploration: Exploration) -> RenderableType:
         Text.assemble(
             "What one change would do for ",
             (exploration.subject, "bold"),
-            f" on {exploration.device}, {target}\n",
+            f" on {exploration.device} with "
+            f"{format_bytes(exploration.capacity.usable_bytes)} usable, {target}\n",
             (" · ".join(step_words(exploration.baseline.options)), "dim"),
         ),
         "",

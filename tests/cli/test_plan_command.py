@@ -155,7 +155,7 @@ def test_without_a_gpu_common_ones_are_planned_for() -> None:
     [
         (("--effective-batch", "0"), 2, "at least 1, not 0"),
         (("--effective-batch", "64.5"), 2, "must be a whole number, not 64.5"),
-        (("--effective-batch", "many"), 2, "'many' is not a valid float"),
+        (("--effective-batch", "many"), 2, "must be a whole number, not 'many'"),
         (("--effective-batch", "3", "--world-size", "4"), 2, "give at least 4"),
         (("--effective-batch", "64", "--world-size", "0"), 2, "world size must be at least 1"),
         (("--effective-batch", "64", "--objective", "fastest"), 2, "a simulation has no seconds"),

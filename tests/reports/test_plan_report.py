@@ -126,7 +126,10 @@ def test_an_exploration_shows_what_each_change_does() -> None:
         alternatives=(leaner, dataclasses.replace(leaner, proved=False, change="a smaller image")),
     )
     lines = text_of(render_exploration(exploration)).splitlines()
-    assert lines[0] == "What one change would do for net on a card, 64 samples a step"
+    assert (
+        lines[0]
+        == "What one change would do for net on a card with 1024 MiB usable, 64 samples a step"
+    )
     assert lines[4].split() == ["as", "it", "is", "none", "it", "needs", "9", "GiB"]
     shown = "gradient checkpointing 40 2 x 32 7168 MiB a second forward pass"
     assert " ".join(lines[5].split()) == shown
