@@ -420,9 +420,12 @@ class _Search:
 
     def _between(self, low: int, high: int) -> int:
         """`low` fitted, `high` failed, and they are not neighbours."""
-        # After a failure far above, halve the ratio and not the distance.
-        middle = math.isqrt(low * high) if high > 4 * low else (low + high) // 2
         points = self._clean_points()
+        # After a failure far above, halve the ratio and not the distance; below what the bytes have
+        # room for nothing is expected.
+        bottom = max(low, self._least(points)) if not self._is_misled else low
+        bottom = bottom if bottom < high - 1 else low
+        middle = math.isqrt(bottom * high) if high > 4 * bottom else (bottom + high) // 2
         edge = self._expected_edge(low)
         if self._is_misled:
             return middle
@@ -447,9 +450,7 @@ class _Search:
         """Whether bisection from `guess` would still keep to the promised number of trials."""
         used = len(self._trials) + 1
         points = self._clean_points()
-        # No answer is expected below what bytes that only grow with the samples leave room for.
-        least = _least_edge(points[-1], self._capacity_bytes or 0) if points else 0
-        least = least * _SAFE_SHARE[0] // _SAFE_SHARE[1]
+        least = self._least(points)
 
         def keeps(new_low: int, new_high: int) -> bool:
             retry = 1 if self._has_retries else 0
@@ -461,6 +462,13 @@ class _Search:
         # Where even bisection cannot keep to it any more, nothing is lost by a guess near by.
         middle = (low + high) // 2
         return high <= 4 * low and not (keeps(low, middle) and keeps(middle, high))
+
+    def _least(self, points: list[tuple[int, int]]) -> int:
+        """Return the least answer that is expected: bytes only grow with the samples."""
+        if not points:
+            return 0
+        numerator, denominator = _SAFE_SHARE
+        return _least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
 
     def _clean_points(self) -> list[tuple[int, int]]:
         return _points([trial for trial in self._trials if trial.batch_size in self._fits])

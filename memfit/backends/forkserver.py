@@ -181,7 +181,10 @@ def _last_words(written: str) -> str:
 
 
 def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
-    os.setsid()
+    # A group of its own, so that all of it can be killed. A session of its own would have it
+    # scheduled apart from what the user runs beside it (Linux's autogroups), which is not how the
+    # user will train.
+    os.setpgid(0, 0)
     steady_heap()
     _load_lazily()
     # Whatever this process had before is left alone: a collection would walk all of it.

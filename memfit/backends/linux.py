@@ -166,6 +166,8 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # Outside the terminal's foreground a process that reads from it is stopped.
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - lives as long as the process
