@@ -208,7 +208,8 @@ def patches_of(name: str, options: StepOptions) -> tuple[int, ...]:
 
 def _patches(model: nn.Module) -> tuple[int, ...]:
     embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "dynamic_img_pad", False) or not getattr(embed, "strict_img_size", False):
+    # timm's own embedding always says whether it pads; others take what comes.
+    if getattr(embed, "dynamic_img_pad", True):
         return ()
     return tuple(getattr(embed, "patch_size", None) or ())
 

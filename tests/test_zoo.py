@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_an_encoder_is_refused_with_what_to_do(name: str) -> None:
         timm_parts(name, options(), META)
     with pytest.raises(UsageError, match=NOT_TRACED["not_traced"][name]):
         timm_parts(name, options(1000), META)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit"])
+def test_images_of_broken_patches_are_refused(name: str) -> None:
+    """Whether a model is built for one size or takes any."""
+    asked = dataclasses.replace(options(10), image_size=(63, 64))
+    with pytest.raises(UsageError, match=r"63 is not a multiple .* nearest is 48 or 64"):
+        timm_parts(name, asked, META)
 
 
 def test_a_models_own_image_size_is_taken() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -12,10 +13,13 @@ from memfit import equivalence
 from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
 from memfit.backends import open_backend
 from memfit.equivalence import AccumulationLoop
+from memfit.errors import UsageError
 from memfit.records import Equivalence, Precision
 from memfit.workload import Workload
 
 __all__ = ["verify"]
+
+_LOOP_ARGUMENTS = ("model", "micro_batches", "loss", "optimizer")
 
 
 def verify(
@@ -57,6 +61,8 @@ def verify(
         UsageError: Something asked for cannot be.
         DoesNotFitError: Not even a micro-batch fits the device.
     """
+    if accumulate is not None:
+        _check_loop(accumulate)
     step = describe(subject, accumulate=True, **options)
     wanted = own_device(subject, device) or ("cuda" if has_gpu() else "cpu")
     if step.options.precision is Precision.AUTO:
@@ -74,3 +80,27 @@ def verify(
         accumulate=accumulate,
         progress=progress,
     )
+
+
+def _check_loop(accumulate: AccumulationLoop) -> None:
+    """Refuse a loop that cannot be called as it is going to be.
+
+    Raises:
+        UsageError: It is no function, or one of other arguments.
+    """
+    if not callable(accumulate):
+        raise UsageError(
+            f"accumulate is a function of {', '.join(_LOOP_ARGUMENTS)}, not {accumulate!r}."
+        )
+    try:
+        signature = inspect.signature(accumulate)
+    except ValueError:
+        return  # one that C defines does not say
+    try:
+        signature.bind(*_LOOP_ARGUMENTS)
+    except TypeError as error:
+        name = getattr(accumulate, "__name__", type(accumulate).__name__)
+        raise UsageError(
+            f"accumulate is called with {', '.join(_LOOP_ARGUMENTS)}, and {name}{signature} takes "
+            f"others: {error}."
+        ) from error

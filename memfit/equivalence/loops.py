@@ -281,6 +281,9 @@ def weigh(
         for window, taken_steps in zip(weighed, num_steps, strict=True):
             if taken_steps != 0:
                 faults |= dict.fromkeys(_faults_of(window, weights, count, size))
+    if LoopFault.DIVIDED_BY_WRONG_COUNT in faults:
+        # Equal parts alone cannot tell the two apart.
+        faults.pop(LoopFault.SCALED, None)
     if _clips_each(weighing, whole):
         faults[LoopFault.CLIPPED_PER_MICRO_BATCH] = None
     windows = tuple(
@@ -336,9 +339,9 @@ def _faults_of_a_mean(
     configured_total = configured_steps * configured_size
     by_samples = weighting is LossWeighting.SAMPLES
     averaged = LoopFault.MEAN_OF_MEANS if by_samples else LoopFault.MEAN_OF_TARGET_MEANS
+    # Where parts that differ count alike, that is wrong as well.
+    alike = by_samples and len(set(window.cut)) == 1
     if count < configured_steps and window.follows((1 / configured_steps,) * count):
-        # Both are wrong where parts that differ count alike as well.
-        alike = by_samples and len(set(window.cut)) == 1
         return (LoopFault.DIVIDED_BY_CONFIGURED_STEPS, *(() if alike else (averaged,)))
     if total < configured_total and window.follows([n / configured_total for n in window.cut]):
         return (LoopFault.DIVIDED_BY_CONFIGURED_STEPS,)
@@ -346,6 +349,8 @@ def _faults_of_a_mean(
         return (averaged,)
     if window.follows((1.0,) * count):
         return (LoopFault.NOT_DIVIDED,)
+    if count > 1 and not alike and window.follows(window.weights[:1] * count):
+        return (LoopFault.DIVIDED_BY_WRONG_COUNT, averaged)
     return ()
 
 

@@ -59,6 +59,7 @@ class LoopFault(str, enum.Enum):
     """What can be wrong with an accumulation loop."""
 
     DIVIDED_BY_CONFIGURED_STEPS = "divided_by_configured_steps"
+    DIVIDED_BY_WRONG_COUNT = "divided_by_wrong_count"
     MEAN_OF_MEANS = "mean_of_means"
     MEAN_OF_TARGET_MEANS = "mean_of_target_means"
     NOT_DIVIDED = "not_divided"

@@ -37,6 +37,8 @@ _WEIGHTINGS = {
 _FAULTS = {
     LoopFault.DIVIDED_BY_CONFIGURED_STEPS: "divides by the configured steps, so that a short last "
     "window counts too little: divide by what the window really holds",
+    LoopFault.DIVIDED_BY_WRONG_COUNT: "divides each micro-batch's mean by a number that is not how "
+    "many the window holds",
     LoopFault.MEAN_OF_MEANS: "averages the micro-batches' means, so that samples of small ones "
     "count too much: weight each by its samples, n_i / N",
     LoopFault.MEAN_OF_TARGET_MEANS: "averages the micro-batches' means, where the loss averages "

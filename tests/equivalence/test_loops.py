@@ -87,6 +87,10 @@ WRONG = {
         of_windows(lambda _window, _index: 1 / STEPS),
         (LoopFault.DIVIDED_BY_CONFIGURED_STEPS, LoopFault.MEAN_OF_MEANS),
     ),
+    "divided by another number": (
+        of_windows(lambda _window, _index: 1 / (STEPS + 2)),
+        (LoopFault.DIVIDED_BY_WRONG_COUNT, LoopFault.MEAN_OF_MEANS),
+    ),
     "samples over the configured batch": (
         of_windows(lambda window, index: len(window[index][0]) / (SIZE * STEPS)),
         (LoopFault.DIVIDED_BY_CONFIGURED_STEPS,),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
+import memfit
 from equivalence.models import (
     WIDTH,
     Counting,
@@ -28,6 +29,20 @@ from memfit.records import LossWeighting, Precision, StepOptions, Verdict
 from memfit.workload import TrainingStep, Workload
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        (lambda model, loss: None, r"called with model, micro_batches, loss, optimizer, and <lam"),
+        (3, "a function of model, micro_batches, loss, optimizer, not 3"),
+    ],
+)
+def test_a_loop_that_cannot_be_called_is_refused(loop: Any, message: str) -> None:
+    """Before anything runs, and not as an error of the user's own code."""
+    workload = Workload(mlp(), vectors(4), F.cross_entropy, torch.optim.SGD)
+    with pytest.raises(UsageError, match=message):
+        memfit.verify(workload, micro_batch_size=2, accumulation_steps=2, accumulate=loop)
 
 
 class Structured(nn.Module):
