@@ -71,6 +71,8 @@ def fill_heap() -> None:
     with contextlib.suppress(AttributeError):
         libc.malloc.restype = ctypes.c_void_p
         libc.mallinfo2.restype = _HeapInfo
+        if not _serves_malloc(libc):
+            return
         # A thread that asks for memory gets an arena that no other has.
         num_arenas = _num_arenas(libc)
         all_attached = threading.Barrier(num_arenas)
@@ -88,6 +90,14 @@ def fill_heap() -> None:
         fill()
         for thread in threads:
             thread.join()
+
+
+def _serves_malloc(libc: ctypes.CDLL) -> bool:
+    """Whether it is glibc that hands out memory here, and not an allocator that was preloaded."""
+    before = libc.mallinfo2()
+    libc.malloc(MMAP_THRESHOLD_BYTES // 2)
+    after = libc.mallinfo2()
+    return bool((after.uordblks, after.hblks) != (before.uordblks, before.hblks))
 
 
 def _num_arenas(libc: ctypes.CDLL) -> int:
@@ -108,11 +118,14 @@ def _fill_arena(libc: ctypes.CDLL) -> None:
             libc.malloc(num_bytes)
     num_bytes = MMAP_THRESHOLD_BYTES // 2
     while num_bytes >= _LEAST_BLOCK_BYTES:
-        arena_bytes = libc.mallinfo2().arena
-        while libc.mallinfo2().arena == arena_bytes:
+        # Where the user has set a lower threshold, blocks are mapped, and the heap does not grow.
+        before = libc.mallinfo2()
+        after = before
+        while (after.arena, after.hblks) == (before.arena, before.hblks):
             # Several at once, for the question walks through all that is free.
             for _ in range(_BLOCKS_AT_ONCE):
                 libc.malloc(num_bytes)
+            after = libc.mallinfo2()
         num_bytes //= 2
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import subprocess
 import sys
+from typing import cast
 
 import pytest
 
@@ -53,3 +56,27 @@ def test_a_filled_heap_has_no_holes() -> None:
         "assert before < 500_000, before\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_heap_that_maps_what_it_is_asked_for_can_be_filled() -> None:
+    """A threshold below what holes are filled with: the arena does not grow then."""
+    script = "from memfit import heap; heap.fill_heap()"
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
+
+
+def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
+    """It does not show in glibc's figures, which would never change."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.mallinfo2.restype = heap._HeapInfo
+
+    class Preloaded:
+        mallinfo2 = libc.mallinfo2
+
+        @staticmethod
+        def malloc(_num_bytes: int) -> int:
+            return 0
+
+    assert heap._serves_malloc(libc)
+    assert not heap._serves_malloc(cast("ctypes.CDLL", Preloaded))

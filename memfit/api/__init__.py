@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from memfit.collector import collector_paused
 
-# These import torch, in a third less time than with the collector about.
+# These import torch, which makes a great many objects that all stay.
 with collector_paused():
     from memfit.api.exploring import explore
     from memfit.api.planning import plan, survey_plans
