@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 
-from memfit.units import KIB
+from memfit.units import KIB, MIB
 
 __all__ = ["MMAP_THRESHOLD_BYTES", "fill_heap", "is_heap_tuned", "steady_heap"]
 
@@ -26,6 +26,8 @@ _LEAST_BLOCK_BYTES = 32
 _TCACHE_BLOCKS = 7
 _TCACHE_BYTES = 1032
 _BLOCKS_AT_ONCE = 16
+_HEAP_BYTES = 64 * MIB
+_NON_MAIN_ARENA = 4
 
 
 class _HeapInfo(ctypes.Structure):
@@ -112,21 +114,43 @@ def _num_arenas(libc: ctypes.CDLL) -> int:
 
 
 def _fill_arena(libc: ctypes.CDLL) -> None:
-    """Fill the arena of this thread."""
+    """Fill the arena of this thread, and a secondary one's heap to its end.
+
+    Such an arena goes on in another heap then. What is set aside for one, twice 64 MiB for a moment
+    and untouched, would pass for the peak of whatever trial came to need it.
+
+    Source: glibc's malloc/arena.c (HEAP_MAX_SIZE, new_heap).
+    """
     for num_bytes in range(_LEAST_BLOCK_BYTES - 8, _TCACHE_BYTES + 1, 16):
         for _ in range(_TCACHE_BLOCKS):
             libc.malloc(num_bytes)
     num_bytes = MMAP_THRESHOLD_BYTES // 2
+    _fill_holes(libc, num_bytes)
+    block = libc.malloc(num_bytes)
+    heap = block // _HEAP_BYTES
+    while _is_secondary(block) and block // _HEAP_BYTES == heap:
+        block = libc.malloc(num_bytes)
     while num_bytes >= _LEAST_BLOCK_BYTES:
-        # Where the user has set a lower threshold, blocks are mapped, and the heap does not grow.
-        before = libc.mallinfo2()
-        after = before
-        while (after.arena, after.hblks) == (before.arena, before.hblks):
-            # Several at once, for the question walks through all that is free.
-            for _ in range(_BLOCKS_AT_ONCE):
-                libc.malloc(num_bytes)
-            after = libc.mallinfo2()
+        _fill_holes(libc, num_bytes)
         num_bytes //= 2
+
+
+def _fill_holes(libc: ctypes.CDLL, num_bytes: int) -> None:
+    """Allocate blocks of a size until the heap has to grow for them."""
+    # Where the user has set a lower threshold, blocks are mapped, and the heap does not grow.
+    before = libc.mallinfo2()
+    after = before
+    while (after.arena, after.hblks) == (before.arena, before.hblks):
+        # Several at once, for the question walks through all that is free.
+        for _ in range(_BLOCKS_AT_ONCE):
+            libc.malloc(num_bytes)
+        after = libc.mallinfo2()
+
+
+def _is_secondary(block: int) -> bool:
+    """Whether a block is of another arena than the main one (NON_MAIN_ARENA in glibc's malloc.c)."""
+    word = ctypes.sizeof(ctypes.c_size_t)
+    return bool(ctypes.c_size_t.from_address(block - word).value & _NON_MAIN_ARENA)
 
 
 def is_heap_tuned() -> bool:

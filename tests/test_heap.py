@@ -80,3 +80,32 @@ def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
 
     assert heap._serves_malloc(libc)
     assert not heap._serves_malloc(cast("ctypes.CDLL", Preloaded))
+
+
+def test_a_filled_heap_grows_by_what_is_asked_for() -> None:
+    """Where another arena's heap is nearly full, glibc sets 128 MiB aside for the next."""
+    script = (
+        "import ctypes, os, sys, threading\n"
+        "from memfit import heap\n"
+        "from memfit.backends.linux import status_bytes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = ctypes.c_void_p\n"
+        "def grow(num_blocks):\n"
+        "    for _ in range(num_blocks): libc.malloc(50_000)\n"
+        "def peak_of_growth():\n"
+        "    grow(1200)\n"
+        "    heap.fill_heap()\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        before = status_bytes()['VmPeak']\n"
+        "        grow(300)\n"
+        "        more = status_bytes()['VmPeak'] - before\n"
+        "        os._exit(0 if more < 60 * 2**20 else 1)\n"
+        "    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "codes = []\n"
+        "thread = threading.Thread(target=peak_of_growth)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "sys.exit(codes[0])\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
