@@ -27,7 +27,7 @@ _TCACHE_BLOCKS = 7
 _TCACHE_BYTES = 1032
 _BLOCKS_AT_ONCE = 16
 _HEAP_BYTES = 64 * MIB
-_NON_MAIN_ARENA = 4
+_NON_MAIN_ARENA = 4  # glibc's malloc.c
 
 
 class _HeapInfo(ctypes.Structure):
@@ -148,7 +148,7 @@ def _fill_holes(libc: ctypes.CDLL, num_bytes: int) -> None:
 
 
 def _is_secondary(block: int) -> bool:
-    """Whether a block is of another arena than the main one (NON_MAIN_ARENA in glibc's malloc.c)."""
+    """Whether a block is of another arena than the main one."""
     word = ctypes.sizeof(ctypes.c_size_t)
     return bool(ctypes.c_size_t.from_address(block - word).value & _NON_MAIN_ARENA)
 

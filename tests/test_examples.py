@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,10 +90,8 @@ def test_examples_run(name: str, first: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_road_to_the_top_comes_to_the_courses_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    """In seconds: 2 for the transformers and convnext_large at 320x240, 1 for convnext_small."""
-    start = time.process_time()
+    """2 for the transformers and convnext_large at 320x240, 1 for convnext_small."""
     load("road_to_the_top").main()
-    seconds = time.process_time() - start
     header, *rows, took = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", "px", "steps", "course", "peak", "of"]
     steps = {tuple(row.split()[:2]): row.split()[2] for row in rows}
@@ -113,6 +109,3 @@ def test_road_to_the_top_comes_to_the_courses_steps(capsys: pytest.CaptureFixtur
     for row in rows:
         assert row.count("iB") == 2
     assert took.startswith("Simulated for a card of 16,280 MiB")
-    # The processor's seconds: other processes of the machine are not the example's. What measures
-    # coverage is, and doubles them.
-    assert seconds < (30 if sys.gettrace() is None else 90)

@@ -187,6 +187,7 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
     os.setpgid(0, 0)
     steady_heap()
     _load_lazily()
+    _start_thread_pool()
     # Whatever this process had before is left alone: a collection would walk all of it.
     gc.freeze()
     fill_heap()
@@ -235,13 +236,17 @@ def _load_lazily() -> None:
     optimizer.step()
 
 
+def _start_thread_pool() -> None:
+    """Compute on every thread: the pool's stacks belong to the loaded process, not to the model."""
+    torch.ones(torch.get_num_threads() * MIB).add_(1)
+
+
 # --- the trial, in the child --------------------------------------------------------------------
 
 
 def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
-    # The pool's stacks belong to the loaded process, and libgomp ends the process if they cannot
-    # be had: start it before the limit holds.
-    torch.ones(torch.get_num_threads() * MIB).add_(1)
+    # libgomp ends the process if it cannot have its stacks: before the limit holds.
+    _start_thread_pool()
     meter = _Meter(Footprint.now() - model)
     room_bytes = request.limit_bytes - model.data_bytes
     limit_data(Footprint.now().data_bytes + max(room_bytes, 0))

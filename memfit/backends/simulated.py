@@ -34,7 +34,7 @@ BLAS_HANDLES = (-1_000_001, -1_000_002)
 """Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
 # How far below what its tensors allow a step's edge is looked for first.
 _FRAGMENTS_SHARE = 64
-_PREFERS_CUDNN = (2, 11)
+_PREFERS_CUDNN = "2.11"
 
 
 def trace(
@@ -67,11 +67,10 @@ def trace(
 def trace_options(gpu: Gpu) -> TraceOptions:
     """Return what a card decides of a trace, with this torch."""
     capability = gpu.compute_capability
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return TraceOptions(
         compute_capability=capability,
         kernels=Kernels(compute_capability=capability),
-        prefers_cudnn_attention=version >= _PREFERS_CUDNN,
+        prefers_cudnn_attention=torch.__version__ >= _PREFERS_CUDNN,
         cudnn_benchmark=False,
     )
 

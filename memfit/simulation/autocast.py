@@ -29,9 +29,11 @@ LOWER_PRECISION: Final = frozenset(
     rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
     scaled_dot_product_attention""".split()  # noqa: SIM905 - as the macros have it
 )
+# pytorch/pytorch#174824.
+_FP32_SINCE_2_12: Final = frozenset(("rms_norm",))
 FP32: Final = frozenset(
     """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus
-    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity
+    layer_norm native_layer_norm group_norm frobenius_norm nuclear_norm cosine_similarity
     poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss
     smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss soft_margin_loss
     triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits dist pdist cdist renorm
@@ -39,7 +41,7 @@ FP32: Final = frozenset(
     _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
     upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d
     _upsample_bicubic2d_aa""".split()  # noqa: SIM905 - as the macros have it
-)
+) | (frozenset() if torch.__version__ < "2.12" else _FP32_SINCE_2_12)
 FP32_SET_OPT_DTYPE: Final = frozenset(
     """prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm
     sum""".split()  # noqa: SIM905 - as the macros have it
