@@ -40,7 +40,9 @@ _NEAR = (5, 4)
 _STOP_SHORT_SHARE = (19, 20)
 # Where bytes are the step's own up to the edge, so many points make a line that can be trusted that
 # far; two do, if about a hundredth of the samples beyond them is one at most (kernels and their
-# workspaces come and go with the batch size) and they are no further than this factor from it.
+# workspaces come and go with the batch size). Either way the points have to have shown something:
+# the bytes to go are at most so many times those that they differ by. Where the peak is another
+# phase's than the samples' (an optimizer's step), small batches differ by nothing.
 _POINTS_TO_TRUST = 3
 _LINE_ERROR = (1, 100)
 _TRUSTED_GROWTH = 8
@@ -382,7 +384,7 @@ class _Search:
             return 2 * low
         # Points that a hint has put close together may show no slope but noise.
         edge = least if edge is None else edge
-        if self._is_near(low, edge, len(points)):
+        if self._is_near(low, edge, points):
             # A cache outlives a failure, so there the sample beyond the edge goes first and the
             # edge is proved after it. Elsewhere the edge does: lines err upwards, and a failure is
             # the cheaper trial.
@@ -391,7 +393,8 @@ class _Search:
             step = max(beyond - low, 1)
             return low + max(step, min(step << self._surprises_up, low // _SURPRISED_STEP))
         if not self._has_retries:
-            return max(edge // 2, 2 * low)
+            reach = low + _TRUSTED_GROWTH // 2 * (low - points[0][0])
+            return max(min(edge // 2, reach), 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
         short = _edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:
@@ -408,15 +411,18 @@ class _Search:
         self._expects_fit = False
         return low + min(1 << self._surprises_up, max(1, low // _SURPRISED_STEP))
 
-    def _is_near(self, low: int, edge: int, num_points: int) -> bool:
+    def _is_near(self, low: int, edge: int, points: list[tuple[int, int]]) -> bool:
         """Whether the bytes can be believed from `low` up to where they say the edge is."""
         if edge * _NEAR[1] <= low * _NEAR[0]:
             return True
-        if self._has_retries:
+        if self._has_retries or self._capacity_bytes is None:
+            return False
+        seen = points[-1][1] - points[0][1]
+        if self._capacity_bytes - points[-1][1] > _TRUSTED_GROWTH * seen:
             return False
         numerator, denominator = _LINE_ERROR
-        is_short = (edge - low) * numerator <= denominator and edge <= _TRUSTED_GROWTH * low
-        return num_points >= _POINTS_TO_TRUST or is_short
+        is_short = (edge - low) * numerator <= denominator
+        return len(points) >= _POINTS_TO_TRUST or is_short
 
     def _between(self, low: int, high: int) -> int:
         """`low` fitted, `high` failed, and they are not neighbours."""
