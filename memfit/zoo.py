@@ -55,7 +55,7 @@ def import_timm() -> ModuleType:
         UnsupportedError: The installed torchvision belongs to another torch.
     """
     try:
-        with collector_paused():
+        with collector_paused(for_good=True):
             import timm
             import timm.optim
     except RuntimeError as error:

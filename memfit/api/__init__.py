@@ -9,7 +9,7 @@ from __future__ import annotations
 from memfit.collector import collector_paused
 
 # These import torch, which makes a great many objects that all stay.
-with collector_paused():
+with collector_paused(for_good=True):
     from memfit.api.exploring import explore
     from memfit.api.planning import plan, survey_plans
     from memfit.api.probing import estimate, probe, survey
