@@ -247,7 +247,7 @@ def _start_thread_pool() -> None:
 def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
     # libgomp ends the process if it cannot have its stacks: before the limit holds.
     _start_thread_pool()
-    meter = _Meter(Footprint.now() - model)
+    meter = _Meter(Footprint.now() - model, request.limit_bytes)
     room_bytes = request.limit_bytes - model.data_bytes
     limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
     try:
@@ -287,10 +287,12 @@ class _Meter:
 
     Args:
         base: The footprint to count from.
+        limit_bytes: What the step may use.
     """
 
-    def __init__(self, base: Footprint) -> None:
+    def __init__(self, base: Footprint, limit_bytes: int) -> None:
         self._base = base
+        self._limit_bytes = limit_bytes
         self._readings: list[Reading] = []
 
     def measured(self, iterate: Callable[[], None]) -> Reading:
@@ -325,10 +327,12 @@ class _Meter:
         # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
         # that is resident. Files and their pages only come in, so the peak less what they are at
         # the end is the peak of the rest.
-        data = status["VmPeak"] - (status["VmSize"] - status["VmData"])
+        data = status["VmPeak"] - (status["VmSize"] - status["VmData"]) - self._base.data_bytes
         resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
         return Reading(
-            reserved_bytes=max(0, data - self._base.data_bytes),
+            # The kernel has seen to the limit: what is beyond was set aside and never to be written
+            # to, as glibc does where it looks for another arena that could serve.
+            reserved_bytes=min(max(0, data), self._limit_bytes),
             allocated_bytes=max(0, resident - self._base.anonymous_bytes),
             requested_bytes=None,
             seconds=seconds,

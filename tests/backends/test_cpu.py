@@ -62,6 +62,8 @@ def test_a_step_fits_or_runs_out_by_its_bytes() -> None:
     assert over.outcome is Outcome.OUT_OF_MEMORY
     assert over.message is not None
     assert "can't allocate memory" in over.message
+    assert over.peak_reserved_bytes is not None
+    assert over.peak_reserved_bytes <= LIMIT
     assert small.peak_reserved_bytes is not None
     assert large.peak_reserved_bytes is not None
     per_sample = (large.peak_reserved_bytes - small.peak_reserved_bytes) / 30
