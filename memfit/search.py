@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from memfit import lines
 from memfit.records import Trial
 
 __all__ = [
@@ -170,7 +171,7 @@ def recommended(
     extra: list[Trial] = []
     upper = found.batch_size or 0
     while (upper := upper // multiple_of * multiple_of) > 0:
-        estimate = _safe_edge(_points(known), limit_bytes)
+        estimate = lines.safe_edge(lines.clean_points(known), limit_bytes)
         candidate = upper if estimate is None else min(upper, estimate)
         # Below the first multiple there is nothing to try, so the first multiple is.
         candidate = max(candidate // multiple_of * multiple_of, multiple_of)
@@ -213,57 +214,6 @@ def _is_between(batch_size: int, trials: list[Trial]) -> bool:
         and any(size > batch_size for size in fits)
         and all(size > batch_size for size in fails)
     )
-
-
-# --- what the bytes say -------------------------------------------------------------------------
-
-
-def _points(trials: list[Trial]) -> list[tuple[int, int]]:
-    """Return (batch size, peak bytes) of the trials whose peak is the step's own.
-
-    A peak that was reached with allocator retries is the device's limit, not the step's need.
-    """
-    points = {
-        trial.batch_size: trial.peak_reserved_bytes
-        for trial in trials
-        if trial.fits and trial.num_alloc_retries == 0 and trial.peak_reserved_bytes
-    }
-    return sorted(points.items())
-
-
-def _edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:
-    """Return the largest batch size within the limit, as two points extrapolate it.
-
-    The second point is the largest at most four fifths of the first: points that are close together
-    measure the noise, those far below measure another regime.
-    """
-    if len(points) < 2:  # noqa: PLR2004 - two points make a line
-        return None
-    # The point nearest to the limit says most about the bytes there.
-    last_size, last_bytes = min(points, key=lambda point: (abs(limit_bytes - point[1]), -point[0]))
-    others = [point for point in points if point[0] != last_size]
-    below = [point for point in others if 5 * point[0] <= 4 * last_size]
-    size, num_bytes = below[-1] if below else others[0]
-    if (last_bytes - num_bytes) * (last_size - size) <= 0:
-        return None
-    return last_size + (limit_bytes - last_bytes) * (last_size - size) // (last_bytes - num_bytes)
-
-
-def _safe_edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:
-    """Return the largest batch size within the limit, not trusting points that are close together.
-
-    A search that was told where to look has only those; their differences are the allocator's
-    rounding, and a line through the origin and one of them errs on the safe side.
-    """
-    if points and 5 * points[0][0] > 4 * points[-1][0]:
-        return _least_edge(min(points, key=lambda point: abs(limit_bytes - point[1])), limit_bytes)
-    return _edge(points, limit_bytes)
-
-
-def _least_edge(point: tuple[int, int], limit_bytes: int) -> int:
-    """Return a batch size that fits for certain if bytes are affine and the fixed ones positive."""
-    size, num_bytes = point
-    return limit_bytes * size // num_bytes
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -374,7 +324,7 @@ class _Search:
         if self._capacity_bytes is None or not points:
             return self._beyond_hint(low) or 2 * low
         edge = self._expected_edge(low)
-        least = _least_edge(points[-1], self._capacity_bytes)
+        least = lines.least_edge(points[-1], self._capacity_bytes)
         if edge is None and len(points) == 1:
             if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
                 return least
@@ -396,7 +346,7 @@ class _Search:
             reach = low + _TRUSTED_GROWTH // 2 * (low - points[0][0])
             return max(min(edge // 2, reach), 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
-        short = _edge(points, self._capacity_bytes * numerator // denominator)
+        short = lines.edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
@@ -429,8 +379,8 @@ class _Search:
         points = self._clean_points()
         # After a failure far above, halve the ratio and not the distance; below what the bytes have
         # room for nothing is expected.
-        bottom = max(low, self._least(points)) if not self._is_misled else low
-        bottom = bottom if bottom < high - 1 else low
+        least = low if self._is_misled else self._least()
+        bottom = least if low < least < high - 1 else low
         middle = math.isqrt(bottom * high) if high > 4 * bottom else (bottom + high) // 2
         edge = self._expected_edge(low)
         if self._is_misled:
@@ -438,7 +388,7 @@ class _Search:
         if edge is None:
             if self._capacity_bytes is None or len(points) != 1:
                 return middle
-            guess = max(_least_edge(points[0], self._capacity_bytes), low + 1)
+            guess = max(lines.least_edge(points[0], self._capacity_bytes), low + 1)
         elif edge * _NEAR[1] > high * _NEAR[0]:
             return middle  # something that the bytes do not show decides here
         elif edge >= high - 1:
@@ -455,8 +405,7 @@ class _Search:
     def _affordable(self, guess: int, low: int, high: int) -> bool:
         """Whether bisection from `guess` would still keep to the promised number of trials."""
         used = len(self._trials) + 1
-        points = self._clean_points()
-        least = self._least(points)
+        least = self._least()
 
         def keeps(new_low: int, new_high: int) -> bool:
             retry = 1 if self._has_retries else 0
@@ -469,21 +418,24 @@ class _Search:
         middle = (low + high) // 2
         return high <= 4 * low and not (keeps(low, middle) and keeps(middle, high))
 
-    def _least(self, points: list[tuple[int, int]]) -> int:
+    def _least(self) -> int:
         """Return the least answer that is expected: bytes only grow with the samples."""
+        points = self._clean_points()
         if not points:
             return 0
         numerator, denominator = _SAFE_SHARE
-        return _least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
+        return lines.least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
 
     def _clean_points(self) -> list[tuple[int, int]]:
-        return _points([trial for trial in self._trials if trial.batch_size in self._fits])
+        return lines.clean_points(
+            [trial for trial in self._trials if trial.batch_size in self._fits]
+        )
 
     def _expected_edge(self, low: int) -> int | None:
         """Return where the bytes say the edge is: at least `low`, at most the ceiling."""
         if self._capacity_bytes is None:
             return None
-        edge = _edge(self._clean_points(), self._capacity_bytes)
+        edge = lines.edge(self._clean_points(), self._capacity_bytes)
         if edge is not None and edge < low:
             # It fits beyond what was reserved before: the allocator has begun to give back its
             # cache and ask again, and what tensors hold decides.
@@ -492,7 +444,7 @@ class _Search:
                 for trial in self._trials
                 if trial.batch_size in self._fits and trial.peak_allocated_bytes
             }
-            edge = max(_edge(sorted(allocated.items()), self._capacity_bytes) or low, low)
+            edge = max(lines.edge(sorted(allocated.items()), self._capacity_bytes) or low, low)
         if edge is None:
             return None
         if self._hint is not None:
