@@ -113,8 +113,10 @@ def _simulated(
     reason = None
     try:
         plan = plan_on(backend, step, target)
-    except (DoesNotFitError, UsageError, UnsupportedError) as error:
-        needed = getattr(error, "needed_bytes", None)
+    except (UsageError, UnsupportedError) as error:
+        reason = str(error)
+    except DoesNotFitError as error:
+        needed = error.needed_bytes
         reason = str(error) if needed is None else f"needs {format_bytes(needed)} at batch size 1"
     else:
         return Alternative(
