@@ -5,7 +5,8 @@
 For each model, a dozen simulated cards in a fresh process on one core: wall-clock seconds and peak
 resident bytes of all of it, imports included; and the process's own seconds after imports for the
 twelve cards, for one alone (its trace included), and for each further one that shares the trace
-(the median). `benchmarks/zoo.py` has how tracing and replaying grow with a model's operations.
+(the median); then the wall-clock seconds of the example that plans a course's six configurations,
+on every core. `benchmarks/zoo.py` has how tracing and replaying grow with a model's operations.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 MODELS = (
     "resnet50",
@@ -29,6 +31,7 @@ MODELS = (
     "efficientnet_b4",
     "nfnet_f4",
 )
+ROAD_TO_THE_TOP = Path(__file__).parent.parent / "examples" / "road_to_the_top.py"
 
 
 def main() -> None:
@@ -63,6 +66,9 @@ def main() -> None:
             f"{model:<32}{wall:>8.1f}{row['peak_bytes'] / 2**20:>7.0f}{row['all_seconds']:>10.2f}"
             f"{row['first_seconds']:>8.2f}{row['more_seconds']:>10.3f}"
         )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, ROAD_TO_THE_TOP], check=True, stdout=subprocess.DEVNULL)
+    print(f"{ROAD_TO_THE_TOP.name:<32}{time.perf_counter() - start:>8.1f}")
 
 
 def survey(model: str) -> dict[str, float]:
