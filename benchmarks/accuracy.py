@@ -159,11 +159,11 @@ def _trace(task: Task) -> Any:
 
     from memfit.backends.simulated import trace
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.autocast import FP32
-    from memfit.simulation.semantics import MetaArithmetic
-    from memfit.simulation.trace import TraceOptions
-    from memfit.simulation.workspace import Kernels
-    from memfit.workload import TrainingStep
+    from memfit.simulation.tracing.autocast import FP32
+    from memfit.simulation.tracing.semantics import MetaPrecision
+    from memfit.simulation.tracing.trace import TraceOptions
+    from memfit.simulation.tracing.workspace import Kernels
+    from memfit.step.workload import TrainingStep
 
     torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)
@@ -201,22 +201,22 @@ def _trace(task: Task) -> Any:
             prefetches_as_uint8=True,
         )
     # Before torch 2, autocast let interpolation run in half precision.
-    arithmetic = MetaArithmetic(
+    precision_policy = MetaPrecision(
         step.options.precision,
         backward_in_autocast=is_ladder,
         fp32=frozenset(name for name in FP32 if "upsample" not in name) if is_ladder else FP32,
     )
-    return trace(step, options, arithmetic=arithmetic)
+    return trace(step, options, precision_policy=precision_policy)
 
 
 def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:
-    from memfit.simulation.allocator import AllocatorOutOfMemoryError, CachingAllocator
+    from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 
     allocator = CachingAllocator(capacity_bytes=capacity_bytes)
     try:
         for handle in (-1_000_001, -1_000_002):
             allocator.allocate(handle, blas_bytes)
-        for _ in trace.tape.play(allocator, batch_size):
+        for _ in trace.schedule.play(allocator, batch_size):
             pass
     except AllocatorOutOfMemoryError:
         return None

@@ -19,7 +19,7 @@ import torch
 
 from memfit.equivalence import verify
 from memfit.records import Equivalence, Precision, StepOptions
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 MICRO_BATCH_SIZE = 4
 ACCUMULATION_STEPS = 2
@@ -113,14 +113,14 @@ def main() -> None:
 
 def _row(family: str, model: str, side: int) -> str:
     plain = _verified(model, side, Precision.FP32, freeze_bn=False)
-    mixes = bool(plain.mixers)
+    mixes = bool(plain.mixing_layers)
     rounded = _verified(model, side, Precision.AMP_BF16, freeze_bn=mixes)
     cells = (
         family,
         model,
         str(side),
         plain.verdict.value,
-        f"{len(plain.mixers)}, first `{plain.mixers[0].name}`" if mixes else "none",
+        f"{len(plain.mixing_layers)}, first `{plain.mixing_layers[0].name}`" if mixes else "none",
         _error(plain, "fp64"),
         _error(plain, "fp32"),
         rounded.verdict.value if mixes else "",

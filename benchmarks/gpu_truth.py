@@ -150,7 +150,7 @@ def record(model: str, path: Path) -> None:
 
     from memfit.records import Precision, StepOptions
     from memfit.simulation.snapshot import disagreement, read_history, save
-    from memfit.workload import TrainingStep
+    from memfit.step.workload import TrainingStep
 
     step = TrainingStep(
         subject=model, options=StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")

@@ -27,10 +27,10 @@ from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
 from memfit.profiling.replay import Replay, replay
 from memfit.records import Peak, Precision, Role, StepOptions
-from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import TraceOptions
-from memfit.simulation.workspace import Kernels
-from memfit.workload import TrainingStep
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.tracing.trace import TraceOptions
+from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.workload import TrainingStep
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 BATCH_SIZE = 8
@@ -138,7 +138,7 @@ def _simulated(step: TrainingStep) -> Peak:
         cudnn_benchmark=False,
     )
     replayed = replay(
-        trace(step, options, watcher=attribution).tape,
+        trace(step, options, watcher=attribution).schedule,
         BATCH_SIZE,
         purpose=attribution.purpose,
         workspaces={},

@@ -85,9 +85,9 @@ def survey(model: str) -> dict[str, float]:
     import memfit
     from memfit.api.searching import Question, answer
     from memfit.backends.simulated import SimulatedBackend, TraceCache
+    from memfit.cards import COMMON_GPUS, find_gpu
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.gpus import COMMON_GPUS, find_gpu
-    from memfit.workload import TrainingStep
+    from memfit.step.workload import TrainingStep
 
     torch.set_num_threads(1)
     # Small, so that what torch and timm import when they are first used is imported.

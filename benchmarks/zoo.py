@@ -1,6 +1,6 @@
 """Trace every model that timm registers: how many trace, what fails and why, and what it costs.
 
-    python benchmarks/zoo.py --results FILE [--sample N] [--seed S] [--match PATTERN]
+    python benchmarks/timm_models.py --results FILE [--sample N] [--seed S] [--match PATTERN]
 
 One training step each, in mixed precision with AdamW on a simulated Ampere card, in one process on
 one core. FILE gets a line of JSON for each model as it ends, so a run that was interrupted goes on
@@ -79,10 +79,10 @@ def traced(name: str) -> dict[str, Any]:
 
     from memfit.backends.simulated import trace
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.allocator import CachingAllocator
-    from memfit.simulation.trace import TraceOptions
-    from memfit.simulation.workspace import Kernels
-    from memfit.workload import TrainingStep
+    from memfit.simulation.allocator.caching import CachingAllocator
+    from memfit.simulation.tracing.trace import TraceOptions
+    from memfit.simulation.tracing.workspace import Kernels
+    from memfit.step.workload import TrainingStep
 
     config = timm.models.get_pretrained_cfg(name)
     has_classes = config is None or config.num_classes > 0
@@ -106,23 +106,23 @@ def traced(name: str) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         return {"model": name, "error": reason}
     seconds = time.process_time() - start
-    tape = result.tape
+    schedule = result.schedule
     start = time.process_time()
-    num_iterations = len(list(tape.play(CachingAllocator(), REPLAYED_BATCH_SIZE)))
+    num_iterations = len(list(schedule.play(CachingAllocator(), REPLAYED_BATCH_SIZE)))
     replay_seconds = (time.process_time() - start) / num_iterations
     stretches = [
         [
             (e.action.value, e.num_bytes, growth)
             for e, growth in zip(t.events, t.growth_bytes, strict=True)
         ]
-        for t in (tape.setup, tape.first, tape.later)
+        for t in (schedule.setup, schedule.first, schedule.later)
     ]
     return {
         "model": name,
         "seconds": round(seconds, 3),
         "replay_seconds": round(replay_seconds, 5),
         "num_operations": result.num_operations,
-        "num_events": len(tape.later.events),
+        "num_events": len(schedule.later.events),
         "digest": hashlib.sha256(json.dumps(stretches).encode()).hexdigest()[:16],
     }
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         LoopFault,
         MemoryBlock,
         MemoryProfile,
-        Mixer,
+        MixingLayer,
         Objective,
         Outcome,
         PlanSurvey,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         Trial,
         Verdict,
     )
-    from memfit.workload import Workload
+    from memfit.step.workload import Workload
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
@@ -82,7 +82,7 @@ _HOMES = {
         "LoopFault",
         "MemoryBlock",
         "MemoryProfile",
-        "Mixer",
+        "MixingLayer",
         "Objective",
         "Outcome",
         "PlanSurvey",
@@ -96,7 +96,7 @@ _HOMES = {
         "Trial",
         "Verdict",
     ),
-    "memfit.workload": ("Workload",),
+    "memfit.step.workload": ("Workload",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -112,7 +112,7 @@ __all__ = [
     "MemoryBlock",
     "MemoryProfile",
     "MicroBatch",
-    "Mixer",
+    "MixingLayer",
     "Objective",
     "Outcome",
     "Plan",

@@ -1,6 +1,6 @@
 """A catalogue of graphics cards: what torch sees of their memory, and what a process takes of it.
 
-The figures are in `gpus.csv` beside this module, each with where it comes from. Nothing here asks
+The figures are in `cards.csv` beside this module, each with where it comes from. Nothing here asks
 a driver or measures: what a card that is there really has is the `cuda` backend's to say.
 """
 
@@ -115,7 +115,7 @@ class Gpu(Record):
 @functools.cache
 def catalogue() -> tuple[Gpu, ...]:
     """Return every card that is known, as listed."""
-    text = resources.files(__package__).joinpath("gpus.csv").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("cards.csv").read_text(encoding="utf-8")
     return tuple(
         Gpu(
             name=row["name"],

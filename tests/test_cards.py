@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from memfit.cards import COMMON_GPUS, catalogue, find_gpu
 from memfit.errors import UsageError
-from memfit.simulation.gpus import COMMON_GPUS, catalogue, find_gpu
 from memfit.units import GIB, MIB
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.errors import UsageError
-from memfit.planning import (
+from memfit.partition import (
     Parts,
     Speed,
     check_target,

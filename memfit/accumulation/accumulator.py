@@ -18,15 +18,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
-from memfit import batches, cleanup, oom
 from memfit.accumulation.plans import as_nested, micro_batches_of
-from memfit.accumulation.ranks import Ending, Ranks, ranks_of
-from memfit.accumulation.recovery import Pressure, StepStart, smaller
-from memfit.accumulation.weighing import Terms, Weights
+from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
+from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
+from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
-from memfit.prepared import autocast, call_model
+from memfit.memory import oom
+from memfit.memory.release import release
 from memfit.records import PlanRecord, Precision, StepOptions, cut
-from memfit.workload import split_batch
+from memfit.step import batches
+from memfit.step.runner import autocast, call_model
+from memfit.step.workload import split_batch
 
 __all__ = ["Accumulator"]
 
@@ -58,7 +60,7 @@ class Accumulator:
         scaler: The `GradScaler`; by default one of its own where the precision is `amp-fp16`.
         scheduler: Stepped after each optimizer step that was not skipped for an overflow.
         clip_grad_norm: What the norm of the accumulated gradient is clipped to.
-        precision: The arithmetic of the forward passes; by default the plan's, and `"fp32"`, which
+        precision: The precision of the forward passes; by default the plan's, and `"fp32"`, which
             leaves tensors as they are, for a micro-batch size.
         recover: Do a step that runs out of memory again in smaller micro-batches. Otherwise the
             error is raised as it comes, and `DistributedDataParallel` sums gradients during the
@@ -90,7 +92,7 @@ class Accumulator:
         self._model = model
         self._optimizer = optimizer
         self._loss = loss
-        self._terms = Terms(weight)
+        self._terms = LossTerms(weight)
         self._num_inputs = num_inputs
         self._scheduler = scheduler
         if clip_grad_norm is not None and not clip_grad_norm > 0:
@@ -112,7 +114,7 @@ class Accumulator:
         self._parameters: list[nn.Parameter] = []
         modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
         self._start = StepStart(modules) if recover else None
-        self._pressure = Pressure(self._device)
+        self._pressure = RetryMonitor(self._device)
 
     @property
     def micro_batch_size(self) -> int:
@@ -183,7 +185,7 @@ class Accumulator:
             # Here, out of every `except` block, the failed attempt's tensors can go.
             self._drop_gradients()
             start.rewind()
-            cleanup.release(self._device)
+            release(self._device)
             if agreed.failed:
                 self._size = size_before
                 raise attempt.error or RankFailedError(
@@ -214,7 +216,7 @@ class Accumulator:
             size = smaller(size, multiple_of=self._multiple_of) or size
         return _Attempt(
             loss=loss,
-            ending=Ending(
+            ending=AttemptOutcome(
                 micro_batch_size=size,
                 ran_out=trouble.next_size is not None,
                 failed=trouble.error is not None,
@@ -327,7 +329,7 @@ class _Attempt:
     """What came of running all micro-batches."""
 
     loss: torch.Tensor | None
-    ending: Ending
+    ending: AttemptOutcome
     error: Exception | None
     message: str | None
 
@@ -352,15 +354,15 @@ class _Trouble:
             yield
         except Exception as error:
             verdict = oom.classify(error)
-            if verdict is oom.Verdict.NO and isinstance(error, torch.AcceleratorError):
+            if verdict is oom.Likelihood.NO and isinstance(error, torch.AcceleratorError):
                 # The device's context is poisoned: nothing can be put back, and nobody told.
                 raise
             self.message = oom.first_line(error)
-            if verdict is oom.Verdict.NO:
+            if verdict is oom.Likelihood.NO:
                 self.error = error
                 return
             self.next_size = smaller(size, multiple_of=multiple_of)
-            if self.next_size is None and verdict is oom.Verdict.SUSPECTED:
+            if self.next_size is None and verdict is oom.Likelihood.SUSPECTED:
                 # No batch is small enough, so it was not for want of memory.
                 self.error = error
             elif self.next_size is None:

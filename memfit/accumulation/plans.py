@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from memfit import batches
 from memfit.accumulation.weighing import Weight, check_weight, counts_of, shares_of
 from memfit.errors import UsageError
 from memfit.records import PlanRecord, cut
+from memfit.step import batches
 
 __all__ = ["MicroBatch", "Plan", "as_nested", "micro_batches_of"]
 

@@ -23,13 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memfit.errors import UnsupportedError, WorkloadError
 
-__all__ = ["Alone", "Ending", "Ranks", "Together", "ranks_of"]
+__all__ = ["AttemptOutcome", "DistributedRanks", "Ranks", "SingleRank", "ranks_of"]
 
 _BUCKET_BYTES = 25 * 1024**2  # as DistributedDataParallel's
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
+class AttemptOutcome:
     """How an attempt at an optimizer step ended: on one rank, or on all together.
 
     Args:
@@ -68,7 +68,7 @@ class Ranks(Protocol):
         """Return the context for passes whose gradients stay with the rank."""
         ...
 
-    def agree(self, ending: Ending) -> Ending:
+    def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
         """Tell the others how it ended here, and return how it ended for all together."""
         ...
 
@@ -85,7 +85,7 @@ class Ranks(Protocol):
         ...
 
 
-class Alone:
+class SingleRank:
     """A process that trains by itself."""
 
     world_size = 1
@@ -102,7 +102,7 @@ class Alone:
         """Return a context that does nothing."""
         return contextlib.nullcontext()
 
-    def agree(self, ending: Ending) -> Ending:
+    def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
         """Return what it is told."""
         return ending
 
@@ -117,7 +117,7 @@ class Alone:
         return value
 
 
-class Together:
+class DistributedRanks:
     """The ranks of a `DistributedDataParallel` model.
 
     Args:
@@ -178,7 +178,7 @@ class Together:
         context: contextlib.AbstractContextManager[object] = self._model.no_sync()
         return context
 
-    def agree(self, ending: Ending) -> Ending:
+    def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
         """Tell the others how it ended here, and return how it ended for all together."""
         message = [-ending.micro_batch_size, int(ending.ran_out), int(ending.failed)]
         message += map(int, self._has_gradient or [False] * len(self._parameters))
@@ -188,7 +188,7 @@ class Together:
         # The model's own next forward, in an evaluation say, shares buffers as it always does.
         self._model.require_forward_param_sync = True
         self._has_gradient = [bool(has) for has in has_gradient]
-        return Ending(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
+        return AttemptOutcome(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
 
     def prepare(self) -> None:
         """Fill in gradients that this rank has none of.
@@ -305,13 +305,13 @@ def ranks_of(model: nn.Module) -> Ranks:
     """
     inner = getattr(model, "_orig_mod", model)  # as torch.compile keeps what it was given
     if isinstance(inner, DistributedDataParallel):
-        return Together(inner)
+        return DistributedRanks(inner)
     if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):
         raise UnsupportedError(
             "The model's parameters are sharded over ranks (FSDP), and Accumulator carries out "
             "steps of DistributedDataParallel models only: use plan.split in a loop of your own."
         )
-    return Alone()
+    return SingleRank()
 
 
 def _is_sharded(model: nn.Module) -> bool:

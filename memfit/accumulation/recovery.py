@@ -1,8 +1,8 @@
 """Doing an optimizer step again from its beginning, in smaller micro-batches.
 
-`StepStart` notes down what forward and backward passes change besides gradients, which begin at
-none; `Pressure` watches for an allocator that has to give its cache back to go on. Whether an error
-was out of memory is `memfit.oom`'s to say.
+`StepStart` notes down what forward and backward passes change besides gradients. `RetryMonitor`
+notices an allocator that has to give its cache back to go on. Whether an error was out of memory
+is decided in `memfit.memory.oom`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from memfit import cleanup
+from memfit.memory.restore import save_attributes, save_random_states
 
-__all__ = ["Pressure", "StepStart", "smaller"]
+__all__ = ["RetryMonitor", "StepStart", "smaller"]
 
 _MANY_STEPS = 3
 
@@ -52,8 +52,8 @@ class StepStart:
     def mark(self) -> None:
         """Note everything down."""
         self._restores = [
-            cleanup.save_random_states(),
-            *(cleanup.save_attributes(module) for module in self._modules),
+            save_random_states(),
+            *(save_attributes(module) for module in self._modules),
         ]
         buffers = [buffer for module in self._modules for buffer in module.buffers()]
         if _are_same(buffers, self._buffers):
@@ -81,7 +81,7 @@ def _are_same(buffers: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
     )
 
 
-class Pressure:
+class RetryMonitor:
     """Whether the allocator of a GPU had to give back its cache in several steps in a row.
 
     Such steps fit, and crawl.

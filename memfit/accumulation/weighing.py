@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, cast
 import torch
 
 from memfit.errors import UsageError, WorkloadError
-from memfit.prepared import check_loss
+from memfit.step.runner import check_loss
 
-__all__ = ["Terms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
+__all__ = ["LossTerms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
 
 Weight = Union[Literal["samples", "sum"], Callable[[Any], Any]]  # noqa: UP007 - an alias, at runtime
 """What a loss averages over: its samples, nothing (a sum), or what a function of a batch counts."""
@@ -108,7 +108,7 @@ def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[flo
     return [count / total for count in counts]
 
 
-class Terms:
+class LossTerms:
     """The losses that are added, and what each averages over.
 
     Args:

@@ -1,12 +1,12 @@
 """The public functions: each wires a workload, a backend and what asks of them together.
 
-No logic of its own: what is trained is `memfit.workload`'s, where it runs `memfit.backends`', which
-batch size is `memfit.search`'s, and in how many parts `memfit.planning`'s.
+There is no logic here. `memfit.step` says what is trained, `memfit.backends` where it runs,
+`memfit.search` which batch size is tried, and `memfit.partition` in how many parts.
 """
 
 from __future__ import annotations
 
-from memfit.collector import collector_paused
+from memfit.memory.collector import collector_paused
 
 # These import torch, which makes a great many objects that all stay.
 with collector_paused(for_good=True):

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 
 from typing_extensions import Unpack
 
-from memfit import zoo
 from memfit.api.planner import Target, plan_on
 from memfit.api.probing import simulated
-from memfit.api.searching import likeness_of
+from memfit.api.searching import simulated_counterpart
 from memfit.api.steps import StepKeywords, describe, own_device, step_on
 from memfit.backends import open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Alternative, Exploration, Objective, Precision, StepOptions
+from memfit.step import timm_models
+from memfit.step.workload import TrainingStep, Workload
 from memfit.units import format_bytes, parse_bytes
-from memfit.workload import TrainingStep, Workload
 
 __all__ = ["explore"]
 
@@ -104,7 +104,7 @@ def _like(device: str | None, memory_bytes: int | None) -> SimulatedBackend:
             "What else would fit is simulated, and only GPUs can be: give gpu, a name of `memfit "
             "gpus`."
         )
-    return likeness_of(backend)
+    return simulated_counterpart(backend)
 
 
 def _simulated(
@@ -179,11 +179,11 @@ def _smaller_image(step: TrainingStep) -> tuple[int, int] | None:
     """Return three quarters of a timm model's image, in sides that it takes."""
     if not isinstance(step.subject, str):
         return None
-    size = step.options.image_size or zoo.image_size_of(step.subject)
+    size = step.options.image_size or timm_models.image_size_of(step.subject)
     if size is None:
         return None
     numerator, denominator = _SMALLER_IMAGE
-    patches = zoo.patches_of(step.subject, step.options)
+    patches = timm_models.patches_of(step.subject, step.options)
     units = (u for u in (*_IMAGE_UNITS, *patches[:1]) if not any(u % patch for patch in patches))
     unit = next((u for u in units if all(side % u == 0 for side in size)), None)
     if unit is None:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import torch
 
-from memfit import planning, search
+from memfit import partition, search
 from memfit.accumulation import Plan
 from memfit.api.searching import Question, check_bounds, searched, tried
 from memfit.api.steps import step_on
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, ProbeResult, Trial
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 __all__ = ["Target", "plan_on"]
 
@@ -56,7 +56,7 @@ class Target:
         Raises:
             UsageError: Something asked for cannot be.
         """
-        samples, ranks = planning.check_target(effective_batch_size, world_size)
+        samples, ranks = partition.check_target(effective_batch_size, world_size)
         check_bounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
         known = [choice.value for choice in Objective]
         if objective not in known:
@@ -75,7 +75,7 @@ class Target:
     @property
     def share(self) -> int:
         """The samples that the first rank takes."""
-        return planning.share_of(self.effective_batch_size, self.world_size)
+        return partition.share_of(self.effective_batch_size, self.world_size)
 
     def part_of(self, num_steps: int) -> int:
         """Return the most samples in a micro-batch of so many steps or more."""
@@ -168,7 +168,7 @@ class _Planner:
             parts = self._parts(whole, largest)
             size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
             trial = self._known(step, size) or self._tried(step, size)
-            if search.is_comfortable(trial, self._limit_bytes):
+            if search.has_headroom(trial, self._limit_bytes):
                 return self._made(step, trial, parts, limits, tuple(remarks))
             # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
             largest = size - 1
@@ -183,7 +183,7 @@ class _Planner:
         if share > (target.max_batch_size or share):
             return False
         trial = self._tried(self._whole_step, share)
-        if search.is_comfortable(trial, self._limit_bytes):
+        if search.has_headroom(trial, self._limit_bytes):
             return True
         if trial.fits:
             remarks.append(
@@ -196,7 +196,7 @@ class _Planner:
         """Find the largest micro-batch of a step that accumulates."""
         half = self._target.part_of(2)
         trial = self._tried(self._step, half)
-        if search.is_comfortable(trial, self._limit_bytes):
+        if search.has_headroom(trial, self._limit_bytes):
             return _Limits(largest=half, recommended=half, proved=False)
         result = searched(self._question, self._backend, progress=self._noted)
         return _Limits(
@@ -217,9 +217,9 @@ class _Planner:
             )
         return largest
 
-    def _parts(self, largest_whole: int, largest_accumulating: int) -> planning.Parts:
+    def _parts(self, largest_whole: int, largest_accumulating: int) -> partition.Parts:
         target = self._target
-        return planning.split(
+        return partition.split(
             target.effective_batch_size,
             world_size=target.world_size,
             largest_whole=largest_whole,
@@ -229,19 +229,21 @@ class _Planner:
             speeds=self._speeds(),
         )
 
-    def _speeds(self) -> list[planning.Speed]:
+    def _speeds(self) -> list[partition.Speed]:
         return [
-            planning.Speed(batch_size=trial.batch_size, samples_per_second=trial.samples_per_second)
+            partition.Speed(
+                batch_size=trial.batch_size, samples_per_second=trial.samples_per_second
+            )
             for trial in self._trials
             if trial.samples_per_second is not None
-            and search.is_comfortable(trial, self._limit_bytes)
+            and search.has_headroom(trial, self._limit_bytes)
         ]
 
     def _timed(self, largest: int) -> int:
         """Try micro-batches whose speed is to be known; return the largest that fits well."""
-        sizes = planning.sizes_to_time(largest, multiple_of=self._target.multiple_of)
+        sizes = partition.sizes_to_time(largest, multiple_of=self._target.multiple_of)
         trials = [self._known(self._step, size) or self._tried(self._step, size) for size in sizes]
-        fitting = [t.batch_size for t in trials if search.is_comfortable(t, self._limit_bytes)]
+        fitting = [t.batch_size for t in trials if search.has_headroom(t, self._limit_bytes)]
         return max(fitting, default=0)
 
     def _known(self, step: TrainingStep, batch_size: int) -> Trial | None:
@@ -266,7 +268,7 @@ class _Planner:
         self,
         step: TrainingStep,
         trial: Trial,
-        parts: planning.Parts,
+        parts: partition.Parts,
         limits: _Limits,
         remarks: tuple[str, ...],
     ) -> Plan:

@@ -14,8 +14,8 @@ from memfit.backends import open_backend
 from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
 from memfit.records import Objective, PlanAnswer, PlanSurvey, Trial
+from memfit.step.workload import Workload
 from memfit.units import parse_bytes
-from memfit.workload import Workload
 
 __all__ = ["plan", "survey_plans"]
 

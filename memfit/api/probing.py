@@ -11,11 +11,11 @@ from memfit.api.searching import Question, answer
 from memfit.api.steps import StepKeywords, describe, own_device, step_on
 from memfit.backends import open_backend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import ProbeResult, Survey, SurveyAnswer, Trial
-from memfit.simulation.gpus import COMMON_GPUS, find_gpu
+from memfit.step.workload import Workload
 from memfit.units import parse_bytes
-from memfit.workload import Workload
 
 __all__ = ["estimate", "on_each_card", "probe", "simulated", "survey"]
 

@@ -15,12 +15,12 @@ from memfit.api.steps import StepKeywords, describe, has_gpu, own_device, step_o
 from memfit.backends import open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import find_gpu, gpu_like
 from memfit.errors import UnsupportedError, UsageError
 from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
 from memfit.records import MemoryProfile
-from memfit.simulation.gpus import find_gpu, gpu_like
+from memfit.step.workload import Workload
 from memfit.units import parse_bytes
-from memfit.workload import Workload
 
 __all__ = ["profile"]
 

@@ -13,13 +13,13 @@ from memfit.api.steps import step_on
 from memfit.backends import Backend
 from memfit.backends.cuda import CudaBackend
 from memfit.backends.simulated import SimulatedBackend
+from memfit.cards import gpu_like
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import ProbeResult, Trial
-from memfit.simulation.gpus import gpu_like
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
-__all__ = ["Question", "answer", "check_bounds", "likeness_of", "searched", "tried"]
+__all__ = ["Question", "answer", "check_bounds", "searched", "simulated_counterpart", "tried"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def searched(
 
     capacity = backend.capacity()
     prediction = _Prediction.of(backend, step)
-    found = search.largest(
+    found = search.find_largest(
         trial,
         capacity_bytes=capacity.usable_bytes,
         hint=prediction.batch_size,
@@ -156,7 +156,7 @@ class _Prediction:
             return cls(backend.expected_edge(step))
         if not isinstance(backend, CudaBackend):
             return cls()
-        simulated = likeness_of(backend)
+        simulated = simulated_counterpart(backend)
         try:
             return cls(simulated.expected_edge(step), simulated)
         except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
@@ -209,7 +209,7 @@ def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> 
     )
 
 
-def likeness_of(backend: CudaBackend) -> SimulatedBackend:
+def simulated_counterpart(backend: CudaBackend) -> SimulatedBackend:
     """Return the model of a GPU that is there, with the room that it has now.
 
     Args:

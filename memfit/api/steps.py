@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
+from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_image_size
-from memfit.workload import TrainingStep, Workload
 
 __all__ = ["StepKeywords", "describe", "has_gpu", "own_device", "step_on"]
 

@@ -15,7 +15,7 @@ from memfit.backends import open_backend
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import UsageError
 from memfit.records import Equivalence, Precision
-from memfit.workload import Workload
+from memfit.step.workload import Workload
 
 __all__ = ["verify"]
 

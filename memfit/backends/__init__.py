@@ -9,7 +9,7 @@ import torch
 
 from memfit.errors import UnknownDeviceError, UnsupportedError
 from memfit.records import Capacity, Precision, Trial
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 __all__ = ["Backend", "open_backend"]
 
@@ -108,7 +108,7 @@ def open_backend(
                 "Trials on a CPU need Linux, whose memory limit (RLIMIT_DATA) they run under, and "
                 f"this is {sys.platform}: run memfit in Linux, or in a Linux container."
             )
-        from memfit.backends.cpu import CpuBackend
+        from memfit.backends.cpu.backend import CpuBackend
 
         return CpuBackend(memory_bytes=memory_bytes, headroom=headroom)
     raise UnknownDeviceError(

@@ -1,6 +1,6 @@
 """Trials on a GPU: real steps in this process, NVIDIA's and AMD's through the same API.
 
-The user's objects are bracketed by `memfit.cleanup.preserved` from the first trial until the
+The user's objects are bracketed by `memfit.memory.restore.preserved` from the first trial until the
 backend is left, and everything is given back between trials.
 """
 
@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 import psutil
 import torch
 
-from memfit import cleanup, oom
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import UnknownDeviceError, UsageError
-from memfit.prepared import PreparedStep
+from memfit.memory import oom
+from memfit.memory.release import release
+from memfit.memory.restore import preserved
 from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
 __all__ = ["CudaBackend"]
 
@@ -59,7 +61,7 @@ class CudaBackend:
         self._stack = contextlib.ExitStack()
         self._step: TrainingStep | None = None
         self._prepared: PreparedStep | None = None
-        cleanup.release(self._device)
+        release(self._device)
         self._capacity = _capacity(self._device, memory_bytes)
 
     @property
@@ -123,7 +125,7 @@ class CudaBackend:
         try:
             self._stack.close()
         finally:
-            cleanup.release(self._device)
+            release(self._device)
 
     def _prepared_for(self, step: TrainingStep) -> PreparedStep:
         if self._prepared is None or self._step is not step:
@@ -131,7 +133,7 @@ class CudaBackend:
             self._stack.enter_context(torch.cuda.device(self._device))
             self._stack.enter_context(_capped(self._device, self._memory_bytes))
             kept = self._stack.enter_context(
-                cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer)
+                preserved(*step.live_modules, optimizer=step.live_optimizer)
             )
             self._prepared = step.prepare(self._device)
             self._step = step
@@ -142,7 +144,7 @@ class CudaBackend:
         self, prepared: PreparedStep, batch_size: int, *, suspects_are_errors: bool = False
     ) -> _Attempt:
         device = self._device
-        held_bytes = cleanup.release(device)
+        held_bytes = release(device)
         torch.cuda.reset_peak_memory_stats(device)
         num_retries = _stat(device, "num_alloc_retries")
         readings: list[Reading] = []
@@ -158,15 +160,15 @@ class CudaBackend:
             _, grows = steady_readings(prepared, batch_size, measured)
         except Exception as error:
             verdict = oom.classify(error)
-            is_suspected = verdict is oom.Verdict.SUSPECTED
-            if verdict is oom.Verdict.NO or (is_suspected and suspects_are_errors):
+            is_suspected = verdict is oom.Likelihood.SUSPECTED
+            if verdict is oom.Likelihood.NO or (is_suspected and suspects_are_errors):
                 raise
             message = oom.first_line(error)
         finally:
             prepared.end()
         # Only here, out of the except block, are the failed step's tensors gone.
         peak = _peaks(device, 0.0)
-        left_bytes = cleanup.release(device) - held_bytes
+        left_bytes = release(device) - held_bytes
         trial = Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,

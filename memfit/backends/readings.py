@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from memfit.prepared import PreparedStep
+from memfit.step.runner import PreparedStep
 
 __all__ = ["Reading", "steady_readings"]
 

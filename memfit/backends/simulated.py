@@ -11,22 +11,22 @@ import os
 
 import torch
 
-from memfit import cleanup
-from memfit.collector import collector_paused
+from memfit.cards import Gpu
+from memfit.memory.collector import collector_paused
+from memfit.memory.restore import preserved
 from memfit.records import Capacity, Outcome, Precision, Source, Trial
-from memfit.simulation.allocator import (
+from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     AllocatorStats,
     CachingAllocator,
 )
-from memfit.simulation.attention import AttentionBackend
-from memfit.simulation.gpus import Gpu
-from memfit.simulation.semantics import META, MetaArithmetic
-from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import StepTrace, TraceOptions, Watcher, trace_step
-from memfit.simulation.workspace import Kernels
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.tracing.attention import AttentionBackend
+from memfit.simulation.tracing.semantics import META, MetaPrecision
+from memfit.simulation.tracing.trace import StepTrace, TraceOptions, Watcher, trace_step
+from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
 __all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]
 
@@ -41,7 +41,7 @@ def trace(
     step: TrainingStep,
     options: TraceOptions,
     *,
-    arithmetic: MetaArithmetic | None = None,
+    precision_policy: MetaPrecision | None = None,
     watcher: Watcher | None = None,
 ) -> StepTrace:
     """Trace a training step on the meta device.
@@ -49,18 +49,22 @@ def trace(
     Args:
         step: What to train, its precision chosen.
         options: What decides the trace besides.
-        arithmetic: How it computes in mixed precision; `None` for today's torch.
+        precision_policy: How it computes in mixed precision; `None` for today's torch.
         watcher: Told of every allocation.
 
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    arithmetic = arithmetic or MetaArithmetic(step.options.precision)
+    precision_policy = precision_policy or MetaPrecision(step.options.precision)
     # A user's batch function may draw random numbers, and a step may throw switches.
-    with cleanup.preserved():
-        prepared = step.prepare(META, arithmetic=arithmetic)
+    with preserved():
+        prepared = step.prepare(META, precision_policy=precision_policy)
         return trace_step(
-            prepared, arithmetic=arithmetic, options=options, name=step.name, watcher=watcher
+            prepared,
+            precision_policy=precision_policy,
+            options=options,
+            name=step.name,
+            watcher=watcher,
         )
 
 
@@ -263,7 +267,7 @@ class SimulatedBackend:
         limit = self.capacity().usable_bytes
         room = limit - len(BLAS_HANDLES) * self._gpu.blas_workspace_bytes
         trace = self._traces.find(step, self._gpu).trace
-        most = trace.tape.largest_within(room)
+        most = trace.schedule.largest_within(room)
         if most is None:
             return None
         fails, distance = most + 1, 1 + most // _FRAGMENTS_SHARE
@@ -293,7 +297,7 @@ class SimulatedBackend:
                 with collector_paused():
                     for handle in BLAS_HANDLES:
                         allocator.allocate(handle, workspace_bytes)
-                    peaks.extend(traced.trace.tape.play(allocator, batch_size))
+                    peaks.extend(traced.trace.schedule.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)

@@ -18,8 +18,8 @@ def gpus(*, name: str | None, as_json: bool) -> None:
 
     With NAME, only that one.
     """
+    from memfit.cards import catalogue, find_gpu
     from memfit.reports.gpus import render
-    from memfit.simulation.gpus import catalogue, find_gpu
 
     cards = catalogue() if name is None else (find_gpu(name),)
     if as_json:

@@ -24,7 +24,7 @@ _STEP_OPTIONS: _Options = {
         "precision",
         type=click.Choice([choice.value for choice in Precision]),
         default=Precision.AUTO.value,
-        help="Arithmetic; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
+        help="PrecisionPolicy; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
     ),
     "optimizer": click.option(
         "--optimizer", default="adamw", show_default=True, help="Any optimizer name timm knows."

@@ -6,9 +6,9 @@
 replays draws, `reach` finds where gradients end, and `loops` weighs a user's own accumulation loop.
 """
 
-from memfit.equivalence.cuts import cuts_of
 from memfit.equivalence.loops import AccumulationLoop
-from memfit.equivalence.rounds import Progress
+from memfit.equivalence.passes import Progress
+from memfit.equivalence.splits import splits_of
 from memfit.equivalence.verification import verify
 
-__all__ = ["AccumulationLoop", "Progress", "cuts_of", "verify"]
+__all__ = ["AccumulationLoop", "Progress", "splits_of", "verify"]

@@ -30,7 +30,7 @@ import math
 import torch
 from torch.utils import _pytree as pytree
 
-from memfit.equivalence.gradients import Bench, Gradients
+from memfit.equivalence.gradients import CheckSetup, Gradients
 from memfit.records import GradientCheck, ParameterDifference, Precision
 
 __all__ = ["check", "vanishing_in"]
@@ -58,7 +58,7 @@ _TF32_ROUNDOFF = 2.0**-11
 
 
 def check(
-    bench: Bench,
+    bench: CheckSetup,
     reference: Gradients,
     other: Gradients,
     *,
@@ -116,7 +116,7 @@ def check(
     )
 
 
-def vanishing_in(bench: Bench, reference: Gradients) -> frozenset[str]:
+def vanishing_in(bench: CheckSetup, reference: Gradients) -> frozenset[str]:
     """Return the parameters whose gradient is zero but for rounding.
 
     Args:
@@ -161,7 +161,7 @@ class _Rounding:
         return math.sqrt(self.summed)
 
     @classmethod
-    def of(cls, bench: Bench) -> _Rounding:
+    def of(cls, bench: CheckSetup) -> _Rounding:
         per_sample = max(
             (
                 leaf.numel() // bench.num_samples

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit import batches
-from memfit.cleanup import rewound
-from memfit.equivalence.cuts import spans
 from memfit.equivalence.randomness import Draws
+from memfit.equivalence.splits import spans
 from memfit.errors import WorkloadError
-from memfit.prepared import autocast, call_model, check_loss, users_code
+from memfit.memory.restore import rewound
 from memfit.records import Precision
+from memfit.step import batches
+from memfit.step.runner import autocast, call_model, check_loss, users_code
 
-__all__ = ["FP64", "Bench", "Gradients", "SingleSampleError", "dense", "gradients"]
+__all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "gradients"]
 
 FP64 = "fp64"
 
@@ -31,7 +31,7 @@ class SingleSampleError(WorkloadError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
+class CheckSetup:
     """A model, its loss and one effective batch, on the device and in the precision of a check.
 
     Args:
@@ -111,7 +111,7 @@ class Bench:
             )
         return loss
 
-    def reordered(self, order: torch.Tensor) -> Bench:
+    def reordered(self, order: torch.Tensor) -> CheckSetup:
         """Return the same batch with its samples in another order."""
         return dataclasses.replace(
             self,
@@ -137,7 +137,7 @@ class Gradients:
 
 
 def gradients(
-    bench: Bench,
+    bench: CheckSetup,
     cut: Sequence[int],
     *,
     weights: Sequence[float],
@@ -159,7 +159,7 @@ def gradients(
         The gradients, unscaled.
 
     Raises:
-        WorkloadError: As `Bench.loss_of`, or the gradients overflow at every loss scale.
+        WorkloadError: As `CheckSetup.loss_of`, or the gradients overflow at every loss scale.
     """
     loss_scale = _FIRST_LOSS_SCALE if bench.precision is Precision.AMP_FP16 else 1.0
     while True:
@@ -176,7 +176,7 @@ def _finite(result: Gradients) -> bool:
 
 
 def _pass(
-    bench: Bench,
+    bench: CheckSetup,
     cut: Sequence[int],
     *,
     weights: Sequence[float],

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit import batches
-from memfit.cleanup import rewound
-from memfit.equivalence.cuts import spans
 from memfit.equivalence.gradients import dense
 from memfit.equivalence.randomness import seed_all
+from memfit.equivalence.splits import spans
 from memfit.equivalence.weighting import Weights
 from memfit.errors import WorkloadError
-from memfit.prepared import call_model
+from memfit.memory.restore import rewound
 from memfit.records import LoopFault, LoopWindow, LossWeighting
+from memfit.step import batches
+from memfit.step.runner import call_model
 
 __all__ = ["AccumulationLoop", "weigh"]
 
@@ -46,7 +46,7 @@ _NEGLIGIBLE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _SeenWindow:
     """What a loop made of some windows: a gradient for each step, and what it left behind."""
 
     steps: tuple[torch.Tensor, ...]
@@ -132,7 +132,7 @@ class _Weighing:
         self.clear()
         return torch.stack(columns, dim=1)
 
-    def run(self, windows: Sequence[Sequence[int]], scale: float) -> _Seen:
+    def run(self, windows: Sequence[Sequence[int]], scale: float) -> _SeenWindow:
         """Run the loop over windows, every gradient scaled."""
         micro_batches = [part for cut in windows for part in self.micro_batches(cut)]
         self.clear()
@@ -147,7 +147,7 @@ class _Weighing:
                 "The accumulation loop left no gradient and took no optimizer step: it has to "
                 "train the model that it is given."
             )
-        return _Seen(steps=tuple(seen / scale for seen in optimizer.seen), left=left / scale)
+        return _SeenWindow(steps=tuple(seen / scale for seen in optimizer.seen), left=left / scale)
 
     def clear(self) -> None:
         for parameter in self.parameters:

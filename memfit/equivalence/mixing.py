@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from memfit import batches
-from memfit.cleanup import rewound
 from memfit.equivalence.randomness import seed_all
-from memfit.prepared import call_model
-from memfit.records import Mixer, MixesIn
+from memfit.memory.restore import rewound
+from memfit.records import MixesIn, MixingLayer
+from memfit.step import batches
+from memfit.step.runner import call_model
 
 __all__ = ["NUM_SAMPLES", "changed_sample", "layer_name", "mixing_gradients", "mixing_layers"]
 
@@ -52,7 +52,7 @@ def layer_name(name: str) -> str:
     return name or "the model itself"
 
 
-def mixing_layers(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
+def mixing_layers(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
     """Name the layers whose outputs mix samples, in order of first appearance.
 
     Args:
@@ -70,7 +70,7 @@ def mixing_layers(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
         before[key] = leaf.detach().clone()
         return leaf
 
-    _Tour(note).run(model, inputs)
+    _MixingSearch(note).run(model, inputs)
     first = _suspects(model, changed_sample(inputs, 0), 0, before, longer)
     if not first:
         return ()
@@ -87,7 +87,7 @@ def mixing_layers(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
         found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
     modules = dict(model.named_modules())
     return tuple(
-        Mixer(
+        MixingLayer(
             name=layer_name(name),
             type_name=type(modules[name]).__name__,
             mixes_in=MixesIn.FORWARD,
@@ -134,7 +134,7 @@ def _rms(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
 
 
-class _Tour:
+class _MixingSearch:
     """One run of a model in which a visitor sees every value that layers pass on.
 
     Args:
@@ -207,7 +207,7 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[_Key, torch.Size]:
         shapes[key] = leaf.shape
         return leaf
 
-    _Tour(note).run(model, inputs)
+    _MixingSearch(note).run(model, inputs)
     return shapes
 
 
@@ -235,7 +235,7 @@ def _suspects(
         found[key] = _Suspect(maker, foreign / norm, leaf.detach() - old)
         return others
 
-    _Tour(compare).run(model, inputs)
+    _MixingSearch(compare).run(model, inputs)
     return found
 
 
@@ -250,7 +250,7 @@ def _own_rows(tensor: torch.Tensor, longer: torch.Size | None, sample: int) -> t
     return None
 
 
-def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
+def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
     """Name the layers that mix samples in backward and not in forward.
 
     The gradient of one sample's output is sent back; a layer that is given a gradient for that
@@ -267,7 +267,7 @@ def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
     shapes = {key: gradient.shape for key, gradient in longer.items()}
     sent = _gradients_seen(model, batches.take(inputs, 0, NUM_SAMPLES), 0)
     modules = dict(model.named_modules())
-    found: dict[str, Mixer] = {}
+    found: dict[str, MixingLayer] = {}
     for (name, way), gradient in sent.items():
         if way != "out":
             continue
@@ -278,7 +278,7 @@ def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[Mixer, ...]:
             other != name and other.startswith(f"{name}." if name else "") for other in found
         )
         if gone > _MOVED >= came and not inner:
-            found[name] = Mixer(
+            found[name] = MixingLayer(
                 name=layer_name(name),
                 type_name=type(modules[name]).__name__,
                 mixes_in=MixesIn.BACKWARD,

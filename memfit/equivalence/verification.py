@@ -17,31 +17,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit import batches
-from memfit.cleanup import preserved, rewound
 from memfit.equivalence import loops, weighting
 from memfit.equivalence.comparison import check
-from memfit.equivalence.cuts import bounded, cuts_of
-from memfit.equivalence.gradients import Bench, gradients
+from memfit.equivalence.gradient_flow import stateful_layers
+from memfit.equivalence.gradients import CheckSetup, gradients
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
+from memfit.equivalence.passes import Compared, PassCounter, Progress, compare, in_eval, united
 from memfit.equivalence.randomness import Draws, seed_all
-from memfit.equivalence.reach import stateful_layers
-from memfit.equivalence.rounds import Compared, Progress, Work, compare, in_eval, united
 from memfit.equivalence.samples import made_distinct, moved_off_zero, widen
+from memfit.equivalence.splits import bounded, splits_of
 from memfit.equivalence.weighting import Weights
 from memfit.errors import UsageError
-from memfit.prepared import call_model
+from memfit.memory.restore import preserved, rewound
 from memfit.records import (
     Equivalence,
     LoopFault,
     LoopWindow,
     LossWeighting,
-    Mixer,
+    MixingLayer,
     Precision,
     Verdict,
 )
-from memfit.workload import StepParts, TrainingStep
+from memfit.step import batches
+from memfit.step.runner import call_model
+from memfit.step.workload import StepParts, TrainingStep
 
 __all__ = ["verify"]
 
@@ -91,7 +91,7 @@ def verify(
         subject = _Subject.of(step, micro_batch_size, accumulation_steps, samples)
         # A model that came from a GPU leaves it for the time being.
         kept.release_replaced()
-        work = Work(progress)
+        work = PassCounter(progress)
         proof = _in_float64(subject, work, freeze=freeze_bn, accumulate=accumulate)
         trained = _in_training(subject, work, device, proof)
     compared = proof.compared
@@ -111,7 +111,7 @@ def verify(
         device=_device_name(device),
         weighting=proof.weights.weighting,
         checks=checks,
-        mixers=proof.mixers,
+        mixing_layers=proof.mixing_layers,
         buffers=compared.drifts[:_NUM_LISTED_BUFFERS],
         num_drifting_buffers=len(compared.drifts),
         unreached=compared.unreached,
@@ -123,7 +123,7 @@ def verify(
         num_jittered_samples=subject.num_jittered,
         loop=proof.loop,
         loop_faults=proof.loop_faults,
-        alternatives=step.unmixed_variants if proof.mixers else (),
+        alternatives=step.batch_norm_free_variants if proof.mixing_layers else (),
         seconds=time.perf_counter() - began,
         torch_version=torch.__version__,
     )
@@ -197,7 +197,7 @@ class _Subject:
     @property
     def cut(self) -> tuple[int, ...]:
         """The effective batch, cut unevenly where that is possible."""
-        return cuts_of(self.micro_batch_size, self.accumulation_steps)[-1]
+        return splits_of(self.micro_batch_size, self.accumulation_steps)[-1]
 
     def bench(
         self,
@@ -206,11 +206,11 @@ class _Subject:
         *,
         device: torch.device,
         precision: Precision | None,
-    ) -> tuple[Bench, tuple[tuple[int, ...], ...]]:
+    ) -> tuple[CheckSetup, tuple[tuple[int, ...], ...]]:
         """Return what runs at most some samples of a batch, and how these are cut."""
         size, count = bounded(self.micro_batch_size, self.accumulation_steps, samples)
         inputs, targets = self.parts.split(batches.take(batch, 0, size * count))
-        bench = Bench(
+        bench = CheckSetup(
             model=self.model,
             loss=self.parts.loss,
             inputs=inputs,
@@ -220,7 +220,7 @@ class _Subject:
             precision=precision,
             draws=Draws(self.model, size * count),
         )
-        return bench, cuts_of(size, count)
+        return bench, splits_of(size, count)
 
 
 # --- float64 ------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class _Proof:
 
     weights: Weights
     compared: Compared
-    mixers: tuple[Mixer, ...]
+    mixing_layers: tuple[MixingLayer, ...]
     stateful: tuple[str, ...]
     loop: tuple[LoopWindow, ...]
     loop_faults: tuple[LoopFault, ...]
@@ -240,11 +240,11 @@ class _Proof:
     @property
     def in_eval(self) -> set[str]:
         """Layers that were in evaluation mode, and have to be again."""
-        return {mixer.name for mixer in self.mixers if mixer.frozen} | self.compared.off
+        return {mixer.name for mixer in self.mixing_layers if mixer.frozen} | self.compared.off
 
 
 def _in_float64(
-    subject: _Subject, work: Work, *, freeze: bool, accumulate: AccumulationLoop | None
+    subject: _Subject, work: PassCounter, *, freeze: bool, accumulate: AccumulationLoop | None
 ) -> _Proof:
     model = subject.model
     with preserved(*subject.modules):
@@ -253,8 +253,8 @@ def _in_float64(
         batch = batches.to_device(subject.batch, _CPU, dtype=torch.float64)
         few = batches.take(subject.parts.split(batch)[0], 0, NUM_SAMPLES + 1)
         work.next("looking for layers that mix samples")
-        mixers = _mixers(model, few, freeze=freeze)
-        frozen = {mixer.name for mixer in mixers if mixer.frozen}
+        mixing_layers = _mixers(model, few, freeze=freeze)
+        frozen = {mixer.name for mixer in mixing_layers if mixer.frozen}
         with in_eval(model, frozen):
             work.next("looking at what the loss averages over")
             bench, cuts = subject.bench(
@@ -262,14 +262,14 @@ def _in_float64(
             )
             weights = _weights(subject, batch) or _weights_from_gradients(bench, cuts[-1])
             if weights.mixer is not None:
-                mixers = (*mixers, weights.mixer)
-            unexplained = all(mixer.frozen for mixer in mixers)
+                mixing_layers = (*mixing_layers, weights.mixer)
+            unexplained = all(mixer.frozen for mixer in mixing_layers)
             compared = compare(bench, cuts, weights, work, suspect_draws=unexplained)
             stateful: tuple[str, ...] = ()
             if unexplained and not compared.passed:
                 work.next("looking for another reason")
                 stateful = stateful_layers(model, few)
-                mixers = (*mixers, *mixing_gradients(model, few))
+                mixing_layers = (*mixing_layers, *mixing_gradients(model, few))
         loop: tuple[LoopWindow, ...] = ()
         faults: tuple[LoopFault, ...] = ()
         if accumulate is not None:
@@ -289,14 +289,14 @@ def _in_float64(
     return _Proof(
         weights=weights,
         compared=compared,
-        mixers=mixers,
+        mixing_layers=mixing_layers,
         stateful=stateful,
         loop=loop,
         loop_faults=faults,
     )
 
 
-def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[Mixer, ...]:
+def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[MixingLayer, ...]:
     """Name the layers that mix, and say which of them evaluation mode stops."""
     found = mixing_layers(model, inputs)
     if not found:
@@ -325,7 +325,7 @@ def _weights(subject: _Subject, batch: Any) -> Weights | None:
     return weighting.of_loss(subject.parts.loss, outputs, targets, subject.cut)
 
 
-def _weights_from_gradients(bench: Bench, cut: tuple[int, ...]) -> Weights:
+def _weights_from_gradients(bench: CheckSetup, cut: tuple[int, ...]) -> Weights:
     """Choose the rule under which an uneven cut agrees, for a model that computes its own loss."""
     reference = gradients(bench, (bench.num_samples,), weights=(1.0,))
     labels = weighting.with_ignored((bench.inputs, bench.targets))
@@ -345,7 +345,9 @@ def _weights_from_gradients(bench: Bench, cut: tuple[int, ...]) -> Weights:
 # --- the precision and the device of training ---------------------------------------------------
 
 
-def _in_training(subject: _Subject, work: Work, device: torch.device, proof: _Proof) -> Compared:
+def _in_training(
+    subject: _Subject, work: PassCounter, device: torch.device, proof: _Proof
+) -> Compared:
     place = subject.step.convert(subject.model, device)
     for module in subject.modules[1:]:
         module.to(device)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from memfit import batches
-from memfit.equivalence.cuts import spans
-from memfit.records import LossWeighting, Mixer, MixesIn
+from memfit.equivalence.splits import spans
+from memfit.records import LossWeighting, MixesIn, MixingLayer
+from memfit.step import batches
 
 __all__ = ["Weights", "can_be_cut", "num_valid_targets", "of_loss", "weights_by", "with_ignored"]
 
@@ -41,7 +41,7 @@ class Weights:
     """
 
     weighting: LossWeighting
-    mixer: Mixer | None = None
+    mixer: MixingLayer | None = None
     measure: Callable[[Sequence[int], tuple[Any, ...]], tuple[float, ...]] | None = None
     labels_in_inputs: bool = False
 
@@ -120,7 +120,7 @@ def of_loss(
     if unexplained > _MOVED:
         return Weights(
             weighting=LossWeighting.SAMPLES,
-            mixer=Mixer(
+            mixer=MixingLayer(
                 name="loss",
                 type_name=getattr(loss, "__name__", type(loss).__name__),
                 mixes_in=MixesIn.LOSS,

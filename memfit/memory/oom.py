@@ -11,10 +11,10 @@ import errno
 import sys
 from typing import Final
 
-__all__ = ["NEVER_MEMORY", "SIGNATURES", "Verdict", "classify", "classify_text", "first_line"]
+__all__ = ["NEVER_MEMORY", "SIGNATURES", "Likelihood", "classify", "classify_text", "first_line"]
 
 
-class Verdict(enum.Enum):
+class Likelihood(enum.Enum):
     """What an exception says about memory."""
 
     CERTAIN = "certain"
@@ -22,32 +22,32 @@ class Verdict(enum.Enum):
     NO = "no"
 
 
-SIGNATURES: Final[tuple[tuple[str, Verdict], ...]] = (
+SIGNATURES: Final[tuple[tuple[str, Likelihood], ...]] = (
     # The caching allocators' own words (c10/cuda/CUDACachingAllocator.cpp and its siblings).
-    ("CUDA out of memory.", Verdict.CERTAIN),
-    ("HIP out of memory.", Verdict.CERTAIN),
-    ("XPU out of memory.", Verdict.CERTAIN),
-    ("MPS backend out of memory (", Verdict.CERTAIN),
+    ("CUDA out of memory.", Likelihood.CERTAIN),
+    ("HIP out of memory.", Likelihood.CERTAIN),
+    ("XPU out of memory.", Likelihood.CERTAIN),
+    ("MPS backend out of memory (", Likelihood.CERTAIN),
     # The driver's, when something asks it past the caching allocator.
-    ("CUDA error: out of memory", Verdict.CERTAIN),
-    ("HIP error: out of memory", Verdict.CERTAIN),
-    ("CUDA ran out of memory outside PyTorch's allocator", Verdict.CERTAIN),
-    ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", Verdict.CERTAIN),
-    ("MODULE:PT_DEVMEM Allocation failed", Verdict.CERTAIN),
+    ("CUDA error: out of memory", Likelihood.CERTAIN),
+    ("HIP error: out of memory", Likelihood.CERTAIN),
+    ("CUDA ran out of memory outside PyTorch's allocator", Likelihood.CERTAIN),
+    ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", Likelihood.CERTAIN),
+    ("MODULE:PT_DEVMEM Allocation failed", Likelihood.CERTAIN),
     # The CPU's (c10/core/impl/alloc_cpu.cpp); the second is what it says on Windows.
-    ("DefaultCPUAllocator: can't allocate memory", Verdict.CERTAIN),
-    ("DefaultCPUAllocator: not enough memory", Verdict.CERTAIN),
-    ("std::bad_alloc", Verdict.CERTAIN),
+    ("DefaultCPUAllocator: can't allocate memory", Likelihood.CERTAIN),
+    ("DefaultCPUAllocator: not enough memory", Likelihood.CERTAIN),
+    ("std::bad_alloc", Likelihood.CERTAIN),
     # Libraries that report a failed allocation and a real limit in the same words.
-    ("CUBLAS_STATUS_ALLOC_FAILED", Verdict.SUSPECTED),
-    ("CUBLAS_STATUS_NOT_INITIALIZED", Verdict.SUSPECTED),
-    ("CUDNN_STATUS_ALLOC_FAILED", Verdict.SUSPECTED),
-    ("CUDNN_STATUS_INTERNAL_ERROR", Verdict.SUSPECTED),
-    ("CUDNN_STATUS_NOT_SUPPORTED", Verdict.SUSPECTED),
-    ("GET was unable to find an engine", Verdict.SUSPECTED),
-    ("FIND was unable to find an engine", Verdict.SUSPECTED),
-    ("could not create a primitive", Verdict.SUSPECTED),
-    ("could not execute a primitive", Verdict.SUSPECTED),
+    ("CUBLAS_STATUS_ALLOC_FAILED", Likelihood.SUSPECTED),
+    ("CUBLAS_STATUS_NOT_INITIALIZED", Likelihood.SUSPECTED),
+    ("CUDNN_STATUS_ALLOC_FAILED", Likelihood.SUSPECTED),
+    ("CUDNN_STATUS_INTERNAL_ERROR", Likelihood.SUSPECTED),
+    ("CUDNN_STATUS_NOT_SUPPORTED", Likelihood.SUSPECTED),
+    ("GET was unable to find an engine", Likelihood.SUSPECTED),
+    ("FIND was unable to find an engine", Likelihood.SUSPECTED),
+    ("could not create a primitive", Likelihood.SUSPECTED),
+    ("could not execute a primitive", Likelihood.SUSPECTED),
 )
 """What messages contain, and what that says. The first match counts.
 
@@ -65,7 +65,7 @@ Source: pytorch/pytorch#81620.
 """
 
 
-def classify(error: BaseException) -> Verdict:
+def classify(error: BaseException) -> Likelihood:
     """Say whether an exception means that memory ran out.
 
     An exception that was raised `from` another is judged by that one too, so that code which wraps
@@ -79,15 +79,15 @@ def classify(error: BaseException) -> Verdict:
     """
     verdicts = [_classify_one(link) for link in _causes(error)]
     if any(text in str(link) for link in _causes(error) for text in NEVER_MEMORY):
-        return Verdict.NO
-    return min(verdicts, key=list(Verdict).index)
+        return Likelihood.NO
+    return min(verdicts, key=list(Likelihood).index)
 
 
-def classify_text(text: str) -> Verdict:
+def classify_text(text: str) -> Likelihood:
     """Say whether a message, such as a dead process's last words, means that memory ran out."""
     if any(never in text for never in NEVER_MEMORY):
-        return Verdict.NO
-    return next((verdict for part, verdict in SIGNATURES if part in text), Verdict.NO)
+        return Likelihood.NO
+    return next((verdict for part, verdict in SIGNATURES if part in text), Likelihood.NO)
 
 
 def first_line(error: BaseException) -> str:
@@ -104,14 +104,14 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _classify_one(error: BaseException) -> Verdict:
+def _classify_one(error: BaseException) -> Likelihood:
     if isinstance(error, MemoryError):
-        return Verdict.CERTAIN
+        return Likelihood.CERTAIN
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return Verdict.CERTAIN
+        return Likelihood.CERTAIN
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return Verdict.CERTAIN
+        return Likelihood.CERTAIN
     if isinstance(error, RuntimeError):
         return classify_text(str(error))
-    return Verdict.NO
+    return Likelihood.NO

@@ -1,17 +1,14 @@
-"""Giving memory back between trials, and putting a user's objects back as they were.
+"""Putting a user's objects back as they were.
 
-`release` empties what holds memory without being asked to: caches, workspaces, dead cycles.
 `preserved` brackets a search on live objects, `rewound` a single pass through them; `save_...` note
-down one kind of state for those who bracket in their own way. None decides when; the callers do.
+down one kind of state for those who bracket in their own way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import gc
 import random
 import signal
 import sys
@@ -32,49 +29,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Preserved",
     "preserved",
-    "release",
     "rewound",
     "save_attributes",
     "save_random_states",
-    "trim_heap",
 ]
 
 _T = TypeVar("_T")
 _PLAIN_TYPES = frozenset((type(None), bool, int, float, str))
-
-
-def release(device: torch.device) -> int:
-    """Give back what this process holds of a device without using it.
-
-    Call it outside any `except` block: the traceback of an exception keeps every frame of the step
-    that raised it, and so every tensor, alive.
-
-    Args:
-        device: The device to clean.
-
-    Returns:
-        Bytes of the device that tensors of this process still hold; 0 on a CPU, which does not
-        count them.
-
-    Source: pytorch/pytorch#27600 (tracebacks), #82218 (leftovers after backward);
-        aten/src/ATen/cuda/CublasHandlePool.cpp (workspaces).
-    """
-    torch.clear_autocast_cache()
-    gc.collect()
-    if device.type != "cuda":
-        trim_heap()
-        return 0
-    torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    trim_heap()
-    return torch.cuda.memory_allocated(device)
-
-
-def trim_heap() -> None:
-    """Ask glibc to return freed heap to the system; elsewhere do nothing."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Preserved:

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from memfit import zoo
 from memfit.backends.simulated import SimulatedBackend
 from memfit.errors import MemfitError
 from memfit.records import Change, MemoryProfile, Precision, Role, StepOptions
-from memfit.workload import TrainingStep
+from memfit.step import timm_models
+from memfit.step.workload import TrainingStep
 
 __all__ = ["advise"]
 
@@ -92,7 +92,7 @@ def _needed_bytes(candidate: _Candidate, batch_size: int, backend: SimulatedBack
     if not candidate.needs_fused_attention:
         return backend.needed_bytes(candidate.step, batch_size)
     # The step is the same to a cache of traces, so this one has a cache of its own.
-    with zoo.fused_attention():
+    with timm_models.fused_attention():
         return SimulatedBackend(backend.gpu).needed_bytes(candidate.step, batch_size)
 
 
@@ -116,7 +116,7 @@ def _candidates(
             bound_bytes=held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose,
         )
     yield from _precisions(options, change, reserved, backend)
-    if isinstance(step.subject, str) and not zoo.uses_fused_attention():
+    if isinstance(step.subject, str) and not timm_models.uses_fused_attention():
         yield _Candidate(
             title="Fused attention, which timm was told not to use",
             how="TIMM_FUSED_ATTN=1",

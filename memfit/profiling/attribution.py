@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memfit.prepared import PreparedStep
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, SourceLines
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.replay import Purpose
 from memfit.records import Role
+from memfit.step.runner import PreparedStep
 
 __all__ = ["Attribution"]
 
@@ -68,7 +68,7 @@ class Attribution:
         """Begin to watch a step.
 
         Args:
-            prepared: The step; its batches and its arithmetic are wrapped.
+            prepared: The step; its batches and its precision policy are wrapped.
             mark: Writes the name of a phase between the events.
         """
         model = prepared.model

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memfit import search
 from memfit.backends.simulated import SimulatedBackend
 from memfit.records import CardLine, Outcome, Trial
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 __all__ = ["card_lines"]
 
@@ -66,7 +66,7 @@ def _edge(backend: SimulatedBackend, step: TrainingStep) -> Trial | None:
 
     if trial(1).outcome is Outcome.OUT_OF_MEMORY and trial(2).outcome is Outcome.OUT_OF_MEMORY:
         return None
-    found = search.largest(
+    found = search.find_largest(
         trial,
         capacity_bytes=backend.capacity().usable_bytes,
         hint=backend.expected_edge(step),

@@ -17,16 +17,17 @@ from torch._C._profiler import _EventType
 from torch.cuda._utils import _get_device_index
 from torch.profiler import ProfilerActivity
 
-from memfit import cleanup, oom
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError
-from memfit.prepared import PreparedStep
+from memfit.memory import oom
+from memfit.memory.release import release
+from memfit.memory.restore import preserved
 from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import is_own_file, line_of, shown_file
 from memfit.profiling.peak import peak_of
 from memfit.profiling.recorded import RecordedEvent, Resident, assemble
 from memfit.profiling.snapshot import Profiled
-from memfit.profiling.watching import Notebook
+from memfit.profiling.watching import StepNotes
 from memfit.records import (
     Action,
     MemoryBlock,
@@ -36,8 +37,9 @@ from memfit.records import (
     Source,
     Timeline,
 )
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
 __all__ = ["profile_device"]
 
@@ -68,11 +70,11 @@ def profile_device(
     try:
         recorded = _record(step, batch_size, device)
     except Exception as error:
-        if oom.classify(error) is oom.Verdict.NO:
+        if oom.classify(error) is oom.Likelihood.NO:
             raise
         message = oom.first_line(error)
     # Only here, out of the except block, are the step's tensors gone.
-    cleanup.release(device)
+    release(device)
     if recorded is None:
         raise DoesNotFitError(
             f"A batch of {batch_size} does not fit {backend.device_name} "
@@ -106,7 +108,7 @@ _Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]
 
 def _record(step: TrainingStep, batch_size: int, device: torch.device) -> _Recorded:
     record = _record_on_gpu if device.type == "cuda" else _record_on_cpu
-    with cleanup.preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
+    with preserved(*step.live_modules, optimizer=step.live_optimizer) as kept:
         prepared = step.prepare(device)
         kept.release_replaced()
         try:
@@ -119,7 +121,7 @@ def _record_on_cpu(
     step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
 ) -> _Recorded:
     del device
-    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step))
+    notebook = StepNotes(prepared, copy_bytes=_copy_bytes(step))
     with notebook.watched():
         _warm_up(prepared, batch_size)
         with _quiet_profiler() as profiler:
@@ -139,7 +141,7 @@ def _record_on_gpu(
     step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
 ) -> _Recorded:
     memory = torch.cuda.memory
-    notebook = Notebook(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
+    notebook = StepNotes(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
     index = _get_device_index(device, optional=True)
     with notebook.watched(), torch.cuda.device(index):
         _warm_up(prepared, batch_size)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
-from memfit import prepared
+from memfit.step import runner
 
 __all__ = [
     "BATCH",
@@ -40,7 +40,7 @@ _OWN = Path(__file__).parent.parent
 _TORCH = Path(torch.__file__).parent
 _PACKAGES = _TORCH.parent
 _STANDARD_LIBRARY = Path(contextlib.__file__).parent
-_STARTS_THE_STEP = prepared.__file__
+_STARTS_THE_STEP = runner.__file__
 
 
 class ModuleStack:

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from memfit.prepared import Arithmetic, PreparedStep
+from memfit.step.runner import PrecisionPolicy, PreparedStep
 
 __all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases", "states_of"]
 
@@ -52,7 +52,7 @@ def states_of(optimizer: Optimizer) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 class Phases:
-    """Follows a prepared step through its phases, by wrapping its batches and its arithmetic.
+    """Follows a prepared step through its phases, by wrapping its batches and its precision policy.
 
     Args:
         begun: Called with a phase's name when it begins.
@@ -82,7 +82,7 @@ class Phases:
     @contextlib.contextmanager
     def watched(self, prepared: PreparedStep) -> Iterator[None]:
         """Follow a step; it is as before afterwards."""
-        arithmetic, make_batch = prepared.arithmetic, prepared.make_batch
+        precision_policy, make_batch = prepared.precision_policy, prepared.make_batch
 
         def watched_batch(batch_size: int) -> tuple[Any, tuple[Any, ...]]:
             self._begin(FORWARD, is_making_batch=True)
@@ -91,11 +91,11 @@ class Phases:
             return batch
 
         prepared.make_batch = watched_batch
-        prepared.arithmetic = _WatchedArithmetic(arithmetic, self)
+        prepared.precision_policy = _WatchedPrecision(precision_policy, self)
         try:
             yield
         finally:
-            prepared.arithmetic, prepared.make_batch = arithmetic, make_batch
+            prepared.precision_policy, prepared.make_batch = precision_policy, make_batch
 
     def _begin(self, name: str, *, is_making_batch: bool = False) -> None:
         self._num_phases += 1
@@ -103,11 +103,11 @@ class Phases:
         self._begun(name)
 
 
-class _WatchedArithmetic:
-    """Another arithmetic, with its phases told."""
+class _WatchedPrecision:
+    """Another precision policy, with its phases told."""
 
-    def __init__(self, arithmetic: Arithmetic, phases: Phases) -> None:
-        self._arithmetic = arithmetic
+    def __init__(self, precision_policy: PrecisionPolicy, phases: Phases) -> None:
+        self._policy = precision_policy
         self._phases = phases
 
     @contextlib.contextmanager
@@ -115,16 +115,16 @@ class _WatchedArithmetic:
         current = self._phases.current
         assert current is not None
         current.is_making_batch = False
-        with self._arithmetic.forward():
+        with self._policy.forward():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
         self._phases._loss_made(loss)
         self._phases._begin(BACKWARD)
-        self._arithmetic.backward(loss)
+        self._policy.backward(loss)
         self._phases._gradients_ready()
 
     def step(self, optimizer: Optimizer) -> None:
         self._phases._begin(OPTIMIZER)
-        self._arithmetic.step(optimizer)
+        self._policy.step(optimizer)
         self._phases._stepped(optimizer)

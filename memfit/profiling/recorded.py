@@ -12,7 +12,15 @@ from typing import Final
 from memfit.profiling.replay import phases_of
 from memfit.records import Action, MemoryBlock, Role, Timeline
 
-__all__ = ["AtWork", "Notes", "PhaseBegins", "RecordedEvent", "Resident", "Settled", "assemble"]
+__all__ = [
+    "KnownBlock",
+    "ModuleActive",
+    "Notes",
+    "PhaseStart",
+    "RecordedEvent",
+    "Resident",
+    "assemble",
+]
 
 _BEFORE: Final = "(before the step)"
 _UNKNOWN: Final = "(unknown)"
@@ -58,7 +66,7 @@ class Resident:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseBegins:
+class PhaseStart:
     """A phase began."""
 
     time_ns: int
@@ -66,7 +74,7 @@ class PhaseBegins:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AtWork:
+class ModuleActive:
     """Another module is at work; in forward, or as its backward runs."""
 
     time_ns: int
@@ -75,7 +83,7 @@ class AtWork:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class KnownBlock:
     """What the block at an address is, known once it is a parameter's gradient or the like."""
 
     time_ns: int
@@ -95,9 +103,9 @@ class Notes:
         copies: For every module, the bytes of its parameters in autocast's type.
     """
 
-    phases: tuple[PhaseBegins, ...]
-    work: tuple[AtWork, ...]
-    settled: tuple[Settled, ...]
+    phases: tuple[PhaseStart, ...]
+    work: tuple[ModuleActive, ...]
+    settled: tuple[KnownBlock, ...]
     copies: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
 
 
@@ -148,7 +156,7 @@ def assemble(
         The timeline and every block that lived in it.
     """
     sweep = _Sweep(residents, notes, reserved_bytes)
-    items: list[RecordedEvent | PhaseBegins | AtWork | Settled] = [
+    items: list[RecordedEvent | PhaseStart | ModuleActive | KnownBlock] = [
         *notes.phases,
         *notes.work,
         *notes.settled,
@@ -183,17 +191,17 @@ class _Sweep:
         self._allocated = sum(resident.held_bytes for resident in residents)
         self._closed: list[MemoryBlock] = []
         self._marks: list[tuple[str, int]] = []
-        self._work: AtWork | None = None
+        self._work: ModuleActive | None = None
         self._allocated_bytes: list[int] = []
         self._reserved_bytes: list[int] = []
 
-    def take(self, item: RecordedEvent | PhaseBegins | AtWork | Settled) -> None:
+    def take(self, item: RecordedEvent | PhaseStart | ModuleActive | KnownBlock) -> None:
         """Take the next thing that happened."""
-        if isinstance(item, PhaseBegins):
+        if isinstance(item, PhaseStart):
             self._marks.append((item.name, len(self._allocated_bytes)))
-        elif isinstance(item, AtWork):
+        elif isinstance(item, ModuleActive):
             self._work = item
-        elif isinstance(item, Settled):
+        elif isinstance(item, KnownBlock):
             block = self._open.get(item.address)
             if block is not None and block.role is None:
                 block.role, block.module = item.role, item.module

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from memfit.records import Action, Event, MemoryBlock, Phase, Role, Timeline
-from memfit.simulation.allocator import AllocatorOutOfMemoryError, CachingAllocator
-from memfit.simulation.segments import Segment
-from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.tape import StepTape, Tape
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.allocator.segments import Segment
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.schedule import Schedule, StepSchedule
 
-__all__ = ["Entry", "OutOfRoom", "Purpose", "Replay", "phases_of", "replay"]
+__all__ = ["Entry", "Purpose", "Replay", "ReplayOutOfMemory", "phases_of", "replay"]
 
 _BLAS: Final = "(cuBLAS)"
 
@@ -56,7 +56,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class OutOfRoom:
+class ReplayOutOfMemory:
     """The request that found no room.
 
     Args:
@@ -92,7 +92,7 @@ class Replay:
 
 
 def replay(
-    tape: StepTape,
+    schedule: StepSchedule,
     batch_size: int,
     *,
     purpose: Callable[[int], Purpose],
@@ -100,13 +100,13 @@ def replay(
     settings: AllocatorSettings,
     capacity_bytes: int | None = None,
     keeps_history: bool = False,
-) -> Replay | OutOfRoom:
+) -> Replay | ReplayOutOfMemory:
     """Replay a step until its peak has settled.
 
     Args:
-        tape: Its events.
+        schedule: Its events.
         batch_size: Samples in each micro-batch.
-        purpose: From an allocation of the tape to what it is for.
+        purpose: From an allocation of the schedule to what it is for.
         workspaces: What libraries keep, in bytes by allocation.
         settings: The allocator's options.
         capacity_bytes: What the allocator can take; `None` for as much as is asked for.
@@ -117,14 +117,14 @@ def replay(
     """
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=settings)
     run = _Run(allocator, batch_size, purpose, keeps_history=keeps_history)
-    handles = Tape.fixed(
+    handles = Schedule.fixed(
         [
             Event(action=Action.ALLOC, id=number, num_bytes=num_bytes, origin="cuBLAS handle")
             for number, num_bytes in workspaces.items()
         ]
     )
     try:
-        for stretch in itertools.chain((handles,), tape.until_settled(allocator)):
+        for stretch in itertools.chain((handles,), schedule.until_settled(allocator)):
             run.start()
             run.play(stretch)
     except _NoRoomError as error:
@@ -144,7 +144,7 @@ def phases_of(marks: list[tuple[str, int]]) -> tuple[Phase, ...]:
 
 
 class _NoRoomError(Exception):
-    def __init__(self, out_of_room: OutOfRoom) -> None:
+    def __init__(self, out_of_room: ReplayOutOfMemory) -> None:
         super().__init__()
         self.out_of_room = out_of_room
 
@@ -189,9 +189,9 @@ class _Run:
         self._leaked = [dataclasses.replace(block, born=None) for block in self._leaked]
         self._closed, self._marks, self._allocated, self._reserved = [], [], [], []
 
-    def play(self, tape: Tape) -> None:
+    def play(self, schedule: Schedule) -> None:
         """Carry out a stretch of events."""
-        for event, growth in zip(tape.at(self._batch_size), tape.growth_bytes, strict=True):
+        for event, growth in zip(schedule.at(self._batch_size), schedule.growth_bytes, strict=True):
             if event.action is Action.USER_DEFINED:
                 self._marks.append((event.origin, len(self._allocated)))
                 continue
@@ -238,7 +238,7 @@ class _Run:
                 return False
         except AllocatorOutOfMemoryError:
             raise _NoRoomError(
-                OutOfRoom(
+                ReplayOutOfMemory(
                     request=self._block(event, event.num_bytes, growth),
                     phase=self._marks[-1][0] if self._marks else None,
                     reserved_bytes=before.reserved_bytes,

@@ -14,15 +14,15 @@ from memfit.backends.simulated import (
     trace,
     trace_options,
 )
+from memfit.cards import Gpu
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
-from memfit.profiling.replay import OutOfRoom, Replay, replay
+from memfit.profiling.replay import Replay, ReplayOutOfMemory, replay
 from memfit.profiling.snapshot import Profiled, snapshot_of
 from memfit.records import Capacity, MemoryProfile, Outcome, Source
-from memfit.simulation.gpus import Gpu
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
 __all__ = ["profile_gpu"]
 
@@ -55,9 +55,9 @@ def profile_gpu(
         traces.add(step, options, traced)
     settings = AllocatorSettings.from_environment(os.environ)
 
-    def run(capacity_bytes: int | None) -> Replay | OutOfRoom:
+    def run(capacity_bytes: int | None) -> Replay | ReplayOutOfMemory:
         return replay(
-            traced.tape,
+            traced.schedule,
             batch_size,
             purpose=attribution.purpose,
             workspaces=dict.fromkeys(BLAS_HANDLES, gpu.blas_workspace_bytes),
@@ -68,7 +68,7 @@ def profile_gpu(
 
     capacity = SimulatedBackend(gpu).capacity()
     found = run(capacity.usable_bytes)
-    shortage = found if isinstance(found, OutOfRoom) else None
+    shortage = found if isinstance(found, ReplayOutOfMemory) else None
     replayed = found if isinstance(found, Replay) else run(None)
     assert isinstance(replayed, Replay)
     peak = peak_of(replayed.blocks, replayed.timeline, context_bytes=gpu.context_bytes)
@@ -93,7 +93,7 @@ def profile_gpu(
     return Profiled(profile=profile, snapshot=snapshot_of(replayed) if keeps_history else None)
 
 
-def _shortage(shortage: OutOfRoom, needed_bytes: int, capacity: Capacity) -> str:
+def _shortage(shortage: ReplayOutOfMemory, needed_bytes: int, capacity: Capacity) -> str:
     request = shortage.request
     missing = needed_bytes - capacity.usable_bytes
     return (

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from memfit.profiling.replay import Entry, Replay
 from memfit.records import Action, MemoryBlock, MemoryProfile
-from memfit.simulation.segments import Segment
+from memfit.simulation.allocator.segments import Segment
 
 __all__ = ["Profiled", "snapshot_of"]
 

@@ -17,16 +17,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from memfit.prepared import PreparedStep
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
-from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled
+from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart
 from memfit.records import Role
+from memfit.step.runner import PreparedStep
 
-__all__ = ["Notebook"]
+__all__ = ["StepNotes"]
 
 
-class Notebook:
+class StepNotes:
     """What is noted of a prepared step.
 
     Args:
@@ -43,9 +43,9 @@ class Notebook:
         self._copy_bytes = copy_bytes
         self._rounds_to = rounds_to
         self._stack = ModuleStack(self._model, entered=self._enter)
-        self._phases: list[PhaseBegins] = []
-        self._work: list[AtWork] = []
-        self._settled: list[Settled] = []
+        self._phases: list[PhaseStart] = []
+        self._work: list[ModuleActive] = []
+        self._settled: list[KnownBlock] = []
         self._optimizer: Optimizer | None = None
         self.started_ns = 0
         self._owners = {
@@ -107,13 +107,15 @@ class Notebook:
 
     def _begin(self, name: str) -> None:
         now = time.time_ns()
-        self._phases.append(PhaseBegins(time_ns=now, name=name))
+        self._phases.append(PhaseStart(time_ns=now, name=name))
         module = {FORWARD: BATCH, BACKWARD: LOSS}.get(name, OPTIMIZER)
-        self._work.append(AtWork(time_ns=now, module=module, is_forward=False))
+        self._work.append(ModuleActive(time_ns=now, module=module, is_forward=False))
 
     def _enter(self, path: str) -> None:
         self._work.append(
-            AtWork(time_ns=time.time_ns(), module=path, is_forward=self._stack.current is not None)
+            ModuleActive(
+                time_ns=time.time_ns(), module=path, is_forward=self._stack.current is not None
+            )
         )
 
     def _see_batch(self, batch: Any) -> None:
@@ -138,7 +140,7 @@ class Notebook:
 
     def _noting(self, path: str) -> Any:
         def note(_gradients: Any) -> None:
-            self._work.append(AtWork(time_ns=time.time_ns(), module=path, is_forward=False))
+            self._work.append(ModuleActive(time_ns=time.time_ns(), module=path, is_forward=False))
 
         return note
 
@@ -167,7 +169,7 @@ class Notebook:
         if known is not None:
             known[address] = storage.nbytes()
         self._settled.append(
-            Settled(time_ns=time.time_ns(), address=address, role=role, module=module)
+            KnownBlock(time_ns=time.time_ns(), address=address, role=role, module=module)
         )
 
     @property

@@ -16,8 +16,8 @@ __all__ = [
     "LoopFault",
     "LoopWindow",
     "LossWeighting",
-    "Mixer",
     "MixesIn",
+    "MixingLayer",
     "ParameterDifference",
     "Verdict",
 ]
@@ -73,7 +73,7 @@ class LoopFault(str, enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Mixer(Record):
+class MixingLayer(Record):
     """A layer, or the loss, in which one sample's values reach another's.
 
     Args:
@@ -134,7 +134,7 @@ class GradientCheck(Record):
         device: Where it ran.
         reference: Micro-batches of the reference; a single one is the full batch.
         cut: Micro-batches of what was compared with it.
-        unit_roundoff: Of the arithmetic in which gradients are written.
+        unit_roundoff: Of the precision_policy in which gradients are written.
         num_summands: The number of summands in a gradient that the bounds allow for.
         num_parameters: Parameters compared.
         num_differing: Parameters that differ by more than rounding.
@@ -215,7 +215,7 @@ class Equivalence(Record):
         device: The device of training.
         weighting: What the loss averages over.
         checks: Every comparison: fp64 first, then the precision of training.
-        mixers: What mixes samples, in order of first appearance.
+        mixing_layers: What mixes samples, in order of first appearance.
         buffers: Buffers that accumulation leaves elsewhere, furthest first.
         num_drifting_buffers: How many those are in all.
         unreached: Parameters that require a gradient and get none.
@@ -241,7 +241,7 @@ class Equivalence(Record):
     device: str
     weighting: LossWeighting
     checks: tuple[GradientCheck, ...]
-    mixers: tuple[Mixer, ...] = ()
+    mixing_layers: tuple[MixingLayer, ...] = ()
     buffers: tuple[BufferDrift, ...] = ()
     num_drifting_buffers: int = 0
     unreached: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ __all__ = ["Precision", "StepOptions"]
 
 
 class Precision(str, enum.Enum):
-    """The arithmetic of a training step.
+    """The precision of a training step.
 
     `FP32` and `BF16` train weights of that type; `AMP_BF16` and `AMP_FP16` keep fp32 weights under
     `torch.autocast`, the latter with a `GradScaler`. `AUTO` is chosen by the device.

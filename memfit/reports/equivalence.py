@@ -13,8 +13,8 @@ from memfit.records import (
     GradientCheck,
     LoopFault,
     LossWeighting,
-    Mixer,
     MixesIn,
+    MixingLayer,
     ParameterDifference,
     Verdict,
 )
@@ -71,7 +71,7 @@ def render(result: Equivalence) -> RenderableType:
     if worst is not None:
         parts += ["", Text(f"furthest apart in {worst.precision}, {_cut(worst.cut)}:", "dim")]
         parts.append(_parameters(worst))
-    if result.mixers:
+    if result.mixing_layers:
         parts += ["", _mixers(result)]
     for title, lines in (("", _loop(result)), ("", _advice(result)), ("", _notes(result))):
         if lines:
@@ -82,7 +82,7 @@ def render(result: Equivalence) -> RenderableType:
 def _verdict(result: Equivalence) -> Text:
     what = f": {result.subject} at {result.micro_batch_size} x {result.accumulation_steps}"
     if result.verdict is Verdict.EQUAL:
-        frozen = sum(mixer.frozen for mixer in result.mixers)
+        frozen = sum(mixer.frozen for mixer in result.mixing_layers)
         how = f", {_counted(frozen, 'layer')} frozen" if frozen else ""
         error = _number(result.worst_relative_error("fp64") or 0.0)
         return Text.assemble(("equal", "bold green"), f"{what}{how}, to {error} in float64")
@@ -100,7 +100,7 @@ def _cause(result: Equivalence) -> str:
         return "the model's gradients add up, the loop's do not"
     worst = max(failed, key=lambda check: check.worst_relative_error)
     off = f"gradients off by up to {_number(worst.worst_relative_error)}"
-    mixing = [mixer for mixer in result.mixers if not mixer.frozen]
+    mixing = [mixer for mixer in result.mixing_layers if not mixer.frozen]
     if mixing:
         return f"{_who_mixes(mixing)} samples; {off}"
     if result.stateful:
@@ -110,7 +110,7 @@ def _cause(result: Equivalence) -> str:
     return off
 
 
-def _who_mixes(mixing: list[Mixer]) -> str:
+def _who_mixes(mixing: list[MixingLayer]) -> str:
     if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
         return "the loss mixes"
     return f"{_counted(len(mixing), 'layer')} {'mixes' if len(mixing) == 1 else 'mix'}"
@@ -164,7 +164,7 @@ def _remark(difference: ParameterDifference) -> Text:
 
 def _mixers(result: Equivalence) -> Table:
     table = _table("mixes samples", "class", "in", "moves others by", "")
-    for mixer in result.mixers[:_NUM_MIXERS]:
+    for mixer in result.mixing_layers[:_NUM_MIXERS]:
         table.add_row(
             mixer.name,
             mixer.type_name,
@@ -172,13 +172,13 @@ def _mixers(result: Equivalence) -> Table:
             f"{mixer.moved:.1%}",
             _about_freezing(mixer),
         )
-    left = len(result.mixers) - _NUM_MIXERS
+    left = len(result.mixing_layers) - _NUM_MIXERS
     if left > 0:
         table.add_row(f"and {left} more", "", "", "", "", style="dim")
     return table
 
 
-def _about_freezing(mixer: Mixer) -> str:
+def _about_freezing(mixer: MixingLayer) -> str:
     if mixer.frozen:
         return "frozen"
     if mixer.stops_in_eval is None:
@@ -199,7 +199,7 @@ def _loop(result: Equivalence) -> list[str]:
 
 def _advice(result: Equivalence) -> list[str]:
     lines = []
-    mixing = [mixer for mixer in result.mixers if not mixer.frozen]
+    mixing = [mixer for mixer in result.mixing_layers if not mixer.frozen]
     layers = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.FORWARD]
     if layers and all(mixer.stops_in_eval for mixer in layers):
         lines.append(

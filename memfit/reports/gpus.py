@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memfit.simulation.gpus import Gpu
+from memfit.cards import Gpu
 from memfit.units import format_bytes
 
 __all__ = ["render"]

@@ -1,6 +1,6 @@
 """What the bytes of trials say of a larger batch: lines through them, and where those end.
 
-Pure arithmetic over (batch size, peak bytes). Which batch size to try is `memfit.search`'s.
+Pure arithmetic over (batch size, peak bytes). Which batch size to try is `memfit.search.largest`'s.
 """
 
 from __future__ import annotations

@@ -11,15 +11,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from memfit import lines
 from memfit.records import Trial
+from memfit.search import extrapolate
 
 __all__ = [
     "DEFAULT_CEILING",
     "Found",
     "Recommended",
-    "is_comfortable",
-    "largest",
+    "find_largest",
+    "has_headroom",
     "limit_of",
     "recommended",
 ]
@@ -86,7 +86,7 @@ class Recommended:
     trials: tuple[Trial, ...]
 
 
-def largest(
+def find_largest(
     trial: TrialFunction,
     *,
     capacity_bytes: int | None = None,
@@ -171,7 +171,7 @@ def recommended(
     extra: list[Trial] = []
     upper = found.batch_size or 0
     while (upper := upper // multiple_of * multiple_of) > 0:
-        estimate = lines.safe_edge(lines.clean_points(known), limit_bytes)
+        estimate = extrapolate.safe_edge(extrapolate.clean_points(known), limit_bytes)
         candidate = upper if estimate is None else min(upper, estimate)
         # Below the first multiple there is nothing to try, so the first multiple is.
         candidate = max(candidate // multiple_of * multiple_of, multiple_of)
@@ -182,7 +182,7 @@ def recommended(
             tried = trial(candidate)
             known.append(tried)
             extra.append(tried)
-        if is_comfortable(tried, limit_bytes):
+        if has_headroom(tried, limit_bytes):
             return Recommended(batch_size=candidate, trials=tuple(extra))
         # A candidate that the bytes had promised and that failed is not approached by ones.
         upper = candidate - max(1, candidate // 50)
@@ -194,7 +194,7 @@ def limit_of(capacity_bytes: int, headroom: float) -> int:
     return int(capacity_bytes * (1 - headroom))
 
 
-def is_comfortable(trial: Trial, limit_bytes: int) -> bool:
+def has_headroom(trial: Trial, limit_bytes: int) -> bool:
     """Whether a batch size fits without allocator retries, within a limit.
 
     Args:
@@ -324,7 +324,7 @@ class _Search:
         if self._capacity_bytes is None or not points:
             return self._beyond_hint(low) or 2 * low
         edge = self._expected_edge(low)
-        least = lines.least_edge(points[-1], self._capacity_bytes)
+        least = extrapolate.least_edge(points[-1], self._capacity_bytes)
         if edge is None and len(points) == 1:
             if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
                 return least
@@ -346,7 +346,7 @@ class _Search:
             reach = low + _TRUSTED_GROWTH // 2 * (low - points[0][0])
             return max(min(edge // 2, reach), 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
-        short = lines.edge(points, self._capacity_bytes * numerator // denominator)
+        short = extrapolate.edge(points, self._capacity_bytes * numerator // denominator)
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
@@ -388,7 +388,7 @@ class _Search:
         if edge is None:
             if self._capacity_bytes is None or len(points) != 1:
                 return middle
-            guess = max(lines.least_edge(points[0], self._capacity_bytes), low + 1)
+            guess = max(extrapolate.least_edge(points[0], self._capacity_bytes), low + 1)
         elif edge * _NEAR[1] > high * _NEAR[0]:
             return middle  # something that the bytes do not show decides here
         elif edge >= high - 1:
@@ -424,10 +424,12 @@ class _Search:
         if not points:
             return 0
         numerator, denominator = _SAFE_SHARE
-        return lines.least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
+        return (
+            extrapolate.least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
+        )
 
     def _clean_points(self) -> list[tuple[int, int]]:
-        return lines.clean_points(
+        return extrapolate.clean_points(
             [trial for trial in self._trials if trial.batch_size in self._fits]
         )
 
@@ -435,7 +437,7 @@ class _Search:
         """Return where the bytes say the edge is: at least `low`, at most the ceiling."""
         if self._capacity_bytes is None:
             return None
-        edge = lines.edge(self._clean_points(), self._capacity_bytes)
+        edge = extrapolate.edge(self._clean_points(), self._capacity_bytes)
         if edge is not None and edge < low:
             # It fits beyond what was reserved before: the allocator has begun to give back its
             # cache and ask again, and what tensors hold decides.
@@ -444,7 +446,9 @@ class _Search:
                 for trial in self._trials
                 if trial.batch_size in self._fits and trial.peak_allocated_bytes
             }
-            edge = max(lines.edge(sorted(allocated.items()), self._capacity_bytes) or low, low)
+            edge = max(
+                extrapolate.edge(sorted(allocated.items()), self._capacity_bytes) or low, low
+            )
         if edge is None:
             return None
         if self._hint is not None:

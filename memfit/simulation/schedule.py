@@ -1,7 +1,7 @@
 """What a traced step allocates and frees, for any batch size.
 
-A `Tape` is one stretch of a step, recorded at one batch size with what each allocation grows by for
-every further sample; a `StepTape` is the whole of it. It knows no torch.
+A `Schedule` is one stretch of a step. It was recorded at one batch size, and it knows how much each
+allocation grows with every further sample. A `StepSchedule` is the whole step. It knows no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
-from memfit.simulation.allocator import CachingAllocator
+from memfit.simulation.allocator.caching import CachingAllocator
 
-__all__ = ["StepTape", "StreamsDifferError", "Tape"]
+__all__ = ["Schedule", "StepSchedule", "StreamsDifferError"]
 
 _NUM_ITERATIONS = 3
 # As a measured trial: at most so many until the peak has settled (memfit.backends.readings).
@@ -27,7 +27,7 @@ class StreamsDifferError(MemfitError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tape:
+class Schedule:
     """A stretch of events, affine in the batch size.
 
     Args:
@@ -52,18 +52,18 @@ class Tape:
         object.__setattr__(self, "_program", program)
 
     @classmethod
-    def fixed(cls, events: Sequence[Event]) -> Tape:
-        """Return a tape whose bytes do not depend on the batch size."""
+    def fixed(cls, events: Sequence[Event]) -> Schedule:
+        """Return a schedule whose bytes do not depend on the batch size."""
         return cls(events=tuple(events), growth_bytes=(0,) * len(events), batch_size=1)
 
     @classmethod
     def between(
         cls, events: Sequence[Event], others: Sequence[Event], *, batch_sizes: tuple[int, int]
-    ) -> Tape:
-        """Make a tape from the same stretch at two batch sizes.
+    ) -> Schedule:
+        """Make a schedule from the same stretch at two batch sizes.
 
         Args:
-            events: Its events at the first batch size; the tape takes over their ids.
+            events: Its events at the first batch size; the schedule takes over their ids.
             others: Its events at the second.
             batch_sizes: The two; they differ.
 
@@ -86,16 +86,16 @@ class Tape:
             batch_size=batch_sizes[0],
         )
 
-    def then(self, events: Sequence[Event]) -> Tape:
-        """Return this tape followed by events that do not depend on the batch size."""
+    def then(self, events: Sequence[Event]) -> Schedule:
+        """Return this schedule followed by events that do not depend on the batch size."""
         return dataclasses.replace(
             self,
             events=self.events + tuple(events),
             growth_bytes=self.growth_bytes + (0,) * len(events),
         )
 
-    def without(self, origin: str) -> Tape:
-        """Return this tape less the events of one origin."""
+    def without(self, origin: str) -> Schedule:
+        """Return this schedule less the events of one origin."""
         kept = [
             (event, growth)
             for event, growth in zip(self.events, self.growth_bytes, strict=True)
@@ -146,7 +146,7 @@ def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepTape:
+class StepSchedule:
     """A training step from its start.
 
     Args:
@@ -155,9 +155,9 @@ class StepTape:
         later: Every further one.
     """
 
-    setup: Tape
-    first: Tape
-    later: Tape
+    setup: Schedule
+    first: Schedule
+    later: Schedule
     # What tensors hold at some moment: for each growth with a sample, the most at no sample.
     _lines: dict[float, float] = dataclasses.field(init=False, repr=False, compare=False)
 
@@ -172,8 +172,8 @@ class StepTape:
             batch_size: Samples in each micro-batch.
             num_iterations: Optimizer steps, at least 1.
         """
-        for tape in self._stretches(num_iterations):
-            yield from tape.at(batch_size)
+        for schedule in self._stretches(num_iterations):
+            yield from schedule.at(batch_size)
 
     def play(self, allocator: CachingAllocator, batch_size: int) -> Iterator[int]:
         """Replay on an allocator until the peak has settled.
@@ -188,12 +188,12 @@ class StepTape:
         Raises:
             AllocatorOutOfMemoryError: The step does not fit.
         """
-        for tape in self.until_settled(allocator):
-            tape.play(allocator, batch_size)
-            if tape is not self.setup:
+        for schedule in self.until_settled(allocator):
+            schedule.play(allocator, batch_size)
+            if schedule is not self.setup:
                 yield allocator.stats.peak_reserved_bytes
 
-    def until_settled(self, allocator: CachingAllocator) -> Iterator[Tape]:
+    def until_settled(self, allocator: CachingAllocator) -> Iterator[Schedule]:
         """Yield the stretches to replay, one after another, until the peak has settled.
 
         The optimizer's state is at the peak from the second iteration on, and where fragments move
@@ -243,10 +243,10 @@ class StepTape:
         held = growth = 0.0
         live: dict[int, tuple[float, float]] = {}
         lines: dict[float, float] = {}
-        for tape in self._stretches(2):
-            for event, slope in zip(tape.events, tape.growth_bytes, strict=True):
+        for schedule in self._stretches(2):
+            for event, slope in zip(schedule.events, schedule.growth_bytes, strict=True):
                 if event.action is _ALLOC:
-                    base = event.num_bytes - slope * tape.batch_size
+                    base = event.num_bytes - slope * schedule.batch_size
                     live[event.id] = (base, slope)
                     held, growth = held + base, growth + slope
                     lines[growth] = max(held, lines.get(growth, held))
@@ -255,5 +255,5 @@ class StepTape:
                     held, growth = held - freed[0], growth - freed[1]
         return lines
 
-    def _stretches(self, num_iterations: int) -> tuple[Tape, ...]:
+    def _stretches(self, num_iterations: int) -> tuple[Schedule, ...]:
         return (self.setup, self.first, *(self.later,) * (num_iterations - 1))

@@ -18,8 +18,8 @@ from typing import Any
 
 from memfit.errors import UsageError
 from memfit.records import Action, Event
-from memfit.simulation.allocator import AllocatorOutOfMemoryError, CachingAllocator
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.allocator.settings import AllocatorSettings
 
 __all__ = ["Disagreement", "disagreement", "load", "read_history", "save"]
 

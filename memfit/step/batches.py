@@ -1,9 +1,9 @@
 """A batch of any nesting, seen along its leading dimension.
 
-Finds how many samples a batch holds, cuts it, makes one of another size from it, and puts it on a
-device.
-Tensors may sit in tuples, lists, dictionaries and whatever else is registered with
-`torch.utils._pytree`. What a batch means (which parts are inputs) is `memfit.workload`'s business.
+It finds how many samples a batch holds, cuts it, makes one of another size from it, and puts it on
+a device. Tensors may sit in tuples, lists, dictionaries and whatever else is registered with
+`torch.utils._pytree`. What a batch means (which parts are inputs) is decided in
+`memfit.step.workload`.
 """
 
 from __future__ import annotations

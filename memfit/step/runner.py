@@ -1,6 +1,6 @@
 """A training step on its device, carried out iteration by iteration.
 
-`memfit.workload` describes steps and makes them real; here they run: micro-batches forward and
+`memfit.step.workload` describes steps and makes them real; here they run: micro-batches forward and
 backward, the optimizer's step, gradients zeroed. What a user's own code raises in them is marked.
 """
 
@@ -18,7 +18,7 @@ from memfit.errors import WorkloadError
 from memfit.records import Precision
 
 __all__ = [
-    "Arithmetic",
+    "PrecisionPolicy",
     "PreparedStep",
     "autocast",
     "call_model",
@@ -29,7 +29,7 @@ __all__ = [
 _AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
 
 
-class Arithmetic(Protocol):
+class PrecisionPolicy(Protocol):
     """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
@@ -42,7 +42,7 @@ class Arithmetic(Protocol):
         """Take the optimizer's step; its state exists afterwards."""
 
 
-class _TorchArithmetic:
+class _TorchPrecision:
     """torch's own autocast and GradScaler."""
 
     def __init__(self, device: torch.device, precision: Precision) -> None:
@@ -81,7 +81,7 @@ class PreparedStep:
         device: Where all of it is.
         precision: The arithmetic; not `AUTO`.
         num_micro_batches: Micro-batches in one iteration.
-        arithmetic: Stands in for torch's autocast and GradScaler.
+        precision_policy: Stands in for torch's autocast and GradScaler.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class PreparedStep:
         device: torch.device,
         precision: Precision,
         num_micro_batches: int,
-        arithmetic: Arithmetic | None = None,
+        precision_policy: PrecisionPolicy | None = None,
     ) -> None:
         if precision is Precision.AUTO:
             raise ValueError("a prepared step needs a precision that was chosen")
@@ -103,7 +103,7 @@ class PreparedStep:
         self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self.arithmetic = arithmetic or _TorchArithmetic(device, precision)
+        self.precision_policy = precision_policy or _TorchPrecision(device, precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
 
@@ -155,7 +155,7 @@ class PreparedStep:
         """
         assert self._optimizer is not None
         with users_code():
-            self.arithmetic.step(self._optimizer)
+            self.precision_policy.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
     def step_on_zeros(self) -> None:
@@ -182,10 +182,10 @@ class PreparedStep:
 
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
-        with self.arithmetic.forward():
+        with self.precision_policy.forward():
             loss = self._loss(call_model(self.model, inputs), *targets)
         check_loss(loss)
-        self.arithmetic.backward(loss / self.num_micro_batches)
+        self.precision_policy.backward(loss / self.num_micro_batches)
 
 
 @contextlib.contextmanager

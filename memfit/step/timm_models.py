@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.optim import Optimizer
 
-from memfit.collector import collector_paused
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError
+from memfit.memory.collector import collector_paused
 from memfit.records import StepOptions
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """What is trained: a timm model by its name, or a user's own objects, as one `TrainingStep`.
 
 A `TrainingStep` is a description and holds no device memory; `TrainingStep.prepare` makes it real
-on a device. Its iterations are `memfit.prepared`'s; measuring them, and surviving them, is the
+on a device. Its iterations are `memfit.step.runner`'s; measuring them, and surviving them, is the
 backends' work.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memfit import batches, zoo
 from memfit.errors import UsageError, WorkloadError
-from memfit.prepared import Arithmetic, PreparedStep
 from memfit.records import Precision, StepOptions
-from memfit.twin import without_values
+from memfit.step import batches, timm_models
+from memfit.step.meta_copy import without_values
+from memfit.step.runner import PrecisionPolicy, PreparedStep
 
 __all__ = [
     "OptimizerFactory",
@@ -190,9 +190,9 @@ class TrainingStep:
                         "it is."
                     )
         else:
-            zoo.check_model_name(self.subject)
+            timm_models.check_model_name(self.subject)
         if self.options.optimizer is not None:
-            zoo.check_optimizer_name(self.options.optimizer)
+            timm_models.check_optimizer_name(self.options.optimizer)
 
     @property
     def name(self) -> str:
@@ -220,17 +220,17 @@ class TrainingStep:
         return None
 
     def prepare(
-        self, device: torch.device, *, arithmetic: Arithmetic | None = None
+        self, device: torch.device, *, precision_policy: PrecisionPolicy | None = None
     ) -> PreparedStep:
         """Make the step real on a device.
 
         A user's model is converted in place where the options ask for it: call this where that can
-        be undone (`memfit.cleanup.preserved`) or does not matter (a process of its own). On the
-        meta device a twin without weights takes its place, and it is left alone.
+        be undone (`memfit.memory.restore.preserved`) or does not matter (a process of its own). On
+        the meta device a copy without weights takes its place, and the model is left alone.
 
         Args:
             device: Where to train.
-            arithmetic: Stands in for torch's autocast and GradScaler, which know no meta device.
+            precision_policy: What replaces torch's autocast and GradScaler on the meta device.
 
         Returns:
             A step that can iterate.
@@ -239,9 +239,9 @@ class TrainingStep:
             UsageError: The model cannot be built as asked, or lacks what an option needs.
         """
         if isinstance(self.subject, Workload) and device.type == "meta":
-            twin = dataclasses.replace(self, subject=self.subject.without_values())
-            return twin._prepare(device, arithmetic)
-        return self._prepare(device, arithmetic)
+            empty = dataclasses.replace(self, subject=self.subject.without_values())
+            return empty._prepare(device, precision_policy)
+        return self._prepare(device, precision_policy)
 
     def parts(self, device: torch.device) -> StepParts:
         """Build what the step is made of.
@@ -259,9 +259,9 @@ class TrainingStep:
         """
         options = self.options
         if isinstance(self.subject, str):
-            model, batch_of, loss = zoo.timm_parts(self.subject, options, device)
+            model, batch_of, loss = timm_models.timm_parts(self.subject, options, device)
             optimizer: Optimizer | OptimizerFactory | str = options.optimizer or "adamw"
-            split = zoo.split_images
+            split = timm_models.split_images
         else:
             model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
             optimizer = self.subject.optimizer
@@ -276,7 +276,7 @@ class TrainingStep:
         )
 
     @property
-    def unmixed_variants(self) -> tuple[str, ...]:
+    def batch_norm_free_variants(self) -> tuple[str, ...]:
         """Names of timm models like this one whose names promise no batch normalisation."""
         if not isinstance(self.subject, str):
             return ()
@@ -284,7 +284,7 @@ class TrainingStep:
         wanted = [f"{base}{norm}" for norm in ("_gn", "_sgn", "_ln", "_evos")] + [f"nf_{base}"]
         if base.startswith("resnet"):
             wanted.append(f"resnetv2_{base.removeprefix('resnet')}x1_bit")
-        return tuple(name for name in wanted if zoo.import_timm().is_model(name))
+        return tuple(name for name in wanted if timm_models.import_timm().is_model(name))
 
     def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
         """Convert a model in place, as the options ask.
@@ -309,7 +309,9 @@ class TrainingStep:
 
         return place
 
-    def _prepare(self, device: torch.device, arithmetic: Arithmetic | None) -> PreparedStep:
+    def _prepare(
+        self, device: torch.device, precision_policy: PrecisionPolicy | None
+    ) -> PreparedStep:
         parts = self.parts(device)
         return PreparedStep(
             model=parts.model,
@@ -319,7 +321,7 @@ class TrainingStep:
             device=device,
             precision=self.options.precision,
             num_micro_batches=self.num_micro_batches,
-            arithmetic=arithmetic,
+            precision_policy=precision_policy,
         )
 
 
@@ -351,7 +353,7 @@ def _optimizer_maker(
     if isinstance(optimizer, Optimizer):
         return lambda: optimizer
     if isinstance(optimizer, str):
-        return functools.partial(zoo.make_optimizer, model, optimizer)
+        return functools.partial(timm_models.make_optimizer, model, optimizer)
     return lambda: _made(optimizer, model)
 
 

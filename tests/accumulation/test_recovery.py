@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 from accumulation.parts import Failing, GradientRecorder, Restless, out_of_memory
 from memfit import Accumulator
 from memfit.accumulation import recovery
-from memfit.accumulation.recovery import Pressure, smaller
+from memfit.accumulation.recovery import RetryMonitor, smaller
 from memfit.errors import DoesNotFitError
 from memfit.units import MIB
 
@@ -188,7 +188,7 @@ def test_a_failed_attempt_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> N
         alive.append(sum(reference() is not None for reference in outputs_seen))
         return 0
 
-    monkeypatch.setattr("memfit.cleanup.release", release)
+    monkeypatch.setattr("memfit.memory.release.release", release)
     trained(16, Watched({0}, out_of_memory, "forward"))
     assert alive == [0]
 
@@ -209,22 +209,22 @@ def test_smaller_is_about_half_and_a_multiple_where_it_can_be(size: int, unit: i
 def test_retries_in_several_steps_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """In three in a row, counted anew afterwards; never on a device that has none."""
     counts = iter([0, 1, 2, 2, 3, 4, 6, 7, 8, 9])
-    monkeypatch.setattr(Pressure, "_now", lambda self: next(counts))
-    pressure = Pressure(torch.device("cpu"))
+    monkeypatch.setattr(RetryMonitor, "_now", lambda self: next(counts))
+    pressure = RetryMonitor(torch.device("cpu"))
     assert [pressure.is_repeated() for _ in range(9)] == [
         *(False, False, False),  # two with retries, one without
         *(False, False, True),
         *(False, False, True),
     ]
     monkeypatch.undo()
-    assert not any(Pressure(torch.device("cpu")).is_repeated() for _ in range(5))
+    assert not any(RetryMonitor(torch.device("cpu")).is_repeated() for _ in range(5))
 
 
 def test_repeated_retries_shrink_the_micro_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the next step on; the step itself is good."""
-    monkeypatch.setattr(recovery.Pressure, "is_repeated", lambda self: True)
+    monkeypatch.setattr(recovery.RetryMonitor, "is_repeated", lambda self: True)
     with caplog.at_level(logging.WARNING, logger="memfit"):
         _, accumulator = trained(16, never())
     assert accumulator.micro_batch_size == 2
@@ -238,8 +238,8 @@ import torch
 from torch import nn
 
 from memfit import Accumulator
-from memfit.backends.linux import Footprint, limit_data
-from memfit.heap import steady_heap
+from memfit.backends.cpu.limits import Footprint, limit_data
+from memfit.backends.cpu.glibc_heap import steady_heap
 
 MIB = 2**20
 torch.set_num_threads(1)

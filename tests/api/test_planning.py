@@ -13,10 +13,10 @@ from torch import nn
 import memfit
 from memfit.api import exploring, planner
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Outcome, Precision, Source, Trial
-from memfit.simulation.gpus import find_gpu
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 MODEL = "test_vit"
 SMALL: dict[str, Any] = {"gpu": "any", "memory": "1GiB", "image_size": 96}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from memfit import Workload, cleanup, probe
+from memfit import Workload, probe
 from memfit.backends import cuda, open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.errors import DoesNotFitError, UnknownDeviceError, UsageError
 from memfit.records import DeviceProcess, Outcome, Precision, StepOptions, Trial
+from memfit.step.workload import TrainingStep
 from memfit.units import GIB, MIB
-from memfit.workload import TrainingStep
 
 FP32 = StepOptions(precision=Precision.FP32)
 GPU = torch.device("cuda", 0)
@@ -100,7 +100,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(cleanup, "release", release)
+    monkeypatch.setattr(cuda, "release", release)
     monkeypatch.setattr(cuda, "_other_processes", lambda _device: ())
     prepare = TrainingStep.prepare
     monkeypatch.setattr(

@@ -9,9 +9,9 @@ from torch import nn
 
 from memfit import Workload
 from memfit.backends.readings import Reading, steady_readings
-from memfit.prepared import PreparedStep
 from memfit.records import Precision, StepOptions
-from memfit.workload import TrainingStep
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
 
 MIB = 2**20
 

@@ -19,13 +19,13 @@ import memfit
 from memfit import search
 from memfit.backends import simulated
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import find_gpu
 from memfit.cli import main
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Precision, Source, StepOptions
-from memfit.simulation.gpus import find_gpu
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.step.workload import TrainingStep
 from memfit.units import GIB, KIB, MIB
-from memfit.workload import TrainingStep
 
 MODEL = "test_vit"
 
@@ -145,13 +145,13 @@ def test_a_conv_nets_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     Three trials prove the edge; those that follow look for where to stand.
     """
     found: list[search.Found] = []
-    original = search.largest
+    original = search.find_largest
 
     def recorded(*args: Any, **kwargs: Any) -> search.Found:
         found.append(original(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(search, "largest", recorded)
+    monkeypatch.setattr(search, "find_largest", recorded)
     for gpu in ("rtx3090", "a100", "rtx4080", "t4"):
         result = memfit.probe("resnet10t", gpu=gpu, image_size=96)
         assert result.proved

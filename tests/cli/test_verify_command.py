@@ -48,7 +48,7 @@ def test_json_is_all_that_is_printed() -> None:
     assert (plain["schema_version"], plain["verdict"]) == (1, "differs")
     assert plain["effective_batch_size"] == 8
     assert sum(plain["checks"][0]["cut"]) == 6
-    assert plain["mixers"][0]["type_name"] == "BatchNorm2d"
+    assert plain["mixing_layers"][0]["type_name"] == "BatchNorm2d"
 
 
 @pytest.mark.parametrize(

@@ -87,4 +87,4 @@ def test_a_mixing_layer_is_found_beside_random_ones() -> None:
     """What they draw does not move the samples that were not changed."""
     result = check(mlp(nn.Dropout(0.3), nn.BatchNorm1d(WIDTH), Noise()))
     assert result.verdict is Verdict.DIFFERS
-    assert [mixer.name for mixer in result.mixers] == ["3"]
+    assert [mixer.name for mixer in result.mixing_layers] == ["3"]

@@ -24,7 +24,7 @@ from equivalence.models import (
 from equivalence.test_weighting import contrastive
 from memfit.equivalence import verify
 from memfit.records import MixesIn, Precision, StepOptions, Verdict
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_a_model_that_mixes_nothing_is_equal(name: str, precision: Precision) ->
     """To 1e-10 in float64, and in the precision of training to within its rounding."""
     result = verify_timm(name, precision=precision)
     assert result.verdict is Verdict.EQUAL
-    assert result.mixers == ()
+    assert result.mixing_layers == ()
     assert result.worst_relative_error("fp64") < 1e-10
     assert {len(set(check.cut)) for check in result.checks} == {1, 2}
 
@@ -63,15 +63,17 @@ def test_batch_norm_differs_and_frozen_is_equal(name: str) -> None:
     result = verify_timm(name)
     assert result.verdict is Verdict.DIFFERS
     assert result.worst_relative_error("fp64") > 1e-3
-    assert result.mixers
-    assert all(mixer.stops_in_eval for mixer in result.mixers)
+    assert result.mixing_layers
+    assert all(mixer.stops_in_eval for mixer in result.mixing_layers)
     assert all("running" in drift.name for drift in result.buffers)
-    assert result.num_drifting_buffers == 3 * len(result.mixers)
+    assert result.num_drifting_buffers == 3 * len(result.mixing_layers)
     frozen = verify_timm(name, precision=Precision.AMP_BF16, freeze_bn=True)
     assert frozen.verdict is Verdict.EQUAL
     assert frozen.worst_relative_error("fp64") < 1e-10
-    assert [mixer.name for mixer in frozen.mixers] == [mixer.name for mixer in result.mixers]
-    assert all(mixer.frozen for mixer in frozen.mixers)
+    assert [mixer.name for mixer in frozen.mixing_layers] == [
+        mixer.name for mixer in result.mixing_layers
+    ]
+    assert all(mixer.frozen for mixer in frozen.mixing_layers)
     assert frozen.buffers == ()
 
 
@@ -79,7 +81,9 @@ def test_a_hand_written_batch_norm() -> None:
     """No list of names contains it."""
     result = check(mlp(HandWrittenNorm(WIDTH)))
     assert result.verdict is Verdict.DIFFERS
-    assert [(mixer.name, mixer.type_name) for mixer in result.mixers] == [("2", "HandWrittenNorm")]
+    assert [(mixer.name, mixer.type_name) for mixer in result.mixing_layers] == [
+        ("2", "HandWrittenNorm")
+    ]
     assert check(mlp(HandWrittenNorm(WIDTH)), freeze_bn=True).verdict is Verdict.EQUAL
 
 
@@ -88,21 +92,25 @@ def test_batch_statistics_that_evaluation_does_not_stop() -> None:
     layer = nn.BatchNorm1d(WIDTH, track_running_stats=False)
     result = check(mlp(layer), freeze_bn=True)
     assert result.verdict is Verdict.DIFFERS
-    assert [(m.name, m.stops_in_eval, m.frozen) for m in result.mixers] == [("2", False, False)]
+    assert [(m.name, m.stops_in_eval, m.frozen) for m in result.mixing_layers] == [
+        ("2", False, False)
+    ]
 
 
 def test_a_contrastive_loss() -> None:
     """The model is innocent."""
     result = check(mlp(), contrastive)
     assert result.verdict is Verdict.DIFFERS
-    assert [(mixer.name, mixer.mixes_in) for mixer in result.mixers] == [("loss", MixesIn.LOSS)]
+    assert [(mixer.name, mixer.mixes_in) for mixer in result.mixing_layers] == [
+        ("loss", MixesIn.LOSS)
+    ]
 
 
 def test_mixing_in_backward_is_looked_for_where_nothing_else_explains() -> None:
     """The outputs did not tell."""
     result = check(mlp(MixingInBackward()))
     assert result.verdict is Verdict.DIFFERS
-    assert [(m.name, m.mixes_in) for m in result.mixers] == [("2", MixesIn.BACKWARD)]
+    assert [(m.name, m.mixes_in) for m in result.mixing_layers] == [("2", MixesIn.BACKWARD)]
 
 
 def test_copies_of_one_sample_are_made_different() -> None:
@@ -134,7 +142,7 @@ def test_a_layer_that_counts_its_calls() -> None:
     """It mixes nothing, and still k calls are not one."""
     result = check(mlp(Counting()))
     assert result.verdict is Verdict.DIFFERS
-    assert (result.mixers, result.stateful) == ((), ("2",))
+    assert (result.mixing_layers, result.stateful) == ((), ("2",))
 
 
 def test_parameters_that_nothing_uses_are_no_difference() -> None:

@@ -26,7 +26,7 @@ from equivalence.models import (
 from memfit.equivalence import verify
 from memfit.errors import DoesNotFitError, UsageError, WorkloadError
 from memfit.records import LossWeighting, Precision, StepOptions, Verdict
-from memfit.workload import TrainingStep, Workload
+from memfit.step.workload import TrainingStep, Workload
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def test_inputs_and_outputs_of_any_nesting() -> None:
 def test_timm_s_variants_without_batch_norm_are_named() -> None:
     """By name alone, and only where something mixes."""
     step = TrainingStep(subject="resnet50.a1_in1k", options=StepOptions())
-    assert step.unmixed_variants == ("resnet50_gn", "nf_resnet50", "resnetv2_50x1_bit")
+    assert step.batch_norm_free_variants == ("resnet50_gn", "nf_resnet50", "resnetv2_50x1_bit")
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -303,4 +303,4 @@ def test_the_record_goes_through_json() -> None:
     assert read["schema_version"] == 1
     assert read["verdict"] == "differs"
     assert [check["passed"] for check in read["checks"]] == [False] * 4
-    assert read["mixers"][0]["mixes_in"] == "forward"
+    assert read["mixing_layers"][0]["mixes_in"] == "forward"

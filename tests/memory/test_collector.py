@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from memfit.collector import collector_paused
+from memfit.memory.collector import collector_paused
 
 
 @pytest.mark.parametrize("enabled", [True, False])

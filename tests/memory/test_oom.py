@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 
-from memfit.oom import SIGNATURES, Verdict, classify, classify_text, first_line
+from memfit.memory.oom import SIGNATURES, Likelihood, classify, classify_text, first_line
 
 CERTAIN = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -51,19 +51,19 @@ NOT_MEMORY = [
 @pytest.mark.parametrize("error", CERTAIN, ids=lambda error: str(error)[:40])
 def test_certain(error: Exception) -> None:
     """The allocators' own words need no second look."""
-    assert classify(error) is Verdict.CERTAIN
+    assert classify(error) is Likelihood.CERTAIN
 
 
 @pytest.mark.parametrize("error", SUSPECTED, ids=lambda error: str(error)[:40])
 def test_suspected(error: Exception) -> None:
     """Words that a real limit has too need one."""
-    assert classify(error) is Verdict.SUSPECTED
+    assert classify(error) is Likelihood.SUSPECTED
 
 
 @pytest.mark.parametrize("error", NOT_MEMORY, ids=lambda error: str(error)[:40])
 def test_not_memory(error: Exception) -> None:
     """A poisoned context, wrong code and a user's own exception are never retried."""
-    assert classify(error) is Verdict.NO
+    assert classify(error) is Likelihood.NO
 
 
 def test_every_signature_is_exercised() -> None:
@@ -77,7 +77,7 @@ def test_real_errors_of_this_torch_are_recognised() -> None:
     """The installed torch's own words, not only remembered ones."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
-    assert classify(caught.value) is Verdict.CERTAIN
+    assert classify(caught.value) is Likelihood.CERTAIN
 
 
 def test_an_error_raised_from_one_about_memory_is_about_memory() -> None:
@@ -88,9 +88,9 @@ def test_an_error_raised_from_one_about_memory_is_about_memory() -> None:
 
     error = TrainerError("the step failed")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
-    assert classify(error) is Verdict.CERTAIN
+    assert classify(error) is Likelihood.CERTAIN
     error.__cause__ = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert classify(error) is Verdict.NO
+    assert classify(error) is Likelihood.NO
 
 
 def test_a_bug_met_while_handling_one_is_a_bug() -> None:
@@ -101,14 +101,14 @@ def test_a_bug_met_while_handling_one_is_a_bug() -> None:
         except MemoryError:
             raise KeyError("typo")  # noqa: B904 - the context is the point
     except KeyError as error:
-        assert classify(error) is Verdict.NO
+        assert classify(error) is Likelihood.NO
 
 
 def test_last_words_are_classified() -> None:
     """A dead process leaves text, no exception."""
     words = "terminate called after throwing an instance of 'std::bad_alloc'"
-    assert classify_text(words) is Verdict.CERTAIN
-    assert classify_text("Segmentation fault") is Verdict.NO
+    assert classify_text(words) is Likelihood.CERTAIN
+    assert classify_text("Segmentation fault") is Likelihood.NO
 
 
 def test_first_line() -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from memfit import Workload
-from memfit.cleanup import preserved, release
 from memfit.errors import WorkloadError
+from memfit.memory.release import release
+from memfit.memory.restore import preserved
 from memfit.records import Precision, StepOptions
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 CPU = torch.device("cpu")
 

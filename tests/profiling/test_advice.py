@@ -10,11 +10,11 @@ from torch import nn
 
 from memfit import Precision, StepOptions, Workload
 from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import Gpu, find_gpu
 from memfit.profiling import advise, card_lines, profile_gpu
 from memfit.records import Change
-from memfit.simulation.gpus import Gpu, find_gpu
+from memfit.step.workload import TrainingStep
 from memfit.units import GIB
-from memfit.workload import TrainingStep
 
 RTX3090 = find_gpu("rtx3090")
 

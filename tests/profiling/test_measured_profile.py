@@ -16,10 +16,10 @@ from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
 from memfit.profiling.replay import Replay, replay
 from memfit.records import MemoryProfile, Peak, Role
-from memfit.simulation.settings import AllocatorSettings
-from memfit.simulation.trace import TraceOptions
-from memfit.simulation.workspace import Kernels
-from memfit.workload import TrainingStep
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.tracing.trace import TraceOptions
+from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.workload import TrainingStep
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 8
@@ -49,7 +49,7 @@ def simulated(step: TrainingStep) -> Peak:
     attribution = Attribution()
     traced = trace(step, options, watcher=attribution)
     replayed = replay(
-        traced.tape,
+        traced.schedule,
         BATCH_SIZE,
         purpose=attribution.purpose,
         workspaces={},

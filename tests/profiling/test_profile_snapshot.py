@@ -10,10 +10,10 @@ from torch.cuda import _memory_viz
 
 import memfit
 from memfit import Precision, StepOptions
+from memfit.cards import find_gpu
 from memfit.errors import UsageError
 from memfit.profiling import profile_gpu
-from memfit.simulation.gpus import find_gpu
-from memfit.workload import TrainingStep
+from memfit.step.workload import TrainingStep
 
 RTX3090 = find_gpu("rtx3090")
 STEP = TrainingStep(

@@ -11,7 +11,7 @@ import memfit
 from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import line_of
 from memfit.profiling.peak import peak_of
-from memfit.profiling.recorded import AtWork, Notes, PhaseBegins, Settled, assemble
+from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart, assemble
 from memfit.records import Action, Role
 from memfit.units import MIB
 
@@ -73,20 +73,20 @@ SNAPSHOT: dict[str, Any] = {
 }
 NOTES = Notes(
     phases=(
-        PhaseBegins(time_ns=105_000, name="forward"),
-        PhaseBegins(time_ns=125_000, name="backward"),
-        PhaseBegins(time_ns=140_000, name="optimizer"),
+        PhaseStart(time_ns=105_000, name="forward"),
+        PhaseStart(time_ns=125_000, name="backward"),
+        PhaseStart(time_ns=140_000, name="optimizer"),
     ),
     work=(
-        AtWork(time_ns=106_000, module="(batch)", is_forward=False),
-        AtWork(time_ns=115_000, module="conv", is_forward=True),
-        AtWork(time_ns=124_000, module="(loss)", is_forward=False),
-        AtWork(time_ns=126_000, module="conv", is_forward=False),
+        ModuleActive(time_ns=106_000, module="(batch)", is_forward=False),
+        ModuleActive(time_ns=115_000, module="conv", is_forward=True),
+        ModuleActive(time_ns=124_000, module="(loss)", is_forward=False),
+        ModuleActive(time_ns=126_000, module="conv", is_forward=False),
     ),
     settled=(
-        Settled(time_ns=101_000, address=WEIGHT, role=Role.PARAMETERS, module="conv"),
-        Settled(time_ns=112_000, address=BATCH, role=Role.INPUTS, module="(batch)"),
-        Settled(time_ns=139_000, address=GRADIENT, role=Role.GRADIENTS, module="conv"),
+        KnownBlock(time_ns=101_000, address=WEIGHT, role=Role.PARAMETERS, module="conv"),
+        KnownBlock(time_ns=112_000, address=BATCH, role=Role.INPUTS, module="(batch)"),
+        KnownBlock(time_ns=139_000, address=GRADIENT, role=Role.GRADIENTS, module="conv"),
     ),
 )
 
@@ -140,8 +140,8 @@ def test_recomputed_activations() -> None:
         *freed(135, SAVED, MIB),
     ]
     work = (
-        AtWork(time_ns=126_000, module="conv", is_forward=True),
-        AtWork(time_ns=130_000, module="conv", is_forward=False),
+        ModuleActive(time_ns=126_000, module="conv", is_forward=True),
+        ModuleActive(time_ns=130_000, module="conv", is_forward=False),
     )
     notes = Notes(phases=NOTES.phases, work=work, settled=())
     events = history_of(history, since_ns=0, line_of=line_of)

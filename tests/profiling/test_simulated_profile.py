@@ -14,12 +14,12 @@ from torch import nn
 
 from memfit import Precision, StepOptions, UnsupportedError, Workload
 from memfit.backends.simulated import SimulatedBackend, TraceCache, trace, trace_options
+from memfit.cards import find_gpu
 from memfit.profiling import profile_gpu
 from memfit.profiling.attribution import Attribution
 from memfit.records import Action, MemoryProfile, Outcome, Role
-from memfit.simulation.gpus import find_gpu
+from memfit.step.workload import TrainingStep
 from memfit.units import MIB
-from memfit.workload import TrainingStep
 
 RTX3090 = find_gpu("rtx3090")
 VIT = "test_vit.r160_in1k"
@@ -133,8 +133,8 @@ def test_watching_changes_nothing() -> None:
     """The events are the same with a watcher and without, but for the marks of phases."""
     step = step_of(grad_checkpointing=True, accumulate=True)
     options = trace_options(RTX3090)
-    plain = trace(step, options).tape
-    watched = trace(step, options, watcher=Attribution()).tape
+    plain = trace(step, options).schedule
+    watched = trace(step, options, watcher=Attribution()).schedule
     for stretch in ("setup", "first", "later"):
         events = [
             (event.action, event.num_bytes, event.origin)

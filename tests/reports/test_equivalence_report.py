@@ -16,8 +16,8 @@ from memfit.records import (
     LoopFault,
     LoopWindow,
     LossWeighting,
-    Mixer,
     MixesIn,
+    MixingLayer,
     ParameterDifference,
     Precision,
     StepOptions,
@@ -42,7 +42,7 @@ PASSED = GradientCheck(
     worst_relative_error=2e-15,
 )
 FAILED = dataclasses.replace(PASSED, num_differing=3, worst=(LARGE,), worst_relative_error=0.5)
-MIXER = Mixer(
+MIXER = MixingLayer(
     name="bn1", type_name="BatchNorm2d", mixes_in=MixesIn.FORWARD, moved=0.25, stops_in_eval=True
 )
 EQUAL = Equivalence(
@@ -87,9 +87,12 @@ def test_an_equal_model_s_report_in_full() -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"mixers": (MIXER,)}, "differs: vit_tiny at 8 x 4, 1 layer mixes samples; gradients off"),
         (
-            {"mixers": (dataclasses.replace(MIXER, name="loss", mixes_in=MixesIn.LOSS),)},
+            {"mixing_layers": (MIXER,)},
+            "differs: vit_tiny at 8 x 4, 1 layer mixes samples; gradients off",
+        ),
+        (
+            {"mixing_layers": (dataclasses.replace(MIXER, name="loss", mixes_in=MixesIn.LOSS),)},
             "the loss mixes samples; gradients off by up to 5.0e-01",
         ),
         ({"stateful": ("norm",)}, "norm depends on how often it was called; gradients off"),
@@ -106,7 +109,7 @@ def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None
 def test_a_screen_holds_the_report_of_a_large_model() -> None:
     """However many layers mix and parameters differ."""
     many = dataclasses.replace(FAILED, worst=(LARGE,) * 20, num_parameters=900, num_differing=900)
-    report = text(DIFFERS, checks=(many,) * 4, mixers=(MIXER,) * 120)
+    report = text(DIFFERS, checks=(many,) * 4, mixing_layers=(MIXER,) * 120)
     assert len(report.splitlines()) < 40
     assert "and 895 more" in report
     assert "and 112 more" in report
@@ -114,21 +117,21 @@ def test_a_screen_holds_the_report_of_a_large_model() -> None:
 
 def test_what_was_frozen_is_said() -> None:
     """In the verdict and in the table."""
-    report = text(EQUAL, mixers=(dataclasses.replace(MIXER, frozen=True),))
+    report = text(EQUAL, mixing_layers=(dataclasses.replace(MIXER, frozen=True),))
     assert report.startswith("equal: vit_tiny at 8 x 4, 1 layer frozen, to 2.0e-15 in float64")
     assert "--freeze-bn" not in report
 
 
 def test_what_to_do_about_layers_that_mix() -> None:
     """Freezing only where that helps."""
-    report = text(DIFFERS, mixers=(MIXER,), alternatives=("vit_gn",))
+    report = text(DIFFERS, mixing_layers=(MIXER,), alternatives=("vit_gn",))
     assert "--freeze-bn" in report
     assert "timm has, unchecked: vit_gn." in report
-    stubborn = text(DIFFERS, mixers=(dataclasses.replace(MIXER, stops_in_eval=False),))
+    stubborn = text(DIFFERS, mixing_layers=(dataclasses.replace(MIXER, stops_in_eval=False),))
     assert "--freeze-bn" not in stubborn
     assert "Evaluation mode does not stop" in stubborn
-    loss = Mixer(name="loss", type_name="clip", mixes_in=MixesIn.LOSS, moved=1.0)
-    assert "keep the batch whole" in text(DIFFERS, mixers=(loss,))
+    loss = MixingLayer(name="loss", type_name="clip", mixes_in=MixesIn.LOSS, moved=1.0)
+    assert "keep the batch whole" in text(DIFFERS, mixing_layers=(loss,))
 
 
 def test_a_detached_model_s_verdict() -> None:

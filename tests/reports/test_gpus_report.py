@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from memfit.cards import Gpu, catalogue, find_gpu
 from memfit.reports.gpus import render
-from memfit.simulation.gpus import Gpu, catalogue, find_gpu
 
 
 def text(cards: tuple[Gpu, ...], width: int) -> str:

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Outcome, Source, Trial
-from memfit.search import Found, largest, recommended
+from memfit.search.largest import Found, find_largest, recommended
 
 MIB = 2**20
 
@@ -46,7 +46,9 @@ class Device:
         )
 
     def largest(self, hint: int | None = None, ceiling: int = 2**20) -> Found:
-        return largest(self.trial, capacity_bytes=self.capacity_bytes, hint=hint, ceiling=ceiling)
+        return find_largest(
+            self.trial, capacity_bytes=self.capacity_bytes, hint=hint, ceiling=ceiling
+        )
 
     def edge(self, ceiling: int = 2**20) -> int:
         """Return the largest batch size that fits a monotone device, by bisection."""
@@ -99,7 +101,7 @@ def test_affine_devices_are_solved_exactly_within_the_promised_trials(device: De
 @given(affine)
 def test_devices_without_retries_are_solved_within_the_promised_trials(device: Device) -> None:
     """Where bytes are the step's own, a line is followed, and nothing is tried twice."""
-    found = largest(
+    found = find_largest(
         device.trial, capacity_bytes=device.capacity_bytes, ceiling=2**20, has_retries=False
     )
     assert found.batch_size == device.edge()
@@ -217,7 +219,7 @@ def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permi
         )
 
     hint = max(1, round(edge * (1 + off_permille / 1000)))
-    found = largest(trial, capacity_bytes=2**30, hint=hint)
+    found = find_largest(trial, capacity_bytes=2**30, hint=hint)
     assert found.batch_size == edge
     assert found.proved
     if hint == edge:
@@ -288,7 +290,7 @@ def test_the_smallest_batch_is_not_tried_before_two() -> None:
 def test_a_floor_is_kept() -> None:
     """Below the floor nothing is tried."""
     device = Device(lambda b: b, 10)
-    found = largest(device.trial, capacity_bytes=10, floor=8)
+    found = find_largest(device.trial, capacity_bytes=10, floor=8)
     assert found.batch_size == 10
     assert min(device.tried) == 8
 
@@ -297,7 +299,7 @@ def test_a_floor_is_kept() -> None:
 def test_impossible_bounds_are_refused(floor: int, ceiling: int) -> None:
     """Bounds that hold nothing are the caller's mistake."""
     with pytest.raises(ValueError, match="floor"):
-        largest(Device(lambda b: b, 10).trial, floor=floor, ceiling=ceiling)
+        find_largest(Device(lambda b: b, 10).trial, floor=floor, ceiling=ceiling)
 
 
 @given(affine, st.floats(0, 0.5), st.sampled_from([1, 8, 32]))
@@ -338,7 +340,7 @@ def test_a_recommendation_needs_no_allocator_retries() -> None:
             num_alloc_retries=int(batch_size > 90),
         )
 
-    found = largest(trial, capacity_bytes=1000)
+    found = find_largest(trial, capacity_bytes=1000)
     assert found.batch_size == 100
     answer = recommended(trial, found, capacity_bytes=1000, headroom=0)
     assert answer.batch_size == 90
@@ -367,7 +369,7 @@ def test_a_line_that_errs_upwards_costs_one_cheap_trial(
         return int(MIB * (fixed + per_sample * n * (1 + bend * n / edge)))
 
     device = Device(bytes_of, (bytes_of(edge) + bytes_of(edge + 1)) // 2)
-    found = largest(device.trial, capacity_bytes=device.capacity_bytes, has_retries=False)
+    found = find_largest(device.trial, capacity_bytes=device.capacity_bytes, has_retries=False)
     assert found.batch_size == edge
     assert found.proved
     assert len(found.trials) <= 7

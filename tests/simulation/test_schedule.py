@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Action, Event
-from memfit.simulation.allocator import CachingAllocator
-from memfit.simulation.tape import StepTape, Tape
+from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.units import MIB
 
 
@@ -21,10 +21,10 @@ def free(number: int) -> Event:
     return Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0, origin="")
 
 
-def step(events: list[Event], growth: list[int], *, fixed: int = 0) -> StepTape:
-    stretch = Tape(events=tuple(events), growth_bytes=tuple(growth), batch_size=1)
-    return StepTape(
-        setup=Tape.fixed([alloc(-1, fixed)]),
+def step(events: list[Event], growth: list[int], *, fixed: int = 0) -> StepSchedule:
+    stretch = Schedule(events=tuple(events), growth_bytes=tuple(growth), batch_size=1)
+    return StepSchedule(
+        setup=Schedule.fixed([alloc(-1, fixed)]),
         first=stretch,
         later=dataclasses.replace(stretch),
     )
@@ -49,9 +49,9 @@ def stretches(draw: st.DrawFn) -> tuple[list[Event], list[int]]:
     return events, growth
 
 
-def requested_peak(tape: StepTape, batch_size: int) -> int:
+def requested_peak(schedule: StepSchedule, batch_size: int) -> int:
     allocator = CachingAllocator()
-    for _ in tape.play(allocator, batch_size):
+    for _ in schedule.play(allocator, batch_size):
         pass
     return allocator.stats.peak_requested_bytes
 
@@ -62,21 +62,21 @@ def test_tensors_bound_the_batch(
     stretch: tuple[list[Event], list[int]], room: int, fixed: int
 ) -> None:
     """The batch size that tensors allow is the last whose peak of requested bytes has room."""
-    tape = step(*stretch, fixed=fixed)
-    found = tape.largest_within(room)
+    schedule = step(*stretch, fixed=fixed)
+    found = schedule.largest_within(room)
     if not any(stretch[1]):
         assert found is None
         return
     assert found is not None
-    assert requested_peak(tape, found + 1) > room
+    assert requested_peak(schedule, found + 1) > room
     if found:
-        assert requested_peak(tape, found) <= room
+        assert requested_peak(schedule, found) <= room
 
 
 def test_a_replay_ends_when_an_iteration_asks_nothing_of_the_device() -> None:
     """The second iteration finds everything in the cache, so a third would be the same."""
-    tape = step([alloc(1, 8 * MIB), free(1)], [MIB, 0])
-    assert list(tape.play(CachingAllocator(), 4)) == [12 * MIB, 12 * MIB]
+    schedule = step([alloc(1, 8 * MIB), free(1)], [MIB, 0])
+    assert list(schedule.play(CachingAllocator(), 4)) == [12 * MIB, 12 * MIB]
 
 
 def test_a_replay_goes_on_while_the_peak_grows() -> None:
@@ -89,5 +89,5 @@ def test_a_replay_goes_on_while_the_peak_grows() -> None:
 def test_a_replay_that_always_asks_ends_when_two_peaks_agree() -> None:
     """Here each iteration gives back its cache, so it never ends where it began."""
     emptied = Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0, origin="test")
-    tape = step([alloc(1, 30 * MIB), free(1), emptied], [0] * 3)
-    assert list(tape.play(CachingAllocator(), 1)) == [30 * MIB] * 3
+    schedule = step([alloc(1, 30 * MIB), free(1), emptied], [0] * 3)
+    assert list(schedule.play(CachingAllocator(), 1)) == [30 * MIB] * 3

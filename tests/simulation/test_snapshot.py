@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from memfit.errors import UsageError
 from memfit.records import Action
-from memfit.simulation.allocator import AllocatorOutOfMemoryError, CachingAllocator
-from memfit.simulation.blocks import DeviceMemory
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.blocks import DeviceMemory
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.snapshot import disagreement, load, read_history, save
 from memfit.units import MIB
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.batches import batch_size_of, resized, to_device
 from memfit.errors import WorkloadError
+from memfit.step.batches import batch_size_of, resized, to_device
 
 
 @given(st.integers(1, 9), st.integers(1, 30))

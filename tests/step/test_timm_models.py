@@ -12,10 +12,10 @@ import torch
 
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
-from memfit.zoo import timm_parts
+from memfit.step.timm_models import timm_parts
 
 META = torch.device("meta")
-# What `benchmarks/zoo.py` could not trace, of all that this release of timm registers.
+# What `benchmarks/timm_models.py` could not trace, of all that this release of timm registers.
 NOT_TRACED = json.loads((Path(__file__).parent / "data" / "zoo-not-traced.json").read_text())
 
 
@@ -24,7 +24,7 @@ def options(num_classes: int | None = None) -> StepOptions:
 
 
 def test_what_of_timm_does_not_trace_is_less_than_a_hundredth() -> None:
-    """By the list that `benchmarks/zoo.py` made; another release has another list."""
+    """By the list that `benchmarks/timm_models.py` made; another release has another list."""
     if timm.__version__ != NOT_TRACED["timm"]:
         pytest.skip(f"the list was made with timm {NOT_TRACED['timm']}")
     names = timm.list_models()

@@ -11,9 +11,9 @@ from torch import nn
 
 from memfit import Workload
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
-from memfit.prepared import PreparedStep
 from memfit.records import Precision, StepOptions
-from memfit.workload import TrainingStep
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
 
 CPU = torch.device("cpu")
 FP32 = StepOptions(precision=Precision.FP32)

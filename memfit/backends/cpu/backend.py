@@ -10,17 +10,17 @@ from __future__ import annotations
 import psutil
 import torch
 
-from memfit import heap
-from memfit.backends.forkserver import Report, Request, Server, ran_out
-from memfit.backends.linux import (
+from memfit.backends.cpu import glibc_heap
+from memfit.backends.cpu.limits import (
     limit_works,
     memory_left,
     processor_name,
 )
+from memfit.backends.cpu.server import Report, Request, Server, ran_out
 from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Capacity, Precision, Trial
+from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
-from memfit.workload import TrainingStep
 
 __all__ = ["CpuBackend"]
 
@@ -82,9 +82,9 @@ class CpuBackend:
     @property
     def environment(self) -> tuple[str, ...]:
         """What trials ran with that a training script has to be given, as NAME=value."""
-        if heap.is_heap_tuned():
+        if glibc_heap.is_heap_tuned():
             return ()
-        return (f"MALLOC_MMAP_THRESHOLD_={heap.MMAP_THRESHOLD_BYTES}",)
+        return (f"MALLOC_MMAP_THRESHOLD_={glibc_heap.MMAP_THRESHOLD_BYTES}",)
 
     @property
     def has_retries(self) -> bool:

@@ -1,7 +1,7 @@
 """What Linux does for a process: its footprint, its limit, its forks.
 
 Reads /proc and the control groups, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
-`memfit.backends.forkserver`'s.
+`memfit.backends.cpu.server`'s.
 """
 
 from __future__ import annotations

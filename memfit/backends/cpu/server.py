@@ -2,7 +2,7 @@
 
 A server, forked from this process, builds the step once and forks a child for each trial; the child
 limits itself, runs the step and reports. The server outlives its children whatever becomes of them.
-Which trials to run, and what a suspect means, is `memfit.backends.cpu`'s.
+Which trials to run, and what a suspect means, is `memfit.backends.cpu.backend`'s.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import IO
 
 import torch
 
-from memfit import cleanup, oom
-from memfit.backends.linux import (
+from memfit.backends.cpu.glibc_heap import fill_heap, steady_heap
+from memfit.backends.cpu.limits import (
     Footprint,
     fork,
     fork_as_is,
@@ -35,11 +35,12 @@ from memfit.backends.linux import (
 )
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import StepCrashedError, UnsupportedError
-from memfit.heap import fill_heap, steady_heap
-from memfit.prepared import PreparedStep
+from memfit.memory import oom
+from memfit.memory.release import release
 from memfit.records import Outcome, Source, Trial
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
 from memfit.units import MIB
-from memfit.workload import TrainingStep
 
 __all__ = ["Report", "Request", "Server", "ran_out"]
 
@@ -138,7 +139,7 @@ class Server:
 def _judge_death(exit_code: int, request: Request, written: str) -> Report:
     """Say what it means that the process of a trial died without a report."""
     last_words = _last_words(written)
-    if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Verdict.CERTAIN:
+    if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Likelihood.CERTAIN:
         message = "killed by the kernel" if exit_code == -signal.SIGKILL else last_words
         return Report(trial=ran_out(request.batch_size, message))
     how = (
@@ -198,7 +199,7 @@ def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> Non
         built = step.prepare(_CPU)
     except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
         failure = (traceback.format_exc(), Report(error=_portable(error)))
-    cleanup.release(_CPU)
+    release(_CPU)
     gc.freeze()
     model = Footprint.now() - before
 
@@ -263,10 +264,10 @@ def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[st
         verdict = oom.classify(error)
         message = oom.first_line(error)
         text = traceback.format_exc()
-        if verdict is oom.Verdict.NO:
+        if verdict is oom.Likelihood.NO:
             return text, Report(error=_portable(_explained(error)))
         trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
-        if verdict is oom.Verdict.SUSPECTED and message not in request.confirmed:
+        if verdict is oom.Likelihood.SUSPECTED and message not in request.confirmed:
             return text, Report(trial=trial, error=_portable(error), suspect=message)
         return None, Report(trial=trial)
     trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)

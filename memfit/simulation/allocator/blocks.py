@@ -1,7 +1,6 @@
 """The caching allocator's bookkeeping: blocks, the pools that index them, the device's memory.
 
-Policy (which block, when to split, what to give back) is in `memfit.simulation.allocator` and
-`memfit.simulation.expandable`.
+Policy (which block, when to split, what to give back) is in `caching` and `expandable`.
 """
 
 from __future__ import annotations

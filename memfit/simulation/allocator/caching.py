@@ -18,10 +18,10 @@ from typing import Final
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
-from memfit.simulation.blocks import Block, DeviceMemory, Pool, absorb, split
-from memfit.simulation.expandable import expand, preferred, unmap
-from memfit.simulation.segments import Segment, lay_out
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.blocks import Block, DeviceMemory, Pool, absorb, split
+from memfit.simulation.allocator.expandable import expand, preferred, unmap
+from memfit.simulation.allocator.segments import Segment, lay_out
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import MIB
 
 __all__ = ["AllocatorOutOfMemoryError", "AllocatorStats", "CachingAllocator", "round_request"]

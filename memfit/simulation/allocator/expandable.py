@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from memfit.simulation.blocks import Block, DeviceMemory, Pool, absorb
+from memfit.simulation.allocator.blocks import Block, DeviceMemory, Pool, absorb
 
 __all__ = ["expand", "preferred", "unmap"]
 

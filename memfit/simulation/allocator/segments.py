@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from memfit.simulation.blocks import Block
+from memfit.simulation.allocator.blocks import Block
 
 __all__ = ["Segment", "SegmentBlock", "lay_out"]
 

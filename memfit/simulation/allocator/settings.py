@@ -2,7 +2,7 @@
 
 Reads the options that change what is allocated; those that only change how (pinned host memory,
 locks, recording) are accepted and have no effect here. What the options do is in
-`memfit.simulation.allocator`.
+`memfit.simulation.allocator.caching`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Attention's kernel, recurrent layers, dropout's mask, autocast and the loss's scale, and the
 optimizers' choice of their foreach implementation. What kernels take besides tensors is
-`memfit.simulation.workspace`'s.
+`memfit.simulation.tracing.workspace`'s.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from memfit.records import Precision
-from memfit.simulation.attention import AttentionBackend, AttentionCall, attend, describe, write_out
-from memfit.simulation.autocast import FP32, CudaAutocast
-from memfit.simulation.recurrent import RECURRENT, is_padded, recur
+from memfit.simulation.tracing.attention import (
+    AttentionBackend,
+    AttentionCall,
+    attend,
+    describe,
+    write_out,
+)
+from memfit.simulation.tracing.autocast import FP32, CudaAutocast
+from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 
-__all__ = ["META", "CudaSemantics", "MetaArithmetic", "foreach_on_meta"]
+__all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
 
 META: Final = torch.device("meta")
 _AUTOCAST_DTYPES: Final = {
@@ -111,7 +117,7 @@ def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.T
     return torch.dropout(input, p, train)
 
 
-class MetaArithmetic:
+class MetaPrecision:
     """Autocast and GradScaler for meta tensors.
 
     Args:

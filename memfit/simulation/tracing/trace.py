@@ -25,14 +25,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memfit.collector import collector_paused
 from memfit.errors import UnsupportedError
+from memfit.memory.collector import collector_paused
 from memfit.records import Action, Event
-from memfit.simulation.attention import AttentionBackend, AttentionCall, choose
-from memfit.simulation.autocast import functional_layer_open
-from memfit.simulation.semantics import META, CudaSemantics, MetaArithmetic, foreach_on_meta
-from memfit.simulation.tape import StepTape, StreamsDifferError, Tape
-from memfit.simulation.workspace import Kernels, Workspace
+from memfit.simulation.schedule import Schedule, StepSchedule, StreamsDifferError
+from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
+from memfit.simulation.tracing.autocast import functional_layer_open
+from memfit.simulation.tracing.semantics import META, CudaSemantics, MetaPrecision, foreach_on_meta
+from memfit.simulation.tracing.workspace import Kernels, Workspace
 
 __all__ = ["StepTrace", "TraceOptions", "Watcher", "trace_step"]
 
@@ -48,7 +48,7 @@ class TraceOptions:
     Args:
         compute_capability: Of the card, such as (8, 6).
         kernels: What its kernels take besides tensors.
-        prefers_cudnn_attention: See `memfit.simulation.attention.choose`.
+        prefers_cudnn_attention: See `memfit.simulation.tracing.attention.choose`.
         has_fused_attention: There is `scaled_dot_product_attention`; otherwise models write
             attention out.
         uses_foreach: Optimizers take their foreach implementation by default.
@@ -81,18 +81,18 @@ class StepTrace:
     """A traced training step.
 
     Args:
-        tape: Its events.
+        schedule: Its events.
         attention: Every kind of attention that it ran, and the kernel taken.
         num_operations: Operations that one iteration dispatched.
     """
 
-    tape: StepTape
+    schedule: StepSchedule
     attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
     num_operations: int
 
 
 class PreparedStep(Protocol):
-    """What a trace needs of a training step on the meta device (`memfit.prepared.PreparedStep`)."""
+    """What a trace needs of a training step on the meta device (`PreparedStep`)."""
 
     model: nn.Module
     make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
@@ -128,7 +128,7 @@ class Watcher(Protocol):
 def trace_step(
     prepared: PreparedStep,
     *,
-    arithmetic: MetaArithmetic,
+    precision_policy: MetaPrecision,
     options: TraceOptions,
     name: str,
     watcher: Watcher | None = None,
@@ -136,8 +136,8 @@ def trace_step(
     """Trace a training step on the meta device.
 
     Args:
-        prepared: The step, made with `arithmetic`.
-        arithmetic: How it computes in mixed precision.
+        prepared: The step, made with `precision_policy`.
+        precision_policy: How it computes in mixed precision.
         options: What else decides.
         name: What an error calls the model.
         watcher: Told of every allocation; the events are the same with it and without.
@@ -149,7 +149,7 @@ def trace_step(
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
     recorder = _Recorder(options.kernels, watcher)
-    semantics = CudaSemantics(arithmetic.autocast, options.choose_attention)
+    semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
     with contextlib.ExitStack() as stack:
         stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
@@ -159,15 +159,15 @@ def trace_step(
             stack.enter_context(watcher.watch(prepared, recorder.mark))
         stack.enter_context(semantics)
         stack.enter_context(recorder)
-        tape = _record(prepared, recorder, options)
+        schedule = _record(prepared, recorder, options)
     return StepTrace(
-        tape=tape,
+        schedule=schedule,
         attention=tuple(semantics.attention.items()),
         num_operations=recorder.num_operations,
     )
 
 
-def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) -> StepTape:
+def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) -> StepSchedule:
     recorder.see_all(prepared)
     prepared.begin()
     setup = recorder.cut()
@@ -185,24 +185,26 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
     run, update = iterate(small)
     try:
         later = (
-            Tape.between(run, warm_run, batch_sizes=(small, large))
+            Schedule.between(run, warm_run, batch_sizes=(small, large))
             .then(update)
             .without(_PLANS_TRIED)
         )
-        first = Tape.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
+        first = Schedule.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
     except StreamsDifferError:
         # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
         # the start; its own course does not.
         again, _ = iterate(large)
         later = (
-            Tape.between(run, again, batch_sizes=(small, large)).then(update).without(_PLANS_TRIED)
+            Schedule.between(run, again, batch_sizes=(small, large))
+            .then(update)
+            .without(_PLANS_TRIED)
         )
         setup = [*setup, *_left_over([*warm_run, *warm_update])]
         first = later.without(_PLANS_TRIED)
     if not options.cudnn_benchmark:
         first = first.without(_PLANS_TRIED)
-    return StepTape(
-        setup=_with_prefetched(Tape.fixed(setup), prepared, options),
+    return StepSchedule(
+        setup=_with_prefetched(Schedule.fixed(setup), prepared, options),
         first=first,
         later=later,
     )
@@ -213,7 +215,7 @@ def _left_over(events: Sequence[Event]) -> list[Event]:
     return [event for event in events if event.action is Action.ALLOC and event.id not in freed]
 
 
-def _with_prefetched(setup: Tape, prepared: PreparedStep, options: TraceOptions) -> Tape:
+def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOptions) -> Schedule:
     if not options.num_prefetched_batches:
         return setup
     inputs, targets = prepared.make_batch(1)
@@ -222,7 +224,7 @@ def _with_prefetched(setup: Tape, prepared: PreparedStep, options: TraceOptions)
     sizes *= options.num_prefetched_batches
     if options.prefetches_as_uint8:
         sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return Tape(
+    return Schedule(
         events=setup.events
         + tuple(
             Event(action=Action.ALLOC, id=-1 - index, num_bytes=size, origin="prefetched batch")

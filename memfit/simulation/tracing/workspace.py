@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import torch
 
-from memfit.simulation.outputs import outputs
-from memfit.simulation.recurrent import Recurrence, recur_backward, with_reserve
+from memfit.simulation.tracing.outputs import outputs
+from memfit.simulation.tracing.recurrent import Recurrence, recur_backward, with_reserve
 
 __all__ = ["Kernels", "Workspace"]
 

@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from memfit import Workload
-from memfit.backends import cpu, forkserver, linux, open_backend
-from memfit.backends.cpu import CpuBackend
+from memfit.backends import open_backend
+from memfit.backends.cpu import backend as cpu
+from memfit.backends.cpu import limits, server
+from memfit.backends.cpu.backend import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
+from memfit.step.workload import TrainingStep
 from memfit.units import MIB
-from memfit.workload import TrainingStep
 
 LIMIT = 200 * MIB
 FP32 = StepOptions(precision=Precision.FP32)
@@ -225,7 +227,7 @@ def data_left() -> int:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return limit - linux.Footprint.now().data_bytes if limit >= 0 else sys.maxsize
+    return limit - limits.Footprint.now().data_bytes if limit >= 0 else sys.maxsize
 
 
 def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
@@ -374,7 +376,7 @@ def test_needed_bytes_are_measured_where_there_is_room() -> None:
 
 def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where mapping beyond the limit succeeds, no trial would mean anything."""
-    monkeypatch.setattr(linux, "limit_data", lambda num_bytes: None)
+    monkeypatch.setattr(limits, "limit_data", lambda num_bytes: None)
     with pytest.raises(UnsupportedError, match="this kernel ignores it"):
         CpuBackend(memory_bytes=LIMIT)
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -387,9 +389,9 @@ def test_the_engine_that_cannot_fork_is_explained() -> None:
     error = RuntimeError(
         "Unable to handle autograd's threading in combination with fork-based multiprocessing."
     )
-    assert isinstance(forkserver._explained(error), UnsupportedError)
+    assert isinstance(server._explained(error), UnsupportedError)
     other = RuntimeError("other")
-    assert forkserver._explained(other) is other
+    assert server._explained(other) is other
 
 
 def write(folder: Path, **files: str) -> None:
@@ -410,14 +412,14 @@ def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
         memory__usage_in_bytes="70",
         memory__stat="cache 9\ntotal_inactive_file 30\n",
     )
-    assert linux._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
-    assert linux._control_groups(tmp_path, tmp_path / "none") == []
+    assert limits._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
+    assert limits._control_groups(tmp_path, tmp_path / "none") == []
 
 
 def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's limit is the machine's, for this process."""
-    monkeypatch.setattr(linux, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
-    assert linux.memory_left() == (600, "memory left in this control group")
+    monkeypatch.setattr(limits, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
+    assert limits.memory_left() == (600, "memory left in this control group")
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:

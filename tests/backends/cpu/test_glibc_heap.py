@@ -10,8 +10,8 @@ from typing import cast
 
 import pytest
 
-from memfit import heap
-from memfit.backends.cpu import CpuBackend
+from memfit.backends.cpu import glibc_heap
+from memfit.backends.cpu.backend import CpuBackend
 from memfit.units import MIB
 
 
@@ -30,7 +30,7 @@ def test_a_heap_that_the_user_tuned_is_left_alone(
     """Then nothing needs setting for training either."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert heap.is_heap_tuned() is is_tuned
+    assert glibc_heap.is_heap_tuned() is is_tuned
     assert bool(CpuBackend(memory_bytes=200 * MIB).environment) is not is_tuned
 
 
@@ -38,10 +38,10 @@ def test_a_filled_heap_has_no_holes() -> None:
     """What is asked for next comes from new memory, whatever was freed before by which thread."""
     script = (
         "import ctypes, threading\n"
-        "from memfit import heap\n"
+        "from memfit.backends.cpu import glibc_heap\n"
         "libc = ctypes.CDLL(None)\n"
         "libc.malloc.restype = ctypes.c_void_p\n"
-        "libc.mallinfo2.restype = heap._HeapInfo\n"
+        "libc.mallinfo2.restype = glibc_heap._HeapInfo\n"
         "libc.free.argtypes = [ctypes.c_void_p]\n"
         "def make_holes(step):\n"
         "    blocks = [libc.malloc(5000) for _ in range(1000)]\n"
@@ -51,7 +51,7 @@ def test_a_filled_heap_has_no_holes() -> None:
         "thread.start()\n"
         "thread.join()\n"
         "assert libc.mallinfo2().fordblks > 7_000_000\n"
-        "heap.fill_heap()\n"
+        "glibc_heap.fill_heap()\n"
         "before = libc.mallinfo2().fordblks\n"
         "assert before < 300_000, before\n"
     )
@@ -60,7 +60,7 @@ def test_a_filled_heap_has_no_holes() -> None:
 
 def test_a_heap_that_maps_what_it_is_asked_for_can_be_filled() -> None:
     """A threshold below what holes are filled with: the arena does not grow then."""
-    script = "from memfit import heap; heap.fill_heap()"
+    script = "from memfit.backends.cpu import glibc_heap; glibc_heap.fill_heap()"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
 
@@ -69,7 +69,7 @@ def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
     """It does not show in glibc's figures, which would never change."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
-    libc.mallinfo2.restype = heap._HeapInfo
+    libc.mallinfo2.restype = glibc_heap._HeapInfo
 
     class Preloaded:
         mallinfo2 = libc.mallinfo2
@@ -78,23 +78,23 @@ def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
         def malloc(_num_bytes: int) -> int:
             return 0
 
-    assert heap._serves_malloc(libc)
-    assert not heap._serves_malloc(cast("ctypes.CDLL", Preloaded))
+    assert glibc_heap._serves_malloc(libc)
+    assert not glibc_heap._serves_malloc(cast("ctypes.CDLL", Preloaded))
 
 
 def test_a_filled_heap_grows_by_what_is_asked_for() -> None:
     """Where another arena's heap is nearly full, glibc sets 128 MiB aside for the next."""
     script = (
         "import ctypes, os, sys, threading\n"
-        "from memfit import heap\n"
-        "from memfit.backends.linux import status_bytes\n"
+        "from memfit.backends.cpu import glibc_heap\n"
+        "from memfit.backends.cpu.limits import status_bytes\n"
         "libc = ctypes.CDLL(None)\n"
         "libc.malloc.restype = ctypes.c_void_p\n"
         "def grow(num_blocks):\n"
         "    for _ in range(num_blocks): libc.malloc(50_000)\n"
         "def peak_of_growth():\n"
         "    grow(1200)\n"
-        "    heap.fill_heap()\n"
+        "    glibc_heap.fill_heap()\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        before = status_bytes()['VmPeak']\n"

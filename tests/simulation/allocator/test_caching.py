@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Action, Event
-from memfit.simulation import allocator as module
-from memfit.simulation.allocator import (
+from memfit.simulation.allocator import caching as module
+from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     CachingAllocator,
     round_request,
 )
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import GIB, KIB, MIB
 
 CONFIGURATIONS = (

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memfit.simulation.allocator import CachingAllocator
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.allocator.settings import AllocatorSettings
 
 SIZES = st.integers(1, 50_000_000)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memfit.errors import UsageError
-from memfit.simulation.settings import AllocatorSettings
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import GIB, MIB
 
 

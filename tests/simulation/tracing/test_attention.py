@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from memfit.simulation.attention import (
+from memfit.simulation.tracing.attention import (
     AttentionBackend,
     AttentionCall,
     attend,

@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from memfit.records import Precision
-from memfit.simulation import autocast
-from memfit.simulation.attention import AttentionBackend
-from memfit.simulation.semantics import CudaSemantics, MetaArithmetic
-from memfit.simulation.trace import TraceOptions
-from memfit.simulation.workspace import Kernels
+from memfit.simulation.tracing import autocast
+from memfit.simulation.tracing.attention import AttentionBackend
+from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision
+from memfit.simulation.tracing.trace import TraceOptions
+from memfit.simulation.tracing.workspace import Kernels
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,6 @@ def test_attention_and_dropout_go_the_devices_way() -> None:
 
 def test_only_mixed_precision_has_autocast() -> None:
     """Other precisions compute in what the tensors are."""
-    assert MetaArithmetic(Precision.FP32).autocast is None
-    assert MetaArithmetic(Precision.BF16).autocast is None
-    assert MetaArithmetic(Precision.AMP_FP16).autocast is not None
+    assert MetaPrecision(Precision.FP32).autocast is None
+    assert MetaPrecision(Precision.BF16).autocast is None
+    assert MetaPrecision(Precision.AMP_FP16).autocast is not None

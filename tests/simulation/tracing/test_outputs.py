@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from memfit.simulation.outputs import outputs
+from memfit.simulation.tracing.outputs import outputs
 
 aten = torch.ops.aten
 META = torch.device("meta")

@@ -8,10 +8,10 @@ from torch import nn
 
 from memfit.backends.simulated import trace
 from memfit.records import Action, Precision, StepOptions
-from memfit.simulation.recurrent import RECURRENT, Recurrence
-from memfit.simulation.trace import StepTrace, TraceOptions
-from memfit.simulation.workspace import Kernels
-from memfit.workload import TrainingStep, Workload
+from memfit.simulation.tracing.recurrent import RECURRENT, Recurrence
+from memfit.simulation.tracing.trace import StepTrace, TraceOptions
+from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.workload import TrainingStep, Workload
 
 STEPS, FEATURES, HIDDEN = 7, 12, 16
 
@@ -68,7 +68,7 @@ def traced(model: nn.Module, precision: Precision = Precision.FP32) -> StepTrace
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.AMP_FP16])
 def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: Precision) -> None:
     """One forward and one backward, whatever the number of time steps."""
-    events = traced(Tagger(kind, bidirectional=True), precision).tape.later.events
+    events = traced(Tagger(kind, bidirectional=True), precision).schedule.later.events
     origins = {event.origin for event in events if event.action is Action.ALLOC}
     assert "aten._cudnn_rnn.default" in origins
     assert "aten._cudnn_rnn_backward.default" in origins
@@ -78,7 +78,7 @@ def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: 
 def test_keeps_the_reserve_until_backward() -> None:
     """Four gates and a cell's state, in the precision of autocast."""
     for precision, item in ((Precision.FP32, 4), (Precision.AMP_BF16, 2)):
-        events = list(traced(Tagger(nn.LSTM), precision).tape.later.at(32))
+        events = list(traced(Tagger(nn.LSTM), precision).schedule.later.at(32))
         kept = 5 * STEPS * 32 * HIDDEN * item
         reserve = next(i for i, event in enumerate(events) if event.num_bytes == kept)
         freed = next(
@@ -93,7 +93,7 @@ def test_keeps_the_reserve_until_backward() -> None:
 def test_every_weight_gets_a_gradient() -> None:
     """What the first iteration leaves is a momentum for each."""
     model = Tagger(nn.GRU)
-    events = traced(model).tape.first.events
+    events = traced(model).schedule.first.events
     freed = {event.id for event in events if event.action is Action.FREE_COMPLETED}
     left = [e.num_bytes for e in events if e.action is Action.ALLOC and e.id not in freed]
     assert sorted(left) == sorted(4 * parameter.numel() for parameter in model.parameters())

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from memfit.backends.simulated import trace
 from memfit.errors import UnsupportedError
 from memfit.records import Action, Precision, StepOptions
-from memfit.simulation.allocator import CachingAllocator
-from memfit.simulation.tape import StepTape
-from memfit.simulation.trace import StepTrace, TraceOptions
-from memfit.simulation.workspace import Kernels
-from memfit.workload import TrainingStep, Workload
+from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.schedule import StepSchedule
+from memfit.simulation.tracing.trace import StepTrace, TraceOptions
+from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.workload import TrainingStep, Workload
 
 
 def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> TraceOptions:
@@ -47,9 +47,9 @@ def mlp(optimizer: str = "adamw") -> Workload:
     return Workload(model, batch, nn.CrossEntropyLoss(), optimizer)
 
 
-def requested_peak(tape: StepTape, batch_size: int) -> int:
+def requested_peak(schedule: StepSchedule, batch_size: int) -> int:
     allocator = CachingAllocator()
-    for _ in tape.play(allocator, batch_size):
+    for _ in schedule.play(allocator, batch_size):
         pass
     return allocator.stats.peak_requested_bytes
 
@@ -98,7 +98,7 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
         set_fused_attn(was_fused)
     simulated = collections.Counter(
         event.num_bytes
-        for event in traced.tape.later.at(2)
+        for event in traced.schedule.later.at(2)
         if event.action is Action.ALLOC and event.num_bytes > 512
     )
     assert simulated - real == collections.Counter()
@@ -136,15 +136,15 @@ def test_counts_parameters_gradients_and_state() -> None:
     """For AdamW without activations to speak of: weights, gradients, two moments, a temporary."""
     traced = trace(step_of(mlp()), options())
     num_bytes = 4 * (64 * 256 + 256 + 256 * 10 + 10)
-    setup = sum(event.num_bytes for event in traced.tape.setup.events)
+    setup = sum(event.num_bytes for event in traced.schedule.setup.events)
     assert setup == num_bytes
-    assert 4.9 * num_bytes <= requested_peak(traced.tape, 1) <= 5.2 * num_bytes
+    assert 4.9 * num_bytes <= requested_peak(traced.schedule, 1) <= 5.2 * num_bytes
 
 
 def test_sizes_are_affine_in_the_batch() -> None:
     """Extrapolated from two batch sizes, another one is as if traced there."""
     few = trace(step_of("test_vit"), options())
-    peaks = [requested_peak(few.tape, size) for size in (1000, 2000, 3000)]
+    peaks = [requested_peak(few.schedule, size) for size in (1000, 2000, 3000)]
     assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 0
 
 
@@ -156,7 +156,7 @@ def test_is_the_same_every_time() -> None:
         cycle.append(cycle)
     del cycles
     second = trace(step_of("test_vit"), options())
-    assert first.tape == second.tape
+    assert first.schedule == second.schedule
 
 
 def test_leaves_the_users_objects_alone() -> None:
@@ -179,11 +179,11 @@ def test_attention_written_out_keeps_its_probabilities() -> None:
     """In fp32 as the softmax gave them, and in half as the second product takes them."""
     step = step_of("test_vit", Precision.AMP_FP16)
     fused, own = (
-        requested_peak(trace(step, options(has_fused_attention=kept)).tape, 64)
+        requested_peak(trace(step, options(has_fused_attention=kept)).schedule, 64)
         for kept in (True, False)
     )
     assert own > fused
-    events = trace(step, options(has_fused_attention=False)).tape.later.events
+    events = trace(step, options(has_fused_attention=False)).schedule.later.events
     assert any("_softmax" in event.origin for event in events)
     assert not any("scaled_dot_product" in event.origin for event in events)
 
@@ -194,30 +194,30 @@ def test_shared_parameters_stay_shared() -> None:
     model[1].weight = model[0].weight
     workload = Workload(model, torch.zeros(2, 32), lambda out: out.sum(), "sgd")
     traced = trace(step_of(workload), options())
-    assert sum(event.num_bytes for event in traced.tape.setup.events) == 4 * 32 * 32
+    assert sum(event.num_bytes for event in traced.schedule.setup.events) == 4 * 32 * 32
 
 
 def test_gradient_checkpointing_keeps_less() -> None:
     """Recomputed activations are not held, and recomputation is cast as the forward was."""
     plain = trace(step_of("test_vit", Precision.AMP_BF16), options())
     spared = trace(step_of("test_vit", Precision.AMP_BF16, grad_checkpointing=True), options())
-    assert requested_peak(spared.tape, 64) < 0.8 * requested_peak(plain.tape, 64)
-    halves = [event for event in spared.tape.later.events if "_to_copy" in event.origin]
-    assert len(halves) > len([e for e in plain.tape.later.events if "_to_copy" in e.origin])
+    assert requested_peak(spared.schedule, 64) < 0.8 * requested_peak(plain.schedule, 64)
+    halves = [event for event in spared.schedule.later.events if "_to_copy" in event.origin]
+    assert len(halves) > len([e for e in plain.schedule.later.events if "_to_copy" in e.origin])
 
 
 def test_accumulation_holds_gradients_beside_activations() -> None:
     """Two micro-batches before a step need more than one."""
     one = trace(step_of("test_vit"), options())
     two = trace(step_of("test_vit", accumulate=True), options())
-    assert requested_peak(two.tape, 8) > requested_peak(one.tape, 8)
+    assert requested_peak(two.schedule, 8) > requested_peak(one.schedule, 8)
 
 
 def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
     """As on CUDA, where foreach is the default."""
     one_by_one = trace(step_of("test_vit"), options(uses_foreach=False))
     together = trace(step_of("test_vit"), options())
-    assert requested_peak(together.tape, 1) > requested_peak(one_by_one.tape, 1)
+    assert requested_peak(together.schedule, 1) > requested_peak(one_by_one.schedule, 1)
 
 
 def test_prefetched_batches_grow_with_the_batch() -> None:
@@ -225,8 +225,8 @@ def test_prefetched_batches_grow_with_the_batch() -> None:
     plain = trace(step_of(mlp()), options())
     fetched = trace(step_of(mlp()), options(num_prefetched_batches=2, prefetches_as_uint8=True))
     sample = 4 * 64 + 8
-    more = sum(e.num_bytes for e in fetched.tape.setup.at(100)) - sum(
-        e.num_bytes for e in plain.tape.setup.at(100)
+    more = sum(e.num_bytes for e in fetched.schedule.setup.at(100)) - sum(
+        e.num_bytes for e in plain.schedule.setup.at(100)
     )
     assert more == 100 * (2 * sample + 64 + 1)
 
@@ -265,8 +265,8 @@ def test_what_the_first_iteration_leaves_is_there_from_the_start() -> None:
     """A lazily made buffer counts once."""
     workload = Workload(GrowsOnce(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
     traced: StepTrace = trace(step_of(workload), options())
-    assert 4000 in [event.num_bytes for event in traced.tape.setup.events]
-    assert 4000 not in [event.num_bytes for event in traced.tape.later.events]
+    assert 4000 in [event.num_bytes for event in traced.schedule.setup.events]
+    assert 4000 not in [event.num_bytes for event in traced.schedule.later.events]
 
 
 def test_convolutions_take_workspaces_by_layout() -> None:
@@ -274,7 +274,7 @@ def test_convolutions_take_workspaces_by_layout() -> None:
 
     def workspaces(channels_last: bool) -> int:
         step = step_of("test_resnet", Precision.AMP_FP16, channels_last=channels_last)
-        events = trace(step, options()).tape.later.at(8)
+        events = trace(step, options()).schedule.later.at(8)
         return sum(event.num_bytes for event in events if event.action is Action.TRY_ALLOC)
 
     assert workspaces(channels_last=True) == 0

@@ -12,19 +12,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import nn
 
-from memfit import oom
-from memfit.cleanup import release
 from memfit.equivalence.comparison import check, vanishing_in
-from memfit.equivalence.cuts import written
-from memfit.equivalence.gradients import Bench, Gradients, SingleSampleError, gradients
+from memfit.equivalence.gradient_flow import DetachWatch
+from memfit.equivalence.gradients import CheckSetup, Gradients, SingleSampleError, gradients
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import Draws
-from memfit.equivalence.reach import DetachWatch
+from memfit.equivalence.splits import written
 from memfit.equivalence.weighting import Weights
 from memfit.errors import DoesNotFitError
+from memfit.memory import oom
+from memfit.memory.release import release
 from memfit.records import BufferDrift, GradientCheck
 
-__all__ = ["Compared", "Progress", "Work", "compare", "in_eval", "united"]
+__all__ = ["Compared", "PassCounter", "Progress", "compare", "in_eval", "united"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what runs next, the passes done and the passes in all."""
@@ -33,7 +33,7 @@ _NUM_PASSES = 4  # the reference, two ways to cut it, and its samples in another
 _NUM_EXPERIMENTS = 2  # on mixing and on the loss, before the first round
 
 
-class Work:
+class PassCounter:
     """How much has been done, told to whoever waits for it."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -77,10 +77,10 @@ class Compared:
 
 
 def compare(
-    bench: Bench,
+    bench: CheckSetup,
     cuts: Sequence[tuple[int, ...]],
     weights: Weights,
-    work: Work,
+    work: PassCounter,
     *,
     suspect_draws: bool,
     vanishing: frozenset[str] = frozenset(),
@@ -115,10 +115,10 @@ def compare(
 
 
 def _compare_once(
-    bench: Bench,
+    bench: CheckSetup,
     cuts: Sequence[tuple[int, ...]],
     weights: Weights,
-    work: Work,
+    work: PassCounter,
     vanishing: frozenset[str],
 ) -> Compared:
     message = None
@@ -185,7 +185,7 @@ def _compare_once(
     )
 
 
-def _reordered(bench: Bench, cut: tuple[int, ...], weights: Weights) -> Gradients:
+def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gradients:
     """Return the reference's gradients with the samples in another order."""
     order = torch.arange(bench.num_samples - 1, -1, -1)
     turned = bench.reordered(order)
@@ -200,7 +200,7 @@ def _unless_out_of_memory(
     try:
         return run(cut)
     except Exception as error:
-        if oom.classify(error) is oom.Verdict.NO:
+        if oom.classify(error) is oom.Likelihood.NO:
             raise
     return None
 

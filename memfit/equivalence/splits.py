@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["bounded", "cuts_of", "spans", "written"]
+__all__ = ["bounded", "spans", "splits_of", "written"]
 
 
-def cuts_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, ...], ...]:
+def splits_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, ...], ...]:
     """Return two ways of cutting an effective batch: evenly, and unevenly with a short last part.
 
     No part is larger than the micro-batch, unless that is a single sample, and none is a single

@@ -1,4 +1,4 @@
-"""Tests of memfit.equivalence.cuts."""
+"""Tests of memfit.equivalence.splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfit.equivalence.cuts import bounded, cuts_of, spans, written
+from memfit.equivalence.splits import bounded, spans, splits_of, written
 
 SIZES = st.integers(1, 64)
 COUNTS = st.integers(2, 64)
@@ -15,7 +15,7 @@ COUNTS = st.integers(2, 64)
 @given(SIZES, COUNTS)
 def test_every_cut_covers_the_effective_batch(size: int, count: int) -> None:
     """No sample is lost or counted twice."""
-    for cut in cuts_of(size, count):
+    for cut in splits_of(size, count):
         assert sum(cut) == size * count
         assert min(cut) >= 1
 
@@ -23,7 +23,7 @@ def test_every_cut_covers_the_effective_batch(size: int, count: int) -> None:
 @given(st.integers(2, 64), COUNTS)
 def test_the_uneven_cut_ends_short_and_keeps_to_the_micro_batch(size: int, count: int) -> None:
     """What is compared fits the device that the micro-batch fits."""
-    even, uneven = cuts_of(size, count)
+    even, uneven = splits_of(size, count)
     assert max(uneven) <= size
     assert uneven[-1] < size
     assert uneven != even

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from memfit.cleanup import rewound
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import seed_all
-from memfit.prepared import call_model
+from memfit.memory.restore import rewound
+from memfit.step.runner import call_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,0 +1,1 @@
+"""Memory given back, objects put back, and out of memory recognised."""

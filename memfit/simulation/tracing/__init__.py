@@ -1,0 +1,1 @@
+"""A training step traced on meta tensors, as the events that its memory makes."""

@@ -1,0 +1,1 @@
+"""What is trained: the step's description, its batches, and how it runs."""
