@@ -16,7 +16,7 @@ from memfit.step.timm_models import timm_parts
 
 META = torch.device("meta")
 # What `benchmarks/timm_models.py` could not trace, of all that this release of timm registers.
-NOT_TRACED = json.loads((Path(__file__).parent / "data" / "zoo-not-traced.json").read_text())
+NOT_TRACED = json.loads((Path(__file__).parents[1] / "data" / "zoo-not-traced.json").read_text())
 
 
 def options(num_classes: int | None = None) -> StepOptions:
