@@ -83,9 +83,9 @@ def survey(model: str) -> dict[str, float]:
     import torch
 
     import memfit
-    from memfit.api.searching import Question, answer
     from memfit.backends.simulated import SimulatedBackend, TraceCache
     from memfit.cards import COMMON_GPUS, find_gpu
+    from memfit.planning import SearchBounds, probe_on
     from memfit.records import Precision, StepOptions
     from memfit.step.workload import TrainingStep
 
@@ -96,18 +96,14 @@ def survey(model: str) -> dict[str, float]:
     memfit.survey(model)
     whole = time.process_time() - start
     options = StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")
-    question = Question(
-        step=TrainingStep(subject=model, options=options),
-        headroom=0.05,
-        multiple_of=1,
-        max_batch_size=None,
-    )
+    step = TrainingStep(subject=model, options=options)
+    bounds = SearchBounds(headroom=0.05, multiple_of=1, max_batch_size=None)
     traces = TraceCache()
     seconds = []
     for gpu in (find_gpu(name) for name in COMMON_GPUS):
         if gpu.has_bf16:
             start = time.process_time()
-            answer(question, SimulatedBackend(gpu, traces=traces))
+            probe_on(SimulatedBackend(gpu, traces=traces), step, bounds)
             seconds.append(time.process_time() - start)
     return {
         "all_seconds": whole,

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing_extensions import Unpack
 
 from memfit.accumulation import Plan
-from memfit.api.planner import Target, plan_on
 from memfit.api.probing import on_each_card, simulated
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import open_backend
 from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
+from memfit.planning import PlanTarget, plan_on
 from memfit.records import Objective, PlanAnswer, PlanSurvey, Trial
 from memfit.step.workload import Workload
 from memfit.units import parse_bytes
@@ -69,7 +69,7 @@ def plan(
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
         UnsupportedError: This system cannot run such a trial.
     """
-    target = Target.of(
+    target = PlanTarget.of(
         effective_batch_size,
         world_size=world_size,
         objective=objective,
@@ -125,7 +125,7 @@ def survey_plans(
         UsageError: Something asked for cannot be.
         UnsupportedError: The step cannot be traced without values.
     """
-    target = Target.of(
+    target = PlanTarget.of(
         effective_batch_size,
         world_size=world_size,
         objective=objective,

@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from typing_extensions import Unpack
 
-from memfit.api.searching import Question, answer
-from memfit.api.steps import StepKeywords, describe, own_device, step_on
-from memfit.backends import open_backend
+from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.backends import open_backend, with_precision
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
+from memfit.planning import SearchBounds, probe_on
 from memfit.records import ProbeResult, Survey, SurveyAnswer, Trial
 from memfit.step.workload import Workload
 from memfit.units import parse_bytes
@@ -68,21 +68,18 @@ def probe(
         DoesNotFitError: Not even the smallest batch fits.
         UnsupportedError: This system cannot run such a trial.
     """
-    question = Question(
-        step=describe(subject, accumulate=accumulate, **options),
-        headroom=headroom,
-        multiple_of=multiple_of,
-        max_batch_size=max_batch_size,
-    )
+    step = describe(subject, accumulate=accumulate, **options)
+    bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
     memory_bytes = None if memory is None else parse_bytes(memory)
     if gpu is not None:
         if device is not None:
             raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
-        return answer(question, simulated(gpu, memory_bytes, TraceCache()), progress=progress)
+        card = simulated(gpu, memory_bytes, TraceCache())
+        return probe_on(card, step, bounds, progress=progress)
     backend = open_backend(
         own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
     )
-    return answer(question, backend, progress=progress)
+    return probe_on(backend, step, bounds, progress=progress)
 
 
 def survey(
@@ -115,15 +112,11 @@ def survey(
         UsageError: Something asked for cannot be.
         UnsupportedError: The step cannot be traced without values.
     """
-    question = Question(
-        step=describe(subject, accumulate=accumulate, **options),
-        headroom=headroom,
-        multiple_of=multiple_of,
-        max_batch_size=max_batch_size,
-    )
-    answers = on_each_card(gpus, memory, lambda card: answer(question, card))
+    step = describe(subject, accumulate=accumulate, **options)
+    bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+    answers = on_each_card(gpus, memory, lambda card: probe_on(card, step, bounds))
     return Survey(
-        subject=question.step.name,
+        subject=step.name,
         answers=tuple(
             SurveyAnswer(gpu=gpu, result=result, reason=reason) for gpu, result, reason in answers
         ),
@@ -162,7 +155,7 @@ def estimate(
     step = describe(subject, accumulate=accumulate, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
     backend = simulated(gpu, memory_bytes, TraceCache())
-    return backend.trial(step_on(step, backend), batch_size)
+    return backend.trial(with_precision(step, backend), batch_size)
 
 
 def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from typing_extensions import Unpack
 
-from memfit.api.steps import StepKeywords, describe, has_gpu, own_device, step_on
-from memfit.backends import open_backend
-from memfit.backends.cuda import CudaBackend
+from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
+from memfit.backends import open_backend, with_precision
 from memfit.backends.simulated import SimulatedBackend, TraceCache
-from memfit.cards import find_gpu, gpu_like
+from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
 from memfit.records import MemoryProfile
@@ -75,7 +74,7 @@ def profile(
     traces = TraceCache()
     if gpu is not None:
         card = find_gpu(gpu, total_bytes=memory_bytes)
-        step = step_on(described, SimulatedBackend(card))
+        step = with_precision(described, SimulatedBackend(card))
         found = profile_gpu(
             step, batch_size, card, traces=traces, keeps_history=snapshot is not None
         )
@@ -83,15 +82,15 @@ def profile(
     else:
         chosen = own_device(subject, device)
         with open_backend(chosen) as backend:
-            step = step_on(described, backend)
+            step = with_precision(described, backend)
             found = profile_device(step, batch_size, backend, _device(chosen))
-            if isinstance(backend, CudaBackend):
-                total_bytes = backend.capacity().total_bytes
-                cards.insert(0, gpu_like(backend.device_name, total_bytes=total_bytes))
+            counterpart = backend.simulated_counterpart()
+            if counterpart is not None:
+                cards.insert(0, counterpart.gpu)
     if snapshot is not None:
         _write(found, Path(snapshot))
     backends = [SimulatedBackend(card, traces=traces) for card in cards]
-    steps = [(backend, step_on(described, backend)) for backend in backends]
+    steps = [(backend, with_precision(described, backend)) for backend in backends]
     # What was measured on a CPU says nothing of a card.
     has_advice = len(cards) > len(compared)
     try:

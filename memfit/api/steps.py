@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 from typing_extensions import Unpack
 
-from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
 from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_image_size
 
-__all__ = ["StepKeywords", "describe", "has_gpu", "own_device", "step_on"]
+__all__ = ["StepKeywords", "describe", "has_gpu", "own_device"]
 
 _DEFAULT_OPTIMIZER = "adamw"
 
@@ -79,19 +77,6 @@ def describe(
             model_kwargs=tuple((options.get("model_kwargs") or {}).items()),
         ),
     )
-
-
-def step_on(step: TrainingStep, backend: Backend) -> TrainingStep:
-    """Return the step, its precision chosen by the device where it is left open.
-
-    Args:
-        step: What to train.
-        backend: Where it will run.
-    """
-    if step.options.precision is not Precision.AUTO:
-        return step
-    options = dataclasses.replace(step.options, precision=backend.auto_precision)
-    return dataclasses.replace(step, options=options)
 
 
 def own_device(subject: str | Workload, device: str | None) -> str | None:

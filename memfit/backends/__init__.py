@@ -1,77 +1,23 @@
-"""Where a trial runs: the protocol that the search relies on, and the choice of a backend."""
+"""Where a trial runs: the choice of a backend."""
 
 from __future__ import annotations
 
 import sys
-from typing import Protocol
 
 import torch
 
+from memfit.backends.protocol import Backend, Prediction, SimulatedGpu, with_precision
 from memfit.errors import UnknownDeviceError, UnsupportedError
-from memfit.records import Capacity, Precision, Trial
-from memfit.step.workload import TrainingStep
+from memfit.records import Capacity
 
-__all__ = ["Backend", "open_backend"]
-
-
-class Backend(Protocol):
-    """A device that training steps can be tried on.
-
-    A backend is a context manager: leaving it gives everything back and puts the user's objects
-    back as they were, however it is left.
-    """
-
-    @property
-    def device_name(self) -> str:
-        """What reports call the device."""
-        ...
-
-    @property
-    def auto_precision(self) -> Precision:
-        """What `Precision.AUTO` means on this device."""
-        ...
-
-    @property
-    def environment(self) -> tuple[str, ...]:
-        """What trials ran with that a training script has to be given, as NAME=value."""
-        ...
-
-    @property
-    def has_retries(self) -> bool:
-        """Whether a step can fit only after the allocator gave back its cache and asked again."""
-        ...
-
-    def capacity(self) -> Capacity:
-        """Return how many bytes a training step may use, and where that figure comes from."""
-        ...
-
-    def trial(self, step: TrainingStep, batch_size: int) -> Trial:
-        """Try one batch size.
-
-        Args:
-            step: What to train; its precision is chosen.
-            batch_size: Samples in each micro-batch, at least 1.
-
-        Returns:
-            How it ended. Out of memory is an outcome; any other error is raised as it came.
-        """
-        ...
-
-    def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
-        """Return the peak reserved bytes of a batch size that did not fit.
-
-        Args:
-            step: What to train.
-            batch_size: A batch size that ran out.
-
-        Returns:
-            What it takes where there is more room than was allowed; `None` where there is not.
-        """
-        ...
-
-    def __enter__(self) -> Backend: ...
-
-    def __exit__(self, *exc_info: object) -> None: ...
+__all__ = [
+    "Backend",
+    "Prediction",
+    "SimulatedGpu",
+    "open_backend",
+    "simulated_counterpart",
+    "with_precision",
+]
 
 
 def open_backend(
@@ -101,7 +47,7 @@ def open_backend(
     if chosen.type == "cuda":
         from memfit.backends.cuda import CudaBackend
 
-        return CudaBackend(chosen, memory_bytes=memory_bytes)
+        return CudaBackend(chosen, memory_bytes=memory_bytes, counterpart=simulated_counterpart)
     if chosen.type == "cpu":
         if sys.platform != "linux":
             raise UnsupportedError(
@@ -114,3 +60,17 @@ def open_backend(
     raise UnknownDeviceError(
         f"memfit cannot measure on {str(device)!r}: give cpu, or cuda for NVIDIA and AMD GPUs."
     )
+
+
+def simulated_counterpart(device_name: str, capacity: Capacity) -> SimulatedGpu:
+    """Return the simulation of a GPU that is there.
+
+    Args:
+        device_name: As torch prints it.
+        capacity: The room that it has now.
+    """
+    from memfit.backends.simulated import SimulatedBackend
+    from memfit.cards import gpu_like
+
+    card = gpu_like(device_name, total_bytes=capacity.total_bytes)
+    return SimulatedBackend(card, memory_bytes=capacity.usable_bytes)

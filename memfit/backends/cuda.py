@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import torch
 
+from memfit.backends.protocol import Prediction, SimulatedGpu
 from memfit.backends.readings import Reading, steady_readings
 from memfit.errors import UnknownDeviceError, UsageError
 from memfit.memory import oom
@@ -36,13 +37,21 @@ class CudaBackend:
         device: Which GPU: `cuda` for the current one, or `cuda:1`.
         memory_bytes: A cap on what the caching allocator may reserve, to emulate a smaller card;
             `None` for what the GPU has free.
+        counterpart: From the device's name and its room to its simulation; `None` for a search
+            without a prediction.
 
     Raises:
         UnknownDeviceError: There is no such GPU.
         UsageError: `memory_bytes` is more than the GPU has free.
     """
 
-    def __init__(self, device: torch.device, *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        memory_bytes: int | None = None,
+        counterpart: Callable[[str, Capacity], SimulatedGpu] | None = None,
+    ) -> None:
         num_devices = torch.cuda.device_count()
         if num_devices == 0:
             raise UnknownDeviceError(
@@ -58,6 +67,7 @@ class CudaBackend:
             )
         self._device = torch.device("cuda", index)
         self._memory_bytes = memory_bytes
+        self._counterpart = counterpart
         self._stack = contextlib.ExitStack()
         self._step: TrainingStep | None = None
         self._prepared: PreparedStep | None = None
@@ -114,6 +124,28 @@ class CudaBackend:
         with _capped(self._device, None):
             roomier = self._attempt(self._prepared_for(step), batch_size).trial
         return roomier.peak_reserved_bytes if roomier.fits else None
+
+    def prediction(self, step: TrainingStep) -> Prediction:
+        """Simulate where the edge of a step is.
+
+        Args:
+            step: What to train; its precision is chosen.
+        """
+        simulated = self.simulated_counterpart()
+        if simulated is None:
+            return Prediction()
+        try:
+            edge = simulated.expected_edge(step)
+        except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
+            # A step that cannot run without values has no prediction, and is measured all the same.
+            return Prediction()
+        return Prediction(batch_size=edge, step=step, simulated=simulated)
+
+    def simulated_counterpart(self) -> SimulatedGpu | None:
+        """Return the simulation of this GPU, with the room that it has now."""
+        if self._counterpart is None:
+            return None
+        return self._counterpart(self.device_name, self._capacity)
 
     def __enter__(self) -> CudaBackend:
         """Return the backend."""

@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from memfit.backends.protocol import Prediction
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
 from memfit.memory.restore import preserved
@@ -251,6 +252,18 @@ class SimulatedBackend:
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with all the room in the world."""
         return self._replay(step, batch_size, None).stats.peak_reserved_bytes
+
+    def prediction(self, step: TrainingStep) -> Prediction:
+        """Say where the edge of a step is: the replays know.
+
+        Args:
+            step: What to train; its precision is chosen.
+        """
+        return Prediction(batch_size=self.expected_edge(step))
+
+    def simulated_counterpart(self) -> SimulatedBackend:
+        """Return this card itself."""
+        return self
 
     def expected_edge(self, step: TrainingStep) -> int | None:
         """Return an edge: a batch size that fits below one that does not.

@@ -7,7 +7,7 @@ What each allocation is for is noted while the step runs or is traced (`attribut
 from __future__ import annotations
 
 from memfit.profiling.advice import advise
-from memfit.profiling.cards import card_lines
+from memfit.profiling.card_lines import card_lines
 from memfit.profiling.measured import profile_device
 from memfit.profiling.simulated import profile_gpu
 from memfit.profiling.snapshot import Profiled

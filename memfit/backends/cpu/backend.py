@@ -17,6 +17,7 @@ from memfit.backends.cpu.limits import (
     processor_name,
 )
 from memfit.backends.cpu.server import Report, Request, Server, ran_out
+from memfit.backends.protocol import Prediction
 from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Capacity, Precision, Trial
 from memfit.step.workload import TrainingStep
@@ -154,6 +155,14 @@ class CpuBackend:
         if self._server.is_dead:
             self.__exit__()
         return report
+
+    def prediction(self, step: TrainingStep) -> Prediction:  # noqa: ARG002 - as every backend
+        """Return nothing: there is no model of a CPU's memory."""
+        return Prediction()
+
+    def simulated_counterpart(self) -> None:
+        """Return nothing: there is no model of a CPU's memory."""
+        return
 
     def __enter__(self) -> CpuBackend:
         """Return the backend."""

@@ -1,4 +1,4 @@
-"""One search on one backend, with the simulation's prediction as its hint where there is one."""
+"""One search on one backend, with the backend's prediction as its hint where there is one."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ from collections.abc import Callable
 import torch
 
 from memfit import search
-from memfit.api.steps import step_on
-from memfit.backends import Backend
-from memfit.backends.cuda import CudaBackend
-from memfit.backends.simulated import SimulatedBackend
-from memfit.cards import gpu_like
+from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import ProbeResult, Trial
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
-__all__ = ["Question", "answer", "check_bounds", "searched", "simulated_counterpart", "tried"]
+__all__ = ["SearchBounds", "check_bounds", "probe_on", "run_search", "run_trial"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What is asked of a device.
+class SearchBounds:
+    """What a search has to respect.
 
     Args:
-        step: The training step; its precision may be left open.
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
         multiple_of: What the recommendation is a multiple of, at least 1.
         max_batch_size: Where the search ends; `None` for its own ceiling.
@@ -36,13 +31,12 @@ class Question:
         UsageError: One of the figures is out of its range.
     """
 
-    step: TrainingStep
     headroom: float
     multiple_of: int
     max_batch_size: int | None
 
     def __post_init__(self) -> None:
-        """Refuse what no search can answer."""
+        """Refuse what bounds no search."""
         check_bounds(
             headroom=self.headroom,
             multiple_of=self.multiple_of,
@@ -64,63 +58,73 @@ def check_bounds(*, headroom: float, multiple_of: int, max_batch_size: int | Non
         raise UsageError(f"max_batch_size must be at least 1, not {max_batch_size}.")
 
 
-def answer(
-    question: Question, opened: Backend, *, progress: Callable[[Trial], None] | None = None
+def probe_on(
+    opened: Backend,
+    step: TrainingStep,
+    bounds: SearchBounds,
+    *,
+    progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
     """Search on a backend, and close it.
 
     Args:
-        question: What to find.
-        opened: Where to look.
+        opened: Where trials run.
+        step: What to train; its precision may be left open.
+        bounds: What the search has to respect.
         progress: Called with each trial when it has ended.
 
     Raises:
         DoesNotFitError: Not even the smallest batch fits.
     """
     with opened as backend:
-        return searched(question, backend, progress=progress)
+        return run_search(backend, step, bounds, progress=progress)
 
 
-def searched(
-    question: Question, backend: Backend, *, progress: Callable[[Trial], None] | None = None
+def run_search(
+    backend: Backend,
+    step: TrainingStep,
+    bounds: SearchBounds,
+    *,
+    progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
     """Search on a backend that is entered.
 
     Args:
-        question: What to find.
-        backend: Where to look.
+        backend: Where trials run.
+        step: What to train; its precision may be left open.
+        bounds: What the search has to respect.
         progress: Called with each trial when it has ended.
 
     Raises:
         DoesNotFitError: Not even the smallest batch fits.
     """
     start = time.perf_counter()
-    step = step_on(question.step, backend)
+    step = with_precision(step, backend)
     trials: list[Trial] = []
 
     def trial(batch_size: int) -> Trial:
-        trials.append(tried(backend, step, batch_size, is_first=not trials))
+        trials.append(run_trial(backend, step, batch_size, is_first=not trials))
         if progress is not None:
             progress(trials[-1])
         return trials[-1]
 
     capacity = backend.capacity()
-    prediction = _Prediction.of(backend, step)
+    prediction = backend.prediction(step)
     found = search.find_largest(
         trial,
         capacity_bytes=capacity.usable_bytes,
         hint=prediction.batch_size,
-        ceiling=question.max_batch_size or search.DEFAULT_CEILING,
+        ceiling=bounds.max_batch_size or search.DEFAULT_CEILING,
         has_retries=backend.has_retries,
     )
     if found.batch_size is None:
         raise _does_not_fit(step, backend, found)
-    stand = search.recommended(
+    recommended = search.recommended(
         trial,
         found,
         capacity_bytes=capacity.usable_bytes,
-        headroom=question.headroom,
-        multiple_of=question.multiple_of,
+        headroom=bounds.headroom,
+        multiple_of=bounds.multiple_of,
         has_retries=backend.has_retries,
     )
     return ProbeResult(
@@ -130,47 +134,19 @@ def searched(
         options=step.options,
         capacity=capacity,
         max_batch_size=found.batch_size,
-        recommended_batch_size=stand.batch_size,
+        recommended_batch_size=recommended.batch_size,
         proved=found.proved,
-        headroom=question.headroom,
-        multiple_of=question.multiple_of,
+        headroom=bounds.headroom,
+        multiple_of=bounds.multiple_of,
         trials=tuple(trials),
         environment=backend.environment,
         seconds=time.perf_counter() - start,
         torch_version=torch.__version__,
-        predictions=prediction.of_trials(step, tuple(trials)),
+        predictions=prediction.trials_of(tuple(trial.batch_size for trial in trials)),
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Prediction:
-    """What the simulation says of a device: the search's hint, and what is shown beside trials."""
-
-    batch_size: int | None = None
-    simulated: SimulatedBackend | None = None
-
-    @classmethod
-    def of(cls, backend: Backend, step: TrainingStep) -> _Prediction:
-        """Predict for a simulated card or a GPU that is there; for others there is no model."""
-        if isinstance(backend, SimulatedBackend):
-            return cls(backend.expected_edge(step))
-        if not isinstance(backend, CudaBackend):
-            return cls()
-        simulated = simulated_counterpart(backend)
-        try:
-            return cls(simulated.expected_edge(step), simulated)
-        except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
-            # A step that cannot run without values has no prediction, and is measured all the same.
-            return cls()
-
-    def of_trials(self, step: TrainingStep, trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-        if self.simulated is None:
-            return ()
-        sizes = dict.fromkeys(trial.batch_size for trial in trials)
-        return tuple(self.simulated.trial(step, size) for size in sizes)
-
-
-def tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+def run_trial(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
     """Try a batch size, and say so where it is the image size that cannot be.
 
     Args:
@@ -206,17 +182,4 @@ def _does_not_fit(step: TrainingStep, backend: Backend, found: search.Found) -> 
         f"{step.name} does not fit even at batch size {smallest.batch_size}: {what}, and "
         f"{format_bytes(capacity.usable_bytes)} are available ({capacity.origin}).",
         needed_bytes=needed,
-    )
-
-
-def simulated_counterpart(backend: CudaBackend) -> SimulatedBackend:
-    """Return the model of a GPU that is there, with the room that it has now.
-
-    Args:
-        backend: The GPU.
-    """
-    capacity = backend.capacity()
-    return SimulatedBackend(
-        gpu_like(backend.device_name, total_bytes=capacity.total_bytes),
-        memory_bytes=capacity.usable_bytes,
     )

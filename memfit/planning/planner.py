@@ -10,18 +10,17 @@ import torch
 
 from memfit import partition, search
 from memfit.accumulation import Plan
-from memfit.api.searching import Question, check_bounds, searched, tried
-from memfit.api.steps import step_on
-from memfit.backends import Backend
+from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
+from memfit.planning.searching import SearchBounds, check_bounds, run_search, run_trial
 from memfit.records import Objective, ProbeResult, Trial
 from memfit.step.workload import TrainingStep
 
-__all__ = ["Target", "plan_on"]
+__all__ = ["PlanTarget", "plan_on"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class PlanTarget:
     """What is planned for, checked.
 
     Args:
@@ -50,7 +49,7 @@ class Target:
         headroom: float,
         multiple_of: int,
         max_batch_size: int | None,
-    ) -> Target:
+    ) -> PlanTarget:
         """Check what was asked for.
 
         Raises:
@@ -85,10 +84,10 @@ class Target:
         part = rounded if rounded < self.share else part
         return min(part, self.max_batch_size or part)
 
-    def question(self, step: TrainingStep) -> Question:
-        """Return what is asked of a device where two steps are too few."""
-        return Question(
-            step=step,
+    @property
+    def bounds(self) -> SearchBounds:
+        """The bounds of the search for a micro-batch where two steps are too few."""
+        return SearchBounds(
             headroom=self.headroom,
             multiple_of=self.multiple_of,
             max_batch_size=self.part_of(3),
@@ -98,7 +97,7 @@ class Target:
 def plan_on(
     opened: Backend,
     step: TrainingStep,
-    target: Target,
+    target: PlanTarget,
     *,
     progress: Callable[[Trial], None] | None = None,
 ) -> Plan:
@@ -117,9 +116,14 @@ def plan_on(
     accumulating = dataclasses.replace(
         step, options=dataclasses.replace(step.options, accumulate=True)
     )
-    question = target.question(accumulating)
     with opened as backend:
-        return _Planner(backend, step, question, target, progress).plan()
+        return _Planner(
+            backend,
+            with_precision(step, backend),
+            with_precision(accumulating, backend),
+            target,
+            progress,
+        ).plan()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,16 +141,15 @@ class _Planner:
     def __init__(
         self,
         backend: Backend,
+        whole_step: TrainingStep,
         step: TrainingStep,
-        question: Question,
-        target: Target,
+        target: PlanTarget,
         progress: Callable[[Trial], None] | None,
     ) -> None:
         self._start = time.perf_counter()
         self._backend = backend
-        self._whole_step = step_on(step, backend)
-        self._step = step_on(question.step, backend)
-        self._question = dataclasses.replace(question, step=self._step)
+        self._whole_step = whole_step
+        self._step = step
         self._target = target
         self._progress = progress
         self._trials: list[Trial] = []
@@ -167,9 +170,9 @@ class _Planner:
         while whole or largest:
             parts = self._parts(whole, largest)
             size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
-            trial = self._known(step, size) or self._tried(step, size)
+            trial = self._known(step, size) or self._run(step, size)
             if search.has_headroom(trial, self._limit_bytes):
-                return self._made(step, trial, parts, limits, tuple(remarks))
+                return self._plan_of(step, trial, parts, limits, tuple(remarks))
             # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
             largest = size - 1
         raise DoesNotFitError(
@@ -182,7 +185,7 @@ class _Planner:
         target, share = self._target, self._target.share
         if share > (target.max_batch_size or share):
             return False
-        trial = self._tried(self._whole_step, share)
+        trial = self._run(self._whole_step, share)
         if search.has_headroom(trial, self._limit_bytes):
             return True
         if trial.fits:
@@ -195,10 +198,10 @@ class _Planner:
     def _limits(self) -> _Limits:
         """Find the largest micro-batch of a step that accumulates."""
         half = self._target.part_of(2)
-        trial = self._tried(self._step, half)
+        trial = self._run(self._step, half)
         if search.has_headroom(trial, self._limit_bytes):
             return _Limits(largest=half, recommended=half, proved=False)
-        result = searched(self._question, self._backend, progress=self._noted)
+        result = run_search(self._backend, self._step, self._target.bounds, progress=self._note)
         return _Limits(
             largest=result.max_batch_size,
             recommended=self._recommended(result),
@@ -242,29 +245,29 @@ class _Planner:
     def _timed(self, largest: int) -> int:
         """Try micro-batches whose speed is to be known; return the largest that fits well."""
         sizes = partition.sizes_to_time(largest, multiple_of=self._target.multiple_of)
-        trials = [self._known(self._step, size) or self._tried(self._step, size) for size in sizes]
+        trials = [self._known(self._step, size) or self._run(self._step, size) for size in sizes]
         fitting = [t.batch_size for t in trials if search.has_headroom(t, self._limit_bytes)]
         return max(fitting, default=0)
 
     def _known(self, step: TrainingStep, batch_size: int) -> Trial | None:
-        tried_before = (
+        earlier = (
             trial
             for trial in reversed(self._trials)
             if (trial.batch_size, trial.num_micro_batches) == (batch_size, step.num_micro_batches)
         )
-        return next(tried_before, None)
+        return next(earlier, None)
 
-    def _tried(self, step: TrainingStep, batch_size: int) -> Trial:
-        trial = tried(self._backend, step, batch_size, is_first=not self._trials)
-        self._noted(trial)
+    def _run(self, step: TrainingStep, batch_size: int) -> Trial:
+        trial = run_trial(self._backend, step, batch_size, is_first=not self._trials)
+        self._note(trial)
         return trial
 
-    def _noted(self, trial: Trial) -> None:
+    def _note(self, trial: Trial) -> None:
         self._trials.append(trial)
         if self._progress is not None:
             self._progress(trial)
 
-    def _made(
+    def _plan_of(
         self,
         step: TrainingStep,
         trial: Trial,

@@ -1,0 +1,233 @@
+"""Single changes of a training step that need less memory, and what each would make fit.
+
+There is one list of changes. `memfit plan --explore` plans with each of them, and the advice of
+`memfit profile` ranks them by the bytes that they free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator
+
+from memfit.backends import SimulatedGpu
+from memfit.backends.simulated import SimulatedBackend
+from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
+from memfit.planning.planner import PlanTarget, plan_on
+from memfit.records import Alternative, Exploration, Precision
+from memfit.step import timm_models
+from memfit.step.workload import TrainingStep, Workload
+from memfit.units import format_bytes
+
+__all__ = ["ChangeKind", "StepChange", "changes_of", "explore_on"]
+
+_SMALLER_IMAGE = (3, 4)
+# What patches and strides mostly come to, windows of 7 of them too; the first divisor is taken.
+_IMAGE_UNITS = (32, 28, 16)
+_SMALL_CLASSIFIER = 10
+# Lion keeps one number for every parameter, and Adafactor one for every row and column.
+_ONE_NUMBER = "lion"
+_NEXT_TO_NOTHING = "adafactor"
+# timm's optimizers that keep one number for every parameter.
+_KEEP_ONE_NUMBER = frozenset(("momentum", "sgd", "sgdp", "sgdw", "nesterov", "lion"))
+
+
+class ChangeKind(enum.Enum):
+    """What a change is about."""
+
+    LAYOUT = "layout"
+    FUSED_ATTENTION = "fused attention"
+    PRECISION = "precision"
+    CHECKPOINTING = "checkpointing"
+    OPTIMIZER = "optimizer"
+    IMAGE_SIZE = "image size"
+    WEIGHTS = "weights"
+    CLASSIFIER = "classifier"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepChange:
+    """A training step with one thing changed.
+
+    Args:
+        kind: What the change is about.
+        title: The change, in a few words.
+        how: The option that makes it.
+        cost: What it costs, in a few words.
+        step: The changed step.
+        needs_fused_attention: Trace it while timm may use fused attention.
+    """
+
+    kind: ChangeKind
+    title: str
+    how: str
+    cost: str
+    step: TrainingStep
+    needs_fused_attention: bool = False
+
+
+def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
+    """Yield single changes that can save memory, those that change training least first.
+
+    Args:
+        step: The step as it is, its precision chosen.
+        card: The card that it trains on, which decides what precisions there are.
+    """
+    options = step.options
+
+    def changed(**fields: object) -> TrainingStep:
+        return dataclasses.replace(step, options=dataclasses.replace(options, **fields))  # type: ignore[arg-type]
+
+    if not options.channels_last:
+        yield StepChange(
+            kind=ChangeKind.LAYOUT,
+            title="channels last",
+            how="--channels-last",
+            cost="none known; convolutions in half precision get faster",
+            step=changed(channels_last=True),
+        )
+    if isinstance(step.subject, str) and not timm_models.uses_fused_attention():
+        yield StepChange(
+            kind=ChangeKind.FUSED_ATTENTION,
+            title="fused attention, which timm was told not to use",
+            how="TIMM_FUSED_ATTN=1",
+            cost="none known; attention gets faster",
+            step=step,
+            needs_fused_attention=True,
+        )
+    if options.precision is Precision.FP32:
+        mixed = card.auto_precision
+        yield StepChange(
+            kind=ChangeKind.PRECISION,
+            title=f"mixed precision ({mixed.value})",
+            how=f"--precision {mixed.value}",
+            cost="activations in half the bits; weights stay in fp32",
+            step=changed(precision=mixed),
+        )
+    if not options.grad_checkpointing:
+        yield StepChange(
+            kind=ChangeKind.CHECKPOINTING,
+            title="gradient checkpointing",
+            how="--grad-checkpointing",
+            cost="forward runs twice: about a third more time",
+            step=changed(grad_checkpointing=True),
+        )
+    yield from _lighter_optimizer(step)
+    yield from _smaller_image(step)
+    if options.precision is not Precision.BF16 and card.gpu.has_bf16:
+        yield StepChange(
+            kind=ChangeKind.WEIGHTS,
+            title="bf16 weights",
+            how="--precision bf16",
+            cost="weights keep 8 bits of precision: small updates are lost",
+            step=changed(precision=Precision.BF16),
+        )
+    if isinstance(step.subject, str) and (options.num_classes or 0) != _SMALL_CLASSIFIER:
+        yield StepChange(
+            kind=ChangeKind.CLASSIFIER,
+            title=f"{_SMALL_CLASSIFIER} classes, if that is all there are",
+            how=f"--num-classes {_SMALL_CLASSIFIER}",
+            cost="only for data with so few classes",
+            step=changed(num_classes=_SMALL_CLASSIFIER),
+        )
+
+
+def _lighter_optimizer(step: TrainingStep) -> Iterator[StepChange]:
+    """Yield the step with an optimizer that keeps less for every parameter, if there is one."""
+    now = step.options.optimizer
+    if now is None or now == _NEXT_TO_NOTHING:
+        return
+    lighter = _NEXT_TO_NOTHING if now in _KEEP_ONE_NUMBER else _ONE_NUMBER
+    subject = step.subject
+    if isinstance(subject, Workload):
+        subject = dataclasses.replace(subject, optimizer=lighter)
+    yield StepChange(
+        kind=ChangeKind.OPTIMIZER,
+        title=f"optimizer {lighter}",
+        how=f"--optimizer {lighter}",
+        cost="another optimizer: its learning rate has to be found anew",
+        step=TrainingStep(
+            subject=subject, options=dataclasses.replace(step.options, optimizer=lighter)
+        ),
+    )
+
+
+def _smaller_image(step: TrainingStep) -> Iterator[StepChange]:
+    """Yield the step with three quarters of a timm model's image, in sides that it takes."""
+    if not isinstance(step.subject, str):
+        return
+    size = step.options.image_size or timm_models.image_size_of(step.subject)
+    if size is None:
+        return
+    numerator, denominator = _SMALLER_IMAGE
+    patches = timm_models.patches_of(step.subject, step.options)
+    units = (u for u in (*_IMAGE_UNITS, *patches[:1]) if not any(u % patch for patch in patches))
+    unit = next((u for u in units if all(side % u == 0 for side in size)), None)
+    if unit is None:
+        return
+    height, width = (max(side * numerator // denominator // unit * unit, unit) for side in size)
+    if (height, width) == size:
+        return
+    yield StepChange(
+        kind=ChangeKind.IMAGE_SIZE,
+        title=f"image {height}x{width}",
+        how=f"--image-size {height}x{width}",
+        cost="other images: accuracy changes",
+        step=dataclasses.replace(
+            step, options=dataclasses.replace(step.options, image_size=(height, width))
+        ),
+    )
+
+
+def explore_on(card: SimulatedGpu, step: TrainingStep, target: PlanTarget) -> Exploration:
+    """Plan with the step as it is and with one change each.
+
+    Args:
+        card: The card to simulate.
+        step: What to train, its precision chosen.
+        target: What to plan for.
+    """
+    # How many classes there are is decided by the data.
+    changes = (c for c in changes_of(step, card) if c.kind is not ChangeKind.CLASSIFIER)
+    return Exploration(
+        subject=step.name,
+        device=card.device_name,
+        capacity=card.capacity(),
+        effective_batch_size=target.effective_batch_size,
+        world_size=target.world_size,
+        baseline=_planned(card, step, target, change="", costs=""),
+        alternatives=tuple(_with_change(card, change, target) for change in changes),
+    )
+
+
+def _with_change(card: SimulatedGpu, change: StepChange, target: PlanTarget) -> Alternative:
+    if not change.needs_fused_attention:
+        return _planned(card, change.step, target, change=change.title, costs=change.cost)
+    # The step is the same to a cache of traces, so this one has a cache of its own.
+    with timm_models.fused_attention():
+        own_cache = SimulatedBackend(card.gpu, memory_bytes=card.capacity().usable_bytes)
+        return _planned(own_cache, change.step, target, change=change.title, costs=change.cost)
+
+
+def _planned(
+    card: SimulatedGpu, step: TrainingStep, target: PlanTarget, *, change: str, costs: str
+) -> Alternative:
+    reason = None
+    try:
+        plan = plan_on(card, step, target)
+    except (UsageError, UnsupportedError) as error:
+        reason = str(error)
+    except DoesNotFitError as error:
+        needed = error.needed_bytes
+        reason = str(error) if needed is None else f"needs {format_bytes(needed)} at batch size 1"
+    else:
+        return Alternative(
+            change=change,
+            costs=costs,
+            options=plan.options,
+            micro_batch_sizes=plan.micro_batch_sizes,
+            recommended_micro_batch_size=plan.recommended_micro_batch_size,
+            proved=plan.proved,
+            peak_reserved_bytes=plan.peak_reserved_bytes,
+        )
+    return Alternative(change=change, costs=costs, options=step.options, reason=reason)
