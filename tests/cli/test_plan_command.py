@@ -65,7 +65,7 @@ def test_equal_parts_that_are_not_there_are_refused() -> None:
 
 @pytest.fixture
 def exploration(monkeypatch: pytest.MonkeyPatch) -> Exploration:
-    """What `memfit.explore` would have found; `tests/api/test_planning.py` has it find something."""
+    """What `memfit.explore` would find; `tests/api/test_planning.py` runs it."""
     options = StepOptions(precision=Precision.FP32)
     found = Exploration(
         subject="test_vit",
