@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 
 from memfit.errors import WorkloadError
+from memfit.memory.attributes import save_contents
+from memfit.memory.saved_tensor import SavedTensor, host_copy
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -42,7 +43,7 @@ class Preserved:
     """What `preserved` has noted down of the modules' tensors."""
 
     def __init__(self) -> None:
-        self._tensors: list[_SavedTensor] = []
+        self.tensors: list[SavedTensor] = []
 
     def release_replaced(self) -> None:
         """Give back the device memory of tensors that a conversion has replaced meanwhile.
@@ -50,7 +51,7 @@ class Preserved:
         A model that was converted to another type or layout has other tensors on the device; the
         old ones are needed only at the end, and then come back from host memory.
         """
-        for saved in self._tensors:
+        for saved in self.tensors:
             saved.release_if_replaced()
 
 
@@ -58,12 +59,13 @@ class Preserved:
 def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Preserved]:
     """Put everything that training steps change back as it was, bit for bit, however they end.
 
-    Covers parameters, buffers, gradients (also those that are `None`), plain attributes of the
-    modules (training flags among them), the optimizer's state and its groups, the random states of
-    Python, NumPy, torch and every initialised device, and global switches of torch. The values wait
-    in host memory, so that the device has its room for the trials. Gradients are dropped meanwhile,
-    and come back as new tensors of the same bits and layout; parameters, buffers and optimizer
-    state keep their identity.
+    Covers parameters, buffers, gradients (also those that are `None`), whatever else the modules
+    keep (`memfit.memory.attributes`: training flags, lists, dictionaries, unregistered tensors,
+    generators, objects of the model's own), the optimizer's state and its groups, the random states
+    of Python, NumPy, torch and every initialised device, and global switches of torch. The values
+    wait in host memory, so that the device has its room for the trials. Gradients are dropped
+    meanwhile, and come back as new tensors of the same bits and layout; parameters, buffers and
+    optimizer state keep their identity.
 
     Args:
         *modules: The modules that take part in the step: the model, and a loss that has state.
@@ -79,7 +81,7 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
         _refuse_lazy(module)
     restores: list[Callable[[], None]] = [save_random_states(), _save_switches()]
     kept = Preserved()
-    restores += [_save_module(module, kept) for module in modules]
+    restores.append(_save_modules(modules, kept))
     if optimizer is not None:
         restores.append(_save_optimizer(optimizer))
     try:
@@ -94,7 +96,7 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
 def rewound(*modules: nn.Module) -> Iterator[None]:
     """Put back what a forward pass changes besides gradients, so that passes can be compared.
 
-    Covers buffers, plain attributes of the modules and the random states. Parameters and gradients
+    Covers buffers, whatever else the modules keep, and the random states. Parameters and gradients
     stay as the pass left them.
 
     Args:
@@ -103,7 +105,7 @@ def rewound(*modules: nn.Module) -> Iterator[None]:
     Yields:
         Once everything is noted down.
     """
-    restores = [save_random_states(), *(_save_forward_state(module) for module in modules)]
+    restores = [save_random_states(), _save_forward_state(modules)]
     try:
         yield
     finally:
@@ -136,83 +138,21 @@ def _interrupt_deferred() -> Iterator[None]:
         previous(signal.SIGINT, caught[0])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _SavedTensor:
-    """A tensor and its bits, kept in host memory; `data` shares the tensor's own storage."""
-
-    tensor: torch.Tensor
-    data: torch.Tensor
-    host: torch.Tensor
-    storage_bytes: int
-    requires_grad: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _SavedTensor:
-        data = tensor.detach()
-        return cls(
-            tensor,
-            data,
-            _host_copy(data),
-            data.untyped_storage().nbytes(),
-            tensor.requires_grad,
-        )
-
-    def release_if_replaced(self) -> None:
-        if _is_elsewhere(self.tensor, self.data):
-            self.data.untyped_storage().resize_(0)
-
-    def restore(self) -> torch.Tensor:
-        with torch.no_grad():
-            storage = self.data.untyped_storage()
-            if storage.nbytes() == 0:
-                storage.resize_(self.storage_bytes)
-            if _is_elsewhere(self.tensor, self.data):
-                self.tensor.data = self.data
-            self.data.copy_(self.host)
-        if self.tensor.is_leaf:
-            self.tensor.requires_grad_(self.requires_grad)
-        return self.tensor
-
-
-def _is_elsewhere(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    """Whether something gave the tensor other data: another type, layout or device."""
-    return tensor.data_ptr() != data.data_ptr() or (
-        (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        != (data.dtype, data.shape, data.stride(), data.device)
-    )
-
-
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory with the same strides, so that it copies back bit for bit."""
-    return torch.empty_like(tensor, device="cpu", memory_format=torch.preserve_format).copy_(tensor)
-
-
-def _save_module(module: nn.Module, kept: Preserved) -> Callable[[], None]:
-    tensors = [_SavedTensor.of(tensor) for tensor in (*module.parameters(), *module.buffers())]
-    kept._tensors.extend(tensors)
+def _save_modules(modules: Sequence[nn.Module], kept: Preserved) -> Callable[[], None]:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    kept.tensors += [SavedTensor.of(tensor) for tensor in (*parameters, *buffers)]
+    tensors = tuple(kept.tensors)
+    put_contents_back = save_contents(modules, apart=(*parameters, *buffers))
     gradients = [
-        (parameter, None if parameter.grad is None else _host_copy(parameter.grad.detach()))
-        for parameter in module.parameters()
+        (parameter, None if parameter.grad is None else host_copy(parameter.grad.detach()))
+        for parameter in parameters
     ]
-    owners = [
-        (
-            child,
-            dict(child._parameters),
-            dict(child._buffers),
-            {name: value for name, value in vars(child).items() if _is_plain(value)},
-        )
-        for child in module.modules()
-    ]
-    for parameter in module.parameters():
+    for parameter in parameters:
         parameter.grad = None
 
     def restore() -> None:
-        for child, parameters, buffers, attributes in owners:
-            child._parameters.clear()
-            child._parameters.update(parameters)
-            child._buffers.clear()
-            child._buffers.update(buffers)
-            vars(child).update(attributes)
+        put_contents_back()
         for saved in tensors:
             saved.restore()
         for parameter, gradient in gradients:
@@ -227,12 +167,14 @@ def _save_module(module: nn.Module, kept: Preserved) -> Callable[[], None]:
     return restore
 
 
-def _save_forward_state(module: nn.Module) -> Callable[[], None]:
-    tensors = [_SavedTensor.of(buffer) for buffer in module.buffers()]
-    restore_attributes = save_attributes(module)
+def _save_forward_state(modules: Sequence[nn.Module]) -> Callable[[], None]:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    tensors = [SavedTensor.of(buffer) for buffer in buffers]
+    put_contents_back = save_contents(modules, apart=(*parameters, *buffers))
 
     def restore() -> None:
-        restore_attributes()
+        put_contents_back()
         for saved in tensors:
             saved.restore()
 
@@ -241,6 +183,9 @@ def _save_forward_state(module: nn.Module) -> Callable[[], None]:
 
 def save_attributes(module: nn.Module) -> Callable[[], None]:
     """Note down the plain attributes of a module and those in it, and which tensors are buffers.
+
+    Quick enough for every step of a training loop, and nothing is kept alive by it. `rewound` puts
+    back more.
 
     Args:
         module: The module; the values of its buffers are not kept.
@@ -265,10 +210,6 @@ def save_attributes(module: nn.Module) -> Callable[[], None]:
             vars(child).update(attributes)
 
     return restore
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
@@ -297,7 +238,7 @@ def _save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
 def _save_value(value: _T) -> Callable[[], _T]:
     """Return what gives the value back: a tensor itself with its bits, anything else a copy."""
     if isinstance(value, torch.Tensor):
-        saved = _SavedTensor.of(value)
+        saved = SavedTensor.of(value)
         return saved.restore  # type: ignore[return-value]
     kept = copy.deepcopy(value)
     return lambda: kept

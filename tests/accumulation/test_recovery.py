@@ -188,7 +188,7 @@ def test_a_failed_attempt_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> N
         alive.append(sum(reference() is not None for reference in outputs_seen))
         return 0
 
-    monkeypatch.setattr("memfit.memory.release.release", release)
+    monkeypatch.setattr("memfit.accumulation.accumulator.release", release)
     trained(16, Watched({0}, out_of_memory, "forward"))
     assert alive == [0]
 

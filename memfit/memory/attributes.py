@@ -1,0 +1,237 @@
+"""What modules keep besides parameters and buffers, noted down and put back.
+
+A model keeps counters, lists of losses, queues, dictionaries, tensors that it did not register,
+generators, and objects of its own. Each is put back in place: the same object has its old content
+again, and an attribute that was not there is gone. What an object of another library holds inside
+(a logger, a data loader, a trainer) is left alone: only which object it is, is put back.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from memfit.memory.saved_tensor import SavedTensor, can_be_saved
+
+__all__ = ["save_contents"]
+
+_UNCHANGING: Final = frozenset(
+    (
+        type(None),
+        bool,
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        type,
+        torch.dtype,
+        torch.device,
+        torch.Size,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+    )
+)
+_STANDARD_PACKAGES: Final = sys.stdlib_module_names - {"__main__"}
+# Every module has these, and torch fills them with what is not to be looked into.
+_OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
+
+
+def save_contents(
+    modules: Iterable[nn.Module], *, apart: Iterable[torch.Tensor] = ()
+) -> Callable[[], None]:
+    """Note down what modules, and all that they keep, hold.
+
+    Args:
+        modules: The modules; those inside them are noted down too.
+        apart: Tensors whose bits are somebody else's to put back.
+
+    Returns:
+        What puts everything back.
+    """
+    notes = _Notes(apart)
+    for module in modules:
+        notes.take(module)
+    return notes.put_back
+
+
+class _Notes:
+    """What was noted down, and how each of it is put back."""
+
+    def __init__(self, apart: Iterable[torch.Tensor]) -> None:
+        # The objects are kept, so that no other can take over the identity of one that went.
+        self._seen: dict[int, object] = {id(tensor): tensor for tensor in apart}
+        self._restores: list[Callable[[], object]] = []
+
+    def put_back(self) -> None:
+        for restore in reversed(self._restores):
+            restore()
+
+    def take(self, value: object) -> None:
+        """Note down a value and everything that can be reached from it."""
+        left: list[tuple[object, str | None]] = [(value, _package_of(value))]
+        while left:
+            value, package = left.pop()
+            if type(value) in _UNCHANGING or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            if isinstance(value, nn.Module):
+                package = _package_of(value)
+            left += ((inner, package) for inner in self._contents(value, package))
+
+    def _contents(self, value: Any, package: str | None) -> Iterable[object]:
+        """Note down one object, and return what it holds."""
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, (dict, list, deque, set, bytearray)):
+            return self._container(value)
+        if isinstance(value, (tuple, frozenset)):
+            return value
+        if isinstance(value, type) or self._generator(value) or self._array(value):
+            return ()
+        own = _package_of(value)
+        if _is_data(value) or (own is not None and own == package):
+            return self._object(value)
+        return ()
+
+    def _tensor(self, tensor: torch.Tensor) -> Iterable[object]:
+        if not can_be_saved(tensor):
+            return ()
+        gradient = tensor.grad if tensor.is_leaf else None
+        if tensor.is_leaf:
+            self._restores.append(lambda: setattr(tensor, "grad", gradient))
+        self._restores.append(SavedTensor.of(tensor).restore)
+        return () if gradient is None else (gradient,)
+
+    def _module(self, module: nn.Module) -> Iterator[object]:
+        attributes = vars(module)
+        self._restores.append(_refilling(attributes))
+        for name, value in tuple(attributes.items()):
+            if name not in _OF_EVERY_MODULE:
+                yield value
+            elif isinstance(value, (dict, set)):
+                self._restores.append(_refilling(value))
+                if name in ("_parameters", "_buffers", "_modules"):
+                    yield from value.values() if isinstance(value, dict) else value
+
+    def _container(
+        self, value: dict[Any, Any] | list[Any] | deque[Any] | set[Any] | bytearray
+    ) -> Iterable[object]:
+        self._restores.append(_refilling(value))
+        inside = value.values() if isinstance(value, dict) else value
+        # Long lists of names and numbers are common, and are not worth a walk.
+        return () if _UNCHANGING.issuperset(map(type, inside)) else tuple(inside)
+
+    def _generator(self, value: Any) -> bool:
+        """Note down the state of a random generator that the model owns."""
+        if isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._restores.append(lambda: value.set_state(state))
+        elif isinstance(value, random.Random):
+            python_state = value.getstate()
+            self._restores.append(lambda: value.setstate(python_state))
+        elif (numpy := sys.modules.get("numpy")) is None:
+            return False
+        elif isinstance(value, numpy.random.Generator):
+            numpy_state = value.bit_generator.state
+            self._restores.append(lambda: setattr(value.bit_generator, "state", numpy_state))
+        elif isinstance(value, numpy.random.RandomState):
+            old_state = value.get_state()
+            self._restores.append(lambda: value.set_state(old_state))
+        else:
+            return False
+        return True
+
+    def _array(self, value: Any) -> bool:
+        numpy = sys.modules.get("numpy")
+        if numpy is None or not isinstance(value, numpy.ndarray):
+            return False
+        if value.flags.writeable:
+            kept = value.copy()
+            self._restores.append(lambda: value.__setitem__(..., kept))
+        return True
+
+    def _object(self, value: Any) -> Iterable[object]:
+        """Note down the attributes of an object: those in its dictionary, and those in slots."""
+        held: list[object] = []
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._restores.append(_refilling(attributes))
+            held += attributes.values()
+        for slot in _slots_of(type(value)):
+            try:
+                kept = slot.__get__(value)
+            except AttributeError:
+                continue
+            self._restores.append(_setting(slot, value, kept))
+            held.append(kept)
+        return held
+
+
+def _setting(slot: types.MemberDescriptorType, owner: object, kept: object) -> Callable[[], object]:
+    return lambda: slot.__set__(owner, kept)
+
+
+def _slots_of(kind: type) -> Iterator[types.MemberDescriptorType]:
+    for base in kind.__mro__:
+        # Types that are written in C have members too, and say nothing of slots.
+        if "__slots__" in vars(base):
+            members = vars(base).values()
+            yield from (one for one in members if isinstance(one, types.MemberDescriptorType))
+
+
+def _refilling(
+    container: dict[Any, Any] | list[Any] | deque[Any] | set[Any] | bytearray,
+) -> Callable[[], object]:
+    """Return what gives a container its items back, in their order."""
+    if isinstance(container, dict):
+        base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        items = dict(container)
+
+        def refill() -> None:
+            if not (len(container) == len(items) and _are_same(container, items)):
+                base.clear(container)
+                base.update(container, items)
+
+        return refill
+    if isinstance(container, (list, bytearray)):
+        kept = container[:]
+        return lambda: container.__setitem__(slice(None), kept)
+    members = tuple(container)
+
+    def fill_again() -> None:
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(members)
+
+    return fill_again
+
+
+def _are_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return all(
+        key is other_key and value is other_value
+        for (key, value), (other_key, other_value) in zip(one.items(), other.items(), strict=True)
+    )
+
+
+def _is_data(value: object) -> bool:
+    """Whether an object is there to hold values: a dataclass, or a simple namespace."""
+    kind = type(value)
+    return hasattr(kind, "__dataclass_fields__") or isinstance(value, types.SimpleNamespace)
+
+
+def _package_of(value: object) -> str | None:
+    """Return the package of an object's class; `None` for torch's own and Python's.
+
+    Those keep locks, threads and handles, which nobody can put back.
+    """
+    package = type(value).__module__.partition(".")[0]
+    return None if package == "torch" or package in _STANDARD_PACKAGES else package
