@@ -17,7 +17,7 @@ from torch import nn
 
 import memfit
 from memfit import search
-from memfit.backends import simulated
+from memfit.backends import Prediction, simulated
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import find_gpu
 from memfit.cli import main
@@ -303,13 +303,16 @@ def test_command_lists_the_catalogue() -> None:
 
 def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search gets the prediction as its hint, and the table shows both."""
-    from memfit.api import probing, searching
+    from memfit.api import probing
 
     class Posing(SimulatedBackend):
         """Stands in for a card that is there."""
 
-    monkeypatch.setattr(searching, "CudaBackend", Posing)
-    monkeypatch.setattr(searching, "SimulatedBackend", _Distinct)
+        def prediction(self, step: TrainingStep) -> Prediction:
+            simulated = SimulatedBackend(self.gpu, memory_bytes=self.capacity().usable_bytes)
+            edge = simulated.expected_edge(step)
+            return Prediction(batch_size=edge, step=step, simulated=simulated)
+
     posing = Posing(find_gpu("3090"), memory_bytes=4 * GIB)
     monkeypatch.setattr(probing, "open_backend", lambda *_args, **_kwargs: posing)
     result = memfit.probe(MODEL)
@@ -324,7 +327,3 @@ def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
     console = Console(width=120, record=True)
     console.print(render(result))
     assert "predicted" in console.export_text()
-
-
-class _Distinct(SimulatedBackend):
-    """A simulated backend that the stand-in is no instance of."""
