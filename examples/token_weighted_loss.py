@@ -4,7 +4,7 @@
 
 A mean of the micro-batches' means is not the whole batch's mean as soon as they hold different
 numbers of tokens. The weight is a function that counts what the loss averages over. Here the loop
-is written out with `plan.split`, beside `Accumulator`, and both give the same gradient.
+is written out with `memfit.micro_batches`, beside `Accumulator`, and both give the same gradient.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def main() -> None:
     )
     print(f"{EFFECTIVE_BATCH} = {' + '.join(map(str, plan.micro_batch_sizes))}")
     batch = make_batch(EFFECTIVE_BATCH)
-    for micro in plan.split(batch, weight=weight):
+    for micro in memfit.micro_batches(plan, batch, weight=weight):
         words, following = micro.batch
         (loss(model(words), following) * micro.weight).backward()
     by_hand = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     optimizer.zero_grad()
     loss(model(batch[0]), batch[1]).backward()
     whole = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    print(f"a loop over plan.split is off by {(by_hand - whole).norm() / whole.norm():.0e}")
+    print(f"a loop over micro_batches is off by {(by_hand - whole).norm() / whole.norm():.0e}")
     accumulator = memfit.Accumulator(model, optimizer, plan, loss=loss, weight=weight)
     for step in range(3):
         value = accumulator.step(make_batch(EFFECTIVE_BATCH))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from memfit.accumulation import Accumulator, MicroBatch, Plan
+    from memfit.accumulation import Accumulator, MicroBatch, micro_batches
     from memfit.api import estimate, explore, plan, probe, profile, survey, survey_plans, verify
     from memfit.errors import (
         DoesNotFitError,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         MixingLayer,
         Objective,
         Outcome,
+        Plan,
         PlanSurvey,
         Precision,
         ProbeResult,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
-    "memfit.accumulation": ("Accumulator", "MicroBatch", "Plan"),
+    "memfit.accumulation": ("Accumulator", "MicroBatch", "micro_batches"),
     "memfit.api": (
         "estimate",
         "explore",
@@ -85,6 +86,7 @@ _HOMES = {
         "MixingLayer",
         "Objective",
         "Outcome",
+        "Plan",
         "PlanSurvey",
         "Precision",
         "ProbeResult",
@@ -137,6 +139,7 @@ __all__ = [
     "__version__",
     "estimate",
     "explore",
+    "micro_batches",
     "plan",
     "probe",
     "profile",

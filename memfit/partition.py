@@ -11,9 +11,18 @@ import itertools
 from collections.abc import Sequence
 
 from memfit.errors import UsageError
-from memfit.records import Objective, cut, equal_part
+from memfit.records import Objective
 
-__all__ = ["Parts", "Speed", "check_target", "share_of", "sizes_to_time", "split"]
+__all__ = [
+    "Parts",
+    "Speed",
+    "check_target",
+    "cut",
+    "equal_part",
+    "share_of",
+    "sizes_to_time",
+    "split",
+]
 
 # Two timings closer than this are the same: trials are short.
 _TIMING_NOISE = 0.02
@@ -85,6 +94,46 @@ def _whole(what: str, value: object) -> int:
 def share_of(effective_batch_size: int, world_size: int) -> int:
     """Return the samples that the first rank takes: no rank takes more."""
     return -(-effective_batch_size // world_size)
+
+
+def cut(num_samples: int, largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:
+    """Cut samples into the fewest parts, as equal as they can be.
+
+    All parts but the last are multiples of `multiple_of`, as long as `largest` leaves room for one.
+
+    Args:
+        num_samples: Samples to cut, at least 1.
+        largest: The most samples in a part, at least 1.
+        multiple_of: What parts are multiples of, at least 1.
+
+    Returns:
+        The parts, larger ones first. They sum to `num_samples`, and cutting again by the first of
+        them gives the same parts.
+    """
+    if num_samples <= largest:
+        return (num_samples,)
+    unit = multiple_of if multiple_of <= largest else 1
+    num_units = -(-num_samples // unit)
+    num_parts = -(-num_units // (largest // unit))
+    small, num_larger = divmod(num_units, num_parts)
+    parts = [(small + 1) * unit] * num_larger + [small * unit] * (num_parts - num_larger)
+    parts[-1] -= num_units * unit - num_samples
+    return tuple(parts)
+
+
+def equal_part(share: int, largest: int, *, multiple_of: int = 1) -> int | None:
+    """Return the largest part that a share can be cut into equally.
+
+    Args:
+        share: Samples to cut, at least 1.
+        largest: The most samples in a part.
+        multiple_of: What the part is a multiple of.
+
+    Returns:
+        A divisor of `share`; `None` where there is none.
+    """
+    parts = range(multiple_of, min(share, largest) + 1, multiple_of)
+    return next((part for part in reversed(parts) if share % part == 0), None)
 
 
 def split(

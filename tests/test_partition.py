@@ -13,11 +13,13 @@ from memfit.partition import (
     Parts,
     Speed,
     check_target,
+    cut,
+    equal_part,
     share_of,
     sizes_to_time,
     split,
 )
-from memfit.records import Objective, cut, equal_part
+from memfit.records import Objective
 
 SAMPLES = st.integers(1, 5000)
 LARGEST = st.integers(1, 700)

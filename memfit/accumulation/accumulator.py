@@ -18,14 +18,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
-from memfit.accumulation.plans import as_nested, micro_batches_of
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
+from memfit.accumulation.splitting import as_nested, micro_batches_of
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
 from memfit.memory import oom
 from memfit.memory.release import release
-from memfit.records import PlanRecord, Precision, StepOptions, cut
+from memfit.partition import cut
+from memfit.records import Plan, Precision, StepOptions
 from memfit.step import batches
 from memfit.step.runner import autocast, call_model
 from memfit.step.workload import split_batch
@@ -75,7 +76,7 @@ class Accumulator:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        plan: PlanRecord | int,
+        plan: Plan | int,
         *,
         loss: Callable[..., Any],
         weight: Weights = "samples",
@@ -105,7 +106,7 @@ class Accumulator:
         self._options = _with_precision(options, precision)
         self._device = _device_of(model)
         self._ranks: Ranks = ranks_of(model)
-        if isinstance(plan, PlanRecord):
+        if isinstance(plan, Plan):
             _check_ranks(plan, self._ranks)
         if scaler is None and self._options.precision is Precision.AMP_FP16:
             scaler = torch.amp.GradScaler(self._device.type)
@@ -383,7 +384,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return parameter.device
 
 
-def _check_ranks(plan: PlanRecord, ranks: Ranks) -> None:
+def _check_ranks(plan: Plan, ranks: Ranks) -> None:
     """Refuse a plan whose effective batch these ranks would not make."""
     planned, seen = plan.world_size, ranks.world_size
     if planned != seen:
@@ -396,7 +397,7 @@ def _check_ranks(plan: PlanRecord, ranks: Ranks) -> None:
 
 def _read(plan: object) -> tuple[int, int, StepOptions]:
     """Return the micro-batch size, what it is a multiple of, and the options of a plan."""
-    if isinstance(plan, PlanRecord):
+    if isinstance(plan, Plan):
         return plan.micro_batch_size, plan.multiple_of, plan.options
     if isinstance(plan, bool) or not isinstance(plan, int):
         raise UsageError(

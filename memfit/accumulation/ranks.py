@@ -309,7 +309,8 @@ def ranks_of(model: nn.Module) -> Ranks:
     if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):
         raise UnsupportedError(
             "The model's parameters are sharded over ranks (FSDP), and Accumulator carries out "
-            "steps of DistributedDataParallel models only: use plan.split in a loop of your own."
+            "steps of DistributedDataParallel models only: use memfit.micro_batches in a loop of "
+            "your own."
         )
     return SingleRank()
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import Unpack
 
-from memfit.accumulation import Plan
 from memfit.api.probing import on_each_card, simulated
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import open_backend
 from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
-from memfit.records import Objective, PlanAnswer, PlanSurvey, Trial
+from memfit.records import Objective, Plan, PlanAnswer, PlanSurvey, Trial
 from memfit.step.workload import Workload
 from memfit.units import parse_bytes
 

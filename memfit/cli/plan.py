@@ -17,7 +17,7 @@ from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective
 
 if TYPE_CHECKING:
-    from memfit.records import Exploration, PlanRecord
+    from memfit.records import Exploration, Plan
 
 __all__ = ["plan"]
 
@@ -145,7 +145,7 @@ def _survey(
 
 def _planned(
     model: str, effective_batch_size: Any, target: dict[str, Any], *, is_quiet: bool
-) -> PlanRecord:
+) -> Plan:
     from memfit import api
     from memfit.reports.probe import ProgressTable
 
@@ -157,7 +157,7 @@ def _planned(
         return api.plan(model, effective_batch_size, progress=table.add, **target)
 
 
-def _show(result: PlanRecord, *, trainer: str | None, as_json: bool) -> None:
+def _show(result: Plan, *, trainer: str | None, as_json: bool) -> None:
     from memfit.integrations import lines_for
     from memfit.reports.plan import render
 

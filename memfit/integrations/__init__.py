@@ -11,11 +11,11 @@ from types import MappingProxyType
 from typing import Final
 
 from memfit.integrations import accelerate, fastai, lightning, pytorch, timm, transformers
-from memfit.records import PlanRecord
+from memfit.records import Plan
 
 __all__ = ["TRAINERS", "lines_for"]
 
-TRAINERS: Final[Mapping[str, Callable[[PlanRecord], str]]] = MappingProxyType(
+TRAINERS: Final[Mapping[str, Callable[[Plan], str]]] = MappingProxyType(
     {
         "pytorch": pytorch.lines,
         "timm": timm.lines,
@@ -28,7 +28,7 @@ TRAINERS: Final[Mapping[str, Callable[[PlanRecord], str]]] = MappingProxyType(
 """What writes a plan for each trainer."""
 
 
-def lines_for(plan: PlanRecord, trainer: str) -> str:
+def lines_for(plan: Plan, trainer: str) -> str:
     """Return the lines to paste, or the command to run, that carry a plan out.
 
     Args:

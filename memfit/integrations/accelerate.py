@@ -7,14 +7,14 @@ Source: huggingface/accelerate, Accelerator(gradient_accumulation_steps=...): ba
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
-from memfit.records import PlanRecord, Precision
+from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
 
 _PRECISIONS = {Precision.AMP_BF16: "bf16", Precision.AMP_FP16: "fp16"}
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return the loop that carries the plan out.
 
     It expects `model`, `optimizer`, `loss_fn` and `dataset`.

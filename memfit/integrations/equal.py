@@ -10,7 +10,8 @@ import dataclasses
 import textwrap
 
 from memfit.errors import UsageError
-from memfit.records import PlanRecord, Precision, equal_part
+from memfit.partition import equal_part
+from memfit.records import Plan, Precision
 from memfit.units import format_parts
 
 __all__ = ["EqualParts", "comment", "equal_parts", "headline", "weights_in_bf16"]
@@ -40,7 +41,7 @@ class EqualParts:
         return self.micro_batch_size * self.accumulation_steps
 
 
-def equal_parts(plan: PlanRecord, trainer: str) -> EqualParts:
+def equal_parts(plan: Plan, trainer: str) -> EqualParts:
     """Return the equal parts that a trainer can be told.
 
     Args:
@@ -82,7 +83,7 @@ def equal_parts(plan: PlanRecord, trainer: str) -> EqualParts:
     )
 
 
-def headline(plan: PlanRecord, parts: EqualParts) -> str:
+def headline(plan: Plan, parts: EqualParts) -> str:
     """Say in a comment what the numbers make, and where they come from."""
     ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
@@ -91,7 +92,7 @@ def headline(plan: PlanRecord, parts: EqualParts) -> str:
     )
 
 
-def weights_in_bf16(plan: PlanRecord) -> list[str]:
+def weights_in_bf16(plan: Plan) -> list[str]:
     """Say what no trainer's option does: train weights that are in bfloat16 themselves."""
     if plan.options.precision is not Precision.BF16:
         return []

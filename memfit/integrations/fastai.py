@@ -8,14 +8,14 @@ Source: fastai/fastai, fastai/callback/training.py: `GradientAccumulation(n_acc)
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
-from memfit.records import PlanRecord, Precision
+from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
 
 _PRECISIONS = {Precision.AMP_BF16: ".to_bf16()", Precision.AMP_FP16: ".to_fp16()"}
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return the learner that carries the plan out.
 
     It expects `train`, `valid`, `model` and `loss_fn`.

@@ -7,7 +7,7 @@ Source: Lightning-AI/pytorch-lightning, Trainer(accumulate_grad_batches=...): ba
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline
-from memfit.records import PlanRecord, Precision
+from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
 
@@ -19,7 +19,7 @@ _PRECISIONS = {
 }
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return the loader and the trainer that carry the plan out."""
     parts = equal_parts(plan, "Lightning")
     head = comment(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memfit.integrations.equal import comment
-from memfit.records import PlanRecord, Precision
+from memfit.records import Plan, Precision
 from memfit.units import format_parts
 
 __all__ = ["lines"]
@@ -11,7 +11,7 @@ __all__ = ["lines"]
 _AUTOCAST = {Precision.AMP_BF16: "bfloat16", Precision.AMP_FP16: "float16"}
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return two loops over a loader of effective batches; either carries the plan out.
 
     They expect `model`, `optimizer`, `loss_fn` and `dataset`.
@@ -19,7 +19,7 @@ def lines(plan: PlanRecord) -> str:
     return "\n\n".join((_loader(plan), _accumulator(plan), _by_hand(plan))) + "\n"
 
 
-def _loader(plan: PlanRecord) -> str:
+def _loader(plan: Plan) -> str:
     parts = format_parts(plan.micro_batch_sizes)
     share = plan.share_of(0)
     if plan.world_size == 1:
@@ -54,7 +54,7 @@ def _loader(plan: PlanRecord) -> str:
     )
 
 
-def _accumulator(plan: PlanRecord) -> str:
+def _accumulator(plan: Plan) -> str:
     arguments = ["model", "optimizer", str(plan.micro_batch_size), "loss=loss_fn"]
     if plan.multiple_of > 1:
         arguments.append(f"multiple_of={plan.multiple_of}")
@@ -69,7 +69,7 @@ def _accumulator(plan: PlanRecord) -> str:
     )
 
 
-def _by_hand(plan: PlanRecord) -> str:
+def _by_hand(plan: Plan) -> str:
     """Return the loop that `Accumulator` saves one from writing."""
     precision, num_ranks = plan.options.precision, plan.world_size
     is_scaled, has_ranks = precision is Precision.AMP_FP16, num_ranks > 1
@@ -99,7 +99,7 @@ def _by_hand(plan: PlanRecord) -> str:
     )
 
 
-def _one_part(plan: PlanRecord) -> list[str]:
+def _one_part(plan: Plan) -> list[str]:
     """Return forward and backward of one micro-batch."""
     precision, num_ranks = plan.options.precision, plan.world_size
     dtype = _AUTOCAST.get(precision)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import shlex
 
 from memfit.integrations.equal import comment, equal_parts, headline
-from memfit.records import PlanRecord, Precision, StepOptions
+from memfit.records import Plan, Precision, StepOptions
 
 __all__ = ["lines"]
 
 _COLOUR_CHANNELS = 3
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return the command that carries the plan out."""
     parts = equal_parts(plan, "timm's train.py")
     program = (

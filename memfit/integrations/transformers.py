@@ -8,7 +8,7 @@ Source: huggingface/transformers, src/transformers/training_args.py:
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline
-from memfit.records import PlanRecord, Precision
+from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
 
@@ -16,7 +16,7 @@ _PRECISIONS = {Precision.AMP_BF16: "bf16=True", Precision.AMP_FP16: "fp16=True"}
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 
 
-def lines(plan: PlanRecord) -> str:
+def lines(plan: Plan) -> str:
     """Return the arguments that carry the plan out."""
     parts = equal_parts(plan, "transformers")
     options = plan.options

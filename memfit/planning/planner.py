@@ -9,11 +9,10 @@ from collections.abc import Callable
 import torch
 
 from memfit import partition, search
-from memfit.accumulation import Plan
 from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning.searching import SearchBounds, check_bounds, run_search, run_trial
-from memfit.records import Objective, ProbeResult, Trial
+from memfit.records import Objective, Plan, ProbeResult, Trial
 from memfit.step.workload import TrainingStep
 
 __all__ = ["PlanTarget", "plan_on"]

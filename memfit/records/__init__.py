@@ -27,11 +27,9 @@ from memfit.records.plans import (
     Alternative,
     Exploration,
     Objective,
+    Plan,
     PlanAnswer,
-    PlanRecord,
     PlanSurvey,
-    cut,
-    equal_part,
 )
 from memfit.records.profiles import (
     CardLine,
@@ -87,8 +85,8 @@ __all__ = [
     "ParameterDifference",
     "Peak",
     "Phase",
+    "Plan",
     "PlanAnswer",
-    "PlanRecord",
     "PlanSurvey",
     "Precision",
     "ProbeResult",
@@ -102,6 +100,4 @@ __all__ = [
     "Timeline",
     "Trial",
     "Verdict",
-    "cut",
-    "equal_part",
 ]

@@ -10,16 +10,7 @@ from memfit.records.base import Record, Source
 from memfit.records.steps import StepOptions
 from memfit.records.trials import Capacity, Trial
 
-__all__ = [
-    "Alternative",
-    "Exploration",
-    "Objective",
-    "PlanAnswer",
-    "PlanRecord",
-    "PlanSurvey",
-    "cut",
-    "equal_part",
-]
+__all__ = ["Alternative", "Exploration", "Objective", "Plan", "PlanAnswer", "PlanSurvey"]
 
 
 class Objective(str, enum.Enum):
@@ -34,49 +25,11 @@ class Objective(str, enum.Enum):
     EVEN = "even"
 
 
-def cut(num_samples: int, largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:
-    """Cut samples into the fewest parts, as equal as they can be.
-
-    All parts but the last are multiples of `multiple_of`, as long as `largest` leaves room for one.
-
-    Args:
-        num_samples: Samples to cut, at least 1.
-        largest: The most samples in a part, at least 1.
-        multiple_of: What parts are multiples of, at least 1.
-
-    Returns:
-        The parts, larger ones first. They sum to `num_samples`, and cutting again by the first of
-        them gives the same parts.
-    """
-    if num_samples <= largest:
-        return (num_samples,)
-    unit = multiple_of if multiple_of <= largest else 1
-    num_units = -(-num_samples // unit)
-    num_parts = -(-num_units // (largest // unit))
-    small, num_larger = divmod(num_units, num_parts)
-    parts = [(small + 1) * unit] * num_larger + [small * unit] * (num_parts - num_larger)
-    parts[-1] -= num_units * unit - num_samples
-    return tuple(parts)
-
-
-def equal_part(share: int, largest: int, *, multiple_of: int = 1) -> int | None:
-    """Return the largest part that a share can be cut into equally.
-
-    Args:
-        share: Samples to cut, at least 1.
-        largest: The most samples in a part.
-        multiple_of: What the part is a multiple of.
-
-    Returns:
-        A divisor of `share`; `None` where there is none.
-    """
-    parts = range(multiple_of, min(share, largest) + 1, multiple_of)
-    return next((part for part in reversed(parts) if share % part == 0), None)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRecord(Record):
+class Plan(Record):
     """How one optimizer step over an effective batch is made of micro-batches.
+
+    `memfit.Accumulator` carries it out, and `memfit.micro_batches` splits a batch by it.
 
     Args:
         subject: The model's name.
@@ -160,14 +113,6 @@ class PlanRecord(Record):
         share, rest = divmod(self.effective_batch_size, self.world_size)
         return share + (rank < rest)
 
-    def parts_of(self, rank: int) -> tuple[int, ...]:
-        """Return a rank's micro-batches of one optimizer step, in samples.
-
-        Args:
-            rank: From 0 to below `world_size`.
-        """
-        return cut(self.share_of(rank), self.micro_batch_size, multiple_of=self.multiple_of)
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAnswer(Record):
@@ -180,7 +125,7 @@ class PlanAnswer(Record):
     """
 
     gpu: str
-    plan: PlanRecord | None
+    plan: Plan | None
     reason: str | None = None
 
 

@@ -6,14 +6,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memfit.records import Alternative, Exploration, PlanRecord, PlanSurvey
+from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
 from memfit.units import format_bytes, format_parts
 
 __all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
 
 
-def render(plan: PlanRecord) -> RenderableType:
+def render(plan: Plan) -> RenderableType:
     """Lay out a plan: what ran where, the trials, the parts, both limits and the remarks.
 
     Args:
@@ -39,7 +39,7 @@ def _table() -> Table:
     return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
 
 
-def _answers(plan: PlanRecord) -> Table:
+def _answers(plan: Plan) -> Table:
     table = _table()
     table.show_header = False
     ranks = f", {plan.world_size} ranks" if plan.world_size > 1 else ""

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memfit.records import (
     DeviceProcess,
-    PlanRecord,
+    Plan,
     ProbeResult,
     Source,
     StepOptions,
@@ -61,7 +61,7 @@ def render(result: ProbeResult) -> RenderableType:
     return Group(*parts)
 
 
-def heading(result: ProbeResult | PlanRecord) -> Text:
+def heading(result: ProbeResult | Plan) -> Text:
     """Say what ran where, and what it could use."""
     return Text.assemble(
         (result.subject, "bold"),
@@ -162,7 +162,7 @@ def _why_recommended(result: ProbeResult) -> str:
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
 
 
-def trial_notes(result: ProbeResult | PlanRecord) -> list[str]:
+def trial_notes(result: ProbeResult | Plan) -> list[str]:
     """Say what there is to say about trials: at the end, how they were had."""
     said = []
     if result.environment:

@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 from torch.optim import Optimizer
 
 from memfit import Plan
-from memfit.records import Capacity, Objective, Precision, Source, StepOptions, cut
+from memfit.partition import cut
+from memfit.records import Capacity, Objective, Precision, Source, StepOptions
 from memfit.units import GIB
 
 

@@ -34,7 +34,7 @@ from accumulation.parts import (
     plan_of,
     relative_error,
 )
-from memfit import Accumulator
+from memfit import Accumulator, micro_batches
 from memfit.accumulation import ranks
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError, WorkloadError
 
@@ -334,8 +334,7 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
     model = together(copy.deepcopy(reference))
     shares, _ = data((9, 6))
     plan = plan_of(15, 4, world_size=2)
-    micro_batches = plan.split(shares[RANK], weight=WEIGHTS["targets"])
-    for micro in micro_batches:
+    for micro in micro_batches(plan, shares[RANK], weight=WEIGHTS["targets"]):
         x, y = micro.batch
         with contextlib.nullcontext() if micro.is_last else model.no_sync():
             loss = F.cross_entropy(model(x), y, reduction="sum") / (y != -100).sum().clamp(min=1)
@@ -345,7 +344,7 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
     ours = [parameter.grad for parameter in model.parameters()]
     assert relative_error(ours, list(expected)) < BOUND
     with raises(UsageError, "for 3 ranks, and there are 2"):
-        plan_of(15, 4, world_size=3).split(shares[RANK])
+        micro_batches(plan_of(15, 4, world_size=3), shares[RANK])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for world_size, says in ((3, "is for 3 ranks"), (1, "is for 1 rank, and")):
         other = plan_of(15, 4, world_size=world_size)

@@ -17,12 +17,12 @@ from torch.utils.data import TensorDataset
 from memfit.cli.plan import _TRAINERS
 from memfit.errors import UsageError
 from memfit.integrations import TRAINERS, lines_for
-from memfit.records import PlanRecord, Precision, StepOptions
+from memfit.records import Plan, Precision, StepOptions
 
 EQUAL_ONLY = ("timm", "lightning", "accelerate", "transformers", "fastai")
 
 
-def with_options(plan: PlanRecord, **options: Any) -> PlanRecord:
+def with_options(plan: Plan, **options: Any) -> Plan:
     import dataclasses
 
     return dataclasses.replace(plan, options=StepOptions(accumulate=True, **options))
@@ -78,7 +78,7 @@ def test_the_commands_are_those_of_the_command_line() -> None:
         (plan_of(100, 60, multiple_of=8), "100 has none near 56: plan for 96, or emit pytorch"),
     ],
 )
-def test_plans_without_equal_parts_are_refused(plan: PlanRecord, says: str) -> None:
+def test_plans_without_equal_parts_are_refused(plan: Plan, says: str) -> None:
     """With the nearest that has some."""
     for trainer in EQUAL_ONLY:
         with pytest.raises(UsageError, match=says):

@@ -12,8 +12,8 @@ from memfit.records import (
     Alternative,
     Exploration,
     Outcome,
+    Plan,
     PlanAnswer,
-    PlanRecord,
     PlanSurvey,
     Precision,
     Source,
@@ -30,7 +30,7 @@ def text_of(renderable: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
 
-def example() -> PlanRecord:
+def example() -> Plan:
     trial = Trial(
         batch_size=22,
         outcome=Outcome.FITS,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from accumulation.parts import plan_of
+from memfit import micro_batches
 from memfit.errors import UsageError, WorkloadError
 
 
@@ -25,37 +26,38 @@ def test_a_loop_over_the_split_has_the_full_batchs_gradient(
     model = nn.Linear(4, 3).double()
     x, y = torch.randn(num_samples, 4).double(), torch.randint(3, (num_samples,))
     expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    micro_batches = plan_of(effective, micro).split((x, y))
-    for part in micro_batches:
+    parts = micro_batches(plan_of(effective, micro), (x, y))
+    for part in parts:
         inputs, targets = part.batch
         assert len(inputs) == part.num_samples <= micro
         (F.cross_entropy(model(inputs), targets) * part.weight).backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
         assert float((parameter.grad - gradient).norm()) <= 1e-10 * float(gradient.norm())
-    assert [part.is_last for part in micro_batches] == [False] * (len(micro_batches) - 1) + [True]
-    assert sum(part.weight for part in micro_batches) == pytest.approx(1)
+    assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert sum(part.weight for part in parts) == pytest.approx(1)
 
 
 def test_the_effective_batch_is_cut_as_planned() -> None:
     """The plan's own parts, in its multiples."""
     plan = plan_of(100, 60, multiple_of=8)
-    assert [part.num_samples for part in plan.split(torch.zeros(100, 2))] == [56, 44]
+    assert [part.num_samples for part in micro_batches(plan, torch.zeros(100, 2))] == [56, 44]
     assert plan.micro_batch_sizes == (56, 44)
 
 
 def test_weights_are_the_shares_of_what_is_counted() -> None:
     """Tokens, counted by a function; a sum is not weighted."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    parts = plan_of(3, 1).split({"mask": mask}, weight=lambda batch: batch["mask"].sum())
+    counted = {"weight": lambda batch: batch["mask"].sum()}
+    parts = micro_batches(plan_of(3, 1), {"mask": mask}, **counted)
     assert [part.weight for part in parts] == pytest.approx([3 / 6, 1 / 6, 2 / 6])
-    assert [part.weight for part in plan_of(3, 2).split(mask, weight="sum")] == [1, 1]
+    assert [part.weight for part in micro_batches(plan_of(3, 2), mask, weight="sum")] == [1, 1]
 
 
 def test_micro_batches_are_views() -> None:
     """Nothing is copied."""
     x = torch.zeros(6, 2)
-    for part in plan_of(6, 2).split(x):
+    for part in micro_batches(plan_of(6, 2), x):
         assert part.batch.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
@@ -63,7 +65,6 @@ def test_shares_of_ranks_sum_to_the_effective_batch() -> None:
     """The first ranks take one more where they cannot share equally."""
     plan = plan_of(10, 2, world_size=4)
     assert [plan.share_of(rank) for rank in range(4)] == [3, 3, 2, 2]
-    assert [plan.parts_of(rank) for rank in range(4)] == [(2, 1), (2, 1), (2,), (2,)]
     assert not plan.is_even
     assert plan_of(8, 2, world_size=2).is_even
 
@@ -82,10 +83,10 @@ def test_what_cannot_be_split_gets_a_sentence(
 ) -> None:
     """As for a step."""
     with pytest.raises(error, match=says):
-        plan_of(4, 2).split(batch, **options)
+        micro_batches(plan_of(4, 2), batch, **options)
 
 
 def test_a_plan_for_several_ranks_wants_those_ranks() -> None:
     """One process would train on a part of the effective batch without a word."""
     with pytest.raises(UsageError, match=r"for 4 ranks, and there is 1: plan with world_size=1"):
-        plan_of(8, 2, world_size=4).split(torch.zeros(2))
+        micro_batches(plan_of(8, 2, world_size=4), torch.zeros(2))

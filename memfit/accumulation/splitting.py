@@ -1,0 +1,118 @@
+"""A batch, split by a plan into micro-batches that know their weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import distributed
+
+from memfit.accumulation.weighing import Weight, check_weight, counts_of, shares_of
+from memfit.errors import UsageError
+from memfit.partition import cut
+from memfit.records import Plan
+from memfit.step import batches
+
+__all__ = ["MicroBatch", "as_nested", "micro_batches", "micro_batches_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """A part of a batch.
+
+    Args:
+        batch: Views of the batch's tensors, in its nesting.
+        num_samples: Samples in it.
+        weight: What its loss is multiplied by, so that the losses sum to the whole batch's.
+        is_last: No other follows in this optimizer step.
+    """
+
+    batch: Any
+    num_samples: int
+    weight: float
+    is_last: bool
+
+
+def micro_batches(plan: Plan, batch: Any, *, weight: Weight = "samples") -> tuple[MicroBatch, ...]:
+    """Cut a batch into micro-batches and weigh them, for a loop with a backward of its own.
+
+    `for micro in micro_batches(plan, batch): (loss(model(x), y) * micro.weight).backward()`, with
+    `x` and `y` from `micro.batch`, leaves the gradient of the whole batch in `.grad`.
+
+    A plan for several ranks counts over all of them, so each has to call this for its own batch;
+    the weights are then for gradients that are averaged over the ranks, as
+    `DistributedDataParallel` does. All micro-batches but the last belong in its `no_sync()`.
+
+    Args:
+        plan: What `memfit.plan` returned.
+        batch: Tensors of shape (samples, ...) in any nesting, of any size: a short last batch is
+            weighed by what it has.
+        weight: What the loss averages over: `"samples"`, `"sum"` for a loss that does not average,
+            or a function that counts it in a batch, such as its valid targets.
+
+    Returns:
+        The micro-batches, larger ones first.
+
+    Raises:
+        WorkloadError: The batch has no batch size, or nothing to average over.
+        UsageError: The plan is for several ranks, and the process group is not theirs.
+    """
+    check_weight(weight)
+    if plan.world_size > 1:
+        _check_world(plan.world_size)
+    batch = as_nested(batch)
+    sizes = cut(batches.batch_size_of(batch), plan.micro_batch_size, multiple_of=plan.multiple_of)
+    parts = micro_batches_of(batch, sizes)
+    counts = counts_of(weight, parts, sizes)
+    total = sum(counts)
+    if plan.world_size > 1:
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        summed = torch.tensor(total, dtype=torch.float64, device=device)
+        distributed.all_reduce(summed)
+        total = float(summed)
+    shares = shares_of(weight, counts, total)
+    return tuple(
+        MicroBatch(
+            batch=part,
+            num_samples=size,
+            weight=share * plan.world_size,
+            is_last=index == len(sizes) - 1,
+        )
+        for index, (part, size, share) in enumerate(zip(parts, sizes, shares, strict=True))
+    )
+
+
+def _check_world(world_size: int) -> None:
+    """Refuse to run a plan for several ranks among others than those.
+
+    Raises:
+        UsageError: There is no process group, or one of another size.
+    """
+    is_there = distributed.is_available() and distributed.is_initialized()
+    seen = distributed.get_world_size() if is_there else 1
+    if seen != world_size:
+        raise UsageError(
+            f"The plan is for {world_size} ranks, and there "
+            f"{'is' if seen == 1 else 'are'} {seen}: plan with world_size={seen}."
+        )
+
+
+def as_nested(batch: Any) -> Any:
+    """Return a mapping of any kind as a dictionary, and any other batch as it is."""
+    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
+
+
+def micro_batches_of(batch: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """Return views of consecutive samples.
+
+    Args:
+        batch: Tensors of shape (samples, ...) in any nesting.
+        sizes: Samples in each part; they sum to the batch's.
+    """
+    if len(sizes) == 1:
+        return [batch]
+    stops = itertools.accumulate(sizes)
+    return [batches.take(batch, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
