@@ -22,6 +22,7 @@
 
 #define API __attribute__((visibility("default")))
 #define UNUSED __attribute__((unused))
+#define ALSO(name, original) extern API __typeof__(original) name __attribute__((alias(#original)))
 #define MIB ((size_t)1 << 20)
 #define PAGE_BYTES (2 * MIB) /* the granularity of device memory */
 #define MAX_DEVICES 16
@@ -84,21 +85,26 @@ Status fail(Status error); /* remembers it for cudaGetLastError, and returns it 
 const char *error_name(int error, int is_driver);
 const char *error_text(int error);
 
-/* memory.c: none of these takes the lock itself where it says «locked». */
+/* memory.c: to be called with the lock held, save `is_device_pointer` and `device_of`. */
 typedef struct {
     size_t total_bytes, used_bytes, peak_bytes; /* used: without the context and the others */
     size_t free_bytes;                          /* as cudaMemGetInfo says */
     size_t held_bytes;                          /* this process: used and, once touched, context */
+    size_t missing_bytes, num_failures;         /* of what did not fit: by how much, the last time */
     int is_touched;                             /* a context was made */
 } DeviceMemory;
 DeviceMemory device_memory(int device);
 void touch_device(int device);
-int is_device_pointer(const void *pointer); /* cheap, without the lock */
-int device_of(const void *pointer);         /* -1 for the host's */
+void reset_peak(int device);
+Status allocate(void **pointer, size_t num_bytes, int device); /* as cudaMalloc */
+Status release(void *pointer);                                 /* as cudaFree */
+int is_device_pointer(const void *pointer);
+int device_of(const void *pointer); /* -1 for the host's */
 
-/* copies.c: any pointers, of the host or of devices. */
-typedef enum { SYNCHRONOUS = 0, ASYNCHRONOUS = 1 } CopyKind;
-void device_copy(void *to, const void *from, size_t num_bytes); /* internal: not counted as a read */
+/* contents.c: any pointers, of the host or of devices. These take the lock themselves.
+   `device_copy` is true when all that was read is known: the host wrote it, no kernel had to. It
+   does not count as a read of the device: a library's functions call it. */
+int device_copy(void *to, const void *from, size_t num_bytes);
 void device_fill(void *to, int byte, size_t num_bytes);
 
 /* kernels.c, streams.c */
