@@ -4,6 +4,7 @@
    the real runtime; the copy is a node of the graph. */
 #include "streams.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 static struct {
@@ -91,26 +92,32 @@ API Status cudaMemset2DAsync(void *to, size_t pitch, int byte, size_t width, siz
 
 /* ---- variables of kernels: each has addresses of its own, which are the context's */
 
-static struct {
+typedef struct {
     const void *symbol;
     char *at;
     size_t num_bytes;
-} symbols[4096];
-static int num_symbols;
+} Symbol;
+static Symbol *symbols;
+static size_t num_symbols, room_symbols;
 
 void register_symbol(const void *symbol, size_t num_bytes) {
     device_lock();
-    if (num_symbols < (int)(sizeof symbols / sizeof *symbols)) {
-        symbols[num_symbols].symbol = symbol;
-        symbols[num_symbols++].num_bytes = num_bytes;
+    if (num_symbols == room_symbols) {
+        size_t wanted = room_symbols ? 2 * room_symbols : 1024;
+        Symbol *larger = realloc(symbols, wanted * sizeof *symbols);
+        if (larger) {
+            symbols = larger;
+            room_symbols = wanted;
+        }
     }
+    if (num_symbols < room_symbols) symbols[num_symbols++] = (Symbol){symbol, 0, num_bytes};
     device_unlock();
 }
 
 static Status symbol_at(const void *symbol, char **at, size_t *num_bytes) {
     Status status = INVALID_VALUE;
     device_lock();
-    for (int i = 0; i < num_symbols; i++) {
+    for (size_t i = 0; i < num_symbols; i++) {
         if (symbols[i].symbol != symbol) continue;
         if (!symbols[i].at) symbols[i].at = context_addresses(symbols[i].num_bytes ? symbols[i].num_bytes : 1);
         *at = symbols[i].at;
@@ -167,15 +174,35 @@ API Status cuMemcpyAsync(void *to, const void *from, size_t n, void *stream) { r
 API Status cuMemsetD8_v2(void *to, unsigned char byte, size_t n) { return fill_later(to, byte, n, 0); }
 API Status cuMemsetD8Async(void *to, unsigned char byte, size_t n, void *stream) { return fill_later(to, byte, n, stream); }
 
-/* Of several bytes: written only where all of them are alike, as zeros are. */
 static Status fill_words(void *to, unsigned value, size_t width, size_t n, void *stream) {
-    unsigned char bytes[4];
-    memcpy(bytes, &value, 4);
-    for (size_t i = 1; i < width; i++)
-        if (bytes[i] != bytes[0]) return is_forked() ? NOT_INITIALIZED : (add_node(stream, 0, 0), OK);
-    return fill_later(to, bytes[0], width * n, stream);
+    unsigned char bytes[4], pattern[4096];
+    memcpy(bytes, &value, 4); /* the lowest byte is the first */
+    int is_alike = 1;
+    for (size_t i = 1; i < width; i++) is_alike &= bytes[i] == bytes[0];
+    if (is_alike) return fill_later(to, bytes[0], width * n, stream);
+    if (is_forked()) return NOT_INITIALIZED;
+    if (add_node(stream, 0, 0)) return OK;
+    for (size_t i = 0; i < sizeof pattern; i++) pattern[i] = bytes[i % width];
+    for (size_t done = 0, piece; done < width * n; done += piece) {
+        piece = width * n - done < sizeof pattern ? width * n - done : sizeof pattern;
+        device_copy((char *)to + done, pattern, piece);
+    }
+    return OK;
 }
 API Status cuMemsetD16_v2(void *to, unsigned short value, size_t n) { return fill_words(to, value, 2, n, 0); }
 API Status cuMemsetD16Async(void *to, unsigned short value, size_t n, void *stream) { return fill_words(to, value, 2, n, stream); }
 API Status cuMemsetD32_v2(void *to, unsigned value, size_t n) { return fill_words(to, value, 4, n, 0); }
 API Status cuMemsetD32Async(void *to, unsigned value, size_t n, void *stream) { return fill_words(to, value, 4, n, stream); }
+
+ALSO(cudaMemcpyAsync_ptsz, cudaMemcpyAsync);
+ALSO(cudaMemcpy_ptds, cudaMemcpy);
+ALSO(cudaMemcpy2DAsync_ptsz, cudaMemcpy2DAsync);
+ALSO(cudaMemcpy2D_ptds, cudaMemcpy2D);
+ALSO(cudaMemsetAsync_ptsz, cudaMemsetAsync);
+ALSO(cudaMemset_ptds, cudaMemset);
+ALSO(cuMemcpyHtoD, cuMemcpyHtoD_v2);
+ALSO(cuMemcpyDtoH, cuMemcpyDtoH_v2);
+ALSO(cuMemcpyDtoD, cuMemcpyDtoD_v2);
+ALSO(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2);
+ALSO(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2);
+ALSO(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2);

@@ -117,6 +117,8 @@ API Status cuCtxGetApiVersion(void *context UNUSED, unsigned *version) { return 
 API Status cuCtxCreate_v2(void **context, unsigned flags UNUSED, int device) { return cuDevicePrimaryCtxRetain(context, device); }
 API Status cuCtxDestroy_v2(void *context UNUSED) { return OK; }
 API Status cuCtxSynchronize(void) { return forbid_while_capturing(); }
+ALSO(cuCtxCreate, cuCtxCreate_v2);
+ALSO(cuCtxDestroy, cuCtxDestroy_v2);
 ALSO(cuCtxSynchronize_v2, cuCtxSynchronize);
 API Status cuCtxGetLimit(size_t *value, int limit) { return *value = limit == 0 ? 1024 : 8 * MIB, OK; }
 API Status cuCtxSetLimit(int limit UNUSED, size_t value UNUSED) { return OK; }
@@ -129,6 +131,14 @@ API Status cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     return OK;
 }
 API Status cuStreamGetCtx(void *stream, void **context) { return *context = context_of(stream_of(stream)->device), OK; }
+/* A log of errors for which there is nothing to say. */
+API Status cuLogsRegisterCallback(void *callback UNUSED, void *data UNUSED, void **handle) {
+    if (handle) *handle = context_of(0);
+    return OK;
+}
+API Status cuLogsUnregisterCallback(void *handle UNUSED) { return OK; }
+ALSO(cudaLogsRegisterCallback, cuLogsRegisterCallback);
+ALSO(cudaLogsUnregisterCallback, cuLogsUnregisterCallback);
 API Status cuProfilerStart(void) { return OK; }
 API Status cuProfilerStop(void) { return OK; }
 
@@ -154,6 +164,12 @@ API Status cuMemAdvise(void) { return OK; }
 API Status cuMemAdvise_v2(void) { return OK; }
 API Status cuMemPrefetchAsync(void) { return OK; }
 API Status cuMemPrefetchAsync_v2(void) { return OK; }
+ALSO(cuMemAlloc, cuMemAlloc_v2);
+ALSO(cuMemFree, cuMemFree_v2);
+ALSO(cuMemGetInfo, cuMemGetInfo_v2);
+ALSO(cuMemAllocHost, cuMemAllocHost_v2);
+ALSO(cuMemHostRegister, cuMemHostRegister_v2);
+ALSO(cuMemHostGetDevicePointer, cuMemHostGetDevicePointer_v2);
 API Status cuPointerGetAttribute(void *value, int attribute, const void *pointer) { return pointer_attribute(value, attribute, pointer); }
 API Status cuPointerGetAttributes(unsigned num, const int *attributes, void **values, const void *pointer) {
     for (unsigned i = 0; i < num; i++)

@@ -279,3 +279,27 @@ API Status cudaGraphReleaseUserObject(Graph *graph, Kept *kept, unsigned count) 
     bury();
     return OK;
 }
+
+/* ---- the driver's names */
+
+ALSO(cuGraphCreate, cudaGraphCreate);
+ALSO(cuGraphClone, cudaGraphClone);
+ALSO(cuGraphDestroy, cudaGraphDestroy);
+ALSO(cuGraphExecDestroy, cudaGraphExecDestroy);
+ALSO(cuGraphInstantiateWithFlags, cudaGraphInstantiate);
+ALSO(cuGraphInstantiateWithParams, cudaGraphInstantiateWithParams);
+ALSO(cuGraphUpload, cudaGraphUpload);
+ALSO(cuGraphLaunch, cudaGraphLaunch);
+ALSO(cudaGraphLaunch_ptsz, cudaGraphLaunch);
+ALSO(cuGraphGetNodes, cudaGraphGetNodes);
+ALSO(cuGraphGetRootNodes, cudaGraphGetRootNodes);
+ALSO(cuGraphNodeGetType, cudaGraphNodeGetType);
+ALSO(cuGraphNodeGetDependencies, cudaGraphNodeGetDependencies);
+ALSO(cuGraphNodeGetDependencies_v2, cudaGraphNodeGetDependencies_v2);
+ALSO(cuGraphDebugDotPrint, cudaGraphDebugDotPrint);
+ALSO(cuGraphExecUpdate_v2, cudaGraphExecUpdate);
+ALSO(cuUserObjectCreate, cudaUserObjectCreate);
+ALSO(cuUserObjectRetain, cudaUserObjectRetain);
+ALSO(cuUserObjectRelease, cudaUserObjectRelease);
+ALSO(cuGraphRetainUserObject, cudaGraphRetainUserObject);
+ALSO(cuGraphReleaseUserObject, cudaGraphReleaseUserObject);

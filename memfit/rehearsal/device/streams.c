@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 enum { CAPTURE_NONE = 0, CAPTURE_ACTIVE = 1, CAPTURE_IS_INVALID = 2 };
@@ -282,3 +283,56 @@ API Status cudaThreadExchangeStreamCaptureMode(int *mode) {
 /* The nodes of a rehearsed graph stand in one row, so there is nothing to change. */
 API Status cudaStreamUpdateCaptureDependencies(void) { return OK; }
 API Status cudaStreamUpdateCaptureDependencies_v2(void) { return OK; }
+
+/* ---- the driver's names, and those of programs whose default stream is the thread's */
+
+ALSO(cuStreamCreate, cudaStreamCreateWithFlags);
+ALSO(cuStreamCreateWithPriority, cudaStreamCreateWithPriority);
+ALSO(cuStreamDestroy_v2, cudaStreamDestroy);
+ALSO(cuStreamDestroy, cudaStreamDestroy);
+ALSO(cuStreamQuery, cudaStreamQuery);
+ALSO(cuStreamSynchronize, cudaStreamSynchronize);
+ALSO(cuStreamGetPriority, cudaStreamGetPriority);
+ALSO(cuStreamGetFlags, cudaStreamGetFlags);
+ALSO(cuStreamGetId, cudaStreamGetId);
+ALSO(cuStreamGetDevice, cudaStreamGetDevice);
+ALSO(cuStreamWaitEvent, cudaStreamWaitEvent);
+ALSO(cuStreamAddCallback, cudaStreamAddCallback);
+ALSO(cuLaunchHostFunc, cudaLaunchHostFunc);
+ALSO(cuStreamBeginCapture_v2, cudaStreamBeginCapture);
+ALSO(cuStreamBeginCapture, cudaStreamBeginCapture);
+ALSO(cuStreamBeginCaptureToGraph, cudaStreamBeginCaptureToGraph);
+ALSO(cuStreamEndCapture, cudaStreamEndCapture);
+ALSO(cuStreamIsCapturing, cudaStreamIsCapturing);
+ALSO(cuStreamGetCaptureInfo_v2, cudaStreamGetCaptureInfo_v2);
+ALSO(cuStreamGetCaptureInfo_v3, cudaStreamGetCaptureInfo_v3);
+ALSO(cuStreamUpdateCaptureDependencies, cudaStreamUpdateCaptureDependencies);
+ALSO(cuStreamUpdateCaptureDependencies_v2, cudaStreamUpdateCaptureDependencies);
+ALSO(cuThreadExchangeStreamCaptureMode, cudaThreadExchangeStreamCaptureMode);
+ALSO(cuEventCreate, cudaEventCreateWithFlags);
+ALSO(cuEventDestroy_v2, cudaEventDestroy);
+ALSO(cuEventDestroy, cudaEventDestroy);
+ALSO(cuEventRecord, cudaEventRecord);
+ALSO(cuEventRecordWithFlags, cudaEventRecordWithFlags);
+ALSO(cuEventQuery, cudaEventQuery);
+ALSO(cuEventSynchronize, cudaEventSynchronize);
+ALSO(cuEventElapsedTime, cudaEventElapsedTime);
+ALSO(cuEventElapsedTime_v2, cudaEventElapsedTime);
+ALSO(cudaStreamQuery_ptsz, cudaStreamQuery);
+ALSO(cudaStreamSynchronize_ptsz, cudaStreamSynchronize);
+ALSO(cudaStreamWaitEvent_ptsz, cudaStreamWaitEvent);
+ALSO(cudaEventRecord_ptsz, cudaEventRecord);
+ALSO(cudaEventRecordWithFlags_ptsz, cudaEventRecordWithFlags);
+ALSO(cudaLaunchHostFunc_ptsz, cudaLaunchHostFunc);
+ALSO(cudaStreamIsCapturing_ptsz, cudaStreamIsCapturing);
+ALSO(cudaStreamBeginCapture_ptsz, cudaStreamBeginCapture);
+ALSO(cudaStreamEndCapture_ptsz, cudaStreamEndCapture);
+API Status cudaStreamSetAttribute(void) { return OK; }
+API Status cudaStreamCopyAttributes(void) { return OK; }
+API Status cudaStreamGetAttribute(void *handle UNUSED, int attribute UNUSED, void *value) {
+    memset(value, 0, 64); /* cudaLaunchAttributeValue */
+    return OK;
+}
+ALSO(cuStreamSetAttribute, cudaStreamSetAttribute);
+ALSO(cuStreamCopyAttributes, cudaStreamCopyAttributes);
+ALSO(cuStreamGetAttribute, cudaStreamGetAttribute);
