@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Trial,
         Verdict,
     )
+    from memfit.rehearsal.activate import rehearse
     from memfit.step.workload import Workload
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
@@ -98,6 +99,7 @@ _HOMES = {
         "Trial",
         "Verdict",
     ),
+    "memfit.rehearsal.activate": ("rehearse",),
     "memfit.step.workload": ("Workload",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -143,6 +145,7 @@ __all__ = [
     "plan",
     "probe",
     "profile",
+    "rehearse",
     "survey",
     "survey_plans",
     "verify",

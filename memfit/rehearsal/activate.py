@@ -1,0 +1,155 @@
+"""Putting a card that is not there in front of torch: for a child process, or in this one.
+
+The library takes the place of CUDA's runtime and driver only when it is loaded before torch. A
+child gets it by `LD_PRELOAD`, this process by `rehearse` before `import torch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from memfit.cards import Gpu, find_gpu
+from memfit.errors import UnsupportedError, UsageError
+from memfit.rehearsal.build import library_path
+from memfit.units import parse_bytes
+
+__all__ = ["CARD_VARIABLE", "MAX_GPUS", "check_supported", "rehearse", "rehearsed_environment"]
+
+CARD_VARIABLE = "MEMFIT_REHEARSED_CARD"
+"""The environment variable that describes the card to the device."""
+
+MAX_GPUS = 16
+_MACHINES = ("x86_64", "aarch64")
+_INSTEAD = (
+    "The simulation works here: give the card as `gpu=` or `--gpu` with the engine `simulate`."
+)
+
+
+def rehearse(gpu: str, *, memory: str | int | None = None, num_gpus: int = 1) -> None:
+    """Rehearse a card from now on, in this process and the processes it starts.
+
+    Call it before torch is imported. torch then finds that card, with its own allocator, autograd
+    and choice of kernels, and kernels that do nothing. It lasts as long as the process.
+
+    Args:
+        gpu: The card's name, as in `"RTX 4090"`.
+        memory: What the card has, as in `"16GiB"`, in place of the catalogue's figure.
+        num_gpus: How many of it this process sees.
+
+    Raises:
+        UsageError: No such card, or torch is imported already, or another card is rehearsed.
+        UnsupportedError: This system cannot rehearse.
+    """
+    total_bytes = None if memory is None else parse_bytes(memory)
+    card = find_gpu(gpu, total_bytes=total_bytes)
+    check_supported(card)
+    settings = _settings(card, num_gpus=num_gpus, others_bytes=0)
+    if CARD_VARIABLE in os.environ and _is_loaded():
+        if os.environ[CARD_VARIABLE] == settings:
+            return
+        raise UsageError(
+            f"This process already rehearses a card, so {card.name} cannot be rehearsed in it: "
+            "start a new process for each card."
+        )
+    if "torch" in sys.modules:
+        raise UsageError(
+            f"torch is imported already, so {card.name} cannot be rehearsed in this process: call "
+            "memfit.rehearse before anything imports torch."
+        )
+    environment = rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
+    ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
+    os.environ.update(environment)
+
+
+def rehearsed_environment(
+    card: Gpu,
+    *,
+    num_gpus: int = 1,
+    others_bytes: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the environment variables that make a child process rehearse a card.
+
+    Args:
+        card: The card; its `total_bytes` may be other than the catalogue's.
+        num_gpus: How many of it the child sees, 1 to 16.
+        others_bytes: What other processes hold on each of them.
+        environment: What the child gets otherwise: a library that it preloads stays.
+
+    Returns:
+        The variables to add.
+
+    Raises:
+        UsageError: The number of GPUs is out of range, or the card is not NVIDIA's.
+        UnsupportedError: This system cannot rehearse.
+    """
+    check_supported(card)
+    library = library_path()
+    before = (environment or {}).get("LD_PRELOAD", "")
+    others = [name for name in before.replace(" ", ":").split(":") if name and name != str(library)]
+    return {
+        "LD_PRELOAD": ":".join([str(library), *others]),
+        CARD_VARIABLE: _settings(card, num_gpus=num_gpus, others_bytes=others_bytes),
+        # Triton asks the linker's cache for the driver, which knows nothing of a loaded library.
+        "TRITON_LIBCUDA_PATH": str(library.parent),
+        # What hides a GPU that is there must not hide the one that is rehearsed.
+        "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in range(num_gpus)),
+    }
+
+
+def check_supported(card: Gpu) -> None:
+    """Raise what keeps this system from rehearsing a card, in a sentence.
+
+    Raises:
+        UsageError: The card is not NVIDIA's.
+        UnsupportedError: Another system than Linux, another processor, or a torch without CUDA.
+    """
+    if card.vendor != "NVIDIA":
+        raise UsageError(
+            f"Only NVIDIA's cards can be rehearsed, and {card.name} is {card.vendor}'s. {_INSTEAD}"
+        )
+    if sys.platform != "linux":
+        raise UnsupportedError(f"A rehearsal needs Linux; this is {platform.system()}. {_INSTEAD}")
+    if platform.machine() not in _MACHINES:
+        raise UnsupportedError(
+            f"A rehearsal needs an {' or '.join(_MACHINES)} processor; this is "
+            f"{platform.machine()}. {_INSTEAD}"
+        )
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise UnsupportedError("A rehearsal needs torch, which is not installed.")
+    libraries = Path(spec.origin).parent / "lib"
+    if not (libraries / "libtorch_cuda.so").exists():
+        kind = "is built for ROCm" if (libraries / "libtorch_hip.so").exists() else "has no CUDA"
+        raise UnsupportedError(
+            f"A rehearsal needs a torch that is built for CUDA; torch "
+            f"{importlib.metadata.version('torch')} {kind}. {_INSTEAD}"
+        )
+
+
+def _settings(card: Gpu, *, num_gpus: int, others_bytes: int) -> str:
+    if not 1 <= num_gpus <= MAX_GPUS:
+        raise UsageError(f"A process can rehearse 1 to {MAX_GPUS} GPUs, not {num_gpus}.")
+    major, minor = card.compute_capability
+    values = {
+        "name": card.name.replace(";", ","),
+        "total_bytes": card.total_bytes,
+        "context_bytes": card.context_bytes,
+        "others_bytes": others_bytes,
+        "capability": f"{major}.{minor}",
+        "multiprocessors": card.multiprocessors,
+        "num_gpus": num_gpus,
+    }
+    return ";".join(f"{key}={value}" for key, value in values.items())
+
+
+def _is_loaded() -> bool:
+    """Whether this process has the device already, preloaded or loaded by `rehearse`."""
+    return hasattr(ctypes.CDLL(None), "memfit_rehearsal_version")

@@ -1,0 +1,160 @@
+"""The library of the rehearsed device: compiled where it is used, or carried by the wheel.
+
+It is compiled at the first use with the system's C compiler, into the user's cache. The folder's
+name is a digest of the sources, so a new version of memfit compiles anew. Nothing is loaded from a
+folder that another user can write.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+from memfit.errors import UnsupportedError
+
+__all__ = ["LIBRARY", "compile_library", "compiler", "library_path", "sources_digest"]
+
+LIBRARY = "libcuda.so.1"
+"""The driver's own name: who looks for the driver finds the library that is loaded already."""
+
+_SOURCES = Path(__file__).with_name("device")
+_CARRIED = Path(__file__).with_name("lib")
+_FLAGS = (
+    "-std=gnu11",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-pthread",
+    f"-Wl,-soname,{LIBRARY}",
+)
+_COMPILERS = ("cc", "gcc", "clang")
+
+
+@functools.cache
+def library_path() -> Path:
+    """Return the compiled library, compiled now if it was not yet.
+
+    Raises:
+        UnsupportedError: There is neither a compiler nor a compiled library, or the compiler
+            fails, or the cache is a folder that others can write.
+    """
+    carried = _CARRIED / platform.machine() / sources_digest() / LIBRARY
+    if carried.is_file():
+        return carried
+    folder = _cache_folder() / f"{sources_digest()}-{platform.machine()}"
+    if not folder.is_dir():
+        _compile_into(folder)
+    _check_private(folder, names=(LIBRARY,))
+    return folder / LIBRARY
+
+
+def sources_digest() -> str:
+    """Return what tells one version of the sources and of their compilation from another."""
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for path in sorted(_SOURCES.rglob("*.[ch]")):
+        digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def compiler() -> tuple[str, ...] | None:
+    """Return the command of the C compiler: `$CC`, else the first of the usual names."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in (named, *([name] for name in _COMPILERS)):
+        if command and shutil.which(command[0]):
+            return tuple(command)
+    return None
+
+
+def compile_library(target: Path, command: tuple[str, ...], *, flags: tuple[str, ...] = ()) -> None:
+    """Compile the library.
+
+    Args:
+        target: The file to write.
+        command: The compiler, as `compiler` returns it.
+        flags: More of its options, as in `("-Werror",)`.
+
+    Raises:
+        UnsupportedError: The compiler fails.
+    """
+    sources = sorted(str(path) for path in _SOURCES.rglob("*.c"))
+    run = subprocess.run(  # noqa: S603 - the user's own compiler
+        [*command, *_FLAGS, *flags, "-o", str(target), *sources, "-ldl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise UnsupportedError(
+            f"The C compiler {command[0]!r} could not compile the device that a rehearsal needs: "
+            f"{first.strip()}"
+        )
+
+
+def _compile_into(folder: Path) -> None:
+    command = compiler()
+    if command is None:
+        raise UnsupportedError(
+            "A rehearsal needs a C compiler (cc, gcc or clang, or $CC), and there is none: install "
+            "one, or install a memfit wheel that carries the compiled device."
+        )
+    parent = folder.parent
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(parent)
+    # Two processes may come here at once: each compiles for itself, and the first one stays.
+    under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
+    try:
+        compile_library(under_way / LIBRARY, command)
+        (under_way / LIBRARY).chmod(0o700)
+        try:
+            under_way.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(under_way, ignore_errors=True)
+
+
+def _cache_folder() -> Path:
+    """Return memfit's folder in the user's cache.
+
+    Source: https://specifications.freedesktop.org/basedir-spec/latest/
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # noqa: PTH117
+    return root / "memfit" / "rehearsal"
+
+
+def _check_private(folder: Path, names: tuple[str, ...] = ()) -> None:
+    """Refuse a folder, or files in it, that somebody else could have written."""
+    for path in (folder, *(folder / name for name in names)):
+        found = path.lstat()
+        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+            _refuse(path)
+    for path in folder.resolve().parents:
+        found = path.stat()
+        # In a sticky folder, such as /tmp, nobody else can rename what is the user's.
+        is_open = found.st_mode & 0o002 or (
+            found.st_mode & 0o020 and found.st_gid not in {0, os.getegid()}
+        )
+        if found.st_uid not in {0, os.geteuid()} or (is_open and not found.st_mode & stat.S_ISVTX):
+            _refuse(path)
+
+
+def _refuse(path: Path) -> None:
+    raise UnsupportedError(
+        f"The compiled device of a rehearsal is not loaded from {str(path)!r}, because another "
+        "user could have written there: take that right away (chmod go-w), or set XDG_CACHE_HOME "
+        "to a folder of your own."
+    )

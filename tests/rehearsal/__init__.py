@@ -1,0 +1,1 @@
+"""Tests of the rehearsal: children that rehearse a card."""

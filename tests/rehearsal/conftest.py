@@ -1,0 +1,72 @@
+"""Children that rehearse a card: real torch, the real allocator, no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from memfit.cards import find_gpu
+from memfit.errors import MemfitError
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.units import parse_bytes
+
+_PRELUDE = """
+import json, os, sys, torch
+def answer(**values):
+    print(json.dumps(values))
+"""
+
+Rehearsed = Callable[..., Any]
+"""What the fixture gives: a snippet, and the card as keywords."""
+
+
+@pytest.fixture
+def rehearsed() -> Rehearsed:
+    """Run a snippet on a rehearsed card and return what it gives to `answer`.
+
+    The child must end with 0 and say nothing on standard error: a rehearsal ends without a word.
+    """
+
+    def run(
+        snippet: str,
+        *,
+        gpu: str = "RTX 3060",
+        memory: str | None = None,
+        num_gpus: int = 1,
+        others: str | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> Any:
+        card = find_gpu(gpu, total_bytes=None if memory is None else parse_bytes(memory))
+        try:
+            added = rehearsed_environment(
+                card,
+                num_gpus=num_gpus,
+                others_bytes=0 if others is None else parse_bytes(others),
+            )
+        except MemfitError as exc:
+            pytest.skip(str(exc))
+        child = subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "ignore::FutureWarning",
+                "-c",
+                _PRELUDE + textwrap.dedent(snippet),
+            ],
+            env={**os.environ, **added, **(variables or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (child.returncode, child.stderr) == (0, "")
+        return json.loads(child.stdout.splitlines()[-1])
+
+    return run
