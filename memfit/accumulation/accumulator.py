@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import as_nested, micro_batches_of

@@ -21,6 +21,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from memfit._torch_private import copy_each
 from memfit.errors import UnsupportedError, WorkloadError
 
 __all__ = ["AttemptOutcome", "DistributedRanks", "Ranks", "SingleRank", "ranks_of"]
@@ -262,9 +263,9 @@ def _exchange(
 ) -> None:
     tensors = [tensor for tensor, _ in pairs]
     views = [view for _, view in pairs]
-    torch._foreach_copy_(views, tensors)
+    copy_each(views, tensors)
     collective(flat)
-    torch._foreach_copy_(tensors, views)
+    copy_each(tensors, views)
 
 
 def _alike(

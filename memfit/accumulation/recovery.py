@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from memfit._torch_private import copy_each
 from memfit.memory.restore import save_attributes, save_random_states
 
 __all__ = ["RetryMonitor", "StepStart", "smaller"]
@@ -59,7 +60,7 @@ class StepStart:
         if _are_same(buffers, self._buffers):
             if buffers:
                 with torch.no_grad():
-                    torch._foreach_copy_(self._copies, buffers)
+                    copy_each(self._copies, buffers)
         else:
             self._copies = [buffer.detach().clone() for buffer in buffers]
         self._buffers = buffers

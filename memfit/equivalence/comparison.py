@@ -28,8 +28,8 @@ import dataclasses
 import math
 
 import torch
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.equivalence.gradients import CheckSetup, Gradients
 from memfit.records import GradientCheck, ParameterDifference, Precision
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from memfit._torch_private import pytree
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import seed_all
 from memfit.memory.restore import rewound

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree, version_of
 from memfit.equivalence.randomness import seed_all
 from memfit.memory.restore import rewound
 from memfit.records import MixesIn, MixingLayer
@@ -188,12 +188,12 @@ class _MixingSearch:
             else leaf
             for index, leaf in enumerate(leaves)
         ]
-        self._last = [(leaf, leaf._version) for leaf in seen if _is_numbers(leaf)]
+        self._last = [(leaf, version_of(leaf)) for leaf in seen if _is_numbers(leaf)]
         return pytree.tree_unflatten(seen, spec)
 
     def _was_last(self, leaf: torch.Tensor) -> bool:
         """Whether a value is what a layer just returned, going on unchanged: it was seen then."""
-        return any(leaf is tensor and leaf._version == version for tensor, version in self._last)
+        return any(leaf is tensor and version_of(leaf) == version for tensor, version in self._last)
 
 
 def _is_numbers(leaf: Any) -> bool:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from memfit._torch_private import aten_if_there, dispatched, schema_of
 from memfit.equivalence.calls import CallStack
 
 __all__ = ["Draws", "seed_all"]
@@ -65,6 +65,10 @@ class Draws:
         self.not_replayable: dict[str, None] = {}
         self.narrowed: torch.dtype | None = None
 
+    def record(self, drawn: torch.Tensor) -> None:
+        """Take note of the next draw of the full batch."""
+        self._recorded.append(drawn.clone())
+
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Note what is drawn in the block."""
@@ -103,7 +107,7 @@ class Draws:
 
     @contextlib.contextmanager
     def _mode(self, mode: _Mode) -> Iterator[None]:
-        with CallStack(self._model) as stack, mode:
+        with CallStack(self._model) as stack, dispatched(mode.handle):
             mode.stack = stack
             # Decisions of Python and NumPy, such as skipping a layer, are the batch's as a whole.
             seed_all()
@@ -132,27 +136,20 @@ class Draws:
         return drawn.narrow(dim, start * per_sample, shape[dim])
 
 
-class _Mode(TorchDispatchMode, abc.ABC):
+class _Mode(abc.ABC):
     """What recording and replaying share: which operators draw, and in which layer."""
 
     def __init__(self, draws: Draws) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.draws = draws
         self.stack: CallStack | None = None
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator, or serve what it draws."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             out = func(*args, **kwargs)
             self._note_narrowing(func, args, out)
             return out
-        name = func._schema.name.removeprefix("aten::")
+        name = schema_of(func).name.removeprefix("aten::")
         layer = self.stack.innermost if self.stack is not None else ""
         if name in _DRAWS:
             self.draws.drawing[layer] = None
@@ -172,7 +169,7 @@ class _Mode(TorchDispatchMode, abc.ABC):
 
     def _note_narrowing(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
         """Notice a model that computes partly in a narrower type than its weights'."""
-        if func is not torch.ops.aten._to_copy.default or not isinstance(out, torch.Tensor):
+        if func is not aten_if_there("_to_copy.default") or not isinstance(out, torch.Tensor):
             return
         if args[0].dtype is torch.float64 and out.dtype in _LOW_PRECISION and args[0].ndim > 0:
             before = self.draws.narrowed
@@ -184,7 +181,7 @@ class _Recording(_Mode):
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         drawn = out[1] if isinstance(out, tuple) else out
-        self.draws._recorded.append(drawn.clone())
+        self.draws.record(drawn)
         return out
 
 
@@ -213,7 +210,7 @@ class _Replaying(_Mode):
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator that may draw does; fused attention does so only with dropout."""
-    names = [argument.name for argument in func._schema.arguments]
+    names = [argument.name for argument in schema_of(func).arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     if "dropout_p" in given:
         return bool(given["dropout_p"])

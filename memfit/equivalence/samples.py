@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
+
+from memfit._torch_private import convert_tensors, pytree
 
 __all__ = ["made_distinct", "moved_off_zero", "widen"]
 
@@ -108,4 +109,4 @@ def widen(module: nn.Module) -> None:
             return tensor.to(wider.get(tensor.dtype, tensor.dtype))
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    module._apply(convert)
+    convert_tensors(module, convert)

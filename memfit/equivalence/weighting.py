@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.equivalence.splits import spans
 from memfit.records import LossWeighting, MixesIn, MixingLayer
 from memfit.step import batches

@@ -115,13 +115,14 @@ class _Notes:
     def _module(self, module: nn.Module) -> Iterator[object]:
         attributes = vars(module)
         self._restores.append(_refilling(attributes))
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
+        yield from module.children()
         for name, value in tuple(attributes.items()):
             if name not in _OF_EVERY_MODULE:
                 yield value
             elif isinstance(value, (dict, set)):
                 self._restores.append(_refilling(value))
-                if name in ("_parameters", "_buffers", "_modules"):
-                    yield from value.values() if isinstance(value, dict) else value
 
     def _container(
         self, value: dict[Any, Any] | list[Any] | deque[Any] | set[Any] | bytearray

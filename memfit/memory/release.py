@@ -11,6 +11,8 @@ import gc
 
 import torch
 
+from memfit._torch_private import clear_blas_workspaces
+
 __all__ = ["release", "trim_heap"]
 
 
@@ -36,7 +38,7 @@ def release(device: torch.device) -> int:
         trim_heap()
         return 0
     torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()
+    clear_blas_workspaces()
     torch.cuda.empty_cache()
     trim_heap()
     return torch.cuda.memory_allocated(device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from memfit._torch_private import own_buffers
 from memfit.errors import WorkloadError
 from memfit.memory.attributes import save_contents
 from memfit.memory.saved_tensor import SavedTensor, host_copy
@@ -196,7 +197,7 @@ def save_attributes(module: nn.Module) -> Callable[[], None]:
     owners = [
         (
             child,
-            dict(child._buffers),
+            dict(own_buffers(child)),
             # By type: a training loop asks this of thousands of attributes in each of its steps.
             {name: value for name, value in vars(child).items() if type(value) in _PLAIN_TYPES},
         )
@@ -205,8 +206,8 @@ def save_attributes(module: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         for child, buffers, attributes in owners:
-            child._buffers.clear()
-            child._buffers.update(buffers)
+            own_buffers(child).clear()
+            own_buffers(child).update(buffers)
             vars(child).update(attributes)
 
     return restore

@@ -16,6 +16,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memfit._torch_private import (
+    current_node,
+    sequence_number,
+    sequence_number_of,
+    storage_id,
+)
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, SourceLines
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.replay import Purpose
@@ -82,19 +88,19 @@ class Attribution:
             for path, parameter in model.named_parameters()
         }
         self._modules_of_storages = {
-            parameter.untyped_storage()._cdata: self._parameters[id(parameter)]
+            storage_id(parameter.untyped_storage()): self._parameters[id(parameter)]
             for parameter in model.parameters()
         }
         for path, buffer in model.named_buffers():
             owner = path.rpartition(".")[0] or "(model)"
-            self._modules_of_storages.setdefault(buffer.untyped_storage()._cdata, owner)
+            self._modules_of_storages.setdefault(storage_id(buffer.untyped_storage()), owner)
         with self._stack.watched(), self._phases.watched(prepared):
             yield
 
     def allocated(self, block_id: int, tensor: torch.Tensor, args: tuple[Any, ...]) -> None:
         """Take note of a new storage."""
         assert self._phases is not None
-        key = tensor.untyped_storage()._cdata
+        key = storage_id(tensor.untyped_storage())
         self._numbers[key] = block_id
         phase = self._phases.current
         if phase is None:
@@ -142,15 +148,15 @@ class Attribution:
         line = self._lines.current()
         if phase == "optimizer":
             return OPTIMIZER, line
-        node: Any = torch._C._current_autograd_node()
+        node: Any = current_node()
         if node is None or stack.current is not None:
             if torch.is_grad_enabled():
-                self._lines_of_nodes[torch._C._autograd._get_sequence_nr() - 1] = line
+                self._lines_of_nodes[sequence_number() - 1] = line
             return stack.current or LOSS, line
         variable = getattr(node, "variable", None)
         if variable is not None:
             return self._parameters.get(id(variable), LOSS), None
-        number = node._sequence_nr()
+        number = sequence_number_of(node)
         return stack.of_sequence(number) or LOSS, self._lines_of_nodes.get(number)
 
     def _resident(self, tensor: torch.Tensor, key: int) -> _Note:
@@ -187,7 +193,7 @@ class Attribution:
             self._settle(value, Role.OPTIMIZER_STATE, module)
 
     def _settle(self, tensor: torch.Tensor, role: Role, module: str) -> None:
-        number = self._numbers.get(tensor.untyped_storage()._cdata)
+        number = self._numbers.get(storage_id(tensor.untyped_storage()))
         if number is not None and tensor.device.type == "meta":
             note = self._notes[number]
             if note.role is None:

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch._C._profiler import _EventType
-from torch.cuda._utils import _get_device_index
 from torch.profiler import ProfilerActivity
 
+from memfit._torch_private import allocator_snapshot, memory_events, recorded_history
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError
 from memfit.memory import oom
@@ -131,7 +130,7 @@ def _record_on_cpu(
         Resident(address=address, held_bytes=num_bytes, requested_bytes=num_bytes)
         for address, num_bytes in known
     ]
-    tree = profiler.profiler.kineto_results.experimental_event_tree()
+    tree = memory_events(profiler)
     events = [event for event in _memory_events(tree) if event.time_ns >= notebook.started_ns]
     timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=None)
     return timeline, blocks, None
@@ -140,23 +139,20 @@ def _record_on_cpu(
 def _record_on_gpu(
     step: TrainingStep, prepared: PreparedStep, batch_size: int, device: torch.device
 ) -> _Recorded:
-    memory = torch.cuda.memory
     notebook = StepNotes(prepared, copy_bytes=_copy_bytes(step), rounds_to=_BLOCK_BYTES)
-    index = _get_device_index(device, optional=True)
+    index: int | None = device.index
+    if index is None:
+        index = torch.cuda.current_device()
     with notebook.watched(), torch.cuda.device(index):
         _warm_up(prepared, batch_size)
         torch.cuda.synchronize(index)
-        memory._record_memory_history(
-            "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES
-        )
-        try:
-            residents, reserved = residents_of(memory._snapshot()["segments"], device_index=index)
+        with recorded_history(max_entries=_MAX_ENTRIES):
+            before = allocator_snapshot()["segments"]
+            residents, reserved = residents_of(before, device_index=index)
             notebook.start()
             prepared.iterate(batch_size)
             torch.cuda.synchronize(index)
-            snapshot = memory._snapshot()
-        finally:
-            memory._record_memory_history(None)
+            snapshot = allocator_snapshot()
     events = history_of(
         snapshot["device_traces"][index], since_ns=notebook.started_ns, line_of=line_of
     )
@@ -196,7 +192,7 @@ def _memory_events(
     """Yield the memory events of a profiler's tree, each with what it happened in."""
     for event in tree:
         fields = event.extra_fields
-        if event.tag == _EventType.Allocation:
+        if event.tag.name == "Allocation":
             yield RecordedEvent(
                 time_ns=event.start_time_ns,
                 action=Action.ALLOC if fields.alloc_size > 0 else Action.FREE_COMPLETED,
@@ -207,11 +203,11 @@ def _memory_events(
             )
             continue
         inner, inner_line = operation, line
-        if event.tag == _EventType.TorchOp:
+        if event.tag.name == "TorchOp":
             # What only makes room is told by what it makes room for.
             if event.name.startswith("aten::") and not event.name.startswith(_MAKES_ROOM):
                 inner = event.name
-        elif event.tag in (_EventType.PyCall, _EventType.PyCCall):
+        elif event.tag.name in ("PyCall", "PyCCall"):
             caller = fields.caller
             name = shown_file(caller.file_name)
             if is_own_file(caller.file_name):

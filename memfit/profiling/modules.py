@@ -8,7 +8,7 @@ tensor is held: what is watched allocates and frees as it would unwatched.
 from __future__ import annotations
 
 import contextlib
-import sys
+import inspect
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 
+from memfit._torch_private import sequence_number, sequence_number_of
 from memfit.step import runner
 
 __all__ = [
@@ -63,6 +64,8 @@ class ModuleStack:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Follow the model's modules as they are called."""
+        # A torch without it is to be refused here, and not from inside a hook.
+        sequence_number()
         handles = (
             hooks.register_module_forward_pre_hook(self._enter),
             hooks.register_module_forward_hook(self._leave, always_call=True),
@@ -80,7 +83,7 @@ class ModuleStack:
 
     def of_node(self, node: Any) -> str | None:
         """Return the module whose forward made a node of the graph, if it is known."""
-        return self.of_sequence(node._sequence_nr())
+        return self.of_sequence(sequence_number_of(node))
 
     def of_sequence(self, number: int) -> str | None:
         """Return the module that was at work when a sequence number was given out."""
@@ -99,7 +102,7 @@ class ModuleStack:
             self._note(self._stack[-1] if self._stack else LOSS)
 
     def _note(self, path: str) -> None:
-        self._begins.append(torch._C._autograd._get_sequence_nr())
+        self._begins.append(sequence_number())
         self._at.append(path)
         self._entered(path)
 
@@ -112,7 +115,7 @@ class SourceLines:
 
     def current(self) -> str | None:
         """Return it as `file:line`; `None` where only torch and memfit are at work."""
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = inspect.currentframe()
         # Beyond what starts the step is whoever asked for the profile.
         while frame is not None and frame.f_code.co_filename != _STARTS_THE_STEP:
             code = frame.f_code

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import torch
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.step.runner import PrecisionPolicy, PreparedStep
 
 __all__ = ["BACKWARD", "FORWARD", "OPTIMIZER", "CurrentPhase", "Phases", "states_of"]
@@ -74,9 +74,9 @@ class Phases:
         self.current: CurrentPhase | None = None
         self._begun = begun
         self._batch_made = batch_made
-        self._loss_made = loss_made
-        self._gradients_ready = gradients_ready
-        self._stepped = stepped
+        self.loss_made = loss_made
+        self.gradients_ready = gradients_ready
+        self.stepped = stepped
         self._num_phases = 0
 
     @contextlib.contextmanager
@@ -85,7 +85,7 @@ class Phases:
         precision_policy, make_batch = prepared.precision_policy, prepared.make_batch
 
         def watched_batch(batch_size: int) -> tuple[Any, tuple[Any, ...]]:
-            self._begin(FORWARD, is_making_batch=True)
+            self.begin(FORWARD, is_making_batch=True)
             batch = make_batch(batch_size)
             self._batch_made(batch)
             return batch
@@ -97,7 +97,8 @@ class Phases:
         finally:
             prepared.precision_policy, prepared.make_batch = precision_policy, make_batch
 
-    def _begin(self, name: str, *, is_making_batch: bool = False) -> None:
+    def begin(self, name: str, *, is_making_batch: bool = False) -> None:
+        """Take note of a phase that begins."""
         self._num_phases += 1
         self.current = CurrentPhase(name, self._num_phases, is_making_batch)
         self._begun(name)
@@ -119,12 +120,12 @@ class _WatchedPrecision:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._phases._loss_made(loss)
-        self._phases._begin(BACKWARD)
+        self._phases.loss_made(loss)
+        self._phases.begin(BACKWARD)
         self._policy.backward(loss)
-        self._phases._gradients_ready()
+        self._phases.gradients_ready()
 
     def step(self, optimizer: Optimizer) -> None:
-        self._phases._begin(OPTIMIZER)
+        self._phases.begin(OPTIMIZER)
         self._policy.step(optimizer)
-        self._phases._stepped(optimizer)
+        self._phases.stepped(optimizer)

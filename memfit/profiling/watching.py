@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart

@@ -37,7 +37,7 @@ class Record:
 
 def _plain_fields(record: Record) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
-    return {name: _plain(getattr(record, name)) for name in (*names, *record._derived)}
+    return {name: _plain(getattr(record, name)) for name in (*names, *type(record)._derived)}  # noqa: SLF001 - all records are of this class
 
 
 def _plain(value: Any) -> Any:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from memfit._torch_private import pytree
 from memfit.errors import WorkloadError
 
 __all__ = ["batch_size_of", "reordered", "resized", "take", "to_device"]

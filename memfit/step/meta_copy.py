@@ -35,8 +35,9 @@ def without_values(parts: _T, *, modules: tuple[nn.Module, ...], optimizer: Any 
     for module in modules:
         for child in module.modules():
             attributes = (v for v in vars(child).values() if isinstance(v, torch.Tensor))
-            for tensor in (*child._parameters.values(), *child._buffers.values(), *attributes):
-                if tensor is not None and id(tensor) not in memo:
+            own = (*child.parameters(recurse=False), *child.buffers(recurse=False))
+            for tensor in (*own, *attributes):
+                if id(tensor) not in memo:
                     memo[id(tensor)] = _empty(tensor)
     if isinstance(optimizer, Optimizer):
         for state in optimizer.state.values():

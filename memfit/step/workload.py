@@ -238,10 +238,20 @@ class TrainingStep:
         Raises:
             UsageError: The model cannot be built as asked, or lacks what an option needs.
         """
+        described = self
         if isinstance(self.subject, Workload) and device.type == "meta":
-            empty = dataclasses.replace(self, subject=self.subject.without_values())
-            return empty._prepare(device, precision_policy)
-        return self._prepare(device, precision_policy)
+            described = dataclasses.replace(self, subject=self.subject.without_values())
+        parts = described.parts(device)
+        return PreparedStep(
+            model=parts.model,
+            make_batch=lambda batch_size: parts.split(parts.place(parts.batch_of(batch_size))),
+            loss=parts.loss,
+            make_optimizer=_optimizer_maker(parts.model, parts.optimizer),
+            device=device,
+            precision=self.options.precision,
+            num_micro_batches=self.num_micro_batches,
+            precision_policy=precision_policy,
+        )
 
     def parts(self, device: torch.device) -> StepParts:
         """Build what the step is made of.
@@ -308,21 +318,6 @@ class TrainingStep:
             return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
 
         return place
-
-    def _prepare(
-        self, device: torch.device, precision_policy: PrecisionPolicy | None
-    ) -> PreparedStep:
-        parts = self.parts(device)
-        return PreparedStep(
-            model=parts.model,
-            make_batch=lambda batch_size: parts.split(parts.place(parts.batch_of(batch_size))),
-            loss=parts.loss,
-            make_optimizer=_optimizer_maker(parts.model, parts.optimizer),
-            device=device,
-            precision=self.options.precision,
-            num_micro_batches=self.num_micro_batches,
-            precision_policy=precision_policy,
-        )
 
 
 def split_batch(batch: Any, *, num_inputs: int = 1) -> tuple[Any, tuple[Any, ...]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from memfit._torch_private import aten
+
 __all__ = ["AttentionBackend", "AttentionCall", "attend", "choose", "write_out"]
 
 _FLASH_MAX_HEAD_DIM = 256
@@ -186,11 +188,11 @@ def attend(
     if mask is not None:
         mask = _expanded_mask(mask, query, key, pads=backend is AttentionBackend.EFFICIENT)
     if backend is AttentionBackend.CUDNN:
-        outputs = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        outputs = aten("_scaled_dot_product_cudnn_attention.default")(
             query, key, value, mask, True, dropout, is_causal, False, scale=scale
         )
     else:
-        outputs = torch.ops.aten._scaled_dot_product_efficient_attention(
+        outputs = aten("_scaled_dot_product_efficient_attention.default")(
             query, key, value, mask, True, dropout, is_causal, scale=scale
         )
     output: torch.Tensor = outputs[0]
@@ -247,7 +249,7 @@ def _flash(
         query, key, value = (
             torch.nn.functional.pad(tensor, (0, padding)) for tensor in (query, key, value)
         )
-    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+    output: torch.Tensor = aten("_scaled_dot_product_flash_attention.default")(
         query, key, value, dropout, is_causal, False, scale=scale
     )[0]
     return output[..., :head_dim] if padding else output

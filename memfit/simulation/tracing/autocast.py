@@ -20,6 +20,8 @@ from typing import Any, Final
 import torch
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
+from memfit._torch_private import aten, is_view
+
 __all__ = ["FP32", "FP32_SET_OPT_DTYPE", "LOWER_PRECISION", "PROMOTE", "CudaAutocast"]
 
 LOWER_PRECISION: Final = frozenset(
@@ -67,7 +69,7 @@ _ALIASES: Final = {
     # at::square is at::pow(x, 2) in C++, where autocast sees it.
     "square": "pow",
 }
-_HALF_TO_FLOAT: Final = {"softmax": torch._softmax, "log_softmax": torch._log_softmax}
+_HALF_TO_FLOAT: Final = {"softmax": "_softmax.default", "log_softmax": "_log_softmax.default"}
 
 
 class CudaAutocast:
@@ -163,7 +165,7 @@ class CudaAutocast:
         fused = _HALF_TO_FLOAT.get(name)
         if fused is not None and first.dtype is torch.float16:
             dim = kwargs["dim"] if "dim" in kwargs else args[1]
-            return fused(first, dim % max(first.ndim, 1), True)
+            return aten(fused)(first, dim % max(first.ndim, 1), True)
         return func(*args, **(kwargs | {"dtype": torch.float32}))
 
     def _cast(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -187,7 +189,7 @@ class CudaAutocast:
             and tensor.dtype is torch.float32
             and tensor.is_leaf
             and tensor.requires_grad
-            and not tensor._is_view()
+            and not is_view(tensor)
         )
         if not is_kept:
             return tensor.to(dtype)
@@ -232,9 +234,6 @@ def _is_low(value: object) -> bool:
     )
 
 
-_nn: Any = torch._C._nn
-
-
 def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
     autocast: CudaAutocast,
     scores: torch.Tensor,
@@ -249,11 +248,11 @@ def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
     is_probabilities = target.is_floating_point()
     if is_probabilities or label_smoothing > 0:
         # The smoothed loss is a sum over log-probabilities in fp32.
-        return _nn.cross_entropy_loss(
+        return aten("cross_entropy_loss.default")(
             scores.float(), target, weight, reduction, ignore_index, label_smoothing
         )
     logs = autocast.call(torch.log_softmax, "log_softmax", (scores, class_dim), {})
-    return _nn.nll_loss_nd(logs, target, weight, reduction, ignore_index)
+    return aten("nll_loss_nd.default")(logs, target, weight, reduction, ignore_index)
 
 
 _NESTED: Final[dict[str, Callable[..., Any]]] = {"cross_entropy_loss": _cross_entropy}

@@ -8,14 +8,14 @@ in the plain cases the outputs are the same, which a test compares.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
-__all__ = ["outputs"]
+from memfit._torch_private import aten_if_there
 
-_aten = torch.ops.aten
+__all__ = ["outputs"]
 
 
 def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,9 +31,17 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     if _writes_lists(func) and args[0][0].is_meta:
         return None
-    quick = None if kwargs else _QUICK.get(func)
+    quick = None if kwargs else _quick().get(func)
     result = None if quick is None else quick(*args)
     return func(*args, **kwargs) if result is None else result
+
+
+@functools.cache
+def _quick() -> dict[Any, Callable[..., Any]]:
+    """Return what is known, by operation; one that this torch has none of is never asked for."""
+    found = {aten_if_there(name): quick for name, quick in _QUICK.items()}
+    found.pop(None, None)
+    return found
 
 
 @functools.cache
@@ -168,35 +176,35 @@ def _each(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     return [torch.empty_like(tensor) for tensor in tensors]
 
 
-_QUICK: Final[dict[Any, Any]] = {
-    _aten.add.Tensor: _elementwise,
-    _aten.sub.Tensor: _elementwise,
-    _aten.mul.Tensor: _elementwise,
-    _aten.div.Tensor: _elementwise,
-    _aten.gelu.default: _unary,
-    _aten.gelu_backward.default: _elementwise,
-    _aten.relu.default: _unary,
-    _aten.threshold_backward.default: _elementwise,
-    _aten.silu.default: _unary,
-    _aten.silu_backward.default: _elementwise,
-    _aten.sigmoid.default: _unary,
-    _aten.sigmoid_backward.default: _elementwise,
-    _aten.tanh.default: _unary,
-    _aten.tanh_backward.default: _elementwise,
-    _aten.hardtanh.default: _unary,
-    _aten.hardtanh_backward.default: _elementwise,
-    _aten.neg.default: _unary,
-    _aten.exp.default: _unary,
-    _aten._softmax_backward_data.default: _softmax_backward,
-    _aten.mm.default: _mm,
-    _aten.addmm.default: _addmm,
-    _aten.bmm.default: _bmm,
-    _aten.sum.dim_IntList: _reduction,
-    _aten.mean.dim: _reduction,
-    _aten.roll.default: _roll,
-    _aten.native_layer_norm.default: _layer_norm,
-    _aten.native_layer_norm_backward.default: _layer_norm_backward,
-    _aten.native_batch_norm.default: _batch_norm,
-    _aten.native_batch_norm_backward.default: _batch_norm_backward,
-    _aten._foreach_sqrt.default: _each,
+_QUICK: Final[dict[str, Callable[..., Any]]] = {
+    "add.Tensor": _elementwise,
+    "sub.Tensor": _elementwise,
+    "mul.Tensor": _elementwise,
+    "div.Tensor": _elementwise,
+    "gelu.default": _unary,
+    "gelu_backward.default": _elementwise,
+    "relu.default": _unary,
+    "threshold_backward.default": _elementwise,
+    "silu.default": _unary,
+    "silu_backward.default": _elementwise,
+    "sigmoid.default": _unary,
+    "sigmoid_backward.default": _elementwise,
+    "tanh.default": _unary,
+    "tanh_backward.default": _elementwise,
+    "hardtanh.default": _unary,
+    "hardtanh_backward.default": _elementwise,
+    "neg.default": _unary,
+    "exp.default": _unary,
+    "_softmax_backward_data.default": _softmax_backward,
+    "mm.default": _mm,
+    "addmm.default": _addmm,
+    "bmm.default": _bmm,
+    "sum.dim_IntList": _reduction,
+    "mean.dim": _reduction,
+    "roll.default": _roll,
+    "native_layer_norm.default": _layer_norm,
+    "native_layer_norm_backward.default": _layer_norm_backward,
+    "native_batch_norm.default": _batch_norm,
+    "native_batch_norm_backward.default": _batch_norm_backward,
+    "_foreach_sqrt.default": _each,
 }

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import torch
 
+from memfit._torch_private import aten
+
 __all__ = ["RECURRENT", "Recurrence", "is_padded", "recur", "recur_backward", "with_reserve"]
 
 RECURRENT: Final = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
@@ -71,7 +73,7 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
         weights = [weight.to(dtype) for weight in weights]
     directions = 2 if bidirectional else 1
     projection = hidden.shape[-1] if cell is not None and hidden.shape != cell.shape else 0
-    output, last_hidden, last_cell, _, _ = torch._cudnn_rnn(
+    output, last_hidden, last_cell, _, _ = aten("_cudnn_rnn.default")(
         data,
         list(weights),
         len(weights) // (num_layers * directions),

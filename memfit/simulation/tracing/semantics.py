@@ -8,15 +8,14 @@ optimizers' choice of their foreach implementation. What kernels take besides te
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
-from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from memfit._torch_private import foreach_supported_on, run_backward
 from memfit.records import Precision
 from memfit.simulation.tracing.attention import (
     AttentionBackend,
@@ -152,18 +151,8 @@ class MetaPrecision:
         """Run backward from the loss, scaled where the precision asks for it."""
         if self._scale is not None:
             loss = loss * self._scale
-        # Not loss.backward() or torch.autograd.backward(): a function mode takes those for one
-        # operation, and what checkpointing recomputes inside would go past it.
         with contextlib.nullcontext() if self.autocast is None else self.autocast.backward():
-            _engine_run_backward(
-                (loss,),
-                (torch.ones_like(loss),),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            run_backward(loss, torch.ones_like(loss))
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the optimizer's step."""
@@ -173,11 +162,5 @@ class MetaPrecision:
 @contextlib.contextmanager
 def foreach_on_meta(*, enabled: bool) -> Iterator[None]:
     """Have optimizers choose their foreach implementation for meta tensors as they do on CUDA."""
-    module: Any = sys.modules[Optimizer.__module__]
-    original = module._get_foreach_kernels_supported_devices
-    if enabled:
-        module._get_foreach_kernels_supported_devices = lambda: [*original(), "meta"]
-    try:
+    with foreach_supported_on(META.type) if enabled else contextlib.nullcontext():
         yield
-    finally:
-        module._get_foreach_kernels_supported_devices = original

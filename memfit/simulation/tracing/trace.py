@@ -22,9 +22,8 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from memfit._torch_private import aten, dispatched, graph_task, num_owners, pytree, storage_id
 from memfit.errors import UnsupportedError
 from memfit.memory.collector import collector_paused
 from memfit.records import Action, Event
@@ -38,7 +37,7 @@ __all__ = ["StepTrace", "TraceOptions", "Watcher", "trace_step"]
 
 _BATCH_SIZES: Final = (2, 3)
 _PLANS_TRIED: Final = "cudnn.benchmark"
-_ADD: Final = torch.ops.aten.add.Tensor
+_ADD: Final = "add.Tensor"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +157,7 @@ def trace_step(
         if watcher is not None:
             stack.enter_context(watcher.watch(prepared, recorder.mark))
         stack.enter_context(semantics)
-        stack.enter_context(recorder)
+        stack.enter_context(dispatched(recorder.handle))
         schedule = _record(prepared, recorder, options)
     return StepTrace(
         schedule=schedule,
@@ -235,7 +234,7 @@ def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOpti
     )
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder:
     """Writes down allocations and frees of meta storages.
 
     Args:
@@ -244,7 +243,6 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, kernels: Kernels, watcher: Watcher | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._watcher = watcher
         self._events: list[Event] = []
@@ -254,18 +252,12 @@ class _Recorder(TorchDispatchMode):
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
         self._sole_owner = _sole_owner()
+        self._add = aten(_ADD)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and write down what it allocates."""
         self.num_operations += 1
-        kwargs = kwargs or {}
-        if func is _ADD and self._accumulates_in_place(*args):
+        if func is self._add and self._accumulates_in_place(*args):
             return args[0]
         result = self._kernels.run(func, args, kwargs)
         if type(result) is torch.Tensor:
@@ -292,12 +284,12 @@ class _Recorder(TorchDispatchMode):
 
         Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
-        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        if graph_task() == -1 or torch.is_grad_enabled():
             return False
         return (
             isinstance(more, torch.Tensor)
             and (gradient.shape, gradient.dtype) == (more.shape, more.dtype)
-            and all(map(operator.le, _owners(gradient), self._sole_owner))
+            and all(map(operator.le, num_owners(gradient), self._sole_owner))
         )
 
     def see_all(self, prepared: PreparedStep) -> None:
@@ -323,7 +315,7 @@ class _Recorder(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor, origin: Any, args: tuple[Any, ...] = ()) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_id(storage)
         if key in self._ids or storage.device.type != "meta":
             return
         num_bytes = storage.nbytes()
@@ -360,25 +352,17 @@ class _Recorder(TorchDispatchMode):
         self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
 
 
-def _owners(tensor: torch.Tensor) -> tuple[int, int]:
-    counted: Any = torch._C
-    held: Any = tensor
-    return held._use_count(), counted._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 def _sole_owner() -> tuple[int, int]:
-    """What `_owners` sees of a gradient that only the engine holds, Python's own share included."""
+    """What is counted of a gradient that only the engine holds, Python's own share included."""
     seen = []
+    add = aten(_ADD)
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func is _ADD and torch._C._current_graph_task_id() != -1:
-                seen.append(_owners(args[0]))
-            return func(*args, **(kwargs or {}))
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is add and graph_task() != -1:
+            seen.append(num_owners(args[0]))
+        return func(*args, **kwargs)
 
-    with Watch():  # type: ignore[no-untyped-call]
+    with dispatched(watch):
         leaf = torch.empty(2, device=META, requires_grad=True).exp()
         (leaf.sin() * leaf.cos()).sum().backward()
     return seen[0]

@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import torch
 
+from memfit._torch_private import aten_if_there
 from memfit.simulation.tracing.outputs import outputs
 from memfit.simulation.tracing.recurrent import Recurrence, recur_backward, with_reserve
 
 __all__ = ["Kernels", "Workspace"]
 
-_aten = torch.ops.aten
 _HALF: Final = (torch.float16, torch.bfloat16)
 _TENSOR_CORES_HALF: Final = (7, 0)
 _TENSOR_CORES_TF32: Final = (8, 0)
@@ -69,15 +69,15 @@ class Kernels:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, with the layout of its outputs that CUDA gives them."""
-        if func is _aten.convolution_backward.default:
+        if func is aten_if_there("convolution_backward.default"):
             return _convolution_backward(*args)
-        if func is _aten.convolution.default and _is_channels_last(args[1]):
+        if func is aten_if_there("convolution.default") and _is_channels_last(args[1]):
             # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
             result = func(*args, **kwargs)
             return torch.empty_like(result, memory_format=torch.channels_last)
-        if func is _aten._cudnn_rnn.default:
+        if func is aten_if_there("_cudnn_rnn.default"):
             return with_reserve(args, func(*args, **kwargs))
-        if func is _aten._cudnn_rnn_backward.default:
+        if func is aten_if_there("_cudnn_rnn_backward.default"):
             return recur_backward(args)
         return outputs(func, args, kwargs)
 
@@ -89,22 +89,22 @@ class Kernels:
             args: Its positional arguments.
             result: What it returned.
         """
-        if func is _aten.convolution.default:
+        if func is aten_if_there("convolution.default"):
             return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
-        if func is _aten.convolution_backward.default:
+        if func is aten_if_there("convolution_backward.default"):
             tensors = (args[1], args[2], args[0])
             return tuple(
                 self._convolution(kind, tensors, args[4:10])
                 for kind, gradient in (("data", result[0]), ("filter", result[1]))
                 if gradient is not None
             )
-        if func is _aten._scaled_dot_product_flash_attention_backward.default:
+        if func is aten_if_there("_scaled_dot_product_flash_attention_backward.default"):
             return (_flash_backward(args[1]),)
-        if func is _aten._scaled_dot_product_efficient_attention_backward.default:
+        if func is aten_if_there("_scaled_dot_product_efficient_attention_backward.default"):
             return (_efficient_backward(args[1]),)
-        if func is _aten._cudnn_rnn.default:
+        if func is aten_if_there("_cudnn_rnn.default"):
             return (_recurrent(args[1], args[6:14], args[0]),)
-        if func is _aten._cudnn_rnn_backward.default:
+        if func is aten_if_there("_cudnn_rnn_backward.default"):
             return (_recurrent(args[1], args[10:18], args[0], args[6]),)
         return ()
 

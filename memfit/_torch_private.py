@@ -1,0 +1,389 @@
+"""Every name of torch's that begins with an underscore, and that memfit uses.
+
+torch may drop such a name in any release. So each is fetched when it is used and not before, and a
+release without it gets a sentence: what is missing, what that name was for, and what still works.
+Nothing here decides anything; what a name does is said where it is fetched.
+
+Names without an underscore are promised by torch and are used where they are needed. So are the
+hooks that a class of torch's calls by such a name, because they are part of its own contract
+(`__torch_function__`). Where a public name does the same, memfit uses that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from memfit.errors import UnsupportedError
+
+__all__ = [
+    "NEEDS",
+    "allocator_snapshot",
+    "aten",
+    "aten_if_there",
+    "clear_blas_workspaces",
+    "convert_tensors",
+    "copy_each",
+    "current_node",
+    "dispatched",
+    "foreach_supported_on",
+    "graph_task",
+    "is_view",
+    "memory_events",
+    "num_owners",
+    "own_buffers",
+    "pytree",
+    "recorded_history",
+    "run_backward",
+    "schema_of",
+    "sequence_number",
+    "sequence_number_of",
+    "storage_id",
+    "version_of",
+]
+
+_SIMULATING: Final = (
+    "to simulate a training step",
+    "Probing, planning, verifying and profiling on a device of this machine still work (--device).",
+)
+_VERIFYING: Final = (
+    "to compare gradients",
+    "Probing, planning and profiling still work.",
+)
+_PROFILING: Final = (
+    "to say which module holds memory",
+    "Probing, planning and verifying still work.",
+)
+
+NEEDS: Final = {
+    "torch.utils._pytree": (
+        "to find the tensors of a batch",
+        "Only `memfit gpus` works with this release.",
+    ),
+    "torch.utils._python_dispatch.TorchDispatchMode": (
+        "to see the operations of a step, for simulating it and for comparing gradients",
+        "Probing, planning and profiling on a device of this machine still work (--device).",
+    ),
+    "torch.optim.optimizer._get_foreach_kernels_supported_devices": _SIMULATING,
+    "torch._C._current_graph_task_id": _SIMULATING,
+    "torch._C._storage_Use_Count": _SIMULATING,
+    "torch.Tensor._use_count": _SIMULATING,
+    "torch.Tensor._is_view": _SIMULATING,
+    "torch.UntypedStorage._cdata": _SIMULATING,
+    "torch.autograd.graph._engine_run_backward": _SIMULATING,
+    "torch._C._current_autograd_node": (
+        "to say which module holds memory in a simulated step",
+        "Probing, planning, verifying and profiling on a device still work.",
+    ),
+    "torch._C._autograd._get_sequence_nr": _PROFILING,
+    "torch.autograd.graph.Node._sequence_nr": _PROFILING,
+    "torch.autograd.profiler.profile.kineto_results": (
+        "to record what a step allocates on a CPU",
+        "Profiling a GPU or a simulated card, and all else, still works.",
+    ),
+    "torch.cuda.memory._record_memory_history": (
+        "to record what a step allocates on a GPU",
+        "Profiling a simulated card (--gpu), and all else, still works.",
+    ),
+    "torch.cuda.memory._snapshot": (
+        "to read what a step allocated on a GPU",
+        "Profiling a simulated card (--gpu), and all else, still works.",
+    ),
+    "torch.Tensor._version": _VERIFYING,
+    "torch.nn.Module._apply": _VERIFYING,
+    "torch.nn.Module._buffers": (
+        "to put a model's buffers back",
+        "Probing, planning, verifying and profiling still work; memfit.Accumulator does not.",
+    ),
+    "torch._ops.OpOverload._schema": _VERIFYING,
+}
+"""By name: what it is for, and what still works without it, as a user is told."""
+
+_ATEN: Final = _SIMULATING
+
+
+def _missing(name: str, needs: tuple[str, str]) -> UnsupportedError:
+    import torch
+
+    purpose, rest = needs
+    return UnsupportedError(
+        f"torch {torch.__version__} has no {name}, which memfit needs {purpose}. {rest}"
+    )
+
+
+def _find(name: str) -> Any:
+    """Return what torch calls so.
+
+    Args:
+        name: One of `NEEDS`.
+
+    Raises:
+        UnsupportedError: This torch has it no more.
+    """
+    try:
+        return _resolved(name)
+    except (AttributeError, ImportError):
+        raise _missing(name, NEEDS[name]) from None
+
+
+def _resolved(name: str) -> Any:
+    home, _, last = name.rpartition(".")
+    owner = _home(home)
+    try:
+        return getattr(owner, last)
+    except AttributeError:
+        return importlib.import_module(name)
+
+
+@functools.cache
+def _home(name: str) -> Any:
+    """Return a module, or a class in one."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        home, _, last = name.rpartition(".")
+        return getattr(_home(home), last)
+
+
+def _of(value: Any, name: str) -> Any:
+    """Return what an object of torch's has under the last part of a name of `NEEDS`."""
+    try:
+        return getattr(value, name.rpartition(".")[2])
+    except AttributeError:
+        raise _missing(name, NEEDS[name]) from None
+
+
+# --- batches and modules ------------------------------------------------------------------------
+
+
+class _Pytree:
+    """`torch.utils._pytree`: it walks tuples, lists, dictionaries and what else is registered."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_find("torch.utils._pytree"), name)
+
+
+pytree: Final[Any] = _Pytree()
+
+
+def own_buffers(module: Any) -> dict[str, Any]:
+    """Return the dictionary in which a module itself keeps its buffers, `None` among them."""
+    buffers: dict[str, Any] = _of(module, "torch.nn.Module._buffers")
+    return buffers
+
+
+def convert_tensors(module: Any, convert: Callable[[Any], Any]) -> None:
+    """Convert parameters, buffers and gradients in place, as `Module.to` does."""
+    _of(module, "torch.nn.Module._apply")(convert)
+
+
+def copy_each(targets: Sequence[Any], sources: Sequence[Any]) -> None:
+    """Copy tensors onto others: all at once where this torch can, else one by one."""
+    import torch
+
+    at_once = getattr(torch, "_foreach_copy_", None)
+    if at_once is not None:
+        at_once(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def clear_blas_workspaces() -> None:
+    """Give back what cuBLAS keeps on the current GPU, some megabytes, where this torch can."""
+    import torch
+
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def dispatched(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Have every operation of the block handled instead of run.
+
+    Args:
+        handle: Called with the operation, its positional and its other arguments. Inside it,
+            operations run.
+    """
+
+    def dispatch(
+        _mode: Any, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return handle(func, args, kwargs or {})
+
+    base = _find("torch.utils._python_dispatch.TorchDispatchMode")
+    mode: Any = type("Dispatching", (base,), {"__torch_dispatch__": dispatch})
+    with mode():
+        yield
+
+
+def schema_of(func: Any) -> Any:
+    """Return an operation's name and arguments."""
+    return _of(func, "torch._ops.OpOverload._schema")
+
+
+def version_of(tensor: Any) -> int:
+    """Return how often a tensor was written to in place."""
+    version: int = _of(tensor, "torch.Tensor._version")
+    return version
+
+
+def is_view(tensor: Any) -> bool:
+    """Whether a tensor is a view of another, as autograd has it."""
+    return bool(_of(tensor, "torch.Tensor._is_view")())
+
+
+@functools.cache
+def aten_if_there(name: str) -> Any:
+    """Return an operation.
+
+    Args:
+        name: Its name and its overload, such as `"add.Tensor"`.
+
+    Returns:
+        The operation; `None` where this torch has none of that name.
+    """
+    import torch
+
+    packet, _, overload = name.partition(".")
+    try:
+        return getattr(getattr(torch.ops.aten, packet), overload)
+    except AttributeError:
+        return None
+
+
+def aten(name: str) -> Any:
+    """Return an operation that the simulation calls.
+
+    Args:
+        name: Its name and its overload.
+
+    Raises:
+        UnsupportedError: This torch has none of that name.
+    """
+    found = aten_if_there(name)
+    if found is None:
+        raise _missing(f"torch.ops.aten.{name}", _ATEN)
+    return found
+
+
+@contextlib.contextmanager
+def foreach_supported_on(device_type: str) -> Iterator[None]:
+    """Have optimizers choose their foreach implementation on one more type of device.
+
+    Args:
+        device_type: Such as `"meta"`.
+    """
+    name = "torch.optim.optimizer._get_foreach_kernels_supported_devices"
+    original = _find(name)
+    # The optimizers' base class has imported the name into its own module, and asks there.
+    home, _, last = name.rpartition(".")
+    module = _home(home)
+    setattr(module, last, lambda: [*original(), device_type])
+    try:
+        yield
+    finally:
+        setattr(module, last, original)
+
+
+# --- storages and their owners ------------------------------------------------------------------
+
+
+def storage_id(storage: Any) -> int:
+    """Return what no other living storage has, whoever holds it."""
+    number: int = _of(storage, "torch.UntypedStorage._cdata")
+    return number
+
+
+def num_owners(tensor: Any) -> tuple[int, int]:
+    """Return how many owners a tensor has and how many its storage, as C++ counts them."""
+    count_storage = _find("torch._C._storage_Use_Count")
+    owners: int = _of(tensor, "torch.Tensor._use_count")()
+    return owners, count_storage(storage_id(tensor.untyped_storage()))
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+def graph_task() -> int:
+    """Return the number of the backward pass that this thread runs; -1 outside of one."""
+    number: int = _find("torch._C._current_graph_task_id")()
+    return number
+
+
+def current_node() -> Any:
+    """Return the node of the graph that this thread runs; `None` outside of a backward pass."""
+    return _find("torch._C._current_autograd_node")()
+
+
+def sequence_number() -> int:
+    """Return the number that the next node of this thread's graph will have."""
+    number: int = _find("torch._C._autograd._get_sequence_nr")()
+    return number
+
+
+def sequence_number_of(node: Any) -> int:
+    """Return a node's number, which it got when forward made it."""
+    number: int = _of(node, "torch.autograd.graph.Node._sequence_nr")()
+    return number
+
+
+def run_backward(output: Any, gradient: Any) -> None:
+    """Run a backward pass to the leaves.
+
+    `Tensor.backward` and `torch.autograd.backward` are one operation each to a function mode, so
+    what gradient checkpointing computes again inside would go past it.
+
+    Args:
+        output: Where it begins.
+        gradient: The gradient there.
+    """
+    _find("torch.autograd.graph._engine_run_backward")(
+        (output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
+
+
+# --- what devices record ------------------------------------------------------------------------
+
+
+def allocator_snapshot() -> dict[str, Any]:
+    """Return what the caching allocators of all GPUs hold and have recorded."""
+    snapshot: dict[str, Any] = _find("torch.cuda.memory._snapshot")()
+    return snapshot
+
+
+@contextlib.contextmanager
+def recorded_history(*, max_entries: int) -> Iterator[None]:
+    """Have the caching allocators record what they do in the block, with Python's stacks.
+
+    Args:
+        max_entries: The most that are kept.
+    """
+    record = _find("torch.cuda.memory._record_memory_history")
+    record("all", context="alloc", stacks="python", max_entries=max_entries)
+    try:
+        yield
+    finally:
+        record(None)
+
+
+def memory_events(profiler: Any) -> Any:
+    """Return the tree of what `torch.profiler.profile` saw.
+
+    Its nodes have `tag.name`, `name`, `start_time_ns`, `extra_fields` and `children`.
+
+    Args:
+        profiler: One that has ended, made with `profile_memory` and `with_stack`.
+    """
+    name = "torch.autograd.profiler.profile.kineto_results"
+    try:
+        return profiler.profiler.kineto_results.experimental_event_tree()
+    except AttributeError:
+        raise _missing(name, NEEDS[name]) from None
