@@ -60,6 +60,44 @@ static void in_child(void) {
     device_unlock();
 }
 
+static int named_device(const char *name, size_t length) {
+    char text[48], *end;
+    long number = strtol(name, &end, 10);
+    if (length && end == name + length && number >= 0 && number < MAX_INSTALLED) return (int)number;
+    for (int i = 0; i < the_card.num_installed && length > 4; i++) { /* GPU-, and as much as tells it */
+        unsigned char u[16];
+        installed_uuid(i, u);
+        snprintf(text, sizeof text, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1],
+                 u[2], u[3], u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
+        if (!strncmp(text, name, length)) return i;
+    }
+    return -1;
+}
+
+/* As the real driver reads CUDA_VISIBLE_DEVICES: up to the first name that is no device's. Not more of
+   them than were asked for; and a number that is larger has its device too, so that a script that takes
+   «its» GPU 3 rehearses on the one there is. */
+static void choose_devices(const char *names) {
+    Card *c = &the_card;
+    int most = c->num_installed;
+    c->num_gpus = 0;
+    for (int i = 0; !names && i < c->num_installed; i++) c->installed[c->num_gpus++] = i;
+    for (size_t length; names && *names; names += length + (names[length] == ',')) {
+        names += strspn(names, " ");
+        length = strcspn(names, ",");
+        size_t word = strcspn(names, ", ");
+        int device = named_device(names, word);
+        if (device < 0 || c->num_gpus == most) break;
+        if (device >= c->num_installed) c->num_installed = device + 1;
+        for (int i = 0; i < c->num_gpus; i++)
+            if (c->installed[i] == device) {
+                c->num_gpus = 0; /* named twice: none is seen */
+                return;
+            }
+        c->installed[c->num_gpus++] = device;
+    }
+}
+
 static void read_card(void) {
     const char *settings = getenv("MEMFIT_REHEARSED_CARD");
     if (!settings) settings = "";
@@ -77,8 +115,9 @@ static void read_card(void) {
     c->others_bytes = number_of(settings, "others_bytes", 0);
     c->kept_bytes = number_of(settings, "kept_bytes", 512 * MIB);
     c->multiprocessors = (int)number_of(settings, "multiprocessors", 82);
-    c->num_gpus = (int)number_of(settings, "num_gpus", 1);
-    if (c->num_gpus > MAX_DEVICES) c->num_gpus = MAX_DEVICES;
+    c->num_installed = (int)number_of(settings, "num_gpus", 1);
+    if (c->num_installed > MAX_DEVICES) c->num_installed = MAX_DEVICES;
+    choose_devices(getenv("CUDA_VISIBLE_DEVICES"));
     int capability = 10 * c->major + c->minor, at = 0, last = sizeof CAPABILITIES / sizeof *CAPABILITIES;
     for (int i = 0; i < last; i++)
         if (CAPABILITIES[i].capability <= capability) at = i;
@@ -134,13 +173,27 @@ int cuda_version(void) {
     return the_cuda_version;
 }
 
+void installed_uuid(int installed, unsigned char uuid[16]) {
+    memcpy(uuid, "memfit-rehearsed", 16);
+    uuid[15] = (unsigned char)installed;
+}
+
+void installed_pci_bus_id(int installed, char *text, size_t num_bytes) {
+    snprintf(text, num_bytes, "0000:%02X:00.0", (1 + installed) & 255);
+}
+
 int device_uuid(int device, unsigned char uuid[16]) {
     if (device < 0 || device >= card()->num_gpus) return INVALID_DEVICE;
-    memcpy(uuid, "memfit-rehearsed", 16);
-    uuid[15] = (unsigned char)device;
+    installed_uuid(the_card.installed[device], uuid);
     return OK;
 }
 
 void device_pci_bus_id(int device, char *text, size_t num_bytes) {
-    snprintf(text, num_bytes, "0000:%02X:00.0", 1 + device);
+    installed_pci_bus_id(card()->installed[device], text, num_bytes);
+}
+
+int visible_device(int installed) {
+    for (int device = 0; device < card()->num_gpus; device++)
+        if (the_card.installed[device] == installed) return device;
+    return -1;
 }

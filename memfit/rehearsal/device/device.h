@@ -26,6 +26,7 @@
 #define MIB ((size_t)1 << 20)
 #define PAGE_BYTES (2 * MIB) /* the granularity of device memory */
 #define MAX_DEVICES 16
+#define MAX_INSTALLED 255
 
 /* Error codes. The runtime's and the driver's numbers agree for all of these. */
 typedef int Status;
@@ -59,7 +60,9 @@ typedef struct {
     size_t kept_bytes;    /* how much of what is copied to devices is kept in the host's memory */
     int major, minor;
     int multiprocessors;
-    int num_gpus;
+    int num_gpus;      /* that this process sees: CUDA_VISIBLE_DEVICES chooses among the installed */
+    int num_installed; /* that the machine has, which is what NVML lists */
+    int installed[MAX_DEVICES]; /* the installed number of each that is seen */
     size_t l2_bytes;
     size_t shared_optin_bytes; /* a block's most, when it opts in */
     size_t shared_sm_bytes;    /* a multiprocessor's */
@@ -75,8 +78,11 @@ int cuda_version(void);  /* 13020 for CUDA 13.2: that of the libcudart that torc
 void device_lock(void);  /* not recursive */
 void device_unlock(void);
 int is_forked(void);     /* true in a child of a process that used a device: nothing works there */
-int device_uuid(int device, unsigned char uuid[16]);
-void device_pci_bus_id(int device, char *text, size_t num_bytes); /* 0000:01:00.0 for device 0 */
+void installed_uuid(int installed, unsigned char uuid[16]);
+void installed_pci_bus_id(int installed, char *text, size_t num_bytes); /* 0000:01:00.0 for the first */
+int device_uuid(int device, unsigned char uuid[16]);                 /* of one that is seen */
+void device_pci_bus_id(int device, char *text, size_t num_bytes);
+int visible_device(int installed); /* its number in this process; -1: hidden */
 
 /* runtime.c */
 int current_device(void); /* of the calling thread; 0 at first */

@@ -50,7 +50,9 @@ API Status cuDeviceGetName(char *name, int room, int device) {
 }
 API Status cuDeviceTotalMem_v2(size_t *num_bytes, int device) { return *num_bytes = card()->total_bytes, valid(device); }
 ALSO(cuDeviceTotalMem, cuDeviceTotalMem_v2);
-API Status cuDeviceGetUuid(unsigned char *uuid, int device) { return device_uuid(device, uuid); }
+API Status cuDeviceGetUuid(unsigned char *uuid, int device) {
+    return valid(device) ? valid(device) : device_uuid(device, uuid);
+}
 ALSO(cuDeviceGetUuid_v2, cuDeviceGetUuid);
 extern Status cudaDeviceGetAttribute(int *value, int attribute, int device);
 API Status cuDeviceGetAttribute(int *value, int attribute, int device) { return cudaDeviceGetAttribute(value, attribute, device); }

@@ -62,7 +62,7 @@ static Status fill_properties(Properties13 *p, int device) {
         .memPitch = INT32_MAX, .maxThreadsPerBlock = 1024, .maxThreadsDim = {1024, 1024, 64},
         .maxGridSize = {INT32_MAX, 65535, 65535}, .totalConstMem = 65536, .major = c->major, .minor = c->minor,
         .textureAlignment = 512, .texturePitchAlignment = 32, .multiProcessorCount = c->multiprocessors,
-        .canMapHostMemory = 1, .concurrentKernels = 1, .pciBusID = 1 + device, .asyncEngineCount = 2,
+        .canMapHostMemory = 1, .concurrentKernels = 1, .pciBusID = 1 + c->installed[device], .asyncEngineCount = 2,
         .unifiedAddressing = 1, .memoryBusWidth = c->bus_bits, .l2CacheSize = (int)c->l2_bytes,
         .maxThreadsPerMultiProcessor = c->threads_per_sm, .streamPrioritiesSupported = 1,
         .globalL1CacheSupported = 1, .localL1CacheSupported = 1, .sharedMemPerMultiprocessor = c->shared_sm_bytes,
@@ -74,7 +74,7 @@ static Status fill_properties(Properties13 *p, int device) {
         .unifiedFunctionPointers = 1,
     };
     snprintf(p->name, sizeof p->name, "%s", c->name);
-    device_uuid(device, p->uuid);
+    installed_uuid(c->installed[device], p->uuid);
     return OK;
 }
 
