@@ -235,6 +235,8 @@ class SimulatedBackend:
         """
         replay = self._replay(step, batch_size, self.capacity().usable_bytes)
         stats, peaks, fits = replay.stats, replay.peaks, replay.message is None
+        schedule = self._traces.find(step, self._gpu).trace.schedule
+        grows = schedule.grows(batch_size, stats.peak_reserved_bytes)
         return Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
@@ -245,7 +247,7 @@ class SimulatedBackend:
             num_alloc_retries=stats.num_alloc_retries,
             num_iterations=len(peaks) if fits else 0,
             num_micro_batches=step.num_micro_batches,
-            peak_grows=fits and peaks[-1] > peaks[-2],
+            peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
             message=replay.message,
         )
 

@@ -16,7 +16,7 @@ from memfit.records import Action, Event, MemoryBlock, Phase, Role, Timeline
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 from memfit.simulation.allocator.segments import Segment
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.simulation.schedule import Schedule, StepSchedule, traced_id
 
 __all__ = ["Entry", "Purpose", "Replay", "ReplayOutOfMemory", "phases_of", "replay"]
 
@@ -175,8 +175,6 @@ class _Run:
         self._history: list[Entry] = []
         self._segments: dict[int, int] = {}
         self._open: dict[int, _Open] = {}
-        # A step that leaks allocates the same ids anew in every iteration.
-        self._leaked: list[MemoryBlock] = []
         self._closed: list[MemoryBlock] = []
         self._marks: list[tuple[str, int]] = []
         self._allocated: list[int] = []
@@ -186,7 +184,6 @@ class _Run:
         """Begin an iteration: what lives was there before it."""
         for held in self._open.values():
             held.block = dataclasses.replace(held.block, born=None)
-        self._leaked = [dataclasses.replace(block, born=None) for block in self._leaked]
         self._closed, self._marks, self._allocated, self._reserved = [], [], [], []
 
     def play(self, schedule: Schedule) -> None:
@@ -211,7 +208,7 @@ class _Run:
     def finished(self) -> Replay:
         """Return what the last iteration was."""
         living = [held.block for held in self._open.values()]
-        blocks = [*self._leaked, *living, *self._closed]
+        blocks = [*living, *self._closed]
         return Replay(
             timeline=Timeline(
                 allocated_bytes=tuple(self._allocated),
@@ -247,8 +244,6 @@ class _Run:
             ) from None
         after = allocator.stats
         block = self._block(event, after.allocated_bytes - before.allocated_bytes, growth)
-        if event.id in self._open:
-            self._leaked.append(self._open[event.id].block)
         held = _Open(block, 0)
         self._open[event.id] = held
         if self._keeps_history:
@@ -274,7 +269,7 @@ class _Run:
         elif event.origin == "prefetched batch":
             purpose = Purpose(role=Role.INPUTS, module="(batch)")
         else:
-            purpose = self._purpose(event.id)
+            purpose = self._purpose(traced_id(event.id))
         return MemoryBlock(
             role=purpose.role,
             module=purpose.module,

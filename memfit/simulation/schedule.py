@@ -7,19 +7,38 @@ allocation grows with every further sample. A `StepSchedule` is the whole step. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
 
-__all__ = ["Schedule", "StepSchedule", "StreamsDifferError"]
+__all__ = ["Schedule", "StepSchedule", "StreamsDifferError", "id_in_iteration", "traced_id"]
 
 _NUM_ITERATIONS = 3
 # As a measured trial: at most so many until the peak has settled (memfit.backends.readings).
 _MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 _TRY_ALLOC, _EMPTY_CACHE = Action.TRY_ALLOC, Action.EMPTY_CACHE
+# More than the allocations of any trace.
+_IDS_OF_AN_ITERATION = 1 << 40
+# A step that keeps more in every iteration is said to grow when it would double within so many.
+_ITERATIONS_TO_DOUBLE = 1000
+
+
+def id_in_iteration(number: int, iteration: int) -> int:
+    """Return the id that an allocation has in one repetition of an iteration.
+
+    Args:
+        number: The id that it was traced with.
+        iteration: Which repetition; 0 is the traced one.
+    """
+    return number + iteration * _IDS_OF_AN_ITERATION
+
+
+def traced_id(number: int) -> int:
+    """Return the id that an allocation was traced with; see `id_in_iteration`."""
+    return number % _IDS_OF_AN_ITERATION
 
 
 class StreamsDifferError(MemfitError):
@@ -34,11 +53,14 @@ class Schedule:
         events: As recorded at `batch_size`.
         growth_bytes: For each event, how many bytes more it asks for with every further sample.
         batch_size: Samples that `events` was recorded with.
+        outliving: Allocations that are still there when the stretch ends, by their ids. The number
+            says how many repetitions later the stretch frees them; 0 for never.
     """
 
     events: tuple[Event, ...]
     growth_bytes: tuple[float, ...]
     batch_size: int
+    outliving: Mapping[int, int] = dataclasses.field(default_factory=dict)
     _program: tuple[tuple[Action, int, int, float], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
@@ -93,6 +115,38 @@ class Schedule:
             events=self.events + tuple(events),
             growth_bytes=self.growth_bytes + (0,) * len(events),
         )
+
+    def iteration(self, number: int) -> Schedule:
+        """Return one repetition of the stretch, in which nothing takes an id that still lives.
+
+        Args:
+            number: Which one, from 0.
+        """
+        if not self.outliving:
+            return self
+        lags = self.outliving
+
+        def named(event: Event) -> Event:
+            lag = lags.get(event.id)
+            if lag is None:
+                return event
+            then = number - lag if event.action is _FREE_COMPLETED else number
+            return dataclasses.replace(event, id=id_in_iteration(event.id, then))
+
+        return dataclasses.replace(self, events=tuple(map(named, self.events)), outliving={})
+
+    def kept_bytes(self, batch_size: int) -> int:
+        """Return what every repetition adds to what is held, and never gives back.
+
+        Args:
+            batch_size: Samples in each micro-batch.
+        """
+        lost = (
+            event.num_bytes
+            for event in self.at(batch_size)
+            if event.action is _ALLOC and self.outliving.get(event.id) == 0
+        )
+        return sum(lost) if self.outliving else 0
 
     def without(self, origin: str) -> Schedule:
         """Return this schedule less the events of one origin."""
@@ -199,22 +253,35 @@ class StepSchedule:
         The optimizer's state is at the peak from the second iteration on, and where fragments move
         a later one may still take more. An iteration that asks nothing of the device leaves the
         allocator as it found it, and every further one would be the same; where each has to ask,
-        the replay ends when two peaks agree.
+        the replay ends when two peaks agree. A step that keeps more in every iteration never
+        settles, and is replayed as often as a trial would run it.
 
         Args:
             allocator: Where each is replayed before the next is taken.
         """
         yield self.setup
         yield self.first
+        is_growing = 0 in self.later.outliving.values()
         peaks = [allocator.stats.peak_reserved_bytes]
         while len(peaks) < _MAX_ITERATIONS:
             num_calls = allocator.num_device_calls
-            yield self.later
+            yield self.later.iteration(len(peaks))
             peaks.append(allocator.stats.peak_reserved_bytes)
+            if is_growing:
+                continue
             if allocator.num_device_calls == num_calls:
                 break
             if len(peaks) >= _NUM_ITERATIONS and peaks[-1] == peaks[-2]:
                 break
+
+    def grows(self, batch_size: int, peak_bytes: int) -> bool:
+        """Whether every iteration keeps so much more that training is bound to run out.
+
+        Args:
+            batch_size: Samples in each micro-batch.
+            peak_bytes: What the step takes so far.
+        """
+        return self.later.kept_bytes(batch_size) * _ITERATIONS_TO_DOUBLE > peak_bytes
 
     def largest_within(self, num_bytes: int) -> int | None:
         """Return a batch size beyond which the step's tensors alone need more than there is.
@@ -256,4 +323,5 @@ class StepSchedule:
         return lines
 
     def _stretches(self, num_iterations: int) -> tuple[Schedule, ...]:
-        return (self.setup, self.first, *(self.later,) * (num_iterations - 1))
+        later = (self.later.iteration(number) for number in range(1, num_iterations))
+        return (self.setup, self.first, *later)

@@ -27,7 +27,8 @@ from memfit._torch_private import aten, dispatched, graph_task, num_owners, pytr
 from memfit.errors import UnsupportedError
 from memfit.memory.collector import collector_paused
 from memfit.records import Action, Event
-from memfit.simulation.schedule import Schedule, StepSchedule, StreamsDifferError
+from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.simulation.steady import Iteration, settle
 from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
 from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.semantics import META, CudaSemantics, MetaPrecision, foreach_on_meta
@@ -170,48 +171,22 @@ def _record(prepared: PreparedStep, recorder: _Recorder, options: TraceOptions) 
     recorder.see_all(prepared)
     prepared.begin()
     setup = recorder.cut()
-    small, large = _BATCH_SIZES
 
-    def iterate(batch_size: int) -> tuple[list[Event], list[Event]]:
+    def iterate(batch_size: int) -> Iteration:
         recorder.forget_plans()
         recorder.num_operations = 0
         prepared.accumulate(batch_size)
-        forward_backward = recorder.cut()
+        run = tuple(recorder.cut())
         prepared.update(set_to_none=not options.keeps_gradients)
-        return forward_backward, recorder.cut()
+        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()))
 
-    warm_run, warm_update = iterate(large)
-    run, update = iterate(small)
-    try:
-        later = (
-            Schedule.between(run, warm_run, batch_sizes=(small, large))
-            .then(update)
-            .without(_PLANS_TRIED)
-        )
-        first = Schedule.between(warm_run, run, batch_sizes=(large, small)).then(warm_update)
-    except StreamsDifferError:
-        # What the first iteration leaves behind (lazily made buffers, optimizer state) counts from
-        # the start; its own course does not.
-        again, _ = iterate(large)
-        later = (
-            Schedule.between(run, again, batch_sizes=(small, large))
-            .then(update)
-            .without(_PLANS_TRIED)
-        )
-        setup = [*setup, *_left_over([*warm_run, *warm_update])]
-        first = later.without(_PLANS_TRIED)
-    if not options.cudnn_benchmark:
-        first = first.without(_PLANS_TRIED)
-    return StepSchedule(
-        setup=_with_prefetched(Schedule.fixed(setup), prepared, options),
-        first=first,
-        later=later,
+    schedule = settle(setup, iterate, batch_sizes=_BATCH_SIZES, only_first=_PLANS_TRIED)
+    first = schedule.first
+    return dataclasses.replace(
+        schedule,
+        setup=_with_prefetched(schedule.setup, prepared, options),
+        first=first if options.cudnn_benchmark else first.without(_PLANS_TRIED),
     )
-
-
-def _left_over(events: Sequence[Event]) -> list[Event]:
-    freed = {event.id for event in events if event.action is Action.FREE_COMPLETED}
-    return [event for event in events if event.action is Action.ALLOC and event.id not in freed]
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOptions) -> Schedule:
@@ -223,14 +198,17 @@ def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOpti
     sizes *= options.num_prefetched_batches
     if options.prefetches_as_uint8:
         sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return Schedule(
-        events=setup.events
-        + tuple(
-            Event(action=Action.ALLOC, id=-1 - index, num_bytes=size, origin="prefetched batch")
-            for index, size in enumerate(sizes)
-        ),
-        growth_bytes=setup.growth_bytes + tuple(sizes),
-        batch_size=1,
+    events = tuple(
+        Event(
+            action=Action.ALLOC,
+            id=-1 - index,
+            num_bytes=size * setup.batch_size,
+            origin="prefetched batch",
+        )
+        for index, size in enumerate(sizes)
+    )
+    return dataclasses.replace(
+        setup, events=setup.events + events, growth_bytes=setup.growth_bytes + tuple(sizes)
     )
 
 

@@ -279,3 +279,45 @@ def test_convolutions_take_workspaces_by_layout() -> None:
 
     assert workspaces(channels_last=True) == 0
     assert workspaces(channels_last=False) > 0
+
+
+class Keeps(nn.Module):
+    """Keeps a copy of an activation: the last one, or all of them."""
+
+    def __init__(self, *, keeps_all: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.keeps_all = keeps_all
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.layer(data)
+        self.kept.append(output.detach().clone())
+        if not self.keeps_all:
+            del self.kept[:-1]
+        return output
+
+
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_a_tensor_kept_from_one_iteration_to_the_next(keeps_all: bool) -> None:
+    """It counts once, however many iterations are replayed; kept for good, it grows."""
+    model = Keeps(keeps_all=keeps_all)
+    schedule = trace(
+        step_of(Workload(model, torch.zeros(2, 64), lambda out: out.sum(), "sgd")), options()
+    ).schedule
+    activation = 4 * 64 * 1000
+    held = [requested_after(schedule, 1000, number) for number in (2, 5)]
+    assert held[1] - held[0] == (3 * activation if keeps_all else 0)
+    assert schedule.grows(1000, requested_peak(schedule, 1000)) == keeps_all
+
+
+def requested_after(schedule: StepSchedule, batch_size: int, num_iterations: int) -> int:
+    """Bytes that are held once so many iterations have ended."""
+    held: dict[int, int] = {}
+    for event in schedule.at(batch_size, num_iterations=num_iterations):
+        if event.action is Action.ALLOC:
+            assert event.id not in held, "an id that is live"
+            held[event.id] = event.num_bytes
+        elif event.action is Action.FREE_COMPLETED:
+            held.pop(event.id, None)
+    return sum(held.values())

@@ -1,0 +1,198 @@
+"""From traced iterations to a step that repeats.
+
+A training step repeats itself, but seldom from its first iteration on: the optimizer's state
+appears, a model makes a table when it first needs one, and what it keeps from one iteration to the
+next is first there in the second. Here iterations are compared until two in a row do the same, and
+the later one stands for all that follow. It knows no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memfit.records import Action, Event
+from memfit.simulation.schedule import Schedule, StepSchedule, StreamsDifferError, id_in_iteration
+
+__all__ = ["Iteration", "settle"]
+
+_MAX_ITERATIONS = 6
+_FREE = Action.FREE_COMPLETED
+_MAKES = (Action.ALLOC, Action.TRY_ALLOC)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Iteration:
+    """What one iteration of a step allocated and freed.
+
+    Args:
+        batch_size: Samples in each micro-batch.
+        run: Forward and backward; its sizes depend on the batch.
+        update: The optimizer's step; its sizes do not.
+    """
+
+    batch_size: int
+    run: tuple[Event, ...]
+    update: tuple[Event, ...]
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All of it, in order."""
+        return self.run + self.update
+
+    def left(self) -> tuple[Event, ...]:
+        """Return what it allocated and did not free."""
+        freed = {event.id for event in self.events if event.action is _FREE}
+        return tuple(e for e in self.events if e.action is Action.ALLOC and e.id not in freed)
+
+
+def settle(
+    setup: Sequence[Event],
+    iterate: Callable[[int], Iteration],
+    *,
+    batch_sizes: tuple[int, int],
+    only_first: str,
+) -> StepSchedule:
+    """Iterate a step until it repeats itself, and return what it does from then on.
+
+    Args:
+        setup: What is there before the first iteration.
+        iterate: Runs one iteration at a batch size.
+        batch_sizes: Two that differ, for iterations in turn: from both it is known what grows.
+        only_first: The origin of events that belong to the first iteration at a shape.
+
+    Returns:
+        The step. Where the first iteration is like no other, what it left behind is there from the
+        start, and its own course does not count.
+
+    Raises:
+        StreamsDifferError: No two iterations in a row do the same.
+    """
+    small, large = batch_sizes
+    iterations = [iterate(large), iterate(small)]
+    if not iterations[1].left():
+        try:
+            return _plain(setup, iterations[0], iterations[1], only_first)
+        except StreamsDifferError:
+            pass
+    steps = None
+    while len(iterations) < _MAX_ITERATIONS:
+        iterations.append(iterate(large if len(iterations) % 2 == 0 else small))
+        latest = _Steps(iterations)
+        steps = latest if latest.is_steady else None
+        # What only grows may be a queue that is not full yet.
+        if steps is not None and not steps.keeps_for_good:
+            break
+    if steps is not None:
+        return steps.repeated(setup, only_first)
+    raise StreamsDifferError(
+        f"No two of {_MAX_ITERATIONS} iterations in a row allocate the same, at the batch sizes "
+        f"{small} and {large} in turn."
+    )
+
+
+def _plain(
+    setup: Sequence[Event], warm: Iteration, other: Iteration, only_first: str
+) -> StepSchedule:
+    """A step that leaves nothing behind from its second iteration on."""
+    sizes = (other.batch_size, warm.batch_size)
+    later = Schedule.between(other.run, warm.run, batch_sizes=sizes).then(other.update)
+    first = Schedule.between(warm.run, other.run, batch_sizes=sizes[::-1]).then(warm.update)
+    return StepSchedule(setup=Schedule.fixed(setup), first=first, later=later.without(only_first))
+
+
+class _Steps:
+    """Iterations whose allocations are told by where they stand in their own iteration."""
+
+    def __init__(self, iterations: Sequence[Iteration]) -> None:
+        self._iterations = iterations
+        # By id: the iteration, and the place among its allocations.
+        self._places: dict[int, tuple[int, int]] = {}
+        self._made: list[list[Event]] = []
+        for number, iteration in enumerate(iterations):
+            made = [event for event in iteration.events if event.action in _MAKES]
+            self._made.append(made)
+            self._places.update({event.id: (number, at) for at, event in enumerate(made)})
+        self._last = len(iterations) - 1
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the last two iterations do the same."""
+        return self._course(self._last) == self._course(self._last - 1)
+
+    @property
+    def keeps_for_good(self) -> bool:
+        """Whether the last iteration makes something that no later one was seen to free."""
+        return 0 in self._later().outliving.values()
+
+    def repeated(self, setup: Sequence[Event], only_first: str) -> StepSchedule:
+        """Return the last iteration, repeated, after all that the ones before it left behind."""
+        later = self._later().without(only_first)
+        return StepSchedule(
+            setup=self._with_left_over(setup, later), first=later.iteration(0), later=later
+        )
+
+    def _course(self, number: int) -> list[tuple[Any, ...]]:
+        """What an iteration does, in terms that are the same for another."""
+        course: list[tuple[Any, ...]] = []
+        for event in self._iterations[number].events:
+            told: tuple[int, int] | None = None
+            if event.action is _FREE:
+                # What was there before the first iteration is known by its id.
+                made_in, at = self._places.get(event.id, (None, event.id))
+                told = (-1 if made_in is None else number - made_in, at)
+            course.append((event.action, event.origin, told))
+        return course
+
+    def _later(self) -> Schedule:
+        last, before = self._iterations[self._last], self._iterations[self._last - 1]
+        made = self._made[self._last]
+        samples = last.batch_size - before.batch_size
+        lags = {event.id: 0 for event in last.left()}
+        events, growth = [], []
+        for event, other in zip(last.events, before.events, strict=True):
+            named = event
+            made_in, at = self._places.get(event.id, (self._last, 0))
+            if event.action is _FREE and made_in != self._last:
+                named = dataclasses.replace(event, id=made[at].id)
+                lags[named.id] = self._last - made_in
+            events.append(named)
+            grown = (event.num_bytes - other.num_bytes) / samples
+            growth.append(int(grown) if grown == int(grown) else grown)
+        return Schedule(
+            events=tuple(events),
+            growth_bytes=tuple(growth),
+            batch_size=last.batch_size,
+            outliving=lags,
+        )
+
+    def _with_left_over(self, setup: Sequence[Event], later: Schedule) -> Schedule:
+        made = self._made[self._last]
+        sizes = {
+            event.id: (event, growth)
+            for event, growth in zip(later.events, later.growth_bytes, strict=True)
+            if event.action is Action.ALLOC
+        }
+        earlier = self._iterations[:-1]
+        freed = {e.id for iteration in earlier for e in iteration.events if e.action is _FREE}
+        events, growth = list(setup), [0.0] * len(setup)
+        for number, iteration in enumerate(earlier):
+            for event in iteration.left():
+                if event.id in freed:
+                    continue
+                _, at = self._places[event.id]
+                counterpart = made[at].id if at < len(made) else None
+                back = self._last - number
+                if counterpart is not None and back <= later.outliving.get(counterpart, 0):
+                    like, grown = sizes[counterpart]
+                    number_then = id_in_iteration(counterpart, -back)
+                    events.append(dataclasses.replace(like, id=number_then))
+                    growth.append(grown * 1.0)
+                else:
+                    events.append(event)
+                    growth.append(0)
+        # At the batch size of `later`, because that is what its events were recorded with.
+        return Schedule(
+            events=tuple(events), growth_bytes=tuple(growth), batch_size=later.batch_size
+        )

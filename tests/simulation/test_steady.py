@@ -1,0 +1,123 @@
+"""Iterations compared until they repeat: what a step keeps, and for how long."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from memfit.records import Action, Event
+from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.schedule import StepSchedule, StreamsDifferError, traced_id
+from memfit.simulation.steady import Iteration, settle
+
+SAMPLE = 1000
+WEIGHTS = 5000
+
+
+class Step:
+    """A made-up step that keeps one tensor of each iteration in a queue.
+
+    Args:
+        queue_length: How many it keeps; `None` for all.
+        extra_at: Iterations that allocate something more.
+    """
+
+    def __init__(self, queue_length: int | None, extra_at: tuple[int, ...] = ()) -> None:
+        self.queue: collections.deque[int] = collections.deque()
+        self.queue_length = queue_length
+        self.extra_at = extra_at
+        self.num_ids = 1
+        self.num_iterations = 0
+
+    def iterate(self, batch_size: int) -> Iteration:
+        events: list[Event] = []
+
+        def alloc(num_bytes: int) -> int:
+            self.num_ids += 1
+            made = Event(action=Action.ALLOC, id=self.num_ids, num_bytes=num_bytes, origin="op")
+            events.append(made)
+            return self.num_ids
+
+        def free(number: int) -> None:
+            events.append(Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0))
+
+        batch = alloc(SAMPLE * batch_size)
+        if self.num_iterations in self.extra_at:
+            alloc(7)
+        if self.queue_length != 0:
+            self.queue.append(alloc(SAMPLE * batch_size))
+        if self.queue_length is not None and len(self.queue) > self.queue_length:
+            free(self.queue.popleft())
+        free(batch)
+        self.num_iterations += 1
+        return Iteration(batch_size=batch_size, run=tuple(events), update=())
+
+
+def settled(step: Step) -> StepSchedule:
+    weights = Event(action=Action.ALLOC, id=1, num_bytes=WEIGHTS, origin="model")
+    return settle([weights], step.iterate, batch_sizes=(2, 3), only_first="plan")
+
+
+def peak_and_rest(schedule: StepSchedule, batch_size: int) -> tuple[int, int]:
+    """Return the peak of what is held, and what is held after each of many iterations."""
+    allocator = CachingAllocator()
+    for stretch in schedule._stretches(12):
+        stretch.play(allocator, batch_size)
+    rest = sum(event.num_bytes for event in schedule.setup.at(batch_size))
+    return allocator.stats.peak_requested_bytes, rest
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_what_is_kept_for_some_iterations_counts_once(length: int) -> None:
+    """A queue holds as many as it is long, however often the iteration is replayed."""
+    schedule = settled(Step(length))
+    peak, held = peak_and_rest(schedule, 100)
+    assert held == WEIGHTS + length * SAMPLE * 100
+    # Beside the batch, the new one comes before the oldest goes.
+    assert peak == held + SAMPLE * 100 * (2 if length else 1)
+    assert not schedule.grows(100, peak)
+
+
+def test_what_is_kept_for_good_grows() -> None:
+    """Nothing is ever freed, and the schedule says so."""
+    schedule = settled(Step(None))
+    peak, _ = peak_and_rest(schedule, 100)
+    assert schedule.later.kept_bytes(100) == SAMPLE * 100
+    assert peak >= WEIGHTS + 12 * SAMPLE * 100
+    assert schedule.grows(100, peak)
+
+
+def test_a_little_that_is_kept_is_no_growth() -> None:
+    """A loss in a list is no reason to warn."""
+    schedule = settled(Step(None))
+    assert not schedule.grows(1, 2000 * SAMPLE)
+
+
+def test_replays_until_the_end_where_it_grows() -> None:
+    """As a trial would: six iterations, though the allocator may not have to ask for more."""
+    allocator = CachingAllocator()
+    assert len(list(settled(Step(None)).play(allocator, 1))) == 6
+    assert len(list(settled(Step(1)).play(allocator, 1))) < 6
+
+
+def test_what_only_early_iterations_do_is_there_from_the_start() -> None:
+    """The first two are like no other; the two after them are alike."""
+    schedule = settled(Step(0, extra_at=(0, 1)))
+    assert [event.num_bytes for event in schedule.setup.events] == [WEIGHTS, 7, 7]
+    assert 7 not in [event.num_bytes for event in schedule.later.events]
+
+
+def test_iterations_that_never_repeat_are_an_error() -> None:
+    """Every second one does something else."""
+    with pytest.raises(StreamsDifferError, match="No two of 6 iterations"):
+        settled(Step(0, extra_at=(1, 3, 5)))
+
+
+def test_renamed_allocations_are_known_by_their_traced_id() -> None:
+    """So that what they are for can be looked up."""
+    schedule = settled(Step(2))
+    traced = {event.id for event in schedule.later.events}
+    for number in range(5):
+        events = schedule.later.iteration(number).events
+        assert {traced_id(event.id) for event in events} == traced
