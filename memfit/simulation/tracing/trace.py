@@ -17,7 +17,7 @@ import dataclasses
 import gc
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 import torch
