@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memfit.records.base import (
     SCHEMA_VERSION,
+    Engine,
     Record,
     Source,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "CardLine",
     "Change",
     "DeviceProcess",
+    "Engine",
     "Equivalence",
     "Event",
     "Exploration",
