@@ -59,3 +59,9 @@ def small_workload(image_size: int = 32) -> Workload:
 def workload() -> Workload:
     """A batch-norm CNN with an optimizer that has taken a step."""
     return small_workload()
+
+
+@pytest.fixture(autouse=True)
+def _simulates_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is named is simulated in tests; those of the rehearsal ask for it."""
+    monkeypatch.setenv("MEMFIT_ENGINE", "simulate")

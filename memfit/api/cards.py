@@ -12,27 +12,47 @@ from memfit.backends.rehearsed.parcel import packed
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import ANY_GPU, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
-from memfit.records import Engine
+from memfit.records import Engine, Source
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.step.workload import TrainingStep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Cards", "engine_of", "simulated"]
+__all__ = ["ENGINE_VARIABLE", "Cards", "engine_for_several", "engine_of", "simulated", "source_of"]
+
+ENGINE_VARIABLE = "MEMFIT_ENGINE"
+"""The environment variable that says what `"auto"` is, so that a script need not be changed."""
 
 
 def engine_of(engine: str | Engine) -> Engine:
-    """Return the engine of a name.
+    """Return the engine of a name; `"auto"` is what the variable MEMFIT_ENGINE says, if it is set.
 
     Raises:
         UsageError: There is no such engine.
     """
+    if engine == Engine.AUTO.value:
+        engine = os.environ.get(ENGINE_VARIABLE) or engine
     try:
         return Engine(engine)
     except ValueError:
         known = ", ".join(choice.value for choice in Engine)
         raise UsageError(f"There is no engine {engine!r}; choose one of {known}.") from None
+
+
+def engine_for_several(engine: str | Engine) -> Engine:
+    """Return the engine for several cards: they are simulated where nothing else was asked for.
+
+    Raises:
+        UsageError: There is no such engine.
+    """
+    chosen = engine_of(engine)
+    return Engine.SIMULATE if chosen is Engine.AUTO else chosen
+
+
+def source_of(engine: Engine) -> Source:
+    """Return what the figures of an engine are."""
+    return Source.REHEARSED if engine is Engine.REHEARSE else Source.SIMULATED
 
 
 def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:

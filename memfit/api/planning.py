@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import Unpack
 
-from memfit.api.cards import Cards, engine_of
+from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
 from memfit.api.probing import on_each_card
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import open_backend
@@ -142,9 +142,8 @@ def survey_plans(
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
     step = describe(subject, **options)
-    answers = on_each_card(
-        gpus, memory, engine_of(engine), step, lambda card: plan_on(card, step, target)
-    )
+    chosen = engine_for_several(engine)
+    answers = on_each_card(gpus, memory, chosen, step, lambda card: plan_on(card, step, target))
     return PlanSurvey(
         subject=step.name,
         effective_batch_size=target.effective_batch_size,
@@ -152,4 +151,5 @@ def survey_plans(
         answers=tuple(
             PlanAnswer(gpu=gpu, plan=found, reason=reason) for gpu, found, reason in answers
         ),
+        source=source_of(chosen),
     )

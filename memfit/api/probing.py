@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from typing_extensions import Unpack
 
-from memfit.api.cards import Cards, engine_of
+from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import Backend, open_backend, with_precision
 from memfit.cards import COMMON_GPUS, find_gpu
@@ -52,6 +52,7 @@ def probe(
             left. With `gpu` it is what the card has, in place of the catalogue's figure.
         engine: How a `gpu` is tried: `"rehearse"` (torch's own CUDA software runs, kernels do
             nothing), `"simulate"`, or `"auto"`: rehearsed where this system can, else simulated.
+            The environment variable MEMFIT_ENGINE decides what `"auto"` is.
         accumulate: Probe the micro-batch of a step that accumulates gradients.
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
         multiple_of: What the recommendation is a multiple of, at least 1.
@@ -122,14 +123,16 @@ def survey(
     """
     step = describe(subject, accumulate=accumulate, **options)
     bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
-    answers = on_each_card(
-        gpus, memory, engine_of(engine), step, lambda card: probe_on(card, step, bounds)
-    )
+    chosen = engine_for_several(engine)
+    source = source_of(chosen)
+    answers = on_each_card(gpus, memory, chosen, step, lambda card: probe_on(card, step, bounds))
     return Survey(
         subject=step.name,
         answers=tuple(
-            SurveyAnswer(gpu=gpu, result=result, reason=reason) for gpu, result, reason in answers
+            SurveyAnswer(gpu=gpu, result=result, reason=reason, source=source)
+            for gpu, result, reason in answers
         ),
+        source=source,
     )
 
 
@@ -182,7 +185,7 @@ def on_each_card(
     Args:
         gpus: Names of the catalogue, all looked up first; `None` for a short list of common cards.
         memory: What each card has, in place of the catalogue's figure.
-        engine: How they are tried; `AUTO` simulates.
+        engine: How they are tried.
         step: What is tried.
         ask: What is asked of each.
 
@@ -193,7 +196,6 @@ def on_each_card(
         UsageError: There is no such card.
     """
     memory_bytes = None if memory is None else parse_bytes(memory)
-    chosen = Engine.SIMULATE if engine is Engine.AUTO else engine
 
     def asked(card: Backend) -> tuple[str, _Found | None, str | None]:
         try:
@@ -204,5 +206,5 @@ def on_each_card(
     names = tuple(gpus or COMMON_GPUS)
     for name in names:
         find_gpu(name, total_bytes=memory_bytes)
-    with Cards(chosen) as cards:
+    with Cards(engine) as cards:
         return [asked(cards.open(name, memory_bytes, step)) for name in names]

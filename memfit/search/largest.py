@@ -245,6 +245,10 @@ class _Search:
         if edge is None and len(points) == 1:
             if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
                 return least
+            # Beyond a hint that fitted, bytes that retries made say nothing: a step goes on.
+            step = self._beyond_hint(low) if low != points[-1][0] else None
+            if step is not None:
+                return step
             numerator, denominator = _SAFE_SHARE if self._has_retries else _QUICK_SHARE
             return max(least * numerator // denominator, 2 * low)
         if edge is None and self._hint is None:
