@@ -86,7 +86,13 @@ class RehearsalServers:
         """Have a fresh process serve a card."""
         self.start(card)
         self._parcels.clear()
-        self._send(Open(environment=self._environment(card), memory_bytes=memory_bytes))
+        self._send(
+            Open(
+                environment=self._environment(card),
+                memory_bytes=memory_bytes,
+                search_path=tuple(sys.path),
+            )
+        )
 
     def call(self, function: str, step: TrainingStep | None = None, *arguments: Any) -> Any:
         """Call a function in the process that serves the card.

@@ -27,10 +27,12 @@ class Open:
     Args:
         environment: Variables that describe the card.
         memory_bytes: A cap on what the allocator may reserve; `None` for what the card has.
+        search_path: Where the other side finds modules, so that its steps are found here.
     """
 
     environment: Mapping[str, str]
     memory_bytes: int | None
+    search_path: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ def main() -> None:
 def _serve(connection: Connection, opening: Open) -> None:
     """Serve one card, in the child, and leave without running the parent's exit code."""
     os.environ.update(opening.environment)
+    sys.path[:] = opening.search_path
     try:
         _answer_calls(connection, opening.memory_bytes)
     finally:
