@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import memfit
-from memfit.backends.rehearsed import backend as rehearsed
 from memfit.backends.rehearsed.parcel import packed, unpacked
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
@@ -55,7 +54,7 @@ def test_a_probe_is_rehearsed_with_its_certificate(monkeypatch: pytest.MonkeyPat
         started.append(arguments)
         return popen(*arguments, **keywords)
 
-    monkeypatch.setattr(rehearsed.subprocess, "Popen", counted)
+    monkeypatch.setattr(subprocess, "Popen", counted)
     workload = perceptron()
     before = [parameter.clone() for parameter in workload.model.parameters()]
     found = memfit.survey(workload, gpus=("rtx3060", "rtx3090"), memory="900MiB", engine="rehearse")
