@@ -75,12 +75,14 @@ def _register() -> None:
     from memfit.cli.plan import plan
     from memfit.cli.probe import probe
     from memfit.cli.profile import profile
+    from memfit.cli.rehearse import rehearse
     from memfit.cli.verify import verify
 
     main.add_command(gpus)
     main.add_command(plan)
     main.add_command(probe)
     main.add_command(profile)
+    main.add_command(rehearse)
     main.add_command(verify)
 
 

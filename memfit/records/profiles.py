@@ -18,6 +18,7 @@ __all__ = [
     "ModuleShare",
     "Peak",
     "Phase",
+    "RecordedStep",
     "Role",
     "RoleShare",
     "Timeline",
@@ -197,6 +198,27 @@ class Peak(Record):
     def bytes_of(self, role: Role) -> int:
         """Return what a role holds."""
         return sum(share.num_bytes for share in self.roles if share.role is role)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedStep(Record):
+    """One step of a script of which only the allocations were recorded.
+
+    Args:
+        subject: The script's command.
+        number: Which optimizer step; 0 where the script takes none.
+        num_micro_batches: How often forward began in it.
+        timeline: Bytes over the step.
+        peak: The moment that decides.
+        blocks: Every allocation of the timeline, those that were there before it first.
+    """
+
+    subject: str
+    number: int
+    num_micro_batches: int
+    timeline: Timeline
+    peak: Peak
+    blocks: tuple[MemoryBlock, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

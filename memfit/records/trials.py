@@ -219,19 +219,17 @@ class ProbeResult(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SurveyAnswer(Record):
-    """What a GPU that is not there takes of a training step.
+    """What a simulated GPU takes of a training step.
 
     Args:
         gpu: The card's name.
         result: The batch sizes; `None` where not even one sample fits.
         reason: Why there is no result.
-        source: Simulated or rehearsed.
     """
 
     gpu: str
     result: ProbeResult | None
     reason: str | None = None
-    source: Source = Source.SIMULATED
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result, or what can be said of a card without one under the same keys."""
@@ -240,7 +238,7 @@ class SurveyAnswer(Record):
         return {
             "schema_version": SCHEMA_VERSION,
             "device": self.gpu,
-            "source": self.source.value,
+            "source": Source.SIMULATED.value,
             "max_batch_size": None,
             "recommended_batch_size": None,
             "reason": self.reason,
@@ -254,7 +252,7 @@ class Survey(Record):
     Args:
         subject: The model's name.
         answers: One for each card.
-        source: Simulated or rehearsed.
+        source: Always simulated.
     """
 
     subject: str

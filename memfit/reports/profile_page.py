@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-from memfit.records import MemoryProfile, Role
+from memfit.records import MemoryProfile, RecordedStep, Role
 from memfit.reports.html import Page, Panel, level, line_chart, render
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.units import GIB, MIB, format_bytes
 
-__all__ = ["page"]
+__all__ = ["blocks_panel", "page", "step_panels"]
 
 _ROLES = tuple(Role)
 _NUM_MODULE_ROWS = 60
@@ -26,12 +26,12 @@ def page(profile: MemoryProfile) -> str:
     """
     peak = profile.peak
     largest = max(peak.roles, key=lambda share: share.num_bytes)
-    panels = [_timeline(profile), _roles(profile), _modules(profile)]
+    panels = step_panels(profile)
     if profile.cards:
         panels.append(_cards(profile))
     if profile.advice:
         panels.append(_advice(profile))
-    panels.append(_blocks())
+    panels.append(blocks_panel())
     facts = [
         ("Peak", format_bytes(peak.total_bytes)),
         ("Device", profile.device),
@@ -63,7 +63,16 @@ def page(profile: MemoryProfile) -> str:
     )
 
 
-def _timeline(profile: MemoryProfile) -> Panel:
+def step_panels(step: MemoryProfile | RecordedStep) -> list[Panel]:
+    """Return what shows a step over time and at its peak; `blocks_panel` belongs to them.
+
+    Args:
+        step: The step.
+    """
+    return [_timeline(step), _roles(step), _modules(step)]
+
+
+def _timeline(profile: MemoryProfile | RecordedStep) -> Panel:
     timeline, peak = profile.timeline, profile.peak
     strings: dict[str, int] = {}
 
@@ -130,7 +139,7 @@ def _timeline(profile: MemoryProfile) -> Panel:
     )
 
 
-def _phase_rows(profile: MemoryProfile) -> tuple[tuple[str, ...], ...]:
+def _phase_rows(profile: MemoryProfile | RecordedStep) -> tuple[tuple[str, ...], ...]:
     values = profile.timeline.allocated_bytes
     ends = [*(phase.begin for phase in profile.timeline.phases[1:]), len(values)]
     return tuple(
@@ -145,7 +154,7 @@ def _phase_rows(profile: MemoryProfile) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def _roles(profile: MemoryProfile) -> Panel:
+def _roles(profile: MemoryProfile | RecordedStep) -> Panel:
     shares = profile.peak.roles
     total = profile.peak.total_bytes
     traces = [
@@ -192,7 +201,7 @@ def _roles(profile: MemoryProfile) -> Panel:
     )
 
 
-def _modules(profile: MemoryProfile) -> Panel:
+def _modules(profile: MemoryProfile | RecordedStep) -> Panel:
     tree = module_tree((share.module, share.num_bytes) for share in profile.peak.modules)
     nodes = list(_walk(tree, None, least=tree.num_bytes * _LEAST_SHARE))
     named = (node for node, parent in nodes if parent is not None and "smaller)" not in node.name)
@@ -360,7 +369,8 @@ def _advice(profile: MemoryProfile) -> Panel:
     )
 
 
-def _blocks() -> Panel:
+def blocks_panel() -> Panel:
+    """Return the table of every allocation; it reads what the panel of the timeline brings."""
     names = ("bytes", "role", "module", "operation", "line", "for every sample", "phase")
     return Panel(
         key="blocks",

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from memfit.search.headroom import Recommended, has_headroom, limit_of, recommended
-from memfit.search.largest import DEFAULT_CEILING, Found, find_largest
+from memfit.search.largest import (
+    DEFAULT_CEILING,
+    Found,
+    Recommended,
+    find_largest,
+    has_headroom,
+    limit_of,
+    recommended,
+)
 
 __all__ = [
     "DEFAULT_CEILING",

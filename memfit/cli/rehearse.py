@@ -1,0 +1,149 @@
+"""`memfit rehearse`: any training command on a card that is not there."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.records import Rehearsal, RehearsalEnd
+
+__all__ = ["ranks_of", "rehearse"]
+
+_SIGNAL_CODES = 128
+_INTERRUPTED = 130
+_RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
+
+
+@click.command(
+    short_help="Run any training command on a GPU that is not there.",
+    context_settings={"allow_interspersed_args": False},
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME",
+    help="The card (see `memfit gpus`), or `any` with --memory; may be repeated.",
+)
+@click.option("--memory", metavar="SIZE", help="What each card has, such as 16GiB.")
+@click.option(
+    "--num-gpus",
+    type=int,
+    help="How many of the card the command sees.  [default: torchrun's --nproc-per-node, else 1]",
+)
+@click.option(
+    "--steps",
+    "num_steps",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="End when the peak has not risen over so many optimizer steps.",
+)
+@click.option("--whole", is_flag=True, help="Let the command run to its own end.")
+@html_option
+@click.option(
+    "--snapshot",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Write the allocator's history for PyTorch's viewer (pytorch.org/memory_viz).",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report as JSON. What the command prints goes to standard error.",
+)
+def rehearse(
+    *,
+    command: tuple[str, ...],
+    gpus: tuple[str, ...],
+    memory: str | None,
+    num_gpus: int | None,
+    num_steps: int,
+    whole: bool,
+    html: Path | None,
+    snapshot: Path | None,
+    as_json: bool,
+) -> None:
+    """Run COMMAND as it is on a GPU that is not there, and say what it would hold of its memory.
+
+    PyTorch's own CUDA software runs, its kernels do nothing. Write the command after two dashes:
+
+        memfit rehearse --gpu "RTX 4090" -- python train.py --batch-size 128
+
+    The command ends when its peak has settled. Ends with 3 if memory ran out, and with the
+    command's own exit code if it failed by itself.
+    """
+    from memfit.cards import find_gpu
+    from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.run import rehearse_command
+    from memfit.reports.rehearsal import render, render_several
+    from memfit.units import parse_bytes
+
+    check_writable(html, snapshot)
+    if not gpus:
+        raise UsageError("Name the card with --gpu, such as --gpu rtx4090; see `memfit gpus`.")
+    if len(gpus) > 1 and (html is not None or snapshot is not None):
+        raise UsageError("--html and --snapshot show one card: give one --gpu.")
+    total_bytes = None if memory is None else parse_bytes(memory)
+    cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
+    count = num_gpus or ranks_of(command)
+    environments = [
+        rehearsed_environment(card, num_gpus=count, environment=os.environ) for card in cards
+    ]
+    found = [
+        rehearse_command(
+            command,
+            card,
+            environment,
+            num_steps=num_steps,
+            is_whole=whole,
+            keeps_history=html is not None or snapshot is not None,
+            is_quiet=as_json,
+        )
+        for card, environment in zip(cards, environments, strict=True)
+    ]
+    rehearsals = [each.rehearsal for each in found]
+    if snapshot is not None:
+        from memfit.profiling.rehearsed import write_snapshot
+
+        write_snapshot(found[0], snapshot)
+    if html is not None:
+        from memfit.profiling.rehearsed import recorded_step
+        from memfit.reports.rehearsal_page import page
+
+        write(html, page(found[0].rehearsal, recorded_step(found[0])))
+    if as_json:
+        print_json(rehearsals)
+    else:
+        shown = render(rehearsals[0]) if len(rehearsals) == 1 else render_several(rehearsals)
+        Console().print(shown, soft_wrap=False)
+    sys.exit(_exit_code(rehearsals))
+
+
+def ranks_of(command: tuple[str, ...]) -> int:
+    """Return how many ranks torchrun starts here, which take a GPU each; 1 without it."""
+    for word, following in itertools.pairwise((*command, "")):
+        match = _RANKS.fullmatch(word)
+        if match is not None:
+            count = match[1] or following
+            return int(count) if count.isdecimal() else 1
+    return 1
+
+
+def _exit_code(rehearsals: list[Rehearsal]) -> int:
+    if not all(rehearsal.fits for rehearsal in rehearsals):
+        return DoesNotFitError.exit_code
+    if any(rehearsal.end is RehearsalEnd.INTERRUPTED for rehearsal in rehearsals):
+        return _INTERRUPTED
+    codes = [rehearsal.exit_code for rehearsal in rehearsals if rehearsal.exit_code]
+    return next((_SIGNAL_CODES - code if code < 0 else code for code in codes), 0)

@@ -1,0 +1,253 @@
+"""Reads what the watched processes of a command wrote (`watch.journal`), and makes records of it.
+
+A report may end anywhere: its process may have been killed. What is there counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from memfit.memory import oom
+from memfit.records import (
+    DeviceRead,
+    HeldBytes,
+    ReadKind,
+    RehearsedPhase,
+    RehearsedProcess,
+    RehearsedStep,
+    Shortage,
+)
+from memfit.rehearsal.courses import Spot, changes_course
+
+__all__ = ["Report", "read_reports"]
+
+_PHASES: Final = ("setup", "data", "forward", "backward", "optimizer", "evaluation")
+# Where GradScaler asks whether any gradient was infinite. It reads that none was, as in most steps.
+_EXPECTED: Final = (("amp/grad_scaler.py", ReadKind.NUMBER),)
+# What tells that a script went on after a shortage.
+_EVENTS: Final = ("step", "settled", "out_of_memory")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What one process wrote.
+
+    Args:
+        path: The file.
+        processes: The process, once for each device that it used.
+        command: The words that it was started with.
+        devices: The names of the devices that it saw.
+        has_cuda: False where its torch is built without CUDA.
+        ran_out: Its last words are about memory.
+        faults: What the watch itself failed at.
+    """
+
+    path: Path
+    processes: tuple[RehearsedProcess, ...]
+    command: tuple[str, ...]
+    devices: tuple[str, ...]
+    has_cuda: bool
+    ran_out: bool
+    faults: tuple[str, ...]
+
+
+def read_reports(folder: Path) -> tuple[Report, ...]:
+    """Read every report in a folder.
+
+    Args:
+        folder: Where they are.
+
+    Returns:
+        One for each process that imported torch and used a device, or could not; by rank.
+    """
+    reports = [_report(path) for path in sorted(folder.glob("*.jsonl"))]
+    return tuple(
+        sorted(
+            reports,
+            key=lambda report: [
+                (process.rank or 0, process.process) for process in report.processes
+            ],
+        )
+    )
+
+
+def _report(path: Path) -> Report:
+    lines = tuple(_lines(path))
+    of = functools.partial(_of_kind, lines)
+    begun: Mapping[str, Any] = next(of("device"), {})
+    devices = {int(name) for line in lines for name in line.get("peaks", ())}
+    failures = tuple(of("out_of_memory"))
+    last: Mapping[str, Any] = next(
+        (line for line in reversed(lines) if line["event"] in _EVENTS), {}
+    )
+    message = next(of("exit"), {}).get("message")
+    ran_out = (
+        last.get("event") == "out_of_memory"
+        if message is None
+        else oom.classify_text(message) is oom.Likelihood.CERTAIN
+    )
+    return Report(
+        path=path,
+        processes=tuple(
+            _process(lines, begun, device, failures, ended_by=last if ran_out else {})
+            for device in sorted(devices | {line["device"] for line in failures})
+            if begun
+        ),
+        command=tuple(begun.get("command", ())),
+        devices=tuple(begun.get("names", ())),
+        has_cuda=not any(of("no_cuda")),
+        ran_out=ran_out,
+        faults=tuple(line["message"] for line in of("fault")),
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # A process may have been killed while it wrote.
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def _of_kind(lines: Iterable[dict[str, Any]], event: str) -> Iterator[dict[str, Any]]:
+    return (line for line in lines if line["event"] == event)
+
+
+def _process(
+    lines: tuple[dict[str, Any], ...],
+    begun: Mapping[str, Any],
+    device: int,
+    failures: tuple[dict[str, Any], ...],
+    *,
+    ended_by: Mapping[str, Any],
+) -> RehearsedProcess:
+    seen = [line for line in lines if str(device) in line.get("peaks", ())]
+    ranked = [line for line in lines if line.get("rank") is not None]
+    last = ranked[-1] if ranked else {}
+    retries = [line["peaks"][str(device)]["num_alloc_retries"] for line in seen]
+    messages = [line["message"] for line in lines if line["event"] == "exit" and line["message"]]
+    return RehearsedProcess(
+        process=begun["process"],
+        rank=last.get("rank"),
+        num_ranks=last.get("num_ranks"),
+        device_index=device,
+        torch_version=begun["torch"],
+        peak=_peak(line["peaks"][str(device)] for line in seen),
+        num_alloc_retries=max(retries, default=0),
+        num_steps=max((line.get("step", 0) for line in _counting(lines)), default=0),
+        steps=tuple(_steps(lines, str(device))),
+        phases=tuple(_phases(lines, str(device))),
+        reads=_reads(lines),
+        shortages=tuple(
+            _shortage(line, ended_script=line is ended_by)
+            for line in failures
+            if line["device"] == device
+        ),
+        has_settled=any(_of_kind(lines, "settled")),
+        follows_modules=all(line.get("has_modules", True) for line in lines),
+        message=messages[-1] if messages else None,
+    )
+
+
+def _counting(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    # A shortage is of the step that is under way, which did not end.
+    return (line for line in lines if line["event"] in ("step", "phase", "exit"))
+
+
+def _peak(figures: Iterable[Mapping[str, int]]) -> HeldBytes:
+    peak = HeldBytes(requested_bytes=0, allocated_bytes=0, reserved_bytes=0)
+    for held in figures:
+        peak |= _held(held)
+    return peak
+
+
+def _held(figures: Mapping[str, int]) -> HeldBytes:
+    return HeldBytes(
+        requested_bytes=figures["requested_bytes"],
+        allocated_bytes=figures["allocated_bytes"],
+        reserved_bytes=figures["reserved_bytes"],
+    )
+
+
+def _steps(lines: Iterable[dict[str, Any]], device: str) -> Iterator[RehearsedStep]:
+    retries = 0
+    for line in _of_kind(lines, "step"):
+        figures = line["peaks"].get(device)
+        if figures is None:
+            continue
+        yield RehearsedStep(
+            number=line["step"],
+            optimizer=line["optimizer"],
+            peak=_held(figures),
+            num_alloc_retries=max(0, figures["num_alloc_retries"] - retries),
+        )
+        retries = figures["num_alloc_retries"]
+
+
+def _phases(lines: Iterable[dict[str, Any]], device: str) -> Iterator[RehearsedPhase]:
+    held: dict[str, list[Mapping[str, int]]] = {}
+    for line in lines:
+        for name, figures in line.get("phases", {}).items():
+            if device in figures:
+                held.setdefault(name, []).append(figures[device])
+    for name in _PHASES:
+        if name in held:
+            yield RehearsedPhase(name=name, peak=_peak(held[name]))
+
+
+def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
+    # A later line of a place counts from the beginning, so it stands for the earlier ones.
+    places = {
+        (read["line"], read["innermost_line"]): read
+        for line in lines
+        for read in line.get("reads", ())
+    }
+    reads = []
+    for read in places.values():
+        kind = ReadKind(read["kind"])
+        innermost = read["innermost_line"] or ""
+        if any(kind is known and f"{file}:" in innermost for file, known in _EXPECTED):
+            continue
+        line, library = read["line"], read["library_line"]
+        reads.append(
+            DeviceRead(
+                line=line,
+                library_line=None if library == line else library,
+                kind=kind,
+                phase=read["phase"] or "setup",
+                num_reads=read["num_reads"],
+                num_bytes=read["num_bytes"],
+                changes_course=_is_in_course(kind, read["phase"])
+                and any(changes_course(kind, _spot(spot)) for spot in read["spots"]),
+            )
+        )
+    return tuple(sorted(reads, key=lambda read: (not read.changes_course, -read.num_reads)))
+
+
+def _is_in_course(kind: ReadKind, phase: str) -> bool:
+    # What a script decides before it calls a model is seldom about a batch.
+    return kind is ReadKind.SIZE or phase != "setup"
+
+
+def _spot(spot: tuple[str, int, int, int | None, int | None]) -> Spot:
+    path, line, end_line, column, end_column = spot
+    return Spot(path=path, line=line, end_line=end_line, column=column, end_column=end_column)
+
+
+def _shortage(line: Mapping[str, Any], *, ended_script: bool) -> Shortage:
+    place, library = line["line"], line["library_line"]
+    return Shortage(
+        wanted_bytes=line["wanted_bytes"],
+        free_bytes=line["free_bytes"],
+        line=place,
+        library_line=None if library == place else library,
+        module=line["module"],
+        phase=line["phase"],
+        step=line["step"],
+        ended_script=ended_script,
+    )

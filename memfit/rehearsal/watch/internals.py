@@ -1,0 +1,100 @@
+"""Every name of torch's and Python's that begins with an underscore, and that the watch uses.
+
+It has its own list because it runs where there may be no memfit. torch may drop such a name in any
+release: then less is seen, and the script runs as it would.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, ModuleType
+from typing import Any
+
+__all__ = ["Internals", "frame_here", "frame_of_main_thread", "run_exit_functions"]
+
+_READERS = ("_cuda_memoryStats", "_accelerator_getDeviceStats")
+_RESETTERS = ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats")
+_MAX_ENTRIES = 1_000_000
+
+
+def frame_here() -> FrameType:
+    """Return the innermost frame of this thread."""
+    return sys._getframe()
+
+
+def frame_of_main_thread() -> FrameType | None:
+    """Return the innermost frame of the main thread."""
+    main = threading.main_thread().ident
+    return sys._current_frames().get(main or 0)
+
+
+def run_exit_functions() -> None:
+    """Run what is registered with `atexit`, as Python does when it ends."""
+    atexit._run_exitfuncs()
+
+
+class Internals:
+    """What torch keeps to itself.
+
+    Args:
+        torch: The module.
+    """
+
+    def __init__(self, torch: ModuleType) -> None:
+        self._torch = torch
+        self._c = torch._C
+        self.read_stats: Any = getattr(self._c, _READERS[0], None)
+        """From a device's index to its allocator's statistics, nested."""
+        self.reset_peaks: Any = getattr(self._c, _RESETTERS[0], None)
+        """Begins a device's peaks anew."""
+        self._node: Any = getattr(self._c, "_current_autograd_node", None)
+        self._number: Any = getattr(getattr(self._c, "_autograd", None), "_get_sequence_nr", None)
+
+    def replace_stats(self, read: Callable[[int], Any], reset: Callable[[int], Any]) -> None:
+        """Have everything that asks for statistics, or resets peaks, call these instead."""
+        for names, function in ((_READERS, read), (_RESETTERS, reset)):
+            for name in names:
+                if hasattr(self._c, name):
+                    setattr(self._c, name, function)
+
+    def when_initialised(self, function: Callable[[], Any]) -> None:
+        """Call a function once CUDA is initialised; at once where it is."""
+        self._torch.cuda._lazy_call(function)
+
+    def on_out_of_memory(self, function: Callable[[int, int, int, int], Any]) -> None:
+        """Have a function called before torch raises that memory ran out."""
+        attach = getattr(self._c, "_cuda_attach_out_of_memory_observer", None)
+        if attach is not None:
+            attach(function)
+
+    def record_history(self, *, clears: bool) -> None:
+        """Record every allocation with its Python frames; `clears` what was recorded."""
+        self._torch.cuda.memory._record_memory_history(
+            "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES, clear_history=clears
+        )
+
+    def history(self) -> dict[str, Any]:
+        """Return what was recorded, and the segments as they are."""
+        snapshot: dict[str, Any] = self._torch.cuda.memory._snapshot()
+        return snapshot
+
+    def current_node(self) -> Any:
+        """Return the node of a graph whose backward this thread runs; `None` without one."""
+        return None if self._node is None else self._node()
+
+    def sequence_number(self) -> int:
+        """Return the number that the next node of a graph gets."""
+        return 0 if self._number is None else int(self._number())
+
+    def sequence_number_of(self, node: Any) -> int:
+        """Return the number that a node of a graph got."""
+        return int(node._sequence_nr())
+
+    def tensors(self, tree: Any) -> Iterator[Any]:
+        """Yield the tensors of nested lists, tuples and dictionaries."""
+        for leaf in self._torch.utils._pytree.tree_leaves(tree):
+            if isinstance(leaf, self._torch.Tensor):
+                yield leaf

@@ -1,0 +1,103 @@
+"""Which line of the script led to something: read off the frames of a Python that is running."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import sysconfig
+from types import FrameType
+
+from .internals import frame_of_main_thread
+
+__all__ = ["Place", "here"]
+
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep  # noqa: PTH100, PTH120 - no pathlib here
+_LIBRARIES = tuple(
+    {
+        os.path.join(path, "")  # noqa: PTH118 - see above
+        for path in (*sysconfig.get_paths().values(), sys.base_prefix + "/lib", sys.prefix + "/lib")
+        # A bin folder or a prefix holds scripts too.
+        if path and ("lib" in path or "packages" in path)
+    }
+)
+_MAX_FRAMES = 400
+
+
+class Place:
+    """Where in a program something happened.
+
+    Args:
+        script: The innermost line of the script itself, as `file:line`; `None` where only
+            libraries are at work.
+        library: The innermost line of any file but torch's; `None` where there is none.
+        innermost: The innermost line of all, torch's included.
+        frames: The frames, the innermost first.
+    """
+
+    __slots__ = ("frames", "innermost", "library", "script")
+
+    def __init__(self, frames: list[FrameType]) -> None:
+        self.frames = frames
+        self.script: str | None = None
+        self.library: str | None = None
+        self.innermost: str | None = None
+        for frame in frames:
+            path = frame.f_code.co_filename
+            shown = f"{path}:{frame.f_lineno}"
+            self.innermost = self.innermost or shown
+            if self.library is None and not _is_torch(path):
+                self.library = shown
+            if self.script is None and _is_script(path):
+                self.script = shown
+
+    def spots(self) -> list[tuple[str, int, int, int | None, int | None]]:
+        """Return file, first and last line and columns of the innermost frames.
+
+        They are the innermost one and, where that is torch's, the first that is not. The columns
+        are `None` before Python 3.11.
+        """
+        frames = self.frames[:1]
+        if frames and _is_torch(frames[0].f_code.co_filename):
+            outside = (f for f in self.frames if not _is_torch(f.f_code.co_filename))
+            frames += [frame for frame in (next(outside, None),) if frame is not None]
+        return [_spot(frame) for frame in frames]
+
+
+def _spot(frame: FrameType) -> tuple[str, int, int, int | None, int | None]:
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    if sys.version_info >= (3, 11) and frame.f_lasti >= 0:
+        positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+        first, last, column, end_column = positions
+        return path, first or line, last or line, column, end_column
+    return path, line, line, None, None
+
+
+def here(frame: FrameType | None) -> Place:
+    """Return where a thread stands.
+
+    Args:
+        frame: Its innermost frame. Where that is the watch's own alone, as in a thread of
+            autograd's, what the main thread waits in is taken.
+    """
+    frames = _outwards(frame)
+    if not frames:
+        frames = _outwards(frame_of_main_thread())
+    return Place(frames)
+
+
+def _outwards(frame: FrameType | None) -> list[FrameType]:
+    frames: list[FrameType] = []
+    while frame is not None and len(frames) < _MAX_FRAMES:
+        if not frame.f_code.co_filename.startswith(_OWN):
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _is_torch(path: str) -> bool:
+    return f"{os.sep}torch{os.sep}" in path and path.startswith(_LIBRARIES)
+
+
+def _is_script(path: str) -> bool:
+    return not path.startswith(("<frozen", "<string>", *_LIBRARIES))

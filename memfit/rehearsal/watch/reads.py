@@ -1,0 +1,140 @@
+"""Reads of the device by the host: what no kernel computed is read as zeros.
+
+The device calls for every one. Where it comes from in Python says who reads, and the functions of
+torch on the thread's own stack say what for: a number, the number of true entries of a mask, a
+whole tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from .internals import frame_here
+from .lines import Place, here
+
+__all__ = ["Reads"]
+
+_MAX_PLACES = 500
+_MAX_DEPTH = 80
+# What the mangled name of a function on the stack contains, and what is read then. The first match
+# counts: a size is read through a copy, too.
+_KINDS = (
+    ("is_nonzero", "decision"),
+    ("nonzero", "size"),
+    ("masked_select", "size"),
+    ("unique", "size"),
+    ("repeat_interleave", "size"),
+    ("bincount", "size"),
+    ("histc", "size"),
+    ("at11cuda_equal", "decision"),
+    ("cuda_equal", "decision"),
+    ("allclose", "decision"),
+    ("local_scalar_dense", "number"),
+    ("copy_", "tensor"),
+)
+
+
+class _SymbolInfo(ctypes.Structure):
+    """`Dl_info` of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+class Reads:
+    """The reads of a process, by line.
+
+    Args:
+        guarded: Makes a function that cannot fail of one that may.
+    """
+
+    def __init__(self, guarded: Callable[[Any], Any]) -> None:
+        self._guarded = guarded
+        self._library = ctypes.CDLL(None)
+        self._callback: Any = None
+        self._counts: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+        self._is_inside = False
+        self.phase: str | None = None
+        self.step = 0
+
+    def begin(self, _torch: ModuleType) -> bool:
+        """Have the device call for every read; false where there is no rehearsed device."""
+        register = getattr(self._library, "memfit_rehearsal_on_read", None)
+        if register is None:
+            return False
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_int)(
+            self._guarded(self._saw)
+        )
+        register(self._callback)
+        return True
+
+    def end(self) -> None:
+        """Be called no more."""
+        register = getattr(self._library, "memfit_rehearsal_on_read", None)
+        if register is not None and self._callback is not None:
+            register(None)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return every place that read since the last call, with its counts from the beginning."""
+        changed = [count for count in self._counts.values() if count["is_new"]]
+        for count in changed:
+            count["is_new"] = False
+        return [
+            {name: value for name, value in count.items() if name != "is_new"} for count in changed
+        ]
+
+    def _saw(self, num_bytes: int, is_known: int) -> None:
+        # What the host itself put there is read as it is.
+        if is_known or self._is_inside or sys.is_finalizing():
+            return
+        self._is_inside = True
+        try:
+            place = here(frame_here())
+            key = (place.script, place.innermost)
+            count = self._counts.get(key)
+            if count is None:
+                if len(self._counts) >= _MAX_PLACES:
+                    return
+                count = self._counts[key] = self._first(place)
+            count["num_reads"] += 1
+            count["num_bytes"] += num_bytes
+            count["is_new"] = True
+        finally:
+            self._is_inside = False
+
+    def _first(self, place: Place) -> dict[str, Any]:
+        return {
+            "line": place.script,
+            "library_line": place.library,
+            "innermost_line": place.innermost,
+            "spots": place.spots(),
+            "kind": self._kind(),
+            "phase": self.phase,
+            "step": self.step,
+            "num_reads": 0,
+            "num_bytes": 0,
+            "is_new": True,
+        }
+
+    def _kind(self) -> str:
+        with contextlib.suppress(AttributeError, OSError):
+            text = "\n".join(self._functions())
+            return next((kind for part, kind in _KINDS if part in text), "tensor")
+        return "tensor"
+
+    def _functions(self) -> Iterator[str]:
+        """Yield the mangled names of the functions on this thread's stack."""
+        addresses = (ctypes.c_void_p * _MAX_DEPTH)()
+        info = _SymbolInfo()
+        for address in addresses[: self._library.backtrace(addresses, _MAX_DEPTH)]:
+            if self._library.dladdr(ctypes.c_void_p(address), ctypes.byref(info)) and info.name:
+                yield info.name.decode(errors="replace")

@@ -1,0 +1,1 @@
+"""The folder that a rehearsed command finds first on `PYTHONPATH`; nothing else may be in it."""

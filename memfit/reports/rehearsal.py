@@ -1,0 +1,340 @@
+"""A rehearsal for the terminal: what a command would hold on a card, or where it would run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import (
+    DeviceRead,
+    HeldBytes,
+    ReadKind,
+    Rehearsal,
+    RehearsalEnd,
+    RehearsedProcess,
+    Shortage,
+)
+from memfit.units import format_bytes
+
+__all__ = ["doubts", "render", "render_several", "short_line"]
+
+_NUM_STEPS = 6
+_NUM_READS = 6
+_NUM_NAMED = 3
+_WHAT = {
+    ReadKind.SIZE: "a size",
+    ReadKind.DECISION: "true or false",
+    ReadKind.NUMBER: "a number",
+    ReadKind.TENSOR: "a tensor",
+}
+
+
+def render(rehearsal: Rehearsal) -> RenderableType:
+    """Lay out one rehearsal.
+
+    Args:
+        rehearsal: What was seen.
+
+    Returns:
+        Something for `rich.console.Console.print`: the peak or the shortage, steps, phases, ranks,
+        and what the figures leave out.
+    """
+    parts: list[RenderableType] = ["", _heading(rehearsal), ""]
+    parts += _answer(rehearsal)
+    largest = rehearsal.largest
+    if len(rehearsal.processes) > 1:
+        parts += ["", _ranks(rehearsal.processes)]
+    if largest is not None:
+        whose = "" if len(rehearsal.processes) == 1 else f" of {_name(largest)}"
+        if largest.steps:
+            parts += ["", Text(f"Peak of each step{whose}", "bold"), _steps(largest)]
+        if largest.phases:
+            parts += ["", Text(f"Peak of each phase{whose}", "bold"), _phases(largest)]
+    parts += _reads(rehearsal)
+    parts += ["", *(Text(note, "dim") for note in _notes(rehearsal))]
+    return Group(*parts)
+
+
+def render_several(rehearsals: Sequence[Rehearsal]) -> RenderableType:
+    """Lay out one command on several cards as a table.
+
+    Args:
+        rehearsals: One for each card, at least one.
+    """
+    table = _table()
+    table.add_column("GPU (rehearsed)")
+    table.add_column("ended")
+    for name in ("steps", "peak", "with context", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for rehearsal in rehearsals:
+        table.add_row(rehearsal.device, *_cells(rehearsal))
+    parts: list[RenderableType] = [
+        "",
+        Text(rehearsals[0].subject, "bold"),
+        "",
+        table,
+    ]
+    for rehearsal in rehearsals:
+        if rehearsal.shortage is not None:
+            parts += ["", Text(rehearsal.device, "bold"), *_shortage(rehearsal.shortage)]
+    parts += _reads(rehearsals[0])
+    notes = dict.fromkeys(note for rehearsal in rehearsals for note in _notes(rehearsal))
+    parts += ["", *(Text(note, "dim") for note in notes)]
+    return Group(*parts)
+
+
+def doubts(rehearsal: Rehearsal) -> str | None:
+    """Say why the figures are not to be trusted; `None` where nothing is known against them."""
+    lines = {
+        short_line(read.library_line or read.line)
+        for process in rehearsal.processes
+        for read in process.reads
+        if read.changes_course
+    }
+    if not lines:
+        return None
+    named = ", ".join(sorted(lines)[:_NUM_NAMED])
+    others = " and others" if len(lines) > _NUM_NAMED else ""
+    return (
+        f"Do not trust these figures: {named}{others} went another way than with real values. "
+        "No kernel computed what was read there, and zeros were found."
+    )
+
+
+def short_line(place: str | None) -> str:
+    """Return a line's place as short as it can be told: from the working folder or a package on."""
+    path, _, number = (place or "").rpartition(":")
+    if not path:
+        return "(unknown)"
+    parts = Path(path).parts
+    if "site-packages" in parts:
+        shown = Path(*parts[parts.index("site-packages") + 1 :])
+    elif Path(path).is_relative_to(Path.cwd()):
+        shown = Path(path).relative_to(Path.cwd())
+    else:
+        shown = Path(Path(path).name)
+    return f"{shown.as_posix()}:{number}"
+
+
+def _heading(rehearsal: Rehearsal) -> Text:
+    room = (
+        f"{format_bytes(rehearsal.capacity.usable_bytes)} usable: "
+        f"{format_bytes(rehearsal.capacity.total_bytes)} less "
+        f"{format_bytes(rehearsal.context_bytes)} for the CUDA context"
+    )
+    return Text.assemble(
+        (rehearsal.subject, "bold"),
+        f"\non {rehearsal.device}, rehearsed\n",
+        (room, "dim"),
+    )
+
+
+def _answer(rehearsal: Rehearsal) -> Iterator[RenderableType]:
+    largest = rehearsal.largest
+    if rehearsal.end is RehearsalEnd.OUT_OF_MEMORY:
+        if rehearsal.shortage is None:
+            yield Text("Out of memory.", "bold red")
+        else:
+            yield from _shortage(rehearsal.shortage)
+        if rehearsal.message is not None:
+            yield Text(rehearsal.message.partition("\n")[0].partition("  See ")[0], "dim")
+        return
+    if largest is not None:
+        assert rehearsal.total_bytes is not None
+        left = rehearsal.capacity.total_bytes - rehearsal.total_bytes
+        yield Text.assemble(
+            ("Peak ", "bold"),
+            (format_bytes(rehearsal.total_bytes), "bold"),
+            f" of {format_bytes(rehearsal.capacity.total_bytes)}: "
+            f"{format_bytes(largest.peak.reserved_bytes)} reserved, "
+            f"{format_bytes(rehearsal.context_bytes)} context; {format_bytes(left)} left",
+        )
+        if largest.num_alloc_retries:
+            yield Text(
+                f"The allocator gave back its cache and asked again "
+                f"{_times(largest.num_alloc_retries)}: it fits, but slows down.",
+                "yellow",
+            )
+    yield Text(_ending(rehearsal))
+
+
+def _ending(rehearsal: Rehearsal) -> str:
+    largest = rehearsal.largest
+    steps = "" if largest is None else f" after {_count(largest.num_steps, 'optimizer step')}"
+    return {
+        RehearsalEnd.SETTLED: f"The peak had settled: the command was ended{steps}.",
+        RehearsalEnd.FINISHED: f"The command ended by itself{steps}.",
+        RehearsalEnd.FAILED: (
+            f"The command failed by itself with exit code {rehearsal.exit_code}{steps}, and not "
+            "because memory ran out."
+        ),
+        RehearsalEnd.INTERRUPTED: f"The command was interrupted{steps}.",
+        RehearsalEnd.OUT_OF_MEMORY: f"Memory ran out{steps}.",
+    }[rehearsal.end]
+
+
+def _shortage(shortage: Shortage) -> Iterator[RenderableType]:
+    yield Text(
+        f"Out of memory in step {shortage.step}, {shortage.phase}: "
+        f"{format_bytes(shortage.missing_bytes)} were missing.",
+        "bold red",
+    )
+    table = _table(has_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("asked for", format_bytes(shortage.wanted_bytes))
+    table.add_row("free", format_bytes(shortage.free_bytes))
+    if shortage.line is not None:
+        table.add_row("line", short_line(shortage.line))
+    if shortage.library_line is not None:
+        table.add_row("in", short_line(shortage.library_line))
+    if shortage.module is not None:
+        table.add_row("module", shortage.module)
+    yield table
+
+
+def _ranks(processes: Sequence[RehearsedProcess]) -> Table:
+    table = _table()
+    table.add_column("process")
+    table.add_column("GPU", justify="right")
+    for name in ("steps", "requested", "allocated", "reserved", "retries"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for process in processes:
+        ran_out = any(shortage.ended_script for shortage in process.shortages)
+        table.add_row(
+            _name(process),
+            str(process.device_index),
+            str(process.num_steps),
+            *_held(process.peak),
+            str(process.num_alloc_retries),
+            Text("out of memory", "red") if ran_out else "",
+        )
+    return table
+
+
+def _steps(process: RehearsedProcess) -> Table:
+    table = _table()
+    for name in ("step", "requested", "allocated", "reserved", "retries"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[tuple[int, int, tuple[str, ...]]] = []
+    for step in process.steps:
+        cells: tuple[str, ...] = (*_held(step.peak), str(step.num_alloc_retries))
+        if rows and rows[-1][1:] == (step.number - 1, cells):
+            rows[-1] = (rows[-1][0], step.number, cells)
+        else:
+            rows.append((step.number, step.number, cells))
+    half = _NUM_STEPS // 2
+    for first, last, cells in rows if len(rows) <= _NUM_STEPS else rows[:half] + rows[-half:]:
+        table.add_row(str(first) if first == last else f"{first} to {last}", *cells)
+    return table
+
+
+def _phases(process: RehearsedProcess) -> Table:
+    table = _table()
+    table.add_column("phase")
+    for name in ("requested", "allocated", "reserved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for phase in process.phases:
+        table.add_row(phase.name, *_held(phase.peak))
+    return table
+
+
+def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
+    # Ranks run the same lines.
+    reads = next((process.reads for process in rehearsal.processes if process.reads), ())
+    if not reads:
+        return
+    yield ""
+    doubt = doubts(rehearsal)
+    if doubt is not None:
+        yield Text(doubt, "bold red")
+        yield ""
+    yield Text(
+        f"Lines that read what no kernel computed ({_count(len(reads), 'line')}, "
+        f"{_count(sum(read.num_reads for read in reads), 'read')})",
+        "bold",
+    )
+    table = _table()
+    table.add_column("reads", justify="right")
+    table.add_column("what")
+    table.add_column("line")
+    table.add_column("")
+    for read in reads[:_NUM_READS]:
+        table.add_row(
+            str(read.num_reads),
+            _WHAT[read.kind],
+            _place(read),
+            Text("goes another way", "red") if read.changes_course else "",
+        )
+    yield table
+
+
+def _place(read: DeviceRead) -> str:
+    places = (read.line, read.library_line)
+    return ", in ".join(short_line(place) for place in places if place is not None) or "(unknown)"
+
+
+def _cells(rehearsal: Rehearsal) -> tuple[str | Text, ...]:
+    largest, total = rehearsal.largest, rehearsal.total_bytes
+    shortage = rehearsal.shortage
+    if rehearsal.end is RehearsalEnd.OUT_OF_MEMORY:
+        missing = "" if shortage is None else f"-{format_bytes(shortage.missing_bytes)}"
+        left: str | Text = Text(missing, "red")
+        ended: str | Text = Text("out of memory", "red")
+    else:
+        left = "" if total is None else format_bytes(rehearsal.capacity.total_bytes - total)
+        ended = rehearsal.end.value
+    return (
+        ended,
+        "" if largest is None else str(largest.num_steps),
+        "" if largest is None else format_bytes(largest.peak.reserved_bytes),
+        "" if total is None else format_bytes(total),
+        left,
+    )
+
+
+def _notes(rehearsal: Rehearsal) -> Iterator[str]:
+    yield from rehearsal.notes
+    yield (
+        "Rehearsed, not measured: PyTorch's own software ran, its kernels did nothing. The CUDA "
+        f"context is the catalogue's figure. {_count(len(rehearsal.processes), 'process')}, "
+        f"{rehearsal.seconds:.1f} s"
+        + (f", torch {rehearsal.processes[0].torch_version}." if rehearsal.processes else ".")
+    )
+
+
+def _held(peak: HeldBytes) -> tuple[str, str, str]:
+    return (
+        format_bytes(peak.requested_bytes),
+        format_bytes(peak.allocated_bytes),
+        format_bytes(peak.reserved_bytes),
+    )
+
+
+def _name(process: RehearsedProcess) -> str:
+    return f"process {process.process}" if process.rank is None else f"rank {process.rank}"
+
+
+def _count(number: int, thing: str) -> str:
+    plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number} {thing if number == 1 else plural}"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _table(*, has_header: bool = True) -> Table:
+    return Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+        show_edge=False,
+        show_header=has_header,
+    )

@@ -1,0 +1,87 @@
+"""Trains a product of two layers: no library of NVIDIA's is called.
+
+Its arguments: samples, steps, and what to do besides.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+SAMPLES, STEPS, *EXTRAS = sys.argv[1:]
+
+
+class Scale(nn.Module):
+    """Multiplies by a weight for each number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1024, 256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weight).relu()
+
+
+class Net(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Scale()
+        self.second = Scale()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(self.first(x)).sum()
+        return result
+
+
+def say_peak() -> None:
+    """Print what the script itself sees."""
+    print("peak", torch.cuda.max_memory_allocated(), flush=True)
+
+
+def main() -> None:
+    net = Net().cuda()
+    optimizer = torch.optim.AdamW(net.parameters())
+    atexit.register(say_peak)
+    if "orphan" in EXTRAS:
+        subprocess.Popen(["sleep", "600"], start_new_session=True)  # noqa: S607
+    for step in range(int(STEPS)):
+        x = torch.ones(int(SAMPLES), 1024, 256, device="cuda")
+        try:
+            loss = net(x)
+        except torch.OutOfMemoryError:
+            if "retry" not in EXTRAS:
+                raise
+            loss = net(x[:1])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if "reset" in EXTRAS and step == 0:
+            say_peak()
+            torch.cuda.reset_peak_memory_stats()
+        if "read" in EXTRAS:
+            print("loss", loss.item())
+            if loss.item() > 1:
+                print("large")
+            x[x > 3].sum()
+        if "wait" in EXTRAS:
+            print("stepped", flush=True)
+    if "evaluate" in EXTRAS:
+        net.eval()
+        with torch.no_grad():
+            net(torch.ones(4 * int(SAMPLES), 1024, 256, device="cuda"))
+    if "quit" in EXTRAS:
+        os._exit(5)
+    if "crash" in EXTRAS:
+        os.abort()
+    if "fail" in EXTRAS:
+        raise ValueError("a fault of the script's own")
+
+
+main()

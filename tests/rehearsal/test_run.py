@@ -1,0 +1,278 @@
+"""Commands under a rehearsed card: what is seen of them, and that nothing of them changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from memfit.cards import find_gpu
+from memfit.errors import MemfitError, UsageError
+from memfit.records import Rehearsal, RehearsalEnd, Source
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.rehearsal.run import Rehearsed, rehearse_command
+from memfit.units import MIB
+
+SCRIPTS = Path(__file__).parent / "scripts"
+TRAINING = str(SCRIPTS / "training.py")
+CARD = find_gpu("rtx3060")
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test: no file of a report is left, and no process."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    assert not list(folder.glob("memfit-rehearsal-*"))
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert not left
+
+
+def environment(num_gpus: int = 1) -> dict[str, str]:
+    try:
+        return rehearsed_environment(CARD, num_gpus=num_gpus)
+    except MemfitError as error:
+        pytest.skip(str(error))
+
+
+def rehearse(*words: str, num_steps: int = 3, is_whole: bool = False) -> Rehearsal:
+    return recorded(*words, num_steps=num_steps, is_whole=is_whole, keeps_history=False).rehearsal
+
+
+def recorded(
+    *words: str, num_steps: int = 3, is_whole: bool = False, keeps_history: bool = True
+) -> Rehearsed:
+    return rehearse_command(
+        [sys.executable, *words],
+        CARD,
+        environment(),
+        num_steps=num_steps,
+        is_whole=is_whole,
+        keeps_history=keeps_history,
+    )
+
+
+def printed_peaks(text: str) -> list[int]:
+    return [int(line.split()[1]) for line in text.splitlines() if line.startswith("peak ")]
+
+
+def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[str]) -> None:
+    """As by `sys.exit(0)`, and what it reads of its own peaks is what it would read unwatched."""
+    found = rehearse(TRAINING, "8", "1000", "reset")
+    out, err = capfd.readouterr()
+    assert (found.end, found.exit_code, err) == (RehearsalEnd.SETTLED, 0, "")
+    assert found.source is Source.REHEARSED
+    (process,) = found.processes
+    # The optimizer's state makes the second step the first of its height.
+    first, second, *others = process.steps
+    assert first.peak.allocated_bytes < second.peak.allocated_bytes
+    assert all(step.peak == second.peak for step in others)
+    assert process.num_steps == 5
+    assert [phase.name for phase in process.phases] == [
+        "setup",
+        "data",
+        "forward",
+        "backward",
+        "optimizer",
+    ]
+    assert printed_peaks(out) == [first.peak.allocated_bytes, second.peak.allocated_bytes]
+    # Two weights of 1 MiB with two moments each and the first's gradient, five batches of 8 MiB
+    # (the input, what two layers keep, two gradients), and two counters of steps.
+    assert second.peak.requested_bytes == 2 * 3 * MIB + 1 * MIB + 5 * 8 * MIB + 2 * 4
+
+
+def test_a_whole_script_shows_its_evaluation() -> None:
+    """It ends by itself, here by `os._exit` with a code of its own."""
+    found = rehearse(TRAINING, "2", "6", "evaluate", "quit", is_whole=True)
+    assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, 5)
+    (process,) = found.processes
+    assert process.num_steps == 6
+    evaluation = process.phase("evaluation")
+    assert evaluation is not None
+    assert evaluation.peak.requested_bytes >= 2 * 8 * MIB
+    assert process.peak.requested_bytes == evaluation.peak.requested_bytes
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"), [("fail", 1), ("crash", -signal.SIGABRT)], ids=["error", "abort"]
+)
+def test_a_script_that_fails_keeps_its_code(
+    extra: str, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its output is its own, and what was seen until then is reported."""
+    found = rehearse(TRAINING, "2", "2", extra)
+    assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, code)
+    assert found.processes[0].num_steps == 2
+    error = capfd.readouterr().err
+    if extra == "fail":
+        assert error.endswith("ValueError: a fault of the script's own\n")
+        assert found.message == "a fault of the script's own"
+    else:
+        assert any("SIGABRT" in note for note in found.notes)
+
+
+def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[str]) -> None:
+    """The script ends with torch's own error, and what was missing is known."""
+    found = rehearse(TRAINING, "6000", "2")
+    assert (found.end, found.exit_code) == (RehearsalEnd.OUT_OF_MEMORY, 1)
+    shortage = found.shortage
+    assert shortage is not None
+    assert shortage.wanted_bytes == 6000 * MIB
+    assert shortage.missing_bytes == shortage.wanted_bytes - shortage.free_bytes > 0
+    line = next(
+        number
+        for number, text in enumerate(Path(TRAINING).read_text("utf-8").splitlines(), start=1)
+        if "self.weight).relu()" in text
+    )
+    assert shortage.line == f"{TRAINING}:{line}"
+    assert (shortage.module, shortage.phase, shortage.step) == ("first", "forward", 1)
+    assert found.message is not None
+    assert found.message.startswith("CUDA out of memory. Tried to allocate")
+    assert found.message.splitlines()[0] in capfd.readouterr().err
+
+
+def test_a_script_may_handle_a_shortage() -> None:
+    """Then it fits, and the shortage is told all the same."""
+    found = rehearse(TRAINING, "5000", "4", "retry", is_whole=True)
+    assert (found.end, found.exit_code) == (RehearsalEnd.FINISHED, 0)
+    (process,) = found.processes
+    assert process.num_steps == 4
+    assert len(process.shortages) == 4
+    assert not any(shortage.ended_script for shortage in process.shortages)
+
+
+def test_reads_that_decide_are_told_from_reads_that_show() -> None:
+    """A mask as index and a condition change the course; a loss that is printed does not."""
+    found = rehearse(TRAINING, "2", "3", "read", is_whole=True)
+    text = Path(TRAINING).read_text("utf-8").splitlines()
+    reads = {
+        text[int(read.line.rpartition(":")[2]) - 1].strip(): (
+            read.kind.value,
+            read.num_reads,
+            read.changes_course,
+        )
+        for read in found.processes[0].reads
+        if read.line is not None
+    }
+    assert reads == {
+        'print("loss", loss.item())': ("number", 3, False),
+        "if loss.item() > 1:": ("number", 3, True),
+        "x[x > 3].sum()": ("size", 3, True),
+    }
+    assert not found.is_trusted
+
+
+def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+    """Spawned and forked ones, beside workers that only load data; with much output."""
+    found = rehearse(str(SCRIPTS / "processes.py"))
+    out = capfd.readouterr().out
+    assert (found.end, found.exit_code) == (RehearsalEnd.SETTLED, 0)
+    held = sorted(process.peak.requested_bytes // MIB for process in found.processes)
+    # A weight and its gradient each.
+    assert held == [32, 64, 128]
+    assert "batch [0, 1, 2, 3]" in out
+    assert "joined 0" in out
+    assert len(out) > 100 * MIB
+
+
+def test_what_a_command_leaves_running_is_ended() -> None:
+    """Also what has a session of its own."""
+    before = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
+    found = rehearse(TRAINING, "2", "1", "orphan")
+    assert found.exit_code == 0
+    after = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
+    assert after <= before
+
+
+def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
+    """The command gets it as well, and what was seen until then is shown."""
+    environment()
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "memfit", "rehearse", "--gpu", "rtx3060", "--whole", "--"),
+            *(sys.executable, TRAINING, "2", "1000000", "wait"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line == "stepped\n":
+            break
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert "The command was interrupted after " in out
+
+
+def test_a_history_has_the_roles_of_a_step() -> None:
+    """Parameters, gradients, state and activations are told apart, and modules named."""
+    from memfit.profiling.rehearsed import recorded_step
+    from memfit.records import Role
+
+    found = recorded(TRAINING, "8", "1000")
+    step = recorded_step(found)
+    assert step.number == found.rehearsal.processes[0].num_steps
+    roles = {share.role: share.num_bytes for share in step.peak.roles}
+    assert roles[Role.PARAMETERS] == 2 * MIB
+    assert roles[Role.OPTIMIZER_STATE] >= 4 * MIB
+    assert roles[Role.INPUTS] == 8 * MIB
+    # The first layer's result; that of the second has been used.
+    assert roles[Role.ACTIVATIONS] == 8 * MIB + 4
+    assert step.peak.phase == "backward"
+    assert {"first", "second"} <= {share.module for share in step.peak.modules}
+    assert step.peak.total_bytes == found.rehearsal.total_bytes
+
+
+def test_a_command_without_the_card_is_said_so() -> None:
+    """It runs as it would, and nothing is claimed."""
+    found = rehearse("-c", "print('hello')")
+    assert (found.end, found.processes, found.peak) == (RehearsalEnd.FINISHED, (), None)
+    assert any("No process of the command used the card" in note for note in found.notes)
+
+
+def test_commands_that_are_none_are_refused(tmp_path: Path) -> None:
+    """With what to write instead."""
+    script = tmp_path / "train.py"
+    script.touch()
+    with pytest.raises(UsageError, match=r"write -- python .*train\.py"):
+        rehearse_command([str(script)], CARD, {})
+    with pytest.raises(UsageError, match="There is no command 'pyhton' here"):
+        rehearse_command(["pyhton", "train.py"], CARD, {})
+    with pytest.raises(UsageError, match="after --"):
+        rehearse_command([], CARD, {})
+
+
+def test_the_watch_is_not_seen_by_a_script(tmp_path: Path) -> None:
+    """The import path is as without it, and a `sitecustomize` of the user's own runs."""
+    import json
+
+    from memfit.rehearsal.run import _watched
+
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.own = __file__\n", "utf-8")
+    program = "import sys; print(sys.path, sys.own, sys.modules['sitecustomize'].__file__)"
+    plain = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    settings = {"folder": str(tmp_path), "num_steps": 3, "is_whole": False, "keeps_history": False}
+    watched = _watched(plain, settings)
+    assert json.loads(watched["MEMFIT_REHEARSAL_WATCH"]) == settings
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        ).stdout
+        for env in (plain, watched)
+    ]
+    assert outputs[0] == outputs[1]

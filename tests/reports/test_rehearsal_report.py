@@ -1,0 +1,218 @@
+"""Rehearsals as text and as pages, from made-up records."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from memfit.records import (
+    Capacity,
+    DeviceRead,
+    HeldBytes,
+    ReadKind,
+    Rehearsal,
+    RehearsalEnd,
+    RehearsedPhase,
+    RehearsedProcess,
+    RehearsedStep,
+    Shortage,
+)
+from memfit.reports.rehearsal import doubts, render, render_several, short_line
+from memfit.units import GIB, MIB
+
+
+def held(mebibytes: int) -> HeldBytes:
+    return HeldBytes(
+        requested_bytes=mebibytes * MIB,
+        allocated_bytes=(mebibytes + 1) * MIB,
+        reserved_bytes=(mebibytes + 20) * MIB,
+    )
+
+
+def step(number: int, mebibytes: int) -> RehearsedStep:
+    return RehearsedStep(
+        number=number, optimizer="AdamW", peak=held(mebibytes), num_alloc_retries=0
+    )
+
+
+READ = DeviceRead(
+    line="/home/user/train.py:12",
+    library_line=None,
+    kind=ReadKind.NUMBER,
+    phase="data",
+    num_reads=5,
+    num_bytes=20,
+    changes_course=False,
+)
+PROCESS = RehearsedProcess(
+    process=4711,
+    rank=None,
+    num_ranks=None,
+    device_index=0,
+    torch_version="2.15.0",
+    peak=held(1000),
+    num_alloc_retries=0,
+    num_steps=5,
+    steps=(step(1, 900), *(step(number, 1000) for number in range(2, 6))),
+    phases=(
+        RehearsedPhase(name="forward", peak=held(950)),
+        RehearsedPhase(name="backward", peak=held(1000)),
+    ),
+    reads=(),
+    shortages=(),
+    has_settled=True,
+    follows_modules=True,
+    message=None,
+)
+REHEARSAL = Rehearsal(
+    command=("python", "train.py", "--name", "a b"),
+    device="NVIDIA GeForce RTX 3060",
+    capacity=Capacity(usable_bytes=11 * GIB, total_bytes=12 * GIB, origin="less the context"),
+    context_bytes=200 * MIB,
+    end=RehearsalEnd.SETTLED,
+    exit_code=0,
+    processes=(PROCESS,),
+    notes=("A note.",),
+    seconds=4.5,
+)
+SHORTAGE = Shortage(
+    wanted_bytes=600 * MIB,
+    free_bytes=100 * MIB,
+    line="/home/user/train.py:7",
+    library_line="/env/lib/python3.11/site-packages/timm/models/resnet.py:153",
+    module="layer1.0.bn2",
+    phase="forward",
+    step=1,
+    ended_script=True,
+)
+RAN_OUT = dataclasses.replace(
+    REHEARSAL,
+    end=RehearsalEnd.OUT_OF_MEMORY,
+    exit_code=1,
+    processes=(
+        dataclasses.replace(
+            PROCESS,
+            shortages=(SHORTAGE,),
+            has_settled=False,
+            message="CUDA out of memory. Tried to allocate 600.00 MiB.  See documentation",
+        ),
+    ),
+)
+
+
+def text(shown: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(shown)
+    output: Any = console.file
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def test_a_rehearsal_that_settled() -> None:
+    """The whole text."""
+    assert (
+        text(render(REHEARSAL))
+        == """
+python train.py --name 'a b'
+on NVIDIA GeForce RTX 3060, rehearsed
+11.0 GiB usable: 12.0 GiB less 200 MiB for the CUDA context
+
+Peak 1220 MiB of 12.0 GiB: 1020 MiB reserved, 200 MiB context; 10.8 GiB left
+The peak had settled: the command was ended after 5 optimizer steps.
+
+Peak of each step
+  step  requested  allocated  reserved  retries
+     1    900 MiB    901 MiB   920 MiB        0
+2 to 5   1000 MiB   1001 MiB  1020 MiB        0
+
+Peak of each phase
+phase     requested  allocated  reserved
+forward     950 MiB    951 MiB   970 MiB
+backward   1000 MiB   1001 MiB  1020 MiB
+
+A note.
+Rehearsed, not measured: PyTorch's own software ran, its kernels did nothing.
+The CUDA context is the catalogue's figure. 1 process, 4.5 s, torch 2.15.0."""
+    )
+
+
+def test_a_shortage_says_where_and_how_much() -> None:
+    """Bytes, line, library, module and torch's own words."""
+    shown = text(render(RAN_OUT))
+    assert (
+        """
+Out of memory in step 1, forward: 500 MiB were missing.
+asked for  600 MiB
+free       100 MiB
+line       train.py:7
+in         timm/models/resnet.py:153
+module     layer1.0.bn2
+CUDA out of memory. Tried to allocate 600.00 MiB.
+"""
+        in shown
+    )
+
+
+def test_ranks_are_one_table() -> None:
+    """A line for each, with what became of it."""
+    ranks = tuple(
+        dataclasses.replace(
+            process, rank=rank, num_ranks=2, device_index=rank, peak=held(1000 + rank)
+        )
+        for rank, process in enumerate((PROCESS, RAN_OUT.processes[0]))
+    )
+    shown = text(render(dataclasses.replace(RAN_OUT, processes=ranks)))
+    assert (
+        """
+process  GPU  steps  requested  allocated  reserved  retries
+rank 0     0      5   1000 MiB   1001 MiB  1020 MiB        0
+rank 1     1      5   1001 MiB   1002 MiB  1021 MiB        0  out of memory
+"""
+        in shown
+    )
+    assert "Peak of each step of rank 1" in shown
+
+
+def test_several_cards_are_one_table() -> None:
+    """Each with what is left of it, or missing."""
+    shown = text(render_several((REHEARSAL, RAN_OUT)))
+    rows = [line.split() for line in shown.splitlines() if line.startswith("NVIDIA GeForce")]
+    assert rows[0][4:] == ["settled", "5", "1020", "MiB", "1220", "MiB", "10.8", "GiB"]
+    assert rows[1][4:] == ["out", "of", "memory", "5", "1020", "MiB", "1220", "MiB", "-500", "MiB"]
+    assert shown.count("Rehearsed, not measured") == 1
+
+
+def test_doubts_are_plain() -> None:
+    """Only where a line went another way."""
+    shown = dataclasses.replace(REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(READ,)),))
+    assert (doubts(shown), shown.is_trusted) == (None, True)
+    assert "Lines that read what no kernel computed (1 line, 5 reads)" in text(render(shown))
+    decides = dataclasses.replace(READ, kind=ReadKind.SIZE, changes_course=True)
+    doubted = dataclasses.replace(
+        REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(decides,)),)
+    )
+    assert not doubted.is_trusted
+    assert "Do not trust these figures: train.py:12 went another way" in text(render(doubted))
+
+
+def test_places_are_short() -> None:
+    """From a package on, else the file's name."""
+    assert short_line("/env/lib/python3.11/site-packages/timm/a.py:3") == "timm/a.py:3"
+    assert short_line("/home/user/train.py:12") == "train.py:12"
+    assert short_line(None) == "(unknown)"
+
+
+def test_a_record_is_plain_values() -> None:
+    """With what follows from its fields."""
+    plain = RAN_OUT.to_dict()
+    assert plain["source"] == "rehearsed"
+    assert plain["fits"] is False
+    assert plain["is_trusted"] is True
+    assert plain["total_bytes"] == 1220 * MIB
+    assert plain["peak"]["reserved_bytes"] == 1020 * MIB
+    assert plain["processes"][0]["shortages"][0]["missing_bytes"] == 500 * MIB
+    assert plain["message"].startswith("CUDA out of memory.")
