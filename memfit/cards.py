@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import os
 import re
 from importlib import resources
 
@@ -17,7 +18,16 @@ from memfit.errors import UsageError
 from memfit.records import Record
 from memfit.units import MIB
 
-__all__ = ["ANY_GPU", "COMMON_GPUS", "Gpu", "catalogue", "find_gpu", "gpu_like"]
+__all__ = [
+    "ANY_GPU",
+    "COMMON_GPUS",
+    "REHEARSED_CARD_VARIABLE",
+    "Gpu",
+    "catalogue",
+    "find_gpu",
+    "gpu_like",
+    "is_rehearsed",
+]
 
 COMMON_GPUS = (
     "NVIDIA GeForce RTX 3070",
@@ -34,6 +44,9 @@ COMMON_GPUS = (
     "NVIDIA H200",
 )
 """What is simulated where there is no GPU and none is named: 8 to 141 GB, common ones."""
+
+REHEARSED_CARD_VARIABLE = "MEMFIT_REHEARSED_CARD"
+"""The environment variable that describes a rehearsed card to the device that stands in for it."""
 
 ANY_GPU = "any"
 """A card of which only the capacity matters; it behaves like compute capability 8.0."""
@@ -131,6 +144,11 @@ def catalogue() -> tuple[Gpu, ...]:
         )
         for row in csv.DictReader(text.splitlines())
     )
+
+
+def is_rehearsed() -> bool:
+    """Whether the CUDA devices of this process are rehearsed: torch's software, without a GPU."""
+    return REHEARSED_CARD_VARIABLE in os.environ
 
 
 def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:

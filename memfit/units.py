@@ -16,6 +16,7 @@ __all__ = [
     "GIB",
     "KIB",
     "MIB",
+    "TIB",
     "format_bytes",
     "format_parts",
     "parse_bytes",
@@ -25,6 +26,7 @@ __all__ = [
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+TIB = 1024**4
 
 _UNIT_BYTES = {
     "B": 1,
@@ -38,7 +40,7 @@ _UNIT_BYTES = {
     "TB": 10**12,
 }
 # A bare letter is binary, as in `ulimit`, Docker and Slurm.
-_BARE_UNIT_BYTES = {"K": KIB, "M": MIB, "G": GIB, "T": 1024**4}
+_BARE_UNIT_BYTES = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _UNIT_BY_LOWER = {unit.lower(): size for unit, size in (_UNIT_BYTES | _BARE_UNIT_BYTES).items()}
 _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)\s*")
 _IMAGE_SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")

@@ -6,7 +6,7 @@ import dataclasses
 
 from typing_extensions import Unpack
 
-from memfit.api.probing import simulated
+from memfit.api.cards import simulated
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import SimulatedGpu, open_backend, with_precision
 from memfit.backends.simulated import TraceCache

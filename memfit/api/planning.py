@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from typing_extensions import Unpack
 
-from memfit.api.probing import on_each_card, simulated
+from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
+from memfit.api.probing import on_each_card
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import open_backend
-from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
-from memfit.records import Objective, Plan, PlanAnswer, PlanSurvey, Trial
+from memfit.records import Engine, Objective, Plan, PlanAnswer, PlanSurvey, Trial
 from memfit.step.workload import Workload
 from memfit.units import parse_bytes
 
@@ -33,6 +33,7 @@ def plan(
     device: str | None = None,
     gpu: str | None = None,
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
@@ -54,6 +55,7 @@ def plan(
         device: As in `probe`.
         gpu: As in `probe`.
         memory: As in `probe`.
+        engine: As in `probe`.
         headroom: Share of the capacity to keep free, from 0 to below 1.
         multiple_of: What micro-batches are multiples of, the last of a step excepted.
         max_batch_size: The largest micro-batch of interest.
@@ -87,7 +89,8 @@ def plan(
         raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
-    return plan_on(simulated(gpu, memory_bytes, TraceCache()), step, target, progress=progress)
+    with Cards(engine_of(engine)) as cards:
+        return plan_on(cards.open(gpu, memory_bytes, step), step, target, progress=progress)
 
 
 def survey_plans(
@@ -98,12 +101,15 @@ def survey_plans(
     world_size: int = 1,
     objective: str | Objective = Objective.LARGEST,
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
     **options: Unpack[StepKeywords],
 ) -> PlanSurvey:
-    """Plan for several GPUs that are not there, from as few traces as can be.
+    """Plan for several GPUs that are not there.
+
+    They are simulated, from as few traces as can be, unless the engine is `"rehearse"`.
 
     Args:
         subject: A timm model's name, or a `Workload`, which is not touched.
@@ -112,6 +118,7 @@ def survey_plans(
         world_size: As in `plan`.
         objective: As in `plan`, but for `"fastest"`.
         memory: What each card has, in place of the catalogue's figure.
+        engine: As in `probe`; `"auto"` simulates.
         headroom: As in `plan`.
         multiple_of: As in `plan`.
         max_batch_size: As in `plan`.
@@ -135,7 +142,8 @@ def survey_plans(
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
     step = describe(subject, **options)
-    answers = on_each_card(gpus, memory, lambda card: plan_on(card, step, target))
+    chosen = engine_for_several(engine)
+    answers = on_each_card(gpus, memory, chosen, step, lambda card: plan_on(card, step, target))
     return PlanSurvey(
         subject=step.name,
         effective_batch_size=target.effective_batch_size,
@@ -143,4 +151,5 @@ def survey_plans(
         answers=tuple(
             PlanAnswer(gpu=gpu, plan=found, reason=reason) for gpu, found, reason in answers
         ),
+        source=source_of(chosen),
     )

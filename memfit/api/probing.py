@@ -7,17 +7,17 @@ from typing import TypeVar
 
 from typing_extensions import Unpack
 
+from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
 from memfit.api.steps import StepKeywords, describe, own_device
-from memfit.backends import open_backend, with_precision
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends import Backend, open_backend, with_precision
 from memfit.cards import COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchBounds, probe_on
-from memfit.records import ProbeResult, Survey, SurveyAnswer, Trial
-from memfit.step.workload import Workload
+from memfit.records import Engine, ProbeResult, Survey, SurveyAnswer, Trial
+from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_bytes
 
-__all__ = ["estimate", "on_each_card", "probe", "simulated", "survey"]
+__all__ = ["estimate", "on_each_card", "probe", "survey"]
 
 _Found = TypeVar("_Found")
 
@@ -28,6 +28,7 @@ def probe(
     device: str | None = None,
     gpu: str | None = None,
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     headroom: float = 0.05,
     multiple_of: int = 1,
@@ -44,11 +45,14 @@ def probe(
         subject: A timm model's name, or a `Workload` of the user's own objects.
         device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own, and for a name the
             first GPU, or else the CPU.
-        gpu: A card to simulate instead, by its name in the catalogue (`"rtx3090"`), or `"any"` with
+        gpu: A card that is not there, by its name in the catalogue (`"rtx3090"`), or `"any"` with
             `memory`; nothing is measured then, and the result says so.
         memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
             caching allocator, on a CPU a limit beyond the loaded process. By default, all that is
             left. With `gpu` it is what the card has, in place of the catalogue's figure.
+        engine: How a `gpu` is tried: `"rehearse"` (torch's own CUDA software runs, kernels do
+            nothing), `"simulate"`, or `"auto"`: rehearsed where this system can, else simulated.
+            The environment variable MEMFIT_ENGINE decides what `"auto"` is.
         accumulate: Probe the micro-batch of a step that accumulates gradients.
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
         multiple_of: What the recommendation is a multiple of, at least 1.
@@ -74,8 +78,9 @@ def probe(
     if gpu is not None:
         if device is not None:
             raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
-        card = simulated(gpu, memory_bytes, TraceCache())
-        return probe_on(card, step, bounds, progress=progress)
+        with Cards(engine_of(engine)) as cards:
+            card = cards.open(gpu, memory_bytes, step)
+            return probe_on(card, step, bounds, progress=progress)
     backend = open_backend(
         own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
     )
@@ -87,18 +92,22 @@ def survey(
     *,
     gpus: Sequence[str] | None = None,
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
     **options: Unpack[StepKeywords],
 ) -> Survey:
-    """Simulate a training step on several GPUs that are not there, from as few traces as can be.
+    """Try a training step on several GPUs that are not there.
+
+    They are simulated, from as few traces as can be, unless the engine is `"rehearse"`.
 
     Args:
         subject: A timm model's name, or a `Workload`, which is not touched.
         gpus: Names of the catalogue; by default a short list of common cards.
         memory: What each card has, in place of the catalogue's figure.
+        engine: As in `probe`; `"auto"` simulates.
         accumulate: As in `probe`.
         headroom: As in `probe`.
         multiple_of: As in `probe`.
@@ -114,12 +123,16 @@ def survey(
     """
     step = describe(subject, accumulate=accumulate, **options)
     bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
-    answers = on_each_card(gpus, memory, lambda card: probe_on(card, step, bounds))
+    chosen = engine_for_several(engine)
+    source = source_of(chosen)
+    answers = on_each_card(gpus, memory, chosen, step, lambda card: probe_on(card, step, bounds))
     return Survey(
         subject=step.name,
         answers=tuple(
-            SurveyAnswer(gpu=gpu, result=result, reason=reason) for gpu, result, reason in answers
+            SurveyAnswer(gpu=gpu, result=result, reason=reason, source=source)
+            for gpu, result, reason in answers
         ),
+        source=source,
     )
 
 
@@ -129,10 +142,11 @@ def estimate(
     *,
     gpu: str,
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     **options: Unpack[StepKeywords],
 ) -> Trial:
-    """Simulate one batch size of a training step on a GPU that is not there.
+    """Try one batch size of a training step on a GPU that is not there.
 
     Args:
         subject: A timm model's name, or a `Workload`, which is not touched.
@@ -140,11 +154,12 @@ def estimate(
         gpu: A name of the catalogue, such as `"rtx3090"`; `"any"` with `memory` for a capacity
             alone.
         memory: What the card has, in place of the catalogue's figure.
+        engine: As in `probe`.
         accumulate: As in `probe`.
         **options: As in `probe`.
 
     Returns:
-        How it would end; its `source` is `SIMULATED`.
+        How it would end; its `source` says whether it was rehearsed or simulated.
 
     Raises:
         UsageError: Something asked for cannot be.
@@ -154,34 +169,24 @@ def estimate(
         raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
     step = describe(subject, accumulate=accumulate, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    backend = simulated(gpu, memory_bytes, TraceCache())
-    return backend.trial(with_precision(step, backend), batch_size)
-
-
-def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:
-    """Return a card of the catalogue as a backend.
-
-    Args:
-        gpu: Its name or an alias; `"any"` with `memory_bytes`.
-        memory_bytes: What it has, in place of the catalogue's figure.
-        traces: Shared by the cards of one question.
-
-    Raises:
-        UsageError: There is no such card.
-    """
-    return SimulatedBackend(find_gpu(gpu, total_bytes=memory_bytes), traces=traces)
+    with Cards(engine_of(engine)) as cards, cards.open(gpu, memory_bytes, step) as backend:
+        return backend.trial(with_precision(step, backend), batch_size)
 
 
 def on_each_card(
     gpus: Sequence[str] | None,
     memory: str | int | None,
-    ask: Callable[[SimulatedBackend], _Found],
+    engine: Engine,
+    step: TrainingStep,
+    ask: Callable[[Backend], _Found],
 ) -> list[tuple[str, _Found | None, str | None]]:
-    """Ask the same of several simulated cards, which share their traces.
+    """Ask the same of several cards that are not there, which share their traces.
 
     Args:
         gpus: Names of the catalogue, all looked up first; `None` for a short list of common cards.
         memory: What each card has, in place of the catalogue's figure.
+        engine: How they are tried.
+        step: What is tried.
         ask: What is asked of each.
 
     Returns:
@@ -191,13 +196,15 @@ def on_each_card(
         UsageError: There is no such card.
     """
     memory_bytes = None if memory is None else parse_bytes(memory)
-    traces = TraceCache()
 
-    def asked(card: SimulatedBackend) -> tuple[str, _Found | None, str | None]:
+    def asked(card: Backend) -> tuple[str, _Found | None, str | None]:
         try:
             return card.device_name, ask(card), None
         except DoesNotFitError as error:
             return card.device_name, None, str(error)
 
-    cards = [simulated(gpu, memory_bytes, traces) for gpu in gpus or COMMON_GPUS]
-    return [asked(card) for card in cards]
+    names = tuple(gpus or COMMON_GPUS)
+    for name in names:
+        find_gpu(name, total_bytes=memory_bytes)
+    with Cards(engine) as cards:
+        return [asked(cards.open(name, memory_bytes, step)) for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 import time
@@ -11,14 +12,22 @@ from pathlib import Path
 import torch
 from typing_extensions import Unpack
 
+from memfit.api.cards import Cards, engine_of
 from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
-from memfit.backends import open_backend, with_precision
+from memfit.backends import Backend, open_backend, with_precision
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import find_gpu
-from memfit.errors import UnsupportedError, UsageError
-from memfit.profiling import Profiled, advise, card_lines, profile_device, profile_gpu
-from memfit.records import MemoryProfile
-from memfit.step.workload import Workload
+from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
+from memfit.profiling import (
+    Profiled,
+    advise,
+    card_lines,
+    profile_current_gpu,
+    profile_device,
+    profile_gpu,
+)
+from memfit.records import Engine, MemoryProfile, Source
+from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_bytes
 
 __all__ = ["profile"]
@@ -32,6 +41,7 @@ def profile(
     gpu: str | None = None,
     compared: Sequence[str] = (),
     memory: str | int | None = None,
+    engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     snapshot: str | Path | None = None,
     **options: Unpack[StepKeywords],
@@ -48,6 +58,7 @@ def profile(
         gpu: A card to simulate instead, as for `probe`.
         compared: Further cards to simulate for the lines of batch size against memory.
         memory: What each simulated card has, in place of the catalogue's figure.
+        engine: As in `probe`. A step that does not fit is simulated, to show what it needs.
         accumulate: Two micro-batches before the optimizer's step instead of one.
         snapshot: Where to write the allocator's history as a pickle in the format of
             `torch.cuda.memory._snapshot`; nothing is written by default.
@@ -75,9 +86,15 @@ def profile(
     if gpu is not None:
         card = find_gpu(gpu, total_bytes=memory_bytes)
         step = with_precision(described, SimulatedBackend(card))
-        found = profile_gpu(
-            step, batch_size, card, traces=traces, keeps_history=snapshot is not None
-        )
+        with Cards(engine_of(engine)) as opened:
+            traces = opened.traces
+            found = _profile_card(
+                opened.open(gpu, memory_bytes, step),
+                step,
+                batch_size,
+                traces=traces,
+                keeps_history=snapshot is not None,
+            )
         cards.insert(0, card)
     else:
         chosen = own_device(subject, device)
@@ -103,6 +120,25 @@ def profile(
         lines, advice = (), ()
     return dataclasses.replace(
         found.profile, cards=lines, advice=advice, seconds=time.perf_counter() - start
+    )
+
+
+def _profile_card(
+    card: Backend,
+    step: TrainingStep,
+    batch_size: int,
+    *,
+    traces: TraceCache,
+    keeps_history: bool,
+) -> Profiled:
+    """Profile a card that is not there, as its backend can."""
+    counterpart = card.simulated_counterpart()
+    assert counterpart is not None
+    if card.source is not Source.SIMULATED:
+        with contextlib.suppress(DoesNotFitError), card:
+            return card.call(profile_current_gpu, step, batch_size)
+    return profile_gpu(
+        step, batch_size, counterpart.gpu, traces=traces, keeps_history=keeps_history
     )
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from memfit.backends.protocol import Prediction, SimulatedGpu
+from memfit.backends.protocol import Prediction, SimulatedGpu, predicted
 from memfit.backends.readings import Reading, steady_readings
+from memfit.cards import is_rehearsed
 from memfit.errors import UnknownDeviceError, UsageError
 from memfit.memory import oom
 from memfit.memory.release import release
@@ -28,6 +30,8 @@ __all__ = ["CudaBackend"]
 
 # A library that failed with less than this share of the capacity in use did not fail for memory.
 _NEARLY_FULL_SHARE = 0.8
+
+_Returned = TypeVar("_Returned")
 
 
 class CudaBackend:
@@ -67,6 +71,9 @@ class CudaBackend:
             )
         self._device = torch.device("cuda", index)
         self._memory_bytes = memory_bytes
+        # A rehearsed card has torch's own memory, and no time of its own.
+        self._is_there = not is_rehearsed()
+        self._source = Source.MEASURED if self._is_there else Source.REHEARSED
         self._counterpart = counterpart
         self._stack = contextlib.ExitStack()
         self._step: TrainingStep | None = None
@@ -78,6 +85,11 @@ class CudaBackend:
     def device_name(self) -> str:
         """What reports call the device."""
         return torch.cuda.get_device_name(self._device)
+
+    @property
+    def source(self) -> Source:
+        """What its figures are."""
+        return self._source
 
     @property
     def auto_precision(self) -> Precision:
@@ -111,6 +123,8 @@ class CudaBackend:
             How it ended, in the caching allocator's own figures.
         """
         prepared = self._prepared_for(step)
+        if isinstance(prepared, str):
+            return self._ran_out_before(step, batch_size, message=prepared)
         attempt = self._attempt(prepared, batch_size)
         if attempt.is_suspected and not self._is_memory(prepared, attempt):
             # Not for want of memory: let the error out as it comes.
@@ -121,9 +135,21 @@ class CudaBackend:
         """Return what a batch size that did not fit takes without the cap, if it fits then."""
         if self._memory_bytes is None:
             return None
-        with _capped(self._device, None):
-            roomier = self._attempt(self._prepared_for(step), batch_size).trial
+        # Without the cap from the start: the weights alone may be what is too large.
+        self.__exit__()
+        cap, self._memory_bytes = self._memory_bytes, None
+        try:
+            roomier = self.trial(step, batch_size)
+        finally:
+            self.__exit__()
+            self._memory_bytes = cap
         return roomier.peak_reserved_bytes if roomier.fits else None
+
+    def call(
+        self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any
+    ) -> _Returned:
+        """Call a function in this process; see `Backend.call`."""
+        return function(self, step, *arguments)
 
     def prediction(self, step: TrainingStep) -> Prediction:
         """Simulate where the edge of a step is.
@@ -131,15 +157,7 @@ class CudaBackend:
         Args:
             step: What to train; its precision is chosen.
         """
-        simulated = self.simulated_counterpart()
-        if simulated is None:
-            return Prediction()
-        try:
-            edge = simulated.expected_edge(step)
-        except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
-            # A step that cannot run without values has no prediction, and is measured all the same.
-            return Prediction()
-        return Prediction(batch_size=edge, step=step, simulated=simulated)
+        return predicted(self.simulated_counterpart(), step)
 
     def simulated_counterpart(self) -> SimulatedGpu | None:
         """Return the simulation of this GPU, with the room that it has now."""
@@ -159,18 +177,41 @@ class CudaBackend:
         finally:
             release(self._device)
 
-    def _prepared_for(self, step: TrainingStep) -> PreparedStep:
-        if self._prepared is None or self._step is not step:
-            self.__exit__()
-            self._stack.enter_context(torch.cuda.device(self._device))
-            self._stack.enter_context(_capped(self._device, self._memory_bytes))
-            kept = self._stack.enter_context(
-                preserved(*step.live_modules, optimizer=step.live_optimizer)
-            )
-            self._prepared = step.prepare(self._device)
-            self._step = step
-            kept.release_replaced()
-        return self._prepared
+    def _prepared_for(self, step: TrainingStep) -> PreparedStep | str:
+        """Return the step on the device, or how torch says that not even its weights fit there."""
+        if self._prepared is not None and self._step is step:
+            return self._prepared
+        self.__exit__()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._stack.enter_context(torch.cuda.device(self._device))
+        self._stack.enter_context(_capped(self._device, self._memory_bytes))
+        kept = self._stack.enter_context(
+            preserved(*step.live_modules, optimizer=step.live_optimizer)
+        )
+        try:
+            prepared = step.prepare(self._device)
+        except Exception as error:
+            if oom.classify(error) is not oom.Likelihood.CERTAIN:
+                raise
+            return oom.first_line(error)
+        self._prepared, self._step = prepared, step
+        kept.release_replaced()
+        return prepared
+
+    def _ran_out_before(self, step: TrainingStep, batch_size: int, *, message: str) -> Trial:
+        """Return the trial of a step whose weights found no room."""
+        peak = _peaks(self._device, 0.0)
+        self.__exit__()
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.OUT_OF_MEMORY,
+            source=self._source,
+            peak_requested_bytes=peak.requested_bytes,
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            num_micro_batches=step.num_micro_batches,
+            message=message,
+        )
 
     def _attempt(
         self, prepared: PreparedStep, batch_size: int, *, suspects_are_errors: bool = False
@@ -204,13 +245,13 @@ class CudaBackend:
         trial = Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
-            source=Source.MEASURED,
+            source=self._source,
             peak_requested_bytes=peak.requested_bytes,
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             num_alloc_retries=_stat(device, "num_alloc_retries") - num_retries,
             num_iterations=len(readings),
-            step_seconds=readings[-1].seconds if readings else None,
+            step_seconds=readings[-1].seconds if readings and self._is_there else None,
             num_micro_batches=prepared.num_micro_batches,
             left_behind_bytes=max(0, left_bytes),
             peak_grows=grows and message is None,

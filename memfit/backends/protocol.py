@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from memfit.cards import Gpu
-from memfit.records import Capacity, Precision, Trial
+from memfit.records import Capacity, Precision, Source, Trial
 from memfit.step.workload import TrainingStep
 
-__all__ = ["Backend", "Prediction", "SimulatedGpu", "with_precision"]
+__all__ = ["Backend", "Prediction", "SimulatedGpu", "predicted", "with_precision"]
+
+_Returned = TypeVar("_Returned")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,11 @@ class Backend(Protocol):
     @property
     def device_name(self) -> str:
         """What reports call the device."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """What its figures are: measured, rehearsed or simulated."""
         ...
 
     @property
@@ -91,6 +98,21 @@ class Backend(Protocol):
         """
         ...
 
+    def call(
+        self,
+        function: Callable[..., _Returned],
+        step: TrainingStep,
+        *arguments: Any,
+    ) -> _Returned:
+        """Call a function where the device is, which may be in another process.
+
+        Args:
+            function: Called with the backend and the step first; found by its module and name.
+            step: What to train; its precision is chosen.
+            *arguments: What else the function takes.
+        """
+        ...
+
     def prediction(self, step: TrainingStep) -> Prediction:
         """Say where the edge of a step is expected, so that a search knows where to look.
 
@@ -130,6 +152,23 @@ class SimulatedGpu(Backend, Protocol):
             Samples; `None` where the step does not grow, or nothing fits.
         """
         ...
+
+
+def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
+    """Return what the simulation of a device predicts for it.
+
+    Args:
+        simulated: The simulation; `None` where there is none.
+        step: What to train; its precision is chosen.
+    """
+    if simulated is None:
+        return Prediction()
+    try:
+        edge = simulated.expected_edge(step)
+    except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
+        # A step that cannot run without values has no prediction, and is tried all the same.
+        return Prediction()
+    return Prediction(batch_size=edge, step=step, simulated=simulated)
 
 
 def with_precision(step: TrainingStep, backend: Backend) -> TrainingStep:

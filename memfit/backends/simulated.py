@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +38,8 @@ BLAS_HANDLES = (-1_000_001, -1_000_002)
 # How far below what its tensors allow a step's edge is looked for first.
 _FRAGMENTS_SHARE = 64
 _PREFERS_CUDNN = "2.11"
+
+_Returned = TypeVar("_Returned")
 
 
 def trace(
@@ -193,6 +197,11 @@ class SimulatedBackend:
         return ()
 
     @property
+    def source(self) -> Source:
+        """What its figures are."""
+        return Source.SIMULATED
+
+    @property
     def auto_precision(self) -> Precision:
         """bf16 autocast where the card has it, else fp16."""
         return Precision.AMP_BF16 if self._gpu.has_bf16 else Precision.AMP_FP16
@@ -254,6 +263,12 @@ class SimulatedBackend:
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with all the room in the world."""
         return self._replay(step, batch_size, None).stats.peak_reserved_bytes
+
+    def call(
+        self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any
+    ) -> _Returned:
+        """Call a function in this process; see `Backend.call`."""
+        return function(self, step, *arguments)
 
     def prediction(self, step: TrainingStep) -> Prediction:
         """Say where the edge of a step is: the replays know.

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from memfit.errors import UsageError
-from memfit.records import Precision
+from memfit.records import Engine, Precision
 
 __all__ = ["device_options", "parse_model_kwargs", "search_options", "step_options"]
 
@@ -24,7 +24,7 @@ _STEP_OPTIONS: _Options = {
         "precision",
         type=click.Choice([choice.value for choice in Precision]),
         default=Precision.AUTO.value,
-        help="PrecisionPolicy; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
+        help="Arithmetic; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
     ),
     "optimizer": click.option(
         "--optimizer", default="adamw", show_default=True, help="Any optimizer name timm knows."
@@ -58,8 +58,16 @@ _DEVICE_OPTIONS: _Options = {
         "gpus",
         multiple=True,
         metavar="NAME",
-        help="Simulate this GPU instead (see `memfit gpus`), or `any` with --memory; may be "
+        help="A GPU that need not be here (see `memfit gpus`), or `any` with --memory; may be "
         "repeated.",
+    ),
+    "engine": click.option(
+        "--engine",
+        type=click.Choice([choice.value for choice in Engine]),
+        default=Engine.AUTO.value,
+        show_default=True,
+        help="How a --gpu is tried: auto rehearses one card where that is possible and simulates "
+        "several.",
     ),
     "memory": click.option(
         "--memory",
@@ -91,7 +99,7 @@ _SEARCH_OPTIONS: _Options = {
 
 
 def device_options(command: _Command) -> _Command:
-    """Give a command `device`, `gpus` and `memory`: where the step runs, or is simulated."""
+    """Give a command `device`, `gpus`, `engine` and `memory`: where and how the step is tried."""
     return _added(_DEVICE_OPTIONS, command)
 
 

@@ -74,6 +74,7 @@ def plan(
     trainer: str | None,
     device: str | None,
     gpus: tuple[str, ...],
+    engine: str,
     memory: str | None,
     step: dict[str, Any],
     search: dict[str, Any],
@@ -97,6 +98,7 @@ def plan(
         "world_size": world_size,
         "objective": objective,
         "memory": memory,
+        "engine": engine,
         **search,
         **step,
     }
@@ -111,12 +113,12 @@ def plan(
         result = _planned(model, effective_batch_size, target, is_quiet=as_json)
     except DoesNotFitError:
         if explore:
-            exploration = api.explore(model, effective_batch_size, **target)
+            exploration = api.explore(model, effective_batch_size, **_simulated(target))
             _write_page(exploration, html)
             _show_exploration(exploration, as_json=as_json)
         raise
     if explore:
-        exploration = api.explore(model, effective_batch_size, **target)
+        exploration = api.explore(model, effective_batch_size, **_simulated(target))
         _write_page(exploration, html)
         result = dataclasses.replace(result, exploration=exploration)
     _show(result, trainer=trainer, as_json=as_json)
@@ -141,6 +143,11 @@ def _survey(
         Console().print(render_survey(found))
     if not any(answer.plan for answer in found.answers):
         raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
+
+
+def _simulated(target: dict[str, Any]) -> dict[str, Any]:
+    """Return what an exploration takes: it is simulated whatever the engine."""
+    return {name: value for name, value in target.items() if name != "engine"}
 
 
 def _planned(

@@ -29,6 +29,7 @@ def probe(
     model: str,
     device: str | None,
     gpus: tuple[str, ...],
+    engine: str,
     memory: str | None,
     step: dict[str, Any],
     accumulate: bool,
@@ -39,8 +40,9 @@ def probe(
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
 
     MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224. Real steps run on
-    the device; the answer fitted, and one sample more ran out of memory. With --gpu nothing runs:
-    the step's allocations are replayed on a model of that card, and the answer says simulated.
+    the device; the answer fitted, and one sample more ran out of memory. With --gpu the card need
+    not be there: torch's own CUDA software runs and its kernels do nothing (rehearsed), or the
+    step's allocations are replayed on a model of the card (simulated). The answer says which.
     """
     from memfit import api
 
@@ -50,6 +52,7 @@ def probe(
             model,
             gpus=gpus or None,
             memory=memory,
+            engine=engine,
             accumulate=accumulate,
             **search,
             **step,
@@ -79,6 +82,7 @@ def probe(
             device=device,
             gpu=gpus[0] if gpus else None,
             memory=memory,
+            engine=engine,
             accumulate=accumulate,
             progress=table.add,
             **search,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from memfit import search
-from memfit.backends import Backend, with_precision
+from memfit.backends import Backend, Prediction, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import ProbeResult, Trial
 from memfit.step.workload import TrainingStep
@@ -110,10 +110,14 @@ def run_search(
 
     capacity = backend.capacity()
     prediction = backend.prediction(step)
+    # The batch size that will be recommended goes first: where the prediction is right, it and the
+    # certificate are all there is to try.
+    expected = _expected_recommendation(prediction, capacity.usable_bytes, bounds)
     found = search.find_largest(
         trial,
         capacity_bytes=capacity.usable_bytes,
         hint=prediction.batch_size,
+        known=() if expected is None else (trial(expected),),
         ceiling=bounds.max_batch_size or search.DEFAULT_CEILING,
         has_retries=backend.has_retries,
     )
@@ -144,6 +148,25 @@ def run_search(
         torch_version=torch.__version__,
         predictions=prediction.trials_of(tuple(trial.batch_size for trial in trials)),
     )
+
+
+def _expected_recommendation(
+    prediction: Prediction, capacity_bytes: int, bounds: SearchBounds
+) -> int | None:
+    """Return the batch size that the simulation of a device recommends, if there is one."""
+    edge, simulated, step = prediction.batch_size, prediction.simulated, prediction.step
+    if edge is None or simulated is None or step is None:
+        return None
+    edge = min(edge, bounds.max_batch_size or search.DEFAULT_CEILING)
+    known = (simulated.trial(step, edge),)
+    return search.recommended(
+        lambda size: simulated.trial(step, size),
+        search.Found(batch_size=edge, proved=False, trials=known),
+        capacity_bytes=capacity_bytes,
+        headroom=bounds.headroom,
+        multiple_of=bounds.multiple_of,
+        has_retries=simulated.has_retries,
+    ).batch_size
 
 
 def run_trial(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:

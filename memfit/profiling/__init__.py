@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from memfit.profiling.advice import advise
 from memfit.profiling.card_lines import card_lines
-from memfit.profiling.measured import profile_device
+from memfit.profiling.measured import profile_current_gpu, profile_device
 from memfit.profiling.simulated import profile_gpu
 from memfit.profiling.snapshot import Profiled
 
-__all__ = ["Profiled", "advise", "card_lines", "profile_device", "profile_gpu"]
+__all__ = [
+    "Profiled",
+    "advise",
+    "card_lines",
+    "profile_current_gpu",
+    "profile_device",
+    "profile_gpu",
+]

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 
 from memfit._torch_private import allocator_snapshot, memory_events, recorded_history
 from memfit.backends import Backend
+from memfit.cards import is_rehearsed
 from memfit.errors import DoesNotFitError
 from memfit.memory import oom
 from memfit.memory.release import release
@@ -40,7 +41,7 @@ from memfit.step.runner import PreparedStep
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
-__all__ = ["profile_device"]
+__all__ = ["profile_current_gpu", "profile_device"]
 
 _WARM_UP_STEPS: Final = 2
 _MAX_ENTRIES: Final = 1_000_000
@@ -84,7 +85,7 @@ def profile_device(
     profile = MemoryProfile(
         subject=step.name,
         device=backend.device_name,
-        source=Source.MEASURED,
+        source=Source.REHEARSED if is_rehearsed() and device.type == "cuda" else Source.MEASURED,
         options=step.options,
         batch_size=batch_size,
         num_micro_batches=step.num_micro_batches,
@@ -100,6 +101,17 @@ def profile_device(
         torch_version=torch.__version__,
     )
     return Profiled(profile=profile, snapshot=snapshot)
+
+
+def profile_current_gpu(backend: Backend, step: TrainingStep, batch_size: int) -> Profiled:
+    """Profile a step on the current CUDA device; see `profile_device`.
+
+    Args:
+        backend: Says what the device is and has.
+        step: What to train, its precision chosen.
+        batch_size: Samples in each micro-batch, at least 1.
+    """
+    return profile_device(step, batch_size, backend, torch.device("cuda"))
 
 
 _Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from memfit.records.base import (
     SCHEMA_VERSION,
+    Engine,
     Record,
     Source,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "Change",
     "DeviceProcess",
     "DeviceRead",
+    "Engine",
     "Equivalence",
     "Event",
     "Exploration",

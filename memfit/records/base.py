@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import Any, ClassVar
 
-__all__ = ["SCHEMA_VERSION", "Record", "Source"]
+__all__ = ["SCHEMA_VERSION", "Engine", "Record", "Source"]
 
 SCHEMA_VERSION = 1
 """Version of what `to_dict` gives; it rises when a key changes meaning or goes."""
@@ -15,13 +15,25 @@ SCHEMA_VERSION = 1
 class Source(str, enum.Enum):
     """Where a figure comes from.
 
-    `MEASURED` is from a device that was there. `REHEARSED` is from PyTorch's own CUDA software on a
-    card that was not: its kernels did nothing. `SIMULATED` is from a model of both.
+    `MEASURED`: real steps on a device that was there. `REHEARSED`: torch's own software on a card
+    that was not there, with kernels that do nothing. `SIMULATED`: a model of the card.
     """
 
     MEASURED = "measured"
     REHEARSED = "rehearsed"
     SIMULATED = "simulated"
+
+
+class Engine(str, enum.Enum):
+    """How a card that is not there is tried.
+
+    `REHEARSE` and `SIMULATE` are what `Source` says of them. `AUTO` rehearses one card where this
+    system can, and simulates otherwise; several cards it simulates.
+    """
+
+    AUTO = "auto"
+    REHEARSE = "rehearse"
+    SIMULATE = "simulate"
 
 
 class Record:

@@ -116,7 +116,7 @@ class Plan(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAnswer(Record):
-    """What a simulated GPU makes of an effective batch.
+    """What a GPU that is not there makes of an effective batch.
 
     Args:
         gpu: The card's name.
@@ -138,7 +138,7 @@ class PlanSurvey(Record):
         effective_batch_size: Samples in each optimizer step, over all ranks.
         world_size: Ranks that share them.
         answers: One for each card.
-        source: Always simulated.
+        source: Simulated or rehearsed.
     """
 
     subject: str

@@ -219,17 +219,19 @@ class ProbeResult(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SurveyAnswer(Record):
-    """What a simulated GPU takes of a training step.
+    """What a GPU that is not there takes of a training step.
 
     Args:
         gpu: The card's name.
         result: The batch sizes; `None` where not even one sample fits.
         reason: Why there is no result.
+        source: Simulated or rehearsed.
     """
 
     gpu: str
     result: ProbeResult | None
     reason: str | None = None
+    source: Source = Source.SIMULATED
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result, or what can be said of a card without one under the same keys."""
@@ -238,7 +240,7 @@ class SurveyAnswer(Record):
         return {
             "schema_version": SCHEMA_VERSION,
             "device": self.gpu,
-            "source": Source.SIMULATED.value,
+            "source": self.source.value,
             "max_batch_size": None,
             "recommended_batch_size": None,
             "reason": self.reason,
@@ -252,7 +254,7 @@ class Survey(Record):
     Args:
         subject: The model's name.
         answers: One for each card.
-        source: Always simulated.
+        source: Simulated or rehearsed.
     """
 
     subject: str

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from memfit.cards import Gpu, find_gpu
+from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.rehearsal.build import library_path
 from memfit.units import parse_bytes
 
 __all__ = ["CARD_VARIABLE", "MAX_GPUS", "check_supported", "rehearse", "rehearsed_environment"]
 
-CARD_VARIABLE = "MEMFIT_REHEARSED_CARD"
+CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 """The environment variable that describes the card to the device."""
 
 MAX_GPUS = 16

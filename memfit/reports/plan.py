@@ -8,6 +8,7 @@ from rich.text import Text
 
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
+from memfit.reports.sources import no_gpu_took_part
 from memfit.units import format_bytes, format_parts
 
 __all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
@@ -78,13 +79,13 @@ def _answers(plan: Plan) -> Table:
 
 
 def render_survey(survey: PlanSurvey) -> RenderableType:
-    """Lay out what each card makes of an effective batch, all of it simulated.
+    """Lay out what each card makes of an effective batch.
 
     Args:
         survey: The plans.
     """
     table = _table()
-    table.add_column("GPU (simulated)")
+    table.add_column(f"GPU ({survey.source.value})")
     table.add_column("precision")
     table.add_column("plan", justify="right")
     table.add_column("steps", justify="right")
@@ -106,8 +107,8 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
         )
     ranks = f" over {survey.world_size} ranks" if survey.world_size > 1 else ""
     note = (
-        "Simulated, not measured: no GPU took part. The peak and what is left are those of the "
-        "plan's largest micro-batch; `memfit plan --device` measures on a device of this machine."
+        f"{no_gpu_took_part(survey.source)} The peak and what is left are those of the plan's "
+        "largest micro-batch. `memfit plan --device` measures on a device of this machine."
     )
     return Group(
         Text.assemble(

@@ -184,7 +184,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
         )
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"
-    kind = "Measured" if result.source is Source.MEASURED else "Simulated"
+    kind = result.source.value.capitalize()
     said.append(
         f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
         f"{result.seconds:.1f} s with {versions}."

@@ -7,6 +7,7 @@ from typing import Any
 from memfit.records import ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
 from memfit.reports.probe import step_words, trial_notes
+from memfit.reports.sources import no_gpu_took_part
 from memfit.units import GIB, MIB, format_bytes
 
 __all__ = ["page", "survey_page"]
@@ -50,7 +51,7 @@ def page(result: ProbeResult) -> str:
 
 
 def survey_page(survey: Survey) -> str:
-    """Return what several simulated cards take as one HTML document.
+    """Return what several cards that are not there take, as one HTML document.
 
     Args:
         survey: What was found.
@@ -66,7 +67,7 @@ def survey_page(survey: Survey) -> str:
         key="cards",
         kind="figure",
         title="Batch size by card",
-        note="Simulated, not measured: no GPU took part.",
+        note=no_gpu_took_part(survey.source),
         data=bar_chart(bars, x_title="GPU", y_title="samples"),
         alternative="; ".join(f"{name}: {', '.join(cells)}" for name, *cells in rows),
         header=("GPU", "precision", "recommended", "largest"),
@@ -78,7 +79,7 @@ def survey_page(survey: Survey) -> str:
             lead=f"{len(fitting)} of {len(survey.answers)} cards take a batch.",
             facts=(("Figures", survey.source.value),),
             panels=(panel,),
-            footer="memfit, simulated.",
+            footer=f"memfit, {survey.source.value}.",
         )
     )
 

@@ -13,6 +13,7 @@ from rich.tree import Tree
 from memfit.records import MemoryProfile, Role
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
+from memfit.reports.sources import how_it_was_had
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -225,9 +226,9 @@ def _advice(profile: MemoryProfile) -> Table:
 
 
 def _note(profile: MemoryProfile) -> str:
-    how = "Simulated, not measured" if profile.source.value == "simulated" else "Measured"
     return (
-        f"{how}, in {profile.seconds:.1f} s with torch {profile.torch_version}; "
+        f"{how_it_was_had(profile.source)}, in {profile.seconds:.1f} s with torch "
+        f"{profile.torch_version}; "
         f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events."
     )
 

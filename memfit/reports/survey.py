@@ -1,4 +1,4 @@
-"""A survey of simulated GPUs for the terminal."""
+"""A survey of GPUs that are not there, for the terminal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
+from memfit.reports.sources import no_gpu_took_part
 from memfit.units import format_bytes
 
 __all__ = ["render"]
 
 
 def render(survey: Survey) -> RenderableType:
-    """Lay out what each card takes: batch sizes, peak and what is left, all of it simulated.
+    """Lay out what each card takes: batch sizes, peak and what is left.
 
     Args:
         survey: What was found.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("GPU (simulated)")
+    table.add_column(f"GPU ({survey.source.value})")
     table.add_column("precision")
     table.add_column("largest", justify="right")
     table.add_column("recommended", justify="right")
@@ -31,8 +32,8 @@ def render(survey: Survey) -> RenderableType:
         else:
             table.add_row(answer.gpu, *_cells(answer.result))
     note = (
-        "Simulated, not measured: no GPU took part. The peak and what is left are the recommended "
-        "batch size's; `memfit probe --device` measures on a device of this machine."
+        f"{no_gpu_took_part(survey.source)} The peak and what is left are those of the recommended "
+        "batch size. `memfit probe --device` measures on a device of this machine."
     )
     return Group(Text(survey.subject, "bold"), "", table, "", Text(note))
 

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from memfit.search.largest import (
-    DEFAULT_CEILING,
-    Found,
-    Recommended,
-    find_largest,
-    has_headroom,
-    limit_of,
-    recommended,
-)
+from memfit.search.headroom import Recommended, has_headroom, limit_of, recommended
+from memfit.search.largest import DEFAULT_CEILING, Found, find_largest
 
 __all__ = [
     "DEFAULT_CEILING",

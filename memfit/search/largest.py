@@ -1,4 +1,4 @@
-"""The largest batch size for which a trial fits, and the one to recommend.
+"""The largest batch size for which a trial fits.
 
 Pure Python over a function that tries a batch size: nothing here knows what a trial is made of. The
 search reads the bytes that trials report, extrapolates to the edge, and closes in on it; where the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from memfit.records import Trial
 from memfit.search import extrapolate
@@ -17,11 +17,8 @@ from memfit.search import extrapolate
 __all__ = [
     "DEFAULT_CEILING",
     "Found",
-    "Recommended",
+    "TrialFunction",
     "find_largest",
-    "has_headroom",
-    "limit_of",
-    "recommended",
 ]
 
 DEFAULT_CEILING = 65_536
@@ -53,6 +50,9 @@ _MAX_GROWTH = 16
 _MANY_SURPRISES = 2
 # A step that surprises have doubled goes no further than this part of the batch size.
 _SURPRISED_STEP = 16
+# With so few batch sizes left between a fit and a failure, the largest goes first: after a failure,
+# what had fitted is tried once more.
+_FEW_LEFT = 3
 # How far from the edge a hint is expected to be.
 _HINT_ERROR = (1, 50)
 
@@ -73,24 +73,12 @@ class Found:
     trials: tuple[Trial, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Recommended:
-    """Where to stand.
-
-    Args:
-        batch_size: The batch size; `None` where none keeps the headroom.
-        trials: Every trial that this took, beyond those already known.
-    """
-
-    batch_size: int | None
-    trials: tuple[Trial, ...]
-
-
 def find_largest(
     trial: TrialFunction,
     *,
     capacity_bytes: int | None = None,
     hint: int | None = None,
+    known: Sequence[Trial] = (),
     floor: int = 1,
     ceiling: int = DEFAULT_CEILING,
     has_retries: bool = True,
@@ -103,13 +91,15 @@ def find_largest(
 
     Without a hint this takes at most 2 + 2 log2(b) trials on any device where more samples never
     need less memory and the reported bytes decide what fits, or where no bytes are reported;
-    typically 5. With a hint within 2% it takes at most 5 where bytes are affine in the batch size.
+    typically 5. With an exact hint it takes two: the sample beyond the hint, and the hint. With one
+    within 2% it takes at most 5 where bytes are affine in the batch size.
 
     Args:
         trial: Tries a batch size.
         capacity_bytes: What `Trial.peak_reserved_bytes` is held against; without it, the search
             doubles and bisects.
         hint: Where the edge is expected, in samples.
+        known: Trials that have run already; those out of the range are left out.
         floor: The smallest batch size of interest, at least 1.
         ceiling: The largest batch size of interest, at least `floor`.
         has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
@@ -130,93 +120,12 @@ def find_largest(
         ceiling=ceiling,
         has_retries=has_retries,
     )
+    for earlier in known:
+        if floor <= earlier.batch_size <= ceiling:
+            search.record(earlier)
     while (batch_size := search.next_batch_size()) is not None:
         search.record(trial(batch_size))
     return search.found()
-
-
-def recommended(
-    trial: TrialFunction,
-    found: Found,
-    *,
-    capacity_bytes: int,
-    headroom: float = 0.05,
-    multiple_of: int = 1,
-    has_retries: bool = True,
-) -> Recommended:
-    """Find the batch size to train with: below the edge, with room to spare.
-
-    Args:
-        trial: Tries a batch size.
-        found: What `largest` found; its trials are used again.
-        capacity_bytes: What the device has for this process.
-        headroom: Share of the capacity to keep free, from 0 to below 1.
-        multiple_of: What the batch size has to be a multiple of, at least 1.
-        has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
-            a batch size between two that fitted is not tried again.
-
-    Returns:
-        A batch size that fits without allocator retries within the capacity less the headroom, and
-        the trials it took to know that.
-
-    Raises:
-        ValueError: `headroom` or `multiple_of` is out of range.
-    """
-    if not 0 <= headroom < 1:
-        raise ValueError(f"headroom must be at least 0 and below 1, not {headroom}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
-    limit_bytes = limit_of(capacity_bytes, headroom)
-    known = list(found.trials)
-    extra: list[Trial] = []
-    upper = found.batch_size or 0
-    while (upper := upper // multiple_of * multiple_of) > 0:
-        estimate = extrapolate.safe_edge(extrapolate.clean_points(known), limit_bytes)
-        candidate = upper if estimate is None else min(upper, estimate)
-        # Below the first multiple there is nothing to try, so the first multiple is.
-        candidate = max(candidate // multiple_of * multiple_of, multiple_of)
-        tried = next((t for t in reversed(known) if t.batch_size == candidate), None)
-        if tried is None and not has_retries and _is_between(candidate, known):
-            return Recommended(batch_size=candidate, trials=tuple(extra))
-        if tried is None:
-            tried = trial(candidate)
-            known.append(tried)
-            extra.append(tried)
-        if has_headroom(tried, limit_bytes):
-            return Recommended(batch_size=candidate, trials=tuple(extra))
-        # A candidate that the bytes had promised and that failed is not approached by ones.
-        upper = candidate - max(1, candidate // 50)
-    return Recommended(batch_size=None, trials=tuple(extra))
-
-
-def limit_of(capacity_bytes: int, headroom: float) -> int:
-    """Return the bytes of a capacity that are not to be kept free."""
-    return int(capacity_bytes * (1 - headroom))
-
-
-def has_headroom(trial: Trial, limit_bytes: int) -> bool:
-    """Whether a batch size fits without allocator retries, within a limit.
-
-    Args:
-        trial: What was tried.
-        limit_bytes: The capacity less the headroom; see `limit_of`.
-    """
-    peak = trial.peak_reserved_bytes
-    return trial.fits and trial.num_alloc_retries == 0 and (peak is None or peak <= limit_bytes)
-
-
-def _is_between(batch_size: int, trials: list[Trial]) -> bool:
-    """Whether trials that fitted lie on both sides, and none that failed between them."""
-    fits = [trial.batch_size for trial in trials if trial.fits]
-    fails = [trial.batch_size for trial in trials if not trial.fits]
-    return (
-        any(size < batch_size for size in fits)
-        and any(size > batch_size for size in fits)
-        and all(size > batch_size for size in fails)
-    )
-
-
-# --- the search ---------------------------------------------------------------------------------
 
 
 class _Search:
@@ -278,6 +187,14 @@ class _Search:
         """Return the batch size to try next, or `None` when the search is over."""
         low, high = self._low, self._high
         self._expects_fit = None
+        if self._hint is not None:
+            # The sample beyond goes first: a batch size that fits after it has failed is proved.
+            beyond = min(self._hint + 1, self._ceiling)
+            tried = self._fits | self._fails
+            if beyond not in tried:
+                return beyond
+            if beyond in self._fails and self._hint not in tried:
+                return self._hint
         if low is None:
             return self._down(high)
         if low == self._ceiling or high == low + 1:
@@ -308,7 +225,7 @@ class _Search:
         """Nothing has fitted yet."""
         if high is None:
             # Not 1: a batch norm after global pooling refuses a single sample.
-            return self._hint or min(max(2, self._floor), self._ceiling)
+            return min(max(2, self._floor), self._ceiling)
         if high == self._floor:
             return None
         numerator, denominator = _HINT_ERROR
@@ -328,6 +245,10 @@ class _Search:
         if edge is None and len(points) == 1:
             if low == self._hint and least * _NEAR[1] <= low * _NEAR[0]:
                 return least
+            # Beyond a hint that fitted, bytes that retries made say nothing: a step goes on.
+            step = self._beyond_hint(low) if low != points[-1][0] else None
+            if step is not None:
+                return step
             numerator, denominator = _SAFE_SHARE if self._has_retries else _QUICK_SHARE
             return max(least * numerator // denominator, 2 * low)
         if edge is None and self._hint is None:
@@ -388,7 +309,11 @@ class _Search:
         if edge is None:
             if self._capacity_bytes is None or len(points) != 1:
                 return middle
-            guess = max(extrapolate.least_edge(points[0], self._capacity_bytes), low + 1)
+            least_edge = extrapolate.least_edge(points[0], self._capacity_bytes)
+            # Where what fits is tried again after a failure, the failure goes first.
+            guess = max(least_edge + 1 if self._has_retries else least_edge, low + 1)
+            if self._hint is not None and self._has_retries and high - low <= _FEW_LEFT:
+                return high - 1
         elif edge * _NEAR[1] > high * _NEAR[0]:
             return middle  # something that the bytes do not show decides here
         elif edge >= high - 1:

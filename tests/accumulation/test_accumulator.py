@@ -398,7 +398,7 @@ def test_a_poisoned_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     def touched(*_: Any) -> None:
         raise AssertionError("the device was touched")
 
-    monkeypatch.setattr("memfit.memory.release.release", touched)
+    monkeypatch.setattr("memfit.accumulation.accumulator.release", touched)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         Accumulator(model, sgd(model), 2, loss=loss).step(batch_of(4))
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Outcome, Source, Trial
-from memfit.search.largest import Found, find_largest, recommended
+from memfit.search import Found, find_largest, recommended
 
 MIB = 2**20
 
@@ -134,13 +134,72 @@ def test_affine_devices_typically_take_under_seven_trials() -> None:
 
 
 @given(affine, st.floats(-0.02, 0.02))
-def test_a_hint_within_two_percent_needs_at_most_five_trials(device: Device, off: float) -> None:
+def test_a_hint_within_two_percent_needs_at_most_six_trials(device: Device, off: float) -> None:
     """A good prediction leaves only the proof to do."""
     edge = device.edge()
     found = device.largest(hint=max(1, round(edge * (1 + off))))
     assert found.batch_size == edge
     assert certificate_holds(device, found)
-    assert len(found.trials) <= 5
+    assert len(found.trials) <= 6
+
+
+@given(affine)
+def test_an_exact_hint_needs_its_certificate_and_nothing_else(device: Device) -> None:
+    """The sample beyond the edge, and then the edge."""
+    edge = device.edge()
+    found = device.largest(hint=edge)
+    assert found.proved
+    assert device.tried == [edge + 1, edge]
+
+
+@given(affine, st.floats(-0.02, 0.02))
+def test_with_a_recommendation_that_was_tried_first_five_trials_do(
+    device: Device, off: float
+) -> None:
+    """It gives the line its second point."""
+    edge = device.edge()
+    limit = int(device.capacity_bytes * 0.9)
+    known = tuple(device.trial(max(1, size)) for size in (round(edge * 0.9 * (1 + off)),))
+    found = find_largest(
+        device.trial,
+        capacity_bytes=device.capacity_bytes,
+        hint=max(1, round(edge * (1 + off))),
+        known=known,
+        ceiling=200_000,
+    )
+    assert found.batch_size == edge
+    answer = recommended(device.trial, found, capacity_bytes=device.capacity_bytes, headroom=0.1)
+    if known[0].fits and device.bytes_of(known[0].batch_size) <= limit:
+        assert answer.batch_size is not None
+        assert answer.batch_size >= known[0].batch_size
+    if off == 0:
+        assert len(found.trials) == 3
+
+
+@given(st.integers(100, 2000), st.floats(0.3, 0.95), st.integers(1, 16))
+def test_a_wide_zone_of_retries_is_left_in_few_trials(
+    edge: int, zone: float, multiple_of: int
+) -> None:
+    """Steps double on the way down, and what they jump over is looked at again."""
+    calm = int(edge * zone)
+
+    def trial(batch_size: int) -> Trial:
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if batch_size <= edge else Outcome.OUT_OF_MEMORY,
+            source=Source.MEASURED,
+            peak_reserved_bytes=10_000_000 if batch_size > calm else batch_size * 1000,
+            num_alloc_retries=int(batch_size > calm),
+        )
+
+    found = find_largest(trial, capacity_bytes=10_000_000, hint=edge)
+    answer = recommended(
+        trial, found, capacity_bytes=10_000_000, headroom=0, multiple_of=multiple_of
+    )
+    assert answer.batch_size is not None
+    assert calm - max(calm // 20, 2 * multiple_of) <= answer.batch_size <= calm
+    assert answer.batch_size % multiple_of == 0
+    assert len(answer.trials) <= 12
 
 
 @given(affine, st.integers(1, 200_000))
@@ -223,7 +282,7 @@ def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permi
     assert found.batch_size == edge
     assert found.proved
     if hint == edge:
-        assert len(found.trials) == 3
+        assert len(found.trials) == 2
     assert max(t.batch_size for t in found.trials) <= max(hint, edge) * 17 // 16 + 1
 
 

@@ -7,6 +7,9 @@ same state every time, can be killed without harm, and never touches the user's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import psutil
 import torch
 
@@ -19,7 +22,7 @@ from memfit.backends.cpu.limits import (
 from memfit.backends.cpu.server import Report, Request, Server, ran_out
 from memfit.backends.protocol import Prediction
 from memfit.errors import UnsupportedError, UsageError
-from memfit.records import Capacity, Precision, Trial
+from memfit.records import Capacity, Precision, Source, Trial
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
@@ -31,6 +34,8 @@ _ROOM_SHARE = 0.95
 _MORE_ROOM = 1.1
 # A step that failed with less than this share of the limit in use did not fail for memory.
 _NEARLY_FULL_SHARE = 0.8
+
+_Returned = TypeVar("_Returned")
 
 
 class CpuBackend:
@@ -74,6 +79,11 @@ class CpuBackend:
         """What reports call the device."""
         threads = torch.get_num_threads()
         return f"CPU ({processor_name()}, {threads} thread{'s' if threads != 1 else ''})"
+
+    @property
+    def source(self) -> Source:
+        """What its figures are."""
+        return Source.MEASURED
 
     @property
     def auto_precision(self) -> Precision:
@@ -155,6 +165,12 @@ class CpuBackend:
         if self._server.is_dead:
             self.__exit__()
         return report
+
+    def call(
+        self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any
+    ) -> _Returned:
+        """Call a function in this process; see `Backend.call`."""
+        return function(self, step, *arguments)
 
     def prediction(self, step: TrainingStep) -> Prediction:  # noqa: ARG002 - as every backend
         """Return nothing: there is no model of a CPU's memory."""

@@ -1,0 +1,132 @@
+"""Cards that are not there, opened as the engine asks: rehearsed or simulated."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from memfit.backends import Backend
+from memfit.backends.rehearsed import RehearsalServers, RehearsedBackend
+from memfit.backends.rehearsed.parcel import packed
+from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.cards import ANY_GPU, Gpu, find_gpu
+from memfit.errors import UnsupportedError, UsageError
+from memfit.records import Engine, Source
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.step.workload import TrainingStep
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ENGINE_VARIABLE", "Cards", "engine_for_several", "engine_of", "simulated", "source_of"]
+
+ENGINE_VARIABLE = "MEMFIT_ENGINE"
+"""The environment variable that says what `"auto"` is, so that a script need not be changed."""
+
+
+def engine_of(engine: str | Engine) -> Engine:
+    """Return the engine of a name; `"auto"` is what the variable MEMFIT_ENGINE says, if it is set.
+
+    Raises:
+        UsageError: There is no such engine.
+    """
+    if engine == Engine.AUTO.value:
+        engine = os.environ.get(ENGINE_VARIABLE) or engine
+    try:
+        return Engine(engine)
+    except ValueError:
+        known = ", ".join(choice.value for choice in Engine)
+        raise UsageError(f"There is no engine {engine!r}; choose one of {known}.") from None
+
+
+def engine_for_several(engine: str | Engine) -> Engine:
+    """Return the engine for several cards: they are simulated where nothing else was asked for.
+
+    Raises:
+        UsageError: There is no such engine.
+    """
+    chosen = engine_of(engine)
+    return Engine.SIMULATE if chosen is Engine.AUTO else chosen
+
+
+def source_of(engine: Engine) -> Source:
+    """Return what the figures of an engine are."""
+    return Source.REHEARSED if engine is Engine.REHEARSE else Source.SIMULATED
+
+
+def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> SimulatedBackend:
+    """Return a card of the catalogue, simulated.
+
+    Args:
+        gpu: Its name or an alias; `"any"` with `memory_bytes`.
+        memory_bytes: What it has, in place of the catalogue's figure.
+        traces: Shared by the cards of one question.
+
+    Raises:
+        UsageError: There is no such card.
+    """
+    return SimulatedBackend(find_gpu(gpu, total_bytes=memory_bytes), traces=traces)
+
+
+class Cards:
+    """The cards of one question, which share their traces and the process that rehearses.
+
+    Args:
+        engine: How they are tried.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._traces = TraceCache()
+        self._stack = contextlib.ExitStack()
+        self._servers = RehearsalServers(
+            lambda card: rehearsed_environment(card, environment=os.environ)
+        )
+
+    def __enter__(self) -> Self:
+        """Return the cards."""
+        self._stack.enter_context(self._servers)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the process that rehearses, if there is one."""
+        self._stack.close()
+
+    @property
+    def traces(self) -> TraceCache:
+        """The traces that simulated cards share."""
+        return self._traces
+
+    def open(self, gpu: str, memory_bytes: int | None, step: TrainingStep) -> Backend:
+        """Return a card as a backend.
+
+        Args:
+            gpu: A name of the catalogue; `"any"` with `memory_bytes`.
+            memory_bytes: What it has, in place of the catalogue's figure.
+            step: What will be tried on it.
+
+        Raises:
+            UsageError: There is no such card, or it cannot be rehearsed.
+            UnsupportedError: The card was to be rehearsed, and this system cannot.
+        """
+        card = find_gpu(gpu, total_bytes=memory_bytes)
+        if self._engine is Engine.SIMULATE:
+            return SimulatedBackend(card, traces=self._traces)
+        if self._engine is Engine.AUTO and not self._can_rehearse(card, step):
+            return SimulatedBackend(card, traces=self._traces)
+        counterpart = SimulatedBackend(card, traces=self._traces)
+        return RehearsedBackend(card, self._servers, counterpart=counterpart)
+
+    def _can_rehearse(self, card: Gpu, step: TrainingStep) -> bool:
+        """Whether this system can rehearse a step on a card."""
+        if card.name == f"{ANY_GPU} GPU":
+            # Its capability is made up, and so its kernels would be.
+            return False
+        try:
+            rehearsed_environment(card, environment=os.environ)
+            if not isinstance(step.subject, str):
+                packed(step)
+        except (UnsupportedError, UsageError):
+            return False
+        return True

@@ -1,0 +1,129 @@
+"""The process that rehearses: loaded before torch is a device whose kernels do nothing.
+
+It imports torch once and forks a child for each card, before CUDA is touched, so that every card
+finds a fresh CUDA. A child serves requests until it is told to end. `RehearsedBackend` is the other
+side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+__all__ = ["Answer", "Call", "End", "Open", "main"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Fork a child for a card.
+
+    Args:
+        environment: Variables that describe the card.
+        memory_bytes: A cap on what the allocator may reserve; `None` for what the card has.
+        search_path: Where the other side finds modules, so that its steps are found here.
+    """
+
+    environment: Mapping[str, str]
+    memory_bytes: int | None
+    search_path: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """Call a function with the backend, and a step where there is one.
+
+    Args:
+        function: `"package.module:name"`; it is called with the backend first.
+        step: A number for the step; the same number is the same step.
+        parcel: The step as bytes, where it is new.
+        arguments: What else the function takes.
+    """
+
+    function: str
+    step: int | None = None
+    parcel: bytes | None = None
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """End the child of a card."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a call returned, or what it raised and where."""
+
+    value: Any = None
+    error: BaseException | None = None
+    where: str = ""
+
+
+def main() -> None:
+    """Serve until the other side is gone."""
+    # Ctrl-C is for the process that asked; this one ends with its connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    # What every card needs, imported once.
+    for name in ("torch", "timm", "memfit.backends.cuda"):
+        importlib.import_module(name)
+    try:
+        while True:
+            request = connection.recv()
+            assert isinstance(request, Open)
+            pid = os.fork()
+            if pid == 0:
+                _serve(connection, request)
+            os.waitpid(pid, 0)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _serve(connection: Connection, opening: Open) -> None:
+    """Serve one card, in the child, and leave without running the parent's exit code."""
+    os.environ.update(opening.environment)
+    sys.path[:] = opening.search_path
+    try:
+        _answer_calls(connection, opening.memory_bytes)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
+    import torch
+
+    from memfit.backends.crossing import portable
+    from memfit.backends.cuda import CudaBackend
+    from memfit.backends.rehearsed.parcel import unpacked
+
+    steps: dict[int, Any] = {}
+    with CudaBackend(torch.device("cuda"), memory_bytes=memory_bytes) as backend:
+        while True:
+            try:
+                request = connection.recv()
+            except (EOFError, ConnectionError):
+                return
+            if isinstance(request, End):
+                connection.send(Answer())
+                return
+            assert isinstance(request, Call)
+            try:
+                if request.step is not None and request.parcel is not None:
+                    steps.clear()
+                    steps[request.step] = unpacked(request.parcel)
+                subject = () if request.step is None else (steps[request.step],)
+                module, _, name = request.function.partition(":")
+                function = getattr(importlib.import_module(module), name)
+                answer = Answer(value=function(backend, *subject, *request.arguments))
+            except Exception as error:  # noqa: BLE001 - it is raised on the other side
+                answer = Answer(error=portable(error), where=traceback.format_exc())
+            connection.send(answer)

@@ -1,0 +1,174 @@
+"""The batch size to recommend: below the edge, without allocator retries, with room to spare."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from memfit.records import Trial
+from memfit.search import extrapolate
+from memfit.search.largest import Found, TrialFunction
+
+__all__ = ["Recommended", "has_headroom", "limit_of", "recommended"]
+
+# A recommendation is looked for to this part of itself.
+_CLOSE = 25
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recommended:
+    """Where to stand.
+
+    Args:
+        batch_size: The batch size; `None` where none keeps the headroom.
+        trials: Every trial that this took, beyond those already known.
+    """
+
+    batch_size: int | None
+    trials: tuple[Trial, ...]
+
+
+def recommended(
+    trial: TrialFunction,
+    found: Found,
+    *,
+    capacity_bytes: int,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    has_retries: bool = True,
+) -> Recommended:
+    """Find the batch size to train with: below the edge, with room to spare.
+
+    Args:
+        trial: Tries a batch size.
+        found: What `largest` found; its trials are used again.
+        capacity_bytes: What the device has for this process.
+        headroom: Share of the capacity to keep free, from 0 to below 1.
+        multiple_of: What the batch size has to be a multiple of, at least 1.
+        has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
+            a batch size between two that fitted is not tried again.
+
+    Returns:
+        A batch size that fits without allocator retries within the capacity less the headroom, and
+        the trials it took to know that.
+
+    Raises:
+        ValueError: `headroom` or `multiple_of` is out of range.
+    """
+    if not 0 <= headroom < 1:
+        raise ValueError(f"headroom must be at least 0 and below 1, not {headroom}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, not {multiple_of}")
+    walk = _Walk(
+        trial,
+        found,
+        limit_bytes=limit_of(capacity_bytes, headroom),
+        multiple_of=multiple_of,
+        has_retries=has_retries,
+    )
+    return Recommended(batch_size=walk.batch_size(), trials=tuple(walk.extra))
+
+
+class _Walk:
+    """The way from the edge down to a batch size that keeps the headroom."""
+
+    def __init__(
+        self,
+        trial: TrialFunction,
+        found: Found,
+        *,
+        limit_bytes: int,
+        multiple_of: int,
+        has_retries: bool,
+    ) -> None:
+        self._trial = trial
+        self._edge = found.batch_size or 0
+        self._known = list(found.trials)
+        self._limit_bytes = limit_bytes
+        self._multiple_of = multiple_of
+        self._has_retries = has_retries
+        self.extra: list[Trial] = []
+
+    def batch_size(self) -> int | None:
+        """Return the batch size to recommend; `None` where none keeps the headroom."""
+        best, upper, failed, num_failed = self._best_known(), self._edge, None, 0
+        while (upper := self._multiple(upper)) > 0:
+            if best is not None and _is_close(best, upper):
+                return best
+            candidate = max(self._expected(upper), best or 0)
+            if self._fits_well(candidate):
+                return candidate if failed is None else self._between(candidate, failed)
+            # Below the edge there can be a wide zone in which every batch size needs retries, so
+            # each failure doubles the next step down.
+            failed, num_failed = candidate, num_failed + 1
+            upper = candidate - max(1, (candidate << num_failed) // 100)
+        return best
+
+    def _expected(self, upper: int) -> int:
+        """Return where the bytes say that the headroom begins, `upper` at most."""
+        points = extrapolate.clean_points(self._known)
+        estimate = extrapolate.safe_edge(points, self._limit_bytes)
+        candidate = upper if estimate is None else min(upper, estimate)
+        # Below the first multiple there is nothing to try, so the first multiple is.
+        return max(self._multiple(candidate), self._multiple_of)
+
+    def _between(self, fits: int, fails: int) -> int:
+        """A long step down may have gone too far: look between it and what failed."""
+        while not _is_close(fits, fails):
+            middle = self._multiple((fits + fails) // 2)
+            if middle == fits:
+                break
+            if self._fits_well(middle):
+                fits = middle
+            else:
+                fails = middle
+        return fits
+
+    def _fits_well(self, batch_size: int) -> bool:
+        tried = next((t for t in reversed(self._known) if t.batch_size == batch_size), None)
+        if tried is None and not self._has_retries and _is_between(batch_size, self._known):
+            return True
+        if tried is None:
+            tried = self._trial(batch_size)
+            self._known.append(tried)
+            self.extra.append(tried)
+        return has_headroom(tried, self._limit_bytes)
+
+    def _best_known(self) -> int | None:
+        """Return the largest batch size that was seen to keep the headroom."""
+        sizes = [t.batch_size for t in self._known if has_headroom(t, self._limit_bytes)]
+        return max((size for size in sizes if size % self._multiple_of == 0), default=None)
+
+    def _multiple(self, batch_size: int) -> int:
+        return batch_size // self._multiple_of * self._multiple_of
+
+
+def _is_close(batch_size: int, other: int) -> bool:
+    """Whether a larger batch size is not worth another trial."""
+    return other - batch_size <= max(1, other // _CLOSE)
+
+
+def limit_of(capacity_bytes: int, headroom: float) -> int:
+    """Return the bytes of a capacity that are not to be kept free."""
+    return int(capacity_bytes * (1 - headroom))
+
+
+def has_headroom(trial: Trial, limit_bytes: int) -> bool:
+    """Whether a batch size fits without allocator retries, within a limit.
+
+    Args:
+        trial: What was tried.
+        limit_bytes: The capacity less the headroom; see `limit_of`.
+    """
+    peak = trial.peak_reserved_bytes
+    return trial.fits and trial.num_alloc_retries == 0 and (peak is None or peak <= limit_bytes)
+
+
+def _is_between(batch_size: int, trials: list[Trial]) -> bool:
+    """Whether trials that fitted lie on both sides, and none that failed between them."""
+    fits = [trial.batch_size for trial in trials if trial.fits]
+    fails = [trial.batch_size for trial in trials if not trial.fits]
+    return (
+        any(size < batch_size for size in fits)
+        and any(size > batch_size for size in fits)
+        and all(size > batch_size for size in fails)
+    )

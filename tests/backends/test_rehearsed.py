@@ -1,0 +1,175 @@
+"""Cards that are rehearsed: the CUDA backend in a process whose device computes nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memfit
+from memfit.backends.rehearsed.parcel import packed, unpacked
+from memfit.cards import find_gpu
+from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
+from memfit.records import Outcome, Source, StepOptions
+from memfit.rehearsal.activate import check_supported
+from memfit.step.workload import TrainingStep, Workload
+
+try:
+    check_supported(find_gpu("rtx3060"))
+except UnsupportedError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+class Perceptron(nn.Module):
+    """A layer that is wide, and one that is not."""
+
+    def __init__(self, width: int = 1024) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 8))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, 8) for inputs of shape (samples, 64)."""
+        scores: torch.Tensor = self.layers(inputs)
+        return scores
+
+
+def perceptron(width: int = 1024, optimizer: Any = "adamw") -> Workload:
+    """Return a workload with a loss that no pickle takes."""
+    batch = (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))
+    return Workload(
+        Perceptron(width), batch, lambda x, y: nn.functional.cross_entropy(x, y) * 2, optimizer
+    )
+
+
+def test_a_probe_is_rehearsed_with_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """b fitted and b + 1 ran out, in torch's own words; nothing is called measured or timed."""
+    started: list[Any] = []
+    popen = subprocess.Popen
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        started.append(arguments)
+        return popen(*arguments, **keywords)
+
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    workload = perceptron()
+    before = [parameter.clone() for parameter in workload.model.parameters()]
+    found = memfit.survey(workload, gpus=("rtx3060", "rtx3090"), memory="900MiB", engine="rehearse")
+    assert found.source is Source.REHEARSED
+    assert len(started) == 1
+    for answer in found.answers:
+        result = answer.result
+        assert result is not None
+        assert result.proved
+        assert result.source is Source.REHEARSED
+        edge = result.max_batch_size
+        beyond, at_edge = result.trial_at(edge + 1), result.trial_at(edge)
+        assert beyond is not None
+        assert at_edge is not None
+        assert beyond.outcome is Outcome.OUT_OF_MEMORY
+        assert "CUDA out of memory" in (beyond.message or "")
+        assert at_edge.fits
+        assert all(trial.step_seconds is None for trial in result.trials)
+        assert result.recommended_batch_size is not None
+        assert result.predictions
+    assert all(torch.equal(*pair) for pair in zip(before, workload.model.parameters(), strict=True))
+
+
+def test_an_estimate_and_a_plan_are_rehearsed() -> None:
+    """The same engine, whatever is asked; a user's own optimizer goes along."""
+    model = Perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batch = (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))
+    workload = Workload(model, batch, nn.functional.cross_entropy, optimizer)
+    trial = memfit.estimate(workload, 4096, gpu="rtx3060", engine="rehearse", precision="fp32")
+    assert trial.source is Source.REHEARSED
+    # Weights, momentum and gradients, and the wide layer's output and its ReLU's.
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert trial.peak_requested_bytes is not None
+    assert trial.peak_requested_bytes >= 3 * weights + 2 * 4096 * 1024 * 4
+    assert not optimizer.state
+    plan = memfit.plan(
+        workload, 100_000, gpu="rtx3060", memory="900MiB", engine="rehearse", precision="fp32"
+    )
+    assert plan.source is Source.REHEARSED
+    assert sum(plan.micro_batch_sizes) == 100_000
+    assert plan.accumulation_steps > 1
+
+
+def test_weights_that_do_not_fit_are_said_with_what_they_need() -> None:
+    """No raw error: what the smallest batch takes, and what there is."""
+    with pytest.raises(DoesNotFitError) as caught:
+        memfit.probe(perceptron(4_000_000, "sgd"), gpu="rtx3060", memory="1GiB", engine="rehearse")
+    assert re.search(r"needs \d+(\.\d+)? [GM]iB, and \d+ MiB are available", str(caught.value))
+    assert caught.value.needed_bytes is not None
+    assert caught.value.needed_bytes > 4_000_000 * 64 * 4
+
+
+def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
+    """From the allocator's own history; its shares add up and its snapshot can be written."""
+    file = tmp_path / "history.pickle"
+    profile = memfit.profile(
+        perceptron(), 512, gpu="rtx3060", engine="rehearse", precision="fp32", snapshot=file
+    )
+    assert profile.source is Source.REHEARSED
+    held = sum(share.num_bytes for share in profile.peak.roles)
+    assert held == profile.peak.total_bytes
+    assert profile.peak.bytes_of(memfit.Role.PARAMETERS) > 0
+    assert file.stat().st_size > 0
+
+
+def test_a_users_own_error_is_raised_as_it_came() -> None:
+    """With where it happened on the other side."""
+    workload = perceptron()
+    broken = Workload(workload.model, workload.batch, _breaks, "adamw")
+    with pytest.raises(KeyError, match="no such thing") as caught:
+        memfit.estimate(broken, 2, gpu="rtx3060", engine="rehearse")
+    assert "_breaks" in str(caught.value.__cause__)
+
+
+def _breaks(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such thing")
+
+
+def test_what_cannot_be_rehearsed_is_said_in_a_sentence() -> None:
+    """An engine that is none, AMD's cards, and steps that cannot leave the process."""
+    with pytest.raises(UsageError, match="no engine 'real'; choose one of auto, rehearse, sim"):
+        memfit.estimate("test_vit", 2, gpu="rtx3060", engine="real")
+    with pytest.raises(UsageError, match="Only NVIDIA's cards"):
+        memfit.estimate("test_vit", 2, gpu="mi300x", engine="rehearse")
+    held = perceptron()
+    held.model.generator = (number for number in range(3))  # type: ignore[assignment]
+    with pytest.raises(UnsupportedError, match=r'cannot be sent .* engine="simulate"'):
+        memfit.estimate(held, 2, gpu="rtx3060", engine="rehearse")
+
+
+def test_auto_simulates_what_it_cannot_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards of another vendor, and a card of which only the size is known."""
+    monkeypatch.setenv("MEMFIT_ENGINE", "auto")
+    for gpu, memory in (("mi300x", None), ("any", "8GiB")):
+        trial = memfit.estimate(perceptron(), 2, gpu=gpu, memory=memory)
+        assert trial.source is Source.SIMULATED
+
+
+def test_large_weights_travel_without_their_values() -> None:
+    """Shapes, types and ties stay; the optimizer still holds the model's own parameters."""
+    model = Perceptron()
+    model.layers[2].weight = nn.Parameter(torch.ones(8, 1024, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    workload = Workload(model, (torch.ones(2, 64),), lambda x: x.sum(), optimizer)
+    step = TrainingStep(subject=workload, options=StepOptions())
+    parcel = packed(step)
+    assert len(parcel) < 200_000
+    there = unpacked(parcel).subject
+    assert isinstance(there, Workload)
+    assert isinstance(there.optimizer, torch.optim.Optimizer)
+    ours, theirs = list(model.parameters()), list(there.model.parameters())
+    assert [(p.shape, p.dtype, p.stride()) for p in ours] == [
+        (p.shape, p.dtype, p.stride()) for p in theirs
+    ]
+    held = [id(p) for group in there.optimizer.param_groups for p in group["params"]]
+    assert held == [id(p) for p in theirs]
+    assert torch.equal(there.batch[0], torch.ones(2, 64))
