@@ -18,7 +18,13 @@ from memfit.rehearsal.activate import rehearsed_environment
 from memfit.units import parse_bytes
 
 _PRELUDE = """
-import json, os, sys, torch
+import ctypes, json, os, sys, torch
+MIB, GIB = 2**20, 2**30
+device = ctypes.CDLL("libcuda.so.1")
+for name in "used peak free missing kept".split():
+    getattr(device, f"memfit_rehearsal_{name}_bytes").restype = ctypes.c_uint64
+for name in ("num_failures", "num_reads", "num_unknown_reads", "unknown_read_bytes"):
+    getattr(device, f"memfit_rehearsal_{name}").restype = ctypes.c_uint64
 def answer(**values):
     print(json.dumps(values))
 """

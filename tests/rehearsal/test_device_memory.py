@@ -1,4 +1,4 @@
-"""The budget of a rehearsed card, and torch's own allocator on it."""
+"""The budget of a rehearsed card, and torch's own allocator on it under each of its settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def test_card_is_what_torch_sees_and_fails_as_a_real_one_does(rehearsed: Rehears
         answer(
             name=properties.name, capability=torch.cuda.get_device_capability(),
             processors=properties.multi_processor_count, total=total, free=free,
-            taken=free - after, message=message, retries=torch.cuda.memory_stats()["num_ooms"],
+            taken=free - after, message=message, num_ooms=torch.cuda.memory_stats()["num_ooms"],
+            missing=device.memfit_rehearsal_missing_bytes(0),
+            failures=device.memfit_rehearsal_num_failures(0),
+            used=device.memfit_rehearsal_used_bytes(0),
         )
     """)
 
@@ -35,6 +38,153 @@ def test_card_is_what_torch_sees_and_fails_as_a_real_one_does(rehearsed: Rehears
     assert seen["processors"] == card.multiprocessors
     assert seen["total"] == card.total_bytes
     assert seen["free"] == card.usable_bytes
-    assert seen["taken"] == 4 * GIB
+    assert seen["taken"] == seen["used"] == 4 * GIB
     assert "Tried to allocate 8.00 GiB" in seen["message"]
-    assert seen["retries"] == 1
+    assert seen["num_ooms"] == 1
+    # torch asks again after it has emptied its cache.
+    assert seen["failures"] >= 1
+    assert seen["missing"] == 8 * GIB - (card.usable_bytes - 4 * GIB)
+
+
+def test_other_processes_and_a_given_size_are_taken_off_the_budget(rehearsed: Rehearsed) -> None:
+    """A card of 8 GiB on which others hold 3 has the rest, less the context."""
+    seen = rehearsed("answer(info=torch.cuda.mem_get_info())", memory="8GiB", others="3GiB")
+
+    context_bytes = find_gpu("RTX 3060").context_bytes
+    assert seen["info"] == [5 * GIB - context_bytes, 8 * GIB]
+
+
+_FRAGMENTS = """
+    whole = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+    del whole
+    part = torch.empty(1100 * MIB, dtype=torch.uint8, device="cuda")
+    try:
+        large = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
+        fits = True
+    except torch.OutOfMemoryError:
+        fits = False
+    stats = torch.cuda.memory_stats()
+    answer(
+        fits=fits, reserved=stats["reserved_bytes.all.current"],
+        expandable=[segment["is_expandable"] for segment in torch.cuda.memory_snapshot()],
+        used=device.memfit_rehearsal_used_bytes(0),
+    )
+"""
+
+
+def test_expandable_segments_do_not_fragment(rehearsed: Rehearsed) -> None:
+    """What a split segment cannot hold, one that grows can; the driver's bytes are torch's."""
+    plain = rehearsed(_FRAGMENTS, memory="4GiB")
+    expandable = rehearsed(
+        _FRAGMENTS,
+        memory="4GiB",
+        variables={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    )
+
+    assert (plain["fits"], set(plain["expandable"])) == (False, {False})
+    assert (expandable["fits"], set(expandable["expandable"])) == (True, {True})
+    assert plain["used"] == plain["reserved"]
+    assert expandable["used"] == expandable["reserved"] == 3600 * MIB
+
+
+_SPLITS = """
+    whole = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    del whole
+    part = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
+    answer(reserved=torch.cuda.memory_reserved())
+"""
+
+
+def test_max_split_size_withholds_large_blocks(rehearsed: Rehearsed) -> None:
+    """A block above the limit is not split for a small request, which takes a new segment."""
+    plain = rehearsed(_SPLITS)
+    limited = rehearsed(_SPLITS, variables={"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"})
+
+    assert plain["reserved"] == GIB
+    assert limited["reserved"] == GIB + 100 * MIB
+
+
+_GARBAGE = """
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    for size in (1000, 1500, 2000):
+        torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
+    kept = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
+    answer(reserved=torch.cuda.memory_reserved())
+"""
+
+
+def test_garbage_collection_frees_what_lies_unused(rehearsed: Rehearsed) -> None:
+    """Above the threshold, old cached blocks are given back before a new one is taken."""
+    plain = rehearsed(_GARBAGE, memory="10GiB")
+    collected = rehearsed(
+        _GARBAGE,
+        memory="10GiB",
+        variables={"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.3"},
+    )
+
+    assert plain["reserved"] == 7000 * MIB
+    assert collected["reserved"] < plain["reserved"]
+
+
+def test_without_torchs_cache_the_driver_serves_each_tensor(rehearsed: Rehearsed) -> None:
+    """Small tensors share a page of 2 MiB, large ones take whole pages, and each is given back."""
+    seen = rehearsed(
+        """
+        used = lambda: device.memfit_rehearsal_used_bytes(0)
+        small = [torch.empty(1000, device="cuda") for _ in range(100)]
+        with_small = used()
+        large = torch.empty(3 * MIB, dtype=torch.uint8, device="cuda")
+        with_large = used()
+        del large
+        freed = used()
+        addresses = {tensor.data_ptr() for tensor in small}
+        del small
+        answer(
+            small=with_small, large=with_large, freed=freed, end=used(), different=len(addresses)
+        )
+        """,
+        variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+
+    assert seen == {
+        "small": 2 * MIB,
+        "large": 6 * MIB,
+        "freed": 2 * MIB,
+        "end": 0,
+        "different": 100,
+    }
+
+
+def test_the_asynchronous_backend_holds_and_fails_as_a_pool(rehearsed: Rehearsed) -> None:
+    """torch's `backend:cudaMallocAsync` counts, keeps, trims and runs out."""
+    seen = rehearsed(
+        """
+        one = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+        with_one = torch.cuda.memory_stats()
+        del one
+        torch.cuda.synchronize()
+        kept = device.memfit_rehearsal_used_bytes(0)
+        torch.cuda.empty_cache()
+        trimmed = device.memfit_rehearsal_used_bytes(0)
+        try:
+            torch.empty(20 * GIB, dtype=torch.uint8, device="cuda")
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        answer(
+            backend=torch.cuda.get_allocator_backend(), kept=kept, trimmed=trimmed, fits=fits,
+            allocated=with_one["allocated_bytes.all.current"],
+            reserved=with_one["reserved_bytes.all.current"],
+        )
+        """,
+        variables={"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+    )
+
+    assert seen == {
+        "backend": "cudaMallocAsync",
+        "allocated": GIB,
+        "reserved": GIB,
+        "kept": GIB,
+        "trimmed": 0,
+        "fits": False,
+    }

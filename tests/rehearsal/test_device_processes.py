@@ -1,0 +1,97 @@
+"""Processes, threads, forks and exits of a rehearsal."""
+
+from __future__ import annotations
+
+from .conftest import Rehearsed
+
+
+def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
+    """Data-loader workers fork beside a device in use; a fork gets torch's sentence; threads agree."""
+    seen = rehearsed("""
+        import threading
+        from torch.utils.data import DataLoader, TensorDataset
+        on_device = torch.ones(4).cuda()
+        data = TensorDataset(torch.arange(64.0).view(64, 1))
+        loader = DataLoader(data, batch_size=8, num_workers=2, pin_memory=True)
+        batches = [batch for (batch,) in loader]
+        total = sum(batch.cuda(non_blocking=True).cpu().sum().item() for batch in batches)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.ones(1, device="cuda")
+                word = "worked"
+            except RuntimeError as exc:
+                word = str(exc)
+            count = ctypes.c_int(-1)
+            status = device.cudaGetDeviceCount(ctypes.byref(count))
+            os.write(writer, json.dumps([word, status]).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        word, status = json.loads(os.read(reader, 1000))
+
+        wrong = []
+        def work(number):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for i in range(200):
+                    values = torch.full((i * 100 + 1,), float(number))
+                    kept = values.cuda()
+                    (kept + 1).relu_()
+                    if not torch.equal(kept.cpu(), values):
+                        wrong.append(i)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 7)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        del on_device
+        torch.cuda.empty_cache()
+        answer(
+            total=total, pinned=batches[0].is_pinned(), word=word, status=status, wrong=wrong,
+            used=device.memfit_rehearsal_used_bytes(0),
+        )
+    """)
+
+    assert seen["total"] == sum(range(64))
+    assert seen["pinned"]
+    assert "Cannot re-initialize CUDA in forked subprocess" in seen["word"]
+    assert seen["status"] == 3
+    assert seen["wrong"] == []
+    assert seen["used"] == 0
+
+
+def test_visible_devices_are_chosen_as_by_the_driver(rehearsed: Rehearsed) -> None:
+    """The second of two cards can be the only one, and a number that is not there gets a card."""
+    snippet = """
+        count = torch._C._cuda_getDeviceCount()
+        answer(buses=[torch.cuda.get_device_properties(i).pci_bus_id for i in range(count)])
+    """
+
+    second = rehearsed(snippet, num_gpus=2, variables={"CUDA_VISIBLE_DEVICES": "1"})
+    fourth = rehearsed(snippet, variables={"CUDA_VISIBLE_DEVICES": "3"})
+
+    assert second["buses"] == [2]
+    assert fourth["buses"] == [4]
+
+
+def test_training_ends_without_a_word(rehearsed: Rehearsed) -> None:
+    """Backward's thread, a profiled step, live tensors and graphs at exit: code 0, and silence."""
+    seen = rehearsed("""
+        model = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.GELU()).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        scaler = torch.amp.GradScaler("cuda")
+        torch.cuda.memory._record_memory_history(max_entries=1000)
+        for _ in range(2):
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = model(torch.randn(16, 32, device="cuda")).float().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = torch.ones(8, device="cuda") * 2
+        steps = [state["step"].shape for state in optimizer.state.values()]
+        answer(num_states=len(steps), history=len(torch.cuda.memory._snapshot()["device_traces"][0]))
+    """)
+
+    assert seen["num_states"] == 2
+    assert seen["history"] > 10
