@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check browser format test-gpu bench clean
+.PHONY: demo test check browser format test-gpu bench wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ format: $(STAMP)
 # In whatever environment has the GPU's torch: nothing is installed.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu -rA
+
+# Carries the rehearsed device, compiled, where there is a C compiler; is a pure wheel otherwise.
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
-from memfit.rehearsal.build import library_path
+from memfit.rehearsal.build import LIBRARY, NVML_LIBRARY, library_folder
 from memfit.units import parse_bytes
 
 __all__ = ["CARD_VARIABLE", "MAX_GPUS", "check_supported", "rehearse", "rehearsed_environment"]
@@ -26,6 +26,7 @@ CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 """The environment variable that describes the card to the device."""
 
 MAX_GPUS = 16
+_LIBRARIES = (LIBRARY, NVML_LIBRARY)
 _MACHINES = ("x86_64", "aarch64")
 _INSTEAD = (
     "The simulation works here: give the card as `gpu=` or `--gpu` with the engine `simulate`."
@@ -64,7 +65,8 @@ def rehearse(gpu: str, *, memory: str | int | None = None, num_gpus: int = 1) ->
             "memfit.rehearse before anything imports torch."
         )
     environment = rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
-    ctypes.CDLL(str(library_path()), mode=ctypes.RTLD_GLOBAL)
+    for name in _LIBRARIES:
+        ctypes.CDLL(str(library_folder() / name), mode=ctypes.RTLD_GLOBAL)
     os.environ.update(environment)
 
 
@@ -91,14 +93,15 @@ def rehearsed_environment(
         UnsupportedError: This system cannot rehearse.
     """
     check_supported(card)
-    library = library_path()
+    folder = library_folder()
+    libraries = [str(folder / name) for name in _LIBRARIES]
     before = (environment or {}).get("LD_PRELOAD", "")
-    others = [name for name in before.replace(" ", ":").split(":") if name and name != str(library)]
+    others = [name for name in before.replace(" ", ":").split(":") if name not in ("", *libraries)]
     return {
-        "LD_PRELOAD": ":".join([str(library), *others]),
+        "LD_PRELOAD": ":".join([*libraries, *others]),
         CARD_VARIABLE: _settings(card, num_gpus=num_gpus, others_bytes=others_bytes),
         # Triton asks the linker's cache for the driver, which knows nothing of a loaded library.
-        "TRITON_LIBCUDA_PATH": str(library.parent),
+        "TRITON_LIBCUDA_PATH": str(folder),
         # What hides a GPU that is there must not hide the one that is rehearsed.
         "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in range(num_gpus)),
     }

@@ -20,10 +20,21 @@ from pathlib import Path
 
 from memfit.errors import UnsupportedError
 
-__all__ = ["LIBRARY", "compile_library", "compiler", "library_path", "sources_digest"]
+__all__ = [
+    "LIBRARY",
+    "NVML_LIBRARY",
+    "carried_folder",
+    "compile_libraries",
+    "compiler",
+    "library_folder",
+    "sources_digest",
+]
 
 LIBRARY = "libcuda.so.1"
 """The driver's own name: who looks for the driver finds the library that is loaded already."""
+
+NVML_LIBRARY = "libnvidia-ml.so.1"
+"""An empty library that needs the other one: NVML's functions are looked up through it."""
 
 _SOURCES = Path(__file__).with_name("device")
 _CARRIED = Path(__file__).with_name("lib")
@@ -34,27 +45,31 @@ _FLAGS = (
     "-shared",
     "-fvisibility=hidden",
     "-pthread",
-    f"-Wl,-soname,{LIBRARY}",
 )
 _COMPILERS = ("cc", "gcc", "clang")
 
 
 @functools.cache
-def library_path() -> Path:
-    """Return the compiled library, compiled now if it was not yet.
+def library_folder() -> Path:
+    """Return the folder of the compiled libraries, compiled now if they were not yet.
 
     Raises:
         UnsupportedError: There is neither a compiler nor a compiled library, or the compiler
             fails, or the cache is a folder that others can write.
     """
-    carried = _CARRIED / platform.machine() / sources_digest() / LIBRARY
-    if carried.is_file():
+    carried = carried_folder(_CARRIED)
+    if (carried / NVML_LIBRARY).is_file():
         return carried
     folder = _cache_folder() / f"{sources_digest()}-{platform.machine()}"
     if not folder.is_dir():
         _compile_into(folder)
-    _check_private(folder, names=(LIBRARY,))
-    return folder / LIBRARY
+    _check_private(folder, names=(LIBRARY, NVML_LIBRARY))
+    return folder
+
+
+def carried_folder(root: Path) -> Path:
+    """Return where a wheel carries the libraries of these sources for this processor."""
+    return root / platform.machine() / sources_digest()
 
 
 def sources_digest() -> str:
@@ -75,11 +90,13 @@ def compiler() -> tuple[str, ...] | None:
     return None
 
 
-def compile_library(target: Path, command: tuple[str, ...], *, flags: tuple[str, ...] = ()) -> None:
-    """Compile the library.
+def compile_libraries(
+    folder: Path, command: tuple[str, ...], *, flags: tuple[str, ...] = ()
+) -> None:
+    """Compile the libraries.
 
     Args:
-        target: The file to write.
+        folder: Where to write them.
         command: The compiler, as `compiler` returns it.
         flags: More of its options, as in `("-Werror",)`.
 
@@ -87,11 +104,19 @@ def compile_library(target: Path, command: tuple[str, ...], *, flags: tuple[str,
         UnsupportedError: The compiler fails.
     """
     sources = sorted(str(path) for path in _SOURCES.rglob("*.c"))
+    _run([*command, *_FLAGS, *flags, *_named(folder / LIBRARY), *sources, "-ldl"])
+    with tempfile.NamedTemporaryFile(suffix=".c") as empty:
+        needed = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", str(folder / LIBRARY))
+        _run([*command, *_FLAGS, *flags, *_named(folder / NVML_LIBRARY), empty.name, *needed])
+
+
+def _named(target: Path) -> tuple[str, ...]:
+    return (f"-Wl,-soname,{target.name}", "-o", str(target))
+
+
+def _run(command: list[str]) -> None:
     run = subprocess.run(  # noqa: S603 - the user's own compiler
-        [*command, *_FLAGS, *flags, "-o", str(target), *sources, "-ldl"],
-        capture_output=True,
-        text=True,
-        check=False,
+        command, capture_output=True, text=True, check=False
     )
     if run.returncode:
         lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
@@ -115,8 +140,9 @@ def _compile_into(folder: Path) -> None:
     # Two processes may come here at once: each compiles for itself, and the first one stays.
     under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
     try:
-        compile_library(under_way / LIBRARY, command)
-        (under_way / LIBRARY).chmod(0o700)
+        compile_libraries(under_way, command)
+        for name in (LIBRARY, NVML_LIBRARY):
+            (under_way / name).chmod(0o700)
         try:
             under_way.rename(folder)
         except OSError:

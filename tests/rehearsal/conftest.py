@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ Rehearsed = Callable[..., Any]
 
 
 @pytest.fixture
-def rehearsed() -> Rehearsed:
+def rehearsed(tmp_path: Path) -> Rehearsed:
     """Run a snippet on a rehearsed card and return what it gives to `answer`.
 
     The child must end with 0 and say nothing on standard error: a rehearsal ends without a word.
@@ -58,14 +59,10 @@ def rehearsed() -> Rehearsed:
             )
         except MemfitError as exc:
             pytest.skip(str(exc))
+        script = tmp_path / "script.py"
+        script.write_text(_PRELUDE + textwrap.dedent(snippet))
         child = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore::FutureWarning",
-                "-c",
-                _PRELUDE + textwrap.dedent(snippet),
-            ],
+            [sys.executable, "-W", "ignore::FutureWarning", str(script)],
             env={**os.environ, **added, **(variables or {})},
             capture_output=True,
             text=True,

@@ -50,8 +50,8 @@ def test_reads_of_the_device_are_counted_and_told_apart(rehearsed: Rehearsed) ->
 
         @ctypes.CFUNCTYPE(None, ctypes.c_size_t, ctypes.c_int)
         def on_read(num_bytes, is_known):
-            line = traceback.extract_stack()[-2].line
-            reads.append((num_bytes, is_known, threading.get_ident() == threading.main_thread().ident, line))
+            is_main = threading.current_thread() is threading.main_thread()
+            reads.append((num_bytes, is_known, is_main, traceback.extract_stack()[-2].line))
 
         device.memfit_rehearsal_on_read(on_read)
         known.cpu()
@@ -75,7 +75,7 @@ def test_reads_of_the_device_are_counted_and_told_apart(rehearsed: Rehearsed) ->
 
 
 def test_a_model_larger_than_what_is_kept_takes_little_of_the_host(rehearsed: Rehearsed) -> None:
-    """40 GiB copied to an H100 grow the process by the 512 MiB that are kept, and small ones last."""
+    """40 GiB copied to an H100 take the 512 MiB that are kept, and small copies last."""
     seen = rehearsed(
         """
         import resource

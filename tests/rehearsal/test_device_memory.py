@@ -105,7 +105,7 @@ def test_max_split_size_withholds_large_blocks(rehearsed: Rehearsed) -> None:
 
 
 _GARBAGE = """
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.set_per_process_memory_fraction(0.9)  # torch collects only under a cap
     for size in (1000, 1500, 2000):
         torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
     kept = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
@@ -123,7 +123,7 @@ def test_garbage_collection_frees_what_lies_unused(rehearsed: Rehearsed) -> None
     )
 
     assert plain["reserved"] == 7000 * MIB
-    assert collected["reserved"] < plain["reserved"]
+    assert collected["reserved"] == 4500 * MIB
 
 
 def test_without_torchs_cache_the_driver_serves_each_tensor(rehearsed: Rehearsed) -> None:

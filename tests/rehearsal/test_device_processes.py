@@ -6,7 +6,7 @@ from .conftest import Rehearsed
 
 
 def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
-    """Data-loader workers fork beside a device in use; a fork gets torch's sentence; threads agree."""
+    """Workers fork beside a device in use; a fork gets torch's sentence; threads agree."""
     seen = rehearsed("""
         import threading
         from torch.utils.data import DataLoader, TensorDataset
@@ -90,7 +90,8 @@ def test_training_ends_without_a_word(rehearsed: Rehearsed) -> None:
         with torch.cuda.graph(graph):
             kept = torch.ones(8, device="cuda") * 2
         steps = [state["step"].shape for state in optimizer.state.values()]
-        answer(num_states=len(steps), history=len(torch.cuda.memory._snapshot()["device_traces"][0]))
+        history = torch.cuda.memory._snapshot()["device_traces"][0]
+        answer(num_states=len(steps), history=len(history))
     """)
 
     assert seen["num_states"] == 2

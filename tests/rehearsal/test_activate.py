@@ -1,0 +1,141 @@
+"""Putting a rehearsed card in front of torch, and the sentences where that cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memfit
+from memfit.cards import find_gpu
+from memfit.errors import UnsupportedError, UsageError
+from memfit.rehearsal import activate, build
+
+needs_rehearsal = pytest.mark.skipif(
+    sys.platform != "linux" or build.compiler() is None, reason="needs Linux and a C compiler"
+)
+
+
+@needs_rehearsal
+def test_a_script_rehearses_in_its_own_process() -> None:
+    """`memfit.rehearse` before `import torch` is all; a second card, or a late call, is refused."""
+    script = """
+import memfit
+memfit.rehearse("RTX 4090", memory="16GiB", num_gpus=2)
+memfit.rehearse("RTX 4090", memory="16GiB", num_gpus=2)
+import torch, subprocess, sys
+print(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], torch.cuda.device_count())
+try:
+    memfit.rehearse("RTX 3060")
+except memfit.UsageError as exc:
+    print(exc)
+child = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(1))"]
+print(subprocess.run(child, capture_output=True, text=True).stdout.strip())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines() == [
+        f"NVIDIA GeForce RTX 4090 {16 * 2**30} 2",
+        (
+            "This process already rehearses a card, so NVIDIA GeForce RTX 3060 cannot be "
+            "rehearsed in it: start a new process for each card."
+        ),
+        "NVIDIA GeForce RTX 4090",
+    ]
+
+
+@needs_rehearsal
+def test_after_torch_it_is_too_late() -> None:
+    """One sentence, and nothing is changed."""
+    before = dict(os.environ)
+
+    with pytest.raises(UsageError, match=r"torch is imported already.* before anything imports"):
+        memfit.rehearse("RTX 4090")
+
+    assert dict(os.environ) == before
+
+
+@needs_rehearsal
+def test_environment_keeps_what_is_preloaded_and_hides_no_card() -> None:
+    """A child gets both libraries first, then its own; CUDA_VISIBLE_DEVICES names what there is."""
+    card = find_gpu("RTX 3090")
+
+    added = activate.rehearsed_environment(
+        card, num_gpus=2, others_bytes=5, environment={"LD_PRELOAD": "libjemalloc.so other.so"}
+    )
+    again = activate.rehearsed_environment(card, num_gpus=2, environment=added)
+
+    first, second, *rest = added["LD_PRELOAD"].split(":")
+    assert (Path(first).name, Path(second).name) == (build.LIBRARY, build.NVML_LIBRARY)
+    assert rest == ["libjemalloc.so", "other.so"]
+    assert again["LD_PRELOAD"] == added["LD_PRELOAD"]
+    assert added["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert added["TRITON_LIBCUDA_PATH"] == str(Path(first).parent)
+    settings = dict(pair.split("=") for pair in added[activate.CARD_VARIABLE].split(";"))
+    assert settings["name"] == card.name
+    assert int(settings["total_bytes"]) == card.total_bytes
+    assert int(settings["context_bytes"]) == card.context_bytes
+    assert settings["others_bytes"] == "5"
+    assert settings["capability"] == "8.6"
+
+
+@needs_rehearsal
+@pytest.mark.parametrize("num_gpus", [0, 17])
+def test_number_of_gpus(num_gpus: int) -> None:
+    """One to sixteen."""
+    with pytest.raises(UsageError, match=f"1 to 16 GPUs, not {num_gpus}"):
+        activate.rehearsed_environment(find_gpu("RTX 3090"), num_gpus=num_gpus)
+
+
+def test_amds_cards_are_simulated() -> None:
+    """The sentence says what works."""
+    with pytest.raises(UsageError, match=r"Only NVIDIA's cards .* AMD's\. The simulation works"):
+        activate.check_supported(find_gpu("MI300X"))
+
+
+@pytest.mark.parametrize(("system", "name"), [("darwin", "Darwin"), ("win32", "Windows")])
+def test_other_systems(system: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS and Windows simulate."""
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("platform.system", lambda: name)
+
+    with pytest.raises(
+        UnsupportedError, match=f"needs Linux; this is {name}. The simulation works"
+    ):
+        activate.check_supported(find_gpu("RTX 3090"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+@pytest.mark.parametrize(
+    ("libraries", "sentence"),
+    [
+        (("libtorch_cpu.so",), r"torch is not built for CUDA|has no CUDA"),
+        (("libtorch_cpu.so", "libtorch_hip.so"), "is built for ROCm"),
+    ],
+)
+def test_other_builds_of_torch(
+    libraries: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU-only or ROCm build is told by its files, without importing it."""
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").touch()
+    for name in libraries:
+        (tmp_path / "torch" / "lib" / name).touch()
+    spec = importlib_spec(tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
+
+    with pytest.raises(UnsupportedError, match=sentence):
+        activate.check_supported(find_gpu("RTX 3090"))
+
+
+def importlib_spec(path: Path) -> object:
+    """A package's spec, as `find_spec` returns it."""
+    from importlib.machinery import ModuleSpec
+
+    return ModuleSpec("torch", None, origin=str(path))
