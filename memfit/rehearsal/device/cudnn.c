@@ -1,0 +1,156 @@
+/* cuDNN, asked without a device. Heuristics, engines, plans and workspaces are the real library's,
+   for the card: where torch sets a handle, a descriptor of the card's properties is set instead.
+
+   Source: NVIDIA, cuDNN backend API (CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR, since 9.8) and the
+   frontend's «deviceless ahead-of-time compilation»; the fields of the JSON as in OpenXLA's
+   cudnn_device_props.cc.
+
+   `cudnn.benchmark`: torch runs each plan, asks events for the time, and takes the least; of plans
+   with equal times the first of the heuristics. Events of a rehearsal count launches (streams.c),
+   and a plan is one launch, so the times are equal and the choice is the same every time. The
+   workspace of the search is torch's own: the largest of the plans. */
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "libraries.h"
+
+enum { /* cudnnStatus_t */
+    CUDNN_NOT_INITIALIZED = 1001,
+    CUDNN_BAD_PARAM = 2000,
+    CUDNN_ARCH_MISMATCH = 3007,
+    CUDNN_NO_CUDA_GRAPHS = 3013,
+};
+enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t */
+    DEVICEPROP_DESCRIPTOR = 38,
+    HEURISTICS_OPERATION_GRAPH = 201,
+    HEURISTICS_DEVICEPROP = 204,
+    PLAN_HANDLE = 400,
+    PLAN_WORKSPACE_BYTES = 402,
+    PLAN_DEVICEPROP = 407,
+    ENGINE_OPERATION_GRAPH = 1300,
+    ENGINE_DEVICEPROP = 1307,
+    DEVICEPROP_HANDLE = 2701,
+    DEVICEPROP_JSON = 2702,
+    TYPE_HANDLE = 0,
+    TYPE_INT64 = 3,
+    TYPE_DESCRIPTOR = 15,
+    TYPE_CHAR = 24,
+};
+typedef void *Descriptor;
+
+static Status (*real_create)(int, Descriptor *);
+static Status (*real_set)(Descriptor, int, int, int64_t, const void *);
+static Status (*real_get)(Descriptor, int, int, int64_t, int64_t *, void *);
+static Status (*real_finalize)(Descriptor);
+static Descriptor properties;
+static char properties_text[2048];
+static Status properties_status = CUDNN_NOT_INITIALIZED;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static int describe(char *text, size_t num_bytes) {
+    const Card *c = card();
+    char name[sizeof c->name];
+    size_t kept = 0;
+    for (const char *p = c->name; *p; p++)
+        if (*p != '"' && *p != '\\')
+            name[kept++] = *p;
+    name[kept] = 0;
+    return snprintf(
+        text, num_bytes,
+        "{\"deviceVer\":%d,\"multiProcessorCount\":%d,\"warpSize\":32,"
+        "\"maxSharedMemoryPerBlock\":49152,\"maxSharedMemoryPerBlockOptin\":%zu,"
+        "\"reservedSharedMemoryPerBlock\":1024,\"maxRegistersPerSM\":65536,\"maxCtasPerSM\":%d,"
+        "\"maxThreadsPerBlock\":1024,\"maxThreadsPerSM\":%d,\"regsPerBlock\":65536,"
+        "\"totalGlobalMem\":%zu,\"smClockRateKHz\":%d,\"l2CacheSize\":%zu,"
+        "\"maxBlockSize\":[1024,1024,64],\"memClockRateKHz\":%d,"
+        "\"maxGridSize\":[2147483647,65535,65535],\"supportCoopLaunch\":1,\"pciDeviceId\":0,"
+        "\"isTccDriver\":0,\"cudaDeviceId\":0,\"driverVer\":%d,\"deviceName\":\"%s\"}",
+        c->major * 100 + c->minor * 10, c->multiprocessors, c->shared_optin_bytes, c->blocks_per_sm,
+        c->threads_per_sm, c->total_bytes, c->clock_khz, c->l2_bytes, c->memory_clock_khz,
+        cuda_version(), name);
+}
+
+static void load(void) {
+    *(void **)&real_create = real_function("libcudnn.so.9", "cudnnBackendCreateDescriptor");
+    *(void **)&real_set = real_function("libcudnn.so.9", "cudnnBackendSetAttribute");
+    *(void **)&real_get = real_function("libcudnn.so.9", "cudnnBackendGetAttribute");
+    *(void **)&real_finalize = real_function("libcudnn.so.9", "cudnnBackendFinalize");
+    if (!real_create || !real_set || !real_get || !real_finalize)
+        return;
+    /* cuDNN for CUDA 13 has no kernels before Turing. It describes such a card all the same, and
+       would then find no plan for it. */
+    if (cuda_version() >= 13000 && card()->major * 10 + card()->minor < 75) {
+        properties_status = CUDNN_ARCH_MISMATCH;
+        return;
+    }
+    int length = describe(properties_text, sizeof properties_text);
+    Status status = real_create(DEVICEPROP_DESCRIPTOR, &properties);
+    if (!status)
+        status = real_set(properties, DEVICEPROP_JSON, TYPE_CHAR, length, properties_text);
+    if (!status)
+        status = real_finalize(properties);
+    properties_status = status;
+}
+
+static Status ready(void) {
+    pthread_once(&once, load);
+    return properties_status;
+}
+
+API Status cudnnCreate(Handle **handle) {
+    *handle = NULL;
+    Status status = ready();
+    return status ? status : create_handle(handle);
+}
+
+API Status cudnnDestroy(Handle *handle) { return destroy_handle(handle); }
+
+API Status cudnnSetStream(Handle *handle, void *stream) { return set_stream(handle, stream); }
+
+API Status cudnnGetStream(const Handle *handle, void **stream) { return get_stream(handle, stream); }
+
+API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, int64_t count,
+                                    const void *elements) {
+    Status status = ready();
+    if (status)
+        return status;
+    if (type == TYPE_HANDLE) {
+        if (name == PLAN_HANDLE)
+            return real_set(descriptor, PLAN_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+        if (name == DEVICEPROP_HANDLE)
+            return real_set(descriptor, DEVICEPROP_JSON, TYPE_CHAR,
+                            (int64_t)strlen(properties_text), properties_text);
+        return OK; /* a graph of operations needs no device */
+    }
+    status = real_set(descriptor, name, type, count, elements);
+    if (!status && name == HEURISTICS_OPERATION_GRAPH)
+        status = real_set(descriptor, HEURISTICS_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+    if (!status && name == ENGINE_OPERATION_GRAPH)
+        status = real_set(descriptor, ENGINE_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+    return status;
+}
+
+API Status cudnnBackendExecute(const Handle *handle, UNUSED Descriptor plan, UNUSED Descriptor pack) {
+    return library_call(handle);
+}
+
+API Status cudnnGetExecutionPlanWorkspaceSize(UNUSED const Handle *handle, Descriptor plan,
+                                              UNUSED Descriptor pack, size_t *num_bytes) {
+    int64_t found = 0, count = 0;
+    Status status = ready();
+    if (!status)
+        status = real_get(plan, PLAN_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &found);
+    *num_bytes = (size_t)found;
+    return status;
+}
+
+/* A graph of the rehearsal has no nodes to fill in. torch does not ask for these. */
+RETURNS(cudnnBackendPopulateCudaGraph, CUDNN_NO_CUDA_GRAPHS)
+RETURNS(cudnnBackendUpdateCudaGraph, CUDNN_NO_CUDA_GRAPHS)
+
+API Status cudnnQueryRuntimeError(UNUSED const Handle *handle, int *status, UNUSED int mode,
+                                  UNUSED void *tag) {
+    *status = OK;
+    return OK;
+}
