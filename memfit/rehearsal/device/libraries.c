@@ -10,7 +10,9 @@ Status create_handle(Handle **handle) {
     *handle = calloc(1, sizeof **handle);
     if (!*handle)
         return ALLOCATION_FAILED;
+    device_lock();
     touch_device(current_device());
+    device_unlock();
     return OK;
 }
 
