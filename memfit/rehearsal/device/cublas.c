@@ -17,7 +17,7 @@ FP(axpy_v2) FP(copy_v2) FP(dgmm) FP(gbmv_v2) FP(geam) FP(gemmBatched) FP(gemmStr
 FP(gemm_v2) FP(gemvBatched) FP(gemvStridedBatched) FP(gemv_v2) FP(rot_v2) FP(scal_v2) FP(swap_v2)
 FP(symm_v2) FP(symv_v2) FP(syr2_v2) FP(syr2k_v2) FP(syr_v2) FP(syrk_v2) FP(syrkx) FP(tbmv_v2)
 FP(tbsv_v2) FP(tpmv_v2) FP(tpsv_v2) FP(trmm_v2) FP(trmv_v2) FP(trsmBatched) FP(trsm_v2) FP(trsv_v2)
-F(gelsBatched) F(geqrfBatched) F(getrfBatched) F(getriBatched) F(getrsBatched) F(matinvBatched)
+ F(getrfBatched) F(getriBatched) F(matinvBatched)
 F(rotg_v2) F(tpttr) F(trttp)
 P(AsumEx) P(AxpyEx) P(Cdotc_v2) P(Cdotu_v2) P(Cgemm3m) P(Cgemm3mBatched) P(Cgemm3mEx)
 P(Cgemm3mStridedBatched) P(CgemmEx) P(Cgerc_v2) P(Cgeru_v2) P(Chbmv_v2) P(Chemm_v2) P(Chemv_v2)
@@ -35,6 +35,11 @@ P(TSTgemvBatched) P(TSTgemvStridedBatched) P(Zdotc_v2) P(Zdotu_v2) P(Zdrot_v2) P
 P(Zgemm3m) P(Zgerc_v2) P(Zgeru_v2) P(Zhbmv_v2) P(Zhemm_v2) P(Zhemv_v2) P(Zher2_v2) P(Zher2k_v2)
 P(Zher_v2) P(Zherk_v2) P(Zherkx) P(Zhpmv_v2) P(Zhpr2_v2) P(Zhpr_v2)
 X(Drotmg_v2) X(RotgEx) X(RotmgEx) X(Srotmg_v2) X(Uint8gemmBias)
+
+/* These tell the host that their arguments were right. */
+#define RIGHT(name, k) \
+    ANSWERS_INT(cublasS##name, k) ANSWERS_INT(cublasD##name, k) ANSWERS_INT(cublasC##name, k) ANSWERS_INT(cublasZ##name, k)
+RIGHT(geqrfBatched, 6) RIGHT(gelsBatched, 9) RIGHT(getrsBatched, 9)
 
 API Status cublasCreate_v2(Handle **handle) { return create_handle(handle); }
 API Status cublasDestroy_v2(Handle *handle) { return destroy_handle(handle); }

@@ -1,12 +1,28 @@
 /* CUPTI, for torch.profiler: it may ask for activities of the device, and there are none. The real
    library would look for a driver's tables, which are not documented and not here.
 
-   Versions and the names of errors and callbacks are the real library's. */
+   All that torch calls is here, texts of errors too: the real library looks for a driver at each
+   of its functions. */
 #include <time.h>
 
 #include "libraries.h"
 
 enum { CUPTI_NO_MORE_RECORDS = 12, CUPTI_NOT_SUPPORTED = 27 };
+
+/* Source: cupti_version.h of CUDA 12.8 and 13. */
+API Status cuptiGetVersion(uint32_t *version) {
+    *version = cuda_version() >= 13000 ? (uint32_t)cuda_version() * 10 : 26;
+    return OK;
+}
+API Status cuptiGetResultString(Status status, const char **text) {
+    *text = status == OK ? "CUPTI_SUCCESS" : status == CUPTI_NO_MORE_RECORDS ? "CUPTI_ERROR_MAX_LIMIT_REACHED" : "CUPTI_ERROR_NOT_SUPPORTED";
+    return OK;
+}
+API Status cuptiGetErrorMessage(Status status, const char **text) { return cuptiGetResultString(status, text); }
+API Status cuptiGetCallbackName(int domain UNUSED, uint32_t callback UNUSED, const char **name) {
+    *name = "unknown";
+    return OK;
+}
 
 API Status cuptiSubscribe(void **subscriber, void *callback UNUSED, void *data UNUSED) {
     static int any;

@@ -261,10 +261,23 @@ API Status nvmlDeviceGetComputeMode(NvmlDevice device UNUSED, int *mode) {
     return OK;
 }
 ALIAS(nvmlDeviceGetPersistenceMode, nvmlDeviceGetComputeMode, (NvmlDevice device, int *mode), (device, mode))
+API Status nvmlDeviceGetPowerUsage(NvmlDevice device UNUSED, unsigned *milliwatts) {
+    *milliwatts = 0;
+    return OK;
+}
+ALIAS(nvmlDeviceGetFanSpeed, nvmlDeviceGetPowerUsage, (NvmlDevice device, unsigned *percent), (device, percent))
+API Status nvmlDeviceGetTemperature(NvmlDevice device UNUSED, int sensor UNUSED, unsigned *celsius) {
+    *celsius = 20; /* of the room */
+    return OK;
+}
+API Status nvmlDeviceGetTemperatureV(NvmlDevice device UNUSED, int values[3]) { /* version, sensor, temperature */
+    values[2] = 20;
+    return OK;
+}
 #define NONE(name) ALWAYS(nvmlDeviceGet##name, NVML_NOT_SUPPORTED)
 NONE(BAR1MemoryInfo) NONE(Brand) NONE(CpuAffinity) NONE(CpuAffinityWithinScope) NONE(EccMode) NONE(EnforcedPowerLimit)
-NONE(FanSpeed) NONE(FieldValues) NONE(GpuFabricInfo) NONE(GpuFabricInfoV) NONE(MemoryAffinity) NONE(MigMode)
+NONE(FieldValues) NONE(GpuFabricInfo) NONE(GpuFabricInfoV) NONE(MemoryAffinity) NONE(MigMode)
 NONE(NvLinkCapability) NONE(NvLinkRemoteDeviceType) NONE(NvLinkRemotePciInfo_v2) NONE(NvLinkState) NONE(NvLinkVersion)
-NONE(PowerManagementLimit) NONE(PowerUsage) NONE(Serial) NONE(Temperature) NONE(TemperatureV) NONE(TotalEnergyConsumption)
+NONE(PowerManagementLimit) NONE(Serial) NONE(TotalEnergyConsumption)
 NONE(Architecture) NONE(NumGpuCores) NONE(MemoryBusWidth) NONE(TopologyCommonAncestor) NONE(MaxMigDeviceCount)
 NONE(CurrPcieLinkGeneration) NONE(CurrPcieLinkWidth) NONE(PcieThroughput) NONE(PerformanceState)
