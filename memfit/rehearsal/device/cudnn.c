@@ -5,12 +5,17 @@
    frontend's «deviceless ahead-of-time compilation»; the fields of the JSON as in OpenXLA's
    cudnn_device_props.cc.
 
+   A plan whose engine is compiled at run time is not compiled: that takes seconds, and nothing would
+   run it. Its workspace is what its configuration says (CUDNN_ATTR_ENGINECFG_WORKSPACE_SIZE), which
+   is the plan's. That its compilation would have succeeded is assumed.
+
    `cudnn.benchmark`: torch runs each plan, asks events for the time, and takes the least; of plans
    with equal times the first of the heuristics. Events of a rehearsal count launches (streams.c),
    and a plan is one launch, so the times are equal and the choice is the same every time. The
    workspace of the search is torch's own: the largest of the plans. */
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "libraries.h"
@@ -22,20 +27,27 @@ enum { /* cudnnStatus_t */
     CUDNN_NO_CUDA_GRAPHS = 3013,
 };
 enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t */
+    ENGINE_DESCRIPTOR = 2,
     DEVICEPROP_DESCRIPTOR = 38,
     HEURISTICS_OPERATION_GRAPH = 201,
     HEURISTICS_DEVICEPROP = 204,
+    CONFIG_ENGINE = 300,
+    CONFIG_WORKSPACE_BYTES = 303,
     PLAN_HANDLE = 400,
+    PLAN_CONFIG = 401,
     PLAN_WORKSPACE_BYTES = 402,
     PLAN_DEVICEPROP = 407,
     ENGINE_OPERATION_GRAPH = 1300,
+    ENGINE_BEHAVIOR_NOTE = 1305,
     ENGINE_DEVICEPROP = 1307,
     DEVICEPROP_HANDLE = 2701,
     DEVICEPROP_JSON = 2702,
     TYPE_HANDLE = 0,
     TYPE_INT64 = 3,
     TYPE_DESCRIPTOR = 15,
+    TYPE_BEHAVIOR_NOTE = 19,
     TYPE_CHAR = 24,
+    COMPILED_AT_RUN_TIME = 0, /* a behavior note */
 };
 typedef void *Descriptor;
 
@@ -43,6 +55,7 @@ static Status (*real_create)(int, Descriptor *);
 static Status (*real_set)(Descriptor, int, int, int64_t, const void *);
 static Status (*real_get)(Descriptor, int, int, int64_t, int64_t *, void *);
 static Status (*real_finalize)(Descriptor);
+static Status (*real_destroy)(Descriptor);
 static Descriptor properties;
 static char properties_text[2048];
 static Status properties_status = CUDNN_NOT_INITIALIZED;
@@ -76,7 +89,8 @@ static void load(void) {
     *(void **)&real_set = real_function("libcudnn.so.9", "cudnnBackendSetAttribute");
     *(void **)&real_get = real_function("libcudnn.so.9", "cudnnBackendGetAttribute");
     *(void **)&real_finalize = real_function("libcudnn.so.9", "cudnnBackendFinalize");
-    if (!real_create || !real_set || !real_get || !real_finalize)
+    *(void **)&real_destroy = real_function("libcudnn.so.9", "cudnnBackendDestroyDescriptor");
+    if (!real_create || !real_set || !real_get || !real_finalize || !real_destroy)
         return;
     /* cuDNN for CUDA 13 has no kernels before Turing. It describes such a card all the same, and
        would then find no plan for it. */
@@ -110,6 +124,88 @@ API Status cudnnSetStream(Handle *handle, void *stream) { return set_stream(hand
 
 API Status cudnnGetStream(const Handle *handle, void **stream) { return get_stream(handle, stream); }
 
+/* The configuration of each plan, from the time it is set to the plan's end. */
+typedef struct Plan {
+    Descriptor plan, config;
+    int is_assumed; /* not compiled */
+    struct Plan *next;
+} Plan;
+static Plan *plans[4096];
+
+static Plan **place_of(Descriptor plan) {
+    Plan **at = &plans[(uintptr_t)plan / 16 % 4096];
+    while (*at && (*at)->plan != plan) at = &(*at)->next;
+    return at;
+}
+static void remember_config(Descriptor plan, Descriptor config) {
+    device_lock();
+    Plan **at = place_of(plan);
+    if (!*at && (*at = calloc(1, sizeof **at))) (*at)->plan = plan;
+    if (*at) (*at)->config = config;
+    device_unlock();
+}
+static Plan plan_of(Descriptor plan) {
+    device_lock();
+    Plan *found = *place_of(plan), copy = found ? *found : (Plan){0};
+    device_unlock();
+    return copy;
+}
+static void assume(Descriptor plan) {
+    device_lock();
+    Plan *found = *place_of(plan);
+    if (found) found->is_assumed = 1;
+    device_unlock();
+}
+static void forget(Descriptor plan) {
+    device_lock();
+    Plan **at = place_of(plan), *found = *at;
+    if (found) *at = found->next;
+    device_unlock();
+    free(found);
+}
+
+static int is_compiled_at_run_time(Descriptor config) {
+    Descriptor engine = NULL;
+    int64_t count = 0;
+    int notes[16], is_compiled = 0;
+    if (real_create(ENGINE_DESCRIPTOR, &engine)) return 0;
+    if (!real_get(config, CONFIG_ENGINE, TYPE_DESCRIPTOR, 1, &count, &engine) && count == 1 &&
+        !real_get(engine, ENGINE_BEHAVIOR_NOTE, TYPE_BEHAVIOR_NOTE, 16, &count, notes))
+        for (int64_t i = 0; i < count && i < 16; i++) is_compiled |= notes[i] == COMPILED_AT_RUN_TIME;
+    real_destroy(engine);
+    return is_compiled;
+}
+
+API Status cudnnBackendFinalize(Descriptor descriptor) {
+    Status status = ready();
+    if (status) return status;
+    Plan plan = plan_of(descriptor);
+    int64_t count = 0, workspace = 0;
+    if (plan.config && is_compiled_at_run_time(plan.config) &&
+        !real_get(plan.config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
+        assume(descriptor);
+        return OK;
+    }
+    return real_finalize(descriptor);
+}
+
+API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, int64_t asked, int64_t *count, void *elements) {
+    Status status = ready();
+    if (status) return status;
+    if (name == PLAN_WORKSPACE_BYTES) {
+        Plan plan = plan_of(descriptor);
+        if (plan.is_assumed) return real_get(plan.config, CONFIG_WORKSPACE_BYTES, type, asked, count, elements);
+    }
+    return real_get(descriptor, name, type, asked, count, elements);
+}
+
+API Status cudnnBackendDestroyDescriptor(Descriptor descriptor) {
+    Status status = ready();
+    if (status) return status;
+    forget(descriptor);
+    return real_destroy(descriptor);
+}
+
 API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, int64_t count,
                                     const void *elements) {
     Status status = ready();
@@ -124,6 +220,8 @@ API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, i
         return OK; /* a graph of operations needs no device */
     }
     status = real_set(descriptor, name, type, count, elements);
+    if (!status && name == PLAN_CONFIG && count == 1)
+        remember_config(descriptor, *(const Descriptor *)elements);
     if (!status && name == HEURISTICS_OPERATION_GRAPH)
         status = real_set(descriptor, HEURISTICS_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
     if (!status && name == ENGINE_OPERATION_GRAPH)
@@ -138,9 +236,7 @@ API Status cudnnBackendExecute(const Handle *handle, UNUSED Descriptor plan, UNU
 API Status cudnnGetExecutionPlanWorkspaceSize(UNUSED const Handle *handle, Descriptor plan,
                                               UNUSED Descriptor pack, size_t *num_bytes) {
     int64_t found = 0, count = 0;
-    Status status = ready();
-    if (!status)
-        status = real_get(plan, PLAN_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &found);
+    Status status = cudnnBackendGetAttribute(plan, PLAN_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &found);
     *num_bytes = (size_t)found;
     return status;
 }
