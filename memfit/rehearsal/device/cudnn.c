@@ -127,7 +127,8 @@ API Status cudnnGetStream(const Handle *handle, void **stream) { return get_stre
 /* The configuration of each plan, from the time it is set to the plan's end. */
 typedef struct Plan {
     Descriptor plan, config;
-    int is_assumed; /* not compiled */
+    int is_assumed; /* not compiled: this is its workspace */
+    int64_t workspace_bytes;
     struct Plan *next;
 } Plan;
 static Plan *plans[4096];
@@ -150,10 +151,11 @@ static Plan plan_of(Descriptor plan) {
     device_unlock();
     return copy;
 }
-static void assume(Descriptor plan) {
+static void assume(Descriptor plan, int64_t workspace_bytes) {
     device_lock();
     Plan *found = *place_of(plan);
     if (found) found->is_assumed = 1;
+    if (found) found->workspace_bytes = workspace_bytes;
     device_unlock();
 }
 static void forget(Descriptor plan) {
@@ -183,7 +185,7 @@ API Status cudnnBackendFinalize(Descriptor descriptor) {
     int64_t count = 0, workspace = 0;
     if (plan.config && is_compiled_at_run_time(plan.config) &&
         !real_get(plan.config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
-        assume(descriptor);
+        assume(descriptor, workspace);
         return OK;
     }
     return real_finalize(descriptor);
@@ -192,9 +194,13 @@ API Status cudnnBackendFinalize(Descriptor descriptor) {
 API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, int64_t asked, int64_t *count, void *elements) {
     Status status = ready();
     if (status) return status;
-    if (name == PLAN_WORKSPACE_BYTES) {
+    if (name == PLAN_WORKSPACE_BYTES && type == TYPE_INT64 && asked > 0) {
         Plan plan = plan_of(descriptor);
-        if (plan.is_assumed) return real_get(plan.config, CONFIG_WORKSPACE_BYTES, type, asked, count, elements);
+        if (plan.is_assumed) {
+            if (count) *count = 1;
+            *(int64_t *)elements = plan.workspace_bytes;
+            return OK;
+        }
     }
     return real_get(descriptor, name, type, asked, count, elements);
 }
