@@ -13,4 +13,7 @@ void collective_copy(void *to, const void *from, size_t num_bytes, size_t num_co
 void collective_reduce(void *to, const void *from, size_t count, int type, int operation, int num_ranks);
 void collective_forget(void *to, size_t num_bytes);
 
+/* splits.c: how many ranks a part of a communicator has; 0: not known. */
+int split_size(int rank, int num_ranks, int color, int key);
+
 #endif

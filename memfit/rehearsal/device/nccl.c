@@ -72,31 +72,10 @@ API Status ncclCommInitAll(Communicator **out, int num_devices, const int *devic
     return OK;
 }
 
-/* How many ranks a split has, if it is torch's: NCCL is told a colour only, and torch's colour is
-   Python's hash of the tuple of the group's ranks. Tried are the groups at equal distances (all
-   that a mesh of devices makes) with this rank in its place; 0 when none has the colour.
-   Source: torch/distributed/distributed_c10d.py, _process_group_color; Objects/tupleobject.c. */
-static int split_size(const Communicator *parent, int color, int place) {
-    const uint64_t prime1 = 11400714785074694791u, prime2 = 14029467366897019727u, prime5 = 2870177450012600261u;
-    for (int stride = 1; stride < parent->num_ranks || stride == 1; stride++) {
-        int first = parent->rank - place * stride;
-        if (first < 0) break;
-        uint64_t sum = prime5;
-        for (int count = 1, rank = first; rank < parent->num_ranks; rank += stride, count++) {
-            sum += (uint64_t)rank * prime2;
-            sum = (sum << 31 | sum >> 33) * prime1;
-            int64_t hash = (int64_t)(sum + ((uint64_t)count ^ prime5 ^ 3527539));
-            if (hash == -1) hash = 1546275796;
-            if (count > place && (uint64_t)(hash < 0 ? -hash : hash) % (1u << 31) == (uint64_t)color) return count;
-        }
-    }
-    return 0;
-}
-
 API Status ncclCommSplit(const Communicator *parent, int color, int key, Communicator **out, void *config UNUSED) {
     *out = NULL;
     if (color == NO_COLOR) return OK;
-    int size = split_size(parent, color, key);
+    int size = split_size(parent->rank, parent->num_ranks, color, key);
     if (size) return new_communicator(out, key, size, size);
     int rank = key < 0 || key >= parent->num_ranks ? parent->rank : key;
     return new_communicator(out, rank, parent->num_ranks, rank + 1);
@@ -184,8 +163,57 @@ RETURNS(ncclGetPeerDevicePointer, NCCL_INVALID_USAGE)
 
 /* ---- groups and operations ---- */
 
-RETURNS(ncclGroupStart, OK)
-RETURNS(ncclGroupEnd, OK)
+/* What a group has put together so far. Some all-gathers are a group of broadcasts, one from each
+   rank, and some all-to-alls a group of messages. So what a rank gets from another in a group is what
+   it sends itself, if that is as long. */
+typedef struct {
+    void *to;
+    const void *from;
+    size_t num_bytes;
+    int peer;
+    const Communicator *comm;
+} Message;
+static __thread Message *messages;
+static __thread int num_messages, room, depth;
+
+static int is_remembered(Message message) {
+    if (!depth) return 0;
+    if (num_messages == room) {
+        Message *grown = realloc(messages, (size_t)(room * 2 + 16) * sizeof *messages);
+        if (!grown) return 0;
+        messages = grown;
+        room = room * 2 + 16;
+    }
+    messages[num_messages++] = message;
+    return 1;
+}
+
+static void deliver(const Message *to) {
+    int is_own_broadcast = to->from && to->peer == to->comm->rank;
+    if (!to->to || is_own_broadcast) return;
+    for (int i = 0; i < num_messages; i++) {
+        const Message *own = &messages[i];
+        if (!own->from || own->peer != own->comm->rank || own->comm != to->comm || own->num_bytes != to->num_bytes) continue;
+        collective_copy(to->to, own->from, to->num_bytes, 1);
+        return;
+    }
+    if (!to->from) collective_forget(to->to, to->num_bytes);
+}
+
+API Status ncclGroupStart(void) {
+    depth++;
+    return OK;
+}
+API Status ncclGroupEnd(void) {
+    if (!depth) return NCCL_INVALID_USAGE;
+    if (--depth) return OK;
+    for (int i = 0; i < num_messages; i++) deliver(&messages[i]);
+    num_messages = 0;
+    free(messages);
+    messages = NULL;
+    room = 0;
+    return OK;
+}
 RETURNS(ncclGroupSimulateEnd, OK)
 API Status ncclRedOpCreatePreMulSum(int *operation, const void *scalar UNUSED, int type UNUSED, int residence UNUSED,
                                     const Communicator *comm UNUSED) {
@@ -212,14 +240,15 @@ API Status ncclReduceScatter(const void *from, void *to, size_t count, int type,
     count_launch(stream);
     return OK;
 }
-API Status ncclBroadcast(const void *from, void *to, size_t count, int type, int root UNUSED, const Communicator *comm UNUSED, void *stream) {
-    collective_copy(to, from, count * collective_type_bytes(type), 1);
+API Status ncclBroadcast(const void *from, void *to, size_t count, int type, int root, const Communicator *comm, void *stream) {
+    size_t bytes = count * collective_type_bytes(type);
+    if (root == comm->rank || from != to) collective_copy(to, from, bytes, 1);
+    is_remembered((Message){to, from, bytes, root, comm});
     count_launch(stream);
     return OK;
 }
-API Status ncclBcast(void *buffer UNUSED, size_t count UNUSED, int type UNUSED, int root UNUSED, const Communicator *comm UNUSED, void *stream) {
-    count_launch(stream);
-    return OK;
+API Status ncclBcast(void *buffer, size_t count, int type, int root, const Communicator *comm, void *stream) {
+    return ncclBroadcast(buffer, buffer, count, type, root, comm, stream);
 }
 API Status ncclAllGather(const void *from, void *to, size_t count, int type, const Communicator *comm, void *stream) {
     collective_copy(to, from, count * collective_type_bytes(type), (size_t)comm->num_known);
@@ -244,12 +273,14 @@ API Status ncclAlltoAll(const void *from, void *to, size_t count, int type, cons
     count_launch(stream);
     return OK;
 }
-API Status ncclSend(const void *from UNUSED, size_t count UNUSED, int type UNUSED, int peer UNUSED, const Communicator *comm UNUSED, void *stream) {
+API Status ncclSend(const void *from, size_t count, int type, int peer, const Communicator *comm, void *stream) {
+    is_remembered((Message){NULL, from, count * collective_type_bytes(type), peer, comm});
     count_launch(stream);
     return OK;
 }
-API Status ncclRecv(void *to, size_t count, int type, int peer UNUSED, const Communicator *comm UNUSED, void *stream) {
-    collective_forget(to, count * collective_type_bytes(type));
+API Status ncclRecv(void *to, size_t count, int type, int peer, const Communicator *comm, void *stream) {
+    size_t bytes = count * collective_type_bytes(type);
+    if (!is_remembered((Message){to, NULL, bytes, peer, comm})) collective_forget(to, bytes);
     count_launch(stream);
     return OK;
 }
