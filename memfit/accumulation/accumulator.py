@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,20 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from memfit import partition
 from memfit._torch_private import pytree
+from memfit.accumulation.arguments import check_ranks, device_of, read_plan, with_precision
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
-from memfit.accumulation.splitting import as_nested, micro_batches_of
+from memfit.accumulation.splitting import micro_batches_of
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
 from memfit.memory import oom
 from memfit.memory.release import release
-from memfit.partition import cut
-from memfit.records import Plan, Precision, StepOptions
+from memfit.records import Plan, Precision
 from memfit.step import batches
-from memfit.step.runner import autocast, call_model
-from memfit.step.workload import split_batch
+from memfit.step.batches import BatchRules, Layout
+from memfit.step.runner import autocast, call_model, split_batch
 
 __all__ = ["Accumulator"]
 
@@ -58,6 +59,10 @@ class Accumulator:
         multiple_of: What micro-batches are multiples of, the last one excepted; by default the
             plan's, and 1 for a micro-batch size.
         num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
+        batch_dims: As in `Workload`: for a part of the batch the dimension that counts the samples;
+            `None` for a part that belongs to all of them.
+        cut: As in `Workload`: a function `cut(batch, start, stop)` that returns those samples.
+        count: As in `Workload`: a function that returns the samples of a batch.
         scaler: The `GradScaler`; by default one of its own where the precision is `amp-fp16`.
         scheduler: Stepped after each optimizer step that was not skipped for an overflow.
         clip_grad_norm: What the norm of the accumulated gradient is clipped to.
@@ -82,6 +87,9 @@ class Accumulator:
         weight: Weights = "samples",
         multiple_of: int | None = None,
         num_inputs: int = 1,
+        batch_dims: Mapping[str | int, int | None] | None = None,
+        cut: Callable[[Any, int, int], Any] | None = None,
+        count: Callable[[Any], int] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         scheduler: LRScheduler | None = None,
         clip_grad_norm: float | None = None,
@@ -94,20 +102,21 @@ class Accumulator:
         self._optimizer = optimizer
         self._loss = loss
         self._terms = LossTerms(weight)
-        self._num_inputs = num_inputs
+        self._rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
+        self._layout: Layout | None = None
         self._scheduler = scheduler
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, not {clip_grad_norm}.")
         self._clip_grad_norm = clip_grad_norm
-        self._planned_size, unit, options = _read(plan)
+        self._planned_size, unit, options = read_plan(plan)
         self._multiple_of = unit if multiple_of is None else multiple_of
         if self._multiple_of < 1:
             raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
-        self._options = _with_precision(options, precision)
-        self._device = _device_of(model)
+        self._options = with_precision(options, precision)
+        self._device = device_of(model)
         self._ranks: Ranks = ranks_of(model)
         if isinstance(plan, Plan):
-            _check_ranks(plan, self._ranks)
+            check_ranks(plan, self._ranks)
         if scaler is None and self._options.precision is Precision.AMP_FP16:
             scaler = torch.amp.GradScaler(self._device.type)
         self.scaler = scaler
@@ -133,8 +142,9 @@ class Accumulator:
 
         Args:
             batch: Tensors of shape (samples, ...) in any nesting, on any device and of any size:
-                the effective batch, or what is left for a short last one. Micro-batches are moved
-                to the model's device one by one, so it may stay in host memory.
+                the effective batch, or what is left for a short last one. Lists of one entry for
+                each sample are cut as well. Micro-batches are moved to the model's device one by
+                one, so it may stay in host memory.
 
         Returns:
             The loss of the whole effective batch, over all ranks: one number, detached.
@@ -167,7 +177,7 @@ class Accumulator:
         for index, micro_batch in enumerate(cut_up.micro_batches):
             is_last = index == len(cut_up.micro_batches) - 1
             with contextlib.nullcontext() if is_last else self._ranks.unsynchronised():
-                part = self._backward(micro_batch, shares[index], is_needed=is_last)
+                part = self._backward(micro_batch, shares[index], cut_up.layout, is_needed=is_last)
             loss = part if loss is None else loss + part
         assert loss is not None
         return loss / self._ranks.world_size
@@ -207,7 +217,7 @@ class Accumulator:
                 shares = self._terms.shares(cut_up.counts, totals)
                 with self._ranks.unsynchronised():
                     for micro_batch, weights in zip(cut_up.micro_batches, shares, strict=True):
-                        part = self._backward(micro_batch, weights)
+                        part = self._backward(micro_batch, weights, cut_up.layout)
                         loss = part if loss is None else loss + part
                 self._ranks.prepare()
         size = self._size
@@ -227,13 +237,19 @@ class Accumulator:
         )
 
     def _backward(
-        self, micro_batch: Any, weights: Sequence[float], *, is_needed: bool = False
+        self,
+        micro_batch: Any,
+        weights: Sequence[float],
+        layout: Layout,
+        *,
+        is_needed: bool = False,
     ) -> torch.Tensor:
         """Run one micro-batch; return its part of the whole batch's loss.
 
         Args:
             micro_batch: The micro-batch, on any device.
             weights: What its losses are multiplied by.
+            layout: How its batch was cut.
             is_needed: Run backward even if it contributes nothing: other ranks wait for it.
         """
         options = self._options
@@ -242,8 +258,12 @@ class Accumulator:
             self._device,
             dtype=torch.bfloat16 if options.precision is Precision.BF16 else None,
             memory_format=torch.channels_last if options.channels_last else None,
+            # What a model changes in place must be there again if the step is done again.
+            is_private=self._start is not None,
         )
-        inputs, targets = split_batch(placed, num_inputs=self._num_inputs)
+        inputs, targets = split_batch(
+            placed, num_inputs=self._rules.num_inputs, is_one_each=layout.is_one_each
+        )
         with autocast(self._device, options.precision):
             outputs = call_model(self._model, inputs)
             losses = self._terms.losses(self._loss(outputs, *targets))
@@ -264,10 +284,14 @@ class Accumulator:
         return part.detach()
 
     def _cut(self, batch: Any, size: int) -> _Cut:
-        nested = as_nested(batch)
-        sizes = cut(batches.batch_size_of(nested), size, multiple_of=self._multiple_of)
-        micro_batches = micro_batches_of(nested, sizes)
+        known = self._layout
+        layout = Layout.of(batch, self._rules) if known is None else known.again(batch)
+        sizes = partition.cut(layout.num_samples, size, multiple_of=self._multiple_of)
+        micro_batches = micro_batches_of(batch, layout, sizes)
+        if not layout.is_doubted:
+            self._layout = layout
         return _Cut(
+            layout=layout,
             micro_batches=micro_batches,
             sizes=sizes,
             counts=self._terms.counts(micro_batches, sizes),
@@ -320,6 +344,7 @@ class Accumulator:
 class _Cut:
     """A batch in micro-batches, and what each of the losses averages over in each of them."""
 
+    layout: Layout
     micro_batches: list[Any]
     sizes: tuple[int, ...]
     counts: list[list[float]]
@@ -375,45 +400,3 @@ class _Trouble:
 
 def _has_gradient(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.requires_grad
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
-    return parameter.device
-
-
-def _check_ranks(plan: Plan, ranks: Ranks) -> None:
-    """Refuse a plan whose effective batch these ranks would not make."""
-    planned, seen = plan.world_size, ranks.world_size
-    if planned != seen:
-        wrap = ", or wrap the model in DistributedDataParallel" if seen == 1 else ""
-        raise UsageError(
-            f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
-            f"those of {seen}: plan with world_size={seen}{wrap}."
-        )
-
-
-def _read(plan: object) -> tuple[int, int, StepOptions]:
-    """Return the micro-batch size, what it is a multiple of, and the options of a plan."""
-    if isinstance(plan, Plan):
-        return plan.micro_batch_size, plan.multiple_of, plan.options
-    if isinstance(plan, bool) or not isinstance(plan, int):
-        raise UsageError(
-            f"The plan must be what memfit.plan returned, or a micro-batch size, not {plan!r}."
-        )
-    if plan < 1:
-        raise UsageError(f"A micro-batch has at least 1 sample, not {plan}.")
-    return plan, 1, StepOptions(precision=Precision.FP32)
-
-
-def _with_precision(options: StepOptions, precision: str | Precision | None) -> StepOptions:
-    if precision is None:
-        return options
-    known = [choice.value for choice in Precision if choice is not Precision.AUTO]
-    if precision not in known:
-        raise UsageError(
-            f"The precision of a training loop is one of {', '.join(known)}, not {precision!r}."
-        )
-    return dataclasses.replace(options, precision=Precision(precision))

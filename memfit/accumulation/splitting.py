@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
+from memfit import partition
 from memfit.accumulation.weighing import Weight, check_weight, counts_of, shares_of
 from memfit.errors import UsageError
-from memfit.partition import cut
 from memfit.records import Plan
-from memfit.step import batches
+from memfit.step.batches import BatchRules, Layout
 
-__all__ = ["MicroBatch", "as_nested", "micro_batches", "micro_batches_of"]
+__all__ = ["MicroBatch", "micro_batches", "micro_batches_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,16 @@ class MicroBatch:
     is_last: bool
 
 
-def micro_batches(plan: Plan, batch: Any, *, weight: Weight = "samples") -> tuple[MicroBatch, ...]:
+def micro_batches(
+    plan: Plan,
+    batch: Any,
+    *,
+    weight: Weight = "samples",
+    num_inputs: int = 1,
+    batch_dims: Mapping[str | int, int | None] | None = None,
+    cut: Callable[[Any, int, int], Any] | None = None,
+    count: Callable[[Any], int] | None = None,
+) -> tuple[MicroBatch, ...]:
     """Cut a batch into micro-batches and weigh them, for a loop with a backward of its own.
 
     `for micro in micro_batches(plan, batch): (loss(model(x), y) * micro.weight).backward()`, with
@@ -49,9 +58,14 @@ def micro_batches(plan: Plan, batch: Any, *, weight: Weight = "samples") -> tupl
     Args:
         plan: What `memfit.plan` returned.
         batch: Tensors of shape (samples, ...) in any nesting, of any size: a short last batch is
-            weighed by what it has.
+            weighed by what it has. Lists of as many entries are cut as well.
         weight: What the loss averages over: `"samples"`, `"sum"` for a loss that does not average,
             or a function that counts it in a batch, such as its valid targets.
+
+        num_inputs: As in `Workload`; it matters for lists at the place of inputs and targets.
+        batch_dims: As in `Workload`.
+        cut: As in `Workload`.
+        count: As in `Workload`.
 
     Returns:
         The micro-batches, larger ones first.
@@ -63,9 +77,10 @@ def micro_batches(plan: Plan, batch: Any, *, weight: Weight = "samples") -> tupl
     check_weight(weight)
     if plan.world_size > 1:
         _check_world(plan.world_size)
-    batch = as_nested(batch)
-    sizes = cut(batches.batch_size_of(batch), plan.micro_batch_size, multiple_of=plan.multiple_of)
-    parts = micro_batches_of(batch, sizes)
+    rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
+    layout = Layout.of(batch, rules)
+    sizes = partition.cut(layout.num_samples, plan.micro_batch_size, multiple_of=plan.multiple_of)
+    parts = micro_batches_of(batch, layout, sizes)
     counts = counts_of(weight, parts, sizes)
     total = sum(counts)
     if plan.world_size > 1:
@@ -100,19 +115,13 @@ def _check_world(world_size: int) -> None:
         )
 
 
-def as_nested(batch: Any) -> Any:
-    """Return a mapping of any kind as a dictionary, and any other batch as it is."""
-    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
-
-
-def micro_batches_of(batch: Any, sizes: tuple[int, ...]) -> list[Any]:
-    """Return views of consecutive samples.
+def micro_batches_of(batch: Any, layout: Layout, sizes: tuple[int, ...]) -> list[Any]:
+    """Return consecutive samples, as views where there can be.
 
     Args:
-        batch: Tensors of shape (samples, ...) in any nesting.
+        batch: The batch.
+        layout: How it is cut.
         sizes: Samples in each part; they sum to the batch's.
     """
-    if len(sizes) == 1:
-        return [batch]
     stops = itertools.accumulate(sizes)
-    return [batches.take(batch, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    return [layout.take(batch, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

@@ -7,7 +7,7 @@ backward, the optimizer's step, gradients zeroed. What a user's own code raises 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "autocast",
     "call_model",
     "check_loss",
+    "split_batch",
     "users_code",
 ]
 
@@ -199,13 +200,44 @@ def users_code() -> Iterator[None]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model: a dictionary by its keys, a tuple or list one by one, else as it is."""
+    """Call a model: a mapping by its keys, a tuple or list one by one, else as it is."""
     with users_code():
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping):
             return model(**inputs)
         if isinstance(inputs, (tuple, list)):
             return model(*inputs)
         return model(inputs)
+
+
+def split_batch(
+    batch: Any,
+    *,
+    num_inputs: int = 1,
+    is_one_each: Callable[[int], bool] = lambda _index: False,
+) -> tuple[Any, tuple[Any, ...]]:
+    """Split a batch into what a model takes and what a loss compares with.
+
+    Args:
+        batch: A tuple or list of inputs and targets, or anything else, which is all inputs.
+        num_inputs: How many leading elements of a tuple or list are inputs.
+        is_one_each: Whether an element is a list of one entry for each sample, which is one
+            argument; other lists are lists of arguments.
+
+    Returns:
+        The inputs, and the targets one by one.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch, ()
+    inputs, targets = batch[:num_inputs], tuple(batch[num_inputs:])
+    if _is_list(targets) and not is_one_each(num_inputs):
+        targets = tuple(targets[0])
+    if num_inputs == 1 and not (_is_list(inputs) and is_one_each(0)):
+        return inputs[0], targets
+    return tuple(inputs), targets
+
+
+def _is_list(elements: tuple[Any, ...] | list[Any]) -> bool:
+    return len(elements) == 1 and isinstance(elements[0], (tuple, list))
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:

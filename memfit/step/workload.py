@@ -7,9 +7,10 @@ backends' work.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,20 +20,22 @@ from torch.optim import Optimizer
 from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
+from memfit.step.batch_rules import BatchRules
+from memfit.step.batches import Layout
 from memfit.step.meta_copy import without_values
-from memfit.step.runner import PrecisionPolicy, PreparedStep
+from memfit.step.runner import PrecisionPolicy, PreparedStep, split_batch
 
 __all__ = [
     "OptimizerFactory",
     "StepParts",
     "TrainingStep",
     "Workload",
-    "split_batch",
 ]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 _NUM_ACCUMULATED_MICRO_BATCHES = 2
+_FEW = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,13 @@ class Workload:
         optimizer: An optimizer over the model's parameters, a function that makes one from them,
             or the name of one that timm knows.
         num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
+        batch_dims: For a part of the batch the dimension that counts the samples, where that is not
+            the first; `None` for a part that belongs to all samples, and 0 for a list whose entries
+            are the samples. Keys are written as errors write them: `"batch[0]['mask']"`.
+        cut: A function `cut(batch, start, stop)` that returns those samples of a batch, where
+            slices do not.
+        count: A function that returns the samples of a batch; needed beside `cut` where neither
+            the batch nor its targets have one length.
 
     Raises:
         WorkloadError: One of the parts is not what it has to be.
@@ -60,6 +70,11 @@ class Workload:
     loss: Callable[..., torch.Tensor]
     optimizer: Optimizer | OptimizerFactory | str
     num_inputs: int = dataclasses.field(default=1, kw_only=True)
+    batch_dims: Mapping[str | int, int | None] = dataclasses.field(
+        default_factory=dict, kw_only=True
+    )
+    cut: Callable[[Any, int, int], Any] | None = dataclasses.field(default=None, kw_only=True)
+    count: Callable[[Any], int] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse parts that can make no training step."""
@@ -90,7 +105,20 @@ class Workload:
             if not any(id(parameter) in own for parameter in held):
                 raise WorkloadError("The optimizer holds no parameter of the model.")
         if not callable(self.batch):
-            batches.batch_size_of(self.batch)
+            self._example_layout.certain()
+        else:
+            _ = self.rules  # which refuses what says nothing
+
+    @functools.cached_property
+    def rules(self) -> BatchRules:
+        """What is said about the batch."""
+        return BatchRules(
+            dims=self.batch_dims, cut=self.cut, count=self.count, num_inputs=self.num_inputs
+        )
+
+    @functools.cached_property
+    def _example_layout(self) -> Layout:
+        return Layout.of(self.batch, self.rules)
 
     @property
     def name(self) -> str:
@@ -115,14 +143,28 @@ class Workload:
             WorkloadError: The function that makes batches made one of another size.
         """
         if not callable(self.batch):
-            return batches.resized(self.batch, batch_size)
+            return self._example_layout.resized(self.batch, batch_size)
         batch = self.batch(batch_size)
-        seen = batches.batch_size_of(batch)
-        if seen != batch_size:
-            raise WorkloadError(
-                f"The batch function returned {seen} samples when asked for {batch_size}."
-            )
+        batches.check_made(self.batch, batch, batch_size, self.rules)
         return batch
+
+    def layout_of(self, batch_size: int) -> Layout:
+        """Find out how batches are cut, for what cuts those of `batch_of`.
+
+        Args:
+            batch_size: Samples in the batch that is to be cut.
+
+        Raises:
+            WorkloadError: It cannot be told.
+        """
+        if not callable(self.batch):
+            layout = self._example_layout
+            return layout.again(layout.resized(self.batch, batch_size))
+        # What differs between two batches as their sizes do is what holds samples.
+        other = None
+        with contextlib.suppress(WorkloadError):
+            other = (self.batch_of(batch_size + 1), batch_size + 1)
+        return Layout.of(self.batch_of(batch_size), self.rules, num_samples=batch_size, other=other)
 
     def without_values(self) -> Workload:
         """Return the same workload with all its tensors on the meta device, as new objects."""
@@ -140,7 +182,19 @@ class Workload:
         Returns:
             The inputs, and the targets one by one.
         """
-        return split_batch(batch, num_inputs=self.num_inputs)
+        return split_batch(batch, num_inputs=self.num_inputs, is_one_each=self._is_one_each)
+
+    def _is_one_each(self, index: int) -> bool:
+        """Whether an element of the batch is a list of one entry for each sample."""
+        layout = self._list_layout if callable(self.batch) else self._example_layout
+        return layout is not None and layout.is_one_each(index)
+
+    @functools.cached_property
+    def _list_layout(self) -> Layout | None:
+        try:
+            return self.layout_of(_FEW)
+        except WorkloadError:
+            return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +204,7 @@ class StepParts:
     Args:
         model: The model, converted as the options ask.
         batch_of: From a batch size to a batch, not yet placed.
+        layout_of: From a batch size to how such a batch is cut, placed or not.
         place: Puts a batch where, and in the type and layout in which, the model takes it.
         split: From a batch to the model's inputs and the loss's targets.
         loss: From outputs and targets to one number.
@@ -158,6 +213,7 @@ class StepParts:
 
     model: nn.Module
     batch_of: Callable[[int], Any]
+    layout_of: Callable[[int], Layout]
     place: Callable[[Any], Any]
     split: Callable[[Any], tuple[Any, tuple[Any, ...]]]
     loss: Callable[..., torch.Tensor]
@@ -279,6 +335,11 @@ class TrainingStep:
         return StepParts(
             model=model,
             batch_of=batch_of,
+            layout_of=(
+                self.subject.layout_of
+                if isinstance(self.subject, Workload)
+                else lambda batch_size: Layout.of(batch_of(batch_size), num_samples=batch_size)
+            ),
             place=self.convert(model, device),
             split=split,
             loss=loss,
@@ -318,24 +379,6 @@ class TrainingStep:
             return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
 
         return place
-
-
-def split_batch(batch: Any, *, num_inputs: int = 1) -> tuple[Any, tuple[Any, ...]]:
-    """Split a batch into what a model takes and what a loss compares with.
-
-    Args:
-        batch: A tuple or list of inputs and targets, or anything else, which is all inputs.
-        num_inputs: How many leading elements of a tuple or list are inputs.
-
-    Returns:
-        The inputs, and the targets one by one.
-    """
-    if not isinstance(batch, (tuple, list)):
-        return batch, ()
-    inputs, targets = batch[:num_inputs], tuple(batch[num_inputs:])
-    if len(targets) == 1 and isinstance(targets[0], (tuple, list)):
-        targets = tuple(targets[0])
-    return inputs[0] if num_inputs == 1 else inputs, targets
 
 
 def _kind(value: object) -> str:

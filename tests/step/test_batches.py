@@ -28,7 +28,7 @@ def test_resizing_repeats_the_samples_in_order(size: int, wanted: int) -> None:
     assert torch.equal(made["a"][0], expected)
     assert torch.equal(made["a"][1][0], expected * 2)
     assert made["a"][1][1] == "text"
-    assert made["b"]["scale"] is batch["b"]["scale"]
+    assert torch.equal(made["b"]["scale"], batch["b"]["scale"])
     assert made["c"] is None
 
 

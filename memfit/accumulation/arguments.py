@@ -1,0 +1,66 @@
+"""What `Accumulator` was given, checked before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from memfit.accumulation.ranks import Ranks
+from memfit.errors import UsageError
+from memfit.records import Plan, Precision, StepOptions
+
+__all__ = ["check_ranks", "device_of", "read_plan", "with_precision"]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model is.
+
+    Raises:
+        UsageError: It has no parameters.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+    return parameter.device
+
+
+def check_ranks(plan: Plan, ranks: Ranks) -> None:
+    """Refuse a plan whose effective batch these ranks would not make."""
+    planned, seen = plan.world_size, ranks.world_size
+    if planned != seen:
+        wrap = ", or wrap the model in DistributedDataParallel" if seen == 1 else ""
+        raise UsageError(
+            f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
+            f"those of {seen}: plan with world_size={seen}{wrap}."
+        )
+
+
+def read_plan(plan: object) -> tuple[int, int, StepOptions]:
+    """Return the micro-batch size, what it is a multiple of, and the options of a plan."""
+    if isinstance(plan, Plan):
+        return plan.micro_batch_size, plan.multiple_of, plan.options
+    if isinstance(plan, bool) or not isinstance(plan, int):
+        raise UsageError(
+            f"The plan must be what memfit.plan returned, or a micro-batch size, not {plan!r}."
+        )
+    if plan < 1:
+        raise UsageError(f"A micro-batch has at least 1 sample, not {plan}.")
+    return plan, 1, StepOptions(precision=Precision.FP32)
+
+
+def with_precision(options: StepOptions, precision: str | Precision | None) -> StepOptions:
+    """Return options with another precision, where one was asked for.
+
+    Raises:
+        UsageError: There is no such precision.
+    """
+    if precision is None:
+        return options
+    known = [choice.value for choice in Precision if choice is not Precision.AUTO]
+    if precision not in known:
+        raise UsageError(
+            f"The precision of a training loop is one of {', '.join(known)}, not {precision!r}."
+        )
+    return dataclasses.replace(options, precision=Precision(precision))
