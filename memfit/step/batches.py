@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from memfit.errors import WorkloadError
 from memfit.step.batch_rules import BatchRules, entries_of
 from memfit.step.layout import Kind, Role, Roles, roles_of
-from memfit.step.leaves import copied, is_array, is_part, narrowed, num_along, picked
+from memfit.step.leaves import copied, is_part, narrowed, num_along, picked
 from memfit.step.nesting import leaves_of, map_leaves, opened
 
 __all__ = [
@@ -420,8 +420,6 @@ def to_device(
     """
 
     def move(leaf: Any) -> Any:
-        if isinstance(leaf, PackedSequence):
-            return leaf.to(device=device)
         if not isinstance(leaf, torch.Tensor):
             return _moved_object(leaf, device)
         wanted = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
@@ -434,7 +432,7 @@ def to_device(
 
     def moved_privately(leaf: Any) -> Any:
         moved = move(leaf)
-        return copied(moved) if moved is leaf or is_array(leaf) else moved
+        return copied(moved) if moved is leaf or not isinstance(leaf, torch.Tensor) else moved
 
     return map_leaves(moved_privately if is_private else move, batch)
 

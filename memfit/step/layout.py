@@ -191,9 +191,6 @@ class _Reader:
             readings.append(_ENTRIES)
         if is_told:
             return readings
-        if is_list and not holds_parts(first.values):
-            is_shared = not first.values or (len(containers) > 1 and len(set(lengths)) == 1)
-            return readings or ([_SHARED] if is_shared else [])
         if self.lists_are_arguments and path in self._argument_lists:
             readings = []
         if any(container.keys != first.keys for container in containers):
@@ -205,9 +202,20 @@ class _Reader:
         # Two readings are enough to know that there is more than one.
         combined = itertools.islice(itertools.product(*inner), 2)
         insides = [Role(Kind.INSIDE, inside=inside) for inside in combined]
+        if is_list:
+            insides = [role for role in insides if _has_samples(role)]
+            is_shared = not first.values or (len(containers) > 1 and len(set(lengths)) == 1)
+            if is_shared and not (readings or insides or holds_parts(first.values)):
+                return [_SHARED]
         if readings and insides:
             self.doubted = path
         return readings + insides
+
+
+def _has_samples(role: Role) -> bool:
+    if role.kind is Kind.INSIDE:
+        return any(map(_has_samples, role.inside))
+    return role.kind is not Kind.SHARED
 
 
 def _are_alike(values: Sequence[Any]) -> bool:

@@ -24,7 +24,9 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
             f"It cannot be told where a {name} ({path}) has its samples: give "
             f"{told(path, None)} if it belongs to all of them, or {_CUT}."
         )
-    found = list(_parts_of(batch, ROOT, rules.by_path(batch)))
+    parts = list(_parts_of(batch, ROOT, rules.by_path(batch)))
+    # Lists of names and numbers first, because they are the less likely to tell.
+    found = [(n, path) for n, path, is_list in sorted(parts, key=lambda part: not part[2])]
     if not found:
         return (
             "The batch holds no tensor with a leading dimension, so it has no batch size; give "
@@ -47,21 +49,23 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     )
 
 
-def _parts_of(value: Any, path: str, said: Mapping[str, int | None]) -> Iterator[tuple[int, str]]:
-    """Yield how many entries each part has that was to hold samples, and where it is."""
+def _parts_of(
+    value: Any, path: str, said: Mapping[str, int | None]
+) -> Iterator[tuple[int, str, bool]]:
+    """Yield how many entries each part has, where it is, and whether it is a list."""
     if path in said and said[path] is None:
         return
     if is_part(value):
         num = num_along(value, said.get(path) or 0)
         if num is not None:
-            yield num, path
+            yield num, path, False
         return
     container = opened(value)
     if container is None:
         return
     if container.is_sequence and path != ROOT and not holds_parts(container.values):
         if container.values:
-            yield len(container.values), path
+            yield len(container.values), path, True
         return
     for key, inner in zip(container.keys, container.values, strict=True):
         yield from _parts_of(inner, path + key, said)

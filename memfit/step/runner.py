@@ -20,6 +20,7 @@ from memfit.records import Precision
 __all__ = [
     "PrecisionPolicy",
     "PreparedStep",
+    "added",
     "autocast",
     "call_model",
     "check_loss",
@@ -77,7 +78,7 @@ class PreparedStep:
     Args:
         model: The model, on its device.
         make_batch: From a batch size to the model's inputs and the loss's targets.
-        loss: From outputs and targets to one number.
+        loss: From outputs and targets to one number, or several that are added.
         make_optimizer: Gives the optimizer that a trial begins with.
         device: Where all of it is.
         precision: The arithmetic; not `AUTO`.
@@ -185,6 +186,7 @@ class PreparedStep:
         inputs, targets = self.make_batch(batch_size)
         with self.precision_policy.forward():
             loss = self._loss(call_model(self.model, inputs), *targets)
+        loss = added(loss)
         check_loss(loss)
         self.precision_policy.backward(loss / self.num_micro_batches)
 
@@ -247,6 +249,16 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
     return context
+
+
+def added(losses: Any) -> Any:
+    """Return the sum of several losses (a mapping, tuple or list), or the one that it is."""
+    several = tuple(losses.values()) if isinstance(losses, Mapping) else losses
+    if not isinstance(several, (tuple, list)) or not several:
+        return losses
+    for loss in several:
+        check_loss(loss)
+    return torch.stack([loss.reshape(()) for loss in several]).sum()
 
 
 def check_loss(loss: object) -> None:

@@ -48,7 +48,8 @@ class Workload:
             (samples, ...); or a function of the batch size that returns one. Inputs that are a
             tuple or list are passed to the model one by one, a dictionary by its keys. A batch that
             is one dictionary or one tensor has no targets.
-        loss: A function `loss(outputs, targets)` that returns one number; targets that are a tuple
+        loss: A function `loss(outputs, targets)` that returns one number, or several (a tuple, list
+            or dictionary) that are added; targets that are a tuple
             or list are passed one by one, and without targets it is `loss(outputs)`.
         optimizer: An optimizer over the model's parameters, a function that makes one from them,
             or the name of one that timm knows.

@@ -48,8 +48,7 @@ def test_the_effective_batch_is_cut_as_planned() -> None:
 def test_weights_are_the_shares_of_what_is_counted() -> None:
     """Tokens, counted by a function; a sum is not weighted."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
-    counted = {"weight": lambda batch: batch["mask"].sum()}
-    parts = micro_batches(plan_of(3, 1), {"mask": mask}, **counted)
+    parts = micro_batches(plan_of(3, 1), {"mask": mask}, weight=lambda batch: batch["mask"].sum())
     assert [part.weight for part in parts] == pytest.approx([3 / 6, 1 / 6, 2 / 6])
     assert [part.weight for part in micro_batches(plan_of(3, 2), mask, weight="sum")] == [1, 1]
 

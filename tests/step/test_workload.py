@@ -152,6 +152,68 @@ def test_a_batch_without_targets_trains() -> None:
     prepared(workload).iterate(3)
 
 
+class Listed(nn.Module):
+    """Takes a list of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Return scores of shape (samples, 2)."""
+        assert isinstance(images, list)
+        return torch.stack([self.conv(image).mean((1, 2)) for image in images])
+
+
+def test_a_function_may_return_what_no_slice_cuts() -> None:
+    """Graphs, a mask for all samples, and as many images as they have channels."""
+
+    class Graphs(nn.Linear):
+        def forward(self, x: torch.Tensor, graph: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            assert mask.shape == (6, 6)
+            sums = torch.zeros(int(graph.max()) + 1, self.out_features)
+            return sums.index_add(0, graph, super().forward(x))
+
+    def graphs(size: int) -> Any:
+        nodes = torch.arange(size).repeat_interleave(5)
+        inputs = {"x": torch.randn(5 * size, 4), "graph": nodes, "mask": torch.zeros(6, 6)}
+        return inputs, torch.zeros(size, dtype=torch.long)
+
+    made = prepared(Workload(Graphs(4, 3), graphs, nn.functional.cross_entropy, "sgd"))
+    for size in (1, 5, 6):
+        made.iterate(size)
+
+    def images(size: int) -> Any:
+        return [torch.randn(3, 8, 8)] * size, torch.zeros(size, dtype=torch.long)
+
+    made = prepared(Workload(Listed(), images, nn.functional.cross_entropy, "sgd"))
+    for size in (1, 3, 4):
+        made.iterate(size)
+
+
+def test_an_example_of_lists_makes_batches_of_any_size() -> None:
+    """One entry for each sample, over and over."""
+    images = [torch.randn(3, 8, 8 + index) for index in range(4)]
+    workload = Workload(
+        Listed(), (images, torch.zeros(4, dtype=torch.long)), nn.functional.cross_entropy, "sgd"
+    )
+    made, labels = workload.batch_of(6)
+    assert [image.shape[2] for image in made] == [8, 9, 10, 11, 8, 9]
+    assert len(labels) == 6
+    prepared(workload).iterate(6)
+
+
+def test_several_losses_are_added() -> None:
+    """As the `Accumulator` does."""
+
+    def losses(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"ce": nn.functional.cross_entropy(outputs, targets), "l2": outputs.square().mean()}
+
+    prepared(good(loss=losses)).iterate(2)
+    with pytest.raises(WorkloadError, match="not str"):
+        prepared(good(loss=lambda *_: {"name": "ce"})).iterate(2)
+
+
 def good(**changes: Any) -> Workload:
     parts: dict[str, Any] = {
         "model": nn.Linear(4, 3),
@@ -188,6 +250,7 @@ def test_impossible_workloads_are_refused_at_once(changes: dict[str, Any], says:
         ({"loss": lambda outputs, targets: 1.0}, "not float"),
         ({"loss": lambda outputs, targets: targets.sum().float()}, "has no gradient"),
         ({"batch": lambda n: (x, y)}, "returned 2 samples when asked for 3"),
+        ({"batch": lambda n: ({"a": x, "b": x[:1]}, y)}, "does not grow with the batch size"),
         ({"optimizer": lambda parameters: "sgd"}, "returned str"),
     ],
 )

@@ -1,0 +1,395 @@
+"""Where the samples of a batch are, in containers of every kind; what cannot be told is refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+from memfit.errors import UsageError, WorkloadError
+from memfit.step.batches import BatchRules, Layout, batch_size_of, to_device
+from memfit.step.nesting import leaves_of
+
+
+class Encoding(collections.UserDict[str, Any]):
+    """As a tokenizer returns it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A batch with names, which checks what it is made of."""
+
+    ids: Any
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale != 1.0:
+            raise ValueError("not by its class")
+
+
+class Pair(NamedTuple):
+    """A batch with names and places."""
+
+    ids: Any
+    labels: Any
+
+
+class Frozen(Mapping[str, Any]):
+    """A mapping that can only be read."""
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+PARTS: dict[str, Callable[[int], Any]] = {
+    "tensor": torch.arange,
+    "array": np.arange,
+    "strings": lambda n: [str(i) for i in range(n)],
+    "numbers": lambda n: tuple(range(n)),
+    "ragged": lambda n: [torch.full((i % 3 + 2, 5), i) for i in range(n)],
+    "dictionaries": lambda n: [{"boxes": torch.full((7, 4), i), "name": str(i)} for i in range(n)],
+    "sparse": lambda n: torch.arange(1, n + 1)[:, None].to_sparse(),
+    "objects": lambda n: [types.SimpleNamespace(index=i) for i in range(n)],
+}
+
+CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "dictionary": lambda part: {"part": part, "flag": True, "none": None},
+    "ordered": lambda part: collections.OrderedDict(part=part),
+    "default": lambda part: collections.defaultdict(list, part=part),
+    "user": lambda part: Encoding(part=part),
+    "frozen": lambda part: Frozen(part=part),
+    "dataclass": Rows,
+    "namedtuple": lambda part: Pair(part, torch.tensor(3.0)),
+    "namespace": lambda part: types.SimpleNamespace(part=part),
+    "list": lambda part: [part, "text"],
+}
+
+
+def samples_of(part: Any) -> list[str]:
+    """Return something readable for each sample of one of the parts."""
+    if isinstance(part, torch.Tensor) and part.is_sparse:
+        return [str(int(row)) for row in part.to_dense().flatten()]
+    if isinstance(part, (torch.Tensor, np.ndarray)):
+        return [str(int(row)) for row in part]
+    return [str(leaves_of(entry)) for entry in part]
+
+
+def all_samples(batch: Any) -> list[list[str]]:
+    """Return what `samples_of` does for each part of a batch made of `PARTS` in `CONTAINERS`."""
+    found = []
+    for holder in batch:
+        inner = next(iter(holder.values())) if isinstance(holder, Mapping) else holder
+        if isinstance(inner, (Rows, types.SimpleNamespace)):
+            inner = next(iter(vars(inner).values()))
+        elif isinstance(inner, Pair) or (isinstance(inner, list) and inner[-1:] == ["text"]):
+            inner = inner[0]
+        found.append(samples_of(inner))
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(PARTS)), st.sampled_from(sorted(CONTAINERS))),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(8, 13),
+    st.data(),
+)
+def test_whatever_holds_samples_is_cut(
+    made_of: list[tuple[str, str]], size: int, data: st.DataObject
+) -> None:
+    """Tensors, arrays and lists in containers of every kind: each part has its own share."""
+    batch = (
+        *(CONTAINERS[container](PARTS[part](size)) for part, container in made_of),
+        torch.arange(size),
+    )
+    layout = Layout.of(batch, BatchRules(num_inputs=len(made_of)))
+    assert layout.num_samples == size
+    start = data.draw(st.integers(0, size - 1))
+    stop = data.draw(st.integers(start + 1, size))
+    whole, part = all_samples(batch), all_samples(layout.take(batch, start, stop))
+    assert part == [samples[start:stop] for samples in whole]
+    assert all_samples(batch) == whole
+    assert all_samples(layout.resized(batch, size + 3)) == [s + s[:3] for s in whole]
+    order = data.draw(st.permutations(range(size)))
+    assert all_samples(layout.reordered(batch, order)) == [[s[i] for i in order] for s in whole]
+
+
+def test_containers_keep_their_classes() -> None:
+    """A model that asks for attributes finds them; what is not per sample stays what it is."""
+    batch: dict[str, Any] = {
+        "rows": Rows(torch.arange(6)),
+        "pair": Pair(torch.arange(6), ["a"] * 6),
+        "user": Encoding(ids=torch.arange(6)),
+        "scale": torch.tensor(2.0),
+        "name": "batch",
+    }
+    part = Layout.of(batch).take(batch, 2, 4)
+    assert isinstance(part["rows"], Rows)
+    assert isinstance(part["pair"], Pair)
+    assert isinstance(part["user"], Encoding)
+    assert part["pair"].labels == ["a", "a"]
+    assert part["scale"] is batch["scale"]
+    assert part["name"] == "batch"
+    assert part["user"]["ids"].data_ptr() == batch["user"]["ids"][2:].data_ptr()  # a view
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_cut(layout: torch.layout) -> None:
+    """Both layouts: sample by sample."""
+    nested = torch.nested.nested_tensor(
+        [torch.full((length, 2), float(length)) for length in (3, 1, 4, 1, 5)], layout=layout
+    )
+    batch = (nested, torch.arange(5))
+    part, labels = Layout.of(batch).take(batch, 1, 4)
+    assert [float(sample.sum()) for sample in part.unbind()] == [2, 32, 2]
+    assert labels.tolist() == [1, 2, 3]
+    resized, _ = Layout.of(batch).resized(batch, 7)
+    assert [len(sample) for sample in resized.unbind()] == [3, 1, 4, 1, 5, 3, 1]
+
+
+def test_packed_sequences_are_cut() -> None:
+    """By sequences, and not by the steps that they are packed into."""
+    lengths = (2, 5, 3, 1)
+    sequences = [torch.full((length, 2), float(length)) for length in lengths]
+    batch = (pack_sequence(sequences, enforce_sorted=False), torch.tensor(lengths))
+    part, labels = Layout.of(batch).take(batch, 1, 4)
+    assert pad_packed_sequence(part)[1].tolist() == labels.tolist() == [5, 3, 1]
+    placed, _ = to_device(batch, torch.device("cpu"), is_private=True)
+    assert placed.data.data_ptr() != batch[0].data.data_ptr()
+
+
+def test_a_list_of_arguments_is_no_list_of_samples() -> None:
+    """Where the model or the loss takes a list one by one, it may have as many entries as rows."""
+    batch = ([torch.zeros(2, 3), torch.ones(2, 3)], [torch.zeros(2), torch.ones(2)])
+    layout = Layout.of(batch)
+    assert layout.num_samples == 2
+    assert not layout.is_one_each(0)
+    assert not layout.is_one_each(1)
+    part = layout.take(batch, 1, 2)
+    assert [tuple(leaf.shape) for leaf in leaves_of(part)] == [(1, 3), (1, 3), (1,), (1,)]
+
+
+def test_a_list_of_samples_is_one_argument() -> None:
+    """Images of different sizes, or texts, in the place of the inputs."""
+    images = [torch.zeros(3, 8 + i, 8) for i in range(5)]
+    for inputs in (images, ["a", "b", "c", "d", "e"]):
+        layout = Layout.of((inputs, torch.arange(5)))
+        assert layout.num_samples == 5
+        assert layout.is_one_each(0)
+
+
+DETECTION = (
+    [torch.zeros(3, 8 + i, 8) for i in range(6)],
+    [{"boxes": torch.zeros(3, 4), "labels": torch.zeros(3)} for _ in range(6)],
+)
+
+
+def test_as_many_boxes_as_channels_are_refused() -> None:
+    """Six images of three channels with three boxes each are six samples or three."""
+    with pytest.raises(WorkloadError, match=r"as 6 samples \(batch\[0\]\) or as 3 \(batch\[0\]\["):
+        Layout.of(DETECTION, BatchRules(num_inputs=2))
+    told = BatchRules(num_inputs=2, dims={"batch[0]": 0})
+    assert Layout.of(DETECTION, told).num_samples == 6
+    fewer = [{"boxes": torch.zeros(2, 4)} for _ in range(6)]
+    assert Layout.of((DETECTION[0], fewer), BatchRules(num_inputs=2)).num_samples == 6
+
+
+def test_two_batches_tell_what_one_does_not() -> None:
+    """What grows with the batch size holds samples, along whatever dimension; the rest does not."""
+
+    def make(size: int) -> Any:
+        return {
+            "images": [torch.zeros(3, 8, 8)] * size,
+            "boxes": [torch.zeros(3, 4)] * size,
+            "mask": torch.zeros(6, 6),
+            "sequence": torch.zeros(9, size, 2),
+            "names": ["cat", "dog"],
+        }
+
+    layout = Layout.of(make(6), num_samples=6, other=(make(7), 7))
+    part = layout.take(make(6), 0, 4)
+    assert len(part["images"]) == len(part["boxes"]) == 4
+    assert part["mask"].shape == (6, 6)
+    assert part["sequence"].shape == (9, 4, 2)
+    assert part["names"] == ["cat", "dog"]
+
+
+SHARED_MASK = ((torch.zeros(4, 6, 8), torch.zeros(6, 6)), torch.zeros(4))
+GRAPH = (
+    {"x": torch.zeros(20, 8), "edges": torch.zeros(2, 48), "batch": torch.zeros(20)},
+    torch.zeros(4),
+)
+
+
+class Opaque:
+    """What a library of its own would hold samples in."""
+
+    def __init__(self) -> None:
+        self.boxes = torch.zeros(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ("text", "no tensor with a leading dimension"),
+        (
+            SHARED_MASK,
+            (
+                r"batch\[0\]\[0\] has 4 and batch\[0\]\[1\] has 6; give batch_dims="
+                r"\{'batch\[0\]\[1\]': None\} if that part belongs to all samples, or cut=function"
+            ),
+        ),
+        (
+            GRAPH,
+            (
+                r"batch\[0\]\['edges'\] has 2 and batch\[0\]\['x'\] has 20; give cut=function, a "
+                r"function cut\(batch, start, stop\) that returns those samples; to search, a"
+            ),
+        ),
+        (
+            (torch.zeros(6, 6, 8), torch.zeros(6, 6)),
+            r"batch\[1\] is 6 x 6 beside 6 samples of length 6",
+        ),
+        (
+            (torch.zeros(8, 2), ["a", "b", "c"]),
+            r"batch\[0\] has 8 and batch\[1\] has 3; give batch_dims=\{'batch\[1\]': None\}",
+        ),
+        (
+            {"x": torch.zeros(4), "o": Opaque()},
+            r"where a Opaque \(batch\['o'\]\) has its samples: give batch_dims=",
+        ),
+        (
+            {"crops": [torch.zeros(8, 3), torch.zeros(8, 3)]},
+            r"as 2 samples \(batch\['crops'\]\) or as 8",
+        ),
+        (
+            {"x": torch.zeros(2), "crops": [torch.zeros(2, 3), torch.zeros(2, 3)]},
+            r"a list in it has 2 entries whose leading dimension is 2 as well \(batch\['crops'\]\)",
+        ),
+    ],
+)
+def test_what_cannot_be_told_is_refused(batch: Any, says: str) -> None:
+    """One sentence: what does not fit, and what to give."""
+    with pytest.raises(WorkloadError, match=says):
+        Layout.of(batch).certain()
+
+
+@pytest.mark.parametrize(
+    ("batch", "dims", "shapes"),
+    [
+        (SHARED_MASK, {"batch[0][1]": None}, [(2, 6, 8), (6, 6), (2,)]),
+        (
+            (torch.zeros(6, 6, 8), torch.zeros(6, 6)),
+            {"batch[1]": None},
+            [(2, 6, 8), (6, 6)],
+        ),
+        ((torch.zeros(6, 6, 8), torch.zeros(6, 6)), {1: 0}, [(2, 6, 8), (2, 6)]),
+        ({"x": torch.zeros(9, 4, 2), "y": torch.zeros(4)}, {"x": 1}, [(9, 2, 2), (2,)]),
+        ((torch.zeros(8, 2), ["a", "b", "c"]), {"batch[1]": None}, [(2, 2)]),
+        (
+            {"crops": [torch.zeros(8, 3), torch.zeros(8, 3)]},
+            {"batch['crops'][0]": 0},
+            [(2, 3), (2, 3)],
+        ),
+        (
+            {"crops": [torch.zeros(8, 3), torch.zeros(8, 3), torch.zeros(8, 3)]},
+            {"crops": 0},
+            [(8, 3), (8, 3)],
+        ),
+        ({"x": torch.zeros(4), "o": Opaque()}, {"o": None}, [(2,)]),
+    ],
+)
+def test_what_errors_advise_works(
+    batch: Any, dims: dict[str | int, int | None], shapes: list[tuple[int, ...]]
+) -> None:
+    """The same batches, cut as told."""
+    layout = Layout.of(batch, BatchRules(dims=dims))
+    layout.certain()
+    tensors = [x for x in leaves_of(layout.take(batch, 0, 2)) if isinstance(x, torch.Tensor)]
+    assert [tuple(tensor.shape) for tensor in tensors] == shapes
+
+
+def test_a_function_of_the_users_cuts_what_slices_do_not() -> None:
+    """Graphs: the targets say how many there are, or a function counts them."""
+
+    def cut(batch: Any, start: int, stop: int) -> Any:
+        graphs, targets = batch
+        return {"x": graphs["x"][5 * start : 5 * stop]}, targets[start:stop]
+
+    layout = Layout.of(GRAPH, BatchRules(cut=cut))
+    assert layout.num_samples == 4
+    graphs, targets = layout.take(GRAPH, 1, 3)
+    assert len(graphs["x"]) == 10
+    assert len(targets) == 2
+    assert len(layout.resized(GRAPH, 3)[1]) == 3
+    with pytest.raises(WorkloadError, match="give a function of the batch size"):
+        layout.resized(GRAPH, 9)
+    with pytest.raises(WorkloadError, match="give count=function beside cut"):
+        Layout.of(GRAPH[0], BatchRules(cut=cut))
+    counted = BatchRules(cut=cut, count=lambda batch: len(batch[0]["x"]) // 5)
+    assert Layout.of(GRAPH, counted).num_samples == 4
+    wrong = BatchRules(cut=lambda batch, _start, _stop: batch, count=lambda batch: 4)
+    with pytest.raises(WorkloadError, match="returned 4 samples when asked for 2"):
+        Layout.of(GRAPH, wrong).take(GRAPH, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"dims": {"batch['z']": None}}, r"which the batch has not; the nearest is \"batch\['x'\]"),
+        ({"dims": {"x": -1}}, r"batch_dims\['x'\] must be a dimension from 0, or None"),
+        ({"dims": ["x"]}, "batch_dims must be a dictionary, not list"),
+        ({"cut": 3}, "cut must be a function, not int"),
+        ({"count": lambda _batch: None}, "must return a whole number from 1, not None"),
+    ],
+)
+def test_rules_that_say_nothing_are_refused(rules: dict[str, Any], says: str) -> None:
+    """With the nearest part, or what it has to be."""
+    with pytest.raises((UsageError, WorkloadError), match=says):
+        Layout.of({"x": torch.zeros(4)}, BatchRules(**rules))
+
+
+def test_what_is_known_of_one_batch_holds_for_the_next() -> None:
+    """A short last batch that would be doubted by itself is cut as those before it."""
+
+    def batch(size: int) -> Any:
+        return {"crops": [torch.zeros(size, 3)] * 3, "y": torch.zeros(size)}
+
+    known = Layout.of(batch(8))
+    short = known.again(batch(3))
+    assert short.num_samples == 3
+    assert [len(crop) for crop in short.take(batch(3), 0, 2)["crops"]] == [2, 2, 2]
+    with pytest.raises(WorkloadError, match="3 entries whose leading dimension is 3 as well"):
+        Layout.of(batch(3)).certain()
+    with pytest.raises(WorkloadError, match="leading dimensions differ"):
+        known.again({"crops": [torch.zeros(4, 3)] * 3, "y": torch.zeros(5)})
+
+
+def test_one_sample_needs_no_cut() -> None:
+    """A last batch of one is doubtful in every part, and whole."""
+    batch = {"crops": [torch.zeros(1, 3)]}
+    layout = Layout.of(batch)
+    assert layout.num_samples == batch_size_of(batch) == 1
+    assert layout.take(batch, 0, 1) is batch
