@@ -33,6 +33,7 @@ __all__ = [
     "graph_task",
     "is_view",
     "memory_events",
+    "mkldnn_layout",
     "num_owners",
     "own_buffers",
     "pytree",
@@ -199,6 +200,13 @@ def clear_blas_workspaces() -> None:
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None:
         clear()
+
+
+def mkldnn_layout() -> Any:
+    """Return the layout of oneDNN's own tensors; `None` where this torch has none."""
+    import torch
+
+    return getattr(torch, "_mkldnn", None)
 
 
 # --- operations ---------------------------------------------------------------------------------

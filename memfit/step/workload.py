@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memfit._torch_private import pytree
 from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
@@ -275,6 +276,17 @@ class TrainingStep:
         if isinstance(self.subject, Workload) and isinstance(self.subject.optimizer, Optimizer):
             return self.subject.optimizer
         return None
+
+    @property
+    def live_tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the user's own objects hold: weights, buffers, gradients, optimizer state."""
+        weights = [parameter for module in self.live_modules for parameter in module.parameters()]
+        buffers = [buffer for module in self.live_modules for buffer in module.buffers()]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        optimizer = self.live_optimizer
+        states = [] if optimizer is None else pytree.tree_leaves([*optimizer.state.values()])
+        held = (state for state in states if isinstance(state, torch.Tensor))
+        return (*weights, *buffers, *gradients, *held)
 
     def prepare(
         self, device: torch.device, *, precision_policy: PrecisionPolicy | None = None

@@ -12,7 +12,7 @@ import threading
 
 from memfit.units import KIB, MIB
 
-__all__ = ["MMAP_THRESHOLD_BYTES", "fill_heap", "is_heap_tuned", "steady_heap"]
+__all__ = ["MMAP_THRESHOLD_BYTES", "block_bytes", "fill_heap", "is_heap_tuned", "steady_heap"]
 
 # glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
 # 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
@@ -28,6 +28,8 @@ _TCACHE_BYTES = 1032
 _BLOCKS_AT_ONCE = 16
 _HEAP_BYTES = 64 * MIB
 _NON_MAIN_ARENA = 4  # glibc's malloc.c
+_PAGE_BYTES = 4 * KIB
+_ALIGNMENT_BYTES = 64
 
 
 class _HeapInfo(ctypes.Structure):
@@ -151,6 +153,19 @@ def _is_secondary(block: int) -> bool:
     """Whether a block is of another arena than the main one."""
     word = ctypes.sizeof(ctypes.c_size_t)
     return bool(ctypes.c_size_t.from_address(block - word).value & _NON_MAIN_ARENA)
+
+
+def block_bytes(num_bytes: int) -> int:
+    """Return what glibc takes for a block: whole pages from its threshold on.
+
+    Args:
+        num_bytes: What was asked for.
+
+    Source: glibc's malloc.c (sysmalloc_mmap); 64 bytes is what torch's tensors are aligned to.
+    """
+    if num_bytes < MMAP_THRESHOLD_BYTES:
+        return num_bytes
+    return -(-(num_bytes + _ALIGNMENT_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
 
 
 def is_heap_tuned() -> bool:

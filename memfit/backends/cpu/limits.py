@@ -65,6 +65,11 @@ class Footprint:
         status = status_bytes()
         return cls(status["VmData"], status["RssAnon"])
 
+    @classmethod
+    def of(cls, num_bytes: int) -> Footprint:
+        """Return the footprint of memory that was written to."""
+        return cls(num_bytes, num_bytes)
+
     def __sub__(self, other: Footprint) -> Footprint:
         return Footprint(
             max(0, self.data_bytes - other.data_bytes),
