@@ -10,6 +10,7 @@ errors of a user's own model or loss: those are raised as they came.
     │   └── WorkloadError           2  a model, batch, loss or optimizer that makes no training step
     ├── DoesNotFitError             3  not even the smallest batch fits
     ├── UnsupportedError            1  this system cannot run such a trial
+    │   └── NotSimulatedError       1  a step that can be run, and not simulated
     ├── StepCrashedError            1  the training step took its process down
     └── RankFailedError             1  the same training step failed on another rank
 """
@@ -21,6 +22,7 @@ from typing import ClassVar
 __all__ = [
     "DoesNotFitError",
     "MemfitError",
+    "NotSimulatedError",
     "RankFailedError",
     "StepCrashedError",
     "UnknownDeviceError",
@@ -73,6 +75,24 @@ class DoesNotFitError(MemfitError):
 
 class UnsupportedError(MemfitError):
     """This system cannot run such a trial."""
+
+
+class NotSimulatedError(UnsupportedError):
+    """The training step runs on a device, and its simulation would be wrong or cannot be had."""
+
+    @classmethod
+    def because(cls, subject: str, reason: str) -> NotSimulatedError:
+        """Return the error with the way out in its sentence.
+
+        Args:
+            subject: What cannot be simulated, as a user calls it.
+            reason: Why, as a clause.
+        """
+        return cls(
+            f"{subject} cannot be simulated: {reason}. Rehearse it (--engine rehearse, or a script "
+            "as it is: memfit rehearse --gpu NAME -- python SCRIPT), which needs no GPU, or try it "
+            "on a device (--device)."
+        )
 
 
 class StepCrashedError(MemfitError):

@@ -37,6 +37,8 @@ BLAS_HANDLES = (-1_000_001, -1_000_002)
 """Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
 # How far below what its tensors allow a step's edge is looked for first.
 _FRAGMENTS_SHARE = 64
+# Samples of a batch function that stand for a batch, where a step asks for values.
+_ENOUGH_SAMPLES = 16
 _PREFERS_CUDNN = "2.11"
 
 _Returned = TypeVar("_Returned")
@@ -61,16 +63,26 @@ def trace(
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
     precision_policy = precision_policy or MetaPrecision(step.options.precision)
-    # A user's batch function may draw random numbers, and a step may throw switches.
-    with preserved():
-        prepared = step.prepare(META, precision_policy=precision_policy)
-        return trace_step(
-            prepared,
-            precision_policy=precision_policy,
-            options=options,
-            name=step.name,
-            watcher=watcher,
-        )
+
+    def traced(**choices: Any) -> StepTrace:
+        # A user's batch function may draw random numbers, and a step may throw switches.
+        with preserved():
+            return trace_step(
+                step.prepare(META, precision_policy=precision_policy),
+                precision_policy=precision_policy,
+                options=options,
+                name=step.name,
+                watcher=watcher,
+                **choices,
+            )
+
+    made = traced()
+    if not made.depends_on_batch:
+        return made
+    # What a few samples answer (is any of them padded?) is not what a batch does. The whole example
+    # does, and twice the example says what every further sample adds.
+    size = step.example_batch_size or _ENOUGH_SAMPLES
+    return traced(batch_sizes=(size, 2 * size)) if size > 1 else made
 
 
 def trace_options(gpu: Gpu) -> TraceOptions:

@@ -22,7 +22,15 @@ from memfit._torch_private import (
     sequence_number_of,
     storage_id,
 )
-from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, SourceLines
+from memfit.profiling.modules import (
+    BATCH,
+    LOSS,
+    OPTIMIZER,
+    ModuleStack,
+    SourceLines,
+    buffers_of,
+    parameters_of,
+)
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.replay import Purpose
 from memfit.records import Role
@@ -54,7 +62,7 @@ class Attribution:
         self._lines = SourceLines()
         self._lines_of_nodes: dict[int, str | None] = {}
         self._modules_of_storages: dict[int, str] = {}
-        self._model: nn.Module | None = None
+        self._prepared: PreparedStep | None = None
         self._stack: ModuleStack | None = None
         self._phases: Phases | None = None
 
@@ -77,23 +85,20 @@ class Attribution:
             prepared: The step; its batches and its precision policy are wrapped.
             mark: Writes the name of a phase between the events.
         """
-        model = prepared.model
-        self._stack = ModuleStack(model)
+        # A step may be traced a second time, at other batch sizes.
+        self._notes.clear()
+        self._numbers.clear()
+        self._lines_of_nodes.clear()
+        self._stack = ModuleStack(prepared.model)
         self._phases = Phases(
             begun=mark, gradients_ready=self._see_gradients, stepped=self._see_state
         )
-        self._model = model
-        self._parameters = {
-            id(parameter): path.rpartition(".")[0] or "(model)"
-            for path, parameter in model.named_parameters()
-        }
+        self._prepared = prepared
+        self._parameters = {id(one): owner for owner, one in parameters_of(prepared)}
+        held = (*parameters_of(prepared), *buffers_of(prepared))
         self._modules_of_storages = {
-            storage_id(parameter.untyped_storage()): self._parameters[id(parameter)]
-            for parameter in model.parameters()
+            storage_id(tensor.untyped_storage()): owner for owner, tensor in reversed(held)
         }
-        for path, buffer in model.named_buffers():
-            owner = path.rpartition(".")[0] or "(model)"
-            self._modules_of_storages.setdefault(storage_id(buffer.untyped_storage()), owner)
         with self._stack.watched(), self._phases.watched(prepared):
             yield
 
@@ -182,10 +187,10 @@ class Attribution:
         )
 
     def _see_gradients(self) -> None:
-        assert self._model is not None
-        for parameter in self._model.parameters():
+        assert self._prepared is not None
+        for owner, parameter in parameters_of(self._prepared):
             if parameter.grad is not None:
-                self._settle(parameter.grad, Role.GRADIENTS, self._parameters[id(parameter)])
+                self._settle(parameter.grad, Role.GRADIENTS, owner)
 
     def _see_state(self, optimizer: Optimizer) -> None:
         for parameter, value in states_of(optimizer):

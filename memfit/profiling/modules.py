@@ -28,8 +28,10 @@ __all__ = [
     "OPTIMIZER",
     "ModuleStack",
     "SourceLines",
+    "buffers_of",
     "is_own_file",
     "line_of",
+    "parameters_of",
     "shown_file",
 ]
 
@@ -42,6 +44,31 @@ _TORCH = Path(torch.__file__).parent
 _PACKAGES = _TORCH.parent
 _STANDARD_LIBRARY = Path(contextlib.__file__).parent
 _STARTS_THE_STEP = runner.__file__
+
+
+def parameters_of(prepared: runner.PreparedStep) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter of a step, that of a loss too, with the path of its module."""
+    for name, module in _parts(prepared):
+        for path, parameter in module.named_parameters():
+            yield _owner(name, path), parameter
+
+
+def buffers_of(prepared: runner.PreparedStep) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every buffer of a step, that of a loss too, with the path of its module."""
+    for name, module in _parts(prepared):
+        for path, buffer in module.named_buffers():
+            yield _owner(name, path), buffer
+
+
+def _parts(prepared: runner.PreparedStep) -> Iterator[tuple[str, nn.Module]]:
+    yield "", prepared.model
+    if prepared.loss_module is not None:
+        yield LOSS, prepared.loss_module
+
+
+def _owner(name: str, path: str) -> str:
+    inner = path.rpartition(".")[0]
+    return ".".join(part for part in (name, inner) if part) or "(model)"
 
 
 class ModuleStack:

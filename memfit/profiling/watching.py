@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memfit._torch_private import pytree
-from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack
+from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, buffers_of, parameters_of
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart
 from memfit.records import Role
@@ -48,10 +48,7 @@ class StepNotes:
         self._settled: list[KnownBlock] = []
         self._optimizer: Optimizer | None = None
         self.started_ns = 0
-        self._owners = {
-            id(parameter): path.rpartition(".")[0] or "(model)"
-            for path, parameter in self._model.named_parameters()
-        }
+        self._owners = {id(one): owner for owner, one in parameters_of(prepared)}
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -77,11 +74,11 @@ class StepNotes:
         self._settled.clear()
         self.started_ns = time.time_ns()
         known: dict[int, int] = {}
-        for path, tensor, role in (
-            *((p, t, Role.PARAMETERS) for p, t in self._model.named_parameters()),
-            *((p, t, Role.BUFFERS) for p, t in self._model.named_buffers()),
+        for owner, tensor, role in (
+            *((o, t, Role.PARAMETERS) for o, t in parameters_of(self._prepared)),
+            *((o, t, Role.BUFFERS) for o, t in buffers_of(self._prepared)),
         ):
-            self._settle(tensor, role, path.rpartition(".")[0] or "(model)", known)
+            self._settle(tensor, role, owner, known)
         if self._optimizer is not None:
             self._see_state(self._optimizer, known)
         return tuple(known.items())
@@ -100,7 +97,7 @@ class StepNotes:
             return {}
         unit = self._rounds_to
         sizes: dict[str, set[int]] = {}
-        for parameter in self._model.parameters():
+        for _, parameter in parameters_of(self._prepared):
             num_bytes = parameter.numel() * self._copy_bytes
             sizes.setdefault(self._owners[id(parameter)], set()).add(-(-num_bytes // unit) * unit)
         return {module: frozenset(found) for module, found in sizes.items()}
@@ -145,9 +142,9 @@ class StepNotes:
         return note
 
     def _see_gradients(self) -> None:
-        for parameter in self._model.parameters():
+        for owner, parameter in parameters_of(self._prepared):
             if parameter.grad is not None:
-                self._settle(parameter.grad, Role.GRADIENTS, self._owners[id(parameter)])
+                self._settle(parameter.grad, Role.GRADIENTS, owner)
 
     def _see_state(self, optimizer: Optimizer, known: dict[int, int] | None = None) -> None:
         self._optimizer = optimizer

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memfit._torch_private import pytree
 from memfit.errors import WorkloadError
 from memfit.records import Precision
 
@@ -29,6 +30,10 @@ __all__ = [
 ]
 
 _AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
+
+
+# Every module has these, and torch fills them.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class PrecisionPolicy(Protocol):
@@ -109,18 +114,42 @@ class PreparedStep:
         self._optimizer: Optimizer | None = None
         self._had_state = False
 
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """The loss, where it is a module: it may have parameters and buffers of its own."""
+        return self._loss if isinstance(self._loss, nn.Module) else None
+
+    def held_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield every tensor that is there before an iteration begins, some more than once.
+
+        Parameters and buffers, what else the modules keep in attributes and containers, and the
+        optimizer's parameters and state.
+        """
+        for root in (self.model, self.loss_module):
+            for module in () if root is None else root.modules():
+                yield from module.parameters(recurse=False)
+                yield from module.buffers(recurse=False)
+                for name, value in vars(module).items():
+                    if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module):
+                        yield from _tensors_in(value)
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                yield from group["params"]
+            for state in self._optimizer.state.values():
+                yield from _tensors_in(state)
+
     def begin(self) -> None:
         """Start as training does: an optimizer as it was given, no gradients."""
         self._optimizer = self._make_optimizer()
         self._had_state = bool(self._optimizer.state)
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
 
     def end(self) -> None:
         """Drop the gradients, and the optimizer with the state that it did not begin with."""
         if self._optimizer is not None and not self._had_state:
             self._optimizer.state.clear()
         self._optimizer = None
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
 
     def iterate(self, batch_size: int) -> None:
         """Run one iteration: every micro-batch forward and backward, step, gradients zeroed.
@@ -182,6 +211,11 @@ class PreparedStep:
             if isinstance(value, torch.Tensor)
         )
 
+    def _drop_gradients(self) -> None:
+        for module in (self.model, self.loss_module):
+            if module is not None:
+                module.zero_grad(set_to_none=True)
+
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
         with self.precision_policy.forward():
@@ -189,6 +223,11 @@ class PreparedStep:
         loss = added(loss)
         check_loss(loss)
         self.precision_policy.backward(loss / self.num_micro_batches)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    leaves = pytree.tree_leaves(value)
+    return (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 @contextlib.contextmanager

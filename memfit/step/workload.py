@@ -171,8 +171,7 @@ class Workload:
     def without_values(self) -> Workload:
         """Return the same workload with all its tensors on the meta device, as new objects."""
         parts = (self.model, self.loss, self.optimizer)
-        modules = tuple(part for part in parts if isinstance(part, nn.Module))
-        model, loss, optimizer = without_values(parts, modules=modules, optimizer=self.optimizer)
+        model, loss, optimizer = without_values(parts, optimizer=self.optimizer)
         return dataclasses.replace(self, model=model, loss=loss, optimizer=optimizer)
 
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -261,6 +260,13 @@ class TrainingStep:
     def num_micro_batches(self) -> int:
         """Micro-batches in one iteration."""
         return _NUM_ACCUMULATED_MICRO_BATCHES if self.options.accumulate else 1
+
+    @property
+    def example_batch_size(self) -> int | None:
+        """Samples of the workload's example batch; `None` where a function makes batches."""
+        if isinstance(self.subject, str) or callable(self.subject.batch):
+            return None
+        return self.subject._example_layout.num_samples
 
     @property
     def live_modules(self) -> tuple[nn.Module, ...]:

@@ -243,7 +243,7 @@ def test_a_step_that_needs_values_is_one_sentence() -> None:
 
     class Peeking(nn.Linear):
         def forward(self, data: torch.Tensor) -> torch.Tensor:
-            return super().forward(data) * data.sum().item()
+            return super().forward(data) * self.weight.sum().item()
 
     workload = Workload(
         Peeking(4, 4), (torch.randn(2, 4),), lambda outputs: outputs.sum(), torch.optim.SGD
@@ -285,3 +285,35 @@ def test_a_trace_is_shared() -> None:
     traced = traces.find(step, RTX3090)
     assert backend.trial(step, 8).peak_reserved_bytes == profile.peak.reserved_bytes
     assert traces.find(step, RTX3090) is traced
+
+
+class Centres(nn.Module):
+    """A loss with weights of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1000, 16))
+
+    def forward(self, outputs: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs @ self.weight.t(), classes)
+
+
+def test_a_losss_parameters_are_parameters() -> None:
+    """Its weights, their gradients and their optimizer state, as the model's."""
+    model, loss = nn.Linear(8, 16), Centres()
+    optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()])
+    batch = (torch.randn(4, 8), torch.randint(1000, (4,)))
+    step = TrainingStep(
+        subject=Workload(model, batch, loss, optimizer),
+        options=StepOptions(precision=Precision.FP32),
+    )
+    profile = profile_gpu(step, 4, find_gpu("3090")).profile
+    held = [
+        (block.role, block.requested_bytes)
+        for block in profile.blocks
+        if block.module == "(loss)" and block.requested_bytes == 4 * 1000 * 16
+    ]
+    roles = [role for role, _ in held]
+    assert roles.count(Role.PARAMETERS) == 1
+    assert roles.count(Role.OPTIMIZER_STATE) == 2
+    assert roles.count(Role.GRADIENTS) == 1

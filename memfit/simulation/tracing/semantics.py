@@ -64,6 +64,9 @@ class CudaSemantics(TorchFunctionMode):
         del types
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
+            # The meta device has none, and draws nothing.
+            kwargs = kwargs | {"generator": None}
         if name == "scaled_dot_product_attention":
             func = self._attend
         elif name == "dropout":
@@ -107,6 +110,13 @@ class CudaSemantics(TorchFunctionMode):
             scale=scale,
             enable_gqa=enable_gqa,
         )
+
+
+def _is_on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device) == META
+    return any(isinstance(value, torch.Tensor) and value.is_meta for value in args)
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:  # noqa: A002

@@ -1,0 +1,263 @@
+"""Values that tensors of a traced step are known to have, though they are on the meta device.
+
+A batch has values, and so has a mask that a model makes of it. What is computed from such tensors
+alone is computed on the CPU beside the trace, so that a question about it (`if mask.all():`) gets
+the answer that it gets in training. What depends on weights or on random draws of the device has no
+known value. One thing is known of every floating-point tensor: it is finite, because training that
+works has no infinities and no NaNs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+
+from memfit._torch_private import aten, aten_if_there, pytree, schema_of, storage_id
+
+__all__ = ["NOTHING", "KnownValues"]
+
+NOTHING: Final = object()
+"""What `KnownValues.answer` returns where the operation has to be run."""
+
+_ATTRIBUTE: Final = "memfit_known"
+_CPU: Final = torch.device("cpu")
+_META: Final = torch.device("meta")
+# Masks and tokens are smaller. Images are not, and nothing is asked of their values.
+_MOST_ELEMENTS: Final = 1 << 22
+
+
+class _Known:
+    """The value of a tensor, shared with its views.
+
+    Args:
+        value: On the CPU.
+        owner: One for all that share a storage; emptied when something unknown is written to it.
+    """
+
+    __slots__ = ("owner", "value")
+
+    def __init__(self, value: torch.Tensor, owner: list[bool]) -> None:
+        self.value = value
+        self.owner = owner
+
+
+class KnownValues:
+    """Computes values beside a trace, and answers what is asked of them."""
+
+    def __init__(self) -> None:
+        self.num_answers = 0
+        self._index = aten("index.Tensor")
+        self._nonzero = aten("nonzero.default")
+        self._finite = {
+            aten_if_there(f"{name}.default"): answer
+            for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True))
+        }
+        self._compares = {
+            aten_if_there(f"{name}.{kind}"): name == "ne"
+            for name in ("eq", "ne")
+            for kind in ("Scalar", "Tensor")
+        }
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what an operation gives that needs values; `NOTHING` for any other.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+            kwargs: Its other arguments.
+        """
+        if func is self._index:
+            return self._indexed(*args)
+        reads = _reads_values(func)
+        if not reads and not _leaves_meta(func, args, kwargs):
+            return NOTHING
+        known = _values_of((args, kwargs))
+        if known is None:
+            return NOTHING
+        self.num_answers += 1
+        values, named = known
+        with torch.no_grad():
+            found = func(*values, **named)
+        return found if not reads or _is_number(found) else _on_meta(found)
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Take note of the values of an operation's result, where they are known.
+
+        Args:
+            func: The operation.
+            args: Its positional arguments.
+            kwargs: Its other arguments.
+            result: What it returned.
+        """
+        if _writes(func):
+            self._write(func, args, kwargs)
+            return
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if not (isinstance(first, torch.Tensor) and first.is_meta):
+            return
+        if first.numel() > _MOST_ELEMENTS or _known(first) is not None:
+            return
+        known = None if _is_random(func) else _values_of((args, kwargs))
+        if known is None:
+            self._note_finite(func, args, first)
+            return
+        values, named = known
+        # Whatever an operation cannot do on the CPU is not known.
+        with contextlib.suppress(Exception), torch.no_grad():
+            _attach(result, func(*values, **named), _owners_in(args))
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        target = args[0] if args else None
+        if not (isinstance(target, torch.Tensor) and target.is_meta):
+            return
+        held = _known(target)
+        if held is None:
+            return
+        known = None if _is_random(func) else _values_of((args, kwargs))
+        if known is not None:
+            values, named = known
+            with contextlib.suppress(Exception), torch.no_grad():
+                func(*values, **named)
+                return
+        held.owner.clear()
+
+    def _note_finite(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> None:
+        """Answer whether a tensor is finite, in each way that one can ask."""
+        answer = self._finite.get(func)
+        if answer is None and func in self._compares:
+            one, other = args[:2]
+            is_different = self._compares[func]
+            if one is other:
+                answer = not is_different
+            elif isinstance(other, float) and not math.isfinite(other):
+                answer = is_different
+        if answer is not None:
+            value = torch.full((), answer, dtype=torch.bool).expand(result.shape)
+            setattr(result, _ATTRIBUTE, _Known(value, [True]))
+
+    def _indexed(self, data: torch.Tensor, indices: Any) -> Any:
+        """Index by a mask as CUDA does: by where it is true."""
+        if not data.is_meta or not any(map(_is_mask, indices)):
+            return NOTHING
+        places: list[torch.Tensor | None] = []
+        for index in indices:
+            if not _is_mask(index):
+                places.append(index)
+                continue
+            held = _known(index)
+            if held is None:
+                return NOTHING
+            self.num_answers += 1
+            places += [_on_meta(place) for place in held.value.nonzero(as_tuple=True)]
+        return self._index(data, places)
+
+
+def _is_mask(index: Any) -> bool:
+    return (
+        isinstance(index, torch.Tensor)
+        and index.is_meta
+        and index.dtype in (torch.bool, torch.uint8)
+    )
+
+
+def _is_number(found: Any) -> bool:
+    return isinstance(found, (bool, int, float, complex))
+
+
+def _known(tensor: torch.Tensor) -> _Known | None:
+    held: _Known | None = getattr(tensor, _ATTRIBUTE, None)
+    return held if held is not None and held.owner else None
+
+
+def _values_of(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return arguments with tensors' values in their place; `None` where one has none."""
+    for tensor in _tensors_in(arguments):
+        if tensor.is_meta and _known(tensor) is None:
+            return None
+
+    def valued(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            held = _known(leaf) if leaf.is_meta else None
+            return leaf.detach() if held is None else held.value
+        return _CPU if isinstance(leaf, torch.device) else leaf
+
+    args, kwargs = pytree.tree_map(valued, arguments)
+    return args, kwargs
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+
+
+def _owners_in(args: Any) -> dict[int, list[bool]]:
+    """Return who owns the storages of known arguments."""
+    owners = {}
+    for tensor in _tensors_in(args):
+        held = _known(tensor) if tensor.is_meta else None
+        if held is not None:
+            owners[storage_id(held.value.untyped_storage())] = held.owner
+    return owners
+
+
+def _attach(result: Any, value: Any, owners: dict[int, list[bool]]) -> None:
+    if isinstance(result, torch.Tensor):
+        if result.is_meta and isinstance(value, torch.Tensor):
+            owner = owners.get(storage_id(value.untyped_storage()), [True])
+            setattr(result, _ATTRIBUTE, _Known(value, owner))
+    elif isinstance(result, (tuple, list)):
+        for one, other in zip(result, value, strict=True):
+            _attach(one, other, owners)
+
+
+def _on_meta(value: Any) -> Any:
+    """Return tensors of the same shapes on the meta device that have these values."""
+    if isinstance(value, torch.Tensor):
+        empty = torch.empty_like(value, device=_META)
+        setattr(empty, _ATTRIBUTE, _Known(value, [True]))
+        return empty
+    return type(value)(map(_on_meta, value)) if isinstance(value, (tuple, list)) else value
+
+
+@functools.cache
+def _reads_values(func: Any) -> bool:
+    """Whether an operation cannot be run without values."""
+    tags = set(func.tags)
+    return bool(tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    return any(
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in schema_of(func).arguments
+    )
+
+
+def _leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation copies from the meta device to the CPU."""
+    device = kwargs.get("device")
+    return (
+        device is not None
+        and torch.device(device).type == "cpu"
+        and bool(args)
+        and isinstance(args[0], torch.Tensor)
+        and args[0].is_meta
+        and "copy" in func.__name__
+    )

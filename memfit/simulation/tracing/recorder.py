@@ -1,0 +1,220 @@
+"""Writes down what a step on meta tensors allocates and frees, operation by operation.
+
+A storage that was not seen before is an allocation, and its end is a free. Which iterations are
+recorded, and what becomes of them, is `memfit.simulation.tracing.trace`'s.
+
+Source: weak references to storages keep their identity under `TorchDispatchMode`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import operator
+import weakref
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import torch
+
+from memfit._torch_private import aten, dispatched, graph_task, num_owners, storage_id
+from memfit.records import Action, Event
+from memfit.simulation.tracing.known_values import NOTHING, KnownValues
+from memfit.simulation.tracing.semantics import META
+from memfit.simulation.tracing.workspace import Kernels, Workspace
+
+__all__ = ["PLANS_TRIED", "Recorder", "Watcher"]
+
+PLANS_TRIED: Final = "cudnn.benchmark"
+_ADD: Final = "add.Tensor"
+
+
+class Watcher(Protocol):
+    """Who is told of every allocation while a step is traced, to know what it is for."""
+
+    def watch(
+        self, prepared: Any, mark: Callable[[str], None]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Begin to watch a step; `mark` writes the name of a phase between the events."""
+
+    def allocated(self, block_id: int, tensor: torch.Tensor, args: tuple[Any, ...]) -> None:
+        """Take note of a new storage, and of what the operation that made it was called with."""
+
+    def took_workspace(self, block_id: int) -> None:
+        """Take note of a kernel's workspace, which ends with the operation."""
+
+    def freed(self, block_id: int) -> None:
+        """Take note of a storage's end."""
+
+
+class Recorder:
+    """Writes down allocations and frees of meta storages.
+
+    Args:
+        kernels: What kernels take besides their outputs.
+        watcher: Told of every allocation.
+    """
+
+    def __init__(self, kernels: Kernels, watcher: Watcher | None) -> None:
+        self._kernels = kernels
+        self._watcher = watcher
+        self._events: list[Event] = []
+        self._ids: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._next_id = 0
+        self._tried_plans: set[Any] = set()
+        self.num_operations = 0
+        self._sole_owner = _sole_owner()
+        self._add = aten(_ADD)
+        self._known = KnownValues()
+        self._is_closed = False
+        self._residents: list[Event] = []
+        self._looks_for_residents = True
+
+    def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and write down what it allocates."""
+        self.num_operations += 1
+        if self._looks_for_residents:
+            self._see_arguments(args)
+        if func is self._add and self._accumulates_in_place(*args):
+            return args[0]
+        result = self._known.answer(func, args, kwargs)
+        if result is NOTHING:
+            result = self._kernels.run(func, args, kwargs)
+            self._known.note(func, args, kwargs, result)
+        if type(result) is torch.Tensor:
+            self._see(result, func, args)
+        elif isinstance(result, (tuple, list)):
+            for output in result:
+                if isinstance(output, torch.Tensor):
+                    self._see(output, func, args)
+        for workspace in self._kernels.workspaces(func, args, result):
+            self._take(workspace)
+        return result
+
+    def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
+        """Whether the autograd engine is summing two gradients that it would sum in place.
+
+        Under a dispatch mode it does not, so its own condition is asked here: it is the gradient's
+        only owner, and its storage's.
+
+        Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+        """
+        if graph_task() == -1 or torch.is_grad_enabled():
+            return False
+        return (
+            isinstance(more, torch.Tensor)
+            and (gradient.shape, gradient.dtype) == (more.shape, more.dtype)
+            and all(map(operator.le, num_owners(gradient), self._sole_owner))
+        )
+
+    @property
+    def num_answers(self) -> int:
+        """How often the step asked for a value, and got it."""
+        return self._known.num_answers
+
+    def see(self, tensor: torch.Tensor) -> None:
+        """Write down a tensor that is there before the first iteration."""
+        if tensor.layout is torch.strided:
+            self._see(tensor, "model")
+
+    def take_residents(self) -> list[Event]:
+        """Return what the iteration that ended used and did not make, once, after the first one.
+
+        A loss function may close over tensors that nobody else knows.
+        """
+        self._looks_for_residents = False
+        found, self._residents = self._residents, []
+        return found
+
+    def _see_arguments(self, args: Any) -> None:
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                if value.is_meta and value.layout is torch.strided:
+                    before = len(self._events)
+                    self._see(value, "model")
+                    self._residents += self._events[before:]
+                    del self._events[before:]
+            elif isinstance(value, (tuple, list)):
+                self._see_arguments(value)
+
+    def cut(self) -> list[Event]:
+        """Return the events since the last cut, once unreachable cycles are gone."""
+        gc.collect()
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Write down nothing more: what ends from now on ends with the trace, not with the step."""
+        self._is_closed = True
+
+    def forget_plans(self) -> None:
+        """Have every convolution try its plans again, so that iterations make the same stream."""
+        self._tried_plans.clear()
+
+    def mark(self, name: str) -> None:
+        """Write the name of a phase that begins."""
+        self._write(Action.USER_DEFINED, 0, 0, name)
+
+    def _see(self, tensor: torch.Tensor, origin: Any, args: tuple[Any, ...] = ()) -> None:
+        storage = tensor.untyped_storage()
+        key = storage_id(storage)
+        if key in self._ids or storage.device.type != "meta":
+            return
+        num_bytes = storage.nbytes()
+        if num_bytes == 0:
+            return
+        number = self._take_id()
+        self._ids[key] = number
+        watcher = self._watcher
+
+        def ended(_: object) -> None:
+            if self._is_closed:
+                return
+            del self._ids[key], self._references[number]
+            self._write(Action.FREE_COMPLETED, number, 0, "")
+            if watcher is not None:
+                watcher.freed(number)
+
+        self._references[number] = weakref.ref(storage, ended)
+        self._write(Action.ALLOC, number, num_bytes, str(origin))
+        if watcher is not None:
+            watcher.allocated(number, tensor, args)
+
+    def _take(self, workspace: Workspace) -> None:
+        if workspace.plan is not None and workspace.plan not in self._tried_plans:
+            self._tried_plans.add(workspace.plan)
+            # Trying cuDNN's plans ends with an emptied cache (run_single_conv in
+            # aten/src/ATen/native/cudnn/Conv_v8.cpp).
+            self._write(Action.EMPTY_CACHE, 0, 0, PLANS_TRIED)
+        if not workspace.num_bytes:
+            return
+        number = self._take_id()
+        action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
+        self._write(action, number, workspace.num_bytes, workspace.name)
+        if self._watcher is not None:
+            self._watcher.took_workspace(number)
+        self._write(Action.FREE_COMPLETED, number, 0, "")
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
+        self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+def _sole_owner() -> tuple[int, int]:
+    """What is counted of a gradient that only the engine holds, Python's own share included."""
+    seen = []
+    add = aten(_ADD)
+
+    def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is add and graph_task() != -1:
+            seen.append(num_owners(args[0]))
+        return func(*args, **kwargs)
+
+    with dispatched(watch):
+        leaf = torch.empty(2, device=META, requires_grad=True).exp()
+        (leaf.sin() * leaf.cos()).sum().backward()
+    return seen[0]
