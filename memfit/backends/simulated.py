@@ -81,7 +81,8 @@ def trace(
         return made
     # What a few samples answer (is any of them padded?) is not what a batch does. The whole example
     # does, and twice the example says what every further sample adds.
-    size = step.example_batch_size or _ENOUGH_SAMPLES
+    example = None if isinstance(step.subject, str) else step.subject.example_batch_size
+    size = example or _ENOUGH_SAMPLES
     return traced(batch_sizes=(size, 2 * size)) if size > 1 else made
 
 

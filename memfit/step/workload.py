@@ -128,6 +128,11 @@ class Workload:
         return type(self.model).__name__
 
     @property
+    def example_batch_size(self) -> int | None:
+        """Samples of the example batch; `None` where a function makes batches."""
+        return None if callable(self.batch) else self._example_layout.num_samples
+
+    @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next(self.model.parameters()).device
@@ -260,13 +265,6 @@ class TrainingStep:
     def num_micro_batches(self) -> int:
         """Micro-batches in one iteration."""
         return _NUM_ACCUMULATED_MICRO_BATCHES if self.options.accumulate else 1
-
-    @property
-    def example_batch_size(self) -> int | None:
-        """Samples of the workload's example batch; `None` where a function makes batches."""
-        if isinstance(self.subject, str) or callable(self.subject.batch):
-            return None
-        return self.subject._example_layout.num_samples
 
     @property
     def live_modules(self) -> tuple[nn.Module, ...]:
