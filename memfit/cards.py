@@ -1,7 +1,7 @@
 """A catalogue of graphics cards: what torch sees of their memory, and what a process takes of it.
 
-The figures are in `cards.csv` beside this module, each with where it comes from. Nothing here asks
-a driver or measures: what a card that is there really has is the `cuda` backend's to say.
+The figures are in `cards.csv` beside this module, each with its source. Nothing here asks a driver
+or measures. The `cuda` backend says what a card that is there really has.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMMON_GPUS = (
     "NVIDIA H100 80GB HBM3",
     "NVIDIA H200",
 )
-"""What is simulated where there is no GPU and none is named: 8 to 141 GB, common ones."""
+"""The common cards, 8 to 141 GB, that are simulated where there is no GPU and no card is named."""
 
 REHEARSED_CARD_VARIABLE = "MEMFIT_REHEARSED_CARD"
 """The environment variable that describes a rehearsed card to the device that stands in for it."""
@@ -98,7 +98,7 @@ class Gpu(Record):
 
     @property
     def compute_capability(self) -> tuple[int, int]:
-        """What the choice of kernels goes by.
+        """What decides which kernels are chosen.
 
         AMD's cards take flash and memory-efficient attention through AOTriton as compute
         capability 8.0 does.
@@ -180,7 +180,7 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
 
 
 def gpu_like(name: str, *, total_bytes: int) -> Gpu:
-    """Return the catalogue's card of a name, or one that only its size is known of.
+    """Return the catalogue's card of a name, or a card of which only the size is known.
 
     Args:
         name: As torch prints it, of a card that is there.

@@ -1,7 +1,7 @@
 """Every error that memfit raises of its own.
 
-Out of memory is not here: it is the outcome of a trial (`memfit.records.Outcome`). Neither are the
-errors of a user's own model or loss: those are raised as they came.
+Out of memory is not here, because it is the outcome of a trial (`memfit.records.Outcome`). The
+errors of a user's own model or loss are not here either. They are raised as they came.
 
     MemfitError                     anything below; `exit_code` is what the command line ends with
     ├── UsageError (ValueError)     2  what was asked for cannot be: a name, a size, an option
@@ -96,7 +96,7 @@ class NotSimulatedError(UnsupportedError):
 
 
 class StepCrashedError(MemfitError):
-    """The training step took its process down: a signal or an exit, and not for want of memory."""
+    """The training step ended its process by a signal or an exit that memory did not cause."""
 
 
 class RankFailedError(MemfitError):

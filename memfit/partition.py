@@ -1,7 +1,7 @@
 """Micro-batch x accumulation steps x ranks = effective batch, exactly.
 
-Pure arithmetic over what trials have shown; nothing here knows torch or runs anything. What can be
-reached by other options of the step is not its business.
+It computes with what trials have shown. It knows no torch and runs nothing. What other options of
+the step could reach is decided elsewhere (`memfit.planning`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def check_target(effective_batch_size: object, world_size: object = 1) -> tuple[
         Both, as the whole numbers that they are.
 
     Raises:
-        UsageError: One is no whole number, is less than 1, or there are more ranks than samples.
+        UsageError: One is not a whole number or is less than 1, or there are more ranks than
+            samples.
     """
     samples = _whole("The effective batch size", effective_batch_size)
     ranks = _whole("The world size", world_size)
@@ -155,7 +156,7 @@ def split(
         largest_whole: The largest batch of a step without accumulation; 0 where it does not matter
             because a whole share does not fit.
         largest_accumulating: The largest micro-batch of a step that accumulates, whose gradients
-            live beside the activations; 0 where none is needed.
+            live beside the activations; 0 where it is not needed.
         objective: What to aim at.
         multiple_of: What micro-batches are to be multiples of, the last one excepted.
         speeds: What was measured of micro-batches; for `FASTEST` at least one.
@@ -303,7 +304,7 @@ def _seconds(sizes: tuple[int, ...], speeds: Sequence[Speed]) -> float:
 def _speed_at(size: int, known: list[tuple[int, float]]) -> float:
     first_size, first_speed = known[0]
     if size <= first_size:
-        # Below what was measured a micro-batch takes as long as the smallest that was.
+        # A micro-batch smaller than all that were measured takes as long as the smallest of them.
         return first_speed * size / first_size
     for (low, low_speed), (high, high_speed) in itertools.pairwise(known):
         if size <= high:

@@ -1,7 +1,6 @@
 """Sizes as people write them, to and from integers.
 
-Bytes inside memfit are `int`; this module is where text becomes one. It does not handle rates or
-durations.
+Inside memfit, bytes are `int`. Text becomes a number here. Rates and durations are not handled.
 """
 
 from __future__ import annotations

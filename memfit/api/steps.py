@@ -55,7 +55,7 @@ def describe(
         The step; its precision may be left open.
 
     Raises:
-        UsageError: An option is none, or not one that the subject can take.
+        UsageError: There is no such option, or the subject does not take it.
     """
     unknown = sorted(options.keys() - StepKeywords.__annotations__.keys())
     if unknown:

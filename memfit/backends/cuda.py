@@ -1,7 +1,7 @@
 """Trials on a GPU: real steps in this process, NVIDIA's and AMD's through the same API.
 
-The user's objects are bracketed by `memfit.memory.restore.preserved` from the first trial until the
-backend is left, and everything is given back between trials.
+`memfit.memory.restore.preserved` keeps the user's objects from the first trial until the backend is
+left. Memory is given back between trials.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memfit.units import format_bytes
 
 __all__ = ["CudaBackend"]
 
-# A library that failed with less than this share of the capacity in use did not fail for memory.
+# A library that failed while less than this share was in use did not fail because of memory.
 _NEARLY_FULL_SHARE = 0.8
 
 _Returned = TypeVar("_Returned")
@@ -127,7 +127,7 @@ class CudaBackend:
             return self._ran_out_before(step, batch_size, message=prepared)
         attempt = self._attempt(prepared, batch_size)
         if attempt.is_suspected and not self._is_memory(prepared, attempt):
-            # Not for want of memory: let the error out as it comes.
+            # Memory was not the cause: the error is raised as it comes.
             attempt = self._attempt(prepared, batch_size, suspects_are_errors=True)
         return attempt.trial
 
@@ -337,10 +337,9 @@ def _capacity(device: torch.device, memory_bytes: int | None) -> Capacity:
 
 
 def _other_processes(device: torch.device) -> tuple[DeviceProcess, ...]:
-    """Return who else holds memory of the device, as the driver tells; nobody where it does not.
+    """Return the other processes that hold memory of the device, if the driver names them.
 
-    A MIG slice is a device of its own to the driver as it is to torch, under an identifier of its
-    own.
+    To the driver and to torch, a MIG slice is a device with an identifier of its own.
 
     Source: NVIDIA's NVML API reference (nvmlDeviceGetHandleByUUID,
         nvmlDeviceGetComputeRunningProcesses).

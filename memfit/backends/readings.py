@@ -11,7 +11,7 @@ __all__ = ["Reading", "steady_readings"]
 
 _MIN_ITERATIONS = 2
 _MAX_ITERATIONS = 6
-# Two peaks agree when they differ by no more than this share; allocators round and pages wobble.
+# Two peaks agree if they differ by at most this share: allocators round, and pages vary a little.
 _AGREEMENT_SHARE = 0.02
 
 
@@ -37,8 +37,9 @@ def steady_readings(
 ) -> tuple[tuple[Reading, ...], bool]:
     """Iterate a training step until the peaks of the last two iterations agree.
 
-    The optimizer's state appears in the first step and is at the peak from the second iteration on,
-    so a growth by that state is expected and settles nothing and excuses nothing else.
+    The optimizer's state appears in the first step and belongs to the peak from the second
+    iteration on. A growth by that state is expected. Any other growth means that the peak has not
+    settled.
 
     Args:
         prepared: The step, begun.

@@ -35,7 +35,7 @@ __all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_opt
 
 BLAS_HANDLES = (-1_000_001, -1_000_002)
 """Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
-# How far below what its tensors allow a step's edge is looked for first.
+# The search for a step's edge begins this part below the batch size that its tensors allow.
 _FRAGMENTS_SHARE = 64
 # Samples of a batch function that stand for a batch, where a step asks for values.
 _ENOUGH_SAMPLES = 16
@@ -99,7 +99,7 @@ def trace_options(gpu: Gpu) -> TraceOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Replay:
-    """How a replay ended: the allocator's figures, its peaks by iteration, and why it ran out."""
+    """How a replay ended: the allocator's figures, the peak of each iteration, why it ran out."""
 
     stats: AllocatorStats
     peaks: tuple[int, ...]
@@ -138,7 +138,7 @@ class _Traced:
 
 
 def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
-    """Whether two kernels save the same: flash and cuDNN both the output and a row's scalar."""
+    """Whether two kernels save the same tensors, as flash and cuDNN do."""
     alike = (AttentionBackend.FLASH, AttentionBackend.CUDNN)
     return one is other or (one in alike and other in alike)
 
@@ -192,7 +192,7 @@ class SimulatedBackend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Nothing was taken, and nothing is to be given back."""
+        """Do nothing: a simulation holds no memory of a device."""
 
     @property
     def gpu(self) -> Gpu:
@@ -274,7 +274,7 @@ class SimulatedBackend:
         )
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
-        """Return what a batch size would take on a card with all the room in the world."""
+        """Return what a batch size would take on a card with unlimited memory."""
         return self._replay(step, batch_size, None).stats.peak_reserved_bytes
 
     def call(
@@ -298,8 +298,8 @@ class SimulatedBackend:
     def expected_edge(self, step: TrainingStep) -> int | None:
         """Return an edge: a batch size that fits below one that does not.
 
-        What tensors hold bounds it from above. Below that, replays under the capacity decide, for
-        without a limit a step reserves what it would do without where there is none.
+        What tensors hold bounds it from above. Below that bound, replays under the capacity decide:
+        without a limit, a step reserves more than it needs.
 
         Args:
             step: What to train; its precision is chosen.

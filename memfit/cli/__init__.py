@@ -61,7 +61,7 @@ def run() -> NoReturn:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python would take torch apart first, which takes seconds and is of use to nobody.
+    # Python would take torch apart first, which takes seconds and helps no one.
     os._exit(code)
 
 

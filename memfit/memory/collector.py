@@ -11,14 +11,13 @@ __all__ = ["collector_paused"]
 
 @contextlib.contextmanager
 def collector_paused(*, for_good: bool = False) -> Iterator[None]:
-    """Keep the collector from walking what is just being made, again and again.
+    """Pause the garbage collector while many objects are made that all stay.
 
-    It sets out whenever enough objects are new, and while modules are imported or blocks of a
-    simulated card laid out all of them are.
+    The collector runs whenever there are enough new objects. While modules are imported or a
+    simulation is replayed, it would walk over the same living objects again and again.
 
     Args:
-        for_good: What is made stays, as modules do: it joins the oldest generation at once, and not
-            after two more walks.
+        for_good: What is made stays as long as the process. It joins the oldest generation at once.
     """
     was_enabled = gc.isenabled()
     gc.disable()

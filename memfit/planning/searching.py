@@ -170,7 +170,7 @@ def _expected_recommendation(
 
 
 def run_trial(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
-    """Try a batch size, and say so where it is the image size that cannot be.
+    """Try a batch size; an image size that the model refuses is a user's mistake.
 
     Args:
         backend: Where to try it.

@@ -16,7 +16,7 @@ _CLOSE = 25
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Recommended:
-    """Where to stand.
+    """The batch size to train with.
 
     Args:
         batch_size: The batch size; `None` where none keeps the headroom.
@@ -36,7 +36,7 @@ def recommended(
     multiple_of: int = 1,
     has_retries: bool = True,
 ) -> Recommended:
-    """Find the batch size to train with: below the edge, with room to spare.
+    """Find the batch size to train with: below the edge, with some memory kept free.
 
     Args:
         trial: Tries a batch size.
@@ -112,7 +112,7 @@ class _Walk:
         return max(self._multiple(candidate), self._multiple_of)
 
     def _between(self, fits: int, fails: int) -> int:
-        """A long step down may have gone too far: look between it and what failed."""
+        """Look between a batch size that fits and one that failed: a long step may go too far."""
         while not _is_close(fits, fails):
             middle = self._multiple((fits + fails) // 2)
             if middle == fits:

@@ -1,8 +1,8 @@
 """The largest batch size for which a trial fits.
 
-Pure Python over a function that tries a batch size: nothing here knows what a trial is made of. The
-search reads the bytes that trials report, extrapolates to the edge, and closes in on it; where the
-bytes mislead or are missing, it doubles and bisects.
+The search calls a function that tries a batch size. It does not know what a trial is made of. It
+reads the bytes that trials report, extrapolates to the edge, and closes in on it. Where the bytes
+mislead or are missing, it doubles and bisects.
 """
 
 from __future__ import annotations
@@ -22,38 +22,37 @@ __all__ = [
 ]
 
 DEFAULT_CEILING = 65_536
-"""Where a search ends that nobody told where to end, in samples."""
+"""The largest batch size that is tried where no other limit was given."""
 
 TrialFunction = Callable[[int], Trial]
 
-# One trial has shown only the sum of fixed and per-sample bytes; this share of the batch size that
-# it promises at least is safe even where memory comes in steps.
+# One trial shows only the sum of fixed and per-sample bytes, which gives a lower bound of the edge.
+# This share of that bound is safe, even where memory comes in steps.
 _SAFE_SHARE = (9, 10)
-# Where bytes are the step's own up to the edge, a second point is had for less: time goes with its
-# samples, and a line through two points is as good.
+# Without retries, bytes are the step's own up to the edge. A smaller second trial then gives a line
+# that is as good, and takes less time.
 _QUICK_SHARE = (3, 4)
-# Extrapolating further than this factor, the search stops short of the edge first, at about the
-# recommended batch size, and measures again there.
+# If the edge is further away than this factor, the search first tries a batch size short of it. It
+# is near the one that will be recommended.
 _NEAR = (5, 4)
 _STOP_SHORT_SHARE = (19, 20)
-# Where bytes are the step's own up to the edge, so many points make a line that can be trusted that
-# far; two do, if about a hundredth of the samples beyond them is one at most (kernels and their
-# workspaces come and go with the batch size). Either way the points have to have shown something:
-# the bytes to go are at most so many times those that they differ by. Where the peak is another
-# phase's than the samples' (an optimizer's step), small batches differ by nothing.
+# Without retries, a line through so many points is trusted up to the edge. Two points are enough if
+# a hundredth of the way to the edge is at most one sample. In both cases the bytes to go must be
+# at most so many times the bytes between the points: if the peak is in the optimizer's step, small
+# batches need the same bytes, and their line says nothing.
 _POINTS_TO_TRUST = 3
 _LINE_ERROR = (1, 100)
 _TRUSTED_GROWTH = 8
-# The furthest factor that two small trials are trusted with: memory at tiny batches misleads.
+# Memory at tiny batches misleads, so two small trials are trusted up to this factor.
 _MAX_GROWTH = 16
-# This many outcomes in a row against what the bytes say are no accident.
+# So many outcomes in a row that contradict the bytes are no accident.
 _MANY_SURPRISES = 2
-# A step that surprises have doubled goes no further than this part of the batch size.
+# Surprises double the next step, up to this part of the batch size.
 _SURPRISED_STEP = 16
 # With so few batch sizes left between a fit and a failure, the largest goes first: after a failure,
 # what had fitted is tried once more.
 _FEW_LEFT = 3
-# How far from the edge a hint is expected to be.
+# A hint is expected to be this close to the edge.
 _HINT_ERROR = (1, 50)
 
 
@@ -86,13 +85,13 @@ def find_largest(
     """Find the largest batch size that fits.
 
     The answer b comes with its certificate: b fitted, and b + 1 was tried and ran out. If anything
-    ran out after b had fitted, b is tried once more, so that it is known to fit a device that has
-    just failed. Where fits are not monotone (b + 1 fails and b + 3 fits), b is one of the edges.
+    ran out after b had fitted, b is tried once more: it has to fit a device that has just failed.
+    Where fits are not monotone (b + 1 fails and b + 3 fits), b is one of the edges.
 
-    Without a hint this takes at most 2 + 2 log2(b) trials on any device where more samples never
-    need less memory and the reported bytes decide what fits, or where no bytes are reported;
-    typically 5. With an exact hint it takes two: the sample beyond the hint, and the hint. With one
-    within 2% it takes at most 5 where bytes are affine in the batch size.
+    Without a hint this takes at most 2 + 2 log2(b) trials, typically 5. That holds where more
+    samples never need less memory, and where the reported bytes decide what fits or none are
+    reported. With an exact hint it takes two: the sample beyond the hint, and the hint. With a hint
+    within 2% it takes at most 6 where bytes are affine in the batch size.
 
     Args:
         trial: Tries a batch size.
@@ -148,8 +147,8 @@ class _Search:
         self._trials: list[Trial] = []
         self._fits: set[int] = set()
         self._fails: set[int] = set()
-        # What the bytes said of the trial under way, and how many in a row went against them in
-        # the same direction: each doubles the next step that way.
+        # What the bytes expect of the trial that runs now, and how many outcomes in a row went
+        # against them upwards and downwards. Each one doubles the next step that way.
         self._expects_fit: bool | None = None
         self._surprises_up = 0
         self._surprises_down = 0
@@ -256,9 +255,8 @@ class _Search:
         # Points that a hint has put close together may show no slope but noise.
         edge = least if edge is None else edge
         if self._is_near(low, edge, points):
-            # A cache outlives a failure, so there the sample beyond the edge goes first and the
-            # edge is proved after it. Elsewhere the edge does: lines err upwards, and a failure is
-            # the cheaper trial.
+            # With retries, the sample beyond the edge goes first, so that the edge is proved after
+            # a failure. Without, the edge goes first: lines err upwards, and a failure is cheaper.
             beyond = edge + 1 if self._has_retries or low >= edge else edge
             self._expects_fit = False if beyond > edge else None
             step = max(beyond - low, 1)
@@ -273,7 +271,7 @@ class _Search:
         return min(short, max(_MAX_GROWTH * low, least))
 
     def _beyond_hint(self, low: int) -> int | None:
-        """Where a hint fitted with nothing but retries to show: the bytes are full, so a step."""
+        """Return the next step beyond a hint that fitted; the bytes are those of a full device."""
         numerator, denominator = _HINT_ERROR
         if self._hint is None or self._capacity_bytes is None:
             return None
@@ -298,8 +296,8 @@ class _Search:
     def _between(self, low: int, high: int) -> int:
         """`low` fitted, `high` failed, and they are not neighbours."""
         points = self._clean_points()
-        # After a failure far above, halve the ratio and not the distance; below what the bytes have
-        # room for nothing is expected.
+        # After a failure far above, halve the ratio and not the distance. No edge is expected below
+        # the batch size that the bytes have room for.
         least = low if self._is_misled else self._least()
         bottom = least if low < least < high - 1 else low
         middle = math.isqrt(bottom * high) if high > 4 * bottom else (bottom + high) // 2
@@ -339,7 +337,7 @@ class _Search:
 
         if keeps(low, guess) and keeps(guess, high):
             return True
-        # Where even bisection cannot keep to it any more, nothing is lost by a guess near by.
+        # If bisection cannot keep the promise either, a guess near by costs nothing.
         middle = (low + high) // 2
         return high <= 4 * low and not (keeps(low, middle) and keeps(middle, high))
 

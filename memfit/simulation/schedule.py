@@ -16,7 +16,7 @@ from memfit.simulation.allocator.caching import CachingAllocator
 __all__ = ["Schedule", "StepSchedule", "StreamsDifferError", "id_in_iteration", "traced_id"]
 
 _NUM_ITERATIONS = 3
-# As a measured trial: at most so many until the peak has settled (memfit.backends.readings).
+# As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 _TRY_ALLOC, _EMPTY_CACHE = Action.TRY_ALLOC, Action.EMPTY_CACHE
@@ -42,7 +42,7 @@ def traced_id(number: int) -> int:
 
 
 class StreamsDifferError(MemfitError):
-    """Two batch sizes made different streams of events, so none can be had from the two."""
+    """Two batch sizes made different events, so other batch sizes cannot be derived from them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ class Schedule:
     )
 
     def __post_init__(self) -> None:
-        """Lay the events out as the replay reads them fastest."""
+        """Put the events into the form that a replay reads fastest."""
         program = tuple(
             (event.action, event.id, event.num_bytes, growth)
             for event, growth in zip(self.events, self.growth_bytes, strict=True)
@@ -250,11 +250,11 @@ class StepSchedule:
     def until_settled(self, allocator: CachingAllocator) -> Iterator[Schedule]:
         """Yield the stretches to replay, one after another, until the peak has settled.
 
-        The optimizer's state is at the peak from the second iteration on, and where fragments move
-        a later one may still take more. An iteration that asks nothing of the device leaves the
-        allocator as it found it, and every further one would be the same; where each has to ask,
-        the replay ends when two peaks agree. A step that keeps more in every iteration never
-        settles, and is replayed as often as a trial would run it.
+        The optimizer's state belongs to the peak from the second iteration on. A later iteration
+        can still take more, because fragments move. An iteration that asks nothing of the device
+        leaves the allocator as it was, so every further one would be the same, and the replay ends.
+        If each iteration asks for something, it ends when two peaks agree. A step that keeps more
+        in every iteration never settles. It is replayed as often as a trial would run it.
 
         Args:
             allocator: Where each is replayed before the next is taken.

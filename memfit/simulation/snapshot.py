@@ -1,8 +1,8 @@
-"""Histories of a real allocator, as PyTorch records them, beside the replay of the same requests.
+"""A real allocator's history, as PyTorch records it, compared with a replay of the same requests.
 
 `torch.cuda.memory._record_memory_history` notes every request and every segment taken from the
-device. Replaying the requests has to take the same segments: `disagreement` says where it first
-does not. One device and one stream.
+device. A replay of the requests has to take the same segments. `disagreement` says where it first
+does not. One device and one stream are handled.
 
 Source: torch/cuda/_memory_viz.py and torch/cuda/memory.py (`_snapshot`: the format).
 """
