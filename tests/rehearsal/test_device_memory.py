@@ -14,7 +14,8 @@ def test_card_is_what_torch_sees_and_fails_as_a_real_one_does(rehearsed: Rehears
     """Name, capability and bytes are the card's; what does not fit is torch's own error."""
     card = find_gpu("RTX 3060")
 
-    seen = rehearsed("""
+    seen = rehearsed(
+        """
         properties = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info()
         kept = torch.empty(1024, 1024, 1024, device="cuda")
@@ -31,99 +32,87 @@ def test_card_is_what_torch_sees_and_fails_as_a_real_one_does(rehearsed: Rehears
             failures=device.memfit_rehearsal_num_failures(0),
             used=device.memfit_rehearsal_used_bytes(0),
         )
-    """)
+        """,
+        memory="11GiB",
+        others="2GiB",
+    )
 
+    free_bytes = 9 * GIB - card.context_bytes
     assert seen["name"] == card.name
     assert tuple(seen["capability"]) == card.compute_capability
     assert seen["processors"] == card.multiprocessors
-    assert seen["total"] == card.total_bytes
-    assert seen["free"] == card.usable_bytes
+    assert (seen["total"], seen["free"]) == (11 * GIB, free_bytes)
     assert seen["taken"] == seen["used"] == 4 * GIB
     assert "Tried to allocate 8.00 GiB" in seen["message"]
     assert seen["num_ooms"] == 1
     # torch asks again after it has emptied its cache.
     assert seen["failures"] >= 1
-    assert seen["missing"] == 8 * GIB - (card.usable_bytes - 4 * GIB)
-
-
-def test_other_processes_and_a_given_size_are_taken_off_the_budget(rehearsed: Rehearsed) -> None:
-    """A card of 8 GiB on which others hold 3 has the rest, less the context."""
-    seen = rehearsed("answer(info=torch.cuda.mem_get_info())", memory="8GiB", others="3GiB")
-
-    context_bytes = find_gpu("RTX 3060").context_bytes
-    assert seen["info"] == [5 * GIB - context_bytes, 8 * GIB]
+    assert seen["missing"] == 8 * GIB - (free_bytes - 4 * GIB)
 
 
 _FRAGMENTS = """
-    whole = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
-    del whole
-    part = torch.empty(1100 * MIB, dtype=torch.uint8, device="cuda")
-    try:
-        large = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
-        fits = True
-    except torch.OutOfMemoryError:
-        fits = False
-    stats = torch.cuda.memory_stats()
-    answer(
-        fits=fits, reserved=stats["reserved_bytes.all.current"],
-        expandable=[segment["is_expandable"] for segment in torch.cuda.memory_snapshot()],
-        used=device.memfit_rehearsal_used_bytes(0),
-    )
+    def fragments():
+        whole = torch.empty(2 * GIB, dtype=torch.uint8, device="cuda")
+        del whole
+        part = torch.empty(1100 * MIB, dtype=torch.uint8, device="cuda")
+        try:
+            large = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        expandable = {segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}
+        used = device.memfit_rehearsal_used_bytes(0)
+        return fits, list(expandable), torch.cuda.memory_reserved(), used
 """
 
 
 def test_expandable_segments_do_not_fragment(rehearsed: Rehearsed) -> None:
     """What a split segment cannot hold, one that grows can; the driver's bytes are torch's."""
-    plain = rehearsed(_FRAGMENTS, memory="4GiB")
-    expandable = rehearsed(
-        _FRAGMENTS,
+    seen = rehearsed(
+        _FRAGMENTS + "    answer(grown=fragments())",
         memory="4GiB",
         variables={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
     )
 
-    assert (plain["fits"], set(plain["expandable"])) == (False, {False})
-    assert (expandable["fits"], set(expandable["expandable"])) == (True, {True})
-    assert plain["used"] == plain["reserved"]
-    assert expandable["used"] == expandable["reserved"] == 3600 * MIB
+    assert seen["grown"] == [True, [True], 3600 * MIB, 3600 * MIB]
 
 
-_SPLITS = """
-    whole = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-    del whole
-    part = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
-    answer(reserved=torch.cuda.memory_reserved())
-"""
+def test_torchs_settings_do_what_they_do(rehearsed: Rehearsed) -> None:
+    """Fragments, large blocks that are not split, old blocks that are given back under a cap."""
+    seen = rehearsed(
+        _FRAGMENTS
+        + """
+    def split():
+        whole = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+        del whole
+        part = torch.empty(100 * MIB, dtype=torch.uint8, device="cuda")
+        return torch.cuda.memory_reserved()
 
+    def garbage():
+        for size in (400, 600, 800):
+            torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
+        kept = torch.empty(1000 * MIB, dtype=torch.uint8, device="cuda")
+        return torch.cuda.memory_reserved()
 
-def test_max_split_size_withholds_large_blocks(rehearsed: Rehearsed) -> None:
-    """A block above the limit is not split for a small request, which takes a new segment."""
-    plain = rehearsed(_SPLITS)
-    limited = rehearsed(_SPLITS, variables={"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"})
+    def measured(function):
+        torch.cuda.empty_cache()
+        assert device.memfit_rehearsal_used_bytes(0) == torch.cuda.memory_reserved() == 0
+        return function()
 
-    assert plain["reserved"] == GIB
-    assert limited["reserved"] == GIB + 100 * MIB
-
-
-_GARBAGE = """
+    plain = [measured(fragments), measured(split)]
     torch.cuda.set_per_process_memory_fraction(0.9)  # torch collects only under a cap
-    for size in (1000, 1500, 2000):
-        torch.empty(size * MIB, dtype=torch.uint8, device="cuda")
-    kept = torch.empty(2500 * MIB, dtype=torch.uint8, device="cuda")
-    answer(reserved=torch.cuda.memory_reserved())
-"""
-
-
-def test_garbage_collection_frees_what_lies_unused(rehearsed: Rehearsed) -> None:
-    """Above the threshold, old cached blocks are given back before a new one is taken."""
-    plain = rehearsed(_GARBAGE, memory="10GiB")
-    collected = rehearsed(
-        _GARBAGE,
-        memory="10GiB",
-        variables={"PYTORCH_CUDA_ALLOC_CONF": "garbage_collection_threshold:0.3"},
+    plain.append(measured(garbage))
+    torch.cuda.memory._set_allocator_settings("max_split_size_mb:512")
+    limited = measured(split)
+    torch.cuda.memory._set_allocator_settings("garbage_collection_threshold:0.3")
+    answer(plain=plain, limited=limited, collected=measured(garbage))
+        """,
+        memory="4GiB",
     )
 
-    assert plain["reserved"] == 7000 * MIB
-    assert collected["reserved"] == 4500 * MIB
+    assert seen["plain"] == [[False, [False], 2 * GIB, 2 * GIB], GIB, 2800 * MIB]
+    assert seen["limited"] == GIB + 100 * MIB
+    assert seen["collected"] == 1800 * MIB
 
 
 def test_without_torchs_cache_the_driver_serves_each_tensor(rehearsed: Rehearsed) -> None:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+from memfit.cards import find_gpu
+from memfit.rehearsal.activate import rehearsed_environment
+
 from .conftest import Rehearsed
 
 
@@ -58,18 +65,34 @@ def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
     assert seen["used"] == 0
 
 
-def test_visible_devices_are_chosen_as_by_the_driver(rehearsed: Rehearsed) -> None:
-    """The second of two cards can be the only one, and a number that is not there gets a card."""
-    snippet = """
-        count = torch._C._cuda_getDeviceCount()
-        answer(buses=[torch.cuda.get_device_properties(i).pci_bus_id for i in range(count)])
-    """
+def test_visible_devices_are_chosen_as_by_the_driver() -> None:
+    """One of two cards can be the only one, and a number that is not there gets a card."""
+    script = """
+import ctypes
+device = ctypes.CDLL("libcuda.so.1")
+count, bus = ctypes.c_int(), ctypes.create_string_buffer(32)
+device.cudaGetDeviceCount(ctypes.byref(count))
+for i in range(count.value):
+    device.cudaDeviceGetPCIBusId(bus, 32, i)
+    print(bus.value.decode())
+"""
 
-    second = rehearsed(snippet, num_gpus=2, variables={"CUDA_VISIBLE_DEVICES": "1"})
-    fourth = rehearsed(snippet, variables={"CUDA_VISIBLE_DEVICES": "3"})
+    def buses(visible: str) -> list[str]:
+        added = rehearsed_environment(find_gpu("RTX 3060"), num_gpus=2)
+        run = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, **added, "CUDA_VISIBLE_DEVICES": visible},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return run.stdout.split()
 
-    assert second["buses"] == [2]
-    assert fourth["buses"] == [4]
+    assert buses("1") == ["0000:02:00.0"]
+    assert buses("1,0") == ["0000:02:00.0", "0000:01:00.0"]
+    assert buses("3") == ["0000:04:00.0"]
+    assert buses("GPU-6d656d66-6974-2d72-6568-656172736501") == ["0000:02:00.0"]
+    assert buses("0,0") == buses("") == buses("none") == []
 
 
 def test_training_ends_without_a_word(rehearsed: Rehearsed) -> None:

@@ -12,10 +12,11 @@ typedef struct Node {
     void *data;
 } Node;
 
-typedef struct {
+typedef struct Kept {
     HostFunction destroy;
     void *data;
     unsigned references;
+    struct Kept *next; /* among the dead */
 } Kept;
 
 struct Graph { /* an executable graph is another one of these */
@@ -61,19 +62,22 @@ void **last_node_slot(Graph *graph) {
     return graph->num_nodes ? (void **)&graph->nodes[graph->num_nodes - 1] : 0;
 }
 
-/* What has lost its last reference is destroyed without the lock. */
-static Kept *dead[256];
-static int num_dead;
+/* What has lost its last reference is destroyed later, without the lock. */
+static Kept *dead;
 
 static void drop(Kept *kept, unsigned count) {
+    if (!kept->references) return;
     kept->references = kept->references > count ? kept->references - count : 0;
-    if (!kept->references && num_dead < 256) dead[num_dead++] = kept;
+    if (kept->references) return;
+    kept->next = dead;
+    dead = kept;
 }
 
-static void bury(void) {
+void bury(void) {
     for (;;) {
         device_lock();
-        Kept *kept = num_dead ? dead[--num_dead] : 0;
+        Kept *kept = dead;
+        if (kept) dead = kept->next;
         device_unlock();
         if (!kept) return;
         if (kept->destroy) kept->destroy(kept->data);
@@ -243,7 +247,7 @@ API Status cudaGraphDebugDotPrint(const Graph *graph, const char *path, unsigned
 API Status cudaUserObjectCreate(void **object, void *data, HostFunction destroy, unsigned count, unsigned flags UNUSED) {
     Kept *kept = calloc(1, sizeof *kept);
     if (!kept) return fail(OUT_OF_MEMORY);
-    *kept = (Kept){destroy, data, count};
+    *kept = (Kept){destroy, data, count, 0};
     *object = kept;
     return OK;
 }

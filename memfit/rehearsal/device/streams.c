@@ -248,6 +248,7 @@ API Status cudaStreamEndCapture(void *handle, void **graph) {
         free(capture);
     }
     device_unlock();
+    bury();
     return fail(status);
 }
 

@@ -37,6 +37,7 @@ void append_node(Graph *graph, int type, HostFunction function, void *data);
 void *last_node(Graph *graph); /* null for an empty graph */
 void **last_node_slot(Graph *graph);
 void free_graph(Graph *graph);
+void bury(void); /* without the lock, after free_graph: destroys what was kept for the graph alone */
 
 /* copies.c and memory.c */
 Status copy_now(void *to, const void *from, size_t num_bytes);
