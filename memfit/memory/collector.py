@@ -6,7 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["collector_paused"]
+__all__ = ["collector_paused", "old_objects_set_aside"]
 
 
 @contextlib.contextmanager
@@ -29,3 +29,21 @@ def collector_paused(*, for_good: bool = False) -> Iterator[None]:
             gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def old_objects_set_aside() -> Iterator[None]:
+    """Pause the collector, and have `gc.collect` in the block look only at what is made there.
+
+    Where the user has frozen objects, those stay frozen and the others are looked at each time:
+    Python can only set all objects free together.
+    """
+    with collector_paused():
+        if gc.get_freeze_count():
+            yield
+            return
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()

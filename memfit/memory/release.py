@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import sys
 
 import torch
 
@@ -46,5 +47,7 @@ def release(device: torch.device) -> int:
 
 def trim_heap() -> None:
     """Ask glibc to return freed heap to the system; elsewhere do nothing."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    # Windows has no library of the process itself, and macOS none with that function.
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

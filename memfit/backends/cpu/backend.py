@@ -19,9 +19,10 @@ from memfit.backends.cpu.limits import (
     memory_left,
     processor_name,
 )
-from memfit.backends.cpu.server import Report, Request, Server, ran_out
+from memfit.backends.cpu.server import LostError, Server, ran_out
+from memfit.backends.cpu.trials import Report, Request
 from memfit.backends.protocol import Prediction
-from memfit.errors import UnsupportedError, UsageError
+from memfit.errors import StepCrashedError, UnsupportedError, UsageError
 from memfit.records import Capacity, Precision, Source, Trial
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
@@ -34,6 +35,7 @@ _ROOM_SHARE = 0.95
 _MORE_ROOM = 1.1
 # A step that failed with less than this share of the limit in use did not fail for memory.
 _NEARLY_FULL_SHARE = 0.8
+_MOST_SERVERS = 3
 
 _Returned = TypeVar("_Returned")
 
@@ -156,15 +158,26 @@ class CpuBackend:
         return half.trial is not None and half.trial.fits
 
     def _ask(self, step: TrainingStep, batch_size: int, limit_bytes: int) -> Report:
+        request = Request(batch_size=batch_size, limit_bytes=limit_bytes, confirmed=self._confirmed)
+        for _ in range(_MOST_SERVERS):
+            server = self._server_for(step)
+            try:
+                return server.ask(request)
+            except LostError:
+                continue
+            finally:
+                if server.is_dead:
+                    self.__exit__()
+        raise StepCrashedError(
+            f"The process that runs trials was ended from outside {_MOST_SERVERS} times before it "
+            f"had an answer for batch size {batch_size}."
+        )
+
+    def _server_for(self, step: TrainingStep) -> Server:
         if self._server is None or self._server.step is not step:
             self.__exit__()
             self._server = Server(step)
-        report = self._server.ask(
-            Request(batch_size=batch_size, limit_bytes=limit_bytes, confirmed=self._confirmed)
-        )
-        if self._server.is_dead:
-            self.__exit__()
-        return report
+        return self._server
 
     def call(
         self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any

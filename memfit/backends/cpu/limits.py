@@ -28,6 +28,7 @@ from memfit.units import KIB, MIB
 
 __all__ = [
     "Footprint",
+    "exit_code_of",
     "fork",
     "fork_as_is",
     "limit_data",
@@ -40,6 +41,7 @@ __all__ = [
 
 _OMP_PAUSE_SOFT = 1  # OpenMP's omp.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
+_REFUSED = b"refused"
 
 
 # --- the footprint and its limit ----------------------------------------------------------------
@@ -102,12 +104,11 @@ def limit_works() -> bool:
         try:
             mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:
-            return
-        sys.exit(1)
+            os.write(output.fileno(), _REFUSED)
 
     with tempfile.TemporaryFile() as output:
-        pid = fork(overdraw, but_keep=output)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        exit_code_of(fork(overdraw, but_keep=output))
+        return os.pread(output.fileno(), len(_REFUSED), 0) == _REFUSED
 
 
 # --- forks --------------------------------------------------------------------------------------
@@ -123,6 +124,18 @@ def fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
     with warnings.catch_warnings():
         prepare_to_fork()
         return fork_as_is(target, but_keep=but_keep)
+
+
+def exit_code_of(pid: int) -> int | None:
+    """Wait for a child's end.
+
+    Returns:
+        Its exit code, or less than 0 for a signal; `None` where the system has thrown it away, as
+        it does for a process that ignores SIGCHLD.
+    """
+    with contextlib.suppress(ChildProcessError):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return None
 
 
 def prepare_to_fork() -> None:
@@ -171,6 +184,9 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # The user's handler is not meant for these children, and to ignore them loses how they
+            # ended.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             # Outside the terminal's foreground a process that reads from it is stopped.
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output.fileno(), 1)

@@ -1,76 +1,36 @@
-"""The processes that trials on the CPU run in.
+"""The server process for trials on the CPU, as this process sees it: started, asked, ended.
 
-A server, forked from this process, builds the step once and forks a child for each trial; the child
-limits itself, runs the step and reports. The server outlives its children whatever becomes of them.
-Which trials to run, and what a suspect means, is `memfit.backends.cpu.backend`'s.
+What a death without a report means is judged here. What runs in the server and in its children is
+`memfit.backends.cpu.trials`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import gc
-import mmap
 import os
 import pickle
 import signal
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection, Pipe
-from typing import IO
+from multiprocessing.connection import Pipe
+from typing import IO, Final
 
-import torch
+import psutil
 
-from memfit.backends.cpu.glibc_heap import block_bytes, fill_heap, steady_heap
-from memfit.backends.cpu.kernel_cache import compiled_bytes, forget_kernels
-from memfit.backends.cpu.limits import (
-    Footprint,
-    fork,
-    fork_as_is,
-    limit_data,
-    prepare_to_fork,
-    status_bytes,
-)
-from memfit.backends.readings import Reading, steady_readings
-from memfit.errors import StepCrashedError, UnsupportedError
+from memfit.backends.cpu.limits import exit_code_of, fork
+from memfit.backends.cpu.trials import LOST, Report, Request, serve
+from memfit.errors import StepCrashedError
 from memfit.memory import oom
-from memfit.memory.release import release
 from memfit.records import Outcome, Source, Trial
-from memfit.step.runner import PreparedStep
 from memfit.step.workload import TrainingStep
-from memfit.units import MIB
 
-__all__ = ["Report", "Request", "Server", "ran_out"]
+__all__ = ["LostError", "Server", "ran_out"]
 
-_CPU = torch.device("cpu")
-_ANSWERED, _UNASKED = 1, 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One trial to run.
-
-    Args:
-        batch_size: Samples in each micro-batch.
-        limit_bytes: What the step may use beyond the loaded process.
-        confirmed: Suspected messages that are known to have been about memory.
-    """
-
-    batch_size: int
-    limit_bytes: int
-    confirmed: frozenset[str]
+_LOOK_SECONDS: Final = 1.0
+_STALLED_SECONDS: Final = 60.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """How a trial ended: a trial, an error, or an error that may be about memory: a suspect."""
-
-    trial: Trial | None = None
-    error: BaseException | None = None
-    suspect: str | None = None
+class LostError(Exception):
+    """The server went before it took the request, or without a word on what became of it."""
 
 
 class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
@@ -78,18 +38,6 @@ class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
-
-
-def _portable(error: BaseException) -> BaseException:
-    """Return the error in a form that survives the way to the parent."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    except Exception:  # noqa: BLE001 - a user's exception may fail to pickle in any way
-        return StepCrashedError(f"The training step raised {type(error).__name__}: {error}")
-    return error
-
-
-# --- the parent's side --------------------------------------------------------------------------
 
 
 class Server:
@@ -100,19 +48,32 @@ class Server:
         self.is_dead = False
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - kill() closes it
         self._connection, theirs = Pipe()
-        self._pid = fork(lambda: _serve(theirs, step, self._output), but_keep=self._output)
+        self._pid = fork(lambda: serve(theirs, step, self._output), but_keep=self._output)
         theirs.close()
 
     def ask(self, request: Request) -> Report:
-        """Have one trial run, and wait for its report."""
+        """Have one trial run, and wait for its report.
+
+        Raises:
+            LostError: Ask a new server.
+        """
+        is_sent = is_stalled = False
+        answer: object
         try:
             self._connection.send(request)
-            answer = self._connection.recv()
-        except (EOFError, OSError):
+            is_sent = True
+            is_stalled = self._wait()
+            answer = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - our own bytes
+        except (EOFError, OSError, pickle.UnpicklingError):
             self.is_dead = True
-            answer = self._reap()
-        if isinstance(answer, int):
+            answer = exit_code_of(self._pid)
+            if answer == LOST or not is_sent:
+                raise LostError from None
+        if is_stalled:
+            return _stalled(request, _written(self._output))
+        if answer is None or isinstance(answer, int):
             return _judge_death(answer, request, _written(self._output))
+        assert isinstance(answer, tuple)
         text, report = answer
         assert isinstance(report, Report)
         if text is not None and report.error is not None:
@@ -127,22 +88,76 @@ class Server:
                 os.killpg(self._pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
-            self._reap()
+            exit_code_of(self._pid)
         self._connection.close()
         self._output.close()
 
-    def _reap(self) -> int:
-        with contextlib.suppress(ChildProcessError):
-            return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        return -signal.SIGKILL
+    def _wait(self) -> bool:
+        """Wait for an answer, and end a trial that does nothing any more; say whether it did.
+
+        A lock that another thread of this process held at the fork is never released in the child.
+        """
+        seconds, idle = -1.0, 0.0
+        while not self._connection.poll(_LOOK_SECONDS):
+            processes = _family(self._pid)
+            before, seconds = seconds, _busy_seconds(processes)
+            idle = idle + _LOOK_SECONDS if seconds == before else 0.0
+            if idle >= _STALLED_SECONDS:
+                for process in processes[1:] or processes:
+                    with contextlib.suppress(psutil.Error):
+                        # Its last words say where it waits.
+                        process.send_signal(signal.SIGABRT)
+                return True
+        return False
 
 
-def _judge_death(exit_code: int, request: Request, written: str) -> Report:
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that come of it."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _busy_seconds(processes: list[psutil.Process]) -> float:
+    """Return how long processes have computed; less than nothing where one is waiting for a disk.
+
+    That is never the same twice, as what is waited for there will come.
+    """
+    seconds = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+            if process.status() != psutil.STATUS_SLEEPING:
+                return float("nan")
+    return seconds
+
+
+def _stalled(request: Request, written: str) -> Report:
+    words = _last_words(written).partition(", ")[2]
+    where = f" ({words})" if words else ""
+    return Report(
+        error=StepCrashedError(
+            f"The training step did nothing for {_STALLED_SECONDS:.0f} s at batch size "
+            f"{request.batch_size}{where}. A trial runs in a fork of this process, without its "
+            "other threads: a lock that one of them held is never released there. End such threads "
+            "first, or run memfit in a process of its own."
+        )
+    )
+
+
+def _judge_death(exit_code: int | None, request: Request, written: str) -> Report:
     """Say what it means that the process of a trial died without a report."""
     last_words = _last_words(written)
     if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Likelihood.CERTAIN:
         message = "killed by the kernel" if exit_code == -signal.SIGKILL else last_words
         return Report(trial=ran_out(request.batch_size, message))
+    if exit_code is None:
+        # Somebody else has waited for it: this process ignores the ends of its children.
+        crash = f"The training step ended its process at batch size {request.batch_size}"
+        return Report(error=StepCrashedError(crash), suspect=crash)
     how = (
         f"died of {signal.Signals(-exit_code).name}"
         if exit_code < 0
@@ -177,185 +192,3 @@ def _last_words(written: str) -> str:
             frames = (later for later in lines[number:] if later.startswith("File "))
             return f"{line}, {next(frames, 'nowhere in Python')}"
     return lines[-1] if lines else ""
-
-
-# --- the server's side --------------------------------------------------------------------------
-
-
-def _serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
-    # A group of its own, so that all of it can be killed. A session of its own would have it
-    # scheduled apart from what the user runs beside it (Linux's autogroups), which is not how the
-    # user will train.
-    os.setpgid(0, 0)
-    steady_heap()
-    _load_lazily()
-    _start_thread_pool()
-    # Whatever this process had before is left alone: a collection would walk all of it.
-    gc.freeze()
-    forget_kernels()
-    # Each trial begins without gradients. Here they go before the heap's holes are filled.
-    for module in step.live_modules:
-        module.zero_grad(set_to_none=True)
-    fill_heap()
-    # A fresh process would compile the few kernels that oneDNN never forgets.
-    before = Footprint.now() - Footprint.of(compiled_bytes())
-    built: PreparedStep | None = None
-    failure: tuple[str, Report] | None = None
-    try:
-        built = step.prepare(_CPU)
-    except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
-        failure = (traceback.format_exc(), Report(error=_portable(error)))
-    release(_CPU)
-    gc.freeze()
-    if step.live_modules:
-        # A user's own objects belong to the step, as a model does that is built here; what they
-        # were before a conversion does not.
-        fill_heap()
-        before = Footprint.now() - _held_by(step) - Footprint.of(compiled_bytes())
-    model = Footprint.now() - before
-
-    # What a child got to, for its parent to read when it has gone.
-    progress = mmap.mmap(-1, 1)
-
-    def run_one() -> None:
-        try:
-            request = connection.recv()
-        except EOFError:
-            progress[0] = _UNASKED
-            return
-        os.ftruncate(output.fileno(), 0)
-        os.lseek(output.fileno(), 0, os.SEEK_SET)
-        connection.send(failure if built is None else _try(built, request, model))
-        progress[0] = _ANSWERED
-
-    # Trials have to begin alike: the heap's holes decide what they need to within a megabyte. So
-    # each is forked from the same state before it is asked for, talks to the parent itself, and
-    # nothing happens here meanwhile.
-    prepare_to_fork()
-    while progress[0] != _UNASKED:
-        progress[0] = 0
-        _, status = os.waitpid(fork_as_is(run_one, but_keep=output), 0)
-        if not progress[0]:
-            tell = functools.partial(connection.send, os.waitstatus_to_exitcode(status))
-            os.waitpid(fork_as_is(tell, but_keep=output), 0)
-
-
-def _held_by(step: TrainingStep) -> Footprint:
-    """Return what a user's own objects hold: parameters, buffers and the optimizer's state."""
-    storages = {}
-    for tensor in step.live_tensors:
-        if tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = block_bytes(storage.nbytes())
-    return Footprint.of(sum(storages.values()))
-
-
-def _load_lazily() -> None:
-    """Take a tiny step, for torch imports a good deal when the first optimizer takes its first."""
-    weight = torch.nn.Parameter(torch.ones(1, 1))
-    optimizer = torch.optim.AdamW([weight])
-    torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
-    optimizer.step()
-
-
-def _start_thread_pool() -> None:
-    """Compute on every thread: the pool's stacks belong to the loaded process, not to the model."""
-    torch.ones(torch.get_num_threads() * MIB).add_(1)
-
-
-# --- the trial, in the child --------------------------------------------------------------------
-
-
-def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
-    # libgomp ends the process if it cannot have its stacks: before the limit holds.
-    _start_thread_pool()
-    meter = _Meter(Footprint.now() - model, request.limit_bytes)
-    room_bytes = request.limit_bytes - model.data_bytes
-    limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
-    try:
-        prepared.begin()
-        # A step on gradients of zero first: the optimizer's state, which else comes in the first
-        # iteration and is at the peak from the second on, is there before the readings begin. Some
-        # optimizers refuse such gradients; then it comes when it comes.
-        with contextlib.suppress(RuntimeError):
-            prepared.step_on_zeros()
-        _, grows = steady_readings(prepared, request.batch_size, meter.measured)
-    except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent
-        limit_data(None)
-        verdict = oom.classify(error)
-        message = oom.first_line(error)
-        text = traceback.format_exc()
-        if verdict is oom.Likelihood.NO:
-            return text, Report(error=_portable(_explained(error)))
-        trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
-        if verdict is oom.Likelihood.SUSPECTED and message not in request.confirmed:
-            return text, Report(trial=trial, error=_portable(error), suspect=message)
-        return None, Report(trial=trial)
-    trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)
-    return None, Report(trial=trial)
-
-
-def _explained(error: Exception) -> Exception:
-    if "autograd's threading in combination with fork" in str(error):
-        return UnsupportedError(
-            "This process has already run a backward pass with a GPU in sight, and PyTorch cannot "
-            "run one in a fork of it: probe the CPU before that, or in a fresh process."
-        )
-    return error
-
-
-class _Meter:
-    """Reads peaks against what the process holds apart from the model.
-
-    Args:
-        base: The footprint to count from.
-        limit_bytes: What the step may use.
-    """
-
-    def __init__(self, base: Footprint, limit_bytes: int) -> None:
-        self._base = base
-        self._limit_bytes = limit_bytes
-        self._readings: list[Reading] = []
-
-    def measured(self, iterate: Callable[[], None]) -> Reading:
-        """Run one iteration and read the peaks up to its end."""
-        start = time.perf_counter()
-        iterate()
-        reading = self._read(time.perf_counter() - start)
-        self._readings.append(reading)
-        return reading
-
-    def trial(
-        self, batch_size: int, prepared: PreparedStep, *, message: str | None, grows: bool
-    ) -> Trial:
-        """Return the trial that the readings make; with a message, one that ran out."""
-        peak = self._read(0.0)
-        return Trial(
-            batch_size=batch_size,
-            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
-            source=Source.MEASURED,
-            peak_allocated_bytes=peak.allocated_bytes,
-            peak_reserved_bytes=peak.reserved_bytes,
-            num_iterations=len(self._readings),
-            step_seconds=self._readings[-1].seconds if self._readings else None,
-            num_micro_batches=prepared.num_micro_batches,
-            left_behind_bytes=0,
-            peak_grows=grows and message is None,
-            message=message,
-        )
-
-    def _read(self, seconds: float) -> Reading:
-        status = status_bytes()
-        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
-        # that is resident. Files and their pages only come in, so the peak less what they are at
-        # the end is the peak of the rest.
-        data = status["VmPeak"] - (status["VmSize"] - status["VmData"]) - self._base.data_bytes
-        resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
-        return Reading(
-            # The kernel has seen to the limit: what is beyond was set aside and never to be written
-            # to, as glibc does where it looks for another arena that could serve.
-            reserved_bytes=min(max(0, data), self._limit_bytes),
-            allocated_bytes=max(0, resident - self._base.anonymous_bytes),
-            requested_bytes=None,
-            seconds=seconds,
-        )

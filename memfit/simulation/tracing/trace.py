@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from memfit._torch_private import dispatched, pytree
-from memfit.memory.collector import collector_paused
+from memfit.memory.collector import old_objects_set_aside
 from memfit.records import Action, Event
 from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.steady import Iteration, settle
@@ -139,7 +138,8 @@ def trace_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
-        stack.enter_context(_garbage_held())
+        # The collector must not free at moments that depend on what else the process did.
+        stack.enter_context(old_objects_set_aside())
         stack.enter_context(explained(prepared.model, name))
         if watcher is not None:
             stack.enter_context(watcher.watch(prepared, recorder.mark))
@@ -205,14 +205,3 @@ def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOpti
     return dataclasses.replace(
         setup, events=setup.events + events, growth_bytes=setup.growth_bytes + tuple(sizes)
     )
-
-
-@contextlib.contextmanager
-def _garbage_held() -> Iterator[None]:
-    """Keep the collector from freeing at moments that depend on what else the process did."""
-    with collector_paused():
-        gc.freeze()
-        try:
-            yield
-        finally:
-            gc.unfreeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from torch import nn
 from memfit import Workload
 from memfit.backends import open_backend
 from memfit.backends.cpu import backend as cpu
-from memfit.backends.cpu import limits, server
+from memfit.backends.cpu import limits, server, trials
 from memfit.backends.cpu.backend import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
@@ -389,9 +390,9 @@ def test_the_engine_that_cannot_fork_is_explained() -> None:
     error = RuntimeError(
         "Unable to handle autograd's threading in combination with fork-based multiprocessing."
     )
-    assert isinstance(server._explained(error), UnsupportedError)
+    assert isinstance(trials._explained(error), UnsupportedError)
     other = RuntimeError("other")
-    assert server._explained(other) is other
+    assert trials._explained(other) is other
 
 
 def write(folder: Path, **files: str) -> None:
@@ -428,3 +429,91 @@ def test_the_backend_is_chosen_by_the_device() -> None:
         assert isinstance(backend, CpuBackend)
         assert backend.device_name.startswith("CPU (")
         assert backend.auto_precision is Precision.FP32
+
+
+def test_a_lock_that_another_thread_holds_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never released in a fork: the trial is ended with where it waits, and not for ever."""
+    monkeypatch.setattr(server, "_STALLED_SECONDS", 2.0)
+    lock, is_held, may_end = threading.Lock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            is_held.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+
+    def take(out: torch.Tensor) -> None:
+        with lock:
+            pass
+
+    try:
+        with (
+            CpuBackend(memory_bytes=LIMIT) as backend,
+            pytest.raises(StepCrashedError, match=r"did nothing for 2 s .*in take.* a lock"),
+        ):
+            backend.trial(wide_step(take), 2)
+    finally:
+        may_end.set()
+        thread.join()
+
+
+def test_a_process_that_ignores_its_childrens_ends_gets_answers() -> None:
+    """As under some supervisors: the system then throws away how children ended."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with CpuBackend(memory_bytes=LIMIT) as backend:
+            step = wide_step(lambda out: os._exit(7) if out.shape[0] > 5 else None)
+            assert backend.trial(step, 2).fits
+            with pytest.raises(StepCrashedError, match="exit code 7"):
+                backend.trial(step, 6)
+            assert backend.trial(step, 3).fits
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_trial_killed_after_its_answer_leaves_no_second_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next trial gets its own answer, and not what became of the last."""
+    dumps = pickle.dumps
+
+    def killed_afterwards(answer: Any) -> bytes:
+        text: bytes = dumps(answer)
+        if isinstance(answer, tuple) and answer[1].trial.batch_size == 3:
+            # As between any two lines: what is to be told is made, and the process is no more.
+            os.kill(os.getpid(), signal.SIGKILL)
+        return text
+
+    monkeypatch.setattr(pickle, "dumps", killed_afterwards)
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        step = wide_step()
+        assert backend.trial(step, 3).outcome is Outcome.OUT_OF_MEMORY
+        assert [backend.trial(step, size).batch_size for size in (4, 5, 6)] == [4, 5, 6]
+
+
+def test_a_trial_killed_before_it_was_asked_for_is_forked_again() -> None:
+    """Nobody has waited for it, so nobody is told."""
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        step = wide_step()
+        assert backend.trial(step, 2).fits
+        assert backend._server is not None
+        deadline = time.monotonic() + 10
+        waiting: list[psutil.Process] = []
+        while not waiting and time.monotonic() < deadline:
+            waiting = psutil.Process(backend._server._pid).children()
+        waiting[0].kill()
+        assert [backend.trial(step, size).batch_size for size in (4, 5)] == [4, 5]
+
+
+def test_a_server_that_is_gone_is_replaced_before_the_next_trial() -> None:
+    """A request that no process took is asked of a new one."""
+    with CpuBackend(memory_bytes=LIMIT) as backend:
+        step = wide_step()
+        assert backend.trial(step, 2).fits
+        assert backend._server is not None
+        psutil.Process(backend._server._pid).kill()
+        time.sleep(0.5)
+        assert backend.trial(step, 3).fits

@@ -1,0 +1,318 @@
+"""The processes that trials on the CPU run in: a server, and a child of it for each trial.
+
+The server builds the step once and forks a child for each trial; the child limits itself, runs the
+step and reports. The server outlives its children whatever becomes of them, and every request gets
+one answer. Which process starts the server is `memfit.backends.cpu.server`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import gc
+import mmap
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import IO, Any, Final
+
+import torch
+
+from memfit.backends.cpu.glibc_heap import block_bytes, fill_heap, steady_heap
+from memfit.backends.cpu.kernel_cache import compiled_bytes, forget_kernels
+from memfit.backends.cpu.limits import (
+    Footprint,
+    fork_as_is,
+    limit_data,
+    prepare_to_fork,
+    status_bytes,
+)
+from memfit.backends.readings import Reading, steady_readings
+from memfit.errors import StepCrashedError, UnsupportedError
+from memfit.memory import oom
+from memfit.memory.release import release
+from memfit.records import Outcome, Source, Trial
+from memfit.step.runner import PreparedStep
+from memfit.step.workload import TrainingStep
+from memfit.units import MIB
+
+__all__ = ["LOST", "Report", "Request", "serve"]
+
+LOST: Final = 75
+"""What the server ends with when it can no longer tell which answer is whose (EX_TEMPFAIL)."""
+
+_CPU = torch.device("cpu")
+_MOST_IDLE_DEATHS: Final = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One trial to run.
+
+    Args:
+        batch_size: Samples in each micro-batch.
+        limit_bytes: What the step may use beyond the loaded process.
+        confirmed: Suspected messages that are known to have been about memory.
+    """
+
+    batch_size: int
+    limit_bytes: int
+    confirmed: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How a trial ended: a trial, an error, or an error that may be about memory: a suspect."""
+
+    trial: Trial | None = None
+    error: BaseException | None = None
+    suspect: str | None = None
+
+
+class _Reached(enum.IntEnum):
+    """How far the process of a trial got, for the server to read when it has gone."""
+
+    WAITING = 0
+    READING = 1
+    RUNNING = 2
+    ANSWERED = 3
+    CLOSED = 4
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Return the error in a form that survives the way to the parent."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    except Exception:  # noqa: BLE001 - a user's exception may fail to pickle in any way
+        return StepCrashedError(f"The training step raised {type(error).__name__}: {error}")
+    return error
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
+    """Build a step, and run the trials that are asked for until nobody is there to ask.
+
+    Args:
+        connection: Where requests come from and answers go: a report with where its error happened,
+            or the exit code of a trial that died without one.
+        step: What to train.
+        output: Where what the step writes goes.
+    """
+    # A group of its own, so that all of it can be killed. A session of its own would have it
+    # scheduled apart from what the user runs beside it (Linux's autogroups), which is not how the
+    # user will train.
+    os.setpgid(0, 0)
+    steady_heap()
+    _load_lazily()
+    _start_thread_pool()
+    # Whatever this process had before is left alone: a collection would walk all of it.
+    gc.freeze()
+    forget_kernels()
+    # Each trial begins without gradients. Here they go before the heap's holes are filled.
+    for module in step.live_modules:
+        module.zero_grad(set_to_none=True)
+    fill_heap()
+    # A fresh process would compile the few kernels that oneDNN never forgets.
+    before = Footprint.now() - Footprint.of(compiled_bytes())
+    built: PreparedStep | None = None
+    failure: tuple[str | None, Report] = (None, Report())
+    try:
+        built = step.prepare(_CPU)
+    except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
+        failure = (traceback.format_exc(), Report(error=_portable(error)))
+    release(_CPU)
+    gc.freeze()
+    if step.live_modules:
+        # A user's own objects belong to the step, as a model does that is built here; what they
+        # were before a conversion does not.
+        fill_heap()
+        before = Footprint.now() - _held_by(step) - Footprint.of(compiled_bytes())
+    model = Footprint.now() - before
+
+    def run(request: Request) -> tuple[str | None, Report]:
+        os.ftruncate(output.fileno(), 0)
+        os.lseek(output.fileno(), 0, os.SEEK_SET)
+        return _try(built, request, model) if built is not None else failure
+
+    # Trials have to begin alike: the heap's holes decide what they need to within a megabyte. So
+    # each is forked from the same state before it is asked for, and nothing happens here meanwhile.
+    prepare_to_fork()
+    _answer_requests(connection, run, output)
+
+
+def _answer_requests(
+    connection: Connection, run: Callable[[Request], Any], output: IO[bytes]
+) -> None:
+    """Fork a process for each request, and have another one send what came of it.
+
+    A process that runs a trial may be killed at any moment. So it writes its answer to a file, and
+    only one that is not under a limit writes to the connection.
+    """
+    reached = mmap.mmap(-1, 1)
+    answer = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+
+    def run_one() -> None:
+        connection.poll(None)
+        reached[0] = _Reached.READING
+        try:
+            request = connection.recv()
+        except EOFError:
+            reached[0] = _Reached.CLOSED
+            return
+        reached[0] = _Reached.RUNNING
+        text = pickle.dumps(run(request))
+        os.ftruncate(answer.fileno(), 0)
+        os.pwrite(answer.fileno(), text, 0)
+        reached[0] = _Reached.ANSWERED
+
+    num_idle_deaths = 0
+    while True:
+        reached[0] = _Reached.WAITING
+        _, status = os.waitpid(fork_as_is(run_one, but_keep=output), 0)
+        if reached[0] == _Reached.CLOSED:
+            return
+        if reached[0] == _Reached.WAITING and num_idle_deaths < _MOST_IDLE_DEATHS:
+            # Nobody has asked for anything yet.
+            num_idle_deaths += 1
+            continue
+        if reached[0] in (_Reached.WAITING, _Reached.READING):
+            # What is left of the request would be taken for the beginning of the next.
+            os._exit(LOST)
+
+        def tell(status: int = status, is_answered: bool = reached[0] == _Reached.ANSWERED) -> None:
+            size = os.fstat(answer.fileno()).st_size
+            text = os.pread(answer.fileno(), size, 0)
+            died = pickle.dumps(os.waitstatus_to_exitcode(status))
+            connection.send_bytes(text if is_answered else died)
+
+        _, status = os.waitpid(fork_as_is(tell, but_keep=output), 0)
+        if status:
+            os._exit(LOST)
+
+
+def _held_by(step: TrainingStep) -> Footprint:
+    """Return what a user's own objects hold: parameters, buffers and the optimizer's state."""
+    storages = {}
+    for tensor in step.live_tensors:
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = block_bytes(storage.nbytes())
+    return Footprint.of(sum(storages.values()))
+
+
+def _load_lazily() -> None:
+    """Take a tiny step, for torch imports a good deal when the first optimizer takes its first."""
+    weight = torch.nn.Parameter(torch.ones(1, 1))
+    optimizer = torch.optim.AdamW([weight])
+    torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
+    optimizer.step()
+
+
+def _start_thread_pool() -> None:
+    """Compute on every thread: the pool's stacks belong to the loaded process, not to the model."""
+    torch.ones(torch.get_num_threads() * MIB).add_(1)
+
+
+# --- the trial, in the child --------------------------------------------------------------------
+
+
+def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
+    # libgomp ends the process if it cannot have its stacks: before the limit holds.
+    _start_thread_pool()
+    meter = _Meter(Footprint.now() - model, request.limit_bytes)
+    room_bytes = request.limit_bytes - model.data_bytes
+    limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
+    try:
+        prepared.begin()
+        # A step on gradients of zero first: the optimizer's state, which else comes in the first
+        # iteration and is at the peak from the second on, is there before the readings begin. Some
+        # optimizers refuse such gradients; then it comes when it comes.
+        with contextlib.suppress(RuntimeError):
+            prepared.step_on_zeros()
+        _, grows = steady_readings(prepared, request.batch_size, meter.measured)
+    except Exception as error:  # noqa: BLE001 - the user's own code runs here; judged, then sent
+        limit_data(None)
+        verdict = oom.classify(error)
+        message = oom.first_line(error)
+        text = traceback.format_exc()
+        if verdict is oom.Likelihood.NO:
+            return text, Report(error=_portable(_explained(error)))
+        trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
+        if verdict is oom.Likelihood.SUSPECTED and message not in request.confirmed:
+            return text, Report(trial=trial, error=_portable(error), suspect=message)
+        return None, Report(trial=trial)
+    trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)
+    return None, Report(trial=trial)
+
+
+def _explained(error: Exception) -> Exception:
+    if "autograd's threading in combination with fork" in str(error):
+        return UnsupportedError(
+            "This process has already run a backward pass with a GPU in sight, and PyTorch cannot "
+            "run one in a fork of it: probe the CPU before that, or in a fresh process."
+        )
+    return error
+
+
+class _Meter:
+    """Reads peaks against what the process holds apart from the model.
+
+    Args:
+        base: The footprint to count from.
+        limit_bytes: What the step may use.
+    """
+
+    def __init__(self, base: Footprint, limit_bytes: int) -> None:
+        self._base = base
+        self._limit_bytes = limit_bytes
+        self._readings: list[Reading] = []
+
+    def measured(self, iterate: Callable[[], None]) -> Reading:
+        """Run one iteration and read the peaks up to its end."""
+        start = time.perf_counter()
+        iterate()
+        reading = self._read(time.perf_counter() - start)
+        self._readings.append(reading)
+        return reading
+
+    def trial(
+        self, batch_size: int, prepared: PreparedStep, *, message: str | None, grows: bool
+    ) -> Trial:
+        """Return the trial that the readings make; with a message, one that ran out."""
+        peak = self._read(0.0)
+        return Trial(
+            batch_size=batch_size,
+            outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,
+            source=Source.MEASURED,
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            num_iterations=len(self._readings),
+            step_seconds=self._readings[-1].seconds if self._readings else None,
+            num_micro_batches=prepared.num_micro_batches,
+            left_behind_bytes=0,
+            peak_grows=grows and message is None,
+            message=message,
+        )
+
+    def _read(self, seconds: float) -> Reading:
+        status = status_bytes()
+        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
+        # that is resident. Files and their pages only come in, so the peak less what they are at
+        # the end is the peak of the rest.
+        data = status["VmPeak"] - (status["VmSize"] - status["VmData"]) - self._base.data_bytes
+        resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
+        return Reading(
+            # The kernel has seen to the limit: what is beyond was set aside and never to be written
+            # to, as glibc does where it looks for another arena that could serve.
+            reserved_bytes=min(max(0, data), self._limit_bytes),
+            allocated_bytes=max(0, resident - self._base.anonymous_bytes),
+            requested_bytes=None,
+            seconds=seconds,
+        )
