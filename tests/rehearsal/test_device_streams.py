@@ -9,6 +9,8 @@ def test_graphs_are_captured_replayed_and_have_their_own_pool(rehearsed: Rehears
     """A captured step keeps a private pool; replays change nothing; side streams join it."""
     seen = rehearsed("""
         import warnings
+        # torch's own words on the streams of a graphed backward.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         x = torch.ones(512, 1024, device="cuda")
         side = torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
@@ -31,8 +33,6 @@ def test_graphs_are_captured_replayed_and_have_their_own_pool(rehearsed: Rehears
         model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.ReLU()).cuda()
         sample = torch.randn(8, 64, device="cuda", requires_grad=True)
         graphed = torch.cuda.make_graphed_callables(model, (sample,))
-        # torch's own words on the streams of a graphed backward.
-        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         graphed(torch.randn(8, 64, device="cuda", requires_grad=True)).sum().backward()
         has_gradient = model[0].weight.grad is not None
         bad = torch.cuda.CUDAGraph()
