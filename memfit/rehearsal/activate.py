@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,11 @@ def rehearsed_environment(
     """
     check_supported(card)
     folder = library_folder()
+    if re.search(r"[\s:]", str(folder)):
+        raise UnsupportedError(
+            f"The compiled device of a rehearsal cannot be loaded from {str(folder)!r}, because a "
+            "space or a colon ends a name in LD_PRELOAD: set XDG_CACHE_HOME to another folder."
+        )
     libraries = [str(folder / name) for name in _LIBRARIES]
     before = (environment or {}).get("LD_PRELOAD", "")
     others = [name for name in before.replace(" ", ":").split(":") if name not in ("", *libraries)]

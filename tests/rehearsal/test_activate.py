@@ -98,6 +98,16 @@ def test_number_of_gpus(num_gpus: int) -> None:
         activate.rehearsed_environment(find_gpu("RTX 3090"), num_gpus=num_gpus)
 
 
+@needs_rehearsal
+@pytest.mark.parametrize("name", ["my cache", "a:b"])
+def test_folder_that_cannot_be_preloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linker would take half of its name, and say so on standard error."""
+    monkeypatch.setattr(activate, "library_folder", lambda: Path("/home/me") / name)
+
+    with pytest.raises(UnsupportedError, match=f"'/home/me/{name}', because a space or a colon"):
+        activate.rehearsed_environment(find_gpu("RTX 3090"))
+
+
 def test_amds_cards_are_simulated() -> None:
     """The sentence says what works."""
     with pytest.raises(UsageError, match=r"Only NVIDIA's cards .* AMD's\. The simulation works"):
