@@ -31,9 +31,7 @@ API void *SPLIT(void *result, void *self, const void *store, const Ranks *ranks,
     } next = {real_function("libtorch_cuda.so", TEXT(SPLIT))};
     if (!next.object) abort(); /* torch calls it: it is there */
     next_size = (int)(ranks->end - ranks->begin);
-    void *made = next.function(result, self, store, ranks, options);
-    next_size = 0;
-    return made;
+    return next.function(result, self, store, ranks, options);
 }
 #endif
 
@@ -58,5 +56,7 @@ static int size_of_color(int rank, int num_ranks, int color, int key) {
 }
 
 int split_size(int rank, int num_ranks, int color, int key) {
-    return next_size ? next_size : size_of_color(rank, num_ranks, color, key);
+    int size = next_size;
+    next_size = 0;
+    return size ? size : size_of_color(rank, num_ranks, color, key);
 }
