@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from memfit.errors import UsageError
 from memfit.records import Objective
+from memfit.units import parse_count
 
 __all__ = [
     "Parts",
@@ -74,22 +75,14 @@ def check_target(effective_batch_size: object, world_size: object = 1) -> tuple[
         UsageError: One is not a whole number or is less than 1, or there are more ranks than
             samples.
     """
-    samples = _whole("The effective batch size", effective_batch_size)
-    ranks = _whole("The world size", world_size)
+    samples = parse_count("The effective batch size", effective_batch_size)
+    ranks = parse_count("The world size", world_size)
     if samples < ranks:
         raise UsageError(
             f"An effective batch of {samples} cannot be shared by {ranks} ranks: each needs at "
             f"least one sample, so give at least {ranks}."
         )
     return samples, ranks
-
-
-def _whole(what: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1:
-        raise UsageError(f"{what} must be a whole number, not {value!r}.")
-    if value < 1:
-        raise UsageError(f"{what} must be at least 1, not {value:g}.")
-    return int(value)
 
 
 def share_of(effective_batch_size: int, world_size: int) -> int:

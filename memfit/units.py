@@ -5,8 +5,10 @@ Inside memfit, bytes are `int`. Text becomes a number here. Rates and durations 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
+import operator
 import re
 
 from memfit.errors import UsageError
@@ -19,7 +21,9 @@ __all__ = [
     "format_bytes",
     "format_parts",
     "parse_bytes",
+    "parse_count",
     "parse_image_size",
+    "whole_number",
 ]
 
 KIB = 1024
@@ -45,12 +49,12 @@ _SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<unit>[a-zA-Z]*)\s*
 _IMAGE_SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
 
 
-def parse_bytes(size: str | int) -> int:
+def parse_bytes(size: str | float) -> int:
     """Read a number of bytes.
 
     Args:
-        size: Bytes as an integer, or text such as `"8GiB"`, `"1500 MiB"`, `"24GB"` (decimal, 10**9
-            bytes a unit) or `"24G"` (binary, like GiB).
+        size: Bytes as a whole number (8e9 is one), or text such as `"8GiB"`, `"1500 MiB"`, `"24GB"`
+            (decimal, 10**9 bytes a unit) or `"24G"` (binary, like GiB).
 
     Returns:
         The size in bytes, at least 1.
@@ -58,8 +62,8 @@ def parse_bytes(size: str | int) -> int:
     Raises:
         UsageError: `size` is not a size, or less than one byte.
     """
-    if isinstance(size, int):
-        num_bytes = size
+    if not isinstance(size, str):
+        num_bytes = _whole_bytes(size)
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
@@ -77,6 +81,47 @@ def parse_bytes(size: str | int) -> int:
     if num_bytes < 1:
         raise UsageError(f"{size!r} is not a usable size: it must be at least one byte.")
     return num_bytes
+
+
+def _whole_bytes(size: object) -> int:
+    whole = whole_number(size)
+    if whole is None:
+        raise UsageError(
+            f"{size!r} is not a size: write a whole number of bytes, or a number and a unit, such "
+            "as '8GiB'."
+        )
+    return whole
+
+
+def whole_number(value: object) -> int | None:
+    """Return a number as an `int` where it is whole: NumPy's integers too, and 8e9.
+
+    Args:
+        value: Anything; a truth value is no number.
+    """
+    if isinstance(value, bool):
+        return None
+    with contextlib.suppress(TypeError):
+        return operator.index(value)  # type: ignore[arg-type]
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def parse_count(what: str, value: object) -> int:
+    """Read a count of at least 1.
+
+    Args:
+        what: What it counts, as the beginning of a sentence, such as `"The batch size"`.
+        value: A whole number of any type.
+
+    Raises:
+        UsageError: It is not a whole number, or less than 1.
+    """
+    count = whole_number(value)
+    if count is None:
+        raise UsageError(f"{what} must be a whole number, not {value!r}.")
+    if count < 1:
+        raise UsageError(f"{what} must be at least 1, not {count}.")
+    return count
 
 
 def parse_image_size(size: str | int | tuple[int, int]) -> tuple[int, int]:

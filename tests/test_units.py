@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memfit.errors import UsageError
-from memfit.units import GIB, MIB, format_bytes, format_parts, parse_bytes, parse_image_size
+from memfit.units import (
+    GIB,
+    MIB,
+    format_bytes,
+    format_parts,
+    parse_bytes,
+    parse_count,
+    parse_image_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,9 +30,11 @@ from memfit.units import GIB, MIB, format_bytes, format_parts, parse_bytes, pars
         ("123", 123),
         ("1tib", 1024 * GIB),
         (77, 77),
+        (8e9, 8 * 10**9),
+        (np.int64(77), 77),
     ],
 )
-def test_sizes_are_read(text: str | int, expected: int) -> None:
+def test_sizes_are_read(text: str | float, expected: int) -> None:
     """Binary and decimal units, any case, fractions and bare bytes."""
     assert parse_bytes(text) == expected
 
@@ -38,6 +49,9 @@ def test_sizes_are_read(text: str | int, expected: int) -> None:
         ("-3GiB", "write a number and a unit"),
         ("0", "at least one byte"),
         (-1, "at least one byte"),
+        (8.5, "write a whole number of bytes"),
+        (float("nan"), "write a whole number of bytes"),
+        (True, "write a whole number of bytes"),
     ],
 )
 def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:
@@ -92,3 +106,13 @@ def test_parts_are_written_as_sums() -> None:
     assert format_parts((32, 32)) == "2 x 32"
     assert format_parts((56, 44)) == "56 + 44"
     assert format_parts((22, 22, 20)) == "2 x 22 + 20"
+
+
+def test_counts_are_whole_numbers_of_any_type() -> None:
+    """As NumPy's are, and what is none gets a sentence."""
+    assert parse_count("The batch size", np.int64(4)) == 4
+    assert type(parse_count("The batch size", np.int64(4))) is int
+    assert parse_count("The batch size", 4.0) == 4
+    for value, says in ((0, "at least 1, not 0"), (2.5, "a whole number, not 2.5"), ("4", "'4'")):
+        with pytest.raises(UsageError, match=says):
+            parse_count("The batch size", value)

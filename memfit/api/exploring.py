@@ -27,7 +27,7 @@ def explore(
     objective: str | Objective = Objective.LARGEST,
     device: str | None = None,
     gpu: str | None = None,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,

@@ -32,7 +32,7 @@ def plan(
     objective: str | Objective = Objective.LARGEST,
     device: str | None = None,
     gpu: str | None = None,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     headroom: float = 0.05,
     multiple_of: int = 1,
@@ -100,7 +100,7 @@ def survey_plans(
     gpus: Sequence[str] | None = None,
     world_size: int = 1,
     objective: str | Objective = Objective.LARGEST,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     headroom: float = 0.05,
     multiple_of: int = 1,
@@ -149,7 +149,8 @@ def survey_plans(
         effective_batch_size=target.effective_batch_size,
         world_size=target.world_size,
         answers=tuple(
-            PlanAnswer(gpu=gpu, plan=found, reason=reason) for gpu, found, reason in answers
+            PlanAnswer(gpu=gpu, plan=found, reason=reason, source=source_of(chosen))
+            for gpu, found, reason in answers
         ),
         source=source_of(chosen),
     )

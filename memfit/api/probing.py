@@ -15,7 +15,7 @@ from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchBounds, probe_on
 from memfit.records import Engine, ProbeResult, Survey, SurveyAnswer, Trial
 from memfit.step.workload import TrainingStep, Workload
-from memfit.units import parse_bytes
+from memfit.units import parse_bytes, parse_count
 
 __all__ = ["estimate", "on_each_card", "probe", "survey"]
 
@@ -27,7 +27,7 @@ def probe(
     *,
     device: str | None = None,
     gpu: str | None = None,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     headroom: float = 0.05,
@@ -91,7 +91,7 @@ def survey(
     subject: str | Workload,
     *,
     gpus: Sequence[str] | None = None,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     headroom: float = 0.05,
@@ -141,7 +141,7 @@ def estimate(
     batch_size: int,
     *,
     gpu: str,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     **options: Unpack[StepKeywords],
@@ -165,8 +165,7 @@ def estimate(
         UsageError: Something asked for cannot be.
         UnsupportedError: The step cannot be traced without values.
     """
-    if batch_size < 1:
-        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
+    batch_size = parse_count("The batch size", batch_size)
     step = describe(subject, accumulate=accumulate, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
     with Cards(engine_of(engine)) as cards, cards.open(gpu, memory_bytes, step) as backend:
@@ -175,7 +174,7 @@ def estimate(
 
 def on_each_card(
     gpus: Sequence[str] | None,
-    memory: str | int | None,
+    memory: str | float | None,
     engine: Engine,
     step: TrainingStep,
     ask: Callable[[Backend], _Found],

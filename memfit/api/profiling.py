@@ -13,8 +13,9 @@ import torch
 from typing_extensions import Unpack
 
 from memfit.api.cards import Cards, engine_of
-from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
-from memfit.backends import Backend, open_backend, with_precision
+from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
+from memfit.backends.cpu.machine import UnlimitedCpu
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
@@ -28,7 +29,7 @@ from memfit.profiling import (
 )
 from memfit.records import Engine, MemoryProfile, Source
 from memfit.step.workload import TrainingStep, Workload
-from memfit.units import parse_bytes
+from memfit.units import parse_bytes, parse_count
 
 __all__ = ["profile"]
 
@@ -40,7 +41,7 @@ def profile(
     device: str | None = None,
     gpu: str | None = None,
     compared: Sequence[str] = (),
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     snapshot: str | Path | None = None,
@@ -72,13 +73,18 @@ def profile(
         UsageError: Something asked for cannot be, or the snapshot cannot be written.
         UnsupportedError: The step cannot be traced without values, or not be recorded here.
     """
-    if batch_size < 1:
-        raise UsageError(f"The batch size must be at least 1, not {batch_size}.")
+    batch_size = parse_count("The batch size", batch_size)
     if gpu is not None and device is not None:
         raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
     if gpu is None and memory is not None:
         raise UsageError("memory is for a simulated card (gpu): a step is recorded with all of it.")
     start = time.perf_counter()
+    place = None if gpu is not None else device_of(own_device(subject, device))
+    if place is not None and place.type == "cpu" and snapshot is not None:
+        raise UsageError(
+            "A CPU has no caching allocator, so there is no snapshot to write: profile on a GPU or "
+            "simulate one."
+        )
     described = describe(subject, accumulate=accumulate, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=memory_bytes) for name in compared]
@@ -97,13 +103,10 @@ def profile(
             )
         cards.insert(0, card)
     else:
-        chosen = own_device(subject, device)
-        with open_backend(chosen) as backend:
-            step = with_precision(described, backend)
-            found = profile_device(step, batch_size, backend, _device(chosen))
-            counterpart = backend.simulated_counterpart()
-            if counterpart is not None:
-                cards.insert(0, counterpart.gpu)
+        assert place is not None
+        found, step, counterpart = _profile_here(described, batch_size, place)
+        if counterpart is not None:
+            cards.insert(0, counterpart.gpu)
     if snapshot is not None:
         _write(found, Path(snapshot))
     backends = [SimulatedBackend(card, traces=traces) for card in cards]
@@ -142,16 +145,25 @@ def _profile_card(
     )
 
 
-def _device(chosen: str | None) -> torch.device:
-    return torch.device(chosen or ("cuda" if has_gpu() else "cpu"))
+def _profile_here(
+    step: TrainingStep, batch_size: int, place: torch.device
+) -> tuple[Profiled, TrainingStep, SimulatedGpu | None]:
+    """Run a step on a device of this machine; return it with its precision, and the card's model.
+
+    On a CPU it runs in this process. So it needs no limit, which only Linux has.
+    """
+    if place.type == "cpu":
+        cpu = UnlimitedCpu()
+        step = with_precision(step, cpu)
+        return profile_device(step, batch_size, cpu, place), step, None
+    with open_backend(place) as backend:
+        step = with_precision(step, backend)
+        found = profile_device(step, batch_size, backend, place)
+        return found, step, backend.simulated_counterpart()
 
 
 def _write(found: Profiled, path: Path) -> None:
-    if found.snapshot is None:
-        raise UsageError(
-            f"{found.profile.device} has no caching allocator, so there is no snapshot to write: "
-            "profile on a GPU or simulate one."
-        )
+    assert found.snapshot is not None
     try:
         path.write_bytes(pickle.dumps(found.snapshot))
     except OSError as error:

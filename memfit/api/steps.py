@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import torch
 from typing_extensions import Unpack
 
+from memfit.backends import device_of
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
 from memfit.step.workload import TrainingStep, Workload
@@ -95,7 +96,7 @@ def own_device(subject: str | Workload, device: str | None) -> str | None:
     if isinstance(subject, str):
         return device
     own = subject.device
-    if device is not None and torch.device(device).type != own.type:
+    if device is not None and device_of(device).type != own.type:
         raise UsageError(
             f"The model is on {own}, and the trials were asked for on {device}: move the model "
             "first, and make the optimizer after that."

@@ -6,16 +6,16 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
-import torch
 from typing_extensions import Unpack
 
 from memfit import equivalence
-from memfit.api.steps import StepKeywords, describe, has_gpu, own_device
-from memfit.backends import open_backend
+from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.backends import device_of, open_backend
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import UsageError
 from memfit.records import Equivalence, Precision
 from memfit.step.workload import Workload
+from memfit.units import parse_count
 
 __all__ = ["verify"]
 
@@ -64,15 +64,18 @@ def verify(
     if accumulate is not None:
         _check_loop(accumulate)
     step = describe(subject, accumulate=True, **options)
-    wanted = own_device(subject, device) or ("cuda" if has_gpu() else "cpu")
+    micro_batch_size = parse_count("The micro-batch size", micro_batch_size)
+    accumulation_steps = parse_count("The accumulation steps", accumulation_steps)
+    samples = None if samples is None else parse_count("samples", samples)
+    place = device_of(own_device(subject, device))
     if step.options.precision is Precision.AUTO:
         # Gradients need no limit on a CPU's memory, so neither a system that can set one.
-        auto = Precision.FP32 if wanted == "cpu" else open_backend(wanted).auto_precision
+        auto = Precision.FP32 if place.type == "cpu" else open_backend(place).auto_precision
         chosen = dataclasses.replace(step.options, precision=auto)
         step = dataclasses.replace(step, options=chosen)
     return equivalence.verify(
         step,
-        torch.device(wanted),
+        place,
         micro_batch_size=micro_batch_size,
         accumulation_steps=accumulation_steps,
         samples=samples,

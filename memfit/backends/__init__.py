@@ -14,6 +14,7 @@ __all__ = [
     "Backend",
     "Prediction",
     "SimulatedGpu",
+    "device_of",
     "open_backend",
     "simulated_counterpart",
     "with_precision",
@@ -36,30 +37,54 @@ def open_backend(
     Raises:
         UnknownDeviceError: No such device here, or none that memfit can measure on.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UnknownDeviceError(
-            f"{str(device)!r} is not a device: give cpu, cuda or cuda:0."
-        ) from error
+    chosen = device_of(device)
     if chosen.type == "cuda":
         from memfit.backends.cuda import CudaBackend
 
         return CudaBackend(chosen, memory_bytes=memory_bytes, counterpart=simulated_counterpart)
-    if chosen.type == "cpu":
-        if sys.platform != "linux":
-            raise UnsupportedError(
-                "Trials on a CPU need Linux, whose memory limit (RLIMIT_DATA) they run under, and "
-                f"this is {sys.platform}: run memfit in Linux, or in a Linux container."
-            )
-        from memfit.backends.cpu.backend import CpuBackend
+    if sys.platform != "linux":
+        raise UnsupportedError(
+            "Trials on a CPU need Linux, whose memory limit (RLIMIT_DATA) they run under, and "
+            f"this is {sys.platform}: run memfit in Linux, or in a Linux container."
+        )
+    from memfit.backends.cpu.backend import CpuBackend
 
-        return CpuBackend(memory_bytes=memory_bytes, headroom=headroom)
-    raise UnknownDeviceError(
-        f"memfit cannot measure on {str(device)!r}: give cpu, or cuda for NVIDIA and AMD GPUs."
-    )
+    return CpuBackend(memory_bytes=memory_bytes, headroom=headroom)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """Return a device of this machine by its name.
+
+    Args:
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; `None` for the first GPU, or else the CPU.
+
+    Raises:
+        UnknownDeviceError: No such device here, or none that memfit can measure on.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        hint = "; a GPU is called cuda" if str(device).lower().startswith("gpu") else ""
+        raise UnknownDeviceError(
+            f"{str(device)!r} is not a device: give cpu, cuda or cuda:0{hint}."
+        ) from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnknownDeviceError(
+            f"memfit cannot measure on {str(device)!r}: give cpu, or cuda for NVIDIA and AMD GPUs."
+        )
+    num_devices = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    if chosen.type == "cuda" and num_devices == 0:
+        raise UnknownDeviceError(
+            f"There is no GPU for {str(device)!r}: torch {torch.__version__} sees none on this "
+            "machine; give --device cpu."
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_devices:
+        raise UnknownDeviceError(
+            f"There is no {str(device)!r}: the last GPU here is cuda:{num_devices - 1}."
+        )
+    return chosen
 
 
 def simulated_counterpart(device_name: str, capacity: Capacity) -> SimulatedGpu:

@@ -171,7 +171,16 @@ def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     return Prediction(batch_size=edge, step=step, simulated=simulated)
 
 
-def with_precision(step: TrainingStep, backend: Backend) -> TrainingStep:
+class HasPrecision(Protocol):
+    """A place that says what `Precision.AUTO` means there."""
+
+    @property
+    def auto_precision(self) -> Precision:
+        """What it means."""
+        ...
+
+
+def with_precision(step: TrainingStep, backend: HasPrecision) -> TrainingStep:
     """Return the step, its precision chosen by the device where it is left open.
 
     Args:

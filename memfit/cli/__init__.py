@@ -56,13 +56,21 @@ def run() -> NoReturn:
     try:
         main()
     except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else 0
+        code = _exit_code(ending.code)
     except BaseException:  # noqa: BLE001 - a bug of memfit's; shown as Python would
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     # Python would take torch apart first, which takes seconds and helps no one.
     os._exit(code)
+
+
+def _exit_code(code: object) -> int:
+    """Return what a program ends with, as Python does: a text is an error's, and printed."""
+    if code is None or isinstance(code, int):
+        return code or 0
+    click.echo(str(code), err=True)
+    return _FAILED
 
 
 def _end(sentence: str, exit_code: int) -> NoReturn:

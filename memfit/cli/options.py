@@ -12,7 +12,13 @@ import click
 from memfit.errors import UsageError
 from memfit.records import Engine, Precision
 
-__all__ = ["device_options", "parse_model_kwargs", "search_options", "step_options"]
+__all__ = [
+    "device_options",
+    "parse_model_kwargs",
+    "profile_device_options",
+    "search_options",
+    "step_options",
+]
 
 _Command = Callable[..., Any]
 _Options = Mapping[str, Callable[[_Command], _Command]]
@@ -96,6 +102,16 @@ _SEARCH_OPTIONS: _Options = {
         "--max-batch-size", type=int, help="Stop searching here.  [default: 65536]"
     ),
 }
+
+
+def profile_device_options(command: _Command) -> _Command:
+    """Give `profile` the same options; there `memory` is a card's, because nothing is limited."""
+    memory = click.option(
+        "--memory",
+        metavar="SIZE",
+        help="What each --gpu has, such as 8GiB, in place of the catalogue's figure.",
+    )
+    return _added({**_DEVICE_OPTIONS, "memory": memory}, command)
 
 
 def device_options(command: _Command) -> _Command:

@@ -91,6 +91,11 @@ def plan(
         raise UsageError("Give --emit or --json, not both: each is all that is printed.")
     if html is not None and not explore:
         raise UsageError("--html shows what --explore finds: give both.")
+    if explore and device is not None and device.partition(":")[0] == "cpu":
+        raise UsageError(
+            "What else would fit is simulated, and only GPUs can be: give --explore with --gpu, or "
+            "with --device cuda."
+        )
     check_writable(html)
     from memfit import api
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from memfit.cli.options import device_options, step_options
+from memfit.cli.options import profile_device_options, step_options
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError
 
@@ -21,7 +21,7 @@ _DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
 @click.command(short_help="Show what holds the memory of a training step.")
 @click.argument("model")
 @click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
-@device_options
+@profile_device_options
 @step_options
 @click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
 @html_option

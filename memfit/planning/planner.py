@@ -55,7 +55,9 @@ class PlanTarget:
             UsageError: Something asked for cannot be.
         """
         samples, ranks = partition.check_target(effective_batch_size, world_size)
-        check_bounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+        unit, most = check_bounds(
+            headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size
+        )
         known = [choice.value for choice in Objective]
         if objective not in known:
             raise UsageError(
@@ -66,8 +68,8 @@ class PlanTarget:
             world_size=ranks,
             objective=Objective(objective),
             headroom=headroom,
-            multiple_of=multiple_of,
-            max_batch_size=max_batch_size,
+            multiple_of=unit,
+            max_batch_size=most,
         )
 
     @property

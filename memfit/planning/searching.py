@@ -13,7 +13,7 @@ from memfit.backends import Backend, Prediction, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import ProbeResult, Trial
 from memfit.step.workload import TrainingStep
-from memfit.units import format_bytes
+from memfit.units import format_bytes, parse_count
 
 __all__ = ["SearchBounds", "check_bounds", "probe_on", "run_search", "run_trial"]
 
@@ -37,25 +37,30 @@ class SearchBounds:
 
     def __post_init__(self) -> None:
         """Refuse what bounds no search."""
-        check_bounds(
+        multiple_of, max_batch_size = check_bounds(
             headroom=self.headroom,
             multiple_of=self.multiple_of,
             max_batch_size=self.max_batch_size,
         )
+        object.__setattr__(self, "multiple_of", multiple_of)
+        object.__setattr__(self, "max_batch_size", max_batch_size)
 
 
-def check_bounds(*, headroom: float, multiple_of: int, max_batch_size: int | None) -> None:
+def check_bounds(
+    *, headroom: float, multiple_of: object, max_batch_size: object
+) -> tuple[int, int | None]:
     """Refuse figures that bound no search.
+
+    Returns:
+        `multiple_of` and `max_batch_size`, as the whole numbers that they are.
 
     Raises:
         UsageError: One of them is out of its range.
     """
     if not 0 <= headroom < 1:
         raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom}.")
-    if multiple_of < 1:
-        raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
-    if max_batch_size is not None and max_batch_size < 1:
-        raise UsageError(f"max_batch_size must be at least 1, not {max_batch_size}.")
+    most = None if max_batch_size is None else parse_count("max_batch_size", max_batch_size)
+    return parse_count("multiple_of", multiple_of), most
 
 
 def probe_on(

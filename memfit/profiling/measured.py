@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -30,6 +30,7 @@ from memfit.profiling.snapshot import Profiled
 from memfit.profiling.watching import StepNotes
 from memfit.records import (
     Action,
+    Capacity,
     MemoryBlock,
     MemoryProfile,
     Outcome,
@@ -51,8 +52,21 @@ _MAKES_ROOM: Final = ("aten::empty", "aten::new_empty", "aten::resize_")
 _LOG_LEVEL: Final = "KINETO_LOG_LEVEL"
 
 
+class DeviceFacts(Protocol):
+    """What a profile says of the device that it ran on."""
+
+    @property
+    def device_name(self) -> str:
+        """What reports call it."""
+        ...
+
+    def capacity(self) -> Capacity:
+        """Return how many bytes a step may use there."""
+        ...
+
+
 def profile_device(
-    step: TrainingStep, batch_size: int, backend: Backend, device: torch.device
+    step: TrainingStep, batch_size: int, backend: DeviceFacts, device: torch.device
 ) -> Profiled:
     """Run a training step on a device and record its allocations.
 

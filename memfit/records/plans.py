@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from memfit.records.base import Record, Source
+from memfit.records.base import SCHEMA_VERSION, Record, Source
 from memfit.records.steps import StepOptions
 from memfit.records.trials import Capacity, Trial
 
@@ -122,11 +122,27 @@ class PlanAnswer(Record):
         gpu: The card's name.
         plan: The plan; `None` where not even one sample fits.
         reason: Why there is no plan.
+        source: Simulated or rehearsed.
     """
 
     gpu: str
     plan: Plan | None
     reason: str | None = None
+    source: Source = Source.SIMULATED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan, or what can be said of a card without one under the same keys."""
+        if self.plan is not None:
+            return self.plan.to_dict()
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "device": self.gpu,
+            "source": self.source.value,
+            "micro_batch_sizes": [],
+            "micro_batch_size": None,
+            "accumulation_steps": None,
+            "reason": self.reason,
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from memfit.records import (
     ParameterDifference,
     Verdict,
 )
+from memfit.reports.tables import plain_table
 
 __all__ = ["render"]
 
@@ -117,7 +118,7 @@ def _who_mixes(mixing: list[MixingLayer]) -> str:
 
 
 def _checks(result: Equivalence) -> Table:
-    table = _table("precision", "device", "compared", "with", "largest error", "differ")
+    table = plain_table("precision", "device", "compared", "with", "largest error", "differ")
     for check in result.checks:
         table.add_row(
             check.precision,
@@ -141,7 +142,7 @@ def _worst_check(result: Equivalence) -> GradientCheck | None:
 
 
 def _parameters(check: GradientCheck) -> Table:
-    table = _table("parameter", "error", "bound", "scale", "")
+    table = plain_table("parameter", "error", "bound", "scale", "")
     for difference in check.worst[:_NUM_PARAMETERS]:
         table.add_row(
             difference.name,
@@ -163,7 +164,7 @@ def _remark(difference: ParameterDifference) -> Text:
 
 
 def _mixers(result: Equivalence) -> Table:
-    table = _table("mixes samples", "class", "in", "moves others by", "")
+    table = plain_table("mixes samples", "class", "in", "moves others by", "")
     for mixer in result.mixing_layers[:_NUM_MIXERS]:
         table.add_row(
             mixer.name,
@@ -285,10 +286,3 @@ def _counted(count: int, noun: str) -> str:
 def _names(names: tuple[str, ...]) -> str:
     shown = ", ".join(names[:_NUM_NAMES])
     return shown if len(names) <= _NUM_NAMES else f"{shown} and {len(names) - _NUM_NAMES} more"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        table.add_column(column)
-    return table

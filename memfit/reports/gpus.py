@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from memfit.cards import Gpu
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -24,7 +24,7 @@ def render(cards: tuple[Gpu, ...]) -> RenderableType:
 
 
 def _list(cards: tuple[Gpu, ...]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("--gpu", no_wrap=True)
     table.add_column("GPU")
     table.add_column("arch", no_wrap=True)
@@ -51,7 +51,7 @@ def _mark(is_known: bool) -> str:
 
 
 def _details(card: Gpu) -> RenderableType:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = plain_table(has_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column()

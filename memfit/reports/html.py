@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -74,16 +73,13 @@ def render(page: Page) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    data = {panel.key: panel.data for panel in page.panels}
-    # In a script element, only this could end it.
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    # What is not escaped is memfit's own, plotly's, and JSON that cannot end its element.
+    # What is not escaped is memfit's own and plotly's.
     return _template().render(
         page=page,
         css=Markup(_source("page.css")),  # noqa: S704 - see above
         script=Markup(_source("page.js")),  # noqa: S704 - see above
         plotly=Markup(get_plotlyjs()),  # noqa: S704 - see above
-        data=Markup(text),  # noqa: S704 - see above
+        data={panel.key: panel.data for panel in page.panels},
     )
 
 
@@ -167,4 +163,5 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.from_string(_source("page.html.j2"))

@@ -9,6 +9,7 @@ from rich.text import Text
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
 from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
 __all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
@@ -36,13 +37,8 @@ def render(plan: Plan) -> RenderableType:
     )
 
 
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-
-
 def _answers(plan: Plan) -> Table:
-    table = _table()
-    table.show_header = False
+    table = plain_table(has_header=False)
     ranks = f", {plan.world_size} ranks" if plan.world_size > 1 else ""
     table.add_row(
         "effective batch", Text(str(plan.effective_batch_size), "bold"), f"samples a step{ranks}"
@@ -84,7 +80,7 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
     Args:
         survey: The plans.
     """
-    table = _table()
+    table = plain_table()
     table.add_column(f"GPU ({survey.source.value})")
     table.add_column("precision")
     table.add_column("plan", justify="right")
@@ -127,7 +123,7 @@ def render_exploration(exploration: Exploration) -> RenderableType:
     Args:
         exploration: What was found.
     """
-    table = _table()
+    table = plain_table()
     table.add_column("change (simulated)")
     table.add_column("fits", justify="right")
     table.add_column("plan", justify="right")

@@ -15,6 +15,7 @@ from memfit.records import (
     StepOptions,
     Trial,
 )
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
 __all__ = ["ProgressTable", "heading", "render", "step_words", "trial_notes", "trial_table"]
@@ -102,7 +103,7 @@ def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) 
     predicted = {trial.batch_size: trial for trial in predictions}
     # Nothing runs in a simulation, so nothing is timed.
     is_timed = not trials or any(trial.source is Source.MEASURED for trial in trials)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column("batch", justify="right")
     table.add_column("outcome")
     table.add_column("peak", justify="right")
@@ -139,7 +140,7 @@ def _answers(result: ProbeResult) -> Table:
         if result.proved
         else "where the search was told to stop; more may fit (--max-batch-size)"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table = plain_table(has_header=False)
     table.add_row("largest", Text(str(best), "bold"), f"{result.source.value}: {proof}")
     stand = result.recommended_batch_size
     table.add_row(

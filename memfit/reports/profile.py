@@ -14,6 +14,7 @@ from memfit.records import MemoryProfile, Role
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.reports.sources import how_it_was_had
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -100,7 +101,7 @@ def _bar(profile: MemoryProfile) -> Text:
 
 
 def _roles(profile: MemoryProfile) -> Table:
-    table = _table()
+    table = plain_table()
     for justify in ("left", "left", "right", "right", "right"):
         table.add_column(justify=justify)
     total = profile.peak.total_bytes
@@ -167,7 +168,7 @@ def _blocks(profile: MemoryProfile) -> Table:
     for block in profile.blocks_at_peak():
         key = (block.role, short_operation(block.operation), block.source_line or block.module)
         groups[key].append(block.requested_bytes)
-    table = _table()
+    table = plain_table()
     table.add_column("")
     table.add_column("in all", justify="right", no_wrap=True)
     table.add_column("blocks", justify="right")
@@ -190,7 +191,7 @@ def _blocks(profile: MemoryProfile) -> Table:
 
 
 def _cards(profile: MemoryProfile) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("GPU")
     table.add_column("precision")
     table.add_column("largest batch", justify="right")
@@ -210,7 +211,7 @@ def _cards(profile: MemoryProfile) -> Table:
 
 
 def _advice(profile: MemoryProfile) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("frees", justify="right", no_wrap=True)
     table.add_column("change")
     for change in profile.advice:
@@ -230,12 +231,6 @@ def _note(profile: MemoryProfile) -> str:
         f"{how_it_was_had(profile.source)}, in {profile.seconds:.1f} s with torch "
         f"{profile.torch_version}; "
         f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events."
-    )
-
-
-def _table() -> Table:
-    return Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_edge=False
     )
 
 

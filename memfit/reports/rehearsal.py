@@ -18,6 +18,7 @@ from memfit.records import (
     RehearsedProcess,
     Shortage,
 )
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
 __all__ = ["doubts", "render", "render_several", "short_line"]
@@ -65,7 +66,7 @@ def render_several(rehearsals: Sequence[Rehearsal]) -> RenderableType:
     Args:
         rehearsals: One for each card, at least one.
     """
-    table = _table()
+    table = plain_table()
     table.add_column("GPU (rehearsed)")
     table.add_column("ended")
     for name in ("steps", "peak", "with context", "left"):
@@ -183,7 +184,7 @@ def _shortage(shortage: Shortage) -> Iterator[RenderableType]:
         f"{format_bytes(shortage.missing_bytes)} were missing.",
         "bold red",
     )
-    table = _table(has_header=False)
+    table = plain_table(has_header=False)
     table.add_column(style="dim")
     table.add_column()
     table.add_row("asked for", format_bytes(shortage.wanted_bytes))
@@ -198,7 +199,7 @@ def _shortage(shortage: Shortage) -> Iterator[RenderableType]:
 
 
 def _ranks(processes: Sequence[RehearsedProcess]) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("process")
     table.add_column("GPU", justify="right")
     for name in ("steps", "requested", "allocated", "reserved", "retries"):
@@ -218,7 +219,7 @@ def _ranks(processes: Sequence[RehearsedProcess]) -> Table:
 
 
 def _steps(process: RehearsedProcess) -> Table:
-    table = _table()
+    table = plain_table()
     for name in ("step", "requested", "allocated", "reserved", "retries"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: list[tuple[int, int, tuple[str, ...]]] = []
@@ -235,7 +236,7 @@ def _steps(process: RehearsedProcess) -> Table:
 
 
 def _phases(process: RehearsedProcess) -> Table:
-    table = _table()
+    table = plain_table()
     table.add_column("phase")
     for name in ("requested", "allocated", "reserved"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -259,7 +260,7 @@ def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
         f"{_count(sum(read.num_reads for read in reads), 'read')})",
         "bold",
     )
-    table = _table()
+    table = plain_table()
     table.add_column("reads", justify="right")
     table.add_column("what")
     table.add_column("line")
@@ -327,14 +328,3 @@ def _count(number: int, thing: str) -> str:
 
 def _times(number: int) -> str:
     return "once" if number == 1 else f"{number} times"
-
-
-def _table(*, has_header: bool = True) -> Table:
-    return Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        header_style="dim",
-        show_edge=False,
-        show_header=has_header,
-    )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
 from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -19,7 +19,7 @@ def render(survey: Survey) -> RenderableType:
     Args:
         survey: What was found.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = plain_table()
     table.add_column(f"GPU ({survey.source.value})")
     table.add_column("precision")
     table.add_column("largest", justify="right")

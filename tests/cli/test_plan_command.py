@@ -125,6 +125,9 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+SIMULATE = ("--engine", "simulate")
+
+
 def test_several_cards_come_in_one_table() -> None:
     """All of it simulated."""
     cards = ("--gpu", "3070", "--gpu", "h200")
@@ -134,8 +137,18 @@ def test_several_cards_come_in_one_table() -> None:
     assert "1 x 256" in result.stdout
     assert "Simulated, not measured" in result.stdout
     plain = json.loads(run("test_vit", *cards, "--effective-batch", "512", "--json").stdout)
-    assert [answer["plan"]["source"] for answer in plain["results"]] == ["simulated"] * 2
+    assert [answer["source"] for answer in plain["results"]] == ["simulated"] * 2
+    alone = run(
+        "test_vit", "--gpu", "3070", "--engine", "simulate", "--effective-batch", "512", "--json"
+    )
+    (one,) = json.loads(alone.stdout)["results"]
+    assert all(answer.keys() == one.keys() for answer in plain["results"])
     small = ("--gpu", "3070", "--gpu", "3060", "--memory", "400MiB")
+    (none, _) = json.loads(run("resnet18", *small, "--effective-batch", "64", "--json").stdout)[
+        "results"
+    ]
+    assert none.keys() - {"reason"} <= one.keys()
+    assert (none["micro_batch_sizes"], none["micro_batch_size"]) == ([], None)
     little = run("resnet18", *small, "--effective-batch", "64")
     assert little.exit_code == 3
     assert "does not fit" in little.stdout
@@ -173,3 +186,11 @@ def test_mistakes_get_one_sentence(arguments: tuple[str, ...], exit_code: int, s
     assert result.exit_code == exit_code, result.output
     assert says in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_exploring_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not after the plan was measured."""
+    monkeypatch.setattr("memfit.api.plan", lambda *_args, **_kwargs: pytest.fail("it planned"))
+    result = run("test_vit", "--device", "cpu", "--effective-batch", "8", "--explore")
+    assert result.exit_code == 2
+    assert "only GPUs can be: give --explore with --gpu" in result.stderr

@@ -96,3 +96,23 @@ def test_mistakes_are_one_sentence(arguments: tuple[str, ...], sentence: str) ->
     assert result.exit_code == 2
     assert sentence in result.output
     assert result.output.count("\n") == 1
+
+
+def test_a_cpu_has_no_snapshot_and_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before a step was recorded for it."""
+    monkeypatch.setattr(
+        "memfit.api.profiling.profile_device", lambda *_args: pytest.fail("it recorded")
+    )
+    result = run(
+        "--batch-size", "2", "--device", "cpu", "--snapshot", str(tmp_path / "history.pickle")
+    )
+    assert result.exit_code == 2
+    assert "A CPU has no caching allocator" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_offers_memory_for_cards_only() -> None:
+    """What is recorded on a device has no limit."""
+    assert "What each --gpu has" in " ".join(run("--help").output.split())

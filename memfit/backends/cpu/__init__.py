@@ -1,7 +1,1 @@
-"""Trials on the CPU: real steps in child processes under a real memory limit."""
-
-from __future__ import annotations
-
-from memfit.backends.cpu.backend import CpuBackend
-
-__all__ = ["CpuBackend"]
+"""Trials on the CPU, under a real memory limit: Linux only, save for `machine`."""

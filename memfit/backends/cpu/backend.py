@@ -11,14 +11,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import psutil
-import torch
 
 from memfit.backends.cpu import glibc_heap
-from memfit.backends.cpu.limits import (
-    limit_works,
-    memory_left,
-    processor_name,
-)
+from memfit.backends.cpu.limits import limit_works
+from memfit.backends.cpu.machine import cpu_name, memory_left
 from memfit.backends.cpu.server import LostError, Server, ran_out
 from memfit.backends.cpu.trials import Report, Request
 from memfit.backends.protocol import Prediction
@@ -79,8 +75,7 @@ class CpuBackend:
     @property
     def device_name(self) -> str:
         """What reports call the device."""
-        threads = torch.get_num_threads()
-        return f"CPU ({processor_name()}, {threads} thread{'s' if threads != 1 else ''})"
+        return cpu_name()
 
     @property
     def source(self) -> Source:

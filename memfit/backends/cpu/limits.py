@@ -1,6 +1,6 @@
 """What Linux does for a process: its footprint, its limit, its forks.
 
-Reads /proc and the control groups, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
+Reads /proc, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
 `memfit.backends.cpu.server`'s.
 """
 
@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
-import psutil
-
 from memfit.units import KIB, MIB
 
 __all__ = [
@@ -33,9 +31,7 @@ __all__ = [
     "fork_as_is",
     "limit_data",
     "limit_works",
-    "memory_left",
     "prepare_to_fork",
-    "processor_name",
     "status_bytes",
 ]
 
@@ -200,68 +196,3 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
         os.write(output.fileno(), traceback.format_exc().encode())
     finally:
         os._exit(code)
-
-
-# --- the machine --------------------------------------------------------------------------------
-
-
-def memory_left() -> tuple[int, str]:
-    """Return the bytes that this process can still have, and who says so."""
-    left, origin = psutil.virtual_memory().available, "memory available on this machine"
-    for limit, used in _control_groups():
-        if limit - used < left:
-            left, origin = max(limit - used, 0), "memory left in this control group"
-    return left, origin
-
-
-def _control_groups(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> list[tuple[int, int]]:
-    """Return (limit, used) in bytes of each control group that limits this process.
-
-    Pages of files that can be dropped do not count as used.
-
-    Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if group == base.parent:
-                break
-            with contextlib.suppress(OSError, ValueError):
-                # "max" is no number, and so no limit.
-                limit = int((group / names[0]).read_text())
-                used = int((group / names[1]).read_text())
-                found.append((limit, used - _stat(group / "memory.stat", names[2])))
-    return found
-
-
-def _stat(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == key:
-            return int(value)
-    return 0
-
-
-def processor_name() -> str:
-    """Return the processor's name as Linux has it, or the architecture's."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return os.uname().machine

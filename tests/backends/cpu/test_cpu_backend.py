@@ -21,7 +21,7 @@ from torch import nn
 from memfit import Workload
 from memfit.backends import open_backend
 from memfit.backends.cpu import backend as cpu
-from memfit.backends.cpu import limits, server, trials
+from memfit.backends.cpu import limits, machine, server, trials
 from memfit.backends.cpu.backend import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
@@ -413,14 +413,14 @@ def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
         memory__usage_in_bytes="70",
         memory__stat="cache 9\ntotal_inactive_file 30\n",
     )
-    assert limits._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
-    assert limits._control_groups(tmp_path, tmp_path / "none") == []
+    assert machine._control_groups(tmp_path, membership) == [(300, 40), (100, 30)]
+    assert machine._control_groups(tmp_path, tmp_path / "none") == []
 
 
 def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's limit is the machine's, for this process."""
-    monkeypatch.setattr(limits, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
-    assert limits.memory_left() == (600, "memory left in this control group")
+    monkeypatch.setattr(machine, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
+    assert machine.memory_left() == (600, "memory left in this control group")
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:
