@@ -35,7 +35,6 @@ __all__ = [
     "memory_events",
     "mkldnn_layout",
     "num_owners",
-    "own_buffers",
     "pytree",
     "recorded_history",
     "run_backward",
@@ -93,12 +92,11 @@ NEEDS: Final = {
         "to read what a step allocated on a GPU",
         "Profiling a simulated card (--gpu), and all else, still works.",
     ),
-    "torch.Tensor._version": _VERIFYING,
-    "torch.nn.Module._apply": _VERIFYING,
-    "torch.nn.Module._buffers": (
-        "to put a model's buffers back",
-        "Probing, planning, verifying and profiling still work; memfit.Accumulator does not.",
+    "torch.Tensor._version": (
+        "to compare gradients, and to do a training step again that ran out of memory",
+        "Probing, planning and profiling still work, and Accumulator with recover=False.",
     ),
+    "torch.nn.Module._apply": _VERIFYING,
     "torch._ops.OpOverload._schema": _VERIFYING,
 }
 """By name: what it is for, and what still works without it, as a user is told."""
@@ -168,12 +166,6 @@ class _Pytree:
 
 
 pytree: Final[Any] = _Pytree()
-
-
-def own_buffers(module: Any) -> dict[str, Any]:
-    """Return the dictionary in which a module itself keeps its buffers, `None` among them."""
-    buffers: dict[str, Any] = _of(module, "torch.nn.Module._buffers")
-    return buffers
 
 
 def convert_tensors(module: Any, convert: Callable[[Any], Any]) -> None:

@@ -7,8 +7,9 @@ the step could reach is decided elsewhere (`memfit.planning`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from memfit.errors import UsageError
 from memfit.records import Objective
@@ -22,7 +23,9 @@ __all__ = [
     "equal_part",
     "share_of",
     "sizes_to_time",
+    "smallest_of",
     "split",
+    "too_small",
 ]
 
 # Two timings closer than this are the same: trials are short.
@@ -90,15 +93,19 @@ def share_of(effective_batch_size: int, world_size: int) -> int:
     return -(-effective_batch_size // world_size)
 
 
-def cut(num_samples: int, largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:
+def cut(
+    num_samples: int, largest: int, *, multiple_of: int = 1, smallest: int = 2
+) -> tuple[int, ...]:
     """Cut samples into the fewest parts, as equal as they can be.
 
-    All parts but the last are multiples of `multiple_of`, as long as `largest` leaves room for one.
+    All parts but one are multiples of `multiple_of`, as long as `largest` leaves room for one. A
+    part that would be too small takes from all others, and then none is a multiple.
 
     Args:
         num_samples: Samples to cut, at least 1.
         largest: The most samples in a part, at least 1.
         multiple_of: What parts are multiples of, at least 1.
+        smallest: The fewest samples in a part, where that can be: batch norm may refuse one.
 
     Returns:
         The parts, larger ones first. They sum to `num_samples`, and cutting again by the first of
@@ -106,13 +113,19 @@ def cut(num_samples: int, largest: int, *, multiple_of: int = 1) -> tuple[int, .
     """
     if num_samples <= largest:
         return (num_samples,)
-    unit = multiple_of if multiple_of <= largest else 1
+    parts = _in_units(num_samples, largest, multiple_of if multiple_of <= largest else 1)
+    return parts if parts[-1] >= smallest else _in_units(num_samples, largest, 1)
+
+
+def _in_units(num_samples: int, largest: int, unit: int) -> tuple[int, ...]:
     num_units = -(-num_samples // unit)
     num_parts = -(-num_units // (largest // unit))
     small, num_larger = divmod(num_units, num_parts)
     parts = [(small + 1) * unit] * num_larger + [small * unit] * (num_parts - num_larger)
-    parts[-1] -= num_units * unit - num_samples
-    return tuple(parts)
+    missing = num_units * unit - num_samples
+    # One of several larger parts can spare it best.
+    parts[num_larger - 1 if num_larger > 1 else -1] -= missing
+    return tuple(sorted(parts, reverse=True))
 
 
 def equal_part(share: int, largest: int, *, multiple_of: int = 1) -> int | None:
@@ -138,6 +151,7 @@ def split(
     largest_accumulating: int = 0,
     objective: Objective = Objective.LARGEST,
     multiple_of: int = 1,
+    smallest: int = 2,
     speeds: Sequence[Speed] = (),
 ) -> Parts:
     """Cut the first rank's share of an effective batch into micro-batches.
@@ -151,7 +165,8 @@ def split(
         largest_accumulating: The largest micro-batch of a step that accumulates, whose gradients
             live beside the activations; 0 where it is not needed.
         objective: What to aim at.
-        multiple_of: What micro-batches are to be multiples of, the last one excepted.
+        multiple_of: What micro-batches are to be multiples of, one of them excepted.
+        smallest: The fewest samples that a micro-batch should have.
         speeds: What was measured of micro-batches; for `FASTEST` at least one.
 
     Returns:
@@ -182,7 +197,13 @@ def split(
                 "Nothing was measured, so nothing is known to be fastest: a simulation has bytes "
                 "and no seconds. Plan for the largest micro-batch, or on a device that is there."
             )
-        sizes, why = _fastest(share, largest_whole, largest_accumulating, multiple_of, speeds)
+        sizes, why = _fastest(
+            share,
+            largest_whole,
+            largest_accumulating,
+            functools.partial(cut, share, multiple_of=multiple_of, smallest=smallest),
+            speeds,
+        )
         remarks.append(why)
     elif share <= largest_whole:
         sizes = (share,)
@@ -190,10 +211,50 @@ def split(
         sizes, why_even = _even(share, largest_accumulating, multiple_of)
         remarks += why_even
     else:
-        sizes = cut(share, largest_accumulating, multiple_of=multiple_of)
+        sizes = cut(share, largest_accumulating, multiple_of=multiple_of, smallest=smallest)
     remarks += _uneven(share, sizes, multiple_of)
     speed = share / _seconds(sizes, speeds) if speeds else None
     return Parts(sizes=sizes, samples_per_second=speed, remarks=tuple(remarks))
+
+
+def smallest_of(
+    sizes: tuple[int, ...],
+    effective_batch_size: int,
+    *,
+    world_size: int = 1,
+    multiple_of: int = 1,
+    smallest: int = 2,
+) -> int:
+    """Return the fewest samples in any micro-batch of any rank.
+
+    Args:
+        sizes: The first rank's micro-batches.
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        world_size: Ranks that share them.
+        multiple_of: As in `cut`.
+        smallest: As in `cut`.
+    """
+    least_share = effective_batch_size // world_size
+    last_rank = cut(least_share, sizes[0], multiple_of=multiple_of, smallest=smallest)
+    return min(sizes[-1], last_rank[-1])
+
+
+def too_small(effective_batch_size: int, world_size: int, largest: int, part: int) -> str:
+    """Say which effective batches have no part of a size that does not run.
+
+    Args:
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        world_size: Ranks that share them.
+        largest: The most samples in a micro-batch.
+        part: The size that does not run.
+    """
+    step = largest * world_size
+    below = effective_batch_size // step * step
+    near = f"{below} or {below + step}" if below else f"{below + step}"
+    return (
+        f"An effective batch of {effective_batch_size} has no parts of at most {largest} without "
+        f"one of {part}, and the step does not run with that: plan for {near}"
+    )
 
 
 def sizes_to_time(largest: int, *, multiple_of: int = 1) -> tuple[int, ...]:
@@ -250,9 +311,15 @@ def _uneven(share: int, sizes: tuple[int, ...], multiple_of: int) -> list[str]:
             f"{len(sizes)} steps do not divide {share}, so the parts differ and are weighted by "
             f"their samples; {instead}."
         )
-    if sizes[-1] % multiple_of:
-        which = "The last part" if len(sizes) > 1 else "The whole batch"
-        remarks.append(f"{which}, {sizes[-1]}, is no multiple of {multiple_of}.")
+    odd = [size for size in sizes if size % multiple_of]
+    if len(odd) > 1:
+        remarks.append(
+            f"With parts that are multiples of {multiple_of} the last one would be too small, so "
+            "they are not."
+        )
+    elif odd:
+        which = "One part" if len(sizes) > 1 else "The whole batch"
+        remarks.append(f"{which}, {odd[0]}, is no multiple of {multiple_of}.")
     return remarks
 
 
@@ -260,7 +327,7 @@ def _fastest(
     share: int,
     largest_whole: int,
     largest_accumulating: int,
-    multiple_of: int,
+    cut_by: Callable[[int], tuple[int, ...]],
     speeds: Sequence[Speed],
 ) -> tuple[tuple[int, ...], str]:
     """Return the parts that take the least time, and by how much they beat the fewest steps."""
@@ -268,7 +335,7 @@ def _fastest(
     candidates: list[tuple[int, ...]] = [(share,)] if share <= largest_whole else []
     largest = largest_accumulating
     while largest >= min(slowest_end, largest_accumulating) and largest > 0:
-        sizes = cut(share, largest, multiple_of=multiple_of)
+        sizes = cut_by(largest)
         if not candidates or len(sizes) > len(candidates[-1]):
             candidates.append(sizes)
         # The next smaller cut: below the part that this one is made of.

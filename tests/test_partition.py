@@ -28,7 +28,7 @@ UNITS = st.sampled_from([1, 2, 8, 12])
 
 @given(SAMPLES, LARGEST, UNITS)
 def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: int) -> None:
-    """The fewest parts, larger ones first, within one unit of each other but for the last."""
+    """The fewest parts, larger ones first, within one unit of each other but for one of them."""
     parts = cut(samples, largest, multiple_of=unit)
     usable = largest // unit * unit or largest
     assert sum(parts) == samples
@@ -36,9 +36,43 @@ def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: in
     assert len(parts) == (1 if samples <= largest else -(-samples // usable))
     assert list(parts) == sorted(parts, reverse=True)
     assert min(parts) >= 1
+    odd = [part for part in parts if part % unit]
+    assert len(odd) <= 1 or max(parts) - min(parts) <= 1
     if unit <= largest:
-        assert all(part % unit == 0 for part in parts[:-1])
         assert max(parts) - min(parts) < 2 * unit
+
+
+@given(SAMPLES, LARGEST, UNITS, st.integers(1, 9))
+def test_no_part_is_too_small_where_that_can_be(
+    samples: int, largest: int, unit: int, smallest: int
+) -> None:
+    """The multiple gives way, and the number of parts does not."""
+    parts = cut(samples, largest, multiple_of=unit, smallest=smallest)
+    assert sum(parts) == samples
+    assert len(parts) == len(cut(samples, largest, multiple_of=unit, smallest=1)) or (
+        unit > 1 and len(parts) == -(-samples // largest)
+    )
+    if len(parts) > 1:
+        assert parts[-1] >= min(smallest, samples // -(-samples // largest))
+    assert cut(samples, parts[0], multiple_of=unit, smallest=smallest) == parts
+
+
+@pytest.mark.parametrize(
+    ("samples", "largest", "unit", "expected"),
+    [
+        (17, 8, 8, (6, 6, 5)),
+        (33, 16, 8, (16, 9, 8)),
+        (9, 4, 1, (3, 3, 3)),
+        (9, 2, 1, (2, 2, 2, 2, 1)),
+        (25, 8, 8, (7, 6, 6, 6)),
+        (23, 16, 8, (16, 7)),
+    ],
+)
+def test_parts_are_as_even_as_the_multiple_allows(
+    samples: int, largest: int, unit: int, expected: tuple[int, ...]
+) -> None:
+    """No last part of one sample, which batch norm may refuse, as long as another cut has none."""
+    assert cut(samples, largest, multiple_of=unit) == expected
 
 
 @given(SAMPLES, LARGEST, UNITS)

@@ -19,7 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from memfit import partition
 from memfit._torch_private import pytree
-from memfit.accumulation.arguments import check_ranks, device_of, read_plan, with_precision
+from memfit.accumulation.arguments import (
+    check_ranks,
+    check_scheduler,
+    device_of,
+    read_plan,
+    with_precision,
+)
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
@@ -30,6 +36,7 @@ from memfit.memory.release import release
 from memfit.records import Plan, Precision
 from memfit.step import batches
 from memfit.step.batches import BatchRules, Layout
+from memfit.step.closures import check_steps_alone
 from memfit.step.runner import autocast, call_model, split_batch
 
 __all__ = ["Accumulator"]
@@ -64,7 +71,8 @@ class Accumulator:
         cut: As in `Workload`: a function `cut(batch, start, stop)` that returns those samples.
         count: As in `Workload`: a function that returns the samples of a batch.
         scaler: The `GradScaler`; by default one of its own where the precision is `amp-fp16`.
-        scheduler: Stepped after each optimizer step that was not skipped for an overflow.
+        scheduler: Stepped after each optimizer step that was not skipped for an overflow. One whose
+            `step` has to be told a metric or an epoch is stepped by the loop that knows it.
         clip_grad_norm: What the norm of the accumulated gradient is clipped to.
         precision: The precision of the forward passes; by default the plan's, and `"fp32"`, which
             leaves tensors as they are, for a micro-batch size.
@@ -104,12 +112,15 @@ class Accumulator:
         self._terms = LossTerms(weight)
         self._rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
         self._layout: Layout | None = None
+        check_steps_alone(optimizer)
+        check_scheduler(scheduler)
         self._scheduler = scheduler
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, not {clip_grad_norm}.")
         self._clip_grad_norm = clip_grad_norm
         self._planned_size, unit, options = read_plan(plan)
         self._multiple_of = unit if multiple_of is None else multiple_of
+        self._smallest = plan.smallest_micro_batch_size if isinstance(plan, Plan) else 2
         if self._multiple_of < 1:
             raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
         self._options = with_precision(options, precision)
@@ -122,8 +133,7 @@ class Accumulator:
         self.scaler = scaler
         self._size = self._planned_size
         self._parameters: list[nn.Parameter] = []
-        modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
-        self._start = StepStart(modules) if recover else None
+        self._start = StepStart((model, loss)) if recover else None
         self._pressure = RetryMonitor(self._device)
 
     @property
@@ -158,9 +168,13 @@ class Accumulator:
         self._parameters = self._now_held()
         self._drop_gradients()
         if self._start is None:
-            loss = self._backward_all(batch)
+            try:
+                loss = self._backward_all(batch)
+            except BaseException:
+                self._drop_gradients()
+                raise
         else:
-            self._start.mark()
+            self._start.mark(self._parameters)
             loss = self._backward_all_recovering(batch, self._start)
         self._update()
         return self._ranks.sum_tensor(loss)
@@ -191,6 +205,7 @@ class Accumulator:
             if not (agreed.failed or agreed.ran_out):
                 self._shrink_to(agreed.micro_batch_size, "allocator retries in several steps")
                 self._ranks.reduce()
+                start.settle()
                 assert attempt.loss is not None
                 return attempt.loss
             # Here, out of every `except` block, the failed attempt's tensors can go.
@@ -286,7 +301,9 @@ class Accumulator:
     def _cut(self, batch: Any, size: int) -> _Cut:
         known = self._layout
         layout = Layout.of(batch, self._rules) if known is None else known.again(batch)
-        sizes = partition.cut(layout.num_samples, size, multiple_of=self._multiple_of)
+        sizes = partition.cut(
+            layout.num_samples, size, multiple_of=self._multiple_of, smallest=self._smallest
+        )
         micro_batches = micro_batches_of(batch, layout, sizes)
         if not layout.is_doubted:
             self._layout = layout
@@ -305,6 +322,18 @@ class Accumulator:
     # --- the optimizer's part ---------------------------------------------------------------------
 
     def _update(self) -> None:
+        """Clip, step and schedule; leave no gradient, and no scaler half way, whatever fails."""
+        try:
+            self._step_optimizer()
+        except BaseException:
+            if self.scaler is not None:
+                # It forgets that it has unscaled, and keeps its scale.
+                self.scaler.update(self.scaler.get_scale())
+            raise
+        finally:
+            self._drop_gradients()
+
+    def _step_optimizer(self) -> None:
         if self._clip_grad_norm is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(self._optimizer)
@@ -320,7 +349,6 @@ class Accumulator:
             is_skipped = scale is not None and self.scaler.get_scale() < scale
         if self._scheduler is not None and not is_skipped:
             self._scheduler.step()
-        self._drop_gradients()
 
     def _now_held(self) -> list[nn.Parameter]:
         """Return what gradients may sit at: more may have been added since the last step."""

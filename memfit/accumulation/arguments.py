@@ -10,8 +10,9 @@ from torch import nn
 from memfit.accumulation.ranks import Ranks
 from memfit.errors import UsageError
 from memfit.records import Plan, Precision, StepOptions
+from memfit.step.closures import required_arguments
 
-__all__ = ["check_ranks", "device_of", "read_plan", "with_precision"]
+__all__ = ["check_ranks", "check_scheduler", "device_of", "read_plan", "with_precision"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -35,6 +36,31 @@ def check_ranks(plan: Plan, ranks: Ranks) -> None:
             f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
             f"those of {seen}: plan with world_size={seen}{wrap}."
         )
+
+
+def check_scheduler(scheduler: object) -> None:
+    """Refuse a scheduler that cannot be stepped after each optimizer step.
+
+    Raises:
+        UsageError: Its `step` needs to be told something, or it has none.
+    """
+    if scheduler is None:
+        return
+    name = type(scheduler).__name__
+    step = getattr(scheduler, "step", None)
+    if not callable(step):
+        raise UsageError(f"A scheduler has a method step(), and {name} has none.")
+    needed = required_arguments(step)
+    if not needed:
+        return
+    if "epoch" in needed:
+        when = "step_update(num_updates) after accumulator.step, or step(epoch) after each epoch,"
+    else:
+        when = f"step({', '.join(needed)}) where you know it, such as after each evaluation,"
+    raise UsageError(
+        f"{name}.step needs {' and '.join(needed)}, which Accumulator does not know: call its "
+        f"{when} yourself, and give Accumulator no scheduler."
+    )
 
 
 def read_plan(plan: object) -> tuple[int, int, StepOptions]:

@@ -7,17 +7,25 @@ is decided in `memfit.memory.oom`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Final
 
 import torch
 from torch import nn
 
-from memfit._torch_private import copy_each
-from memfit.memory.restore import save_attributes, save_random_states
+from memfit._torch_private import copy_each, version_of
+from memfit.accumulation.reach import held_by
+from memfit.memory.attributes import save_held
+from memfit.memory.restore import save_random_states
 
 __all__ = ["RetryMonitor", "StepStart", "smaller"]
 
-_MANY_STEPS = 3
+_log = logging.getLogger("memfit")
+
+_MANY_STEPS: Final = 3
+_LEAST_TIMES_ROOM: Final = 4
 
 
 def smaller(size: int, *, multiple_of: int = 1) -> int | None:
@@ -35,51 +43,161 @@ def smaller(size: int, *, multiple_of: int = 1) -> int | None:
 
 
 class StepStart:
-    """Buffers, plain attributes and random states as they were when a step began.
+    """All that a model and a loss keep besides gradients, as it was when a step began.
 
     Values of buffers are copied where they are, all at once, into memory that is used again for
-    each step: a few kernels on a GPU, and nothing to wait for.
+    each step: a few kernels on a GPU, and nothing to wait for. Parameters that forward moves
+    (teachers, codebooks, a discriminator that the loss trains) are copied as well, into host
+    memory. Which those are shows in the first step, for which all parameters are copied: the
+    optimizer's state has no memory yet.
 
     Args:
-        modules: The modules that take part in the step.
+        parts: The model, and the loss function.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = tuple(modules)
-        self._buffers: list[torch.Tensor] = []
-        self._copies: list[torch.Tensor] = []
+    def __init__(self, parts: Sequence[object]) -> None:
+        held = [held_by(part) for part in parts]
+        self._modules = tuple({id(m): m for modules, _ in held for m in modules}.values())
+        self._others = tuple(other for _, others in held for other in others)
+        self._buffers = _Copies()
+        self._moving = _Copies(on_host=True)
+        self._known: dict[int, torch.Tensor] | None = None
+        self._marks: list[tuple[torch.Tensor, tuple[int, int]]] = []
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._restores: list[Callable[[], None]] = []
 
-    def mark(self) -> None:
-        """Note everything down."""
+    def mark(self, dropped: Sequence[nn.Parameter]) -> None:
+        """Note everything down.
+
+        Args:
+            dropped: The parameters whose gradients are none now.
+        """
+        parameters = _unique(p for module in self._modules for p in module.parameters())
+        buffers = _unique(b for module in self._modules for b in module.buffers())
         self._restores = [
             save_random_states(),
-            *(save_attributes(module) for module in self._modules),
+            save_held(self._modules, self._others, apart=(*parameters, *buffers)),
         ]
-        buffers = [buffer for module in self._modules for buffer in module.buffers()]
-        if _are_same(buffers, self._buffers):
-            if buffers:
-                with torch.no_grad():
-                    copy_each(self._copies, buffers)
+        self._buffers.take(buffers)
+        if self._known is None:
+            self._moving.take(parameters if _is_room_for(parameters) else [])
         else:
-            self._copies = [buffer.detach().clone() for buffer in buffers]
-        self._buffers = buffers
+            self._moving.take([p for p in parameters if id(p) in self._known])
+        self._marks = [(p, (version_of(p), p.data_ptr())) for p in parameters]
+        none_now = {id(p) for p in dropped}
+        self._gradients = [
+            (p, None if p.grad is None else p.grad.clone())
+            for p in parameters
+            if id(p) not in none_now
+        ]
+
+    def settle(self) -> None:
+        """Take note of which parameters the passes have moved: they are done, and stay."""
+        moved = self._written()
+        if self._known is None:
+            self._known = {}
+            moved += self._moving.changed()
+        self._known.update({id(parameter): parameter for parameter in moved})
+        self._moving.keep(self._known)
+        self._restores, self._marks, self._gradients = [], [], []
 
     def rewind(self) -> None:
         """Put everything back, bit for bit."""
+        lost = [p for p in self._written() if not self._moving.has(p)]
         for restore in self._restores:
             restore()
         with torch.no_grad():
-            for buffer, copy in zip(self._buffers, self._copies, strict=True):
-                # One that was not written to may be a view that cannot be.
-                if not torch.equal(buffer, copy):
-                    buffer.copy_(copy)
+            self._buffers.put_back()
+            self._moving.put_back()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        if lost:
+            self._known = {**(self._known or {}), **{id(p): p for p in lost}}
+            _log.warning(
+                "forward moved %d parameters that it had not moved before, and the step is done "
+                "again with them as they are now",
+                len(lost),
+            )
+
+    def _written(self) -> list[torch.Tensor]:
+        """Return the parameters that can be seen to have been written to since the mark."""
+        return [p for p, mark in self._marks if (version_of(p), p.data_ptr()) != mark]
 
 
-def _are_same(buffers: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
-    return len(buffers) == len(known) and all(
-        one is other and one.shape == other.shape for one, other in zip(buffers, known, strict=True)
+class _Copies:
+    """Tensors and copies of what they held.
+
+    Args:
+        on_host: Keep the copies in host memory.
+    """
+
+    def __init__(self, *, on_host: bool = False) -> None:
+        self._on_host = on_host
+        self._tensors: list[torch.Tensor] = []
+        self._copies: list[torch.Tensor] = []
+
+    def take(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy tensors, into the memory of the copies before where they are the same."""
+        if not _are_same(tensors, self._tensors):
+            self._copies = [self._room(tensor) for tensor in tensors]
+        self._tensors = list(tensors)
+        with torch.no_grad():
+            if self._on_host:
+                for copy, tensor in zip(self._copies, tensors, strict=True):
+                    copy.copy_(tensor, non_blocking=copy.is_pinned())
+            elif tensors:
+                copy_each(self._copies, list(tensors))
+
+    def put_back(self) -> None:
+        """Give the tensors what they held."""
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            there = copy.to(tensor.device)
+            if (tensor.shape, tensor.dtype) != (copy.shape, copy.dtype):
+                tensor.data = there.clone()
+            # One that was not written to may be a view that cannot be.
+            elif not torch.equal(tensor, there):
+                tensor.copy_(there)
+
+    def changed(self) -> list[torch.Tensor]:
+        """Return the tensors that hold something else now."""
+        pairs = zip(self._tensors, self._copies, strict=True)
+        return [tensor for tensor, copy in pairs if not torch.equal(tensor, copy.to(tensor.device))]
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether there is a copy of a tensor."""
+        return any(tensor is known for known in self._tensors)
+
+    def keep(self, wanted: Container[int]) -> None:
+        """Forget all but some tensors, by their identity."""
+        kept = [i for i, tensor in enumerate(self._tensors) if id(tensor) in wanted]
+        self._tensors = [self._tensors[i] for i in kept]
+        self._copies = [self._copies[i] for i in kept]
+
+    def _room(self, tensor: torch.Tensor) -> torch.Tensor:
+        data = tensor.detach()
+        if not self._on_host or data.device.type == "cpu":
+            return torch.empty_like(data)
+        return torch.empty_like(data, device="cpu", pin_memory=True)
+
+
+def _unique(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _are_same(tensors: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) -> bool:
+    return len(tensors) == len(known) and all(
+        one is other and one.shape == other.shape for one, other in zip(tensors, known, strict=True)
     )
+
+
+def _is_room_for(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether host memory takes copies of tensors without becoming scarce."""
+    wanted = sum(tensor.nbytes for tensor in tensors)
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return True
+    return wanted * _LEAST_TIMES_ROOM <= available
 
 
 class RetryMonitor:

@@ -79,7 +79,12 @@ def micro_batches(
         _check_world(plan.world_size)
     rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
     layout = Layout.of(batch, rules)
-    sizes = partition.cut(layout.num_samples, plan.micro_batch_size, multiple_of=plan.multiple_of)
+    sizes = partition.cut(
+        layout.num_samples,
+        plan.micro_batch_size,
+        multiple_of=plan.multiple_of,
+        smallest=plan.smallest_micro_batch_size,
+    )
     parts = micro_batches_of(batch, layout, sizes)
     counts = counts_of(weight, parts, sizes)
     total = sum(counts)

@@ -76,12 +76,11 @@ def _by_hand(plan: Plan) -> str:
     setup = ["device = next(model.parameters()).device"]
     if is_scaled:
         setup.append("scaler = torch.amp.GradScaler(device.type)")
-    size = plan.micro_batch_size
     step = ["scaler.step(optimizer)", "scaler.update()"] if is_scaled else ["optimizer.step()"]
     count = ["total = torch.tensor(len(x), device=device)", "distributed.all_reduce(total)"]
     for_each_part = [
         *(count if has_ranks else ["total = len(x)"]),
-        f"parts = list(zip(x.split({size}), y.split({size})))",
+        *_parts(plan),
         "for index, (x_i, y_i) in enumerate(parts):" if has_ranks else "for x_i, y_i in parts:",
         *_indented(_one_part(plan)),
         *step,
@@ -97,6 +96,18 @@ def _by_hand(plan: Plan) -> str:
             *_indented(for_each_part),
         ]
     )
+
+
+def _parts(plan: Plan) -> list[str]:
+    """Return how a batch is cut: as the plan does, and a short last one as evenly."""
+    size, share = plan.micro_batch_size, plan.share_of(0)
+    by_size = [size] * (share // size) + [share % size] * (share % size > 0)
+    if tuple(by_size) == plan.micro_batch_sizes:
+        return [f"parts = list(zip(x.split({size}), y.split({size})))"]
+    return [
+        f"num_parts = -(-len(x) // {size})",
+        "parts = list(zip(x.tensor_split(num_parts), y.tensor_split(num_parts)))",
+    ]
 
 
 def _one_part(plan: Plan) -> list[str]:

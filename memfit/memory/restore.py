@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from memfit._torch_private import own_buffers
 from memfit.errors import WorkloadError
 from memfit.memory.attributes import save_contents
 from memfit.memory.saved_tensor import SavedTensor, host_copy
@@ -32,12 +31,10 @@ __all__ = [
     "Preserved",
     "preserved",
     "rewound",
-    "save_attributes",
     "save_random_states",
 ]
 
 _T = TypeVar("_T")
-_PLAIN_TYPES = frozenset((type(None), bool, int, float, str))
 
 
 class Preserved:
@@ -178,37 +175,6 @@ def _save_forward_state(modules: Sequence[nn.Module]) -> Callable[[], None]:
         put_contents_back()
         for saved in tensors:
             saved.restore()
-
-    return restore
-
-
-def save_attributes(module: nn.Module) -> Callable[[], None]:
-    """Note down the plain attributes of a module and those in it, and which tensors are buffers.
-
-    Quick enough for every step of a training loop, and nothing is kept alive by it. `rewound` puts
-    back more.
-
-    Args:
-        module: The module; the values of its buffers are not kept.
-
-    Returns:
-        What puts them back.
-    """
-    owners = [
-        (
-            child,
-            dict(own_buffers(child)),
-            # By type: a training loop asks this of thousands of attributes in each of its steps.
-            {name: value for name, value in vars(child).items() if type(value) in _PLAIN_TYPES},
-        )
-        for child in module.modules()
-    ]
-
-    def restore() -> None:
-        for child, buffers, attributes in owners:
-            own_buffers(child).clear()
-            own_buffers(child).update(buffers)
-            vars(child).update(attributes)
 
     return restore
 

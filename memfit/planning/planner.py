@@ -12,10 +12,13 @@ from memfit import partition, search
 from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning.searching import SearchBounds, check_bounds, run_search, run_trial
-from memfit.records import Objective, Plan, ProbeResult, Trial
+from memfit.records import Objective, Plan, ProbeResult, Source, Trial
 from memfit.step.workload import TrainingStep
 
 __all__ = ["PlanTarget", "plan_on"]
+
+# Batch norm may refuse less.
+_FEWEST = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +30,7 @@ class PlanTarget:
         world_size: Ranks that share them.
         objective: What the plan aims at.
         headroom: Share of the capacity to keep free.
-        multiple_of: What micro-batches are multiples of, the last of a step excepted.
+        multiple_of: What micro-batches are multiples of, one of a step excepted.
         max_batch_size: The largest micro-batch of interest; `None` for any.
     """
 
@@ -156,6 +159,8 @@ class _Planner:
         self._trials: list[Trial] = []
         self._capacity = backend.capacity()
         self._limit_bytes = search.limit_of(self._capacity.usable_bytes, target.headroom)
+        self._smallest = _FEWEST
+        self._refused: Exception | None = None
 
     def plan(self) -> Plan:
         target, share = self._target, self._target.share
@@ -173,13 +178,53 @@ class _Planner:
             size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
             trial = self._known(step, size) or self._run(step, size)
             if search.has_headroom(trial, self._limit_bytes):
-                return self._plan_of(step, trial, parts, limits, tuple(remarks))
+                if self._runs_smallest(step, parts, remarks):
+                    return self._plan_of(step, trial, parts, limits, tuple(remarks))
+                continue
             # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
             largest = size - 1
         raise DoesNotFitError(
             f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
             "memory is not steady enough to plan with."
         )
+
+    def _runs_smallest(
+        self, step: TrainingStep, parts: partition.Parts, remarks: list[str]
+    ) -> bool:
+        """Whether the step was seen to run with the smallest part; if not, ask for larger ones.
+
+        Raises:
+            UsageError: There are no larger ones.
+        """
+        target = self._target
+        size = partition.smallest_of(
+            parts.sizes,
+            target.effective_batch_size,
+            world_size=target.world_size,
+            multiple_of=target.multiple_of,
+            smallest=self._smallest,
+        )
+        if size < self._smallest and self._refused is not None:
+            what = partition.too_small(
+                target.effective_batch_size, target.world_size, parts.sizes[0], size
+            )
+            raise UsageError(f"{what} ({self._refused})") from self._refused
+        if any(trial.batch_size <= size for trial in self._trials):
+            return True
+        if self._trials[-1].source is Source.SIMULATED:
+            if size < _FEWEST:
+                remarks.append(
+                    "A part has one sample, which batch norm may refuse: a simulation does not see."
+                )
+            return True
+        try:
+            self._run(step, size)
+        except Exception as error:
+            if not getattr(error, "raised_in_step", False):
+                raise
+            self._refused, self._smallest = error, size + 1
+            return False
+        return True
 
     def _fits_whole(self, remarks: list[str]) -> bool:
         """Whether a share fits in one step, with the headroom."""
@@ -230,6 +275,7 @@ class _Planner:
             largest_accumulating=largest_accumulating,
             objective=target.objective,
             multiple_of=target.multiple_of,
+            smallest=self._smallest,
             speeds=self._speeds(),
         )
 
@@ -288,6 +334,7 @@ class _Planner:
             objective=target.objective,
             micro_batch_sizes=parts.sizes,
             multiple_of=target.multiple_of,
+            smallest_micro_batch_size=self._smallest,
             headroom=target.headroom,
             max_micro_batch_size=limits.largest,
             proved=limits.proved,

@@ -42,7 +42,8 @@ class Plan(Record):
         objective: What the plan aims at.
         micro_batch_sizes: The first rank's micro-batches of one optimizer step, in samples. Where
             ranks do not share equally, the first ones take one sample more than the others.
-        multiple_of: What micro-batches are multiples of, the last of a step excepted.
+        multiple_of: What micro-batches are multiples of, one of a step excepted.
+        smallest_micro_batch_size: No micro-batch has fewer samples, where that can be.
         headroom: The share of the capacity that is kept free.
         max_micro_batch_size: The largest micro-batch of such a step that fits: the edge.
         proved: One sample more ran out; otherwise no more was asked for.
@@ -68,6 +69,7 @@ class Plan(Record):
     objective: Objective
     micro_batch_sizes: tuple[int, ...]
     multiple_of: int
+    smallest_micro_batch_size: int = 2
     headroom: float
     max_micro_batch_size: int
     proved: bool

@@ -23,6 +23,7 @@ from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout
+from memfit.step.closures import check_steps_alone
 from memfit.step.meta_copy import without_values
 from memfit.step.runner import PrecisionPolicy, PreparedStep, split_batch
 
@@ -102,6 +103,7 @@ class Workload:
                 "training loop will."
             )
         if isinstance(self.optimizer, Optimizer):
+            check_steps_alone(self.optimizer)
             own = {id(parameter) for parameter in self.model.parameters()}
             held = (p for group in self.optimizer.param_groups for p in group["params"])
             if not any(id(parameter) in own for parameter in held):
@@ -418,6 +420,7 @@ def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
         raise WorkloadError(
             f"The optimizer function returned {_kind(optimizer)}, which is no torch optimizer."
         )
+    check_steps_alone(optimizer)
     return optimizer
 
 

@@ -41,6 +41,46 @@ def test_what_fits_whole_is_one_step() -> None:
     assert (found.max_micro_batch_size, found.proved) == (64, False)
 
 
+class Pooled(nn.Module):
+    """Normalises what it has pooled to one value in each channel: two samples are the fewest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, 2)."""
+        scores: torch.Tensor = self.last(self.norm(self.conv(x).mean((2, 3))))
+        return scores
+
+
+def test_no_part_is_smaller_than_what_the_step_runs_with() -> None:
+    """Parts of one sample, which batch norm refuses, are avoided, or there is no plan."""
+
+    def batch(size: int) -> Any:
+        return torch.randn(size, 3, 8, 8), torch.randint(2, (size,))
+
+    workload = memfit.Workload(Pooled(), batch, nn.functional.cross_entropy, "sgd")
+    on_cpu: dict[str, Any] = {"device": "cpu", "memory": "300MiB"}
+    found = memfit.plan(workload, 9, max_batch_size=4, **on_cpu)
+    assert found.micro_batch_sizes == (3, 3, 3)
+    found = memfit.plan(workload, 17, max_batch_size=8, multiple_of=8, **on_cpu)
+    assert found.micro_batch_sizes == (6, 6, 5)
+    assert min(trial.batch_size for trial in found.trials) <= 5
+    assert "With parts that are multiples of 8 the last one would be too small" in found.remarks[-1]
+    says = (
+        r"batch of 9 has no parts of at most 2 without one of 1, and the step does not run with "
+        r"that: plan for 8 or 10 \(Expected more than 1 value"
+    )
+    with pytest.raises(UsageError, match=says):
+        memfit.plan(workload, 9, max_batch_size=2, **on_cpu)
+
+
+def test_a_simulated_part_of_one_sample_is_remarked_upon() -> None:
+    """Whether it runs is not known there."""
+    assert "A part has one sample" in plan(9, max_batch_size=2).remarks[0]
+
+
 def test_what_does_not_fit_whole_accumulates() -> None:
     """In the fewest steps; the plan's own micro-batch was tried and keeps the headroom."""
     found = plan(9000)

@@ -1,0 +1,46 @@
+"""Optimizers that ask for the loss again within their step: accumulated gradients have none.
+
+L-BFGS evaluates the loss several times in one step, and SAM twice: each takes a function (a
+closure) that runs forward and backward over the whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+
+from memfit.errors import WorkloadError
+
+__all__ = ["check_steps_alone", "required_arguments"]
+
+
+def check_steps_alone(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step needs a closure.
+
+    Raises:
+        WorkloadError: It does.
+    """
+    is_sam = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    if not is_sam and "closure" not in required_arguments(optimizer.step):
+        return
+    raise WorkloadError(
+        f"{type(optimizer).__name__} runs forward and backward again within its step (a closure), "
+        "and memfit runs each micro-batch once before an optimizer step: train with an optimizer "
+        "that steps on the gradients that are there, or call this one in a loop of your own."
+    )
+
+
+def required_arguments(function: Callable[..., object]) -> tuple[str, ...]:
+    """Return the names of the arguments that a call cannot leave out."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    positional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in positional
+    )
