@@ -65,10 +65,13 @@ COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
         lambda: memfit.profile(workload(), 2, gpu="rtx3090"),
         TRACING | {"torch._C._current_autograd_node"} | FORWARD_MODULES,
     ),
-    "estimate": (lambda: memfit.estimate(workload(), 2, gpu="rtx3090"), TRACING),
+    "estimate": (
+        lambda: memfit.estimate(workload(), 2, gpu="rtx3090"),
+        TRACING - {PYTREE},
+    ),
     "probe a CPU": (
         lambda: memfit.probe(workload(), device="cpu", memory="64MiB", max_batch_size=2),
-        set(),
+        {PYTREE},
     ),
     "accumulate": (accumulate, {VERSION}),
 }

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memfit._torch_private import pytree
 from memfit.errors import WorkloadError
 from memfit.records import Precision
+from memfit.step.nesting import leaves_of
 
 __all__ = [
     "PrecisionPolicy",
@@ -226,8 +226,7 @@ class PreparedStep:
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    leaves = pytree.tree_leaves(value)
-    return (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return (leaf for leaf in leaves_of(value) if isinstance(leaf, torch.Tensor))
 
 
 @contextlib.contextmanager
