@@ -136,7 +136,8 @@ class Adversary(nn.Module):
         judged = self.net(outputs.detach()).sigmoid().mean()
         (-judged).backward()
         self.optimizer.step()
-        return F.cross_entropy(outputs, targets) + self.net(outputs).mean()
+        loss: torch.Tensor = F.cross_entropy(outputs, targets) + self.net(outputs).mean()
+        return loss
 
 
 class Centred:
