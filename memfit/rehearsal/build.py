@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from memfit.errors import UnsupportedError
@@ -38,14 +39,8 @@ NVML_LIBRARY = "libnvidia-ml.so.1"
 
 _SOURCES = Path(__file__).with_name("device")
 _CARRIED = Path(__file__).with_name("lib")
-_FLAGS = (
-    "-std=gnu11",
-    "-O2",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-pthread",
-)
+_COMPILING = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread")
+_LINKING = ("-shared", "-fPIC", "-pthread")
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -74,7 +69,7 @@ def carried_folder(root: Path) -> Path:
 
 def sources_digest() -> str:
     """Return what tells one version of the sources and of their compilation from another."""
-    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    digest = hashlib.sha256(" ".join((*_COMPILING, *_LINKING)).encode())
     for path in sorted(_SOURCES.rglob("*.[ch]")):
         digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
         digest.update(path.read_bytes())
@@ -103,11 +98,19 @@ def compile_libraries(
     Raises:
         UnsupportedError: The compiler fails.
     """
-    sources = sorted(str(path) for path in _SOURCES.rglob("*.c"))
-    _run([*command, *_FLAGS, *flags, *_named(folder / LIBRARY), *sources, "-ldl"])
+    sources = sorted(_SOURCES.rglob("*.c"))
+    with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = [str(Path(objects, f"{index}.o")) for index in range(len(sources))]
+        commands = [
+            [*command, *_COMPILING, *flags, "-c", "-o", target, str(source)]
+            for source, target in zip(sources, compiled, strict=True)
+        ]
+        for _ in pool.map(_run, commands):
+            pass
+        _run([*command, *_LINKING, *flags, *_named(folder / LIBRARY), *compiled, "-ldl"])
     with tempfile.NamedTemporaryFile(suffix=".c") as empty:
         needed = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", str(folder / LIBRARY))
-        _run([*command, *_FLAGS, *flags, *_named(folder / NVML_LIBRARY), empty.name, *needed])
+        _run([*command, *_LINKING, *flags, *_named(folder / NVML_LIBRARY), empty.name, *needed])
 
 
 def _named(target: Path) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def test_other_compiler_has_no_warning_either(tmp_path: Path) -> None:
     if not shutil.which("clang"):
         pytest.skip("needs clang")
 
-    build.compile_libraries(tmp_path, ("clang",), flags=_WARNINGS)
+    build.compile_libraries(tmp_path, ("clang",), flags=(*_WARNINGS, "-O0"))
 
     assert ctypes.CDLL(str(tmp_path / build.LIBRARY)).memfit_rehearsal_version() == 1
 
@@ -118,7 +118,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     program = tmp_path / "exercise"
     source = Path(__file__).with_name("exercise.c")
     try:
-        build.compile_libraries(tmp_path, command, flags=(*_SANITIZERS, "-O1", "-g"))
+        build.compile_libraries(tmp_path, command, flags=(*_SANITIZERS, "-O0", "-g"))
         subprocess.run(
             [*command, "-g", *_SANITIZERS, "-o", str(program), str(source), "-ldl", "-lpthread"],
             check=True,
