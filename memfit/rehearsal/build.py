@@ -59,6 +59,11 @@ def library_folder() -> Path:
     if not folder.is_dir():
         _compile_into(folder)
     _check_private(folder, names=(LIBRARY, NVML_LIBRARY))
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise UnsupportedError(
+            f"The compiled device of a rehearsal cannot be loaded from {str(folder)!r}, because "
+            "nothing there may be executed (noexec): set XDG_CACHE_HOME to another folder."
+        )
     return folder
 
 
@@ -138,10 +143,16 @@ def _compile_into(folder: Path) -> None:
             "one, or install a memfit wheel that carries the compiled device."
         )
     parent = folder.parent
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(parent)
-    # Two processes may come here at once: each compiles for itself, and the first one stays.
-    under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(parent)
+        # Two processes may come here at once: each compiles for itself, and the first one stays.
+        under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
+    except OSError as exc:
+        raise UnsupportedError(
+            f"The device that a rehearsal needs cannot be compiled into {str(parent)!r} "
+            f"({exc.strerror}): set XDG_CACHE_HOME to a folder that you can write."
+        ) from exc
     try:
         compile_libraries(under_way, command)
         for name in (LIBRARY, NVML_LIBRARY):

@@ -185,6 +185,17 @@ def test_neither_a_compiler_nor_a_wheels_library(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("cache")
+def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence says where, why, and what to set."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+
+    with pytest.raises(
+        UnsupportedError, match=r"into '/dev/null/memfit/rehearsal' \(Not a directory\): set XDG"
+    ):
+        build.library_folder()
+
+
+@pytest.mark.usefixtures("cache")
 def test_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own first error is in the sentence."""
     broken = tmp_path / "brokencc"
