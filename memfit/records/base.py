@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Any, ClassVar
 
 __all__ = ["SCHEMA_VERSION", "Engine", "Record", "Source"]
@@ -47,7 +48,8 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON, with a `schema_version`.
 
-        Enums become their values, tuples become lists, and missing values stay `None`.
+        Enums become their values, tuples become lists, and missing values stay `None`. So does a
+        number that is not finite, because JSON has none.
         """
         return {"schema_version": SCHEMA_VERSION, **_plain_fields(self)}
 
@@ -64,4 +66,6 @@ def _plain(value: Any) -> Any:
         return value.value
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

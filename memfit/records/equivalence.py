@@ -13,8 +13,10 @@ __all__ = [
     "BufferDrift",
     "Equivalence",
     "GradientCheck",
+    "GradientFault",
     "LoopFault",
     "LoopWindow",
+    "LossTerm",
     "LossWeighting",
     "MixesIn",
     "MixingLayer",
@@ -46,13 +48,39 @@ class LossWeighting(str, enum.Enum):
     """What each micro-batch's loss has to be weighted by, as the loss itself shows.
 
     `SAMPLES`: a mean over samples, so n_i / N. `TARGETS`: a mean over valid targets, so t_i / T.
-    `SUM`: a sum, so 1. `MEASURED`: anything else; the weights were read off the loss's gradients.
+    `SUM`: a sum, so 1. `CLASSES`: a mean over weights of classes, so their sum over the
+    micro-batch. `SEVERAL`: several losses that average over different things. `MEASURED`: anything
+    else; the weights were read off the loss's gradients.
     """
 
     SAMPLES = "samples"
     TARGETS = "targets"
     SUM = "sum"
+    CLASSES = "classes"
+    SEVERAL = "several"
     MEASURED = "measured"
+
+
+class GradientFault(str, enum.Enum):
+    """Why accumulated gradients are not the full batch's.
+
+    `MIXES_SAMPLES`: samples meet in a layer or in the loss. `DEPENDS_ON_ORDER`: the full batch with
+    its samples in another order has another gradient. `CARRIES_STATE`: what one forward pass leaves
+    behind changes the next. `ADDS_DIFFERENT_MEANS`: the loss is one number that adds means over
+    different things, so that no single weight of a micro-batch is right. `DETACHES`: a layer cuts
+    gradients off in some passes. `DRAWS_NOT_REPLAYED`: there are random draws that belong to the
+    batch as a whole. `DOES_NOT_REPEAT`: the same pass from the same state gives another gradient.
+    `UNEXPLAINED`: none of these was found.
+    """
+
+    MIXES_SAMPLES = "mixes_samples"
+    DEPENDS_ON_ORDER = "depends_on_order"
+    CARRIES_STATE = "carries_state"
+    ADDS_DIFFERENT_MEANS = "adds_different_means"
+    DETACHES = "detaches"
+    DRAWS_NOT_REPLAYED = "draws_not_replayed"
+    DOES_NOT_REPEAT = "does_not_repeat"
+    UNEXPLAINED = "unexplained"
 
 
 class LoopFault(str, enum.Enum):
@@ -92,6 +120,25 @@ class MixingLayer(Record):
     moved: float
     stops_in_eval: bool | None = None
     frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerm(Record):
+    """One of the losses that a step adds up, and what it averages over.
+
+    Args:
+        name: Its key or place among the losses that are returned; `"loss"` where there is one.
+        weighting: What each micro-batch's has to be weighted by.
+        counts: What counts, as an expression of the batch, where that has a name.
+        unexplained: The part of the full batch's gradient that the weights do not explain.
+        inside: It is a summand of the one number that the loss returns, and not returned itself.
+    """
+
+    name: str
+    weighting: LossWeighting
+    counts: str | None = None
+    unexplained: float = 0.0
+    inside: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,15 +261,26 @@ class Equivalence(Record):
         options: The training step, its precision chosen.
         device: The device of training.
         weighting: What the loss averages over.
+        terms: The same for each of the losses, and for the summands of one that adds different
+            means.
         checks: Every comparison: fp64 first, then the precision of training.
+        faults: What makes gradients differ, as far as experiments tell; empty where they are equal.
+        order_error: How far the full batch's gradient moves when its samples are put in another
+            order; `None` where that was not tried.
         mixing_layers: What mixes samples, in order of first appearance.
         buffers: Buffers that accumulation leaves elsewhere, furthest first.
         num_drifting_buffers: How many those are in all.
         unreached: Parameters that require a gradient and get none.
         detaching: Layers that cut gradients off.
         stateful: Layers whose output depends on how often they were called before.
+        carried: Parameters, buffers and attributes that a forward pass changes, where that makes
+            gradients differ.
+        changes_batch: Forward or the loss changes the batch in place; every pass had a copy.
+        single_precision: Why float32 stands in for float64; `None` where it does not.
         replayed: Layers whose random draws were replayed sample by sample.
         switched_off: Layers whose randomness was switched off because it cannot be replayed.
+        held_fixed: Layers whose random draws were replaced by one value for all samples, because
+            it cannot be told which draw is whose.
         num_moved_parameters: Parameters at zero that were moved off it, where they would have
             hidden other parameters' gradients.
         num_jittered_samples: Samples that were copies of others and were made different.
@@ -240,15 +298,22 @@ class Equivalence(Record):
     options: StepOptions
     device: str
     weighting: LossWeighting
+    terms: tuple[LossTerm, ...] = ()
     checks: tuple[GradientCheck, ...]
+    faults: tuple[GradientFault, ...] = ()
+    order_error: float | None = None
     mixing_layers: tuple[MixingLayer, ...] = ()
     buffers: tuple[BufferDrift, ...] = ()
     num_drifting_buffers: int = 0
     unreached: tuple[str, ...] = ()
     detaching: tuple[str, ...] = ()
     stateful: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    changes_batch: bool = False
+    single_precision: str | None = None
     replayed: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
+    held_fixed: tuple[str, ...] = ()
     num_moved_parameters: int = 0
     num_jittered_samples: int = 0
     loop: tuple[LoopWindow, ...] = ()
@@ -268,6 +333,11 @@ class Equivalence(Record):
     def effective_batch_size(self) -> int:
         """Samples in each optimizer step."""
         return self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def mixers(self) -> tuple[MixingLayer, ...]:
+        """The former name of `mixing_layers`."""
+        return self.mixing_layers
 
     def worst_relative_error(self, precision: str) -> float | None:
         """Return the largest relative error in a precision, or `None` if it was not checked."""
