@@ -10,7 +10,10 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CallStack"]
+__all__ = ["LOSS", "CallStack"]
+
+LOSS = "loss"
+"""What is called the layer of what runs outside the model."""
 
 
 class CallStack:
@@ -27,8 +30,8 @@ class CallStack:
 
     @property
     def innermost(self) -> str:
-        """The path of the layer that runs; empty outside all and in the model itself."""
-        return self._names[-1] if self._names else ""
+        """The path of the layer that runs: empty in the model itself, `LOSS` outside all."""
+        return self._names[-1] if self._names else LOSS
 
     def __enter__(self) -> Self:
         """Follow the layers from here on."""

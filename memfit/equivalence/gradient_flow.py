@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,15 +10,37 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from memfit._torch_private import pytree
-from memfit.equivalence.mixing import layer_name
+from memfit.equivalence.mixing import layer_name, with_values
 from memfit.equivalence.randomness import seed_all
-from memfit.memory.restore import rewound
+from memfit.equivalence.samples import Samples
+from memfit.equivalence.state import same_start
 from memfit.step.runner import call_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DetachWatch", "stateful_layers"]
+__all__ = ["DetachWatch", "cut_off", "stateful_layers"]
+
+
+def cut_off(model: nn.Module, unreached: Collection[str]) -> tuple[str, ...]:
+    """Name the outermost layers all of whose trained parameters get no gradient.
+
+    Args:
+        model: The model.
+        unreached: Parameters that forward uses and that no gradient reaches, by path.
+    """
+    found: list[str] = []
+    for path, module in model.named_modules():
+        own = [
+            f"{path}.{name}" if path else name
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if own and not inside and all(name in unreached for name in own):
+            found.append(path)
+    lone = (name for name in unreached if not any(name.startswith(f"{one}.") for one in found))
+    return (*found, *lone)
 
 
 class DetachWatch:
@@ -85,12 +108,12 @@ def _flows(values: Any) -> bool | None:
     return any(leaf.requires_grad for leaf in numbers) if numbers else None
 
 
-def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
+def stateful_layers(model: nn.Module, samples: Samples) -> tuple[str, ...]:
     """Name the layers that return something else when they are called again on the same.
 
     Args:
         model: The model, in the mode in which it trains.
-        inputs: What it takes.
+        samples: Some samples that it takes.
 
     Returns:
         Their paths, innermost only, in order of first appearance.
@@ -105,13 +128,14 @@ def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
             leaves, spec = pytree.tree_flatten(output)
             before = first.get((name, call))
             if before is None:
-                first[name, call] = [leaf.clone() for leaf in leaves if _is_tensor(leaf)]
+                first[name, call] = [leaf.detach().clone() for leaf in leaves if _is_tensor(leaf)]
                 return output
             old = iter(before)
-            put_back = [next(old) if _is_tensor(leaf) else leaf for leaf in leaves]
-            if not all(map(_same, put_back, leaves)):
-                found[layer_name(name)] = None
-            return pytree.tree_unflatten(put_back, spec)
+            put_back = [next(old, leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
+            if all(map(_same, put_back, leaves)):
+                return output
+            found[layer_name(name)] = None
+            return pytree.tree_unflatten([*map(with_values, leaves, put_back)], spec)
 
         return hook
 
@@ -119,11 +143,11 @@ def stateful_layers(model: nn.Module, inputs: Any) -> tuple[str, ...]:
         module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()
     ]
     try:
-        with rewound(model), torch.no_grad():
+        with same_start((model,)):
             for _ in range(2):
                 calls.clear()
                 seed_all()
-                call_model(model, inputs)
+                call_model(model, samples.of(0, samples.num_samples)[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -137,4 +161,8 @@ def _is_tensor(leaf: object) -> bool:
 def _same(old: Any, new: Any) -> bool:
     if not _is_tensor(old):
         return True
-    return old.shape == new.shape and torch.allclose(old, new, rtol=1e-9, atol=0, equal_nan=True)
+    return (
+        old.shape == new.shape
+        and old.dtype == new.dtype
+        and torch.allclose(old, new, rtol=1e-9, atol=0, equal_nan=True)
+    )

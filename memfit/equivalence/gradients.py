@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from memfit.equivalence.randomness import Draws
+from memfit.equivalence.samples import Samples, was_written_to
 from memfit.equivalence.splits import spans
+from memfit.equivalence.state import held_by, same_start
+from memfit.equivalence.terms import named_losses
 from memfit.errors import WorkloadError
-from memfit.memory.restore import rewound
 from memfit.records import Precision
-from memfit.step import batches
-from memfit.step.runner import autocast, call_model, check_loss, users_code
+from memfit.step.runner import autocast, call_model, users_code
 
 __all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "gradients"]
 
@@ -36,20 +37,16 @@ class CheckSetup:
 
     Args:
         model: The model, converted and placed.
-        loss: From outputs and targets to one number.
-        inputs: What the model takes; tensors of shape (samples, ...).
-        targets: What the loss compares with, one by one; tensors of shape (samples, ...).
-        num_samples: Samples in the effective batch.
+        loss: From outputs and targets to one number, or several by name.
+        samples: The effective batch.
         device: Where all of it is.
         precision: The arithmetic; `None` for float64 throughout.
         draws: What the model draws at random.
     """
 
     model: nn.Module
-    loss: Callable[..., torch.Tensor]
-    inputs: Any
-    targets: tuple[Any, ...]
-    num_samples: int
+    loss: Callable[..., Any]
+    samples: Samples
     device: torch.device
     precision: Precision | None
     draws: Draws
@@ -60,9 +57,14 @@ class CheckSetup:
         return FP64 if self.precision is None else self.precision.value
 
     @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The model, and the loss if it is a module."""
-        return (self.model, *((self.loss,) if isinstance(self.loss, nn.Module) else ()))
+    def holders(self) -> tuple[object, ...]:
+        """What can keep something from pass to pass."""
+        return (self.model, *held_by(self.loss, self.model))
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the effective batch."""
+        return self.samples.num_samples
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by name."""
@@ -80,15 +82,17 @@ class CheckSetup:
         """Return copies of the model's buffers, by name."""
         return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
-    def loss_of(self, start: int, stop: int) -> torch.Tensor:
+    def losses_of(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Run samples `start` up to and without `stop` through model and loss.
 
+        Returns:
+            The losses by name, each one number.
+
         Raises:
-            WorkloadError: The loss is not one number with a gradient, or not finite.
+            WorkloadError: A loss is not one number, or none has a gradient.
             SingleSampleError: The model takes no batch of one sample.
         """
-        inputs = batches.take(self.inputs, start, stop)
-        targets = batches.take(self.targets, start, stop)
+        inputs, targets = self.samples.of(start, stop)
         context = (
             contextlib.nullcontext()
             if self.precision is None
@@ -96,28 +100,32 @@ class CheckSetup:
         )
         try:
             with context:
-                loss = self.loss(call_model(self.model, inputs), *targets)
+                returned = self.loss(call_model(self.model, inputs), *targets)
         except ValueError as error:
             if stop - start > 1:
                 raise
             raise SingleSampleError(
                 f"The model takes no micro-batch of one sample ({error})"
             ) from error
-        check_loss(loss)
+        if was_written_to((inputs, targets)):
+            self.draws.batch_changed = True
+        return named_losses(returned)
+
+    def check_finite(self, loss: torch.Tensor) -> None:
+        """Refuse a loss that there are no gradients of.
+
+        Raises:
+            WorkloadError: It is not finite.
+        """
         if not bool(torch.isfinite(loss.detach()).all()):
             raise WorkloadError(
                 f"The loss is {loss.item()} in {self.precision_name}, so there are no gradients to "
                 "compare: check the model's weights and the example batch."
             )
-        return loss
 
     def reordered(self, order: torch.Tensor) -> CheckSetup:
         """Return the same batch with its samples in another order."""
-        return dataclasses.replace(
-            self,
-            inputs=batches.reordered(self.inputs, order),
-            targets=tuple(batches.reordered(target, order) for target in self.targets),
-        )
+        return dataclasses.replace(self, samples=self.samples.picked(order.tolist()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +148,9 @@ def gradients(
     bench: CheckSetup,
     cut: Sequence[int],
     *,
-    weights: Sequence[float],
+    weights: Sequence[Sequence[float]],
     order: torch.Tensor | None = None,
+    forgets: bool = False,
 ) -> Gradients:
     """Accumulate the gradients of micro-batches as a training loop does.
 
@@ -150,20 +159,24 @@ def gradients(
     Args:
         bench: What is run.
         cut: Samples in each micro-batch; they sum to the effective batch.
-        weights: What each micro-batch's loss is multiplied by.
+        weights: For each micro-batch what its losses are multiplied by, in their order. A loss that
+            is multiplied by 0 contributes nothing, also where it is no number.
         order: In which order the bench has its samples, where it is not that of the recorded random
             draws. It takes a pass over parts of the batch before, to show whose draws are whose.
-        after_forward: Called after each micro-batch.
+        forgets: Put everything but gradients back after each micro-batch, as no training loop does.
 
     Returns:
         The gradients, unscaled.
 
     Raises:
-        WorkloadError: As `CheckSetup.loss_of`, or the gradients overflow at every loss scale.
+        WorkloadError: As `CheckSetup.losses_of`, a loss is not finite, or the gradients overflow at
+            every loss scale.
     """
     loss_scale = _FIRST_LOSS_SCALE if bench.precision is Precision.AMP_FP16 else 1.0
     while True:
-        result = _pass(bench, cut, weights=weights, loss_scale=loss_scale, order=order)
+        result = _pass(
+            bench, cut, weights=weights, loss_scale=loss_scale, order=order, forgets=forgets
+        )
         # The squares are sums, so one that is not finite shows there; as the scaler would, go on
         # with a smaller scale, the same for every micro-batch.
         if bench.precision is not Precision.AMP_FP16 or loss_scale <= 1 or _finite(result):
@@ -179,17 +192,21 @@ def _pass(
     bench: CheckSetup,
     cut: Sequence[int],
     *,
-    weights: Sequence[float],
+    weights: Sequence[Sequence[float]],
     loss_scale: float,
     order: torch.Tensor | None,
+    forgets: bool,
 ) -> Gradients:
     parameters = bench.parameters()
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
     for parameter in parameters.values():
         parameter.grad = None
     whole = len(cut) == 1
-    with rewound(*bench.modules), _squares_noted(parameters, squares):
-        for (start, stop), weight in zip(spans(cut), weights, strict=True):
+    with (
+        same_start(bench.holders, parameters.values()) as put_back,
+        _squares_noted(parameters, squares),
+    ):
+        for (start, stop), shares in zip(spans(cut), weights, strict=True):
             if order is not None:
                 draws = bench.draws.replayed_in(order)
             elif whole:
@@ -197,20 +214,35 @@ def _pass(
             else:
                 draws = bench.draws.replayed(start, stop)
             with draws, users_code():
-                loss = bench.loss_of(start, stop)
-                (loss * (weight * loss_scale)).backward()
+                loss = _weighted(bench, bench.losses_of(start, stop), shares)
+                if loss is not None:
+                    (loss * loss_scale).backward()
             del loss
+            if forgets:
+                put_back()
         buffers = bench.buffers()
-    values: dict[str, torch.Tensor | None] = {}
-    for name, parameter in parameters.items():
-        grad = parameter.grad
-        parameter.grad = None
-        values[name] = None if grad is None else _to_host(grad, loss_scale)
+        values: dict[str, torch.Tensor | None] = {}
+        for name, parameter in parameters.items():
+            grad = parameter.grad
+            parameter.grad = None
+            values[name] = None if grad is None else _to_host(grad, loss_scale)
     written = {
         name: float(torch.stack(noted).sum()) / loss_scale**2 if noted else 0.0
         for name, noted in squares.items()
     }
     return Gradients(values=values, written_squares=written, buffers=buffers)
+
+
+def _weighted(
+    bench: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float]
+) -> torch.Tensor | None:
+    """Return the sum of losses, each by its share; `None` where nothing counts."""
+    total = None
+    for loss, share in zip(losses.values(), shares, strict=True):
+        if share and loss.requires_grad:
+            bench.check_finite(loss)
+            total = loss * share if total is None else total + loss * share
+    return total
 
 
 def _to_host(grad: torch.Tensor, loss_scale: float) -> torch.Tensor:

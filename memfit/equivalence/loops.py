@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit.equivalence.gradients import dense
+from memfit.equivalence.gradients import CheckSetup, dense
 from memfit.equivalence.randomness import seed_all
 from memfit.equivalence.splits import spans
+from memfit.equivalence.state import same_start
 from memfit.equivalence.weighting import Weights
 from memfit.errors import WorkloadError
-from memfit.memory.restore import rewound
 from memfit.records import LoopFault, LoopWindow, LossWeighting
-from memfit.step import batches
-from memfit.step.runner import call_model
 
 __all__ = ["AccumulationLoop", "weigh"]
 
@@ -96,19 +94,12 @@ class _Weighing:
     """A loop and what it runs on."""
 
     loop: AccumulationLoop
-    model: nn.Module
-    loss: Callable[..., torch.Tensor]
-    batch: Any
-    split: Callable[[Any], tuple[Any, tuple[Any, ...]]]
+    setup: CheckSetup
     weights: Weights
     parameters: tuple[nn.Parameter, ...]
 
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        return (self.model, *((self.loss,) if isinstance(self.loss, nn.Module) else ()))
-
     def micro_batches(self, cut: Sequence[int]) -> list[Any]:
-        return [batches.take(self.batch, start, stop) for start, stop in spans(cut)]
+        return [self.setup.samples.part(start, stop) for start, stop in spans(cut)]
 
     def sketch(self) -> torch.Tensor:
         """Return some elements of every parameter's gradient, of shape (elements,)."""
@@ -119,27 +110,33 @@ class _Weighing:
             parts.append(flat[:: max(1, flat.numel() // _NUM_SKETCHED)].double())
         return torch.cat(parts)
 
-    def known(self, cut: Sequence[int]) -> torch.Tensor:
-        """Return each micro-batch's own gradient, of shape (elements, micro-batches)."""
+    def known(self, cut: Sequence[int], weights: Sequence[Sequence[float]]) -> torch.Tensor:
+        """Return each micro-batch's own gradient, of shape (elements, micro-batches).
+
+        Of several losses, each counts by its weights.
+        """
         columns = []
-        for micro_batch in self.micro_batches(cut):
-            inputs, targets = self.split(micro_batch)
+        for span, shares in zip(spans(cut), weights, strict=True):
             self.clear()
-            with rewound(*self.modules), torch.enable_grad():
+            with same_start(self.setup.holders, self.parameters), torch.enable_grad():
                 seed_all()
-                self.loss(call_model(self.model, inputs), *targets).backward()
-            columns.append(self.sketch())
+                losses = self.setup.losses_of(*span).values()
+                kept = [loss * share for loss, share in zip(losses, shares, strict=True) if share]
+                if kept:
+                    sum(kept).backward()  # type: ignore[union-attr]
+                columns.append(self.sketch())
         self.clear()
-        return torch.stack(columns, dim=1)
+        return torch.stack(columns, dim=1).nan_to_num(0.0)
 
     def run(self, windows: Sequence[Sequence[int]], scale: float) -> _SeenWindow:
         """Run the loop over windows, every gradient scaled."""
         micro_batches = [part for cut in windows for part in self.micro_batches(cut)]
         self.clear()
         optimizer = _NotingOptimizer(list(self.parameters), self.sketch)
-        with rewound(*self.modules), self._scaled(scale), torch.enable_grad():
+        setup = self.setup
+        with same_start(setup.holders), self._scaled(scale), torch.enable_grad():
             seed_all()
-            self.loop(self.model, micro_batches, self.loss, optimizer)
+            self.loop(setup.model, micro_batches, setup.loss, optimizer)
             left = self.sketch()
         self.clear()
         if not optimizer.seen and not left.any():
@@ -164,26 +161,30 @@ class _Weighing:
             for handle in handles:
                 handle.remove()
 
-    def expected(self, cut: Sequence[int]) -> tuple[float, ...]:
-        inputs, targets = self.split(batches.take(self.batch, 0, sum(cut)))
-        return self.weights.of(cut, inputs, targets)
+    def right(self, cut: Sequence[int]) -> torch.Tensor:
+        """Return the gradient that a window has to have."""
+        weights = self.expected(cut)
+        return self.known(cut, weights).sum(dim=1)
+
+    def expected(self, cut: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        return self.weights.of(cut, self.setup.samples.first(sum(cut)))
 
     def weigh(
         self, seen: torch.Tensor, cut: tuple[int, ...], before: tuple[int, ...] | None = None
     ) -> _Weighed:
         """Write a gradient as a weighted sum of a window's, and of the window's before it."""
-        known, expected = self.known(cut), self.expected(cut)
-        right = known @ torch.tensor(expected, dtype=torch.float64)
+        expected = self.expected(cut)
+        known = self.known(cut, tuple((1.0,) * len(shares) for shares in expected))
+        right = self.right(cut)
         norm = float(torch.linalg.vector_norm(right)) or 1.0
         columns = known
         if before is not None:
-            past = self.known(before) @ torch.tensor(self.expected(before), dtype=torch.float64)
-            columns = torch.cat([known, past[:, None]], dim=1)
+            columns = torch.cat([known, self.right(before)[:, None]], dim=1)
         found = torch.linalg.lstsq(columns, seen[:, None], driver="gelsd").solution[:, 0]
         apart = float(torch.linalg.vector_norm(columns @ found - seen))
         return _Weighed(
             cut=cut,
-            expected=expected,
+            expected=tuple(shares[0] for shares in expected),
             weights=tuple(float(weight) for weight in found[: len(cut)]),
             carried=float(found[-1]) if before is not None else 0.0,
             residual=apart / (float(torch.linalg.vector_norm(seen)) or 1.0),
@@ -214,12 +215,8 @@ class _Weighing:
 def weigh(
     loop: AccumulationLoop,
     *,
-    model: nn.Module,
-    loss: Callable[..., torch.Tensor],
-    batch: Any,
-    split: Callable[[Any], tuple[Any, tuple[Any, ...]]],
+    setup: CheckSetup,
     weights: Weights,
-    parameters: Sequence[nn.Parameter],
     micro_batch_size: int,
     accumulation_steps: int,
 ) -> tuple[tuple[LoopWindow, ...], tuple[LoopFault, ...]]:
@@ -227,12 +224,8 @@ def weigh(
 
     Args:
         loop: The user's.
-        model: The model in float64, its randomness off.
-        loss: From outputs and targets to one number.
-        batch: The effective batch, in the nesting that the loop takes.
-        split: From a batch to inputs and targets.
+        setup: The step and its effective batch, in the nesting that the loop takes.
         weights: What the loss averages over.
-        parameters: What is trained.
         micro_batch_size: Samples in each micro-batch, as configured.
         accumulation_steps: Micro-batches in each window, as configured.
 
@@ -244,12 +237,9 @@ def weigh(
     """
     weighing = _Weighing(
         loop=loop,
-        model=model,
-        loss=loss,
-        batch=batch,
-        split=split,
+        setup=setup,
         weights=weights,
-        parameters=tuple(parameters),
+        parameters=tuple(setup.parameters().values()),
     )
     size, count = micro_batch_size, accumulation_steps
     less = max(1, size // 2)

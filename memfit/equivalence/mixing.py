@@ -12,6 +12,7 @@ loss that of `memfit.equivalence.weighting`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,16 +22,18 @@ import torch
 from torch import nn
 
 from memfit._torch_private import pytree, version_of
-from memfit.equivalence.randomness import seed_all
-from memfit.memory.restore import rewound
+from memfit.equivalence.randomness import rolled_permutations, seed_all
+from memfit.equivalence.samples import Samples
+from memfit.equivalence.state import same_start
 from memfit.records import MixesIn, MixingLayer
-from memfit.step import batches
 from memfit.step.runner import call_model
 
-__all__ = ["NUM_SAMPLES", "changed_sample", "layer_name", "mixing_gradients", "mixing_layers"]
+__all__ = ["NUM_SAMPLES", "layer_name", "mixing_gradients", "mixing_layers", "with_values"]
 
-NUM_SAMPLES = 3
-"""Samples that the experiments run on: two that change, and one that must not move."""
+NUM_SAMPLES = 4
+"""Samples that the experiments need: three that run, and one that takes the place of others."""
+
+_SIZES = ((3, 4), (2, 4), (4, 8))  # some models take only even numbers
 
 # Elements of a sample that did not change are the same bit for bit in layers that do not mix.
 _MOVED = 1e-9
@@ -52,36 +55,78 @@ def layer_name(name: str) -> str:
     return name or "the model itself"
 
 
-def mixing_layers(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
+def mixing_layers(
+    model: nn.Module, samples: Samples, *, close: float = _MOVED
+) -> tuple[MixingLayer, ...]:
     """Name the layers whose outputs mix samples, in order of first appearance.
 
     Args:
-        model: The model in float64, in the mode in which it trains.
-        inputs: What it takes: different samples, tensors of shape (NUM_SAMPLES + 1, ...).
+        model: The model, in the mode in which it trains.
+        samples: What it takes: at least `NUM_SAMPLES` different samples.
+        close: What rounding may move, relative to an output.
 
     Returns:
         The layers that mix, each with how far it moved the other samples.
     """
-    longer = _shapes(model, inputs)
-    inputs = batches.take(inputs, 0, NUM_SAMPLES)
+    sizes = [(num, more) for num, more in _SIZES if more <= samples.num_samples]
+    for num, more in sizes[:-1]:
+        # The model may take batches of some sizes only.
+        with contextlib.suppress(Exception):
+            return _mixing_layers(model, _Try(model, samples.first(more), num), close)
+    num, more = sizes[-1]
+    return _mixing_layers(model, _Try(model, samples.first(more), num), close)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Try:
+    """The samples of one experiment: some that run, and one that takes the place of others."""
+
+    model: nn.Module
+    samples: Samples
+    num: int
+
+    def inputs(self, changed: int | None = None) -> Any:
+        """Return the inputs of the samples that run, one of them replaced."""
+        rows = [self.num if row == changed else row for row in range(self.num)]
+        return self.samples.picked(rows).of(0, self.num)[0]
+
+    @property
+    def all_inputs(self) -> Any:
+        return self.samples.of(0, self.samples.num_samples)[0]
+
+    def own_rows(
+        self, tensor: torch.Tensor, longer: torch.Size | None, sample: int
+    ) -> torch.Tensor | None:
+        """Return the part of a layer's output that is one sample's, if it has samples at all."""
+        if longer is None or len(longer) != tensor.ndim:
+            return None
+        for dim, (size, more) in enumerate(zip(tensor.shape, longer, strict=True)):
+            if size != more and size * self.samples.num_samples == more * self.num:
+                per_sample = size // self.num
+                return tensor.narrow(dim, sample * per_sample, per_sample)
+        return None
+
+
+def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLayer, ...]:
+    longer = _shapes(model, one.all_inputs)
     before: dict[_Key, torch.Tensor] = {}
 
     def note(_maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
         before[key] = leaf.detach().clone()
         return leaf
 
-    _MixingSearch(note).run(model, inputs)
-    first = _suspects(model, changed_sample(inputs, 0), 0, before, longer)
+    _MixingSearch(note).run(model, one.inputs())
+    first = _suspects(one, 0, before, longer, close)
     if not first:
         return ()
-    second = _suspects(model, changed_sample(inputs, 1), 1, before, longer)
+    second = _suspects(one, 1, before, longer, close)
     found: dict[str, float] = {}
     for key, suspect in first.items():
         other = second.get(key)
         if other is None:
             continue
         shared = torch.minimum(suspect.difference.abs(), other.difference.abs())
-        if float(shared.max()) <= _MOVED * _rms(before[key]):
+        if float(shared.max()) <= close * _rms(before[key]):
             continue
         moved = max(suspect.moved, other.moved)
         found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
@@ -97,37 +142,11 @@ def mixing_layers(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
     )
 
 
-def changed_sample(inputs: Any, sample: int) -> Any:
-    """Return a batch in which one sample is another one.
-
-    Numbers become other numbers of the same spread; integers, which may be indices, become those of
-    another sample in another order.
-
-    Args:
-        inputs: Tensors of shape (samples, ...) in any nesting.
-        sample: Which one to change.
-
-    Returns:
-        The same nesting with new tensors.
-    """
-    generator = torch.Generator().manual_seed(sample + 1)
-
-    def change(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
-            return leaf
-        changed = leaf.clone()
-        row = leaf[sample]
-        if leaf.is_floating_point() or leaf.is_complex():
-            spread = leaf.std() if leaf.numel() > 1 else leaf.abs().max()
-            noise = torch.randn(row.shape, generator=generator, dtype=torch.float64)
-            changed[sample] = leaf.mean() + (spread + 1e-3) * noise.to(leaf.device, leaf.dtype)
-        elif leaf.dtype is not torch.bool:
-            other = leaf[(sample + 1) % len(leaf)].flatten()
-            order = torch.randperm(other.numel(), generator=generator).to(leaf.device)
-            changed[sample] = other[order].view(row.shape)
-        return changed
-
-    return pytree.tree_map(change, inputs)
+def with_values(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return some values in the place of a tensor's, with the tensor's gradients."""
+    if not tensor.requires_grad or tensor.shape != values.shape:
+        return values
+    return tensor + (values - tensor).detach()
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -155,7 +174,8 @@ class _MixingSearch:
             handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._left(name)))
         try:
-            with rewound(model), torch.no_grad():
+            # With gradients: a model may differentiate in its forward pass.
+            with same_start((model,)), torch.enable_grad(), rolled_permutations():
                 seed_all()
                 call_model(model, inputs)
         finally:
@@ -212,45 +232,36 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[_Key, torch.Size]:
 
 
 def _suspects(
-    model: nn.Module,
-    inputs: Any,
+    one: _Try,
     sample: int,
     before: dict[_Key, torch.Tensor],
     longer: dict[_Key, torch.Size],
+    close: float,
 ) -> dict[_Key, _Suspect]:
     found: dict[_Key, _Suspect] = {}
 
     def compare(maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
         old = before.get(key)
-        if old is None or old.shape != leaf.shape:
-            return leaf  # which layers run depends on the data: nothing to compare with
-        others = old.clone()
-        own = _own_rows(others, longer.get(key), sample)
-        if own is not None:
-            own.copy_(_own_rows(leaf, longer.get(key), sample))  # type: ignore[arg-type]
-        foreign = float(torch.linalg.vector_norm(leaf.detach() - others))
-        norm = float(torch.linalg.vector_norm(old)) or 1.0
-        if not foreign > _MOVED * norm:
+        if old is None or old.shape != leaf.shape or leaf.ndim == 0:
+            # Which layers run depends on the data: nothing to compare with. A single number belongs
+            # to no sample: it is a loss, or mixes where it meets samples again.
             return leaf
-        found[key] = _Suspect(maker, foreign / norm, leaf.detach() - old)
-        return others
+        others, seen = old.clone(), leaf.detach()
+        own = one.own_rows(others, longer.get(key), sample)
+        if own is not None:
+            own.copy_(one.own_rows(seen, longer.get(key), sample))  # type: ignore[arg-type]
+        foreign = float(torch.linalg.vector_norm(seen - others))
+        norm = float(torch.linalg.vector_norm(old)) or 1.0
+        if not foreign > close * norm:
+            return leaf
+        found[key] = _Suspect(maker, foreign / norm, seen - old)
+        return with_values(leaf, others)
 
-    _MixingSearch(compare).run(model, inputs)
+    _MixingSearch(compare).run(one.model, one.inputs(changed=sample))
     return found
 
 
-def _own_rows(tensor: torch.Tensor, longer: torch.Size | None, sample: int) -> torch.Tensor | None:
-    """Return the part of a layer's output that is one sample's, if it has samples at all."""
-    if longer is None or len(longer) != tensor.ndim:
-        return None
-    for dim, (size, more) in enumerate(zip(tensor.shape, longer, strict=True)):
-        if size != more and size * (NUM_SAMPLES + 1) == more * NUM_SAMPLES:
-            per_sample = size // NUM_SAMPLES
-            return tensor.narrow(dim, sample * per_sample, per_sample)
-    return None
-
-
-def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
+def mixing_gradients(model: nn.Module, samples: Samples) -> tuple[MixingLayer, ...]:
     """Name the layers that mix samples in backward and not in forward.
 
     The gradient of one sample's output is sent back; a layer that is given a gradient for that
@@ -258,22 +269,23 @@ def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
 
     Args:
         model: The model in float64, in the mode in which it trains.
-        inputs: What it takes: different samples, tensors of shape (NUM_SAMPLES + 1, ...).
+        samples: What it takes: at least `NUM_SAMPLES` different samples.
 
     Returns:
         The layers that mix, in the order in which backward meets them.
     """
-    longer = _gradients_seen(model, inputs, None)
+    one = _Try(model, samples.first(NUM_SAMPLES), NUM_SAMPLES - 1)
+    longer = _gradients_seen(model, one.all_inputs, None)
     shapes = {key: gradient.shape for key, gradient in longer.items()}
-    sent = _gradients_seen(model, batches.take(inputs, 0, NUM_SAMPLES), 0)
+    sent = _gradients_seen(model, one.inputs(), 0)
     modules = dict(model.named_modules())
     found: dict[str, MixingLayer] = {}
     for (name, way), gradient in sent.items():
         if way != "out":
             continue
-        came = _foreign_share(gradient, shapes.get((name, way)))
+        came = _foreign_share(one, gradient, shapes.get((name, way)))
         left = sent.get((name, "in"))
-        gone = 0.0 if left is None else _foreign_share(left, shapes.get((name, "in")))
+        gone = 0.0 if left is None else _foreign_share(one, left, shapes.get((name, "in")))
         inner = any(
             other != name and other.startswith(f"{name}." if name else "") for other in found
         )
@@ -287,13 +299,13 @@ def mixing_gradients(model: nn.Module, inputs: Any) -> tuple[MixingLayer, ...]:
     return tuple(found.values())
 
 
-def _foreign_share(gradient: torch.Tensor, longer: torch.Size | None) -> float:
-    own = _own_rows(gradient, longer, 0)
+def _foreign_share(one: _Try, gradient: torch.Tensor, longer: torch.Size | None) -> float:
+    own = one.own_rows(gradient, longer, 0)
     norm = float(torch.linalg.vector_norm(gradient))
     if own is None or norm == 0:
         return 0.0
     foreign = gradient.clone()
-    _own_rows(foreign, longer, 0).zero_()  # type: ignore[union-attr]
+    one.own_rows(foreign, longer, 0).zero_()  # type: ignore[union-attr]
     return float(torch.linalg.vector_norm(foreign)) / norm
 
 
@@ -322,7 +334,7 @@ def _gradients_seen(
 
     layers = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        with rewound(model), torch.enable_grad():
+        with same_start((model,)), torch.enable_grad():
             seed_all()
             outputs = [
                 leaf

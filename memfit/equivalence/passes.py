@@ -12,14 +12,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import nn
 
-from memfit.equivalence.comparison import check, vanishing_in
+from memfit.equivalence.calls import LOSS
+from memfit.equivalence.comparison import ceiling_of, check, vanishing_in
 from memfit.equivalence.gradient_flow import DetachWatch
 from memfit.equivalence.gradients import CheckSetup, Gradients, SingleSampleError, gradients
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import Draws
 from memfit.equivalence.splits import written
 from memfit.equivalence.weighting import Weights
-from memfit.errors import DoesNotFitError
+from memfit.errors import DoesNotFitError, WorkloadError
 from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.records import BufferDrift, GradientCheck
@@ -50,15 +51,52 @@ class PassCounter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What comparing gradients in one precision gave."""
+    """What comparing gradients in one precision gave.
+
+    Args:
+        checks: Every comparison.
+        reference: The full batch's gradients, or those of the cut that stands in for it.
+        reference_cut: How its batch was cut.
+        accumulated: Gradients of micro-batches: the first that differ, or else the first.
+        accumulated_cut: Their cut.
+        order_error: How far another order of the samples moved the reference; `None` where that
+            was not tried.
+        order_matters: That is more than rounding.
+        detaching: Layers that cut gradients off.
+        detaching_at_times: Those that did so in some of the passes.
+        unreached: Parameters that no gradient reaches.
+        cut_off: Those of them that forward uses.
+        drifts: Buffers that accumulation leaves elsewhere.
+        vanishing: Parameters whose gradient is zero but for rounding.
+        drawing: Layers that draw at random.
+        off: Layers whose randomness was switched off.
+        held_fixed: Draws were replaced by one value for all samples.
+        not_replayed: Layers whose draws could neither be replayed nor switched off.
+        drawn_by_host: Python or NumPy drew random numbers.
+        batch_changed: Forward or the loss changed the batch in place.
+        num_losses: Losses that the loss function returns.
+    """
 
     checks: tuple[GradientCheck, ...]
+    reference: Gradients
+    reference_cut: tuple[int, ...]
+    accumulated: Gradients
+    accumulated_cut: tuple[int, ...]
+    order_error: float | None
+    order_matters: bool
     detaching: tuple[str, ...]
+    detaching_at_times: tuple[str, ...]
     unreached: tuple[str, ...]
+    cut_off: tuple[str, ...]
     drifts: tuple[BufferDrift, ...]
     vanishing: frozenset[str]
+    num_losses: int
     drawing: frozenset[str] = frozenset()
     off: frozenset[str] = frozenset()
+    held_fixed: bool = False
+    not_replayed: tuple[str, ...] = ()
+    drawn_by_host: bool = False
+    batch_changed: bool = False
 
     @property
     def passed(self) -> bool:
@@ -68,12 +106,21 @@ class Compared:
     @property
     def replayed(self) -> tuple[str, ...]:
         """Layers whose random draws were replayed."""
-        return tuple(layer_name(name) for name in sorted(self.drawing - self.off))
+        return () if self.held_fixed else self._drawing_still
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Layers whose random draws were replaced by one value."""
+        return self._drawing_still if self.held_fixed else ()
 
     @property
     def switched_off(self) -> tuple[str, ...]:
         """Layers whose randomness was switched off."""
         return tuple(layer_name(name) for name in sorted(self.off))
+
+    @property
+    def _drawing_still(self) -> tuple[str, ...]:
+        return tuple(layer_name(name) for name in sorted(self.drawing - self.off))
 
 
 def compare(
@@ -83,9 +130,10 @@ def compare(
     work: PassCounter,
     *,
     suspect_draws: bool,
+    is_proof: bool = False,
     vanishing: frozenset[str] = frozenset(),
-) -> Compared:
-    """Compare gradients, and where draws cannot be replayed once more without any.
+) -> tuple[Compared, CheckSetup]:
+    """Compare gradients, with random draws replayed, held fixed or switched off.
 
     Args:
         bench: What is run.
@@ -94,24 +142,37 @@ def compare(
         work: Told what runs next.
         suspect_draws: Nothing else is known that would make gradients differ, so that if they do
             it may be that draws were replayed for the wrong samples.
+        is_proof: The verdict rests on this precision, so that nothing may be left unseen.
         vanishing: Parameters whose gradient is known to be zero but for rounding.
 
     Returns:
-        The comparisons that hold.
+        The comparisons that hold, and what ran in them.
     """
     off: set[str] = set()
+    replayed: tuple[Compared, CheckSetup] | None = None
     while True:
         with in_eval(bench.model, off):
-            compared = _compare_once(bench, cuts, weights, work, vanishing)
+            compared = _compare_once(bench, cuts, weights, work, vanishing, is_proof=is_proof)
         draws = bench.draws
-        suspected = suspect_draws and not compared.passed
-        more = set(draws.drawing if suspected else draws.not_replayable) - off
-        if not more:
-            return dataclasses.replace(
-                compared, drawing=frozenset(draws.drawing) | off, off=frozenset(off)
-            )
-        off |= more
-        bench = dataclasses.replace(bench, draws=Draws(bench.model, bench.num_samples))
+        compared = dataclasses.replace(
+            compared,
+            drawing=frozenset(draws.drawing) | off,
+            off=frozenset(off),
+            held_fixed=draws.held_fixed,
+            not_replayed=tuple(layer_name(name) for name in draws.not_replayable),
+        )
+        more = set(draws.not_replayable) - off - {LOSS}
+        equal = compared.passed and not compared.order_matters
+        hold = False
+        if more:
+            off |= more
+        elif equal or draws.held_fixed or not (suspect_draws and draws.drawing):
+            # One value for all samples may be wrong for a layer; then what was replayed counts.
+            return (compared, bench) if equal or replayed is None else replayed
+        else:
+            replayed, hold = (compared, bench), True
+        again = Draws(bench.model, bench.num_samples, held_fixed=hold or draws.held_fixed)
+        bench = dataclasses.replace(bench, draws=again)
 
 
 def _compare_once(
@@ -120,13 +181,15 @@ def _compare_once(
     weights: Weights,
     work: PassCounter,
     vanishing: frozenset[str],
+    *,
+    is_proof: bool,
 ) -> Compared:
     message = None
     reference_cut: tuple[int, ...] = (bench.num_samples,)
 
     def run(cut: tuple[int, ...]) -> Gradients:
         work.next(f"{bench.precision_name}: {written(cut)}")
-        return gradients(bench, cut, weights=weights.of(cut, bench.inputs, bench.targets))
+        return gradients(bench, cut, weights=weights.of(cut, bench.samples))
 
     with DetachWatch(bench.model) as whole_watch:
         reference = _unless_out_of_memory(run, reference_cut)
@@ -147,14 +210,14 @@ def _compare_once(
     with DetachWatch(bench.model) as watch:
         others[cuts[0]] = run(cuts[0])
         for cut in cuts[1:]:
-            result, why = _unless_single_sample(run, cut)
+            result, why = _unless_refused(run, cut)
             if result is not None:
                 others[cut] = result
             message = why or message
 
-    def checked(shuffled: Gradients | None) -> tuple[GradientCheck, ...]:
-        return tuple(
-            check(
+    def checked(shuffled: Gradients | None) -> dict[tuple[int, ...], GradientCheck]:
+        return {
+            cut: check(
                 bench,
                 reference,
                 other,
@@ -162,35 +225,73 @@ def _compare_once(
                 reference_cut=reference_cut,
                 cut=cut,
                 vanishing=vanishing,
+                is_proof=is_proof,
                 message=message,
             )
             for cut, other in others.items()
-        )
+        }
 
     checks = checked(None)
-    if not all(one.passed for one in checks):
-        # It may be rounding that the layers amplify: that takes one more pass to tell.
+    order_error = None
+    # In the proof the order of the samples is an experiment of its own. Besides it shows rounding
+    # that the layers amplify, and that takes one more pass to tell.
+    if is_proof or not all(one.passed for one in checks.values()):
         work.next(f"{bench.precision_name}: the samples in another order")
-        checks = checked(_reordered(bench, reference_cut, weights))
+        shuffled = _reordered(bench, reference_cut, weights)
+        checks = checked(shuffled)
+        if shuffled is not None and is_proof:
+            order_error = check(
+                bench,
+                reference,
+                shuffled,
+                shuffled=None,
+                reference_cut=reference_cut,
+                cut=reference_cut,
+                vanishing=vanishing,
+                is_proof=True,
+            ).worst_relative_error
+    shown = next((cut for cut, one in checks.items() if not one.passed), cuts[0])
+    unreached = tuple(
+        name
+        for name, value in reference.values.items()
+        if value is None and all(other.values[name] is None for other in others.values())
+    )
+    detaching = _detaching(whole_watch, watch)
     return Compared(
-        checks=checks,
-        detaching=_detaching(whole_watch, watch),
-        unreached=tuple(
-            name
-            for name, value in reference.values.items()
-            if value is None and all(other.values[name] is None for other in others.values())
-        ),
+        checks=tuple(checks.values()),
+        reference=reference,
+        reference_cut=reference_cut,
+        accumulated=others[shown],
+        accumulated_cut=shown,
+        order_error=order_error,
+        order_matters=order_error is not None
+        and not order_error <= ceiling_of(bench, is_proof=True),
+        detaching=detaching,
+        detaching_at_times=tuple(name for name in watch.layers if name not in whole_watch.layers),
+        unreached=unreached,
+        cut_off=_cut_off(bench, unreached, detaching),
         vanishing=vanishing_in(bench, reference),
-        drifts=_drifts(reference, next(iter(others.values()))) if others else (),
+        drifts=_drifts(reference, others[cuts[0]]),
+        num_losses=len(weights.counts),
+        drawn_by_host=bench.draws.by_host,
+        batch_changed=bench.draws.batch_changed,
     )
 
 
-def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gradients:
-    """Return the reference's gradients with the samples in another order."""
-    order = torch.arange(bench.num_samples - 1, -1, -1)
-    turned = bench.reordered(order)
+def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gradients | None:
+    """Return the reference's gradients with the samples in another order, where there is one."""
+    size = bench.num_samples
+    # No sample stays, and none keeps its neighbours or the others of its pair.
+    even, odd = range(0, size, 2), range(1, size, 2)
+    order = [2, 1, 0] if size == 3 else [*reversed(even), *reversed(odd)]  # noqa: PLR2004
+    if size == 2:  # noqa: PLR2004 - a pair has one other order
+        order = [1, 0]
+    try:
+        turned = bench.reordered(torch.tensor(order))
+    except WorkloadError:
+        return None  # the user's own function cuts this batch
     return gradients(
-        turned, cut, weights=weights.of(cut, turned.inputs, turned.targets), order=order
+        turned, cut, weights=weights.of(cut, turned.samples), order=torch.tensor(order)
     )
 
 
@@ -205,18 +306,39 @@ def _unless_out_of_memory(
     return None
 
 
-def _unless_single_sample(
+def _unless_refused(
     run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
 ) -> tuple[Gradients | None, str | None]:
+    """Run a cut that was not asked for, which the model need not take."""
     try:
         return run(cut), None
     except SingleSampleError as error:
         return None, f"{error}, so {written(cut)} was not compared."
+    except Exception as error:
+        if oom.classify(error) is not oom.Likelihood.NO:
+            raise
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return None, f"The step does not take {written(cut)} ({said}), so that was not compared."
 
 
 def _detaching(*watches: DetachWatch) -> tuple[str, ...]:
     found = united(*(tuple(watch.layers) for watch in watches))
     return found or united(*(tuple(watch.suspects) for watch in watches))
+
+
+def _cut_off(
+    bench: CheckSetup, unreached: Collection[str], detaching: Collection[str]
+) -> tuple[str, ...]:
+    """Return the parameters that forward uses, and that something keeps gradients from.
+
+    One whose gradient is zero for every batch, such as a constant that a derivative loses, is not.
+    """
+    parameters, used = bench.parameters(), bench.draws.used
+    return tuple(
+        name
+        for name in unreached
+        if id(parameters[name]) in used and (detaching or not used[id(parameters[name])])
+    )
 
 
 def _drifts(full: Gradients, accumulated: Gradients) -> tuple[BufferDrift, ...]:

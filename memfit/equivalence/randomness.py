@@ -9,6 +9,7 @@ layers that make them are named, so that they can be switched off.
 from __future__ import annotations
 
 import abc
+import collections
 import contextlib
 import random
 import sys
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit._torch_private import aten_if_there, dispatched, schema_of
+from memfit._torch_private import dispatched, schema_of
 from memfit.equivalence.calls import CallStack
 
-__all__ = ["Draws", "seed_all"]
+__all__ = ["Draws", "rolled_permutations", "seed_all"]
 
 _SEED = 20_221
 
@@ -36,7 +37,7 @@ _DRAWS = frozenset(
         *("_sample_dirichlet", "_standard_gamma"),
     )
 )
-_LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+_GOLDEN = 0.618_034  # multiples of it spread evenly between 0 and 1
 
 
 def seed_all() -> None:
@@ -48,43 +49,68 @@ def seed_all() -> None:
         numpy.random.seed(_SEED)
 
 
+@contextlib.contextmanager
+def rolled_permutations() -> Iterator[None]:
+    """Have every random permutation of the block move each element by one place.
+
+    A permutation of three leaves them all in place in one of six cases, and hides what it does.
+    """
+
+    def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if schema_of(func).name == "aten::randperm":
+            out.copy_(torch.arange(out.numel(), device=out.device).roll(1))
+        return out
+
+    with dispatched(run):
+        yield
+
+
 class Draws:
     """Notes the random draws of a full batch and replays them for its parts.
+
+    It sees every operation, so it also notes which parameters are used, and whether any of it was
+    where gradients are followed.
 
     Args:
         model: Whose layers the draws are ascribed to.
         num_samples: Samples in the full batch.
+        held_fixed: Give every sample the same value instead, so that it does not matter whose a
+            draw is.
     """
 
-    def __init__(self, model: nn.Module, num_samples: int) -> None:
+    def __init__(self, model: nn.Module, num_samples: int, *, held_fixed: bool = False) -> None:
         self._model = model
         self._num_samples = num_samples
-        self._recorded: list[torch.Tensor] = []
+        self.held_fixed = held_fixed
+        self._recorded: list[tuple[torch.Tensor, object]] = []
         self._dims: dict[int, int] = {}
         self.drawing: dict[str, None] = {}
         self.not_replayable: dict[str, None] = {}
-        self.narrowed: torch.dtype | None = None
+        self.by_host = False
+        self.batch_changed = False
+        self.used: dict[int, bool] = collections.defaultdict(bool)
 
-    def record(self, drawn: torch.Tensor) -> None:
-        """Take note of the next draw of the full batch."""
-        self._recorded.append(drawn.clone())
+    def record(self, drawn: torch.Tensor, drawn_from: object) -> None:
+        """Take note of the next draw of the full batch, and of what it chose among."""
+        self._recorded.append((drawn.clone(), drawn_from))
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Note what is drawn in the block."""
         self._recorded.clear()
         self._dims.clear()
-        with self._mode(_Recording(self)):
+        with self._mode(_Fixed(self) if self.held_fixed else _Recording(self)):
             yield
 
     @contextlib.contextmanager
     def replayed(self, start: int, stop: int) -> Iterator[None]:
         """Give the block what samples `start` up to and without `stop` drew in the full batch."""
 
-        def rows(index: int, shape: torch.Size) -> torch.Tensor | None:
-            return self._rows(index, shape, start, stop)
+        def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
+            return self._rows(index, shape, drawn_from, start, stop)
 
-        with self._mode(_Replaying(self, rows)):
+        with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
             yield
 
     @contextlib.contextmanager
@@ -94,15 +120,15 @@ class Draws:
         Which dimension is the samples' shows when a part of the batch is replayed: do that first.
         """
 
-        def rows(index: int, shape: torch.Size) -> torch.Tensor | None:
-            drawn = self._drawn(index)
+        def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
+            drawn = self._drawn(index, drawn_from)
             if drawn is None or drawn.shape != shape or index not in self._dims:
                 return drawn if drawn is not None and drawn.shape == shape else None
             per_sample = drawn.shape[self._dims[index]] // self._num_samples
             wanted = order[:, None] * per_sample + torch.arange(per_sample)
             return drawn.index_select(self._dims[index], wanted.flatten().to(drawn.device))
 
-        with self._mode(_Replaying(self, rows)):
+        with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
             yield
 
     @contextlib.contextmanager
@@ -111,18 +137,26 @@ class Draws:
             mode.stack = stack
             # Decisions of Python and NumPy, such as skipping a layer, are the batch's as a whole.
             seed_all()
+            before = _host_states()
             yield
+        self.by_host = self.by_host or _host_states() != before
 
-    def _drawn(self, index: int) -> torch.Tensor | None:
-        return self._recorded[index] if index < len(self._recorded) else None
+    def _drawn(self, index: int, drawn_from: object) -> torch.Tensor | None:
+        if index >= len(self._recorded):
+            return None
+        drawn, same = self._recorded[index]
+        # A place in a larger batch is none in a smaller one.
+        return drawn if drawn_from == same else None
 
-    def _rows(self, index: int, shape: torch.Size, start: int, stop: int) -> torch.Tensor | None:
+    def _rows(
+        self, index: int, shape: torch.Size, drawn_from: object, start: int, stop: int
+    ) -> torch.Tensor | None:
         """Return the rows of a draw that belong to some samples; `None` where they cannot be told.
 
         The dimension that changed its length is the samples'; it may hold several rows for each,
         as windows and attention heads do.
         """
-        drawn = self._drawn(index)
+        drawn = self._drawn(index, drawn_from)
         if drawn is None or drawn.shape == shape:
             return drawn
         if len(drawn.shape) != len(shape):
@@ -144,13 +178,14 @@ class _Mode(abc.ABC):
         self.stack: CallStack | None = None
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator, or serve what it draws."""
+        """Run an operator, or serve what it draws; note which parameters it uses."""
+        for one in args:
+            if isinstance(one, nn.Parameter):
+                self.draws.used[id(one)] |= torch.is_grad_enabled()
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            out = func(*args, **kwargs)
-            self._note_narrowing(func, args, out)
-            return out
+            return func(*args, **kwargs)
         name = schema_of(func).name.removeprefix("aten::")
-        layer = self.stack.innermost if self.stack is not None else ""
+        layer = self._layer
         if name in _DRAWS:
             self.draws.drawing[layer] = None
             return self.draw(func, args, kwargs)
@@ -163,31 +198,25 @@ class _Mode(abc.ABC):
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Serve an operator that draws."""
 
-    def not_replayable(self) -> None:
-        layer = self.stack.innermost if self.stack is not None else ""
-        self.draws.not_replayable[layer] = None
+    @property
+    def _layer(self) -> str:
+        return self.stack.innermost if self.stack is not None else ""
 
-    def _note_narrowing(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
-        """Notice a model that computes partly in a narrower type than its weights'."""
-        if func is not aten_if_there("_to_copy.default") or not isinstance(out, torch.Tensor):
-            return
-        if args[0].dtype is torch.float64 and out.dtype in _LOW_PRECISION and args[0].ndim > 0:
-            before = self.draws.narrowed
-            if before is None or torch.finfo(out.dtype).eps > torch.finfo(before).eps:
-                self.draws.narrowed = out.dtype
+    def not_replayable(self) -> None:
+        self.draws.not_replayable[self._layer] = None
 
 
 class _Recording(_Mode):
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         drawn = out[1] if isinstance(out, tuple) else out
-        self.draws.record(drawn)
+        self.draws.record(drawn, _drawn_from(func, args, kwargs))
         return out
 
 
 class _Replaying(_Mode):
     def __init__(
-        self, draws: Draws, rows: Callable[[int, torch.Size], torch.Tensor | None]
+        self, draws: Draws, rows: Callable[[int, torch.Size, object], torch.Tensor | None]
     ) -> None:
         super().__init__(draws)
         self._rows = rows
@@ -197,21 +226,83 @@ class _Replaying(_Mode):
         index, self._next = self._next, self._next + 1
         out = func(*args, **kwargs)
         drawn = out[1] if isinstance(out, tuple) else out
-        rows = self._rows(index, drawn.shape)
+        rows = self._rows(index, drawn.shape, _drawn_from(func, args, kwargs))
         if rows is None:
             self.not_replayable()
             return out
         drawn.copy_(rows)
-        if not isinstance(out, tuple):
-            return out
-        # native_dropout(input, p, train) -> (input * mask / (1 - p), mask)
-        return args[0] * drawn.to(args[0].dtype) / (1 - args[1]), drawn
+        return _with_mask(out, drawn, args)
+
+
+class _Fixed(_Mode):
+    """Every element of a draw is one value, which depends on how many draws came before."""
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__(draws)
+        self._share = 0.5
+
+    def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._share = (self._share + _GOLDEN) % 1
+        out = func(*args, **kwargs)
+        drawn = out[1] if isinstance(out, tuple) else out
+        given = _given(func, args, kwargs)
+        name = schema_of(func).name.removeprefix("aten::").rstrip("_")
+        if name == "randperm":
+            # Neighbours meet, as they would in any permutation but the one that changes nothing.
+            drawn.copy_(torch.arange(drawn.numel(), device=drawn.device).roll(1))
+        elif name.startswith(("bernoulli", "native_dropout")):
+            drawn.fill_(1)
+        elif name.startswith("randint"):
+            low, high = given.get("low", 0), given["high"]
+            drawn.fill_(low + int(self._share * (high - low)))
+        elif name.startswith(("rand", "normal")) and name != "random":
+            spread = given.get("std", 1.0)
+            mean = given.get("mean", 0.0)
+            is_normal = name.startswith(("randn", "normal"))
+            if isinstance(spread, float) and isinstance(mean, float):
+                drawn.fill_(mean + spread * (2 * self._share - 1) if is_normal else self._share)
+        elif name == "uniform":
+            low, high = given.get("from", 0.0), given.get("to", 1.0)
+            drawn.fill_(low + self._share * (high - low))
+        elif drawn.numel():
+            drawn.fill_(1)  # what can be drawn of all others: a rate, a gap, a place
+        return _with_mask(out, drawn, args)
+
+
+def _with_mask(out: Any, drawn: torch.Tensor, args: tuple[Any, ...]) -> Any:
+    if not isinstance(out, tuple):
+        return out
+    # native_dropout(input, p, train) -> (input * mask / (1 - p), mask)
+    return args[0] * drawn.to(args[0].dtype) / (1 - args[1]), drawn
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in schema_of(func).arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _drawn_from(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """Return what integers are drawn from: a draw among others is another draw."""
+    given = _given(func, args, kwargs)
+    name = schema_of(func).name.removeprefix("aten::")
+    if name == "multinomial":
+        choices = given["self"]
+        return name, choices.shape[-1] if choices.ndim == 1 else None
+    return name, given.get("n"), given.get("low"), given.get("high")
+
+
+def _host_states() -> tuple[object, ...]:
+    """Return the states of Python's and NumPy's generators."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, position, *_ = numpy.random.get_state()
+    return random.getstate(), keys.tobytes(), position
 
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator that may draw does; fused attention does so only with dropout."""
-    names = [argument.name for argument in schema_of(func).arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = _given(func, args, kwargs)
     if "dropout_p" in given:
         return bool(given["dropout_p"])
-    return "dropout_p" not in names
+    return all(argument.name != "dropout_p" for argument in schema_of(func).arguments)

@@ -11,43 +11,46 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from memfit.equivalence import loops, weighting
-from memfit.equivalence.comparison import check
-from memfit.equivalence.gradient_flow import stateful_layers
-from memfit.equivalence.gradients import CheckSetup, gradients
+from memfit.equivalence.causes import Causes, find_causes
+from memfit.equivalence.gradient_flow import cut_off as layers_cut_off
+from memfit.equivalence.gradients import CheckSetup
 from memfit.equivalence.loops import AccumulationLoop
-from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
+from memfit.equivalence.mixing import NUM_SAMPLES, mixing_layers
 from memfit.equivalence.passes import Compared, PassCounter, Progress, compare, in_eval, united
 from memfit.equivalence.randomness import Draws, seed_all
-from memfit.equivalence.samples import made_distinct, moved_off_zero, widen
+from memfit.equivalence.samples import Samples, made_distinct, moved_off_zero
 from memfit.equivalence.splits import bounded, splits_of
+from memfit.equivalence.state import same_start
 from memfit.equivalence.weighting import Weights
-from memfit.errors import UsageError
-from memfit.memory.restore import preserved, rewound
+from memfit.equivalence.widening import in_float64, widen
+from memfit.errors import MemfitError, UsageError
+from memfit.memory import oom
+from memfit.memory.restore import preserved
 from memfit.records import (
     Equivalence,
+    GradientFault,
     LoopFault,
     LoopWindow,
-    LossWeighting,
     MixingLayer,
     Precision,
     Verdict,
 )
 from memfit.step import batches
-from memfit.step.runner import call_model
 from memfit.step.workload import StepParts, TrainingStep
 
 __all__ = ["verify"]
 
 _CPU = torch.device("cpu")
 _FP64_SAMPLES = 8
+_FAULT_IN_TRAINING = {True: GradientFault.DETACHES, False: GradientFault.UNEXPLAINED}
 _NUM_LISTED_BUFFERS = 10
+_CLOSE = {True: 1e-9, False: 1e-5}  # what rounding moves in a layer, in float64 and in float32
 
 
 def verify(
@@ -92,16 +95,21 @@ def verify(
         # A model that came from a GPU leaves it for the time being.
         kept.release_replaced()
         work = PassCounter(progress)
-        proof = _in_float64(subject, work, freeze=freeze_bn, accumulate=accumulate)
+        proof = _proven(subject, work, freeze=freeze_bn, accumulate=accumulate)
         trained = _in_training(subject, work, device, proof)
-    compared = proof.compared
+    compared, causes = proof.compared, proof.causes
     checks = (*compared.checks, *trained.checks)
-    passed = compared.passed and trained.passed and not proof.loop_faults
-    detaching = united(compared.detaching, trained.detaching)
-    if compared.unreached and detaching:
-        verdict = Verdict.DETACHED if passed else Verdict.DIFFERS
-    else:
-        verdict = Verdict.EQUAL if passed else Verdict.DIFFERS
+    passed = not causes.faults and trained.passed and not proof.loop_faults
+    faults = causes.faults
+    if not trained.passed and not faults:
+        faults = (_FAULT_IN_TRAINING[bool(trained.detaching_at_times)],)
+    cut_off = compared.cut_off
+    detaching = united(compared.detaching, trained.detaching) or layers_cut_off(
+        subject.model, cut_off
+    )
+    verdict = Verdict.DIFFERS
+    if passed:
+        verdict = Verdict.DETACHED if cut_off else Verdict.EQUAL
     return Equivalence(
         subject=step.name,
         verdict=verdict,
@@ -110,15 +118,22 @@ def verify(
         options=step.options,
         device=_device_name(device),
         weighting=proof.weights.weighting,
+        terms=proof.weights.terms,
         checks=checks,
+        faults=faults,
+        order_error=compared.order_error,
         mixing_layers=proof.mixing_layers,
         buffers=compared.drifts[:_NUM_LISTED_BUFFERS],
         num_drifting_buffers=len(compared.drifts),
         unreached=compared.unreached,
-        detaching=detaching if compared.unreached or not passed else (),
-        stateful=proof.stateful,
+        detaching=detaching if cut_off else united(causes.detaching, trained.detaching_at_times),
+        stateful=causes.stateful,
+        carried=causes.carried,
+        changes_batch=compared.batch_changed,
+        single_precision=proof.single_precision,
         replayed=united(compared.replayed, trained.replayed),
         switched_off=united(compared.switched_off, trained.switched_off),
+        held_fixed=united(compared.fixed, trained.fixed),
         num_moved_parameters=subject.num_moved,
         num_jittered_samples=subject.num_jittered,
         loop=proof.loop,
@@ -147,7 +162,7 @@ class _Subject:
 
     step: TrainingStep
     parts: StepParts
-    batch: Any
+    whole: Samples
     micro_batch_size: int
     accumulation_steps: int
     samples: int | None
@@ -168,12 +183,15 @@ class _Subject:
         parts = dataclasses.replace(step, options=unrounded).parts(_CPU)
         if isinstance(parts.loss, nn.Module):
             parts.loss.to(_CPU)
-        enough = max(micro_batch_size * accumulation_steps, NUM_SAMPLES + 1)
-        batch, num_jittered = made_distinct(parts.place(parts.batch_of(enough)), parts.split)
+        enough = max(micro_batch_size * accumulation_steps, NUM_SAMPLES)
+        whole = Samples(
+            batch=parts.place(parts.batch_of(enough)), num_samples=enough, split=parts.split
+        )
+        whole, num_jittered = made_distinct(whole)
         return cls(
             step=step,
             parts=parts,
-            batch=batch,
+            whole=whole,
             micro_batch_size=micro_batch_size,
             accumulation_steps=accumulation_steps,
             samples=samples,
@@ -194,46 +212,45 @@ class _Subject:
     def effective_batch_size(self) -> int:
         return self.micro_batch_size * self.accumulation_steps
 
-    @property
-    def cut(self) -> tuple[int, ...]:
-        """The effective batch, cut unevenly where that is possible."""
-        return splits_of(self.micro_batch_size, self.accumulation_steps)[-1]
-
-    def bench(
+    def setup(
         self,
-        batch: Any,
+        whole: Samples,
         samples: int | None,
         *,
         device: torch.device,
         precision: Precision | None,
+        held_fixed: bool = False,
     ) -> tuple[CheckSetup, tuple[tuple[int, ...], ...]]:
         """Return what runs at most some samples of a batch, and how these are cut."""
         size, count = bounded(self.micro_batch_size, self.accumulation_steps, samples)
-        inputs, targets = self.parts.split(batches.take(batch, 0, size * count))
-        bench = CheckSetup(
+        setup = CheckSetup(
             model=self.model,
             loss=self.parts.loss,
-            inputs=inputs,
-            targets=targets,
-            num_samples=size * count,
+            samples=whole.first(size * count),
             device=device,
             precision=precision,
-            draws=Draws(self.model, size * count),
+            draws=Draws(self.model, size * count, held_fixed=held_fixed),
         )
-        return bench, splits_of(size, count)
+        return setup, splits_of(size, count)
+
+    @property
+    def training_cuts(self) -> tuple[tuple[int, ...], ...]:
+        """How the batch is cut in the precision of training."""
+        return splits_of(*bounded(self.micro_batch_size, self.accumulation_steps, self.samples))
 
 
-# --- float64 ------------------------------------------------------------------------------------
+# --- the proof ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Proof:
-    """What the experiments in float64 gave."""
+    """What the experiments gave that the verdict rests on."""
 
     weights: Weights
     compared: Compared
+    causes: Causes
     mixing_layers: tuple[MixingLayer, ...]
-    stateful: tuple[str, ...]
+    single_precision: str | None
     loop: tuple[LoopWindow, ...]
     loop_faults: tuple[LoopFault, ...]
 
@@ -243,66 +260,135 @@ class _Proof:
         return {mixer.name for mixer in self.mixing_layers if mixer.frozen} | self.compared.off
 
 
-def _in_float64(
+def _proven(
     subject: _Subject, work: PassCounter, *, freeze: bool, accumulate: AccumulationLoop | None
 ) -> _Proof:
-    model = subject.model
+    """Run the experiments in float64, or in float32 where the step cannot be had in float64."""
+    few = subject.samples or _FP64_SAMPLES
+    all_of_it = subject.effective_batch_size
+    # A model may take no batch but the one that it trains on.
+    sizes = (few, all_of_it) if few < all_of_it else (few,)
+    work.next("looking for layers that mix samples")
     with preserved(*subject.modules):
         for module in subject.modules:
             widen(module)
-        batch = batches.to_device(subject.batch, _CPU, dtype=torch.float64)
-        few = batches.take(subject.parts.split(batch)[0], 0, NUM_SAMPLES + 1)
-        work.next("looking for layers that mix samples")
-        mixing_layers = _mixers(model, few, freeze=freeze)
-        frozen = {mixer.name for mixer in mixing_layers if mixer.frozen}
-        with in_eval(model, frozen):
-            work.next("looking at what the loss averages over")
-            bench, cuts = subject.bench(
-                batch, subject.samples or _FP64_SAMPLES, device=_CPU, precision=None
-            )
-            weights = _weights(subject, batch) or _weights_from_gradients(bench, cuts[-1])
-            if weights.mixer is not None:
-                mixing_layers = (*mixing_layers, weights.mixer)
-            unexplained = all(mixer.frozen for mixer in mixing_layers)
-            compared = compare(bench, cuts, weights, work, suspect_draws=unexplained)
-            stateful: tuple[str, ...] = ()
-            if unexplained and not compared.passed:
-                work.next("looking for another reason")
-                stateful = stateful_layers(model, few)
-                mixing_layers = (*mixing_layers, *mixing_gradients(model, few))
-        loop: tuple[LoopWindow, ...] = ()
-        faults: tuple[LoopFault, ...] = ()
-        if accumulate is not None:
-            work.next("weighing the accumulation loop")
-            with in_eval(model, frozen | compared.drawing):
-                loop, faults = loops.weigh(
-                    accumulate,
-                    model=model,
-                    loss=subject.parts.loss,
-                    batch=batches.take(batch, 0, subject.effective_batch_size),
-                    split=subject.parts.split,
-                    weights=weights,
-                    parameters=tuple(bench.parameters().values()),
-                    micro_batch_size=subject.micro_batch_size,
-                    accumulation_steps=subject.accumulation_steps,
+        doubled = subject.whole.changed(
+            lambda batch: batches.to_device(batch, _CPU, dtype=torch.float64)
+        )
+        with in_float64():
+            setups = [subject.setup(doubled, n, device=_CPU, precision=None) for n in sizes]
+            chosen, error = _first_that_runs(setups)
+            if chosen is not None:
+                return _experiments(
+                    subject, doubled, chosen, work, freeze=freeze, accumulate=accumulate
                 )
+    setups = [subject.setup(subject.whole, n, device=_CPU, precision=Precision.FP32) for n in sizes]
+    chosen, its_own = _first_that_runs(setups)
+    if chosen is None:
+        assert its_own is not None
+        raise its_own
+    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+    with preserved(*subject.modules):
+        proof = _experiments(
+            subject, subject.whole, chosen, work, freeze=freeze, accumulate=accumulate
+        )
+    return dataclasses.replace(proof, single_precision=why)
+
+
+_Chosen = tuple[CheckSetup, tuple[tuple[int, ...], ...]]
+
+
+def _first_that_runs(setups: Sequence[_Chosen]) -> tuple[_Chosen | None, Exception | None]:
+    """Return the first batch that runs forward and backward, or else why the last does not."""
+    error: Exception | None = None
+    for chosen in setups:
+        error = _error_in(chosen[0])
+        if error is None:
+            return chosen, None
+    return None, error
+
+
+def _error_in(setup: CheckSetup) -> Exception | None:
+    """Run a batch forward and backward, and return what is raised."""
+    parameters = setup.parameters().values()
+    try:
+        with same_start(setup.holders, parameters), setup.draws.recorded():
+            losses = setup.losses_of(0, setup.num_samples).values()
+            torch.stack([loss for loss in losses if loss.requires_grad]).sum().backward()
+    except MemfitError:
+        raise
+    except Exception as error:
+        if oom.classify(error) is not oom.Likelihood.NO:
+            raise
+        return error
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+    return None
+
+
+def _experiments(
+    subject: _Subject,
+    whole: Samples,
+    chosen: _Chosen,
+    work: PassCounter,
+    *,
+    freeze: bool,
+    accumulate: AccumulationLoop | None,
+) -> _Proof:
+    model = subject.model
+    setup, cuts = chosen
+    mixing = _mixing(model, whole, freeze=freeze, close=_CLOSE[setup.precision is None])
+    frozen = {mixer.name for mixer in mixing if mixer.frozen}
+    with in_eval(model, frozen):
+        work.next("looking at what the loss averages over")
+        known = any(not mixer.frozen for mixer in mixing)
+        weights = weighting.of_step(setup, cuts[-1], is_mixing=known)
+        if weights.mixer is not None:
+            mixing = (*mixing, weights.mixer)
+        left = [mixer for mixer in mixing if not mixer.frozen]
+        setup = dataclasses.replace(setup, draws=Draws(model, setup.num_samples))
+        compared, setup = compare(setup, cuts, weights, work, suspect_draws=not left, is_proof=True)
+        with in_eval(model, compared.off):
+            causes = find_causes(setup, compared, weights, left, work)
+        weights = weights.plan((*cuts, *subject.training_cuts), whole)
+    loop: tuple[LoopWindow, ...] = ()
+    faults: tuple[LoopFault, ...] = ()
+    if accumulate is not None:
+        work.next("weighing the accumulation loop")
+        with in_eval(model, frozen | compared.drawing):
+            loop, faults = loops.weigh(
+                accumulate,
+                setup=dataclasses.replace(setup, samples=whole.first(subject.effective_batch_size)),
+                weights=dataclasses.replace(weights, planned={}),
+                micro_batch_size=subject.micro_batch_size,
+                accumulation_steps=subject.accumulation_steps,
+            )
     return _Proof(
         weights=weights,
         compared=compared,
-        mixing_layers=mixing_layers,
-        stateful=stateful,
+        causes=causes,
+        mixing_layers=(*mixing, *causes.mixing_layers),
+        single_precision=None,
         loop=loop,
         loop_faults=faults,
     )
 
 
-def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[MixingLayer, ...]:
+def _mixing(
+    model: nn.Module, samples: Samples, *, freeze: bool, close: float
+) -> tuple[MixingLayer, ...]:
     """Name the layers that mix, and say which of them evaluation mode stops."""
-    found = mixing_layers(model, inputs)
+    try:
+        found = mixing_layers(model, samples, close=close)
+    except Exception as error:
+        if oom.classify(error) is not oom.Likelihood.NO:
+            raise
+        return ()  # the model takes none of the few samples that the search runs on
     if not found:
         return ()
     with in_eval(model, {mixer.name for mixer in found}):
-        still = {mixer.name for mixer in mixing_layers(model, inputs)}
+        still = {mixer.name for mixer in mixing_layers(model, samples, close=close)}
     return tuple(
         dataclasses.replace(
             mixer,
@@ -311,35 +397,6 @@ def _mixers(model: nn.Module, inputs: Any, *, freeze: bool) -> tuple[MixingLayer
         )
         for mixer in found
     )
-
-
-def _weights(subject: _Subject, batch: Any) -> Weights | None:
-    """Ask the loss what it averages over, on the outputs of a few samples."""
-    effective = batches.take(batch, 0, subject.effective_batch_size)
-    inputs, targets = subject.parts.split(effective)
-    few = min(NUM_SAMPLES + 1, subject.effective_batch_size)
-    with rewound(*subject.modules), torch.no_grad():
-        outputs = call_model(subject.model, batches.take(inputs, 0, few))
-    if not weighting.can_be_cut(outputs, few):
-        return None
-    return weighting.of_loss(subject.parts.loss, outputs, targets, subject.cut)
-
-
-def _weights_from_gradients(bench: CheckSetup, cut: tuple[int, ...]) -> Weights:
-    """Choose the rule under which an uneven cut agrees, for a model that computes its own loss."""
-    reference = gradients(bench, (bench.num_samples,), weights=(1.0,))
-    labels = weighting.with_ignored((bench.inputs, bench.targets))
-    errors: dict[LossWeighting, float] = {}
-    for rule in (LossWeighting.SAMPLES, LossWeighting.SUM, LossWeighting.TARGETS):
-        if rule is LossWeighting.TARGETS and not labels:
-            continue
-        weights = weighting.weights_by(rule, cut, labels)
-        other = gradients(bench, cut, weights=weights)
-        compared = check(
-            bench, reference, other, shuffled=reference, reference_cut=(bench.num_samples,), cut=cut
-        )
-        errors[rule] = compared.worst_relative_error
-    return Weights(weighting=min(errors, key=errors.__getitem__), labels_in_inputs=True)
 
 
 # --- the precision and the device of training ---------------------------------------------------
@@ -351,21 +408,22 @@ def _in_training(
     place = subject.step.convert(subject.model, device)
     for module in subject.modules[1:]:
         module.to(device)
-    bench, cuts = subject.bench(
-        place(subject.batch),
+    setup, cuts = subject.setup(
+        subject.whole.changed(place),
         subject.samples,
         device=device,
         precision=subject.step.options.precision,
+        held_fixed=proof.compared.held_fixed,
     )
     with in_eval(subject.model, proof.in_eval):
         return compare(
-            bench,
+            setup,
             cuts,
             proof.weights,
             work,
             suspect_draws=proof.compared.passed,
             vanishing=proof.compared.vanishing,
-        )
+        )[0]
 
 
 @contextlib.contextmanager

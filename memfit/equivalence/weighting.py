@@ -1,192 +1,243 @@
 """What a loss averages over, found by cutting its batch.
 
-The gradient of the whole batch's loss, in the rows of one micro-batch's outputs, is a multiple of
-the gradient of that micro-batch's own loss, if the loss does not mix samples. The multiple is the
-weight that the micro-batch has to have. Where no multiple fits, the loss mixes.
+The gradient of the whole batch's loss is a weighted sum of the gradients of its parts' own losses,
+if the loss does not mix samples. The weights are measured: in the rows of the model's outputs where
+the loss is computed outside the model, and in the parameters where the model computes it itself.
+Then the count that gives those weights is looked for (`memfit.equivalence.counting`). Where no
+weights fit, the loss mixes; or it is one number that adds means over different things, and then its
+summands (`memfit.equivalence.terms`) are measured one by one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from memfit._torch_private import pytree
-from memfit.equivalence.splits import spans
-from memfit.records import LossWeighting, MixesIn, MixingLayer
-from memfit.step import batches
+from memfit.equivalence.counting import SAMPLES, SUM, Count, candidates, of_classes
+from memfit.equivalence.gradients import CheckSetup
+from memfit.equivalence.measuring import Measured, Measures, outputs_of
+from memfit.equivalence.samples import Samples
+from memfit.equivalence.state import held_by
+from memfit.errors import WorkloadError
+from memfit.records import LossTerm, LossWeighting, MixesIn, MixingLayer
 
-__all__ = ["Weights", "can_be_cut", "num_valid_targets", "of_loss", "weights_by", "with_ignored"]
+__all__ = ["Weights", "in_parameters", "of_step"]
 
-_IGNORED_TARGET = -100
-"""Source: torch.nn.functional.cross_entropy, `ignore_index`."""
-
-_MOVED = 1e-7
-"""Room for a loss that computes in float32, as many do for stability."""
+_MOST_CLASSES = 4096
+_MOST_HELD = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """What a loss averages over.
+    """What the losses of a step average over.
 
     Args:
-        weighting: The rule that the measured weights follow.
+        terms: Each loss and the rule that its measured weights follow; for one number that adds
+            different means, its summands.
+        counts: For each loss that is returned, what it counts.
         mixer: The loss, if it mixes samples.
-        measure: From the cut of a batch and its targets to the weights, for a loss that follows no
-            known rule.
-        labels_in_inputs: The model computes the loss itself, from labels among its inputs.
+        adds_different_means: The loss is one number, and its summands need different weights.
+        planned: Weights that were worked out before, by cut.
     """
 
-    weighting: LossWeighting
+    terms: tuple[LossTerm, ...]
+    counts: tuple[Count, ...]
     mixer: MixingLayer | None = None
-    measure: Callable[[Sequence[int], tuple[Any, ...]], tuple[float, ...]] | None = None
-    labels_in_inputs: bool = False
+    adds_different_means: bool = False
+    planned: Mapping[tuple[int, ...], tuple[tuple[float, ...], ...]] = dataclasses.field(
+        default_factory=dict
+    )
 
-    def of(self, cut: Sequence[int], inputs: Any, targets: tuple[Any, ...]) -> tuple[float, ...]:
-        """Return what the loss of each micro-batch has to be multiplied by.
+    @property
+    def weighting(self) -> LossWeighting:
+        """The rule of all losses, if they have one."""
+        rules = {term.weighting for term in self.terms}
+        return rules.pop() if len(rules) == 1 else LossWeighting.SEVERAL
+
+    def of(self, cut: Sequence[int], samples: Samples) -> tuple[tuple[float, ...], ...]:
+        """Return for each micro-batch what each of its losses has to be multiplied by.
 
         Args:
             cut: Samples in each micro-batch.
-            inputs: The whole batch's.
-            targets: The whole batch's, one by one.
+            samples: The whole batch.
         """
-        if self.labels_in_inputs:
-            targets = with_ignored((inputs, targets))
-        if self.measure is not None:
-            return self.measure(cut, targets)
-        return weights_by(self.weighting, cut, targets)
+        if len(cut) == 1:
+            return ((1.0,) * len(self.counts),)
+        if tuple(cut) in self.planned:
+            return self.planned[tuple(cut)]
+        by_loss = [count.shares(cut, samples) or (0.0,) * len(cut) for count in self.counts]
+        return tuple(zip(*by_loss, strict=True))
+
+    def plan(self, cuts: Iterable[tuple[int, ...]], samples: Samples) -> Weights:
+        """Work the weights of some cuts out now, from a batch as it was given."""
+        return dataclasses.replace(self, planned={cut: self.of(cut, samples) for cut in cuts})
 
 
-def weights_by(
-    weighting: LossWeighting, cut: Sequence[int], targets: tuple[Any, ...]
-) -> tuple[float, ...]:
-    """Return the weights that a rule gives to the micro-batches of a cut."""
-    if weighting is LossWeighting.SUM:
-        return (1.0,) * len(cut)
-    counts = [float(size) for size in cut]
-    if weighting is LossWeighting.TARGETS:
-        counts = [
-            float(sum(num_valid_targets(batches.take(target, *span)) for target in targets))
-            for span in spans(cut)
-        ]
-    total = sum(counts)
-    return tuple(count / total for count in counts)
-
-
-def num_valid_targets(targets: Any) -> int:
-    """Return how many integer targets are not to be ignored."""
-    return sum(
-        int((leaf != _IGNORED_TARGET).sum())
-        for leaf in pytree.tree_leaves(targets)
-        if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point()
-    )
-
-
-def with_ignored(values: Any) -> tuple[Any, ...]:
-    """Return the integer tensors in which some targets are to be ignored."""
-    return tuple(
-        leaf
-        for leaf in pytree.tree_leaves(values)
-        if isinstance(leaf, torch.Tensor)
-        and not leaf.is_floating_point()
-        and bool((leaf == _IGNORED_TARGET).any())
-    )
-
-
-def can_be_cut(outputs: Any, num_samples: int) -> bool:
-    """Whether all of a model's outputs have samples; not so if it computes the loss itself."""
-    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-    return bool(tensors) and all(leaf.ndim > 0 and leaf.shape[0] == num_samples for leaf in tensors)
-
-
-def of_loss(
-    loss: Callable[..., torch.Tensor], outputs: Any, targets: tuple[Any, ...], cut: Sequence[int]
-) -> Weights:
-    """Find out what a loss averages over, and whether it mixes samples.
+def of_step(setup: CheckSetup, cut: Sequence[int], *, is_mixing: bool = False) -> Weights:
+    """Find out what the losses of a step average over, and whether they mix samples.
 
     Args:
-        loss: From outputs and targets to one number.
-        outputs: The model's, for at least one sample, in float64.
-        targets: The whole batch's, one by one.
+        setup: A step and its batch, on the CPU.
         cut: Samples in each micro-batch, not all the same.
+        is_mixing: Layers of the model mix samples, so that parameters tell nothing of the loss.
 
     Returns:
-        The rule, and the loss where it mixes.
+        The rules, and the loss where it mixes.
     """
-    weights, unexplained = _measured(loss, batches.resized(outputs, sum(cut)), targets, cut)
-    if unexplained > _MOVED:
-        return Weights(
-            weighting=LossWeighting.SAMPLES,
-            mixer=MixingLayer(
-                name="loss",
-                type_name=getattr(loss, "__name__", type(loss).__name__),
-                mixes_in=MixesIn.LOSS,
-                moved=unexplained,
-            ),
+    outputs = outputs_of(setup)
+    if outputs is not None:
+        # A loss may need more of the outputs than their values.
+        with contextlib.suppress(RuntimeError, TypeError, AttributeError):
+            return _Finder(setup, tuple(cut), outputs).found(is_mixing=False)
+    return _Finder(setup, tuple(cut), None).found(is_mixing=is_mixing)
+
+
+def in_parameters(setup: CheckSetup, cut: Sequence[int]) -> Weights:
+    """Find out the same from the gradients of the parameters, whatever the model returns."""
+    return _Finder(setup, tuple(cut), None).found(is_mixing=False)
+
+
+class _Finder:
+    """Measures the weights of one step's losses, and finds the counts that give them."""
+
+    def __init__(self, setup: CheckSetup, cut: tuple[int, ...], outputs: Any | None) -> None:
+        self._setup = setup
+        self._cut = cut
+        self._measures = Measures(setup, outputs)
+        self._close = 1e-7 if setup.precision is None else 1e-4
+
+    def found(self, *, is_mixing: bool) -> Weights:
+        """Return the rule of each loss, and the loss where no weights fit."""
+        measured = self._measures.of(self._cut, self._setup.samples, False)
+        counts = [self._count_of(index, one, False) for index, one in enumerate(measured)]
+        if None not in counts:
+            return _weights(measured, counts)
+        if len(measured) == 1:
+            parts = self._measures.of(self._cut, self._setup.samples, True)
+            of_parts = [self._count_of(index, one, True) for index, one in enumerate(parts)]
+            if len(parts) > 1 and None not in of_parts:
+                apart = _weights(parts, of_parts, inside=True)
+                return dataclasses.replace(apart, counts=(SAMPLES,), adds_different_means=True)
+        if is_mixing:
+            return _weights(measured, [self._nearest(one) for one in measured])
+        missing = [one for one, count in zip(measured, counts, strict=True) if count is None]
+        worst = max(missing, key=lambda one: one.unexplained)
+        loss = self._setup.loss
+        mixer = MixingLayer(
+            name="loss" if len(measured) == 1 else f"loss {worst.name!r}",
+            type_name=getattr(loss, "__name__", type(loss).__name__),
+            mixes_in=MixesIn.LOSS,
+            moved=worst.unexplained,
         )
-    for rule in (LossWeighting.SAMPLES, LossWeighting.SUM, LossWeighting.TARGETS):
-        if rule is LossWeighting.TARGETS and not num_valid_targets(targets):
-            continue
-        expected = weights_by(rule, cut, targets)
-        if all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(weights, expected, strict=True)):
-            return Weights(weighting=rule)
-
-    def measure(other_cut: Sequence[int], other_targets: tuple[Any, ...]) -> tuple[float, ...]:
-        enough = batches.resized(outputs, sum(other_cut))
-        host = pytree.tree_map(
-            lambda leaf: leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf, other_targets
+        return dataclasses.replace(
+            _weights(measured, [count or SAMPLES for count in counts]), mixer=mixer
         )
-        return _measured(loss, enough, host, other_cut)[0]
 
-    return Weights(weighting=LossWeighting.MEASURED, measure=measure)
+    def _count_of(self, index: int, measured: Measured, summed: bool) -> Count | None:
+        """Return what one loss averages over; `None` where no weights fit, or they mix."""
+        samples = self._setup.samples
+        if not measured.unexplained <= self._close:
+            return None
+        if measured.unexplained == 0 and not any(measured.weights):
+            return SAMPLES  # a loss without a gradient
+        for count in (SAMPLES, SUM):
+            if self._fits(count, self._cut, measured):
+                return count
+        singles = self._singles(index, summed)
+        named = list(candidates(samples, self._weights_of_classes()))
+        if singles is not None and singles.unexplained <= self._close:
+            named += of_classes(samples, (1,) * samples.num_samples, singles.fit)
+        for count in named:
+            if self._fits(count, self._cut, measured) and (
+                singles is None or self._fits(count, (1,) * samples.num_samples, singles)
+            ):
+                return count
+        return self._unnamed(index, measured, summed)
 
+    def _fits(self, count: Count, cut: Sequence[int], measured: Measured) -> bool:
+        shares = count.shares(cut, self._setup.samples)
+        return shares is not None and measured.off(shares) <= self._close
 
-def _measured(
-    loss: Callable[..., torch.Tensor], outputs: Any, targets: tuple[Any, ...], cut: Sequence[int]
-) -> tuple[tuple[float, ...], float]:
-    """Return the weight of each micro-batch, and the share that no weight explains."""
-    whole = _gradient(loss, outputs, targets)
-    weights, unexplained = [], 0.0
-    for start, stop in spans(cut):
-        rows = torch.cat([leaf[start:stop].flatten() for leaf in whole])
-        parts = _gradient(
-            loss,
-            batches.take(outputs, start, stop),
-            tuple(batches.take(target, start, stop) for target in targets),
+    def _singles(self, index: int, summed: bool) -> Measured | None:
+        """Measure each sample as a part of its own, where the step takes single ones."""
+        ones = (1,) * self._setup.num_samples
+        try:
+            return self._measures.of(ones, self._setup.samples, summed)[index]
+        except (RuntimeError, ValueError, TypeError, IndexError, WorkloadError):
+            return None
+
+    def _unnamed(self, index: int, measured: Measured, summed: bool) -> Count | None:
+        """Return measured weights as a rule, if they do not depend on the outputs or parameters.
+
+        A single number fits a gradient of one element whatever the loss does. A count of the batch
+        is the same for other outputs; what changes with them is no count.
+        """
+        samples = self._setup.samples
+        again = self._measures.of(self._cut, samples, summed, moved=True)[index]
+        same = all(
+            math.isclose(one, other, rel_tol=10 * self._close, abs_tol=self._close)
+            for one, other in zip(measured.weights, again.weights, strict=True)
         )
-        own = torch.cat([leaf.flatten() for leaf in parts])
-        square = float(torch.dot(own, own))
-        weight = float(torch.dot(rows, own)) / square if square else 0.0
-        norm = float(torch.linalg.vector_norm(rows))
-        if norm:
-            apart = float(torch.linalg.vector_norm(rows - weight * own))
-            unexplained = max(unexplained, apart / norm)
-        weights.append(weight)
-    return tuple(weights), unexplained
+        if not same or not again.unexplained <= self._close:
+            return None
 
+        def measure(cut: Sequence[int], of: Samples) -> tuple[float, ...]:
+            return self._measures.of(cut, of, summed)[index].weights
 
-def _gradient(
-    loss: Callable[..., torch.Tensor], outputs: Any, targets: tuple[Any, ...]
-) -> list[torch.Tensor]:
-    """Return the loss's gradient in each floating-point output."""
-    leaves, spec = pytree.tree_flatten(outputs)
-    fresh = [
-        leaf.detach().clone().requires_grad_() if _is_numbers(leaf) else leaf for leaf in leaves
-    ]
-    wanted = [leaf for leaf in fresh if _is_numbers(leaf)]
-    with torch.enable_grad():
-        value = loss(pytree.tree_unflatten(fresh, spec), *targets)
-        found: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
-            value, wanted, allow_unused=True
+        return Count(
+            weighting=LossWeighting.MEASURED, of=lambda _part, size: float(size), measured=measure
         )
-    return [
-        torch.zeros_like(leaf) if grad is None else grad
-        for leaf, grad in zip(wanted, found, strict=True)
-    ]
+
+    def _nearest(self, measured: Measured) -> Count:
+        """Return the count that explains most, where something else mixes as well."""
+        samples = self._setup.samples
+        offs = [
+            (measured.off(shares), count)
+            for count in candidates(samples, self._weights_of_classes())
+            if (shares := count.shares(self._cut, samples)) is not None
+        ]
+        return min(offs, key=lambda pair: pair[0])[1]
+
+    def _weights_of_classes(self) -> list[torch.Tensor]:
+        """Return what may be weights of classes: short vectors that the loss or the model keeps."""
+        found: list[torch.Tensor] = []
+        for holder in (*held_by(self._setup.loss, self._setup.model), self._setup.model):
+            if isinstance(holder, nn.Module):
+                found += (buffer for buffer in holder.buffers() if buffer.ndim == 1)
+                found += (
+                    value
+                    for module in holder.modules()
+                    for value in vars(module).values()
+                    if isinstance(value, torch.Tensor)
+                )
+            elif isinstance(holder, torch.Tensor):
+                found.append(holder)
+        return [
+            one
+            for one in found
+            if one.ndim == 1 and one.is_floating_point() and 1 < len(one) <= _MOST_CLASSES
+        ][:_MOST_HELD]
 
 
-def _is_numbers(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+def _weights(
+    measured: Sequence[Measured], counts: Sequence[Count | None], *, inside: bool = False
+) -> Weights:
+    assert None not in counts
+    known = [count for count in counts if count is not None]
+    terms = tuple(
+        LossTerm(
+            name=one.name,
+            weighting=count.weighting,
+            counts=count.text,
+            unexplained=one.unexplained,
+            inside=inside,
+        )
+        for one, count in zip(measured, known, strict=True)
+    )
+    return Weights(terms=terms, counts=tuple(known))

@@ -11,7 +11,9 @@ from rich.text import Text
 from memfit.records import (
     Equivalence,
     GradientCheck,
+    GradientFault,
     LoopFault,
+    LossTerm,
     LossWeighting,
     MixesIn,
     MixingLayer,
@@ -31,8 +33,32 @@ _WEIGHTINGS = {
     LossWeighting.TARGETS: "The loss averages over valid targets: weight each micro-batch's by "
     "t_i / T, counted over the whole effective batch first.",
     LossWeighting.SUM: "The loss is a sum: add the micro-batches' up as they are.",
-    LossWeighting.MEASURED: "The loss averages over neither samples nor targets; the weights were "
-    "read off its gradients.",
+    LossWeighting.CLASSES: "The loss averages over weights of classes: weight each micro-batch's "
+    "by its share of their sum.",
+    LossWeighting.MEASURED: "The loss averages over something that the batch does not show; the "
+    "weights were read off its gradients.",
+}
+
+_CAUSES = {
+    GradientFault.DEPENDS_ON_ORDER: "Another order of the samples gives the full batch another "
+    "gradient, so that it matters where a batch is cut: samples that belong together have to stay "
+    "in one micro-batch, or be one sample (a pair, a triplet) of the batch.",
+    GradientFault.CARRIES_STATE: "What one forward pass leaves behind changes the next, and "
+    "accumulation runs k of them: move it after the optimizer's step (a teacher, a queue), or "
+    "accept the difference, whose size you now know.",
+    GradientFault.DRAWS_NOT_REPLAYED: "Random numbers are drawn for the batch as a whole, and a "
+    "micro-batch draws others: the gradients cannot be compared draw by draw.",
+    GradientFault.DOES_NOT_REPEAT: "The same pass from the same state gives another gradient: "
+    "something outside the model and the loss keeps state, or a kernel is not deterministic.",
+    GradientFault.UNEXPLAINED: "No experiment of memfit's says why.",
+}
+
+_SHORT = {
+    GradientFault.DEPENDS_ON_ORDER: "the order of the samples matters",
+    GradientFault.CARRIES_STATE: "one forward pass changes the next",
+    GradientFault.ADDS_DIFFERENT_MEANS: "the loss adds means over different counts",
+    GradientFault.DRAWS_NOT_REPLAYED: "random draws belong to the whole batch",
+    GradientFault.DOES_NOT_REPEAT: "the same pass does not repeat",
 }
 
 _FAULTS = {
@@ -85,8 +111,11 @@ def _verdict(result: Equivalence) -> Text:
     if result.verdict is Verdict.EQUAL:
         frozen = sum(mixer.frozen for mixer in result.mixing_layers)
         how = f", {_counted(frozen, 'layer')} frozen" if frozen else ""
-        error = _number(result.worst_relative_error("fp64") or 0.0)
-        return Text.assemble(("equal", "bold green"), f"{what}{how}, to {error} in float64")
+        rests_on, name = ("fp64", "float64")
+        if result.single_precision is not None:
+            rests_on, name = ("fp32", "float32, because float64 cannot be had")
+        error = _number(result.worst_relative_error(rests_on) or 0.0)
+        return Text.assemble(("equal", "bold green"), f"{what}{how}, to {error} in {name}")
     if result.verdict is Verdict.DETACHED:
         cut_off = _counted(len(result.unreached), "parameter")
         return Text.assemble(
@@ -97,18 +126,23 @@ def _verdict(result: Equivalence) -> Text:
 
 def _cause(result: Equivalence) -> str:
     failed = [check for check in result.checks if not check.passed]
-    if not failed:
+    if not failed and not result.faults:
         return "the model's gradients add up, the loop's do not"
-    worst = max(failed, key=lambda check: check.worst_relative_error)
-    off = f"gradients off by up to {_number(worst.worst_relative_error)}"
+    worst = max((check.worst_relative_error for check in failed), default=result.order_error or 0.0)
+    off = f"gradients off by up to {_number(worst)}"
+    if not failed:
+        by_order = GradientFault.DEPENDS_ON_ORDER in result.faults
+        off = f"another order moves gradients by {_number(worst)}" if by_order else "at random"
     mixing = [mixer for mixer in result.mixing_layers if not mixer.frozen]
     if mixing:
         return f"{_who_mixes(mixing)} samples; {off}"
-    if result.stateful:
-        return f"{_names(result.stateful)} depends on how often it was called; {off}"
     if result.detaching:
         return f"{_names(result.detaching)} detaches; {off}"
-    return off
+    causes = [_SHORT[fault] for fault in result.faults if fault in _SHORT]
+    moved = result.carried or result.stateful
+    if GradientFault.CARRIES_STATE in result.faults and moved:
+        causes = [f"a forward pass changes {_names(moved)} for the next"]
+    return f"{' and '.join(causes)}; {off}" if causes else off
 
 
 def _who_mixes(mixing: list[MixingLayer]) -> str:
@@ -214,6 +248,14 @@ def _advice(result: Equivalence) -> list[str]:
         )
     if result.alternatives:
         lines.append(f"timm has, unchecked: {_names(result.alternatives)}.")
+    lines += [_CAUSES[fault] for fault in result.faults if fault in _CAUSES]
+    if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
+        lines.append(
+            "The loss is one number that adds means over different counts, so no single weight of "
+            "a micro-batch is right. Return the losses as a dictionary, and give the Accumulator a "
+            "weight for each; with these weights the gradients are exact:"
+        )
+        lines += [f"  {term.name}: {_count(term)}" for term in result.terms]
     if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
         lines.append(
             "A loss over pairs of samples needs the whole batch at once: gather the outputs of all "
@@ -236,7 +278,12 @@ def _only_single_samples_differ(result: Equivalence) -> bool:
 
 def _notes(result: Equivalence) -> list[str]:
     notes = [check.message for check in result.checks if check.message is not None][:1]
-    notes.append(_WEIGHTINGS[result.weighting])
+    if result.single_precision is not None:
+        notes.append(
+            f"The step cannot run in float64 ({result.single_precision}), so float32 stands in, "
+            "with a bound of 1e-4."
+        )
+    notes += _weights(result)
     if result.buffers and result.buffers[0].full is None:
         worst = result.buffers[0]
         notes.append(
@@ -248,6 +295,13 @@ def _notes(result: Equivalence) -> list[str]:
         notes.append(f"No gradient reaches {_names(result.unreached)}.")
     if result.replayed:
         notes.append(f"Random draws were replayed sample by sample in {_names(result.replayed)}.")
+    if result.held_fixed:
+        notes.append(
+            f"Random draws in {_names(result.held_fixed)} were one value for all samples, because "
+            "it cannot be told which draw is whose."
+        )
+    if result.changes_batch:
+        notes.append("Forward changes the batch in place; every pass had a copy of it.")
     if result.switched_off:
         notes.append(f"Randomness was switched off in {_names(result.switched_off)}.")
     if result.num_jittered_samples:
@@ -258,11 +312,30 @@ def _notes(result: Equivalence) -> list[str]:
     if result.num_moved_parameters:
         notes.append(
             f"{_counted(result.num_moved_parameters, 'parameter')} at zero were moved off it for "
-            "the check, lest they hide others' gradients."
+            "the check, because they would hide others' gradients."
         )
     notes.append(f"Measured on {result.device} in {result.seconds:.1f} s, torch "
                  f"{result.torch_version}.")  # fmt: skip
     return notes
+
+
+def _weights(result: Equivalence) -> list[str]:
+    """Say what each micro-batch's loss has to be weighted by."""
+    if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
+        return []
+    if result.weighting is LossWeighting.SEVERAL:
+        of_each = ", ".join(f"{term.name}: {_count(term)}" for term in result.terms)
+        return [f"The losses average over different things: {of_each}."]
+    line = _WEIGHTINGS[result.weighting]
+    counts = {term.counts for term in result.terms}
+    named = counts.pop() if len(counts) == 1 else None
+    return [line if named is None else f"{line} What counts is {named}."]
+
+
+def _count(term: LossTerm) -> str:
+    if term.counts is not None:
+        return term.counts
+    return "samples" if term.weighting is LossWeighting.SAMPLES else term.weighting.value
 
 
 def _cut(cut: tuple[int, ...]) -> str:

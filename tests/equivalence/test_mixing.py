@@ -12,14 +12,20 @@ from torch import nn
 
 from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
+from memfit.equivalence.samples import Samples
 from memfit.records import MixesIn
+
+
+def samples_of(*shape: int) -> Samples:
+    """Random inputs of a shape per sample."""
+    torch.manual_seed(0)
+    inputs = torch.randn(NUM_SAMPLES, *shape, dtype=torch.float64)
+    return Samples(batch=inputs, num_samples=NUM_SAMPLES, split=lambda batch: (batch, ()))
 
 
 def mixers_of(model: nn.Module, *shape: int) -> list[str]:
     """Names of the layers that mix, for random inputs of a shape per sample."""
-    torch.manual_seed(0)
-    inputs = torch.randn(NUM_SAMPLES + 1, *shape, dtype=torch.float64)
-    return [mixer.name for mixer in mixing_layers(model.double(), inputs)]
+    return [mixer.name for mixer in mixing_layers(model.double(), samples_of(*shape))]
 
 
 class HeadsFirst(nn.Module):
@@ -115,7 +121,7 @@ def test_timm_s_fused_batch_norm_is_named_itself() -> None:
 def test_mixing_in_backward_alone() -> None:
     """Its outputs are as they should be, and still the gradient is not."""
     model = mlp(MixingInBackward()).double()
-    inputs = torch.randn(NUM_SAMPLES + 1, WIDTH, dtype=torch.float64)
-    assert mixing_layers(model, inputs) == ()
-    (mixer,) = mixing_gradients(model, inputs)
+    samples = samples_of(WIDTH)
+    assert mixing_layers(model, samples) == ()
+    (mixer,) = mixing_gradients(model, samples)
     assert (mixer.name, mixer.mixes_in) == ("2", MixesIn.BACKWARD)

@@ -13,8 +13,10 @@ from memfit.records import (
     BufferDrift,
     Equivalence,
     GradientCheck,
+    GradientFault,
     LoopFault,
     LoopWindow,
+    LossTerm,
     LossWeighting,
     MixesIn,
     MixingLayer,
@@ -95,7 +97,18 @@ def test_an_equal_model_s_report_in_full() -> None:
             {"mixing_layers": (dataclasses.replace(MIXER, name="loss", mixes_in=MixesIn.LOSS),)},
             "the loss mixes samples; gradients off by up to 5.0e-01",
         ),
-        ({"stateful": ("norm",)}, "norm depends on how often it was called; gradients off"),
+        (
+            {"faults": (GradientFault.CARRIES_STATE,), "carried": ("queue",)},
+            "a forward pass changes queue for the next; gradients off",
+        ),
+        (
+            {"faults": (GradientFault.DEPENDS_ON_ORDER, GradientFault.ADDS_DIFFERENT_MEANS)},
+            "the order of the samples matters and the loss adds means over different counts; grad",
+        ),
+        (
+            {"faults": (GradientFault.DEPENDS_ON_ORDER,), "checks": (PASSED,), "order_error": 0.25},
+            "the order of the samples matters; another order moves gradients by 2.5e-01",
+        ),
         ({"detaching": ("neck",)}, "neck detaches; gradients off"),
         ({}, "differs: vit_tiny at 8 x 4, gradients off by up to 5.0e-01"),
         ({"checks": (PASSED,)}, "the model's gradients add up, the loop's do not"),
@@ -104,6 +117,49 @@ def test_an_equal_model_s_report_in_full() -> None:
 def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None:
     """In its one line."""
     assert line in text(DIFFERS, **changes).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fault
+        for fault in GradientFault
+        if fault not in (GradientFault.MIXES_SAMPLES, GradientFault.DETACHES)
+    ],
+)
+def test_every_fault_has_its_sentence(fault: GradientFault) -> None:
+    """What it is, and what to do."""
+    with_it, without = text(DIFFERS, faults=(fault,)), text(DIFFERS)
+    assert len(with_it.splitlines()) > len(without.splitlines())
+
+
+def test_the_counts_that_the_losses_average_over_are_said() -> None:
+    """As expressions of the batch, for each loss."""
+    term = LossTerm(
+        name="ce", weighting=LossWeighting.TARGETS, counts="(batch['labels'] != -100).sum()"
+    )
+    one = text(EQUAL, weighting=LossWeighting.TARGETS, terms=(term,)).replace("\n", " ")
+    assert "What counts is (batch['labels'] != -100).sum()." in one
+    other = LossTerm(name="l1", weighting=LossWeighting.SAMPLES)
+    both = text(EQUAL, weighting=LossWeighting.SEVERAL, terms=(term, other)).replace("\n", " ")
+    assert "ce: (batch['labels'] != -100).sum(), l1: samples." in both
+    summed = text(
+        DIFFERS,
+        weighting=LossWeighting.SEVERAL,
+        terms=(term, other),
+        faults=(GradientFault.ADDS_DIFFERENT_MEANS,),
+    ).replace("\n", " ")
+    assert "Return the losses as a dictionary" in summed
+    assert "  l1: samples" in summed
+
+
+def test_float32_that_stands_in_is_said() -> None:
+    """In the headline, and with the reason."""
+    check = dataclasses.replace(PASSED, precision="fp32", worst_relative_error=3e-7)
+    report = text(EQUAL, checks=(check,), single_precision="RuntimeError: no kernel")
+    first = report.splitlines()[0]
+    assert first.endswith("to 3.0e-07 in float32, because float64 cannot be had")
+    assert "cannot run in float64 (RuntimeError: no kernel)" in report.replace("\n", " ")
 
 
 def test_a_screen_holds_the_report_of_a_large_model() -> None:
@@ -158,6 +214,8 @@ def test_everything_that_was_done_to_the_run_is_said() -> None:
         unreached=("mask",),
         replayed=("drop",),
         switched_off=("noise",),
+        held_fixed=("mask",),
+        changes_batch=True,
         num_jittered_samples=3,
         num_moved_parameters=1,
     )
@@ -167,6 +225,8 @@ def test_everything_that_was_done_to_the_run_is_said() -> None:
         "No gradient reaches mask.",
         "replayed sample by sample in drop.",
         "switched off in noise.",
+        "Random draws in mask were one value",
+        "changes the batch in place",
         "3 samples were copies",
         "1 parameter at zero",
     ):

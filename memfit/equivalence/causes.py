@@ -1,0 +1,138 @@
+"""Why gradients differ: experiments on a step whose accumulated gradients are not the full batch's.
+
+Each cause is tried for by itself, so that a step with two of them has both named. What mixes
+samples, `mixing` and `weighting` have found before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from memfit.equivalence.comparison import ceiling_of, check
+from memfit.equivalence.gradient_flow import stateful_layers
+from memfit.equivalence.gradients import CheckSetup, Gradients, gradients
+from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients
+from memfit.equivalence.passes import Compared, PassCounter
+from memfit.equivalence.state import changed_state, same_start
+from memfit.equivalence.weighting import Weights, in_parameters
+from memfit.records import GradientFault, MixesIn, MixingLayer
+
+__all__ = ["Causes", "find_causes"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Causes:
+    """What makes gradients differ.
+
+    Args:
+        faults: The kinds, each once.
+        mixing_layers: What was found to mix besides what was known.
+        stateful: Layers that return something else when they are called again.
+        carried: Parameters, buffers and attributes that forward changes.
+        detaching: Layers that cut gradients off in some passes and not in others.
+    """
+
+    faults: tuple[GradientFault, ...] = ()
+    mixing_layers: tuple[MixingLayer, ...] = ()
+    stateful: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    detaching: tuple[str, ...] = ()
+
+
+def find_causes(
+    setup: CheckSetup,
+    compared: Compared,
+    weights: Weights,
+    mixing: Sequence[MixingLayer],
+    work: PassCounter,
+) -> Causes:
+    """Find out why gradients differ.
+
+    Args:
+        setup: What was run, on the CPU, in the precision that the verdict rests on.
+        compared: What comparing its gradients gave.
+        weights: What its losses average over.
+        mixing: What is known to mix, and is not frozen.
+        work: Told what runs next.
+
+    Returns:
+        The causes; none where gradients are equal.
+    """
+    hidden = _hidden_by_draws(compared, mixing)
+    if compared.passed and not compared.order_matters and not hidden:
+        return Causes()
+    work.next("looking for the reason")
+    carries = _forgetting_helps(setup, compared, weights)
+    stateful: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    if carries:
+        stateful = stateful_layers(setup.model, setup.samples.first(NUM_SAMPLES))
+        with same_start(setup.holders):
+            carried = changed_state(setup.model, setup.loss, lambda: _run_once(setup))
+    seen = {
+        GradientFault.MIXES_SAMPLES: bool(mixing) or hidden,
+        GradientFault.DEPENDS_ON_ORDER: compared.order_matters,
+        GradientFault.CARRIES_STATE: carries,
+        GradientFault.ADDS_DIFFERENT_MEANS: weights.adds_different_means and not compared.passed,
+        GradientFault.DETACHES: bool(compared.detaching_at_times) and not compared.passed,
+        GradientFault.DRAWS_NOT_REPLAYED: bool(compared.not_replayed),
+    }
+    faults = [fault for fault, is_so in seen.items() if is_so]
+    found: tuple[MixingLayer, ...] = ()
+    if not faults:
+        found = _mixing_besides(setup, compared)
+        faults += [GradientFault.MIXES_SAMPLES] if found else []
+    if not faults and compared.drawn_by_host:
+        faults = [GradientFault.DRAWS_NOT_REPLAYED]
+    if set(faults) <= {GradientFault.DEPENDS_ON_ORDER} and not _repeats(setup, compared):
+        faults = [GradientFault.DOES_NOT_REPEAT]
+    return Causes(
+        faults=tuple(faults or [GradientFault.UNEXPLAINED]),
+        mixing_layers=found,
+        stateful=stateful,
+        carried=carried,
+        detaching=compared.detaching_at_times if GradientFault.DETACHES in faults else (),
+    )
+
+
+def _hidden_by_draws(compared: Compared, mixing: Sequence[MixingLayer]) -> bool:
+    """Whether something mixes whose draws were taken away before gradients were compared."""
+    taken_away = bool(compared.off) or compared.held_fixed
+    return taken_away and any(one.mixes_in is MixesIn.FORWARD for one in mixing)
+
+
+def _run_once(setup: CheckSetup) -> None:
+    with setup.draws.recorded():
+        setup.losses_of(0, setup.num_samples)
+
+
+def _differ(setup: CheckSetup, one: Gradients, other: Gradients, cut: tuple[int, ...]) -> bool:
+    compared = check(setup, one, other, shuffled=None, reference_cut=cut, cut=cut, is_proof=True)
+    return not compared.worst_relative_error <= ceiling_of(setup, is_proof=True)
+
+
+def _forgetting_helps(setup: CheckSetup, compared: Compared, weights: Weights) -> bool:
+    """Whether accumulated gradients change when each micro-batch begins from the same state."""
+    cut = compared.accumulated_cut
+    forgetful = gradients(setup, cut, weights=weights.of(cut, setup.samples), forgets=True)
+    return _differ(setup, compared.accumulated, forgetful, cut)
+
+
+def _repeats(setup: CheckSetup, compared: Compared) -> bool:
+    """Whether the full batch's gradient is the same when it is computed again."""
+    whole = compared.reference_cut
+    if len(whole) > 1:
+        return True
+    ones = ((1.0,) * compared.num_losses,)
+    again = gradients(setup, whole, weights=ones)
+    return not _differ(setup, compared.reference, again, whole)
+
+
+def _mixing_besides(setup: CheckSetup, compared: Compared) -> tuple[MixingLayer, ...]:
+    """Look for what mixes in backward alone, or in a loss that the model keeps to itself."""
+    found = mixing_gradients(setup.model, setup.samples.first(NUM_SAMPLES))
+    if found:
+        return found
+    mixer = in_parameters(setup, compared.accumulated_cut).mixer
+    return () if mixer is None else (mixer,)

@@ -1,0 +1,201 @@
+"""What a loss may average over: the counts that a batch offers.
+
+A loss averages over its samples, over targets that are not to be ignored (by -100, 255, -1 or
+another value, shifted by one place or not), over what a mask lets through, over given weights, over
+the weights of classes, over boxes. Which of these it is, `memfit.equivalence.weighting` measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from memfit._torch_private import pytree
+from memfit.equivalence.samples import Samples
+from memfit.equivalence.splits import spans
+from memfit.records import LossWeighting
+
+__all__ = ["SAMPLES", "SUM", "Count", "candidates", "of_classes"]
+
+_IGNORED = (-100, 255, -1)
+"""Source: torch's cross_entropy; segmentation data sets such as Cityscapes; fairseq and timm."""
+
+_MOST_VALUES = 12
+_MOST_CLASSES = 2**16
+_ONE_OF_LIST = re.compile(r"\[\d+\]")
+
+Fit = Callable[[torch.Tensor], torch.Tensor]
+_Count = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """Something that can be counted in a part of a batch.
+
+    Args:
+        weighting: The kind of it.
+        of: From a part of the batch, and its number of samples, to how much it counts.
+        text: The count as an expression of the batch; `None` where it has no name.
+        measured: For a rule that nothing counts: measures the factors for a cut of some samples.
+    """
+
+    weighting: LossWeighting
+    of: Callable[[Any, int], float]
+    text: str | None = None
+    measured: Callable[[Sequence[int], Samples], tuple[float, ...]] | None = None
+
+    def shares(self, cut: Sequence[int], samples: Samples) -> tuple[float, ...] | None:
+        """Return what the loss of each micro-batch has to be multiplied by.
+
+        Args:
+            cut: Samples in each micro-batch.
+            samples: The whole batch.
+
+        Returns:
+            The factors; `None` where there is nothing to count.
+        """
+        if self.measured is not None:
+            return self.measured(cut, samples)
+        counts = [self.of(samples.part(*span), span[1] - span[0]) for span in spans(cut)]
+        if self.weighting is LossWeighting.SUM:
+            return tuple(counts)
+        total = sum(counts)
+        return tuple(count / total for count in counts) if total else None
+
+
+SAMPLES = Count(weighting=LossWeighting.SAMPLES, of=lambda _part, size: float(size))
+SUM = Count(weighting=LossWeighting.SUM, of=lambda _part, _size: 1.0)
+
+
+def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count]:
+    """Yield what a loss may average over, the likelier first.
+
+    Args:
+        samples: The whole batch.
+        held: Tensors that the loss or the model keeps, which may be weights of classes.
+    """
+    yield SAMPLES
+    yield SUM
+    num_samples = samples.num_samples
+    tensors = {
+        path: values
+        for path, values in _by_path(samples.batch).items()
+        if len(values) in (1, num_samples) and all(value.ndim > 0 for value in values)
+    }
+    integers = {path: values for path, values in tensors.items() if _is_integer(values[0])}
+    for path, values in integers.items():
+        for value in _maybe_ignored(values):
+            yield from _shifted(path, values, f"{{}} != {value}", functools.partial(_is_not, value))
+    for path, values in tensors.items():
+        yield from _of_masks(path, values)
+    for path, values in tensors.items():
+        if len(values) == num_samples > 1:
+            yield _counted(path, f"sum(len(one) for one in {path})", lambda t: torch.ones(len(t)))
+    for weights in held:
+        for path, values in integers.items():
+            if weights.ndim == 1 and all(int(v.max()) < len(weights) for v in values if v.numel()):
+                yield _weighed(path, weights, f"weight[{path}].sum()")
+
+
+def _maybe_ignored(values: list[torch.Tensor]) -> list[int]:
+    """Return the integers that may stand for what is not to be counted, the likelier first."""
+    found = torch.cat([value.reshape(-1).cpu() for value in values]).unique().tolist()
+    known = [value for value in _IGNORED if value in found]
+    rest = [value for value in found if value not in known]
+    return [*known, *(rest if len(rest) <= _MOST_VALUES else ())]
+
+
+def _is_not(value: int, targets: torch.Tensor) -> torch.Tensor:
+    return targets != value
+
+
+def _of_masks(path: str, values: list[torch.Tensor]) -> Iterator[Count]:
+    if values[0].dtype is torch.bool:
+        yield from _shifted(path, values, "{}", torch.clone)
+        yield from _shifted(path, values, "~{}", torch.logical_not)
+    elif not values[0].is_complex() and all(float(v.min()) >= 0 for v in values if v.numel()):
+        yield from _shifted(path, values, "{}", torch.clone)
+
+
+def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count]:
+    """Yield weights of classes that come nearest to a measured gradient.
+
+    Args:
+        samples: The whole batch.
+        cut: Samples in each part.
+        fit: From what each part counts of each class, of shape (parts, classes), to the weights of
+            the classes.
+    """
+    parts = [_by_path(samples.part(*span)) for span in spans(cut)]
+    for path, values in _by_path(samples.batch).items():
+        if not _is_integer(values[0]) or values[0].ndim == 0:
+            continue
+        flat = torch.cat([value.reshape(-1).cpu() for value in values])
+        classes = [value for value in flat.unique().tolist() if value >= 0]
+        if not 1 < len(classes) < len(parts) or max(classes) > _MOST_CLASSES:
+            continue
+        rows = [[float(sum((v == c).sum() for v in part[path])) for c in classes] for part in parts]
+        found = fit(torch.tensor(rows, dtype=torch.float64))
+        weights = torch.zeros(max(classes) + 1, dtype=torch.float64)
+        weights[classes] = found / (float(found.abs().max()) or 1.0)
+        if float(weights.min()) < 0:
+            continue
+        written = ", ".join(f"{one}: {float(weights[one]):.3g}" for one in classes)
+        yield _weighed(path, weights, f"{{{written}}} by the class in {path}")
+
+
+def _by_path(batch: Any) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors of a batch by where they are; those of one list of samples together."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
+        if isinstance(leaf, torch.Tensor):
+            found.setdefault(f"batch{pytree.keystr(path)}", []).append(leaf)
+    together: dict[str, list[torch.Tensor]] = {}
+    for place, leaves in found.items():
+        head, _, tail = place.partition("]")
+        name = f"{head}]{_ONE_OF_LIST.sub('[...]', tail)}" if tail else place
+        together.setdefault(name, []).extend(leaves)
+    # A nested tuple of a few tensors is no list of samples.
+    return found | {name: leaves for name, leaves in together.items() if "[...]" in name}
+
+
+def _shifted(path: str, values: list[torch.Tensor], text: str, count: _Count) -> Iterator[Count]:
+    """Yield a count, and the same of all but the first or last place, as predictors shift them."""
+    yield _counted(path, _sum_of(text, path), count)
+    if values[0].ndim > 1:
+        yield _counted(path, _sum_of(text, f"{path}[:, 1:]"), lambda t: count(t[:, 1:]))
+        yield _counted(path, _sum_of(text, f"{path}[:, :-1]"), lambda t: count(t[:, :-1]))
+
+
+def _sum_of(text: str, place: str) -> str:
+    written = text.format(place)
+    return f"{written}.sum()" if written == place else f"({written}).sum()"
+
+
+def _counted(path: str, text: str, count: _Count) -> Count:
+    def of(part: Any, _size: int) -> float:
+        return float(sum(count(value).double().sum() for value in _by_path(part).get(path, ())))
+
+    return Count(weighting=LossWeighting.TARGETS, of=of, text=text)
+
+
+def _weighed(path: str, weights: torch.Tensor, text: str) -> Count:
+    on_host = weights.detach().double().cpu()
+
+    def of(part: Any, _size: int) -> float:
+        total = 0.0
+        for value in _by_path(part).get(path, ()):
+            classes = value.cpu().reshape(-1)
+            total += float(on_host[classes[classes >= 0]].sum())
+        return total
+
+    return Count(weighting=LossWeighting.CLASSES, of=of, text=text)
+
+
+def _is_integer(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
