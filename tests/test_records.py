@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_samples_per_second_count_every_micro_batch() -> None:
     """Two micro-batches of eight in half a second are 32 samples per second."""
     assert TRIAL.samples_per_second == 32
     assert dataclasses.replace(TRIAL, step_seconds=None).samples_per_second is None
+
+
+def test_json_has_no_number_that_is_not_finite() -> None:
+    """What is no number is missing."""
+    for value in (math.nan, math.inf, -math.inf):
+        assert dataclasses.replace(TRIAL, step_seconds=value).to_dict()["step_seconds"] is None
 
 
 def test_a_result_becomes_plain_json() -> None:

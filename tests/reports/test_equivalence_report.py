@@ -115,8 +115,8 @@ def test_an_equal_model_s_report_in_full() -> None:
     ],
 )
 def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None:
-    """In its one line."""
-    assert line in text(DIFFERS, **changes).splitlines()[0]
+    """In its one line, which may wrap."""
+    assert line in " ".join(text(DIFFERS, **changes).splitlines()[:2])
 
 
 @pytest.mark.parametrize(
