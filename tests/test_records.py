@@ -13,6 +13,7 @@ from memfit.records import (
     Capacity,
     DeviceProcess,
     Outcome,
+    ParameterDifference,
     Precision,
     ProbeResult,
     Source,
@@ -60,7 +61,11 @@ def test_samples_per_second_count_every_micro_batch() -> None:
 def test_json_has_no_number_that_is_not_finite() -> None:
     """What is no number is missing."""
     for value in (math.nan, math.inf, -math.inf):
-        assert dataclasses.replace(TRIAL, step_seconds=value).to_dict()["step_seconds"] is None
+        record = ParameterDifference(
+            name="w", relative_error=value, bound=0.0, scale=value, scale_bound=0.0
+        )
+        plain = record.to_dict()
+        assert (plain["relative_error"], plain["scale"]) == (None, None)
 
 
 def test_a_result_becomes_plain_json() -> None:

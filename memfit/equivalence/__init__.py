@@ -1,9 +1,11 @@
 """Do accumulated gradients equal the full batch's, and if not, what makes them differ?
 
 `verification` runs the experiments that the other modules know how to do: `gradients` accumulates,
-`comparison` compares within what rounding explains, and `rounds` does both for one precision;
-`mixing` finds layers in which samples meet, `weighting` what a loss averages over, `randomness`
-replays draws, `reach` finds where gradients end, and `loops` weighs a user's own accumulation loop.
+from one `state`, and in float64 throughout (`widening`); `comparison` compares within what rounding
+explains, and `passes` does both for one precision. `mixing` finds layers in which samples meet;
+`weighting` finds what losses average over, from what `measuring` measures of their `terms` and what
+`counting` counts; `randomness` replays draws, `gradient_flow` finds where gradients end, `causes`
+says why gradients differ, and `loops` weighs a user's own accumulation loop.
 """
 
 from memfit.equivalence.loops import AccumulationLoop

@@ -32,9 +32,9 @@ import math
 
 import torch
 
-from memfit._torch_private import pytree
 from memfit.equivalence.gradients import CheckSetup, Gradients
 from memfit.records import GradientCheck, ParameterDifference, Precision
+from memfit.step.nesting import leaves_of
 
 __all__ = ["CEILING", "ceiling_of", "check", "vanishing_in"]
 
@@ -194,7 +194,7 @@ class _Rounding:
         per_sample = max(
             (
                 leaf.numel() // bench.num_samples
-                for leaf in pytree.tree_leaves(bench.samples.batch)
+                for leaf in leaves_of(bench.samples.batch)
                 if isinstance(leaf, torch.Tensor)
             ),
             default=1,

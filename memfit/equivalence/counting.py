@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from memfit._torch_private import pytree
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.splits import spans
 from memfit.records import LossWeighting
+from memfit.step.leaves import is_array
+from memfit.step.nesting import opened
 
 __all__ = ["SAMPLES", "SUM", "Count", "candidates", "of_classes"]
 
@@ -151,10 +152,7 @@ def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count
 
 def _by_path(batch: Any) -> dict[str, list[torch.Tensor]]:
     """Return the tensors of a batch by where they are; those of one list of samples together."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for path, leaf in pytree.tree_flatten_with_path(batch)[0]:
-        if isinstance(leaf, torch.Tensor):
-            found.setdefault(f"batch{pytree.keystr(path)}", []).append(leaf)
+    found = {path: [leaf] for path, leaf in _leaves(batch, "batch")}
     together: dict[str, list[torch.Tensor]] = {}
     for place, leaves in found.items():
         head, _, tail = place.partition("]")
@@ -162,6 +160,17 @@ def _by_path(batch: Any) -> dict[str, list[torch.Tensor]]:
         together.setdefault(name, []).extend(leaves)
     # A nested tuple of a few tensors is no list of samples.
     return found | {name: leaves for name, leaves in together.items() if "[...]" in name}
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    container = opened(value)
+    if container is not None:
+        for key, inner in zip(container.keys, container.values, strict=True):
+            yield from _leaves(inner, path + key)
+    elif isinstance(value, torch.Tensor):
+        yield path, value.to_dense() if value.layout is not torch.strided else value
+    elif is_array(value) and value.dtype.kind in "biuf":
+        yield path, torch.as_tensor(value)
 
 
 def _shifted(path: str, values: list[torch.Tensor], text: str, count: _Count) -> Iterator[Count]:

@@ -102,7 +102,8 @@ class Measures:
     def _in_outputs(
         self, cut: Sequence[int], samples: Samples, summed: bool, moved: bool
     ) -> list[Measured]:
-        outputs = batches.resized(self.outputs, sum(cut))
+        repeated = torch.arange(sum(cut)) % self.setup.num_samples
+        outputs = batches.reordered(self.outputs, repeated)
         if moved:  # each sample's outputs go to its neighbour: values that the loss can take
             outputs = _mapped(lambda leaf: leaf.roll(1, 0), outputs)
 

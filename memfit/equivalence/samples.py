@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from memfit._torch_private import pytree, version_of
+from memfit._torch_private import version_of
 from memfit.step import batches
+from memfit.step.batches import Layout
+from memfit.step.nesting import leaves_of
 
 __all__ = ["Samples", "made_distinct", "moved_off_zero", "was_written_to"]
 
@@ -25,17 +27,22 @@ class Samples:
 
     Args:
         batch: The whole of it.
-        num_samples: Samples in it.
+        layout: How it is cut.
         split: From a batch to the model's inputs, and the loss's targets one by one.
     """
 
     batch: Any
-    num_samples: int
+    layout: Layout
     split: Callable[[Any], tuple[Any, tuple[Any, ...]]]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the batch."""
+        return self.layout.num_samples
 
     def part(self, start: int, stop: int) -> Any:
         """Return the samples from `start` up to and without `stop`, as new tensors."""
-        return _copied(batches.take(self.batch, start, stop))
+        return batches.private_copy(self.layout.take(self.batch, start, stop))
 
     def of(self, start: int, stop: int) -> tuple[Any, tuple[Any, ...]]:
         """Return the inputs and targets of some samples, as new tensors."""
@@ -43,36 +50,33 @@ class Samples:
 
     def first(self, num_samples: int) -> Samples:
         """Return the first samples alone."""
-        return dataclasses.replace(
-            self,
-            batch=batches.take(self.batch, 0, num_samples),
-            num_samples=min(num_samples, self.num_samples),
-        )
+        return self._with(self.layout.take(self.batch, 0, num_samples), num_samples)
 
     def picked(self, rows: Sequence[int]) -> Samples:
-        """Return some of the samples, in an order of choice, each any number of times."""
-        return dataclasses.replace(
-            self,
-            batch=batches.reordered(self.batch, torch.tensor(rows)),
-            num_samples=len(rows),
-        )
+        """Return some of the samples, in an order of choice, each any number of times.
+
+        Raises:
+            WorkloadError: A function of the user's cuts the batch.
+        """
+        return self._with(self.layout.reordered(self.batch, list(rows)), len(rows))
 
     def changed(self, change: Callable[[Any], Any]) -> Samples:
         """Return the samples as a function makes them of the batch."""
         return dataclasses.replace(self, batch=change(self.batch))
 
-
-def _copied(batch: Any) -> Any:
-    return pytree.tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, batch
-    )
+    def _with(self, batch: Any, num_samples: int) -> Samples:
+        roles = self.layout.roles
+        if roles is not None:
+            roles = dataclasses.replace(roles, num_samples=num_samples)
+        layout = dataclasses.replace(self.layout, num_samples=num_samples, roles=roles)
+        return dataclasses.replace(self, batch=batch, layout=layout)
 
 
 def was_written_to(values: Any) -> bool:
     """Whether any of some tensors, that were new, has been changed in place."""
     return any(
         isinstance(leaf, torch.Tensor) and not leaf.is_inference() and version_of(leaf) > 0
-        for leaf in pytree.tree_leaves(values)
+        for leaf in leaves_of(values)
     )
 
 
@@ -89,33 +93,35 @@ def made_distinct(samples: Samples) -> tuple[Samples, int]:
         The same, and how many samples were changed: numbers have noise added, integers are put in
         another order within the sample.
     """
-    inputs = {id(leaf) for leaf in pytree.tree_leaves(samples.split(samples.batch)[0])}
-    leaves, spec = pytree.tree_flatten(samples.batch)
-    tensors = [
-        leaf
-        for leaf in leaves
-        if isinstance(leaf, torch.Tensor)
-        and leaf.ndim > 0
-        and len(leaf) == samples.num_samples
-        and id(leaf) in inputs
-    ]
-    if not tensors:
-        return samples, 0
-    seen: set[tuple[float, ...]] = set()
-    copies = []
-    for sample in range(samples.num_samples):
-        signature = tuple(_signature(leaf[sample]) for leaf in tensors)
-        if signature in seen:
-            copies.append(sample)
-        seen.add(signature)
-    if not copies:
-        return samples, 0
+    samples = samples.changed(batches.private_copy)
     generator = torch.Generator().manual_seed(0)
-    changed = [
-        _jittered(leaf, copies, generator) if any(leaf is tensor for tensor in tensors) else leaf
-        for leaf in leaves
-    ]
-    return samples.changed(lambda _batch: pytree.tree_unflatten(changed, spec)), len(copies)
+    seen: set[tuple[float, ...]] = set()
+    first: set[int] = set()
+    num_copies = 0
+    for sample in range(samples.num_samples):
+        # Views of the batch; what all samples share is where the first one has it.
+        inputs = samples.split(samples.layout.take(samples.batch, sample, sample + 1))[0]
+        leaves = [leaf for leaf in leaves_of(inputs) if _can_be_changed(leaf)]
+        own = [leaf for leaf in leaves if leaf.data_ptr() not in first]
+        if sample == 0:
+            first = {leaf.data_ptr() for leaf in leaves}
+            own = leaves
+        signature = tuple(map(_signature, leaves))
+        if signature in seen and own:
+            num_copies += 1
+            for leaf in own:
+                leaf.copy_(_jittered(leaf, generator))
+        seen.add(signature)
+    return samples, num_copies
+
+
+def _can_be_changed(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.ndim > 0
+        and leaf.layout is torch.strided
+        and not leaf.is_nested
+    )
 
 
 def _signature(sample: torch.Tensor) -> float:
@@ -124,18 +130,15 @@ def _signature(sample: torch.Tensor) -> float:
     return float(wide @ torch.linspace(1, 2, wide.numel(), dtype=torch.float64, device=wide.device))
 
 
-def _jittered(leaf: torch.Tensor, samples: list[int], generator: torch.Generator) -> torch.Tensor:
-    changed = leaf.clone()
-    for sample in samples:
-        row = leaf[sample]
-        if leaf.is_floating_point():
-            noise = torch.randn(row.shape, generator=generator).to(leaf.device, leaf.dtype)
-            spread = float(row.double().std()) if row.numel() > 1 else float(row.abs().sum())
-            changed[sample] = row + _JITTER * (spread or 1.0) * noise
-        elif not leaf.is_complex() and leaf.dtype is not torch.bool:
-            order = torch.randperm(row.numel(), generator=generator).to(leaf.device)
-            changed[sample] = row.flatten()[order].view(row.shape)
-    return changed
+def _jittered(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if leaf.is_floating_point():
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
+        spread = float(leaf.double().std()) if leaf.numel() > 1 else float(leaf.abs().sum())
+        return leaf + _JITTER * (spread or 1.0) * noise
+    if leaf.is_complex() or leaf.dtype is torch.bool:
+        return leaf
+    order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
+    return leaf.flatten()[order].view(leaf.shape)
 
 
 def moved_off_zero(model: nn.Module) -> int:

@@ -185,7 +185,9 @@ class _Subject:
             parts.loss.to(_CPU)
         enough = max(micro_batch_size * accumulation_steps, NUM_SAMPLES)
         whole = Samples(
-            batch=parts.place(parts.batch_of(enough)), num_samples=enough, split=parts.split
+            batch=parts.place(parts.batch_of(enough)),
+            layout=parts.layout_of(enough),
+            split=parts.split,
         )
         whole, num_jittered = made_distinct(whole)
         return cls(

@@ -14,13 +14,15 @@ from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
 from memfit.equivalence.samples import Samples
 from memfit.records import MixesIn
+from memfit.step.batches import Layout
 
 
 def samples_of(*shape: int) -> Samples:
     """Random inputs of a shape per sample."""
     torch.manual_seed(0)
     inputs = torch.randn(NUM_SAMPLES, *shape, dtype=torch.float64)
-    return Samples(batch=inputs, num_samples=NUM_SAMPLES, split=lambda batch: (batch, ()))
+    layout = Layout.of(inputs, num_samples=NUM_SAMPLES)
+    return Samples(batch=inputs, layout=layout, split=lambda batch: (batch, ()))
 
 
 def mixers_of(model: nn.Module, *shape: int) -> list[str]:

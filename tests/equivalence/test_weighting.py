@@ -18,6 +18,7 @@ from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.weighting import Weights, of_step
 from memfit.records import LossWeighting, MixesIn
+from memfit.step.batches import Layout
 
 CUTS = st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda cut: len(set(cut)) > 1)
 UNEVEN = (3, 2, 2, 1)
@@ -60,7 +61,7 @@ def found(
     num_samples = sum(cut)
     samples = Samples(
         batch=batch,
-        num_samples=num_samples,
+        layout=Layout.of(batch, num_samples=num_samples),
         split=lambda part: (part, ()) if inside else (part[0], part[1:]),
     )
     setup = CheckSetup(
