@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest Python and torch that are supported. pyenv's shims are there for what is not installed.
+PYTHON310 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python3.10)),python3.10)
+OLDEST_VENV ?= .venv-oldest
+OLDEST := torch==2.8.0 torchvision==0.23.0
 
-.PHONY: demo test check browser format test-gpu bench wheel clean
+.PHONY: demo test test-oldest check browser format test-gpu bench wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +28,14 @@ browser:
 
 test: check browser
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+$(OLDEST_VENV)/.installed: pyproject.toml
+	$(PYTHON310) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest
 
 check: $(STAMP)
 	$(BIN)/ruff format --check
@@ -48,4 +60,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/peers.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) $(OLDEST_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

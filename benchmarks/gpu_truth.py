@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import gzip
 import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memfit.records import Event
 
 MODELS = (
     "resnet50",
@@ -148,26 +153,38 @@ def record(model: str, path: Path) -> None:
     """
     import torch
 
+    from memfit._torch_private import allocator_snapshot, recorded_history
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.snapshot import disagreement, read_history, save
+    from memfit.simulation.history import disagreement, events_of, read_history
     from memfit.step.workload import TrainingStep
 
     step = TrainingStep(
         subject=model, options=StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")
     )
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000, context=None, stacks="python")
-    prepared = step.prepare(torch.device("cuda"))
-    for _ in range(3):
-        prepared.iterate(16)
-    events = read_history(torch.cuda.memory._snapshot()["device_traces"][0])
+    with recorded_history(max_entries=1_000_000):
+        prepared = step.prepare(torch.device("cuda"))
+        for _ in range(3):
+            prepared.iterate(16)
+        entries = allocator_snapshot()["device_traces"][0]
+    events = events_of(read_history(entries))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(events, path)
+    _save(events, path)
     found = disagreement(events)
     print(f"{model}: {len(events)} events, {path.stat().st_size} bytes; ", end="")
     print("the replay agrees" if found is None else f"the replay differs: {found}")
     if path.stat().st_size > LARGEST_FIXTURE_BYTES:
         path.unlink()
         sys.exit(f"{path.name} is over {LARGEST_FIXTURE_BYTES} bytes.")
+
+
+def _save(events: Iterable[Event], path: Path) -> None:
+    """Write events to a small compressed file; addresses become small numbers."""
+    numbers: dict[int, int] = {}
+    rows = [
+        [event.action.value, numbers.setdefault(event.id, len(numbers)), event.num_bytes]
+        for event in events
+    ]
+    path.write_bytes(gzip.compress(json.dumps(rows, separators=(",", ":")).encode(), mtime=0))
 
 
 if __name__ == "__main__":

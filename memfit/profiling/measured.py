@@ -22,10 +22,9 @@ from memfit.errors import DoesNotFitError
 from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.memory.restore import preserved
-from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import is_own_file, line_of, shown_file
 from memfit.profiling.peak import peak_of
-from memfit.profiling.recorded import RecordedEvent, Resident, assemble
+from memfit.profiling.recorded import RecordedEvent, assemble, events_of
 from memfit.profiling.snapshot import Profiled
 from memfit.profiling.watching import StepNotes
 from memfit.records import (
@@ -38,6 +37,7 @@ from memfit.records import (
     Source,
     Timeline,
 )
+from memfit.simulation.history import Resident, read_history, read_residents
 from memfit.step.runner import PreparedStep
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
@@ -174,14 +174,13 @@ def _record_on_gpu(
         torch.cuda.synchronize(index)
         with recorded_history(max_entries=_MAX_ENTRIES):
             before = allocator_snapshot()["segments"]
-            residents, reserved = residents_of(before, device_index=index)
+            residents, reserved = read_residents(before, device_index=index)
             notebook.start()
             prepared.iterate(batch_size)
             torch.cuda.synchronize(index)
             snapshot = allocator_snapshot()
-    events = history_of(
-        snapshot["device_traces"][index], since_ns=notebook.started_ns, line_of=line_of
-    )
+    recorded = read_history(snapshot["device_traces"][index], since_ns=notebook.started_ns)
+    events = events_of(recorded, line_of=line_of)
     timeline, blocks = assemble(events, residents, notebook.notes(), reserved_bytes=reserved)
     return timeline, blocks, snapshot
 

@@ -6,11 +6,12 @@ Allocations are matched with notes by address and time. Knows no torch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from memfit.profiling.replay import phases_of
 from memfit.records import Action, MemoryBlock, Role, Timeline
+from memfit.simulation.history import HistoryEntry, Resident, segment_bytes
 
 __all__ = [
     "KnownBlock",
@@ -18,15 +19,12 @@ __all__ = [
     "Notes",
     "PhaseStart",
     "RecordedEvent",
-    "Resident",
     "assemble",
+    "events_of",
 ]
 
 _BEFORE: Final = "(before the step)"
 _UNKNOWN: Final = "(unknown)"
-_TAKEN: Final = {Action.SEGMENT_ALLOC: 1, Action.SEGMENT_MAP: 1}
-_GIVEN_BACK: Final = {Action.SEGMENT_FREE: -1, Action.SEGMENT_UNMAP: -1}
-_SEGMENTS: Final = _TAKEN | _GIVEN_BACK
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,21 +46,6 @@ class RecordedEvent:
     num_bytes: int
     operation: str = ""
     source_line: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Resident:
-    """A block that was there when the recording began.
-
-    Args:
-        address: Where.
-        held_bytes: What the allocator had handed out.
-        requested_bytes: What was asked for.
-    """
-
-    address: int
-    held_bytes: int
-    requested_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +119,28 @@ class _Open:
         )
 
 
+def events_of(
+    history: Iterable[HistoryEntry], *, line_of: Callable[[Iterable[tuple[str, int]]], str | None]
+) -> tuple[RecordedEvent, ...]:
+    """Return a recorded history with the line of the user's code that each entry is of.
+
+    Args:
+        history: What an allocator recorded.
+        line_of: From a stack's files and lines, the innermost first, to the line that is shown.
+    """
+    return tuple(
+        RecordedEvent(
+            time_ns=entry.time_ns,
+            action=entry.action,
+            address=entry.address,
+            num_bytes=entry.num_bytes,
+            operation=entry.frames[0].name if entry.frames else "",
+            source_line=line_of((frame.filename, frame.line) for frame in entry.frames),
+        )
+        for entry in history
+    )
+
+
 def assemble(
     events: Iterable[RecordedEvent],
     residents: Sequence[Resident],
@@ -205,12 +210,12 @@ class _Sweep:
             block = self._open.get(item.address)
             if block is not None and block.role is None:
                 block.role, block.module = item.role, item.module
-        elif item.action in _SEGMENTS and self._reserved is not None:
-            self._reserved += _SEGMENTS[item.action] * item.num_bytes
         elif item.action is Action.ALLOC:
             self._allocate(item)
         elif item.action is Action.FREE_COMPLETED:
             self._free(item.address)
+        elif self._reserved is not None:
+            self._reserved += segment_bytes(item.action, item.num_bytes)
 
     def finished(self) -> tuple[Timeline, tuple[MemoryBlock, ...]]:
         """Close what still lives."""

@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from memfit.errors import UsageError
-from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import line_of
 from memfit.profiling.peak import peak_of
-from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart, assemble
+from memfit.profiling.recorded import (
+    KnownBlock,
+    ModuleActive,
+    Notes,
+    PhaseStart,
+    assemble,
+    events_of,
+)
 from memfit.records import RecordedStep, Role
 from memfit.rehearsal.run import Rehearsed
+from memfit.simulation.history import read_history, read_residents
 
 __all__ = ["recorded_step", "write_snapshot"]
 
@@ -33,10 +40,9 @@ def recorded_step(found: Rehearsed) -> RecordedStep:
     """
     history, index = _history(found)
     snapshot = history["snapshot"]
-    residents, reserved = residents_of(history["before"], device_index=index)
-    events = history_of(
-        snapshot["device_traces"][index], since_ns=history["since_ns"], line_of=line_of
-    )
+    residents, reserved = read_residents(history["before"], device_index=index)
+    recorded = read_history(snapshot["device_traces"][index], since_ns=history["since_ns"])
+    events = events_of(recorded, line_of=line_of)
     timeline, blocks = assemble(events, residents, _notes(history), reserved_bytes=reserved)
     if not timeline.allocated_bytes:
         raise UsageError("Nothing was allocated in the step that was recorded: there is no page.")

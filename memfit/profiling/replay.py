@@ -188,22 +188,24 @@ class _Run:
 
     def play(self, schedule: Schedule) -> None:
         """Carry out a stretch of events."""
-        for event, growth in zip(schedule.at(self._batch_size), schedule.growth_bytes, strict=True):
-            if event.action is Action.USER_DEFINED:
-                self._marks.append((event.origin, len(self._allocated)))
-                continue
-            if event.action in (Action.ALLOC, Action.TRY_ALLOC):
-                if not self._allocate(event, growth):
-                    continue
-            elif event.action is Action.FREE_COMPLETED:
-                if not self._free(event.id):
-                    continue
-            elif event.action is Action.EMPTY_CACHE:
-                self._allocator.empty_cache()
-                self._note_segments()
-            stats = self._allocator.stats
-            self._allocated.append(stats.allocated_bytes)
-            self._reserved.append(stats.reserved_bytes)
+        schedule.play(self._allocator, self._batch_size, player=self._carry_out)
+
+    def _carry_out(self, event: Event, num_bytes: int, growth: float) -> None:
+        if event.action is Action.USER_DEFINED:
+            self._marks.append((event.origin, len(self._allocated)))
+            return
+        if event.action in (Action.ALLOC, Action.TRY_ALLOC):
+            if not self._allocate(event, num_bytes, growth):
+                return
+        elif event.action is Action.FREE_COMPLETED:
+            if not self._free(event.id):
+                return
+        elif event.action is Action.EMPTY_CACHE:
+            self._allocator.empty_cache()
+            self._note_segments()
+        stats = self._allocator.stats
+        self._allocated.append(stats.allocated_bytes)
+        self._reserved.append(stats.reserved_bytes)
 
     def finished(self) -> Replay:
         """Return what the last iteration was."""
@@ -223,15 +225,14 @@ class _Run:
             addresses={held.address: held.block for held in self._open.values()},
         )
 
-    def _allocate(self, event: Event, growth: float) -> bool:
-        if event.num_bytes <= 0:
+    def _allocate(self, event: Event, num_bytes: int, growth: float) -> bool:
+        if num_bytes <= 0:
             return False
+        event = dataclasses.replace(event, num_bytes=num_bytes)
         allocator = self._allocator
         before = allocator.stats
         try:
-            if event.action is Action.ALLOC:
-                allocator.allocate(event.id, event.num_bytes)
-            elif not allocator.try_allocate(event.id, event.num_bytes):
+            if not allocator.carry_out(event.action, event.id, num_bytes):
                 return False
         except AllocatorOutOfMemoryError:
             raise _NoRoomError(

@@ -7,7 +7,7 @@ allocation grows with every further sample. A `StepSchedule` is the whole step. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
@@ -19,7 +19,6 @@ _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
-_TRY_ALLOC, _EMPTY_CACHE = Action.TRY_ALLOC, Action.EMPTY_CACHE
 # More than the allocations of any trace.
 _IDS_OF_AN_ITERATION = 1 << 40
 # A step that keeps more in every iteration is said to grow when it would double within so many.
@@ -45,6 +44,10 @@ class StreamsDifferError(MemfitError):
     """Two batch sizes made different events, so other batch sizes cannot be derived from them."""
 
 
+Player = Callable[[Event, int, float], None]
+"""Carries out an event: with the bytes that it asks for, and those that a further sample adds."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """A stretch of events, affine in the batch size.
@@ -61,14 +64,14 @@ class Schedule:
     growth_bytes: tuple[float, ...]
     batch_size: int
     outliving: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    _program: tuple[tuple[Action, int, int, float], ...] = dataclasses.field(
+    _program: tuple[tuple[Action, int, int, float, Event], ...] = dataclasses.field(
         init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         """Put the events into the form that a replay reads fastest."""
         program = tuple(
-            (event.action, event.id, event.num_bytes, growth)
+            (event.action, event.id, event.num_bytes, growth, event)
             for event, growth in zip(self.events, self.growth_bytes, strict=True)
         )
         object.__setattr__(self, "_program", program)
@@ -162,26 +165,33 @@ class Schedule:
     def at(self, batch_size: int) -> Iterator[Event]:
         """Yield the events as they would be at a batch size."""
         more = batch_size - self.batch_size
-        for event, growth in zip(self.events, self.growth_bytes, strict=True):
-            if growth:
-                num_bytes = max(0, round(event.num_bytes + growth * more))
-                yield dataclasses.replace(event, num_bytes=num_bytes)
-            else:
-                yield event
+        for _, _, num_bytes, growth, event in self._program:
+            asked = int(num_bytes + growth * more) if growth else num_bytes
+            yield dataclasses.replace(event, num_bytes=max(0, asked)) if growth else event
 
-    def play(self, allocator: CachingAllocator, batch_size: int) -> None:
-        """Replay on an allocator; the same as `allocator.replay(self.at(batch_size))`, faster."""
+    def play(
+        self, allocator: CachingAllocator, batch_size: int, *, player: Player | None = None
+    ) -> None:
+        """Replay on an allocator: the one loop over a schedule's events.
+
+        Args:
+            allocator: Where.
+            batch_size: Samples in each micro-batch.
+            player: Carries each event out in place of the allocator, and keeps what it wants to.
+        """
         more = batch_size - self.batch_size
         allocate, free = allocator.allocate, allocator.free
-        for action, number, num_bytes, growth in self._program:
-            if action is _ALLOC:
-                allocate(number, int(num_bytes + growth * more) if growth else num_bytes)
+        for action, number, num_bytes, growth, event in self._program:
+            asked = int(num_bytes + growth * more) if growth else num_bytes
+            if player is not None:
+                player(event, asked, growth)
+            # As `carry_out`, which a search would call a hundred thousand times.
+            elif action is _ALLOC:
+                allocate(number, asked)
             elif action is _FREE_COMPLETED:
                 free(number)
-            elif action is _TRY_ALLOC:
-                allocator.try_allocate(number, int(num_bytes + growth * more))
-            elif action is _EMPTY_CACHE:
-                allocator.empty_cache()
+            else:
+                allocator.carry_out(action, number, asked)
 
 
 def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:

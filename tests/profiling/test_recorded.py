@@ -8,11 +8,18 @@ from typing import Any
 import torch
 
 import memfit
-from memfit.profiling.history import history_of, residents_of
 from memfit.profiling.modules import line_of
 from memfit.profiling.peak import peak_of
-from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart, assemble
+from memfit.profiling.recorded import (
+    KnownBlock,
+    ModuleActive,
+    Notes,
+    PhaseStart,
+    assemble,
+    events_of,
+)
 from memfit.records import Action, Role
+from memfit.simulation.history import read_history, read_residents
 from memfit.units import MIB
 
 # A GPU's allocator: one weight is there; a batch comes, an activation is saved, a temporary ends in
@@ -93,8 +100,10 @@ NOTES = Notes(
 
 def test_a_gpus_history_becomes_a_profile() -> None:
     """Every block has its role, module and line, and the series are the allocator's."""
-    residents, reserved = residents_of(SNAPSHOT["segments"], device_index=0)
-    events = history_of(SNAPSHOT["device_traces"][0], since_ns=100_000, line_of=line_of)
+    residents, reserved = read_residents(SNAPSHOT["segments"], device_index=0)
+    events = events_of(
+        read_history(SNAPSHOT["device_traces"][0], since_ns=100_000), line_of=line_of
+    )
     timeline, blocks = assemble(events, residents, NOTES, reserved_bytes=reserved)
     found = [(block.role, block.module, block.held_bytes // MIB) for block in blocks]
     assert found == [
@@ -144,7 +153,7 @@ def test_recomputed_activations() -> None:
         ModuleActive(time_ns=130_000, module="conv", is_forward=False),
     )
     notes = Notes(phases=NOTES.phases, work=work, settled=())
-    events = history_of(history, since_ns=0, line_of=line_of)
+    events = events_of(read_history(history), line_of=line_of)
     _, blocks = assemble(events, (), notes, reserved_bytes=0)
     assert [block.role for block in blocks] == [Role.ACTIVATIONS, Role.TEMPORARIES]
 
@@ -158,7 +167,7 @@ def test_copies_are_known_by_their_size() -> None:
     notes = Notes(
         phases=NOTES.phases, work=NOTES.work, settled=(), copies={"conv": frozenset({MIB})}
     )
-    events = history_of(history, since_ns=0, line_of=line_of)
+    events = events_of(read_history(history), line_of=line_of)
     _, blocks = assemble(events, (), notes, reserved_bytes=None)
     assert [block.role for block in blocks] == [Role.AUTOCAST_COPIES, Role.BUFFERS]
     assert {event.action for event in events} == {Action.ALLOC}

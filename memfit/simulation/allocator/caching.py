@@ -153,14 +153,31 @@ class CachingAllocator:
             AllocatorOutOfMemoryError: A request found no room.
         """
         for event in events:
-            if event.action is Action.ALLOC:
-                self.allocate(event.id, event.num_bytes)
-            elif event.action is Action.FREE_COMPLETED:
-                self.free(event.id)
-            elif event.action is Action.TRY_ALLOC:
-                self.try_allocate(event.id, event.num_bytes)
-            elif event.action is Action.EMPTY_CACHE:
-                self.empty_cache()
+            self.carry_out(event.action, event.id, event.num_bytes)
+
+    def carry_out(self, action: Action, block_id: int, num_bytes: int) -> bool:
+        """Carry out one action; those on segments are what is computed here, and do nothing.
+
+        Args:
+            action: What.
+            block_id: Which allocation.
+            num_bytes: Bytes requested.
+
+        Returns:
+            Whether a request was served; one that its caller can do without may not be.
+
+        Raises:
+            AllocatorOutOfMemoryError: A request found no room.
+        """
+        if action is Action.ALLOC:
+            self.allocate(block_id, num_bytes)
+        elif action is Action.FREE_COMPLETED:
+            self.free(block_id)
+        elif action is Action.TRY_ALLOC:
+            return self.try_allocate(block_id, num_bytes)
+        elif action is Action.EMPTY_CACHE:
+            self.empty_cache()
+        return True
 
     def allocate(self, block_id: int, num_bytes: int) -> None:
         """Serve a request.
