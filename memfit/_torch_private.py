@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -24,13 +25,16 @@ __all__ = [
     "allocator_snapshot",
     "aten",
     "aten_if_there",
+    "capturable_supported_on",
     "clear_blas_workspaces",
     "convert_tensors",
     "copy_each",
     "current_node",
     "dispatched",
     "foreach_supported_on",
+    "fused_supported_on",
     "graph_task",
+    "is_compiled",
     "is_view",
     "memory_events",
     "mkldnn_layout",
@@ -41,6 +45,7 @@ __all__ = [
     "schema_of",
     "sequence_number",
     "sequence_number_of",
+    "sparse_parts",
     "storage_id",
     "version_of",
 ]
@@ -57,6 +62,10 @@ _PROFILING: Final = (
     "to say which module holds memory",
     "Probing, planning and verifying still work.",
 )
+_SPARSE: Final = (
+    "to say what sparse gradients hold",
+    "Profiling a step without them, and all else, still works.",
+)
 
 NEEDS: Final = {
     "torch.utils._pytree": (
@@ -68,6 +77,8 @@ NEEDS: Final = {
         "Probing, planning and profiling on a device of this machine still work (--device).",
     ),
     "torch.optim.optimizer._get_foreach_kernels_supported_devices": _SIMULATING,
+    "torch.optim.optimizer._get_capturable_supported_devices": _SIMULATING,
+    "torch.optim.optimizer._get_fused_kernels_supported_devices": _SIMULATING,
     "torch._C._current_graph_task_id": _SIMULATING,
     "torch._C._storage_Use_Count": _SIMULATING,
     "torch.Tensor._use_count": _SIMULATING,
@@ -92,6 +103,8 @@ NEEDS: Final = {
         "to read what a step allocated on a GPU",
         "Profiling a simulated card (--gpu), and all else, still works.",
     ),
+    "torch.Tensor._indices": _SPARSE,
+    "torch.Tensor._values": _SPARSE,
     "torch.Tensor._version": (
         "to compare gradients, and to do a training step again that ran out of memory",
         "Probing, planning and profiling still work, and Accumulator with recover=False.",
@@ -274,23 +287,64 @@ def aten(name: str) -> Any:
     return found
 
 
-@contextlib.contextmanager
-def foreach_supported_on(device_type: str) -> Iterator[None]:
+def foreach_supported_on(device_type: str) -> contextlib.AbstractContextManager[None]:
     """Have optimizers choose their foreach implementation on one more type of device.
 
     Args:
         device_type: Such as `"meta"`.
     """
-    name = "torch.optim.optimizer._get_foreach_kernels_supported_devices"
+    return _one_more("torch.optim.optimizer._get_foreach_kernels_supported_devices", device_type)
+
+
+def fused_supported_on(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Let optimizers that are made with `fused=True` step on one more type of device.
+
+    Args:
+        device_type: Such as `"meta"`.
+    """
+    return _one_more("torch.optim.optimizer._get_fused_kernels_supported_devices", device_type)
+
+
+def capturable_supported_on(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Let optimizers that are made with `capturable=True` step on one more type of device.
+
+    Args:
+        device_type: Such as `"meta"`.
+    """
+    return _one_more("torch.optim.optimizer._get_capturable_supported_devices", device_type)
+
+
+@contextlib.contextmanager
+def _one_more(name: str, device_type: str) -> Iterator[None]:
     original = _find(name)
-    # The optimizers' base class has imported the name into its own module, and asks there.
-    home, _, last = name.rpartition(".")
-    module = _home(home)
-    setattr(module, last, lambda: [*original(), device_type])
+    last = name.rpartition(".")[2]
+
+    def devices(*args: Any, **kwargs: Any) -> list[str]:
+        return [*original(*args, **kwargs), device_type]
+
+    # Each optimizer imports the name into a module of its own, and asks there.
+    holders = [
+        module
+        for module_name, module in tuple(sys.modules.items())
+        if module_name.startswith("torch.optim.") and getattr(module, last, None) is original
+    ]
+    for module in holders:
+        setattr(module, last, devices)
     try:
         yield
     finally:
-        setattr(module, last, original)
+        for module in holders:
+            setattr(module, last, original)
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether `torch.compile` has compiled a function or a module, or `Module.compile` a module."""
+    if getattr(value, "_compiled_call_impl", None) is not None:
+        return True
+    # What is never to be compiled is wrapped too.
+    return getattr(value, "_torchdynamo_orig_callable", None) is not None and not getattr(
+        value, "_torchdynamo_disable", False
+    )
 
 
 # --- storages and their owners ------------------------------------------------------------------
@@ -300,6 +354,12 @@ def storage_id(storage: Any) -> int:
     """Return what no other living storage has, whoever holds it."""
     number: int = _of(storage, "torch.UntypedStorage._cdata")
     return number
+
+
+def sparse_parts(tensor: Any) -> tuple[Any, Any]:
+    """Return the indices and the values of a sparse tensor, coalesced or not."""
+    indices = _of(tensor, "torch.Tensor._indices")()
+    return indices, _of(tensor, "torch.Tensor._values")()
 
 
 def num_owners(tensor: Any) -> tuple[int, int]:

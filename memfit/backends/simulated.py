@@ -25,6 +25,7 @@ from memfit.simulation.allocator.caching import (
 )
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.tracing.attention import AttentionBackend
+from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
 from memfit.simulation.tracing.semantics import META, MetaPrecision
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions, Watcher, trace_step
 from memfit.simulation.tracing.workspace import Kernels
@@ -63,6 +64,10 @@ def trace(
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
     precision_policy = precision_policy or MetaPrecision(step.options.precision)
+    if not isinstance(step.subject, str):
+        subject = step.subject
+        refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)
+        refuse_sparse(subject.model, name=step.name)
 
     def traced(**choices: Any) -> StepTrace:
         # A user's batch function may draw random numbers, and a step may throw switches.

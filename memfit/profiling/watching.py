@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from memfit._torch_private import pytree
+from memfit._torch_private import pytree, sparse_parts
 from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, buffers_of, parameters_of
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart
@@ -159,6 +159,10 @@ class StepNotes:
         module: str,
         known: dict[int, int] | None = None,
     ) -> None:
+        if tensor.layout is torch.sparse_coo:
+            for part in sparse_parts(tensor):
+                self._settle(part, role, module, known)
+            return
         if tensor.device.type != self._device.type or not tensor.untyped_storage().nbytes():
             return
         storage = tensor.untyped_storage()

@@ -139,8 +139,17 @@ class PreparedStep:
                 yield from _tensors_in(state)
 
     def begin(self) -> None:
-        """Start as training does: an optimizer as it was given, no gradients."""
+        """Start as training does: an optimizer as it was given, no gradients.
+
+        Raises:
+            WorkloadError: The optimizer steps only with a closure.
+        """
         self._optimizer = self._make_optimizer()
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            raise WorkloadError(
+                "LBFGS runs the step again as often as it likes, through a closure, and memfit "
+                "runs each step once: give an optimizer whose step takes no closure."
+            )
         self._had_state = bool(self._optimizer.state)
         self._drop_gradients()
 
@@ -192,12 +201,16 @@ class PreparedStep:
     def step_on_zeros(self) -> None:
         """Let the optimizer take a step on gradients of zero, so that its state is there."""
         assert self._optimizer is not None
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        try:
+            self._optimizer.step()
+        finally:
+            # Also where the optimizer refused them, such as one that takes sparse gradients only.
+            for parameter in parameters:
+                parameter.grad = None
 
     @property
     def optimizer_state_bytes(self) -> int:

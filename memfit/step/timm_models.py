@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.optim import Optimizer
 
-from memfit.errors import UnknownModelError, UnsupportedError, UsageError
+from memfit.errors import NotSimulatedError, UnknownModelError, UnsupportedError, UsageError
 from memfit.memory.collector import collector_paused
 from memfit.records import StepOptions
+from memfit.units import parse_image_size
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -41,10 +42,22 @@ _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 
 
 def make_optimizer(model: nn.Module, name: str) -> Optimizer:
-    """Make an optimizer over a model's parameters as timm's training script does."""
-    made: Optimizer = import_timm().optim.create_optimizer_v2(
-        model, opt=name, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
-    )
+    """Make an optimizer over a model's parameters as timm's training script does.
+
+    Raises:
+        NotSimulatedError: It is to be made on the meta device, and needs a GPU.
+        UsageError: timm cannot make it here.
+    """
+    try:
+        made: Optimizer = import_timm().optim.create_optimizer_v2(
+            model, opt=name, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+        )
+    except (AssertionError, ImportError, NameError, RuntimeError) as error:
+        # Those of Apex and bitsandbytes need their package, and a GPU when they are made.
+        why = f"timm cannot make it here ({str(error) or type(error).__name__})"
+        if next(model.parameters()).is_meta:
+            raise NotSimulatedError.because(f"The optimizer {name!r}", why) from error
+        raise UsageError(f"The optimizer {name!r} cannot be tried: {why}.") from error
     return made
 
 
@@ -144,7 +157,12 @@ def timm_parts(
     """
     model = _timm_model(name, options, device)
     model.train()
-    num_classes = model.num_classes
+    num_classes = getattr(model, "num_classes", None)
+    if dict(options.model_kwargs).get("features_only"):
+        raise UsageError(
+            f"{name} with features_only=True returns feature maps and has no loss of its own: give "
+            "a Workload with the loss that you train it with."
+        )
     if not isinstance(num_classes, int) or num_classes < 1:
         if options.num_classes is not None:
             raise UsageError(
@@ -154,16 +172,34 @@ def timm_parts(
     config = import_timm().data.resolve_data_config({}, model=model)
     num_channels, *default_size = config["input_size"]
     num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
-    height, width = options.image_size or default_size
-    if options.image_size is not None:
+    image_size = _image_size_asked(name, options)
+    height, width = image_size or default_size
+    if image_size is not None:
         # A model's own size may be none of its patches' (siglip's 384 with patches of 14).
-        _check_patches(model, name, options.image_size)
+        _check_patches(model, name, image_size)
 
     def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.randn(batch_size, num_channels, height, width, device=device)
         return images, torch.randint(num_classes, (batch_size,), device=device)
 
     return model, batch_of, _classification_loss
+
+
+def _image_size_asked(name: str, options: StepOptions) -> tuple[int, int] | None:
+    """Return the size of the images that was asked for, in either of the two ways."""
+    built = dict(options.model_kwargs).get("img_size")
+    if built is None:
+        return options.image_size
+    try:
+        size = parse_image_size(tuple(built) if isinstance(built, list) else built)
+    except TypeError:
+        raise UsageError(f"img_size must be pixels, not {built!r}.") from None
+    if options.image_size not in (None, size):
+        raise UsageError(
+            f"{name} was asked for with images of {options.image_size[0]}x{options.image_size[1]} "
+            f"and with img_size={built!r}: give one of the two."
+        )
+    return size
 
 
 def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:

@@ -56,3 +56,22 @@ def test_a_models_own_image_size_is_taken() -> None:
     model, make_batch, _ = timm_parts("vit_so400m_patch14_siglip_gap_384", options(10), META)
     images, _ = make_batch(2)
     assert model.to(META)(images).shape == (2, 10)
+
+
+def test_feature_extractors_are_refused() -> None:
+    """They return maps, and no loss is known for those."""
+    step = dataclasses.replace(options(), model_kwargs=(("features_only", True),))
+    with pytest.raises(UsageError, match=r"features_only=True returns feature maps.*Workload"):
+        timm_parts("test_resnet", step, META)
+
+
+def test_the_size_that_a_model_is_built_for_is_that_of_its_images() -> None:
+    """As a keyword of the model, with or without the option; both have to agree."""
+    step = dataclasses.replace(options(), model_kwargs=(("img_size", 64),))
+    _, batch_of, _ = timm_parts("test_vit", step, META)
+    assert batch_of(2)[0].shape == (2, 3, 64, 64)
+    with pytest.raises(UsageError, match=r"images of 32x32 and with img_size=64"):
+        timm_parts("test_vit", dataclasses.replace(step, image_size=(32, 32)), META)
+    broken = dataclasses.replace(options(), model_kwargs=(("img_size", 70),))
+    with pytest.raises(UsageError, match="70 is not a multiple of"):
+        timm_parts("test_vit", broken, META)

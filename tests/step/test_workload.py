@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -337,3 +338,18 @@ def test_a_torchvision_of_another_torch_is_explained(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(UnsupportedError, match="pip install --upgrade torch torchvision"):
         TrainingStep(subject="resnet10t", options=FP32)
+
+
+def test_zero_gradients_leave_nothing_behind() -> None:
+    """Also where the optimizer refuses them: later gradients are as the model makes them."""
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    workload = Workload(embedding, torch.tensor([1, 2]), lambda out: out.sum(), optimizer)
+    step = TrainingStep(subject=workload, options=StepOptions(precision=Precision.FP32))
+    prepared = step.prepare(torch.device("cpu"))
+    prepared.begin()
+    with contextlib.suppress(RuntimeError):
+        prepared.step_on_zeros()
+    assert embedding.weight.grad is None
+    prepared.iterate(2)
+    assert optimizer.state[embedding.weight]["step"] == 1

@@ -3,8 +3,8 @@
 The policy is CUDA's: which operations run in the lower precision, which in fp32, which in the
 widest type of their arguments, and that the casts of leaf parameters are kept until autocast ends.
 It is applied where Python calls an operation, so a few operations that reach another one inside C++
-are spelled out here (`_NESTED`). It handles one level of autocast, not `torch.autocast(enabled=
-False)` regions inside a model.
+are spelled out here (`_NESTED`). Regions that a model opens (`torch.autocast(enabled=False)`) come
+from `memfit.simulation.tracing.autocast_regions`.
 
 Source: torch/include/ATen/autocast_mode.h (the lists) and aten/src/ATen/autocast_mode.cpp (the
     cache: leaf, not a view, requires a gradient, fp32).
@@ -81,14 +81,16 @@ class CudaAutocast:
     """
 
     def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
-        self.dtype = dtype
+        self._dtype = dtype
         self._fp32 = fp32
+        # Of the regions that the model has opened, the innermost last: whether it casts, to what.
+        self._regions: list[tuple[bool, torch.dtype]] = []
         self._is_entered = False
         self._is_backward = False
-        self._cache: dict[int, torch.Tensor] = {}
+        self._cache: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         # In a recomputed segment autocast is entered anew, so a cast lives only as long as the
         # segment's graph.
-        self._recomputed: weakref.WeakValueDictionary[int, torch.Tensor] = (
+        self._recomputed: weakref.WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
 
@@ -118,6 +120,26 @@ class CudaAutocast:
             self._is_backward = False
             self._cache.clear()
 
+    def open_region(self, dtype: torch.dtype | None, *, enabled: bool) -> None:
+        """Enter a region of the model's own.
+
+        Args:
+            dtype: What it casts to; `None` for what is cast to around it.
+            enabled: Whether it casts at all.
+        """
+        self._regions.append((enabled, dtype or self.dtype))
+
+    def close_region(self) -> None:
+        """Leave the innermost region; the casts are forgotten when no autocast is left."""
+        self._regions.pop()
+        if not (self._regions or self._is_entered or self._is_backward):
+            self._cache.clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The lower precision here."""
+        return self._regions[-1][1] if self._regions else self._dtype
+
     @property
     def is_active(self) -> bool:
         """Whether operations are cast now.
@@ -125,6 +147,8 @@ class CudaAutocast:
         Inside backward only recomputation runs with gradients enabled, and checkpointing enters
         the forward's autocast for it.
         """
+        if self._regions:
+            return self._regions[-1][0]
         return self._is_entered or (self._is_backward and torch.is_grad_enabled())
 
     def call(
@@ -193,10 +217,11 @@ class CudaAutocast:
         )
         if not is_kept:
             return tensor.to(dtype)
-        cache = self._cache if self._is_entered else self._recomputed
-        cast = cache.get(id(tensor))
+        is_recomputed = self._is_backward and not self._is_entered
+        cache = self._recomputed if is_recomputed else self._cache
+        cast = cache.get((id(tensor), dtype))
         if cast is None:
-            cast = cache[id(tensor)] = tensor.to(dtype)
+            cast = cache[id(tensor), dtype] = tensor.to(dtype)
         return cast
 
     def _widest(self, values: Any) -> torch.dtype:

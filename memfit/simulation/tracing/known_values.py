@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 
-from memfit._torch_private import aten, aten_if_there, pytree, schema_of, storage_id
+from memfit._torch_private import aten, aten_if_there, pytree, storage_id
 
 __all__ = ["NOTHING", "KnownValues"]
 
@@ -29,6 +30,9 @@ _CPU: Final = torch.device("cpu")
 _META: Final = torch.device("meta")
 # Masks and tokens are smaller. Images are not, and nothing is asked of their values.
 _MOST_ELEMENTS: Final = 1 << 22
+# Where norms of parameters and updates are read to scale an update, and decide nothing else.
+_SCALING: Final = ("torch.optim._adafactor",)
+_NEAR_FRAMES: Final = 12
 
 
 class _Known:
@@ -52,7 +56,7 @@ class KnownValues:
     def __init__(self) -> None:
         self.num_answers = 0
         self._index = aten("index.Tensor")
-        self._nonzero = aten("nonzero.default")
+        self._item = aten("_local_scalar_dense.default")
         self._finite = {
             aten_if_there(f"{name}.default"): answer
             for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True))
@@ -78,7 +82,7 @@ class KnownValues:
             return NOTHING
         known = _values_of((args, kwargs))
         if known is None:
-            return NOTHING
+            return 1.0 if func is self._item and _only_scales() else NOTHING
         self.num_answers += 1
         values, named = known
         with torch.no_grad():
@@ -155,6 +159,18 @@ class KnownValues:
             self.num_answers += 1
             places += [_on_meta(place) for place in held.value.nonzero(as_tuple=True)]
         return self._index(data, places)
+
+
+def _only_scales() -> bool:
+    """Whether who asks for a number only computes another with it, so that any number will do."""
+    frame = inspect.currentframe()
+    for _ in range(_NEAR_FRAMES):
+        if frame is None:
+            break
+        if frame.f_globals.get("__name__") in _SCALING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_mask(index: Any) -> bool:
@@ -244,10 +260,9 @@ def _is_random(func: Any) -> bool:
 
 @functools.cache
 def _writes(func: Any) -> bool:
-    return any(
-        argument.alias_info is not None and argument.alias_info.is_write
-        for argument in schema_of(func).arguments
-    )
+    """Whether an operation writes where it reads; such names end so, and those with an `out`."""
+    name, _, overload = func.__name__.partition(".")
+    return name.endswith("_") or "out" in overload
 
 
 def _leaves_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -48,7 +48,7 @@ def _quick() -> dict[Any, Callable[..., Any]]:
 def _writes_lists(func: Any) -> bool:
     """Whether it writes where it reads, as `_foreach_add_` does, and returns nothing."""
     name: str = func.__name__.partition(".")[0]
-    return name.startswith("_foreach_") and name.endswith("_")
+    return name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
 
 
 def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from memfit._torch_private import aten, dispatched, graph_task, num_owners, storage_id
+from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.semantics import META
@@ -82,7 +83,7 @@ class Recorder:
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
-        if type(result) is torch.Tensor:
+        if isinstance(result, torch.Tensor):
             self._see(result, func, args)
         elif isinstance(result, (tuple, list)):
             for output in result:
@@ -157,6 +158,10 @@ class Recorder:
         self._write(Action.USER_DEFINED, 0, 0, name)
 
     def _see(self, tensor: torch.Tensor, origin: Any, args: tuple[Any, ...] = ()) -> None:
+        if tensor.layout is not torch.strided:
+            raise NotSimulatedError.because(
+                "This step", f"{origin} makes a sparse tensor, whose bytes depend on values"
+            )
         storage = tensor.untyped_storage()
         key = storage_id(storage)
         if key in self._ids or storage.device.type != "meta":

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from memfit._torch_private import is_compiled
 from memfit.errors import NotSimulatedError
 from memfit.simulation.schedule import StreamsDifferError
 
-__all__ = ["explained"]
+__all__ = ["explained", "refuse_compiled", "refuse_sparse"]
 
 _TORCH: Final = Path(torch.__file__).parent
 # Not "metadata", and not the meta of somebody's meta-learning.
@@ -25,6 +28,11 @@ _OF_META: Final = re.compile(
     r"|register_meta|\bmeta and |(, | and )meta\b",
     re.IGNORECASE,
 )
+_OF_VALUES: Final = re.compile(
+    r"item\(\)|no data|data-dependent|data_ptr|data pointer|numpy|register_meta|is_nonzero|equal",
+    re.IGNORECASE,
+)
+_OF_COMPILATION: Final = re.compile(r"no compiled frames|non-infra torch dispatch mode")
 _TWO_DEVICES: Final = re.compile(
     r"same device|two devices|not on the expected device", re.IGNORECASE
 )
@@ -50,23 +58,105 @@ def explained(model: nn.Module, name: str) -> Iterator[None]:
             "(does it draw what it computes from a generator of its own, or alternate?)",
         ) from error
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        if not _is_about_meta(error):
+        reason = _reason(model, error)
+        if reason is None:
             raise
-        where = _innermost_module(model, error)
-        said = str(error).strip().splitlines()[0]
-        if _TWO_DEVICES.search(said):
-            reason = (
-                f"{where} takes a tensor of the CPU beside those of the card ({said}); make it on "
-                "the device of its inputs, as training on a GPU needs it too"
-            )
-        else:
-            reason = f"{where} needs the values of its tensors ({said})"
         raise NotSimulatedError.because(name, reason) from error
 
 
-def _is_about_meta(error: BaseException) -> bool:
-    """Whether torch raised it, about a tensor without values; a user's own error is the user's."""
-    return not _was_raised_by_user(error.__traceback__) and bool(_OF_META.search(str(error)))
+def refuse_compiled(*parts: Any, name: str) -> None:
+    """Refuse what `torch.compile` or `torch.jit` has compiled.
+
+    A simulation sees each operation of a step as it is called. Compiled ones are fused, and keep
+    other tensors.
+
+    Args:
+        *parts: The model, the loss, the optimizer, or what makes it.
+        name: What the sentence calls the step.
+
+    Raises:
+        NotSimulatedError: One of them, or something that it calls, is compiled.
+    """
+    for part in parts:
+        compiled = _compiled_in(part)
+        if compiled is not None:
+            raise NotSimulatedError.because(
+                name,
+                f"{compiled}, and a simulation knows only what the operations take that are called "
+                "one by one (give what is not compiled, or rehearse what is)",
+            )
+
+
+def refuse_sparse(model: Any, *, name: str) -> None:
+    """Refuse a model whose gradients are sparse.
+
+    Args:
+        model: A module.
+        name: What the sentence calls the step.
+
+    Raises:
+        NotSimulatedError: One of its embeddings makes sparse gradients.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise NotSimulatedError.because(
+                name,
+                f"{type(module).__name__} {path!r} makes sparse gradients, whose bytes depend on "
+                "the rows that a batch names",
+            )
+
+
+def _compiled_in(part: Any) -> str | None:
+    if not isinstance(part, nn.Module):
+        return _compiled_function(part, "it")
+    for path, module in part.named_modules():
+        where = f"{type(module).__name__} {path!r}" if path else type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{where} is compiled (torch.jit)"
+        if is_compiled(module):
+            return f"{where} is compiled (torch.compile)"
+        found = _compiled_function(module.forward, where)
+        if found is not None:
+            return found
+    return None
+
+
+def _compiled_function(function: Any, where: str) -> str | None:
+    if isinstance(function, torch.jit.ScriptFunction):
+        return f"{where} is compiled (torch.jit)"
+    if is_compiled(function):
+        return f"{where} is compiled (torch.compile)"
+    if isinstance(function, Optimizer):
+        return _compiled_function(function.step, type(function).__name__)
+    plain = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        return None
+    known = plain.__globals__
+    for called in code.co_names:
+        if is_compiled(known.get(called)):
+            return f"{where} calls {called}, which is compiled (torch.compile)"
+    return None
+
+
+def _reason(model: nn.Module, error: BaseException) -> str | None:
+    """Say why torch could not run a step without values; `None` for any other error."""
+    if _was_raised_by_user(error.__traceback__):
+        return None
+    where = _innermost_part(model, error)
+    said = str(error).strip().partition("\n")[0]
+    if _OF_COMPILATION.search(str(error)):
+        return f"{where} runs what is compiled (torch.compile), of which a simulation sees nothing"
+    if not _OF_META.search(str(error)):
+        return None
+    if _TWO_DEVICES.search(said):
+        return (
+            f"{where} takes a tensor of the CPU beside those of the card ({said}); make it on the "
+            "device of its inputs, as training on a GPU needs it too"
+        )
+    if _OF_VALUES.search(said):
+        return f"{where} needs the values of its tensors ({said})"
+    return f"{where} does what only a device can do ({said})"
 
 
 def _was_raised_by_user(traceback: TracebackType | None) -> bool:
@@ -81,7 +171,8 @@ def _was_raised_by_user(traceback: TracebackType | None) -> bool:
     return code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def _innermost_module(model: nn.Module, error: BaseException) -> str:
+def _innermost_part(model: nn.Module, error: BaseException) -> str:
+    """Name the module or the optimizer that was at work."""
     names = {id(module): name for name, module in model.named_modules()}
     found = "it"
     traceback = error.__traceback__
@@ -90,5 +181,7 @@ def _innermost_module(model: nn.Module, error: BaseException) -> str:
         if isinstance(owner, nn.Module) and id(owner) in names:
             path = names[id(owner)]
             found = f"{type(owner).__name__} {path!r}" if path else type(owner).__name__
+        elif isinstance(owner, Optimizer):
+            found = f"the optimizer {type(owner).__name__}"
         traceback = traceback.tb_next
     return found

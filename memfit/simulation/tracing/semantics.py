@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from memfit._torch_private import foreach_supported_on, run_backward
+from memfit._torch_private import (
+    capturable_supported_on,
+    foreach_supported_on,
+    fused_supported_on,
+    pytree,
+    run_backward,
+)
+from memfit.errors import NotSimulatedError
 from memfit.records import Precision
 from memfit.simulation.tracing.attention import (
     AttentionBackend,
@@ -30,6 +38,8 @@ from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 __all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
 
 META: Final = torch.device("meta")
+# Whose functions are torch's own.
+_PLAIN: Final = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
     Precision.AMP_FP16: torch.float16,
@@ -40,13 +50,13 @@ class CudaSemantics(TorchFunctionMode):
     """Has operations do what they do on CUDA and not on the meta device.
 
     Args:
-        autocast: The casts, where the precision is mixed.
+        autocast: The casts, where the precision or a region of the model is mixed.
         choose_attention: Which kernel attention takes.
     """
 
     def __init__(
         self,
-        autocast: CudaAutocast | None,
+        autocast: CudaAutocast,
         choose_attention: Callable[[AttentionCall], AttentionBackend],
     ) -> None:
         super().__init__()
@@ -61,8 +71,9 @@ class CudaSemantics(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        del types
         kwargs = kwargs or {}
+        if not _PLAIN.issuperset(types):
+            args, kwargs = pytree.tree_map(_plain, (args, kwargs))
         name = getattr(func, "__name__", "")
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
             # The meta device has none, and draws nothing.
@@ -71,9 +82,7 @@ class CudaSemantics(TorchFunctionMode):
             func = self._attend
         elif name == "dropout":
             func = _dropout
-        autocast = self._autocast
-        if autocast is not None and not autocast.is_active:
-            autocast = None
+        autocast = self._autocast if self._autocast.is_active else None
         if name in RECURRENT and is_padded(args):
             return recur(name, None if autocast is None else autocast.dtype, *args)
         if autocast is not None:
@@ -112,6 +121,24 @@ class CudaSemantics(TorchFunctionMode):
         )
 
 
+def _plain(value: Any) -> Any:
+    """Return a tensor of a class with functions of its own as a plain one.
+
+    Raises:
+        NotSimulatedError: The class has operations of its own too.
+    """
+    if not isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return value
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise NotSimulatedError.because(
+            "This step",
+            f"{type(value).__name__} brings operations of its own, whose memory is not known",
+        )
+    if isinstance(value, nn.Parameter):
+        return value
+    return value.as_subclass(torch.Tensor)
+
+
 def _is_on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device")
     if device is not None:
@@ -144,14 +171,16 @@ class MetaPrecision:
         fp32: frozenset[str] = FP32,
     ) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
-        self.autocast = None if dtype is None else CudaAutocast(dtype, fp32=fp32)
+        self._is_mixed = dtype is not None
+        # What torch casts to on CUDA where nothing else is said.
+        self.autocast = CudaAutocast(dtype or torch.float16, fp32=fp32)
         self._keeps_casts = backward_in_autocast
         self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Return the context that model and loss run in."""
-        if self.autocast is None:
+        if not self._is_mixed:
             yield
             return
         with self.autocast.forward(keeps_casts=self._keeps_casts):
@@ -161,7 +190,7 @@ class MetaPrecision:
         """Run backward from the loss, scaled where the precision asks for it."""
         if self._scale is not None:
             loss = loss * self._scale
-        with contextlib.nullcontext() if self.autocast is None else self.autocast.backward():
+        with self.autocast.backward() if self._is_mixed else contextlib.nullcontext():
             run_backward(loss, torch.ones_like(loss))
 
     def step(self, optimizer: Optimizer) -> None:
@@ -171,6 +200,14 @@ class MetaPrecision:
 
 @contextlib.contextmanager
 def foreach_on_meta(*, enabled: bool) -> Iterator[None]:
-    """Have optimizers choose their foreach implementation for meta tensors as they do on CUDA."""
-    with foreach_supported_on(META.type) if enabled else contextlib.nullcontext():
+    """Have optimizers choose their implementation for meta tensors as they do on CUDA.
+
+    Args:
+        enabled: They take foreach implementations by default; fused ones where they were asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fused_supported_on(META.type))
+        stack.enter_context(capturable_supported_on(META.type))
+        if enabled:
+            stack.enter_context(foreach_supported_on(META.type))
         yield

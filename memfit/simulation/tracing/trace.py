@@ -26,6 +26,7 @@ from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.steady import Iteration, settle
 from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
 from memfit.simulation.tracing.autocast import functional_layer_open
+from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.recorder import PLANS_TRIED, Recorder, Watcher
 from memfit.simulation.tracing.refusals import explained
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
@@ -138,6 +139,7 @@ def trace_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
+        stack.enter_context(regions_followed(precision_policy.autocast))
         # The collector must not free at moments that depend on what else the process did.
         stack.enter_context(old_objects_set_aside())
         stack.enter_context(explained(prepared.model, name))

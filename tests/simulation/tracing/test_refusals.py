@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from memfit.errors import NotSimulatedError
-from memfit.simulation.tracing.refusals import explained
+from memfit.simulation.tracing.refusals import explained, refuse_compiled, refuse_sparse
 
 
 class Raises(nn.Module):
@@ -74,3 +74,77 @@ def test_a_tensor_of_the_cpu_has_a_reason_of_its_own() -> None:
     """It would not run on a GPU either."""
     with pytest.raises(NotSimulatedError, match=r"Raises '0' takes a tensor of the CPU beside"):
         run(lambda data: data + torch.zeros(3))
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+@torch.compile
+def compiled_function(data: torch.Tensor) -> torch.Tensor:
+    """Is compiled when it is called, and it is not."""
+    return data.sin()
+
+
+class CallsCompiled(nn.Linear):
+    """Calls what is compiled."""
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return compiled_function(super().forward(data))
+
+
+class IsCompiled(nn.Linear):
+    """Has a forward that is compiled."""
+
+    @torch.compile
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return super().forward(data)
+
+
+def compiled_in_place() -> nn.Module:
+    model = net()
+    model[0].compile()
+    return model
+
+
+def compiled_step() -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(net().parameters())
+    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (torch.compile(net()), "OptimizedModule is compiled"),
+        (
+            nn.ModuleList([cast("nn.Module", torch.compile(net()))]),
+            "OptimizedModule '0' is compiled",
+        ),
+        (compiled_in_place(), "Linear '0' is compiled"),
+        (IsCompiled(4, 4), "IsCompiled is compiled"),
+        (CallsCompiled(4, 4), "CallsCompiled calls compiled_function, which is compiled"),
+        (compiled_function, "it is compiled"),
+        (compiled_step(), "SGD is compiled"),
+    ],
+)
+def test_what_is_compiled_is_refused(part: Any, words: str) -> None:
+    """Wherever the compiled part is, with the way out."""
+    with pytest.raises(NotSimulatedError, match=f"{words}.*memfit rehearse"):
+        refuse_compiled(net(), part, name="Net")
+
+
+@pytest.mark.parametrize("name", ["SGD", "LBFGS", "SparseAdam", "Adafactor", "Adam"])
+def test_what_is_not_compiled_is_not_refused(name: str) -> None:
+    """Though torch marks its optimizers as never to be compiled."""
+    make = getattr(torch.optim, name)
+    refuse_compiled(
+        net(), nn.functional.cross_entropy, make(net().parameters(), lr=0.1), make, name="Net"
+    )
+
+
+def test_sparse_gradients_are_refused() -> None:
+    """With the embedding's name; a dense one is none of them."""
+    refuse_sparse(nn.Sequential(nn.Embedding(3, 2)), name="Net")
+    with pytest.raises(NotSimulatedError, match=r"EmbeddingBag '0' makes sparse gradients"):
+        refuse_sparse(nn.Sequential(nn.EmbeddingBag(3, 2, sparse=True)), name="Net")

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from memfit.backends.simulated import trace
-from memfit.errors import UnsupportedError
+from memfit.errors import NotSimulatedError, UnsupportedError, WorkloadError
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.schedule import StepSchedule
@@ -321,3 +322,82 @@ def requested_after(schedule: StepSchedule, batch_size: int, num_iterations: int
         elif event.action is Action.FREE_COMPLETED:
             held.pop(event.id, None)
     return sum(held.values())
+
+
+class Image(torch.Tensor):
+    """A tensor with functions of its own, as fastai's."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.AMP_FP16])
+def test_tensors_with_functions_of_their_own_are_traced_as_plain_ones(precision: Precision) -> None:
+    """Autocast and every allocation are the same."""
+
+    def traced(images: torch.Tensor) -> StepTrace:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        workload = Workload(model, images, lambda out: out.square().mean(), "sgd")
+        return trace(step_of(workload, precision), options())
+
+    images = torch.zeros(2, 3, 8, 8)
+    assert traced(images.as_subclass(Image)).schedule == traced(images).schedule
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, fused=True),
+    "fused SGD": lambda parameters: torch.optim.SGD(parameters, lr=1, momentum=0.9, fused=True),
+    "capturable Adam": lambda parameters: torch.optim.Adam(parameters, capturable=True),
+    "Adafactor": torch.optim.Adafactor,
+    "RMSprop": torch.optim.RMSprop,
+}
+STATES = {"fused AdamW": 2, "fused SGD": 1, "capturable Adam": 2, "RMSprop": 1}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("is_made", [False, True])
+def test_torchs_optimizers_are_traced(name: str, is_made: bool) -> None:
+    """However they compute: their state is there from the second iteration on."""
+    model = nn.Linear(300, 300, bias=False)
+    make = OPTIMIZERS[name]
+    optimizer = make(model.parameters()) if is_made else make
+    workload = Workload(model, torch.zeros(2, 300), lambda out: out.sum(), optimizer)
+    schedule = trace(step_of(workload), options()).schedule
+    held = requested_after(schedule, 2, 2)
+    # Adafactor keeps a row and a column of each weight.
+    state = 4 * 600 if name == "Adafactor" else STATES[name] * 4 * 300 * 300
+    assert 4 * 300 * 300 + state <= held < 4 * 300 * 300 + state + 1000
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    """It would run the step as often as it likes."""
+    workload = Workload(
+        nn.Linear(3, 3), torch.zeros(2, 3), lambda out: out.sum(), torch.optim.LBFGS
+    )
+    with pytest.raises(WorkloadError, match="LBFGS runs the step again"):
+        trace(step_of(workload), options())
+
+
+def test_a_timm_optimizer_that_needs_a_gpu_is_named() -> None:
+    """Apex's is made on a GPU only."""
+    step = TrainingStep(
+        subject="test_vit", options=StepOptions(precision=Precision.FP32, optimizer="fusedlamb")
+    )
+    with pytest.raises(NotSimulatedError, match=r"'fusedlamb' cannot be simulated.*APEX"):
+        trace(step, options())
+
+
+def test_a_losss_own_parameters_count() -> None:
+    """In a module, in a closure, and with the state of an optimizer that has stepped."""
+    model, centres = nn.Linear(8, 8), nn.Linear(8, 5000, bias=False)
+    optimizer = torch.optim.Adam([*model.parameters(), *centres.parameters()])
+    centres(model(torch.zeros(2, 8))).sum().backward()
+    optimizer.step()
+    workload = Workload(model, torch.zeros(2, 8), lambda out: centres(out).sum(), optimizer)
+    setup = trace(step_of(workload), options()).schedule.setup.events
+    own = 4 * 8 * 5000
+    assert [event.num_bytes for event in setup].count(own) == 3
