@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memfit.accumulation import Accumulator, MicroBatch, micro_batches
     from memfit.api import estimate, explore, plan, probe, profile, survey, survey_plans, verify
     from memfit.errors import (
+        DataEndedError,
         DoesNotFitError,
         MemfitError,
         RankFailedError,
@@ -68,6 +69,7 @@ _HOMES = {
         "verify",
     ),
     "memfit.errors": (
+        "DataEndedError",
         "DoesNotFitError",
         "MemfitError",
         "RankFailedError",
@@ -111,6 +113,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Accumulator",
     "Capacity",
+    "DataEndedError",
     "DeviceProcess",
     "DoesNotFitError",
     "Equivalence",

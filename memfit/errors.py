@@ -8,6 +8,7 @@ errors of a user's own model or loss are not here either. They are raised as the
     │   ├── UnknownModelError       2  no timm model of that name
     │   ├── UnknownDeviceError      2  no such device here
     │   └── WorkloadError           2  a model, batch, loss or optimizer that makes no training step
+    │       └── DataEndedError  2  a function of the batch size has fewer samples
     ├── DoesNotFitError             3  not even the smallest batch fits
     ├── UnsupportedError            1  this system cannot run such a trial
     │   └── NotSimulatedError       1  a step that can be run, and not simulated
@@ -20,6 +21,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "DataEndedError",
     "DoesNotFitError",
     "MemfitError",
     "NotSimulatedError",
@@ -55,6 +57,19 @@ class UnknownDeviceError(UsageError):
 
 class WorkloadError(UsageError):
     """The model, batch, loss and optimizer do not make a training step."""
+
+
+class DataEndedError(WorkloadError):
+    """A function of the batch size returned fewer samples than it was asked for.
+
+    Args:
+        message: The sentence.
+        num_samples: What it returned; `None` where it returned nothing.
+    """
+
+    def __init__(self, message: str, *, num_samples: int | None = None) -> None:
+        super().__init__(message)
+        self.num_samples = num_samples
 
 
 class DoesNotFitError(MemfitError):

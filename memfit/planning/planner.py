@@ -171,7 +171,7 @@ class _Planner:
             limits = _Limits(largest=share, recommended=share, proved=False)
             largest = self._timed(share // 2) if is_timed else 0
         else:
-            limits = self._limits()
+            limits = self._limits(remarks)
             largest = self._timed(limits.recommended) if is_timed else limits.recommended
         while whole or largest:
             parts = self._parts(whole, largest)
@@ -241,13 +241,14 @@ class _Planner:
             )
         return False
 
-    def _limits(self) -> _Limits:
+    def _limits(self, remarks: list[str]) -> _Limits:
         """Find the largest micro-batch of a step that accumulates."""
         half = self._target.part_of(2)
         trial = self._run(self._step, half)
         if search.has_headroom(trial, self._limit_bytes):
             return _Limits(largest=half, recommended=half, proved=False)
         result = run_search(self._backend, self._step, self._target.bounds, progress=self._note)
+        remarks += result.remarks
         return _Limits(
             largest=result.max_batch_size,
             recommended=self._recommended(result),

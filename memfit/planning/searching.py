@@ -10,10 +10,14 @@ import torch
 
 from memfit import search
 from memfit.backends import Backend, Prediction, with_precision
-from memfit.errors import DoesNotFitError, UsageError
-from memfit.records import ProbeResult, Trial
-from memfit.step.workload import TrainingStep
-from memfit.units import format_bytes, parse_count
+from memfit.errors import DataEndedError, DoesNotFitError, UsageError
+from memfit.memory.restore import save_random_states
+from memfit.records import ProbeResult, Source, Trial
+from memfit.step import batches
+from memfit.step.workload import TrainingStep, Workload
+from memfit.units import MIB, format_bytes, parse_count
+
+_QUICK_BYTES = 16 * MIB
 
 __all__ = ["SearchBounds", "check_bounds", "probe_on", "run_search", "run_trial"]
 
@@ -106,8 +110,12 @@ def run_search(
     start = time.perf_counter()
     step = with_precision(step, backend)
     trials: list[Trial] = []
+    remarks: tuple[str, ...] = ()
 
     def trial(batch_size: int) -> Trial:
+        earlier = next((t for t in trials if remarks and t.batch_size == batch_size), None)
+        if earlier is not None:
+            return earlier
         trials.append(run_trial(backend, step, batch_size, is_first=not trials))
         if progress is not None:
             progress(trials[-1])
@@ -118,14 +126,28 @@ def run_search(
     # The batch size that will be recommended goes first: where the prediction is right, it and the
     # certificate are all there is to try.
     expected = _expected_recommendation(prediction, capacity.usable_bytes, bounds)
-    found = search.find_largest(
-        trial,
-        capacity_bytes=capacity.usable_bytes,
-        hint=prediction.batch_size,
-        known=() if expected is None else (trial(expected),),
-        ceiling=bounds.max_batch_size or search.DEFAULT_CEILING,
-        has_retries=backend.has_retries,
-    )
+    ceiling = bounds.max_batch_size or search.DEFAULT_CEILING
+    while True:
+        try:
+            is_near = expected is not None and expected <= ceiling
+            found = search.find_largest(
+                trial,
+                capacity_bytes=capacity.usable_bytes,
+                hint=None if remarks else prediction.batch_size,
+                known=(trial(expected),) if is_near and expected is not None else (),
+                ceiling=ceiling,
+                has_retries=backend.has_retries,
+            )
+            if trials[-1].source is Source.SIMULATED and found.batch_size is not None:
+                _check_data(step, found.batch_size)
+            break
+        except DataEndedError as error:
+            fitting = (trial.batch_size for trial in trials if trial.fits)
+            end = error.num_samples or max(fitting, default=0)
+            if not 0 < end < ceiling:
+                raise
+            ceiling = end
+            remarks = (_data_ends(end),)
     if found.batch_size is None:
         raise _does_not_fit(step, backend, found)
     recommended = search.recommended(
@@ -152,7 +174,34 @@ def run_search(
         seconds=time.perf_counter() - start,
         torch_version=torch.__version__,
         predictions=prediction.trials_of(tuple(trial.batch_size for trial in trials)),
+        remarks=remarks,
     )
+
+
+def _data_ends(num_samples: int) -> str:
+    return (
+        f"The data ends at {num_samples} samples, so larger batches were not tried: give "
+        f"max_batch_size={num_samples} to say so, or a function that repeats them."
+    )
+
+
+def _check_data(step: TrainingStep, batch_size: int) -> None:
+    """Ask a user's function for as large a batch as can be had quickly, up to a simulated answer.
+
+    A trace asks for a few samples only, so that the end of a data set would not show.
+
+    Raises:
+        DataEndedError: It has fewer samples.
+    """
+    subject = step.subject
+    if not isinstance(subject, Workload) or subject.example_batch_size is not None:
+        return
+    restore = save_random_states()
+    try:
+        sample_bytes = max(batches.bytes_of(subject.batch_of(1)), 1)
+        subject.batch_of(max(1, min(batch_size, _QUICK_BYTES // sample_bytes)))
+    finally:
+        restore()
 
 
 def _expected_recommendation(

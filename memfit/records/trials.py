@@ -186,6 +186,7 @@ class ProbeResult(Record):
         torch_version: The torch that ran.
         predictions: What the simulation of the device gave for the batch sizes that were tried;
             empty where nothing was measured or nothing could be predicted.
+        remarks: What there is to say about the search, in sentences.
     """
 
     subject: str
@@ -203,6 +204,7 @@ class ProbeResult(Record):
     seconds: float
     torch_version: str
     predictions: tuple[Trial, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes",)
 

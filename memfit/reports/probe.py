@@ -165,7 +165,7 @@ def _why_recommended(result: ProbeResult) -> str:
 
 def trial_notes(result: ProbeResult | Plan) -> list[str]:
     """Say what there is to say about trials: at the end, how they were had."""
-    said = []
+    said = [] if isinstance(result, Plan) else list(result.remarks)
     if result.environment:
         said.append(
             f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "

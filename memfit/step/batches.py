@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from memfit.errors import WorkloadError
+from memfit.errors import DataEndedError, WorkloadError
 from memfit.step.batch_rules import BatchRules, entries_of
 from memfit.step.layout import Kind, Role, Roles, roles_of
 from memfit.step.leaves import copied, is_part, narrowed, num_along, picked
@@ -26,6 +26,7 @@ __all__ = [
     "BatchRules",
     "Layout",
     "batch_size_of",
+    "bytes_of",
     "check_made",
     "private_copy",
     "reordered",
@@ -299,7 +300,7 @@ def check_made(make: Callable[[int], Any], batch: Any, batch_size: int, rules: B
     try:
         seen = roles_of(batch, dataclasses.replace(rules, cut=None)).num_samples
     except WorkloadError as error:
-        small, large = (_bytes_of(make(size)) for size in (_GROWS_FROM, _GROWS_TO))
+        small, large = (bytes_of(make(size)) for size in (_GROWS_FROM, _GROWS_TO))
         if small < large:
             return
         raise WorkloadError(
@@ -310,10 +311,16 @@ def check_made(make: Callable[[int], Any], batch: Any, batch_size: int, rules: B
 
 
 def _of_another_size(seen: int, asked: int) -> WorkloadError:
-    return WorkloadError(f"The batch function returned {seen} samples when asked for {asked}.")
+    said = f"The batch function returned {seen} samples when asked for {asked}"
+    if seen > asked:
+        return WorkloadError(f"{said}.")
+    return DataEndedError(
+        f"{said}: where the data has no more, give max_batch_size={seen}, or repeat its samples.",
+        num_samples=seen,
+    )
 
 
-def _bytes_of(value: Any, depth: int = 2) -> int:
+def bytes_of(value: Any, depth: int = 2) -> int:
     """Return the bytes of tensors and arrays in a batch, and in the objects that it holds."""
     total = 0
     for leaf in leaves_of(value):
@@ -321,7 +328,7 @@ def _bytes_of(value: Any, depth: int = 2) -> int:
             data = leaf.data if isinstance(leaf, PackedSequence) else leaf
             total += int(data.nbytes)
         elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type):
-            total += _bytes_of(list(vars(leaf).values()), depth - 1)
+            total += bytes_of(list(vars(leaf).values()), depth - 1)
     return total
 
 

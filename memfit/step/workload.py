@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memfit._torch_private import pytree
-from memfit.errors import UsageError, WorkloadError
+from memfit.errors import DataEndedError, UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batch_rules import BatchRules
@@ -153,7 +153,13 @@ class Workload:
         """
         if not callable(self.batch):
             return self._example_layout.resized(self.batch, batch_size)
-        batch = self.batch(batch_size)
+        try:
+            batch = self.batch(batch_size)
+        except StopIteration:
+            raise DataEndedError(
+                f"The batch function had no batch of {batch_size} samples (StopIteration): where "
+                "the data has no more, give max_batch_size, or repeat its samples."
+            ) from None
         batches.check_made(self.batch, batch, batch_size, self.rules)
         return batch
 
