@@ -113,7 +113,7 @@ def run_memfit(task: Task) -> tuple[Any, Callable[[], int | None]]:
     live = memfit.Workload(model, task.batch, loss, optimizer)
 
     def search() -> int:
-        result = memfit.probe(live, memory="1GiB", precision="fp32", max_batch_size=2)
+        result = memfit.probe(live, device="cpu", memory="1GiB", precision="fp32", max_batch_size=2)
         return result.max_batch_size
 
     return model, search

@@ -60,7 +60,7 @@ def main() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
     workload = memfit.Workload(model, make_batch, loss, optimizer)
-    plan = memfit.plan(workload, EFFECTIVE_BATCH, memory="70MiB", multiple_of=100)
+    plan = memfit.plan(workload, EFFECTIVE_BATCH, device="cpu", memory="70MiB", multiple_of=100)
     print(f"{EFFECTIVE_BATCH} = {' + '.join(map(str, plan.micro_batch_sizes))}")
     accumulator = memfit.Accumulator(model, optimizer, plan, loss=loss)
     for step in range(3):

@@ -62,14 +62,15 @@ def parse_bytes(size: str | float) -> int:
     Raises:
         UsageError: `size` is not a size, or less than one byte.
     """
+    unit = ""
     if not isinstance(size, str):
         num_bytes = _whole_bytes(size)
     else:
         match = _SIZE.fullmatch(size)
         if match is None:
             raise UsageError(f"{size!r} is not a size: write a number and a unit, such as '8GiB'.")
-        unit = match["unit"] or "B"
-        factor = _UNIT_BY_LOWER.get(unit.lower())
+        unit = match["unit"]
+        factor = _UNIT_BY_LOWER.get(unit.lower() or "b")
         if factor is None:
             lower = {known.lower(): known for known in _UNIT_BYTES}
             near = lower[difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0)[0]]
@@ -80,6 +81,12 @@ def parse_bytes(size: str | float) -> int:
         num_bytes = int(float(match["number"]) * factor)
     if num_bytes < 1:
         raise UsageError(f"{size!r} is not a usable size: it must be at least one byte.")
+    if not unit and num_bytes < MIB:
+        likely = "GiB" if num_bytes < KIB else "MiB"
+        raise UsageError(
+            f"{size!r} without a unit is {num_bytes} bytes, too few to be meant: did you mean "
+            f"'{num_bytes}{likely}'?"
+        )
     return num_bytes
 
 

@@ -42,7 +42,7 @@ RESULT = ProbeResult(
     ),
     max_batch_size=8,
     recommended_batch_size=None,
-    proved=False,
+    edge_found=False,
     headroom=0.05,
     multiple_of=1,
     trials=(TRIAL,),

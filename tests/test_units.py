@@ -27,11 +27,11 @@ from memfit.units import (
         ("24GB", 24 * 10**9),
         ("24g", 24 * GIB),
         ("0.5GiB", GIB // 2),
-        ("123", 123),
+        ("1234567", 1_234_567),
         ("1tib", 1024 * GIB),
-        (77, 77),
+        (7_777_777, 7_777_777),
         (8e9, 8 * 10**9),
-        (np.int64(77), 77),
+        (np.int64(7_777_777), 7_777_777),
     ],
 )
 def test_sizes_are_read(text: str | float, expected: int) -> None:
@@ -52,6 +52,8 @@ def test_sizes_are_read(text: str | float, expected: int) -> None:
         (8.5, "write a whole number of bytes"),
         (float("nan"), "write a whole number of bytes"),
         (True, "write a whole number of bytes"),
+        ("16", "is 16 bytes, too few to be meant: did you mean '16GiB'"),
+        (8192, "did you mean '8192MiB'"),
     ],
 )
 def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:

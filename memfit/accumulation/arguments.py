@@ -9,7 +9,7 @@ from torch import nn
 
 from memfit.accumulation.ranks import Ranks
 from memfit.errors import UsageError
-from memfit.records import Plan, Precision, StepOptions
+from memfit.records import Plan, PlanSurvey, Precision, StepOptions
 from memfit.step.closures import required_arguments
 
 __all__ = ["check_ranks", "check_scheduler", "device_of", "read_plan", "with_precision"]
@@ -67,6 +67,11 @@ def read_plan(plan: object) -> tuple[int, int, StepOptions]:
     """Return the micro-batch size, what it is a multiple of, and the options of a plan."""
     if isinstance(plan, Plan):
         return plan.micro_batch_size, plan.multiple_of, plan.options
+    if isinstance(plan, PlanSurvey):
+        raise UsageError(
+            f"There is a plan for each of {len(plan.answers)} GPUs here, and training takes one: "
+            "plan again with gpu=... or device=..., or give one answer's plan."
+        )
     if isinstance(plan, bool) or not isinstance(plan, int):
         raise UsageError(
             f"The plan must be what memfit.plan returned, or a micro-batch size, not {plan!r}."

@@ -13,11 +13,13 @@ with collector_paused(for_good=True):
     from memfit.api.exploring import explore
     from memfit.api.planning import plan, survey_plans
     from memfit.api.probing import estimate, probe, survey
-    from memfit.api.profiling import profile
-    from memfit.api.steps import has_gpu
+    from memfit.api.profiling import DEFAULT_GPU, profile
+    from memfit.api.steps import default_gpus, has_gpu
     from memfit.api.verifying import verify
 
 __all__ = [
+    "DEFAULT_GPU",
+    "default_gpus",
     "estimate",
     "explore",
     "has_gpu",

@@ -7,6 +7,7 @@ import dataclasses
 from typing_extensions import Unpack
 
 from memfit.api.cards import simulated
+from memfit.api.progress import StageProgress, watched
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import SimulatedGpu, open_backend, with_precision
 from memfit.backends.simulated import TraceCache
@@ -31,6 +32,7 @@ def explore(
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
+    progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Exploration:
     """Simulate what single changes of a training step would make fit.
@@ -47,6 +49,8 @@ def explore(
         headroom: As in `plan`.
         multiple_of: As in `plan`.
         max_batch_size: As in `plan`.
+        progress: `"bar"`, `None`, or a function that is called with the next change, the changes
+            done and those in all.
         **options: As in `probe`.
 
     Returns:
@@ -72,7 +76,8 @@ def explore(
         if gpu is None
         else simulated(gpu, memory_bytes, TraceCache())
     )
-    return explore_on(card, with_precision(described, card), target)
+    with watched(f"exploring {described.name}", stages=progress) as watching:
+        return explore_on(card, with_precision(described, card), target, progress=watching.stage)
 
 
 def _counterpart(device: str | None, memory_bytes: int | None) -> SimulatedGpu:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 from typing_extensions import Unpack
 
 from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
-from memfit.api.probing import on_each_card
-from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.api.probing import on_each_card, remarks_on
+from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
+from memfit.api.steps import StepKeywords, cards_instead, describe, own_device
 from memfit.backends import open_backend
+from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
-from memfit.records import Engine, Objective, Plan, PlanAnswer, PlanSurvey, Trial
-from memfit.step.workload import Workload
+from memfit.records import Engine, Objective, Plan, PlanAnswer, PlanSurvey
+from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_bytes
 
 __all__ = ["plan", "survey_plans"]
@@ -22,6 +25,63 @@ _NO_SECONDS = (
     "What is fastest is measured, and a simulation has no seconds: leave the GPU's name out and "
     "plan on the device that is there, or plan for the largest micro-batch."
 )
+
+
+class PlanKeywords(StepKeywords, total=False):
+    """The options of `plan` besides where it is asked, for the types of its results.
+
+    Args:
+        world_size: As in `plan`.
+        objective: As in `plan`.
+        memory: As in `plan`.
+        engine: As in `plan`.
+        headroom: As in `plan`.
+        multiple_of: As in `plan`.
+        max_batch_size: As in `plan`.
+        progress: As in `plan`.
+    """
+
+    world_size: int
+    objective: str | Objective
+    memory: str | float | None
+    engine: str | Engine
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+    progress: TrialProgress
+
+
+@overload
+def plan(
+    subject: str | Workload,
+    effective_batch_size: int,
+    *,
+    device: str,
+    gpu: None = None,
+    **options: Unpack[PlanKeywords],
+) -> Plan: ...
+
+
+@overload
+def plan(
+    subject: str | Workload,
+    effective_batch_size: int,
+    *,
+    device: None = None,
+    gpu: str,
+    **options: Unpack[PlanKeywords],
+) -> Plan: ...
+
+
+@overload
+def plan(
+    subject: str | Workload,
+    effective_batch_size: int,
+    *,
+    device: str | None = None,
+    gpu: str | None = None,
+    **options: Unpack[PlanKeywords],
+) -> Plan | PlanSurvey: ...
 
 
 def plan(
@@ -37,9 +97,9 @@ def plan(
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
-    progress: Callable[[Trial], None] | None = None,
+    progress: TrialProgress = "bar",
     **options: Unpack[StepKeywords],
-) -> Plan:
+) -> Plan | PlanSurvey:
     """Turn an effective batch size into micro-batches that fit, exactly.
 
     Where one rank's share fits whole, there is one step, and where half of it fits beside the
@@ -59,11 +119,12 @@ def plan(
         headroom: Share of the capacity to keep free, from 0 to below 1.
         multiple_of: What micro-batches are multiples of, the last of a step excepted.
         max_batch_size: The largest micro-batch of interest.
-        progress: Called with each trial when it has ended.
+        progress: As in `probe`.
         **options: As in `probe`.
 
     Returns:
-        The plan, to look at or to give to `Accumulator`.
+        The plan, to look at or to give to `Accumulator`. A `PlanSurvey` with a plan for each of the
+        common cards, where there is no GPU here and neither `device`, `gpu` nor `memory` was given.
 
     Raises:
         UsageError: Something asked for cannot be.
@@ -80,17 +141,24 @@ def plan(
     )
     step = describe(subject, **options)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    if gpu is None:
+    instead = cards_instead(subject, device=device, gpu=gpu, memory=memory)
+    if gpu is not None and device is not None:
+        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+    if (gpu is not None or instead) and target.objective is Objective.FASTEST:
+        raise UsageError(_NO_SECONDS)
+    with watched(f"planning for {step.name}", trials=progress) as watching:
+        if len(instead) > 1:
+            return _surveyed(
+                step, instead, memory=None, engine=engine, target=target, watching=watching
+            )
+        for name in (gpu,) if gpu is not None else instead:
+            with Cards(engine_of(engine)) as cards:
+                card = cards.open(name, memory_bytes, step)
+                return plan_on(card, step, target, progress=watching.trial)
         backend = open_backend(
             own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
         )
-        return plan_on(backend, step, target, progress=progress)
-    if device is not None:
-        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
-    if target.objective is Objective.FASTEST:
-        raise UsageError(_NO_SECONDS)
-    with Cards(engine_of(engine)) as cards:
-        return plan_on(cards.open(gpu, memory_bytes, step), step, target, progress=progress)
+        return plan_on(backend, step, target, progress=watching.trial)
 
 
 def survey_plans(
@@ -105,6 +173,7 @@ def survey_plans(
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
+    progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> PlanSurvey:
     """Plan for several GPUs that are not there.
@@ -114,7 +183,7 @@ def survey_plans(
     Args:
         subject: A timm model's name, or a `Workload`, which is not touched.
         effective_batch_size: As in `plan`.
-        gpus: Names of the catalogue; by default a short list of common cards.
+        gpus: As in `survey`.
         world_size: As in `plan`.
         objective: As in `plan`, but for `"fastest"`.
         memory: What each card has, in place of the catalogue's figure.
@@ -122,6 +191,7 @@ def survey_plans(
         headroom: As in `plan`.
         multiple_of: As in `plan`.
         max_batch_size: As in `plan`.
+        progress: As in `survey`.
         **options: As in `probe`; a precision of `"auto"` is each card's own.
 
     Returns:
@@ -142,8 +212,32 @@ def survey_plans(
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
     step = describe(subject, **options)
+    names = tuple(gpus) if gpus else (COMMON_GPUS if memory is None else (ANY_GPU,))
+    with watched(f"planning for {step.name}", stages=progress) as watching:
+        return _surveyed(
+            step, names, memory=memory, engine=engine, target=target, watching=watching
+        )
+
+
+def _surveyed(
+    step: TrainingStep,
+    names: Sequence[str],
+    *,
+    memory: str | float | None,
+    engine: str | Engine,
+    target: PlanTarget,
+    watching: Watching,
+) -> PlanSurvey:
+    """Plan for several cards."""
     chosen = engine_for_several(engine)
-    answers = on_each_card(gpus, memory, chosen, step, lambda card: plan_on(card, step, target))
+    answers = on_each_card(
+        names,
+        memory,
+        chosen,
+        step,
+        lambda card: plan_on(card, step, target, progress=watching.trial),
+        progress=watching.stage,
+    )
     return PlanSurvey(
         subject=step.name,
         effective_batch_size=target.effective_batch_size,
@@ -153,4 +247,5 @@ def survey_plans(
             for gpu, found, reason in answers
         ),
         source=source_of(chosen),
+        remarks=remarks_on(names),
     )

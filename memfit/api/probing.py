@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from typing_extensions import Unpack
 
 from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
-from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
+from memfit.api.steps import StepKeywords, cards_instead, default_gpus, describe, own_device
 from memfit.backends import Backend, open_backend, with_precision
-from memfit.cards import COMMON_GPUS, find_gpu
+from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchBounds, probe_on
 from memfit.records import Engine, ProbeResult, Survey, SurveyAnswer, Trial
 from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_bytes, parse_count
 
-__all__ = ["estimate", "on_each_card", "probe", "survey"]
+__all__ = ["ProbeKeywords", "estimate", "on_each_card", "probe", "remarks_on", "survey"]
 
 _Found = TypeVar("_Found")
+
+_NO_GPU = (
+    "There is no GPU here and none was named, so common cards were simulated; device='cpu' "
+    "(--device cpu) measures on the CPU."
+)
+
+
+class ProbeKeywords(StepKeywords, total=False):
+    """The options of `probe` besides where it is asked, for the types of its results.
+
+    Args:
+        memory: As in `probe`.
+        engine: As in `probe`.
+        accumulate: As in `probe`.
+        headroom: As in `probe`.
+        multiple_of: As in `probe`.
+        max_batch_size: As in `probe`.
+        progress: As in `probe`.
+    """
+
+    memory: str | float | None
+    engine: str | Engine
+    accumulate: bool
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+    progress: TrialProgress
+
+
+@overload
+def probe(
+    subject: str | Workload, *, device: str, gpu: None = None, **options: Unpack[ProbeKeywords]
+) -> ProbeResult: ...
+
+
+@overload
+def probe(
+    subject: str | Workload, *, device: None = None, gpu: str, **options: Unpack[ProbeKeywords]
+) -> ProbeResult: ...
+
+
+@overload
+def probe(
+    subject: str | Workload,
+    *,
+    device: str | None = None,
+    gpu: str | None = None,
+    **options: Unpack[ProbeKeywords],
+) -> ProbeResult | Survey: ...
 
 
 def probe(
@@ -33,9 +83,9 @@ def probe(
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
-    progress: Callable[[Trial], None] | None = None,
+    progress: TrialProgress = "bar",
     **options: Unpack[StepKeywords],
-) -> ProbeResult:
+) -> ProbeResult | Survey:
     """Find the largest batch size of a training step that fits a device, and prove it.
 
     The user's model, optimizer, gradients, random states and switches are as before when this
@@ -43,8 +93,8 @@ def probe(
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.
-        device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own, and for a name the
-            first GPU, or else the CPU.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own GPU, and for a name
+            the first. On a machine without a GPU, common cards are simulated by default.
         gpu: A card that is not there, by its name in the catalogue (`"rtx3090"`), or `"any"` with
             `memory`; nothing is measured then, and the result says so.
         memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
@@ -57,7 +107,8 @@ def probe(
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
         multiple_of: What the recommendation is a multiple of, at least 1.
         max_batch_size: Where the search ends; by default 65,536.
-        progress: Called with each trial when it has ended.
+        progress: `"bar"` shows the trials in a terminal or a notebook once two seconds have gone
+            by; or a function that is called with each trial when it has ended; `None` is silence.
         **options: The step itself, `StepKeywords`: `precision` (`"fp32"`, `"amp-bf16"`,
             `"amp-fp16"`, `"bf16"`, or `"auto"`: mixed precision on a GPU, `"fp32"` on a CPU),
             `optimizer` (a name that timm knows; a workload brings its own), and for a timm model
@@ -65,7 +116,9 @@ def probe(
             `grad_checkpointing` and `model_kwargs` (for `timm.create_model`).
 
     Returns:
-        The largest batch size, the one to train with, and every trial.
+        The largest batch size, the one to train with, and every trial. A `Survey` with such an
+        answer for each of the common cards, where there is no GPU here and neither `device`, `gpu`
+        nor `memory` was given; with `memory`, the answer of one simulated card with so much.
 
     Raises:
         UsageError: Something asked for cannot be.
@@ -75,16 +128,22 @@ def probe(
     step = describe(subject, accumulate=accumulate, **options)
     bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    if gpu is not None:
-        if device is not None:
+    instead = cards_instead(subject, device=device, gpu=gpu, memory=memory)
+    with watched(f"probing {step.name}", trials=progress) as watching:
+        if len(instead) > 1:
+            return _surveyed(
+                step, instead, memory=None, engine=engine, bounds=bounds, watching=watching
+            )
+        if gpu is not None and device is not None:
             raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
-        with Cards(engine_of(engine)) as cards:
-            card = cards.open(gpu, memory_bytes, step)
-            return probe_on(card, step, bounds, progress=progress)
-    backend = open_backend(
-        own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
-    )
-    return probe_on(backend, step, bounds, progress=progress)
+        for name in (gpu,) if gpu is not None else instead:
+            with Cards(engine_of(engine)) as cards:
+                card = cards.open(name, memory_bytes, step)
+                return probe_on(card, step, bounds, progress=watching.trial)
+        backend = open_backend(
+            own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
+        )
+        return probe_on(backend, step, bounds, progress=watching.trial)
 
 
 def survey(
@@ -97,6 +156,7 @@ def survey(
     headroom: float = 0.05,
     multiple_of: int = 1,
     max_batch_size: int | None = None,
+    progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Survey:
     """Try a training step on several GPUs that are not there.
@@ -105,13 +165,16 @@ def survey(
 
     Args:
         subject: A timm model's name, or a `Workload`, which is not touched.
-        gpus: Names of the catalogue; by default a short list of common cards.
+        gpus: Names of the catalogue; by default a short list of common cards, and with `memory`
+            one card that has so much.
         memory: What each card has, in place of the catalogue's figure.
         engine: As in `probe`; `"auto"` simulates.
         accumulate: As in `probe`.
         headroom: As in `probe`.
         multiple_of: As in `probe`.
         max_batch_size: As in `probe`.
+        progress: `"bar"`, `None`, or a function that is called with the next card's name, the
+            cards done and those in all.
         **options: As in `probe`; a precision of `"auto"` is each card's own.
 
     Returns:
@@ -123,9 +186,33 @@ def survey(
     """
     step = describe(subject, accumulate=accumulate, **options)
     bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
+    names = tuple(gpus) if gpus else (COMMON_GPUS if memory is None else (ANY_GPU,))
+    with watched(f"probing {step.name}", stages=progress) as watching:
+        return _surveyed(
+            step, names, memory=memory, engine=engine, bounds=bounds, watching=watching
+        )
+
+
+def _surveyed(
+    step: TrainingStep,
+    names: Sequence[str],
+    *,
+    memory: str | float | None,
+    engine: str | Engine,
+    bounds: SearchBounds,
+    watching: Watching,
+) -> Survey:
+    """Try a step on several cards."""
     chosen = engine_for_several(engine)
     source = source_of(chosen)
-    answers = on_each_card(gpus, memory, chosen, step, lambda card: probe_on(card, step, bounds))
+    answers = on_each_card(
+        names,
+        memory,
+        chosen,
+        step,
+        lambda card: probe_on(card, step, bounds, progress=watching.trial),
+        progress=watching.stage,
+    )
     return Survey(
         subject=step.name,
         answers=tuple(
@@ -133,7 +220,17 @@ def survey(
             for gpu, result, reason in answers
         ),
         source=source,
+        remarks=remarks_on(names),
     )
+
+
+def remarks_on(names: Sequence[str]) -> tuple[str, ...]:
+    """Return what there is to say where the cards are those that stand in for a GPU.
+
+    Args:
+        names: The cards that were tried.
+    """
+    return (_NO_GPU,) if tuple(names) == default_gpus() else ()
 
 
 def estimate(
@@ -173,20 +270,23 @@ def estimate(
 
 
 def on_each_card(
-    gpus: Sequence[str] | None,
+    names: Sequence[str],
     memory: str | float | None,
     engine: Engine,
     step: TrainingStep,
     ask: Callable[[Backend], _Found],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[tuple[str, _Found | None, str | None]]:
     """Ask the same of several cards that are not there, which share their traces.
 
     Args:
-        gpus: Names of the catalogue, all looked up first; `None` for a short list of common cards.
+        names: Names of the catalogue, all looked up first.
         memory: What each card has, in place of the catalogue's figure.
         engine: How they are tried.
         step: What is tried.
         ask: What is asked of each.
+        progress: Called with the next card's name, the cards done and those in all.
 
     Returns:
         For each its name, what was found, and why nothing was where nothing fits.
@@ -202,8 +302,11 @@ def on_each_card(
         except DoesNotFitError as error:
             return card.device_name, None, str(error)
 
-    names = tuple(gpus or COMMON_GPUS)
-    for name in names:
-        find_gpu(name, total_bytes=memory_bytes)
+    found = [find_gpu(name, total_bytes=memory_bytes) for name in names]
+    answers = []
     with Cards(engine) as cards:
-        return [asked(cards.open(name, memory_bytes, step)) for name in names]
+        for done, (name, card) in enumerate(zip(names, found, strict=True)):
+            if progress is not None:
+                progress(card.name, done, len(names))
+            answers.append(asked(cards.open(name, memory_bytes, step)))
+    return answers

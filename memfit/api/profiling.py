@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from typing_extensions import Unpack
 
 from memfit.api.cards import Cards, engine_of
-from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.api.progress import StageProgress, watched
+from memfit.api.steps import StepKeywords, cards_instead, describe, own_device
 from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
 from memfit.backends.cpu.machine import UnlimitedCpu
 from memfit.backends.simulated import SimulatedBackend, TraceCache
@@ -28,10 +29,15 @@ from memfit.profiling import (
     profile_gpu,
 )
 from memfit.records import Engine, MemoryProfile, Source
+from memfit.step.refusals import check_subject
 from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_bytes, parse_count
 
-__all__ = ["profile"]
+__all__ = ["DEFAULT_GPU", "profile"]
+
+DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
+"""The card that is profiled where there is no GPU and none was named."""
+_STAGES = ("the step", "batch size against memory", "what would lower the peak")
 
 
 def profile(
@@ -45,6 +51,7 @@ def profile(
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
     snapshot: str | Path | None = None,
+    progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> MemoryProfile:
     """Find what holds the memory of a training step, at its peak and moment by moment.
@@ -55,7 +62,9 @@ def profile(
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.
         batch_size: Samples in each micro-batch, at least 1.
-        device: Where to run the step and record its allocations, as for `probe`.
+        device: Where to run the step and record its allocations, as for `probe`. On a machine
+            without a GPU a card is simulated by default: a GeForce RTX 4090, or one that has
+            `memory`.
         gpu: A card to simulate instead, as for `probe`.
         compared: Further cards to simulate for the lines of batch size against memory.
         memory: What each simulated card has, in place of the catalogue's figure.
@@ -63,6 +72,8 @@ def profile(
         accumulate: Two micro-batches before the optimizer's step instead of one.
         snapshot: Where to write the allocator's history as a pickle in the format of
             `torch.cuda.memory._snapshot`; nothing is written by default.
+        progress: `"bar"`, `None`, or a function that is called with what runs next, the stages
+            done and those in all.
         **options: The step itself, as for `probe`.
 
     Returns:
@@ -76,9 +87,12 @@ def profile(
     batch_size = parse_count("The batch size", batch_size)
     if gpu is not None and device is not None:
         raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+    start = time.perf_counter()
+    check_subject(subject, Workload)
+    if gpu is None and (instead := cards_instead(subject, device=device, gpu=gpu, memory=memory)):
+        gpu = instead[0] if len(instead) == 1 else DEFAULT_GPU
     if gpu is None and memory is not None:
         raise UsageError("memory is for a simulated card (gpu): a step is recorded with all of it.")
-    start = time.perf_counter()
     place = None if gpu is not None else device_of(own_device(subject, device))
     if place is not None and place.type == "cpu" and snapshot is not None:
         raise UsageError(
@@ -86,13 +100,46 @@ def profile(
             "simulate one."
         )
     described = describe(subject, accumulate=accumulate, **options)
-    memory_bytes = None if memory is None else parse_bytes(memory)
+    with watched(f"profiling {described.name}", stages=progress) as watching:
+
+        def begins(done: int) -> None:
+            if watching.stage is not None:
+                watching.stage(_STAGES[done], done, len(_STAGES))
+
+        found = _profiled(
+            described,
+            batch_size,
+            place=place,
+            gpu=gpu,
+            compared=compared,
+            memory_bytes=None if memory is None else parse_bytes(memory),
+            engine=engine_of(engine),
+            snapshot=None if snapshot is None else Path(snapshot),
+            begins=begins,
+        )
+    return dataclasses.replace(found, seconds=time.perf_counter() - start)
+
+
+def _profiled(
+    described: TrainingStep,
+    batch_size: int,
+    *,
+    place: torch.device | None,
+    gpu: str | None,
+    compared: Sequence[str],
+    memory_bytes: int | None,
+    engine: Engine,
+    snapshot: Path | None,
+    begins: Callable[[int], None],
+) -> MemoryProfile:
+    """Profile a step where it was asked for; `begins` hears which stage does."""
+    begins(0)
     cards = [find_gpu(name, total_bytes=memory_bytes) for name in compared]
     traces = TraceCache()
     if gpu is not None:
         card = find_gpu(gpu, total_bytes=memory_bytes)
         step = with_precision(described, SimulatedBackend(card))
-        with Cards(engine_of(engine)) as opened:
+        with Cards(engine) as opened:
             traces = opened.traces
             found = _profile_card(
                 opened.open(gpu, memory_bytes, step),
@@ -108,22 +155,22 @@ def profile(
         if counterpart is not None:
             cards.insert(0, counterpart.gpu)
     if snapshot is not None:
-        _write(found, Path(snapshot))
+        _write(found, snapshot)
     backends = [SimulatedBackend(card, traces=traces) for card in cards]
     steps = [(backend, with_precision(described, backend)) for backend in backends]
     # What was measured on a CPU says nothing of a card.
     has_advice = len(cards) > len(compared)
     try:
+        begins(1)
         lines = card_lines(steps, batch_size)
+        begins(2)
         advice = advise(found.profile, step, backends[0]) if has_advice else ()
     except UnsupportedError:
         # What was measured stands without them.
         if gpu is not None:
             raise
         lines, advice = (), ()
-    return dataclasses.replace(
-        found.profile, cards=lines, advice=advice, seconds=time.perf_counter() - start
-    )
+    return dataclasses.replace(found.profile, cards=lines, advice=advice)
 
 
 def _profile_card(

@@ -9,12 +9,21 @@ import torch
 from typing_extensions import Unpack
 
 from memfit.backends import device_of
+from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
+from memfit.step.refusals import check_subject
 from memfit.step.workload import TrainingStep, Workload
 from memfit.units import parse_image_size
 
-__all__ = ["StepKeywords", "describe", "has_gpu", "own_device"]
+__all__ = [
+    "StepKeywords",
+    "cards_instead",
+    "default_gpus",
+    "describe",
+    "has_gpu",
+    "own_device",
+]
 
 _DEFAULT_OPTIMIZER = "adamw"
 
@@ -64,6 +73,7 @@ def describe(
             f"there is no option {unknown[0]!r}; a training step has "
             f"{', '.join(StepKeywords.__annotations__)}"
         )
+    check_subject(subject, Workload)
     image_size = options.get("image_size")
     return TrainingStep(
         subject=subject,
@@ -102,6 +112,55 @@ def own_device(subject: str | Workload, device: str | None) -> str | None:
             "first, and make the optimizer after that."
         )
     return device or str(own)
+
+
+def default_gpus(memory: str | float | None = None) -> tuple[str, ...]:
+    """Return the cards that stand in where no device and no card is named.
+
+    Args:
+        memory: What the step may use, if that was said: it is one card then, with so much.
+
+    Returns:
+        Names of the catalogue; none on a machine with a GPU, which is measured.
+    """
+    if has_gpu():
+        return ()
+    return COMMON_GPUS if memory is None else (ANY_GPU,)
+
+
+def cards_instead(
+    subject: str | Workload,
+    *,
+    device: str | None,
+    gpu: str | None,
+    memory: str | float | None = None,
+) -> tuple[str, ...]:
+    """Return the cards to try a subject on where its caller named none, and no device.
+
+    Measuring on a CPU takes minutes and gigabytes, so it is asked for.
+
+    Args:
+        subject: A timm model's name, or a workload.
+        device: What was asked for, if anything.
+        gpu: The card that was asked for, if any.
+        memory: What the step may use, if that was said.
+
+    Returns:
+        Names of the catalogue; none where the answer is a device's or the named card's.
+
+    Raises:
+        UsageError: A workload's model is on the CPU of a machine with a GPU.
+    """
+    if device is not None or gpu is not None:
+        return ()
+    if not has_gpu():
+        return default_gpus(memory)
+    if not isinstance(subject, str) and subject.device.type == "cpu":
+        raise UsageError(
+            "The model is on the CPU, and there is a GPU: move the model there first and make the "
+            "optimizer after that, or give device='cpu' to measure on the CPU."
+        )
+    return ()
 
 
 def has_gpu() -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
 
 from typing_extensions import Unpack
 
 from memfit import equivalence
+from memfit.api.progress import StageProgress, watched
 from memfit.api.steps import StepKeywords, describe, own_device
 from memfit.backends import device_of, open_backend
 from memfit.equivalence import AccumulationLoop
@@ -31,7 +31,7 @@ def verify(
     samples: int | None = None,
     freeze_bn: bool = False,
     accumulate: AccumulationLoop | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Equivalence:
     """Prove that accumulated gradients equal the full batch's, or name what makes them differ.
@@ -51,7 +51,8 @@ def verify(
         accumulate: The user's own accumulation loop, `loop(model, micro_batches, loss, optimizer)`,
             to be weighed as well: it runs each micro-batch through model and loss and steps the
             optimizer after each window, or leaves the sum in `.grad`.
-        progress: Called with what runs next, the passes done and the passes in all.
+        progress: `"bar"`, `None`, or a function that is called with what runs next, the passes
+            done and those in all.
         **options: As for `probe`; gradients do not depend on the optimizer.
 
     Returns:
@@ -73,16 +74,17 @@ def verify(
         auto = Precision.FP32 if place.type == "cpu" else open_backend(place).auto_precision
         chosen = dataclasses.replace(step.options, precision=auto)
         step = dataclasses.replace(step, options=chosen)
-    return equivalence.verify(
-        step,
-        place,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=accumulation_steps,
-        samples=samples,
-        freeze_bn=freeze_bn,
-        accumulate=accumulate,
-        progress=progress,
-    )
+    with watched(f"building {step.name}", stages=progress) as watching:
+        return equivalence.verify(
+            step,
+            place,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            samples=samples,
+            freeze_bn=freeze_bn,
+            accumulate=accumulate,
+            progress=watching.stage,
+        )
 
 
 def _check_loop(accumulate: AccumulationLoop) -> None:

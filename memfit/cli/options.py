@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
+from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
 from memfit.records import Engine, Precision
 
 __all__ = [
     "device_options",
+    "models_argument",
     "parse_model_kwargs",
     "profile_device_options",
     "search_options",
@@ -22,6 +24,10 @@ __all__ = [
 
 _Command = Callable[..., Any]
 _Options = Mapping[str, Callable[[_Command], _Command]]
+
+models_argument = click.argument(
+    "models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_models
+)
 
 _STEP_OPTIONS: _Options = {
     "precision": click.option(
@@ -64,6 +70,7 @@ _DEVICE_OPTIONS: _Options = {
         "gpus",
         multiple=True,
         metavar="NAME",
+        shell_complete=complete_gpus,
         help="A GPU that need not be here (see `memfit gpus`), or `any` with --memory; may be "
         "repeated.",
     ),

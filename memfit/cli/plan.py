@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.live import Live
 
-from memfit.cli.options import device_options, search_options, step_options
-from memfit.cli.output import check_writable, html_option, print_json, write
+from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
+from memfit.cli.options import device_options, models_argument, search_options, step_options
+from memfit.cli.output import (
+    Format,
+    check_picture,
+    check_writable,
+    format_options,
+    html_option,
+    plot_option,
+    print_csv,
+    print_json,
+    write,
+)
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.records import Objective
+from memfit.records import Objective, Plan, PlanSurvey
 
 if TYPE_CHECKING:
-    from memfit.records import Exploration, Plan
+    from memfit.records import Exploration
 
 __all__ = ["plan"]
 
+_A_CARD = "rtx4090"
 _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
 
 
@@ -33,7 +46,7 @@ def _as_typed(text: str) -> int | float | str:
 
 
 @click.command(short_help="Turn a target batch size into micro-batches that fit.")
-@click.argument("model")
+@models_argument
 @click.option(
     "--effective-batch",
     "effective_batch_size",
@@ -63,10 +76,11 @@ def _as_typed(text: str) -> int | float | str:
 @step_options
 @search_options
 @html_option
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@plot_option
+@format_options
 def plan(
     *,
-    model: str,
+    models: tuple[str, ...],
     effective_batch_size: Any,
     world_size: int,
     objective: str,
@@ -79,122 +93,179 @@ def plan(
     step: dict[str, Any],
     search: dict[str, Any],
     html: Path | None,
-    as_json: bool,
+    plot: Path | None,
+    output: Format,
 ) -> None:
     """Turn an effective batch size into micro-batches of MODEL that fit.
 
-    MODEL is the name of a timm model. The parts add up to the effective batch exactly. Real steps
-    run on the device, or with --gpu are simulated; the plan's own micro-batch is among those that
-    were tried, and fitted with the headroom.
+    MODEL is the name of a timm model; several are planned for one after another. The parts add up
+    to the effective batch exactly. Real steps run on the device, or with --gpu on a card that is
+    rehearsed or simulated; the plan's own micro-batch is among those that were tried, and fitted
+    with the headroom. Without a GPU here, and with none named, common cards are simulated.
     """
-    if trainer and as_json:
-        raise UsageError("Give --emit or --json, not both: each is all that is printed.")
-    if html is not None and not explore:
-        raise UsageError("--html shows what --explore finds: give both.")
+    if trainer and output is not Format.TEXT:
+        raise UsageError(f"Give --emit or --{output.value}, not both: each is all that is printed.")
     if explore and device is not None and device.partition(":")[0] == "cpu":
         raise UsageError(
             "What else would fit is simulated, and only GPUs can be: give --explore with --gpu, or "
             "with --device cuda."
         )
-    check_writable(html)
+    check_writable(html, plot)
+    check_picture(plot)
+    check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
+    cards = cards_for(device=device, gpus=gpus, memory=memory)
+    is_survey = device is None and len(cards) > 1
+    if is_survey and (explore or trainer):
+        option = "--explore" if explore else "--emit"
+        raise UsageError(f"{option} is for one device: give one --gpu, as in --gpu {_A_CARD}.")
     from memfit import api
 
     target: dict[str, Any] = {
         "world_size": world_size,
         "objective": objective,
         "memory": memory,
-        "engine": engine,
         **search,
         **step,
     }
-    if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
-        if explore or trainer:
-            option = "--explore" if explore else "--emit"
-            raise UsageError(f"{option} is for one device: give one --gpu, or --device.")
-        _survey(model, effective_batch_size, gpus, target, as_json=as_json)
-        return
-    target |= {"device": device, "gpu": gpus[0] if gpus else None}
-    try:
-        result = _planned(model, effective_batch_size, target, is_quiet=as_json)
-    except DoesNotFitError:
-        if explore:
-            exploration = api.explore(model, effective_batch_size, **_simulated(target))
-            _write_page(exploration, html)
-            _show_exploration(exploration, as_json=as_json)
-        raise
-    if explore:
-        exploration = api.explore(model, effective_batch_size, **_simulated(target))
-        _write_page(exploration, html)
-        result = dataclasses.replace(result, exploration=exploration)
-    _show(result, trainer=trainer, as_json=as_json)
+    shown = _Shown(trainer=trainer, output=output)
 
+    def ask(model: str) -> Plan | PlanSurvey:
+        with under_way(f"planning for {model}") as bar:
+            asked = {"engine": engine, **target}
+            if is_survey:
+                return api.survey_plans(
+                    model, effective_batch_size, gpus=cards, progress=bar.stage, **asked
+                )
+            card = cards[0] if cards else None
+            return api.plan(
+                model,
+                effective_batch_size,
+                device=device,
+                gpu=card,
+                progress=bar.trial,
+                **asked,
+            )
 
-def _survey(
-    model: str,
-    effective_batch_size: Any,
-    gpus: tuple[str, ...],
-    target: dict[str, Any],
-    *,
-    as_json: bool,
-) -> None:
-    from memfit import api
+    def explored() -> Exploration:
+        with under_way(f"exploring {models[0]}") as bar:
+            card = cards[0] if cards else None
+            return api.explore(
+                models[0],
+                effective_batch_size,
+                device=device,
+                gpu=card,
+                progress=bar.stage,
+                **target,
+            )
 
-    found = api.survey_plans(model, effective_batch_size, gpus=gpus or None, **target)
-    if as_json:
-        print_json(found.answers)
-    else:
-        from memfit.reports.plan import render_survey
+    found = _planned(models, ask, explored if explore else None, shown=shown, html=html)
+    if html is not None:
+        write(html, _page(found[0]))
+    if plot is not None:
+        from memfit.reports.pictures import draw_plan
 
-        Console().print(render_survey(found))
-    if not any(answer.plan for answer in found.answers):
-        raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
-
-
-def _simulated(target: dict[str, Any]) -> dict[str, Any]:
-    """Return what an exploration takes: it is simulated whatever the engine."""
-    return {name: value for name, value in target.items() if name != "engine"}
+        draw_plan(found[0], plot)
+    for result in found:
+        refuse_unfit(result)
 
 
 def _planned(
-    model: str, effective_batch_size: Any, target: dict[str, Any], *, is_quiet: bool
-) -> Plan:
-    from memfit import api
-    from memfit.reports.probe import ProgressTable
-
-    log = Console(stderr=True)
-    table = ProgressTable()
-    with Live(table, console=log, transient=True, refresh_per_second=4) as live:
-        if is_quiet or not log.is_terminal:
-            live.stop()
-        return api.plan(model, effective_batch_size, progress=table.add, **target)
-
-
-def _show(result: Plan, *, trainer: str | None, as_json: bool) -> None:
-    from memfit.integrations import lines_for
-    from memfit.reports.plan import render
-
-    if as_json:
-        print_json([result])
-        return
-    emitted = lines_for(result, trainer) if trainer else None
-    # What is to be pasted or piped is all that goes to standard output.
-    Console(stderr=emitted is not None).print(render(result))
-    if emitted is not None:
-        click.echo(err=True)
-        click.echo(emitted, nl=False)
-
-
-def _show_exploration(exploration: Exploration, *, as_json: bool) -> None:
-    from memfit.reports.plan import render_exploration
-
-    if as_json:
-        print_json([exploration])
-    else:
-        Console().print(render_exploration(exploration))
+    models: tuple[str, ...],
+    ask: Callable[[str], Plan | PlanSurvey],
+    explore: Callable[[], Exploration] | None,
+    *,
+    shown: _Shown,
+    html: Path | None,
+) -> list[Plan | PlanSurvey]:
+    """Plan for every model, and show each plan before what else would fit is looked for."""
+    found: list[Plan | PlanSurvey] = []
+    try:
+        for result in ask_each(models, ask):
+            found.append(result)
+            shown.plan(result)
+        if explore is not None:
+            exploration = explore()
+            shown.exploration(exploration)
+            found = [
+                dataclasses.replace(each, exploration=exploration)
+                for each in found
+                if isinstance(each, Plan)
+            ]
+    except DoesNotFitError:
+        if explore is not None:
+            exploration = explore()
+            shown.exploration(exploration, alone=True)
+            if html is not None:
+                write(html, _page(exploration))
+        raise
+    finally:
+        # What was found before an error or Ctrl-C is printed all the same.
+        shown.end(found)
+    return found
 
 
-def _write_page(exploration: Exploration, html: Path | None) -> None:
-    from memfit.reports.exploration_page import page
+class _Shown:
+    """What goes to standard output, in the form that was asked for.
 
-    if html is not None:
-        write(html, page(exploration))
+    Args:
+        trainer: What lines are emitted for, which then are all that is printed.
+        output: The form of everything else.
+    """
+
+    def __init__(self, *, trainer: str | None, output: Format) -> None:
+        self._trainer = trainer
+        self._output = output
+        # What is to be pasted or piped is all that goes to standard output.
+        self._console = Console(stderr=trainer is not None)
+        self._is_first = True
+
+    def plan(self, result: Plan | PlanSurvey) -> None:
+        """Show a plan, or plans for several cards."""
+        from memfit.reports.plan import render, render_survey
+
+        if self._output is Format.TEXT:
+            if not self._is_first:
+                self._console.print()
+            self._is_first = False
+            self._console.print(
+                render(result) if isinstance(result, Plan) else render_survey(result)
+            )
+
+    def exploration(self, exploration: Exploration, *, alone: bool = False) -> None:
+        """Show what else would fit; alone where there is no plan to show it with."""
+        from memfit.reports.plan import render_exploration
+
+        if self._output is Format.TEXT:
+            if not alone:
+                self._console.print()
+            self._console.print(render_exploration(exploration))
+        elif self._output is Format.JSON and alone:
+            print_json([exploration])
+
+    def end(self, found: Sequence[Plan | PlanSurvey]) -> None:
+        """Print what comes after everything is known."""
+        if not found:
+            return
+        if self._output is Format.JSON:
+            nested = ([each] if isinstance(each, Plan) else each.answers for each in found)
+            print_json(itertools.chain.from_iterable(nested))
+        elif self._output is Format.CSV:
+            from memfit.reports.rows import plan_rows
+
+            print_csv(plan_rows(found))
+        elif self._trainer is not None and isinstance(found[0], Plan):
+            from memfit.integrations import lines_for
+
+            emitted = lines_for(found[0], self._trainer)
+            click.echo(err=True)
+            click.echo(emitted, nl=False)
+
+
+def _page(found: Plan | PlanSurvey | Exploration) -> str:
+    from memfit.reports import exploration_page, plan_page
+
+    if isinstance(found, Plan):
+        return plan_page.page(found)
+    if isinstance(found, PlanSurvey):
+        return plan_page.survey_page(found)
+    return exploration_page.page(found)

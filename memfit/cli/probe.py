@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.live import Live
 
-from memfit.cli.options import device_options, search_options, step_options
-from memfit.cli.output import check_writable, html_option, print_json, write
-from memfit.errors import DoesNotFitError
+from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
+from memfit.cli.options import device_options, models_argument, search_options, step_options
+from memfit.cli.output import (
+    Format,
+    check_picture,
+    check_writable,
+    format_options,
+    html_option,
+    plot_option,
+    print_csv,
+    print_json,
+    write,
+)
+from memfit.records import ProbeResult, Survey, SurveyAnswer
+
+if TYPE_CHECKING:
+    from memfit.records import Record
 
 __all__ = ["probe"]
 
 
 @click.command(short_help="Find the largest batch size that fits a device.")
-@click.argument("model")
+@models_argument
 @device_options
 @step_options
 @click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
 @search_options
 @html_option
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@plot_option
+@format_options
 def probe(
     *,
-    model: str,
+    models: tuple[str, ...],
     device: str | None,
     gpus: tuple[str, ...],
     engine: str,
@@ -35,64 +49,87 @@ def probe(
     accumulate: bool,
     search: dict[str, Any],
     html: Path | None,
-    as_json: bool,
+    plot: Path | None,
+    output: Format,
 ) -> None:
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
 
-    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224. Real steps run on
-    the device; the answer fitted, and one sample more ran out of memory. With --gpu the card need
-    not be there: torch's own CUDA software runs and its kernels do nothing (rehearsed), or the
-    step's allocations are replayed on a model of the card (simulated). The answer says which.
+    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224; several are asked
+    about one after another. Real steps run on the device; the answer fitted, and one sample more
+    ran out of memory. With --gpu the card need not be there: torch's own CUDA software runs and its
+    kernels do nothing (rehearsed), or the step's allocations are replayed on a model of the card
+    (simulated). The answer says which. Without a GPU here, and with none named, common cards are
+    simulated.
     """
+    check_writable(html, plot)
+    check_picture(plot)
+    check_single(models, html=html, plot=plot)
+    cards = cards_for(device=device, gpus=gpus, memory=memory)
     from memfit import api
 
-    check_writable(html)
-    if device is None and (len(gpus) > 1 or not (gpus or api.has_gpu())):
-        found = api.survey(
-            model,
-            gpus=gpus or None,
-            memory=memory,
-            engine=engine,
-            accumulate=accumulate,
-            **search,
-            **step,
-        )
-        if html is not None:
-            from memfit.reports.probe_page import survey_page
+    asked = {
+        "memory": memory,
+        "engine": engine,
+        "accumulate": accumulate,
+        **search,
+        **step,
+    }
 
-            write(html, survey_page(found))
-        if as_json:
-            print_json(found.answers)
-        else:
-            from memfit.reports import survey
+    def ask(model: str) -> ProbeResult | Survey:
+        with under_way(f"probing {model}") as bar:
+            if device is None and len(cards) > 1:
+                return api.survey(model, gpus=cards, progress=bar.stage, **asked)
+            card = cards[0] if cards else None
+            return api.probe(model, device=device, gpu=card, progress=bar.trial, **asked)
 
-            Console().print(survey.render(found))
-        if not any(answer.result for answer in found.answers):
-            raise DoesNotFitError(f"{model} fits none of these cards, even at batch size 1.")
-        return
-    from memfit.reports.probe import ProgressTable, render
-
-    log = Console(stderr=True)
-    table = ProgressTable()
-    with Live(table, console=log, transient=True, refresh_per_second=4) as live:
-        if as_json or not log.is_terminal:
-            live.stop()
-        result = api.probe(
-            model,
-            device=device,
-            gpu=gpus[0] if gpus else None,
-            memory=memory,
-            engine=engine,
-            accumulate=accumulate,
-            progress=table.add,
-            **search,
-            **step,
-        )
+    found: list[ProbeResult | Survey] = []
+    try:
+        for result in ask_each(models, ask):
+            found.append(result)
+            if output is Format.TEXT:
+                _show(result, is_next=len(found) > 1)
+    finally:
+        # What was found before an error or Ctrl-C is printed all the same.
+        _print(found, output)
     if html is not None:
-        from memfit.reports.probe_page import page
+        write(html, _page(found[0]))
+    if plot is not None:
+        from memfit.reports.pictures import draw_probe
 
-        write(html, page(result))
-    if as_json:
-        print_json([result])
+        draw_probe(found[0], plot)
+    for result in found:
+        refuse_unfit(result)
+
+
+def _print(found: list[ProbeResult | Survey], output: Format) -> None:
+    if not found:
+        return
+    if output is Format.JSON:
+        print_json([record for result in found for record in _answers(result)])
+    elif output is Format.CSV:
+        from memfit.reports.rows import probe_rows
+
+        print_csv(probe_rows(found))
+
+
+def _answers(result: ProbeResult | Survey) -> tuple[Record, ...] | tuple[SurveyAnswer, ...]:
+    return result.answers if isinstance(result, Survey) else (result,)
+
+
+def _show(result: ProbeResult | Survey, *, is_next: bool) -> None:
+    from memfit.reports import probe as one_card
+    from memfit.reports import survey as several_cards
+
+    console = Console()
+    if is_next:
+        console.print()
+    if isinstance(result, Survey):
+        console.print(several_cards.render(result))
     else:
-        Console().print(render(result))
+        console.print(one_card.render(result))
+
+
+def _page(result: ProbeResult | Survey) -> str:
+    from memfit.reports.probe_page import page, survey_page
+
+    return survey_page(result) if isinstance(result, Survey) else page(result)

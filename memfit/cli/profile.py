@@ -9,25 +9,31 @@ from typing import Any
 import click
 from rich.console import Console
 
+from memfit.cli.asking import cards_for, under_way
+from memfit.cli.completion import complete_models
 from memfit.cli.options import profile_device_options, step_options
-from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
+from memfit.cli.output import (
+    OUTPUT,
+    check_picture,
+    check_writable,
+    html_option,
+    plot_option,
+    print_json,
+    write,
+)
 from memfit.errors import DoesNotFitError
 
 __all__ = ["profile"]
 
-_DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
-
 
 @click.command(short_help="Show what holds the memory of a training step.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
 @profile_device_options
 @step_options
 @click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
 @html_option
-@click.option(
-    "--plot", type=OUTPUT, metavar="FILE", help="Write the main picture; .svg, .png or .pdf."
-)
+@plot_option
 @click.option(
     "--snapshot",
     type=OUTPUT,
@@ -57,29 +63,31 @@ def profile(
     With --device the step runs there and its allocations are recorded; so it does on a GPU that is
     there. Ends with 0 if the batch fits, and with 3 if it does not.
     """
+    check_writable(html, plot, snapshot)
+    check_picture(plot)
+    cards = cards_for(device=device, gpus=gpus, memory=memory)
     from memfit import api
     from memfit.reports.profile import render
 
-    check_writable(html, plot, snapshot)
-    if plot is not None:
-        from memfit.reports.picture import check_format
-
-        check_format(plot)
-    log = Console(stderr=True)
-    if device is None and not (gpus or api.has_gpu()):
-        gpus = (_DEFAULT_GPU,)
-        log.print(f"There is no GPU here and none was named: simulating an {_DEFAULT_GPU}.")
-    with log.status("profiling"):
+    if len(cards) > 1 and not gpus:
+        cards = (api.DEFAULT_GPU,)
+        click.echo(
+            f"There is no GPU here and none was named: simulating an {api.DEFAULT_GPU}. "
+            "--device cpu measures on the CPU.",
+            err=True,
+        )
+    with under_way(f"profiling {model}") as bar:
         found = api.profile(
             model,
             batch_size,
             device=device,
-            gpu=gpus[0] if gpus else None,
-            compared=gpus[1:],
+            gpu=cards[0] if cards else None,
+            compared=cards[1:],
             memory=memory,
             engine=engine,
             accumulate=accumulate,
             snapshot=snapshot,
+            progress=bar.stage,
             **step,
         )
     if html is not None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from memfit.cli.asking import under_way
+from memfit.cli.completion import complete_models
 from memfit.cli.options import step_options
 from memfit.cli.output import print_json
 
@@ -18,7 +19,7 @@ _DIFFERS = 4
 
 
 @click.command(short_help="Prove that accumulated gradients equal the full batch's.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option(
     "--micro-batch", "micro_batch_size", type=int, required=True, help="Samples in a micro-batch."
 )
@@ -62,18 +63,7 @@ def verify(
     from memfit import api
     from memfit.reports.equivalence import render
 
-    log = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=log,
-        transient=True,
-        disable=as_json or not log.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("building the model")
+    with under_way(f"building {model}") as bar:
         result = api.verify(
             model,
             micro_batch_size=micro_batch_size,
@@ -81,9 +71,7 @@ def verify(
             device=device,
             samples=samples,
             freeze_bn=freeze_bn,
-            progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+            progress=bar.stage,
             **step,
         )
     if as_json:

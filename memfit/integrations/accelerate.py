@@ -1,12 +1,14 @@
 """A plan as a loop with Hugging Face Accelerate.
 
 Source: huggingface/accelerate, Accelerator(gradient_accumulation_steps=...): batches of a process's
-    loader before each optimizer step; `backward` divides every loss by that number.
+    loader before each optimizer step; `backward` divides every loss by that number. Its fp16 needs
+    a GPU.
 """
 
 from __future__ import annotations
 
-from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
+from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
@@ -18,7 +20,11 @@ def lines(plan: Plan) -> str:
     """Return the loop that carries the plan out.
 
     It expects `model`, `optimizer`, `loss_fn` and `dataset`.
+
+    Raises:
+        UsageError: Accelerate takes no such parts, or has no such precision.
     """
+    refuse_on_cpu(plan, "Accelerate", Precision.AMP_FP16)
     parts = equal_parts(plan, "Accelerate")
     comments = [
         "A last window of fewer batches is divided by gradient_accumulation_steps all the same."
@@ -28,20 +34,35 @@ def lines(plan: Plan) -> str:
             f"Start it with: accelerate launch --num_processes {plan.world_size} SCRIPT. The batch "
             "size is each process's."
         )
-    comments += weights_in_bf16(plan)
-    precision = _PRECISIONS.get(plan.options.precision, "no")
-    return (
-        f"{comment(headline(plan, parts), *parts.comments, *comments)}\n"
-        "from accelerate import Accelerator\n"
-        "from torch.utils.data import DataLoader\n\n"
-        f"accelerator = Accelerator(gradient_accumulation_steps={parts.accumulation_steps}, "
-        f'mixed_precision="{precision}")\n'
-        f"loader = DataLoader(dataset, batch_size={parts.micro_batch_size}, shuffle=True, "
-        "drop_last=True)\n"
-        "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)\n"
-        "for x, y in loader:\n"
-        "    with accelerator.accumulate(model):\n"
-        "        accelerator.backward(loss_fn(model(x), y))\n"
-        "        optimizer.step()\n"
-        "        optimizer.zero_grad()\n"
-    )
+    arguments = [
+        f"gradient_accumulation_steps={parts.accumulation_steps}",
+        f'mixed_precision="{_PRECISIONS.get(plan.options.precision, "no")}"',
+        *(("cpu=True",) if is_on_cpu(plan) else ()),
+    ]
+    model = model_lines(plan)
+    convert = []
+    if plan.options.precision is Precision.BF16:
+        convert.append("        x = x.to(torch.bfloat16)")
+    if plan.options.channels_last:
+        convert.append("        x = x.to(memory_format=torch.channels_last)")
+    written = [
+        comment(headline(plan, parts), *parts.comments, *brought(plan), *comments),
+        *(("import torch",) if model or convert else ()),
+        "from accelerate import Accelerator",
+        "from torch.utils.data import DataLoader",
+        "",
+        *model,
+        f"accelerator = Accelerator({', '.join(arguments)})",
+        (
+            f"loader = DataLoader(dataset, batch_size={parts.micro_batch_size}, shuffle=True, "
+            "drop_last=True)"
+        ),
+        "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
+        "for x, y in loader:",
+        "    with accelerator.accumulate(model):",
+        *convert,
+        "        accelerator.backward(loss_fn(model(x), y))",
+        "        optimizer.step()",
+        "        optimizer.zero_grad()",
+    ]
+    return "\n".join(written) + "\n"

@@ -11,10 +11,10 @@ import textwrap
 
 from memfit.errors import UsageError
 from memfit.partition import equal_part
-from memfit.records import Plan, Precision
+from memfit.records import Plan
 from memfit.units import format_parts
 
-__all__ = ["EqualParts", "comment", "equal_parts", "headline", "weights_in_bf16"]
+__all__ = ["EqualParts", "comment", "equal_parts", "headline"]
 
 _WIDTH = 96
 # Equal parts are chosen down to this share of the plan's micro-batch.
@@ -90,13 +90,6 @@ def headline(plan: Plan, parts: EqualParts) -> str:
         f"{plan.effective_batch_size} = {parts.accumulation_steps} x {parts.micro_batch_size}"
         f"{ranks}, {plan.source.value} for {plan.device} in {plan.options.precision.value}."
     )
-
-
-def weights_in_bf16(plan: Plan) -> list[str]:
-    """Say what no trainer's option does: train weights that are in bfloat16 themselves."""
-    if plan.options.precision is not Precision.BF16:
-        return []
-    return ["The model's own parameters are in bfloat16: model.to(torch.bfloat16)."]
 
 
 def comment(*sentences: str) -> str:

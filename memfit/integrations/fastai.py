@@ -2,12 +2,15 @@
 
 Source: fastai/fastai, fastai/callback/training.py: `GradientAccumulation(n_acc)` counts samples,
     not batches, weighs each batch by its share of `n_acc`, and steps once that many were seen: so
-    only a batch size that divides `n_acc` makes steps of that size.
+    only a batch size that divides `n_acc` makes steps of that size. What is left over when `fit`
+    ends stays in the gradients. fastai/callback/fp16.py: `MixedPrecision` autocasts on CUDA only.
 """
 
 from __future__ import annotations
 
-from memfit.integrations.equal import comment, equal_parts, headline, weights_in_bf16
+from memfit.errors import UsageError
+from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
@@ -19,20 +22,80 @@ def lines(plan: Plan) -> str:
     """Return the learner that carries the plan out.
 
     It expects `train`, `valid`, `model` and `loss_fn`.
+
+    Raises:
+        UsageError: fastai takes no such parts, or has no such precision.
     """
+    refuse_on_cpu(plan, "fastai", Precision.AMP_BF16, Precision.AMP_FP16)
+    if plan.options.precision is Precision.BF16:
+        raise UsageError(
+            "fastai cannot train weights in bf16: its record of the loss takes float32 only. Plan "
+            "with precision amp-bf16, or emit pytorch."
+        )
     parts = equal_parts(plan, "fastai")
-    comments = ["n_acc counts samples; those left over in an epoch are part of the next step."]
+    options = plan.options
+    comments = [
+        *brought(plan, optimizer=None),
+        (
+            "n_acc counts samples. Those left over in an epoch are part of the next step; those "
+            "left over at the end of fit are dropped, which fastai itself does not do."
+        ),
+    ]
     if plan.world_size > 1:
         comments.append(
             f"Start it with: accelerate launch --num_processes {plan.world_size} SCRIPT, and fit "
             "inside learn.distrib_ctx(). bs and n_acc are each process's."
         )
-    comments += weights_in_bf16(plan)
-    precision = _PRECISIONS.get(plan.options.precision, "")
-    return (
-        f"{comment(headline(plan, parts), *parts.comments, *comments)}\n"
-        "from fastai.vision.all import DataLoaders, GradientAccumulation, Learner\n\n"
-        f"dls = DataLoaders.from_dsets(train, valid, bs={parts.micro_batch_size})\n"
-        f"accumulate = GradientAccumulation(n_acc={parts.samples_per_rank})\n"
-        f"learn = Learner(dls, model, loss_func=loss_fn, cbs=accumulate){precision}\n"
-    )
+    if options.channels_last:
+        comments.append("Images in a batch follow the model: ChannelsLast() below.")
+    is_named = options.optimizer is not None
+    imports = ["DataLoaders", "GradientAccumulation", "Learner"]
+    imports += ["Callback"] + ["OptimWrapper"] * is_named
+    model = model_lines(plan)
+    callbacks = ["GradientAccumulation(n_acc=N)", "DropLeftover()"]
+    callbacks[0] = f"GradientAccumulation(n_acc={parts.samples_per_rank})"
+    layout = []
+    if options.channels_last:
+        callbacks.append("ChannelsLast()")
+        layout = [
+            "",
+            "class ChannelsLast(Callback):",
+            "    def before_batch(self):",
+            "        images = (x.to(memory_format=torch.channels_last) for x in self.xb)",
+            "        self.learn.xb = tuple(images)",
+            "",
+        ]
+    device = ', device="cpu"' if is_on_cpu(plan) else ""
+    written = [
+        comment(headline(plan, parts), *parts.comments, *comments),
+        *(("from functools import partial", "") if is_named else ()),
+        *(("import torch",) if model else ()),
+        f"from fastai.vision.all import {', '.join(sorted(imports))}",
+        *(("from timm.optim import create_optimizer_v2",) if is_named else ()),
+        "",
+        "",
+        "class DropLeftover(Callback):",
+        "    def after_fit(self):",
+        "        self.model.zero_grad()",
+        "",
+        *layout,
+        "",
+        *model,
+        f"dls = DataLoaders.from_dsets(train, valid, bs={parts.micro_batch_size}{device})",
+        *(
+            (
+                (
+                    "opt_func = partial(OptimWrapper, "
+                    f'opt=partial(create_optimizer_v2, opt="{options.optimizer}"))'
+                ),
+            )
+            if is_named
+            else ()
+        ),
+        f"callbacks = [{', '.join(callbacks)}]",
+        (
+            f"learn = Learner(dls, model, loss_func=loss_fn, cbs=callbacks"
+            f"{', opt_func=opt_func' if is_named else ''}){_PRECISIONS.get(options.precision, '')}"
+        ),
+    ]
+    return "\n".join(written) + "\n"

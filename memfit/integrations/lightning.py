@@ -2,11 +2,13 @@
 
 Source: Lightning-AI/pytorch-lightning, Trainer(accumulate_grad_batches=...): batches of the loader
     before each optimizer step; every loss is divided by that number, in a short last window too.
+    Its 16-mixed needs a GPU.
 """
 
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
@@ -20,26 +22,49 @@ _PRECISIONS = {
 
 
 def lines(plan: Plan) -> str:
-    """Return the loader and the trainer that carry the plan out."""
+    """Return the loader and the trainer that carry the plan out.
+
+    They expect a `LightningModule` named `module`, and `dataset`.
+
+    Raises:
+        UsageError: Lightning takes no such parts, or has no such precision.
+    """
+    refuse_on_cpu(plan, "Lightning", Precision.AMP_FP16)
     parts = equal_parts(plan, "Lightning")
-    head = comment(
-        headline(plan, parts),
-        *parts.comments,
-        "A last window of fewer batches is divided by accumulate_grad_batches all the same: its "
-        "gradient is too small unless their number divides the loader's.",
-    )
+    model = [line for line in model_lines(plan, model="module") if "bfloat16" not in line]
+    comments = [
+        *brought(plan, model="module's model", optimizer="What configure_optimizers returns"),
+        (
+            "A last window of fewer batches is divided by accumulate_grad_batches all the same: "
+            "its gradient is too small unless their number divides the loader's."
+        ),
+    ]
+    if plan.options.channels_last:
+        comments.append(
+            "In training_step, put the images into the same layout: "
+            "x.to(memory_format=torch.channels_last)."
+        )
     arguments = [
         f"accumulate_grad_batches={parts.accumulation_steps}",
         f'precision="{_PRECISIONS[plan.options.precision]}"',
+        *(('accelerator="cpu"',) if is_on_cpu(plan) else ()),
     ]
     if plan.world_size > 1:
         arguments += [f"devices={plan.world_size}", 'strategy="ddp"']
-    return (
-        f"{head}\n"
-        "import lightning\n"
-        "from torch.utils.data import DataLoader\n\n"
-        f"loader = DataLoader(dataset, batch_size={parts.micro_batch_size}, shuffle=True, "
-        "drop_last=True)\n"
-        f"trainer = lightning.Trainer({', '.join(arguments)})\n"
-        "trainer.fit(module, loader)\n"
-    )
+    elif is_on_cpu(plan):
+        arguments.append("devices=1")
+    written = [
+        comment(headline(plan, parts), *parts.comments, *comments),
+        "import lightning",
+        *(("import torch",) if plan.options.channels_last else ()),
+        "from torch.utils.data import DataLoader",
+        "",
+        *model,
+        (
+            f"loader = DataLoader(dataset, batch_size={parts.micro_batch_size}, shuffle=True, "
+            "drop_last=True)"
+        ),
+        f"trainer = lightning.Trainer({', '.join(arguments)})",
+        "trainer.fit(module, loader)",
+    ]
+    return "\n".join(written) + "\n"

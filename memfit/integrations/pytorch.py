@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memfit.integrations.equal import comment
+from memfit.integrations.step_lines import are_images_channels_last, brought, model_lines
 from memfit.records import Plan, Precision
 from memfit.units import format_parts
 
@@ -26,9 +27,11 @@ def _loader(plan: Plan) -> str:
         return (
             comment(
                 f"{plan.effective_batch_size} = {parts}, {plan.source.value} for {plan.device} in "
-                f"{plan.options.precision.value}."
+                f"{plan.options.precision.value}.",
+                *brought(plan),
             )
-            + "\nfrom torch.utils.data import DataLoader\n\n"
+            + "\nimport torch\nfrom torch.utils.data import DataLoader\n\n"
+            + _model(plan)
             + f"loader = DataLoader(dataset, batch_size={share}, shuffle=True)"
         )
     rest = plan.effective_batch_size % plan.world_size
@@ -45,13 +48,19 @@ def _loader(plan: Plan) -> str:
             f"{plan.effective_batch_size} over {plan.world_size} ranks: {parts} on the first, "
             f"{plan.source.value} for {plan.device} in {plan.options.precision.value}. The model "
             "is a DistributedDataParallel.",
+            *brought(plan, model="the model inside"),
             *uneven,
         )
-        + "\nfrom torch import distributed\n"
+        + "\nimport torch\nfrom torch import distributed\n"
         + "from torch.utils.data import DataLoader, DistributedSampler\n\n"
+        + _model(plan)
         + "sampler = DistributedSampler(dataset, shuffle=True)\n"
         + f"loader = DataLoader(dataset, batch_size={size}, sampler=sampler)"
     )
+
+
+def _model(plan: Plan) -> str:
+    return "".join(f"{line}\n" for line in model_lines(plan))
 
 
 def _accumulator(plan: Plan) -> str:
@@ -64,8 +73,12 @@ def _accumulator(plan: Plan) -> str:
         comment("With memfit: smaller micro-batches by itself, should one run out of memory.")
         + "\nimport memfit\n\n"
         + f"accumulator = memfit.Accumulator({', '.join(arguments)})\n"
-        + "for batch in loader:\n"
-        + "    loss = accumulator.step(batch)"
+        + (
+            "for x, y in loader:\n"
+            "    loss = accumulator.step((x.to(memory_format=torch.channels_last), y))"
+            if are_images_channels_last(plan)
+            else "for batch in loader:\n    loss = accumulator.step(batch)"
+        )
     )
 
 
@@ -114,7 +127,12 @@ def _one_part(plan: Plan) -> list[str]:
     """Return forward and backward of one micro-batch."""
     precision, num_ranks = plan.options.precision, plan.world_size
     dtype = _AUTOCAST.get(precision)
-    place = "x_i.to(device, torch.bfloat16)" if precision is Precision.BF16 else "x_i.to(device)"
+    how = ["device"]
+    if precision is Precision.BF16:
+        how.append("torch.bfloat16")
+    if are_images_channels_last(plan):
+        how.append("memory_format=torch.channels_last")
+    place = f"x_i.to({', '.join(how)})"
     # DistributedDataParallel averages over the ranks what is to be summed.
     averaged = f" * {num_ranks}" if num_ranks > 1 else ""
     passes = ["loss = loss_fn(model(x_i), y_i) * weight"]

@@ -9,11 +9,22 @@ from __future__ import annotations
 import shlex
 
 from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.step_lines import is_on_cpu
 from memfit.records import Plan, Precision, StepOptions
 
 __all__ = ["lines"]
 
 _COLOUR_CHANNELS = 3
+_OWN_FLAGS = {
+    "bn_eps": "--bn-eps",
+    "bn_momentum": "--bn-momentum",
+    "drop_block_rate": "--drop-block",
+    "drop_path_rate": "--drop-path",
+    "drop_rate": "--drop",
+    "global_pool": "--gp",
+    "in_chans": "--in-chans",
+}
+"""Arguments of `create_model` that train.py passes by itself: twice given, they would crash it."""
 
 
 def lines(plan: Plan) -> str:
@@ -33,6 +44,7 @@ def lines(plan: Plan) -> str:
         str(parts.micro_batch_size),
         "--grad-accum-steps",
         str(parts.accumulation_steps),
+        *(("--device", "cpu") if is_on_cpu(plan) else ()),
         *_options(plan.options),
     ]
     return f"{comment(headline(plan, parts), *parts.comments)}\n{shlex.join(command)}\n"
@@ -49,7 +61,7 @@ def _options(options: StepOptions) -> list[str]:
         words += ["--opt", options.optimizer]
     kwargs = dict(options.model_kwargs)
     if options.image_size is not None:
-        channels = kwargs.pop("in_chans", _COLOUR_CHANNELS)
+        channels = kwargs.get("in_chans", _COLOUR_CHANNELS)
         words += ["--input-size", str(channels), *map(str, options.image_size)]
     if options.num_classes is not None:
         words += ["--num-classes", str(options.num_classes)]
@@ -57,6 +69,9 @@ def _options(options: StepOptions) -> list[str]:
         words.append("--channels-last")
     if options.grad_checkpointing:
         words.append("--grad-checkpointing")
+    for name, flag in _OWN_FLAGS.items():
+        if name in kwargs:
+            words += [flag, str(kwargs.pop(name))]
     if kwargs:
         words += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
     return words

@@ -2,12 +2,15 @@
 
 Source: huggingface/transformers, src/transformers/training_args.py:
     `per_device_train_batch_size` is a device's micro-batch, `gradient_accumulation_steps` how many
-    make a step.
+    make a step; `max_grad_norm` is 1.0 unless it is set, and a CPU is used where `use_cpu` is.
+    src/transformers/trainer.py, `get_batch_samples`: all micro-batches of a step are fetched, and
+    are on the device, before the first of them runs.
 """
 
 from __future__ import annotations
 
 from memfit.integrations.equal import comment, equal_parts, headline
+from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
 
 __all__ = ["lines"]
@@ -17,19 +20,34 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 
 
 def lines(plan: Plan) -> str:
-    """Return the arguments that carry the plan out."""
+    """Return the arguments that carry the plan out.
+
+    They expect `model` where the plan converts it.
+
+    Raises:
+        UsageError: transformers takes no such parts, or has no such precision.
+    """
+    refuse_on_cpu(plan, "transformers", Precision.AMP_FP16)
     parts = equal_parts(plan, "transformers")
     options = plan.options
-    comments = []
+    comments = brought(plan, optimizer=None)
     arguments = [
         'output_dir="OUTPUT"',
         f"per_device_train_batch_size={parts.micro_batch_size}",
         f"gradient_accumulation_steps={parts.accumulation_steps}",
+        "max_grad_norm=1.0",
     ]
+    comments.append(
+        "max_grad_norm=1.0 is what transformers clips to unless it is told; 0 turns it off."
+    )
+    if parts.accumulation_steps > 1:
+        comments.append(
+            f"transformers holds the inputs of all {parts.accumulation_steps} micro-batches of a "
+            f"step on the device at once: leave room for {parts.accumulation_steps - 1} more than "
+            "the plan's trials had."
+        )
     if options.precision in _PRECISIONS:
         arguments.append(_PRECISIONS[options.precision])
-    if options.precision is Precision.BF16:
-        comments.append("The model's own parameters are in bfloat16: model.to(torch.bfloat16).")
     if options.grad_checkpointing:
         arguments.append("gradient_checkpointing=True")
     if options.optimizer in _OPTIMIZERS:
@@ -38,11 +56,22 @@ def lines(plan: Plan) -> str:
         comments.append(
             f"The plan is for the optimizer {options.optimizer}: give it to Trainer as optimizers."
         )
+    if is_on_cpu(plan):
+        arguments.append("use_cpu=True")
+    if options.channels_last:
+        comments.append("Images of a batch are in torch.channels_last too: your data_collator.")
     if plan.world_size > 1:
         comments.append(f"Start it with: torchrun --nproc-per-node={plan.world_size} SCRIPT.")
-    given = "".join(f"    {argument},\n" for argument in arguments)
-    return (
-        f"{comment(headline(plan, parts), *parts.comments, *comments)}\n"
-        "from transformers import TrainingArguments\n\n"
-        f"arguments = TrainingArguments(\n{given})\n"
-    )
+    # A model of transformers checkpoints as the argument says.
+    model = [line for line in model_lines(plan) if line.startswith("model.to(")]
+    written = [
+        comment(headline(plan, parts), *parts.comments, *comments),
+        *(("import torch",) if model else ()),
+        "from transformers import TrainingArguments",
+        "",
+        *model,
+        "arguments = TrainingArguments(",
+        *(f"    {argument}," for argument in arguments),
+        ")",
+    ]
+    return "\n".join(written) + "\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from memfit.backends import SimulatedGpu
 from memfit.backends.simulated import SimulatedBackend
@@ -179,24 +179,42 @@ def _smaller_image(step: TrainingStep) -> Iterator[StepChange]:
     )
 
 
-def explore_on(card: SimulatedGpu, step: TrainingStep, target: PlanTarget) -> Exploration:
+def explore_on(
+    card: SimulatedGpu,
+    step: TrainingStep,
+    target: PlanTarget,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Exploration:
     """Plan with the step as it is and with one change each.
 
     Args:
         card: The card to simulate.
         step: What to train, its precision chosen.
         target: What to plan for.
+        progress: Called with the next change, the changes done and those in all.
     """
     # How many classes there are is decided by the data.
-    changes = (c for c in changes_of(step, card) if c.kind is not ChangeKind.CLASSIFIER)
+    changes = [c for c in changes_of(step, card) if c.kind is not ChangeKind.CLASSIFIER]
+
+    def begins(what: str, done: int) -> None:
+        if progress is not None:
+            progress(what, done, len(changes) + 1)
+
+    begins("the step as it is", 0)
+    baseline = _planned(card, step, target, change="", costs="")
+    alternatives = []
+    for done, change in enumerate(changes, start=1):
+        begins(change.title, done)
+        alternatives.append(_with_change(card, change, target))
     return Exploration(
         subject=step.name,
         device=card.device_name,
         capacity=card.capacity(),
         effective_batch_size=target.effective_batch_size,
         world_size=target.world_size,
-        baseline=_planned(card, step, target, change="", costs=""),
-        alternatives=tuple(_with_change(card, change, target) for change in changes),
+        baseline=baseline,
+        alternatives=tuple(alternatives),
     )
 
 
@@ -227,7 +245,7 @@ def _planned(
             options=plan.options,
             micro_batch_sizes=plan.micro_batch_sizes,
             recommended_micro_batch_size=plan.recommended_micro_batch_size,
-            proved=plan.proved,
+            edge_found=plan.edge_found,
             peak_reserved_bytes=plan.peak_reserved_bytes,
         )
     return Alternative(change=change, costs=costs, options=step.options, reason=reason)

@@ -252,7 +252,7 @@ class _Planner:
         return _Limits(
             largest=result.max_batch_size,
             recommended=self._recommended(result),
-            proved=result.proved,
+            proved=result.edge_found,
         )
 
     def _recommended(self, result: ProbeResult) -> int:
@@ -338,7 +338,7 @@ class _Planner:
             smallest_micro_batch_size=self._smallest,
             headroom=target.headroom,
             max_micro_batch_size=limits.largest,
-            proved=limits.proved,
+            edge_found=limits.proved,
             recommended_micro_batch_size=limits.recommended,
             peak_reserved_bytes=trial.peak_reserved_bytes,
             samples_per_second=parts.samples_per_second,

@@ -51,7 +51,7 @@ class SearchBounds:
 
 
 def check_bounds(
-    *, headroom: float, multiple_of: object, max_batch_size: object
+    *, headroom: object, multiple_of: object, max_batch_size: object
 ) -> tuple[int, int | None]:
     """Refuse figures that bound no search.
 
@@ -61,8 +61,8 @@ def check_bounds(
     Raises:
         UsageError: One of them is out of its range.
     """
-    if not 0 <= headroom < 1:
-        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom}.")
+    if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom!r}.")
     most = None if max_batch_size is None else parse_count("max_batch_size", max_batch_size)
     return parse_count("multiple_of", multiple_of), most
 
@@ -166,7 +166,7 @@ def run_search(
         capacity=capacity,
         max_batch_size=found.batch_size,
         recommended_batch_size=recommended.batch_size,
-        proved=found.proved,
+        edge_found=found.proved,
         headroom=bounds.headroom,
         multiple_of=bounds.multiple_of,
         trials=tuple(trials),

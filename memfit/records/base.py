@@ -7,7 +7,7 @@ import enum
 import math
 from typing import Any, ClassVar
 
-__all__ = ["SCHEMA_VERSION", "Engine", "Record", "Source"]
+__all__ = ["SCHEMA_VERSION", "Engine", "Record", "Source", "no_such_answer"]
 
 SCHEMA_VERSION = 1
 """Version of what `to_dict` gives; it rises when a key changes meaning or goes."""
@@ -52,6 +52,19 @@ class Record:
         number that is not finite, because JSON has none.
         """
         return {"schema_version": SCHEMA_VERSION, **_plain_fields(self)}
+
+
+def no_such_answer(kind: str, name: str) -> str:
+    """Say why a record of several cards lacks what one of a single card has.
+
+    Args:
+        kind: The record's class.
+        name: The attribute that was asked for.
+    """
+    return (
+        f"{kind!r} has no {name!r}: it holds one answer for each of several GPUs, in .answers. For "
+        "a single answer give gpu=..., or device='cpu' to measure on the CPU."
+    )
 
 
 def _plain_fields(record: Record) -> dict[str, Any]:

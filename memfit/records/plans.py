@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from memfit.records.base import SCHEMA_VERSION, Record, Source
+from memfit.records.base import SCHEMA_VERSION, Record, Source, no_such_answer
 from memfit.records.steps import StepOptions
 from memfit.records.trials import Capacity, Trial
 
@@ -46,7 +46,7 @@ class Plan(Record):
         smallest_micro_batch_size: No micro-batch has fewer samples, where that can be.
         headroom: The share of the capacity that is kept free.
         max_micro_batch_size: The largest micro-batch of such a step that fits: the edge.
-        proved: One sample more ran out; otherwise no more was asked for.
+        edge_found: One sample more ran out; otherwise no more was asked for.
         recommended_micro_batch_size: The largest that keeps the headroom: the plan's limit.
         peak_reserved_bytes: Peak of the plan's own micro-batch, which was tried; `None` where it is
             not known.
@@ -72,7 +72,7 @@ class Plan(Record):
     smallest_micro_batch_size: int = 2
     headroom: float
     max_micro_batch_size: int
-    proved: bool
+    edge_found: bool
     recommended_micro_batch_size: int
     peak_reserved_bytes: int | None
     samples_per_second: float | None
@@ -87,7 +87,13 @@ class Plan(Record):
         "micro_batch_size",
         "accumulation_steps",
         "is_even",
+        "proved",
     )
+
+    @property
+    def proved(self) -> bool:
+        """Whether the edge was seen: found, and by steps that ran rather than by a simulation."""
+        return self.edge_found and self.source is not Source.SIMULATED
 
     @property
     def micro_batch_size(self) -> int:
@@ -157,6 +163,7 @@ class PlanSurvey(Record):
         world_size: Ranks that share them.
         answers: One for each card.
         source: Simulated or rehearsed.
+        remarks: What there is to say about the choice of cards, in sentences.
     """
 
     subject: str
@@ -164,6 +171,12 @@ class PlanSurvey(Record):
     world_size: int
     answers: tuple[PlanAnswer, ...]
     source: Source = Source.SIMULATED
+    remarks: tuple[str, ...] = ()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):  # noqa: ANN001, ANN204 - hidden from the types
+            raise AttributeError(no_such_answer("PlanSurvey", name))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +191,7 @@ class Alternative(Record):
             even one sample fits.
         recommended_micro_batch_size: The largest micro-batch that keeps the headroom; `None` where
             none fits.
-        proved: Larger ones were looked for; otherwise no more was asked for.
+        edge_found: Larger ones were looked for; otherwise no more was asked for.
         peak_reserved_bytes: Peak of the largest of the parts; `None` where none fits.
         reason: Why there are none.
     """
@@ -188,7 +201,7 @@ class Alternative(Record):
     options: StepOptions
     micro_batch_sizes: tuple[int, ...] = ()
     recommended_micro_batch_size: int | None = None
-    proved: bool = False
+    edge_found: bool = False
     peak_reserved_bytes: int | None = None
     reason: str | None = None
 

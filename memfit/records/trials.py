@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from memfit.records.base import SCHEMA_VERSION, Record, Source
+from memfit.records.base import SCHEMA_VERSION, Record, Source, no_such_answer
 from memfit.records.steps import StepOptions
 
 __all__ = [
@@ -175,7 +175,7 @@ class ProbeResult(Record):
         max_batch_size: The largest batch size that fits: the edge.
         recommended_batch_size: Where to stand: no allocator retries, `headroom` kept free, a
             multiple of `multiple_of`. `None` where no batch size keeps all three.
-        proved: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
+        edge_found: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
             ceiling.
         headroom: The share of the capacity that the recommendation keeps free.
         multiple_of: What the recommendation is a multiple of.
@@ -196,7 +196,7 @@ class ProbeResult(Record):
     capacity: Capacity
     max_batch_size: int
     recommended_batch_size: int | None
-    proved: bool
+    edge_found: bool
     headroom: float
     multiple_of: int
     trials: tuple[Trial, ...]
@@ -206,12 +206,17 @@ class ProbeResult(Record):
     predictions: tuple[Trial, ...] = ()
     remarks: tuple[str, ...] = ()
 
-    _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes",)
+    _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes", "proved")
 
     @property
     def capacity_bytes(self) -> int:
         """What the training step may use, in bytes."""
         return self.capacity.usable_bytes
+
+    @property
+    def proved(self) -> bool:
+        """Whether the edge was seen: found, and by steps that ran rather than by a simulation."""
+        return self.edge_found and self.source is not Source.SIMULATED
 
     def trial_at(self, batch_size: int) -> Trial | None:
         """Return the last trial of a batch size, or `None` if it was not tried."""
@@ -257,8 +262,15 @@ class Survey(Record):
         subject: The model's name.
         answers: One for each card.
         source: Simulated or rehearsed.
+        remarks: What there is to say about the choice of cards, in sentences.
     """
 
     subject: str
     answers: tuple[SurveyAnswer, ...]
     source: Source = Source.SIMULATED
+    remarks: tuple[str, ...] = ()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):  # noqa: ANN001, ANN204 - hidden from the types
+            raise AttributeError(no_such_answer("Survey", name))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from memfit.records import Alternative, Exploration
-from memfit.reports.html import Page, Panel, bar_chart, level, render
+from memfit.reports.html import Page, Panel, bar_chart, render, upright
 from memfit.reports.plan import alternative_cells
 from memfit.reports.probe import step_words
 from memfit.units import GIB, MIB, format_bytes
 
-__all__ = ["page"]
+__all__ = ["page", "panels"]
 
 
 def page(exploration: Exploration) -> str:
@@ -36,10 +36,20 @@ def page(exploration: Exploration) -> str:
                 ("Step", ", ".join(step_words(exploration.baseline.options))),
                 ("Figures", exploration.source.value),
             ),
-            panels=(_sizes(everything), _peaks(exploration, everything)),
+            panels=panels(exploration),
             footer="memfit, simulated: nothing ran.",
         )
     )
+
+
+def panels(exploration: Exploration) -> tuple[Panel, ...]:
+    """Return what the page shows of an exploration, for pages that show more.
+
+    Args:
+        exploration: What was found.
+    """
+    everything = (exploration.baseline, *exploration.alternatives)
+    return (_sizes(everything), _peaks(exploration, everything))
 
 
 def _sizes(everything: tuple[Alternative, ...]) -> Panel:
@@ -54,7 +64,7 @@ def _sizes(everything: tuple[Alternative, ...]) -> Panel:
             "With the headroom kept free. What changes training least comes first; ≥ where no more "
             "was needed."
         ),
-        data=bar_chart(bars, x_title="change", y_title="samples"),
+        data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{_name(each)}: {_fits(each)}" for each in everything),
         header=("change", "fits", "plan", "peak", "at the cost of"),
         rows=tuple(alternative_cells(each) for each in everything),
@@ -67,8 +77,10 @@ def _peaks(exploration: Exploration, everything: tuple[Alternative, ...]) -> Pan
     known = [each for each in everything if each.peak_reserved_bytes is not None]
     heights = [(each.peak_reserved_bytes or 0) / unit for each in known]
     bars = {"peak": ([_name(each) for each in known], heights)}
-    data = bar_chart(bars, x_title="change", y_title=f"{unit_name} at the peak")
-    data["layout"]["shapes"] = [level(usable_bytes / unit, f"usable: {format_bytes(usable_bytes)}")]
+    data = bar_chart(bars, title=f"{unit_name} at the peak")
+    usable = usable_bytes / unit
+    data["layout"]["shapes"] = [upright(usable, f"usable: {format_bytes(usable_bytes)}")]
+    data["layout"]["xaxis"]["range"] = [0, 1.05 * max([usable, *heights])]
     return Panel(
         key="peaks",
         kind="figure",
@@ -88,6 +100,6 @@ def _name(alternative: Alternative) -> str:
 def _fits(alternative: Alternative) -> str:
     if not alternative.micro_batch_sizes:
         return "nothing fits"
-    at_least = "" if alternative.proved else "at least "
+    at_least = "" if alternative.edge_found else "at least "
     most = alternative.recommended_micro_batch_size
     return f"micro-batches of {at_least}{most} fit"

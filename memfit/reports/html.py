@@ -134,23 +134,55 @@ def level(height: float, text: str) -> dict[str, Any]:
     }
 
 
-def bar_chart(
-    bars: Mapping[str, tuple[list[str], list[float]]], *, x_title: str, y_title: str
-) -> dict[str, Any]:
-    """Return the data of a panel with groups of bars.
+def bar_chart(bars: Mapping[str, tuple[list[str], list[float]]], *, title: str) -> dict[str, Any]:
+    """Return the data of a panel with groups of bars, one below the other, the first at the top.
+
+    Names stand beside their bars, so that they are whole however many there are, and on a phone.
 
     Args:
-        bars: By series, the names of the groups and the heights.
-        x_title: What the groups are.
-        y_title: What is up.
+        bars: By series, the names of the groups and the lengths.
+        title: What is along.
     """
+    num_groups = max((len(names) for names, _ in bars.values()), default=0)
     return {
-        "traces": [{"type": "bar", "name": name, "x": x, "y": y} for name, (x, y) in bars.items()],
+        "height": 130 + num_groups * (14 + 16 * len(bars)),
+        "traces": [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "y": names,
+                "x": lengths,
+                "text": [f"{length:,.4g}" for length in lengths],
+                "textposition": "auto",
+                "hovertemplate": "%{y}: %{x}<extra>%{fullData.name}</extra>",
+            }
+            for name, (names, lengths) in bars.items()
+        ],
         "layout": {
             "barmode": "group",
-            "xaxis": {"title": {"text": x_title}, "type": "category"},
-            "yaxis": {"title": {"text": y_title}},
+            "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
+            "yaxis": {"type": "category", "autorange": "reversed", "wraps": True},
         },
+    }
+
+
+def upright(place: float, text: str) -> dict[str, Any]:
+    """Return a shape for a chart's layout: a dotted line up it, such as a capacity of bars.
+
+    Args:
+        place: Where, in units of the chart's horizontal axis.
+        text: What it is.
+    """
+    return {
+        "type": "line",
+        "yref": "paper",
+        "x0": place,
+        "x1": place,
+        "y0": 0,
+        "y1": 1,
+        "line": {"dash": "dot", "width": 1.5},
+        "label": {"text": text, "textposition": "end", "textangle": 0, "xanchor": "right"},
     }
 
 

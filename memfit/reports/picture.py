@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from memfit.units import MIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_format", "draw", "series_by_role"]
+__all__ = ["check_format", "draw", "save", "series_by_role"]
 
 _FORMATS = (".svg", ".png", ".pdf")
 _SIZE_INCHES = (9.5, 4.0)
@@ -48,14 +49,27 @@ def draw(profile: MemoryProfile, path: Path) -> None:
     Raises:
         UsageError: The file cannot be written, or its ending is unknown.
     """
+    save(path, lambda axes: _timeline(axes, profile))
+
+
+def save(path: Path, paint: Callable[[Axes], None]) -> None:
+    """Write a picture.
+
+    Args:
+        path: Where to; its ending says the format.
+        paint: Draws on the picture's only axes.
+
+    Raises:
+        UsageError: The file cannot be written, or its ending is unknown.
+    """
     check_format(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # The same profile gives the same file, and its text stays text.
+    # The same record gives the same file, and its text stays text.
     with mpl.rc_context({"svg.hashsalt": "memfit", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
-        _timeline(figure.subplots(), profile)
+        paint(figure.subplots())
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
         try:
             figure.savefig(path, dpi=_DOTS_PER_INCH, metadata=metadata)

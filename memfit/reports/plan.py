@@ -60,7 +60,7 @@ def _answers(plan: Plan) -> Table:
             f"{format_bytes(plan.capacity.usable_bytes)} left",
         )
     edge = plan.max_micro_batch_size
-    if plan.proved:
+    if plan.edge_found:
         table.add_row("largest", str(edge), f"micro-batch that fits: {edge + 1} ran out of memory")
         table.add_row(
             "recommended",
@@ -103,8 +103,8 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
         )
     ranks = f" over {survey.world_size} ranks" if survey.world_size > 1 else ""
     note = (
-        f"{no_gpu_took_part(survey.source)} The peak and what is left are those of the plan's "
-        "largest micro-batch. `memfit plan --device` measures on a device of this machine."
+        " ".join((no_gpu_took_part(survey.source), *survey.remarks))
+        + " The peak and what is left are those of the plan's largest micro-batch."
     )
     return Group(
         Text.assemble(
@@ -159,7 +159,7 @@ def alternative_cells(alternative: Alternative) -> tuple[str, ...]:
     most = alternative.recommended_micro_batch_size
     return (
         change,
-        f"{'' if alternative.proved else '≥ '}{most}",
+        f"{'' if alternative.edge_found else '≥ '}{most}",
         format_parts(alternative.micro_batch_sizes),
         "" if peak is None else format_bytes(peak),
         alternative.costs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -18,27 +17,20 @@ from memfit.records import (
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
-__all__ = ["ProgressTable", "heading", "render", "step_words", "trial_notes", "trial_table"]
+__all__ = [
+    "heading",
+    "once_each",
+    "render",
+    "step_words",
+    "trial_notes",
+    "trial_table",
+    "why_largest",
+    "why_recommended",
+]
 
 _OUT_OF_MEMORY = "out of memory"
-
-
-class ProgressTable:
-    """The trials of a search that is under way."""
-
-    def __init__(self) -> None:
-        self._trials: list[Trial] = []
-
-    def add(self, trial: Trial) -> None:
-        """Take note of a trial that has ended."""
-        self._trials.append(trial)
-
-    def __rich__(self) -> RenderableType:
-        """Return the trials so far and a sign of life."""
-        return Group(
-            trial_table(tuple(self._trials)),
-            Spinner("dots", f" trial {len(self._trials) + 1} is running"),
-        )
+_ACCUMULATED = "accumulated"
+_NUM_HOLES = 3
 
 
 def render(result: ProbeResult) -> RenderableType:
@@ -100,11 +92,15 @@ def step_words(options: StepOptions) -> list[str]:
 
 def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
     """Lay out trials, each beside its prediction where there are any."""
+    trials = once_each(trials)
+    has_kinds = len({trial.num_micro_batches for trial in trials}) > 1
     predicted = {trial.batch_size: trial for trial in predictions}
     # Nothing runs in a simulation, so nothing is timed.
     is_timed = not trials or any(trial.source is Source.MEASURED for trial in trials)
     table = plain_table()
     table.add_column("batch", justify="right")
+    if has_kinds:
+        table.add_column("gradients")
     table.add_column("outcome")
     table.add_column("peak", justify="right")
     if predicted:
@@ -118,6 +114,7 @@ def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) 
         pace = ("", "") if speed is None else (f"{trial.step_seconds:.3g}", f"{speed:.4g}")
         table.add_row(
             str(trial.batch_size),
+            *((_ACCUMULATED if trial.num_micro_batches > 1 else "",) if has_kinds else ()),
             Text("fits", "green") if trial.fits else Text(_OUT_OF_MEMORY, "red"),
             "" if trial.peak_reserved_bytes is None else format_bytes(trial.peak_reserved_bytes),
             *((_predicted(predicted.get(trial.batch_size)),) if predicted else ()),
@@ -127,6 +124,15 @@ def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) 
     return table
 
 
+def once_each(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """Return the trials without those that were done again and ended as before."""
+    last = {
+        (trial.batch_size, trial.num_micro_batches, trial.outcome): index
+        for index, trial in enumerate(trials)
+    }
+    return tuple(trials[index] for index in sorted(last.values()))
+
+
 def _predicted(trial: Trial | None) -> str:
     if trial is None or trial.peak_reserved_bytes is None:
         return ""
@@ -134,24 +140,41 @@ def _predicted(trial: Trial | None) -> str:
 
 
 def _answers(result: ProbeResult) -> Table:
-    best = result.max_batch_size
-    proof = (
-        f"it fitted, and {best + 1} ran out of memory"
-        if result.proved
-        else "where the search was told to stop; more may fit (--max-batch-size)"
-    )
     table = plain_table(has_header=False)
-    table.add_row("largest", Text(str(best), "bold"), f"{result.source.value}: {proof}")
+    table.add_row("largest", Text(str(result.max_batch_size), "bold"), why_largest(result))
     stand = result.recommended_batch_size
     table.add_row(
         "recommended",
         Text("none" if stand is None else str(stand), "bold green"),
-        _why_recommended(result),
+        why_recommended(result),
     )
     return table
 
 
-def _why_recommended(result: ProbeResult) -> str:
+def why_largest(result: ProbeResult) -> str:
+    """Say what makes the largest batch size the largest, and what else ran out below it.
+
+    Args:
+        result: What was found.
+    """
+    best = result.max_batch_size
+    said = (
+        f"it fitted, and {best + 1} ran out of memory"
+        if result.edge_found
+        else "where the search was told to stop; more may fit (--max-batch-size)"
+    )
+    holes = _holes(result.trials)
+    if holes:
+        said += f"; below it {', '.join(map(str, holes))} ran out too"
+    return f"{result.source.value}: {said}"
+
+
+def why_recommended(result: ProbeResult) -> str:
+    """Say what keeps the recommendation below the largest batch size.
+
+    Args:
+        result: What was found.
+    """
     stand = result.recommended_batch_size
     rule = f"{result.headroom:.0%} kept free" + (
         f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
@@ -168,8 +191,8 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
     said = [] if isinstance(result, Plan) else list(result.remarks)
     if result.environment:
         said.append(
-            f"Trials ran with {' '.join(result.environment)}: train with the same, or leave more "
-            "room, for as it comes glibc's heap fragments and the same step needs more."
+            f"Trials ran with {' '.join(result.environment)}. Train with the same, or leave more "
+            "room: without it glibc's heap fragments, and the same step needs more."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:
@@ -183,11 +206,50 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             f"The peak still grew when the trial ended at batch size "
             f"{', '.join(map(str, growing))}: training longer may need more."
         )
+    retried = [
+        trial.batch_size for trial in result.trials if trial.num_alloc_retries and trial.fits
+    ]
+    if retried:
+        said.append(
+            f"{_sizes(retried)} fitted only with allocator retries, which are slow: what is "
+            "recommended needs none."
+        )
+    holes = _holes(result.trials)
+    if holes:
+        said.append(
+            f"{', '.join(map(str, holes))} ran out where a larger batch fits: convolutions take "
+            "other algorithms for other sizes, and the allocator's blocks fit differently. Sizes "
+            "that were not tried may run out as well."
+        )
+    again = len(result.trials) - len(once_each(result.trials))
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"
     kind = result.source.value.capitalize()
     said.append(
-        f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out) and "
+        f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out"
+        f"{f', {again} repeated' if again else ''}) and "
         f"{result.seconds:.1f} s with {versions}."
     )
     return said
+
+
+def _sizes(batch_sizes: list[int]) -> str:
+    """Name one batch size, or the range of several."""
+    low, high = min(batch_sizes), max(batch_sizes)
+    return f"Batch size {low}" if low == high else f"Batch sizes from {low} to {high}"
+
+
+def _holes(trials: tuple[Trial, ...]) -> list[int]:
+    """Return the batch sizes that ran out below one that fits, in the same kind of step."""
+    fits: dict[int, int] = {}
+    for trial in trials:
+        if trial.fits:
+            kind = trial.num_micro_batches
+            fits[kind] = max(fits.get(kind, 0), trial.batch_size)
+    return sorted(
+        {
+            trial.batch_size
+            for trial in trials
+            if not trial.fits and trial.batch_size < fits.get(trial.num_micro_batches, 0)
+        }
+    )[:_NUM_HOLES]

@@ -6,11 +6,11 @@ from typing import Any
 
 from memfit.records import ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
-from memfit.reports.probe import step_words, trial_notes
+from memfit.reports.probe import once_each, step_words, trial_notes, why_recommended
 from memfit.reports.sources import no_gpu_took_part
 from memfit.units import GIB, MIB, format_bytes
 
-__all__ = ["page", "survey_page"]
+__all__ = ["memory_panel", "page", "survey_page", "trials_panel"]
 
 _FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
 
@@ -22,12 +22,21 @@ def page(result: ProbeResult) -> str:
         result: What was found.
     """
     stand = result.recommended_batch_size
-    panels = [_memory(result)]
+    panels = [
+        memory_panel(
+            result.trials,
+            usable_bytes=result.capacity_bytes,
+            predictions=result.predictions,
+            largest=f"the largest that fits is {result.max_batch_size}",
+        )
+    ]
     if any(trial.samples_per_second for trial in result.trials):
         panels.append(_throughput(result))
-    panels.append(_trials(result))
+    panels.append(trials_panel(result.trials, result.predictions))
     proof = (
-        f"{result.max_batch_size + 1} ran out of memory" if result.proved else "the search's end"
+        f"{result.max_batch_size + 1} ran out of memory"
+        if result.edge_found
+        else "the search's end"
     )
     return render(
         Page(
@@ -45,7 +54,7 @@ def page(result: ProbeResult) -> str:
                 ("Figures", result.source.value),
             ),
             panels=tuple(panels),
-            footer=" ".join(trial_notes(result)),
+            footer=" ".join([f"Recommended: {why_recommended(result)}.", *trial_notes(result)]),
         )
     )
 
@@ -67,8 +76,8 @@ def survey_page(survey: Survey) -> str:
         key="cards",
         kind="figure",
         title="Batch size by card",
-        note=no_gpu_took_part(survey.source),
-        data=bar_chart(bars, x_title="GPU", y_title="samples"),
+        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks)),
+        data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{name}: {', '.join(cells)}" for name, *cells in rows),
         header=("GPU", "precision", "recommended", "largest"),
         rows=rows,
@@ -95,43 +104,65 @@ def _answer_cells(result: ProbeResult | None) -> tuple[str, str, str]:
     )
 
 
-def _memory(result: ProbeResult) -> Panel:
-    unit, unit_name = (GIB, "GiB") if result.capacity_bytes >= 4 * GIB else (MIB, "MiB")
+def memory_panel(
+    trials: tuple[Trial, ...],
+    *,
+    usable_bytes: int,
+    largest: str,
+    predictions: tuple[Trial, ...] = (),
+) -> Panel:
+    """Return the panel of batch sizes against memory.
+
+    Args:
+        trials: What was tried.
+        usable_bytes: The line that none may cross.
+        largest: What came of it, in a few words.
+        predictions: What the simulation of the device gave for the same batch sizes.
+    """
+    unit, unit_name = (GIB, "GiB") if usable_bytes >= 4 * GIB else (MIB, "MiB")
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for name, trials in (
-        ("fits", [trial for trial in result.trials if trial.fits]),
-        ("ran out of memory", [trial for trial in result.trials if not trial.fits]),
-        ("predicted", [trial for trial in result.predictions if trial.fits]),
+    for name, shown in (
+        ("fits", [trial for trial in trials if trial.fits]),
+        ("ran out of memory", [trial for trial in trials if not trial.fits]),
+        ("predicted", [trial for trial in predictions if trial.fits]),
     ):
         points = sorted(
             (trial.batch_size, trial.peak_reserved_bytes / unit)
-            for trial in trials
+            for trial in shown
             if trial.peak_reserved_bytes is not None
         )
         if points:
             lines[name] = ([float(size) for size, _ in points], [peak for _, peak in points])
-    usable = level(result.capacity_bytes / unit, f"usable: {format_bytes(result.capacity_bytes)}")
+    peaks = [peak for _, heights in lines.values() for peak in heights]
+    usable = usable_bytes / unit
+    # From zero, so that heights compare, and with room for what the limit is called.
+    y_axis = {
+        "title": {"text": f"{unit_name} at the peak"},
+        "range": [0, 1.12 * max([usable, *peaks])],
+    }
     data = line_chart(
         lines,
         x_title="batch size",
         y_title=f"{unit_name} at the peak",
         colours={"fits": _FITS, "ran out of memory": _RAN_OUT, "predicted": _EDGE},
-        layout={"shapes": [usable]},
+        layout={
+            "shapes": [level(usable, f"usable: {format_bytes(usable_bytes)}")],
+            "yaxis": y_axis,
+        },
+    )
+    note = (
+        "Every trial with its peak of reserved bytes; where it ran out, the peak until then. "
+        "Predicted is what the simulation of the device gave for the same batch sizes."
+        if predictions
+        else "Every trial with its peak of reserved bytes; where it ran out, the peak until then."
     )
     return Panel(
         key="memory",
         kind="figure",
         title="Batch size against memory",
-        note=(
-            "Every trial with its peak of reserved bytes; where it ran out, the peak until then. "
-            "Predicted is what the simulation of the device gave for the same batch sizes."
-            if result.predictions
-            else "Every trial with its peak of reserved bytes; where it ran out, the peak until "
-            "then."
-        ),
+        note=note,
         data=data,
-        alternative=f"{len(result.trials)} trials; the largest that fits is "
-        f"{result.max_batch_size}, of {format_bytes(result.capacity_bytes)} usable.",
+        alternative=f"{len(trials)} trials; {largest}, of {format_bytes(usable_bytes)} usable.",
     )
 
 
@@ -154,9 +185,17 @@ def _throughput(result: ProbeResult) -> Panel:
     )
 
 
-def _trials(result: ProbeResult) -> Panel:
-    predicted = {trial.batch_size: trial for trial in result.predictions}
+def trials_panel(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Panel:
+    """Return the table of all trials, without columns that say nothing.
+
+    Args:
+        trials: What was tried.
+        predictions: What the simulation of the device gave for the same batch sizes.
+    """
+    predicted = {trial.batch_size: trial for trial in predictions}
     names = ("batch size", "outcome", "peak", "predicted", "retries", "s/step", "samples/s")
+    rows = [_cells(trial, predicted.get(trial.batch_size)) for trial in once_each(trials)]
+    used = [index for index in range(len(names)) if any(_said(row[index]) for row in rows)]
     return Panel(
         key="trials",
         kind="table",
@@ -164,10 +203,14 @@ def _trials(result: ProbeResult) -> Panel:
         note="In any order that you choose by their headings.",
         data={
             "toggle": None,
-            "columns": [{"name": name} for name in names],
-            "rows": [_cells(trial, predicted.get(trial.batch_size)) for trial in result.trials],
+            "columns": [{"name": names[index]} for index in used],
+            "rows": [[row[index] for index in used] for row in rows],
         },
     )
+
+
+def _said(cell: Any) -> bool:
+    return bool(cell[1] if isinstance(cell, list) else cell)
 
 
 def _cells(trial: Trial, prediction: Trial | None) -> list[Any]:

@@ -32,8 +32,8 @@ def render(survey: Survey) -> RenderableType:
         else:
             table.add_row(answer.gpu, *_cells(answer.result))
     note = (
-        f"{no_gpu_took_part(survey.source)} The peak and what is left are those of the recommended "
-        "batch size. `memfit probe --device` measures on a device of this machine."
+        " ".join((no_gpu_took_part(survey.source), *survey.remarks))
+        + " The peak and what is left are those of the recommended batch size."
     )
     return Group(Text(survey.subject, "bold"), "", table, "", Text(note))
 

@@ -1,4 +1,4 @@
-"""What is said of a batch whose samples cannot be told: why, and what to say about it."""
+"""What is said of parts that make no training step, and of a batch whose samples cannot be told."""
 
 from __future__ import annotations
 
@@ -6,13 +6,113 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from memfit.errors import WorkloadError
 from memfit.step.batch_rules import ROOT, BatchRules, entries_of, holds_parts, is_plain
 from memfit.step.leaves import is_part, num_along
 from memfit.step.nesting import opened
 
-__all__ = ["no_reading", "told", "two_sizes"]
+__all__ = [
+    "check_batch",
+    "check_loss",
+    "check_optimizer",
+    "check_subject",
+    "no_reading",
+    "told",
+    "two_sizes",
+]
 
 _CUT: Final = "cut=function, a function cut(batch, start, stop) that returns those samples"
+
+_WRAPPED_AS = ("optimizer", "opt")
+
+
+def check_subject(subject: object, workload: type) -> None:
+    """Say of a bare model, or a trainer's own object, how it is made a `Workload`.
+
+    Args:
+        subject: What was given as a timm model's name or a `Workload`.
+        workload: The class `Workload`.
+
+    Raises:
+        WorkloadError: It is neither.
+    """
+    if isinstance(subject, (str, workload)):
+        return
+    kind = type(subject).__name__
+    if isinstance(subject, nn.Module):
+        raise WorkloadError(
+            f"A {kind} alone makes no training step: give memfit.Workload(model, batch, loss, "
+            "optimizer), with a batch as the training loop has it."
+        )
+    if hasattr(subject, "dls") and hasattr(subject, "loss_func"):
+        raise WorkloadError(
+            f"A fastai {kind} is not taken as it is: give memfit.Workload(learn.model, "
+            "learn.dls.one_batch(), learn.loss_func, torch.optim.AdamW), with the optimizer that "
+            "you train with."
+        )
+    raise WorkloadError(
+        f"What is trained is a timm model's name or a memfit.Workload, not {_full_name(subject)}."
+    )
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what is called as no loss is.
+
+    Raises:
+        WorkloadError: It is a class, or cannot be called.
+    """
+    if isinstance(loss, type):
+        raise WorkloadError(
+            f"The loss is the class {loss.__name__}, and its first arguments would be taken for "
+            f"settings: give an instance, {loss.__name__}()."
+        )
+    if not callable(loss):
+        raise WorkloadError(f"The loss must be a function, not {type(loss).__name__}.")
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what is no torch optimizer and makes none.
+
+    Raises:
+        WorkloadError: It is a trainer's wrapper, or something else.
+    """
+    if isinstance(optimizer, (Optimizer, str)) or callable(optimizer):
+        return
+    inner = next(
+        (name for name in _WRAPPED_AS if isinstance(getattr(optimizer, name, None), Optimizer)),
+        None,
+    )
+    wrapped = "" if inner is None else f"; the one inside it is its .{inner}"
+    raise WorkloadError(
+        "The optimizer must be a torch.optim.Optimizer, a function that makes one from parameters, "
+        f"or a name, not {_full_name(optimizer)}{wrapped}."
+    )
+
+
+def check_batch(batch: object) -> None:
+    """Refuse a loader of batches in place of a batch.
+
+    Raises:
+        WorkloadError: It is a loader.
+    """
+    if isinstance(batch, DataLoader) or type(batch).__name__.endswith("DataLoader"):
+        raise WorkloadError(
+            f"The batch is a {type(batch).__name__}, which makes batches: give one of them, "
+            "next(iter(loader))."
+        )
+
+
+def _full_name(value: object) -> str:
+    kind = type(value)
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _LEARNING_RATE = 1e-4
+_LIKE = 0.75
 _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 
 
@@ -71,8 +72,9 @@ def import_timm() -> ModuleType:
         with collector_paused(for_good=True):
             import timm
             import timm.optim
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
+    except (RuntimeError, AttributeError, ImportError) as error:
+        # As the operators of another build are missing, or what failed half-way is tried again.
+        if "torchvision" not in str(error):
             raise
         raise UnsupportedError(
             f"The installed torchvision was built for another torch than {torch.__version__}, so "
@@ -85,6 +87,16 @@ def import_timm() -> ModuleType:
 def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _not_of_timm(name: str) -> str:
+    """Point to the ways for other models, where a name is like none of timm's."""
+    if difflib.get_close_matches(name, import_timm().list_models(), n=1, cutoff=_LIKE):
+        return ""
+    return (
+        " A model that is not timm's is asked about as a memfit.Workload in Python, or by running "
+        "its script: memfit rehearse --gpu NAME -- python train.py."
+    )
 
 
 def check_model_name(name: str) -> None:
@@ -103,7 +115,7 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(architecture):
         raise UnknownModelError(
             f"timm {timm.__version__} has no model {name!r}"
-            f"{_nearest(architecture, timm.list_models()) or '.'}"
+            f"{_nearest(architecture, timm.list_models()) or '.'}{_not_of_timm(architecture)}"
         )
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

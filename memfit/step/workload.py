@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from memfit._torch_private import pytree
 from memfit.errors import DataEndedError, UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
-from memfit.step import batches, timm_models
+from memfit.step import batches, refusals, timm_models
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout
 from memfit.step.closures import check_steps_alone
@@ -83,13 +83,9 @@ class Workload:
         """Refuse parts that can make no training step."""
         if not isinstance(self.model, nn.Module):
             raise WorkloadError(f"The model must be an nn.Module, not {_kind(self.model)}.")
-        if not callable(self.loss):
-            raise WorkloadError(f"The loss must be a function, not {_kind(self.loss)}.")
-        if not isinstance(self.optimizer, (Optimizer, str)) and not callable(self.optimizer):
-            raise WorkloadError(
-                "The optimizer must be an optimizer, a function that makes one from parameters, or "
-                f"a name, not {_kind(self.optimizer)}."
-            )
+        refusals.check_loss(self.loss)
+        refusals.check_optimizer(self.optimizer)
+        refusals.check_batch(self.batch)
         if self.num_inputs < 1:
             raise WorkloadError(f"num_inputs must be at least 1, not {self.num_inputs}.")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):

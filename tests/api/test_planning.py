@@ -24,7 +24,9 @@ SMALL: dict[str, Any] = {"gpu": "any", "memory": "1GiB", "image_size": 96}
 
 
 def plan(effective_batch_size: int, **options: Any) -> memfit.Plan:
-    return memfit.plan(MODEL, effective_batch_size, **{**SMALL, **options})
+    found = memfit.plan(MODEL, effective_batch_size, **{**SMALL, **options})
+    assert isinstance(found, memfit.Plan)
+    return found
 
 
 def accumulating(trial: Trial) -> bool:
@@ -38,7 +40,7 @@ def test_what_fits_whole_is_one_step() -> None:
     assert (found.options.accumulate, found.source) == (False, Source.SIMULATED)
     assert [(t.batch_size, accumulating(t)) for t in found.trials] == [(64, False)]
     assert found.peak_reserved_bytes == found.trials[0].peak_reserved_bytes
-    assert (found.max_micro_batch_size, found.proved) == (64, False)
+    assert (found.max_micro_batch_size, found.edge_found) == (64, False)
 
 
 class Pooled(nn.Module):
@@ -88,7 +90,7 @@ def test_what_does_not_fit_whole_accumulates() -> None:
     assert found.accumulation_steps == -(-9000 // found.recommended_micro_batch_size)
     assert found.micro_batch_size <= found.recommended_micro_batch_size
     assert found.recommended_micro_batch_size <= found.max_micro_batch_size
-    assert found.proved
+    assert found.edge_found
     own = [t for t in found.trials if t.batch_size == found.micro_batch_size and accumulating(t)]
     assert own[-1].fits
     assert own[-1].peak_reserved_bytes == found.peak_reserved_bytes
@@ -172,7 +174,14 @@ def test_a_measured_plan_trains() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     workload = memfit.Workload(model, batch, nn.functional.mse_loss, optimizer)
     heard: list[Trial] = []
-    found = memfit.plan(workload, 96, objective="fastest", memory="70MiB", progress=heard.append)
+    found = memfit.plan(
+        workload,
+        96,
+        device="cpu",
+        objective="fastest",
+        memory="70MiB",
+        progress=heard.append,
+    )
     assert tuple(heard) == found.trials
     assert found.source is Source.MEASURED
     assert sum(found.micro_batch_sizes) == 96

@@ -20,7 +20,7 @@ def proved(result: ProbeResult) -> bool:
     """Whether the largest fitted, last of all its trials, and the next one ran out after none."""
     tried = [(trial.batch_size, trial.fits) for trial in result.trials]
     return (
-        result.proved
+        result.edge_found
         and result.trial_at(result.max_batch_size) is not None
         and (result.max_batch_size, True) in tried
         and (result.max_batch_size + 1, False) in tried
@@ -55,7 +55,7 @@ class Wide(nn.Module):
 def test_two_searches_in_a_row_give_the_same_answer() -> None:
     """The second finds no less room than the first."""
     workload = Workload(Wide(), torch.ones(1, 1), lambda out: out.mean(), torch.optim.SGD)
-    first, second = (memfit.probe(workload, memory="83MiB") for _ in range(2))
+    first, second = (memfit.probe(workload, device="cpu", memory="83MiB") for _ in range(2))
     assert proved(first)
     assert proved(second)
     assert first.max_batch_size == second.max_batch_size
@@ -108,7 +108,7 @@ def test_a_model_of_two_inputs_and_two_targets_is_probed() -> None:
     inputs = {"images": torch.randn(2, 2**17), "meta": torch.randn(2, 16)}
     targets = (torch.randint(10, (2,)), torch.randint(10, (2,)))
     workload = Workload(TwoTowers(), (inputs, targets), two_losses, "sgd")
-    result = memfit.probe(workload, memory="60MiB")
+    result = memfit.probe(workload, device="cpu", memory="60MiB")
     assert proved(result)
     assert result.subject == "TwoTowers"
     assert result.options.optimizer == "sgd"
@@ -138,7 +138,7 @@ def test_an_embedding_model_is_probed_and_its_optimizer_is_as_before() -> None:
         return (users, items), torch.rand(size)
 
     workload = Workload(model, batch, nn.MSELoss(), optimizer)
-    result = memfit.probe(workload, memory="80MiB")
+    result = memfit.probe(workload, device="cpu", memory="80MiB")
     assert proved(result)
     assert result.options.optimizer is None
     assert optimizer.state == {}
@@ -147,7 +147,7 @@ def test_an_embedding_model_is_probed_and_its_optimizer_is_as_before() -> None:
 def test_a_search_ends_where_it_was_told_to() -> None:
     """The ceiling is an answer without a certificate."""
     result = memfit.probe("resnet10t", device="cpu", memory="1GiB", image_size=32, max_batch_size=3)
-    assert (result.max_batch_size, result.proved) == (3, False)
+    assert (result.max_batch_size, result.edge_found) == (3, False)
 
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
@@ -222,7 +222,7 @@ def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, endi
             os.kill(os.getpid(), signal.SIGINT)
 
     try:
-        result = memfit.probe(workload, memory="40MiB", progress=progress)
+        result = memfit.probe(workload, device="cpu", memory="40MiB", progress=progress)
         assert ending == "found"
         assert not all(trial.fits for trial in result.trials)
     except (KeyError, KeyboardInterrupt) as error:
@@ -233,4 +233,4 @@ def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, endi
 def test_an_option_that_no_step_has_is_named() -> None:
     """A misspelt keyword is a TypeError that says which there are, and nothing runs."""
     with pytest.raises(TypeError, match=r"'chanels_last'.* channels_last, "):
-        memfit.probe("test_vit", device="cpu", chanels_last=True)  # type: ignore[call-arg]
+        memfit.probe("test_vit", device="cpu", chanels_last=True)  # type: ignore[call-overload]

@@ -41,7 +41,7 @@ def test_an_answer_is_proved_and_says_simulated() -> None:
     assert result.device == "NVIDIA GeForce RTX 3070"
     assert all(trial.source is Source.SIMULATED for trial in result.trials)
     assert all(trial.step_seconds is None for trial in result.trials)
-    assert result.proved
+    assert result.edge_found
     more = result.trial_at(result.max_batch_size + 1)
     assert more is not None
     assert more.outcome is Outcome.OUT_OF_MEMORY
@@ -154,7 +154,7 @@ def test_a_conv_nets_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "find_largest", recorded)
     for gpu in ("rtx3090", "a100", "rtx4080", "t4"):
         result = memfit.probe("resnet10t", gpu=gpu, image_size=96)
-        assert result.proved
+        assert result.edge_found
         assert len(found[-1].trials) <= 3
 
 
@@ -315,7 +315,7 @@ def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
 
     posing = Posing(find_gpu("3090"), memory_bytes=4 * GIB)
     monkeypatch.setattr(probing, "open_backend", lambda *_args, **_kwargs: posing)
-    result = memfit.probe(MODEL)
+    result = memfit.probe(MODEL, device="cuda")
     assert len(result.trials) <= 12
     assert [t.batch_size for t in result.predictions] == list(
         dict.fromkeys(t.batch_size for t in result.trials)

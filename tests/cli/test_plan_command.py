@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,3 +197,57 @@ def test_exploring_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     result = run("test_vit", "--device", "cpu", "--effective-batch", "8", "--explore")
     assert result.exit_code == 2
     assert "only GPUs can be: give --explore with --gpu" in result.stderr
+
+
+@pytest.mark.parametrize("cards", [("t4",), ("t4", "l4")])
+def test_a_plan_has_a_page_a_picture_and_a_table_of_values(
+    tmp_path: Path, cards: tuple[str, ...]
+) -> None:
+    """For one card and for several, without exploring."""
+    named = [part for card in cards for part in ("--gpu", card)]
+    page, picture = tmp_path / "plan.html", tmp_path / "plan.svg"
+    files = ("--html", str(page), "--plot", str(picture), "--csv")
+    step = ("test_vit", "--image-size", "96", "--effective-batch", "64")
+    result = run(*step, *named, *files)
+    assert result.exit_code == 0, result.output
+    assert "test_vit: 64 samples a step" in page.read_text(encoding="utf-8")[:2000]
+    assert "Tesla T4" in picture.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [row["micro_batch_sizes"] for row in rows] == ["1 x 64"] * len(cards)
+    assert rows[0]["device"] == "Tesla T4"
+
+
+@pytest.mark.usefixtures("exploration")
+def test_a_page_shows_the_plan_and_what_was_explored(tmp_path: Path) -> None:
+    """Both in one."""
+    path = tmp_path / "plan.html"
+    result = run(*SIMULATED, "--effective-batch", "64", "--explore", "--html", str(path))
+    assert result.exit_code == 0, result.output
+    text = path.read_text(encoding="utf-8")
+    assert "test_vit: 64 samples a step" in text[:2000]
+    assert "The largest micro-batch, one change at a time" in text
+
+
+def test_a_plan_is_shown_before_what_else_would_fit_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is known much earlier."""
+
+    def interrupted(*_args: Any, **_kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "explore", interrupted)
+    result = run(*SIMULATED, "--effective-batch", "64", "--explore")
+    assert result.exit_code == 130
+    assert "effective batch" in result.stdout
+
+
+def test_several_models_are_planned_for_one_after_another() -> None:
+    """And what is for one of them is refused."""
+    models = ("test_vit", "test_vit2", *SIMULATED[1:], "--effective-batch", "16")
+    result = run(*models)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("effective batch  16") == 2
+    refused = run(*models, "--emit", "timm")
+    assert refused.exit_code == 2
+    assert "--emit shows one model, and there are 2" in refused.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -184,3 +186,71 @@ def test_a_page(tmp_path: Path, cards: tuple[str, ...]) -> None:
     refused = CliRunner().invoke(main, ["probe", *step, *named, "--html", nowhere])
     assert refused.exit_code == 2
     assert "cannot be written: there is no folder" in refused.output
+
+
+def test_several_models_are_asked_about_one_after_another() -> None:
+    """In one list; what does not fit is said, and the others are answered."""
+    cards = ("--gpu", "any", "--memory", "540MiB", "--image-size", "96", "--max-batch-size", "4")
+    result = run("probe", "test_vit", "resnet18", *cards, "--csv")
+    assert result.exit_code == 3, result.output
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [(row["model"], row["max_batch_size"]) for row in rows] == [("test_vit", "4")]
+    assert rows[0]["source"] == "simulated"
+    assert int(rows[0]["capacity_bytes"]) < 470 * 2**20
+    assert "resnet18 does not fit even at batch size 1" in result.stderr
+    assert "1 of 2 models do not fit" in result.stderr
+    refused = run("probe", "test_vit", "resnet5O", *cards)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "did you mean resnet50" in refused.stderr
+
+
+def test_a_table_of_values_has_a_row_for_each_card() -> None:
+    """Those that do not fit too."""
+    cards = ("--gpu", "3090", "--gpu", "3060", "--memory", "330MiB", "--csv")
+    result = run("probe", "test_vit", *cards)
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [row["device"] for row in rows] == ["NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3060"]
+    assert "does not fit" in rows[0]["reason"]
+    assert (rows[0]["max_batch_size"], rows[1]["reason"]) == ("", "")
+    both = run("probe", "test_vit", "--csv", "--json")
+    assert both.exit_code == 2
+    assert "--json or --csv, not both" in both.stderr
+
+
+def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
+    """Of one card and of several; an unknown ending is refused before any work."""
+    step = ("test_vit", "--image-size", "96", "--max-batch-size", "4")
+    one, several = tmp_path / "one.svg", tmp_path / "several.svg"
+    assert run("probe", *step, "--gpu", "t4", "--plot", str(one)).exit_code == 0
+    assert "train with 4" in one.read_text(encoding="utf-8")
+    cards = ("--gpu", "t4", "--gpu", "l4")
+    assert run("probe", *step, *cards, "--plot", str(several)).exit_code == 0
+    assert "NVIDIA L4" in several.read_text(encoding="utf-8")
+    refused = run("probe", *step, "--gpu", "t4", "--plot", str(tmp_path / "one.gif"))
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "no ending of a picture" in refused.stderr
+    two = run("probe", "test_vit", "resnet18", "--gpu", "t4", "--plot", str(one))
+    assert two.exit_code == 2
+    assert "--plot shows one model, and there are 2" in two.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, probe measures")
+def test_memory_without_a_card_is_one_card(tmp_path: Path) -> None:
+    """And it is said which, where and why."""
+    result = run("probe", "test_vit", "--memory", "2GiB", "--image-size", "96")
+    assert result.exit_code == 0
+    assert "There is no GPU here and none was named: simulating a card of 2048 MiB" in result.stderr
+    assert "test_vit on any GPU" in result.stdout
+
+
+def test_a_mistyped_card_is_refused_before_torch_is_imported() -> None:
+    """So at once."""
+    script = (
+        "import sys, click.testing\n"
+        "from memfit.cli import main\n"
+        "run = click.testing.CliRunner().invoke\n"
+        "found = run(main, ['probe', 'resnet18', '--gpu', 'rtx309O'])\n"
+        "assert found.exit_code == 2 and 'did you mean' in found.stderr, found.output\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -104,7 +104,7 @@ def test_a_users_objects_are_as_before(workload: Workload) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     calls = model.num_calls
-    profile = memfit.profile(workload, 4)
+    profile = memfit.profile(workload, 4, device="cpu")
     assert profile.subject == "SmallNet"
     assert profile.peak.bytes_of(Role.OPTIMIZER_STATE) > 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -125,7 +125,7 @@ def test_running_out_is_one_sentence(workload: Workload) -> None:
         workload.optimizer,
     )
     with pytest.raises(DoesNotFitError, match="A batch of 64 does not fit CPU"):
-        memfit.profile(huge, 64)
+        memfit.profile(huge, 64, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_running_out_is_one_sentence(workload: Workload) -> None:
     [
         ({"batch_size": 0}, "at least 1, not 0"),
         ({"batch_size": 1, "device": "cpu", "gpu": "t4"}, "not both"),
-        ({"batch_size": 1, "memory": "8GiB"}, "for a simulated card"),
+        ({"batch_size": 1, "device": "cpu", "memory": "8GiB"}, "for a simulated card"),
     ],
 )
 def test_what_cannot_be_asked(arguments: dict[str, object], sentence: str) -> None:

@@ -43,7 +43,7 @@ PROBE = ProbeResult(
     capacity=Capacity(usable_bytes=1000 * MIB, total_bytes=1200 * MIB, origin="free"),
     max_batch_size=8,
     recommended_batch_size=8,
-    proved=True,
+    edge_found=True,
     headroom=0.05,
     multiple_of=1,
     trials=(
@@ -348,7 +348,7 @@ def test_an_explorations_page(browser: Any, tmp_path: Path) -> None:
                 options=options,
                 micro_batch_sizes=(16, 16, 16, 16),
                 recommended_micro_batch_size=20,
-                proved=True,
+                edge_found=True,
                 peak_reserved_bytes=800 * MIB,
             ),
         ),

@@ -75,7 +75,7 @@ def test_a_plan_shows_its_parts_both_limits_and_why() -> None:
 
 def test_ranks_and_a_limit_that_was_not_looked_for() -> None:
     """What is the first rank's, and where no more was needed."""
-    plan = dataclasses.replace(plan_of(10, 3, world_size=4), proved=False)
+    plan = dataclasses.replace(plan_of(10, 3, world_size=4), edge_found=False)
     text = text_of(render(plan))
     assert "10     samples a step, 4 ranks" in text
     assert "1 x 3  one step, no accumulation on the first rank" in text
@@ -113,7 +113,7 @@ def test_an_exploration_shows_what_each_change_does() -> None:
         options=options,
         micro_batch_sizes=(32, 32),
         recommended_micro_batch_size=40,
-        proved=True,
+        edge_found=True,
         peak_reserved_bytes=7 * GIB,
     )
     exploration = Exploration(
@@ -123,7 +123,10 @@ def test_an_exploration_shows_what_each_change_does() -> None:
         effective_batch_size=64,
         world_size=1,
         baseline=as_it_is,
-        alternatives=(leaner, dataclasses.replace(leaner, proved=False, change="a smaller image")),
+        alternatives=(
+            leaner,
+            dataclasses.replace(leaner, edge_found=False, change="a smaller image"),
+        ),
     )
     lines = text_of(render_exploration(exploration)).splitlines()
     assert (

@@ -232,7 +232,7 @@ def good(**changes: Any) -> Workload:
         ({"model": nn.ReLU()}, "nothing to train"),
         ({"model": nn.Linear(4, 3).eval()}, "evaluation mode"),
         ({"loss": 3}, "must be a function, not int"),
-        ({"optimizer": 3}, "must be an optimizer"),
+        ({"optimizer": 3}, "must be a torch.optim.Optimizer"),
         ({"optimizer": torch.optim.SGD(nn.Linear(4, 3).parameters())}, "no parameter of the model"),
         ({"batch": (x, torch.zeros(3))}, "leading dimensions differ"),
         ({"num_inputs": 0}, "num_inputs"),

@@ -1,0 +1,62 @@
+"""What the shell completes: names of timm models and of cards.
+
+Importing timm takes seconds, and a shell asks at every press of the key, so the models' names are
+kept in the user's cache, for the version of timm that they are of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+__all__ = ["complete_gpus", "complete_models", "model_names"]
+
+
+def complete_models(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return the timm models that begin with what was typed."""
+    return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
+
+
+def complete_gpus(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return the cards one of whose short names begins with what was typed."""
+    from memfit.cards import catalogue
+
+    typed = incomplete.lower()
+    return [
+        CompletionItem(alias, help=gpu.name)
+        for gpu in catalogue()
+        for alias in gpu.aliases
+        if alias.startswith(typed) and " " not in alias
+    ]
+
+
+def model_names() -> list[str]:
+    """Return the names of all timm models, from the cache where they are there."""
+    path = _cache_file()
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").split()
+    from memfit.step.timm_models import import_timm
+
+    names: list[str] = import_timm().list_models()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another shell may be reading: the file is there as a whole, or not at all.
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text("\n".join(names), encoding="utf-8")
+        part.replace(path)
+    return names
+
+
+def _cache_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
+    return root / "memfit" / f"models-of-timm-{importlib.metadata.version('timm')}.txt"

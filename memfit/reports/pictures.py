@@ -1,0 +1,153 @@
+"""The main picture of a probe or a plan: batch sizes against memory, or one bar for each card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memfit.records import Capacity, Plan, PlanSurvey, ProbeResult, Source, Survey, Trial
+from memfit.reports.picture import save
+from memfit.units import GIB, MIB, format_bytes, format_parts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_plan", "draw_probe"]
+
+_FITS, _RAN_OUT, _STAND = "#3d9a5f", "#d2504b", "#1f5fae"
+_GIB_FROM = 4 * GIB
+
+
+def draw_probe(found: ProbeResult | Survey, path: Path) -> None:
+    """Write every trial's batch size against its peak, or what each card takes.
+
+    Args:
+        found: What was found.
+        path: Where to; its ending says the format.
+
+    Raises:
+        UsageError: The file cannot be written, or its ending is unknown.
+    """
+    if isinstance(found, ProbeResult):
+        stand = found.recommended_batch_size
+        title = f"{found.subject}, {found.options.precision.value}, {found.device}"
+        save(
+            path,
+            lambda axes: _trials(
+                axes, found.trials, found.capacity, stand, title=_titled(title, found.source)
+            ),
+        )
+        return
+    bars = [
+        (
+            answer.gpu,
+            0 if answer.result is None else answer.result.recommended_batch_size or 0,
+            "does not fit" if answer.result is None else f"largest {answer.result.max_batch_size}",
+        )
+        for answer in found.answers
+    ]
+    title = _titled(f"{found.subject}: recommended batch size", found.source)
+    save(path, lambda axes: _bars(axes, bars, title=title, x_label="samples"))
+
+
+def draw_plan(found: Plan | PlanSurvey, path: Path) -> None:
+    """Write a plan's trials and its own micro-batch, or what each card makes of the batch.
+
+    Args:
+        found: What was found.
+        path: Where to; its ending says the format.
+
+    Raises:
+        UsageError: The file cannot be written, or its ending is unknown.
+    """
+    if isinstance(found, Plan):
+        parts = format_parts(found.micro_batch_sizes)
+        title = (
+            f"{found.subject}, {found.effective_batch_size} = {parts}, "
+            f"{found.options.precision.value}, {found.device}"
+        )
+        save(
+            path,
+            lambda axes: _trials(
+                axes,
+                found.trials,
+                found.capacity,
+                found.micro_batch_size,
+                title=_titled(title, found.source),
+            ),
+        )
+        return
+    bars = [
+        (
+            answer.gpu,
+            0 if answer.plan is None else answer.plan.micro_batch_size,
+            "does not fit" if answer.plan is None else format_parts(answer.plan.micro_batch_sizes),
+        )
+        for answer in found.answers
+    ]
+    title = _titled(
+        f"{found.subject}: micro-batch for {found.effective_batch_size} samples a step",
+        found.source,
+    )
+    save(path, lambda axes: _bars(axes, bars, title=title, x_label="samples"))
+
+
+def _titled(title: str, source: Source) -> str:
+    return f"{title} ({source.value})"
+
+
+def _trials(
+    axes: Axes,
+    trials: tuple[Trial, ...],
+    capacity: Capacity,
+    stand: int | None,
+    *,
+    title: str,
+) -> None:
+    unit, unit_name = (GIB, "GiB") if capacity.usable_bytes >= _GIB_FROM else (MIB, "MiB")
+    for trial in trials:
+        if trial.peak_reserved_bytes is None:
+            continue
+        own = trial.fits and trial.batch_size == stand
+        axes.plot(
+            trial.batch_size,
+            trial.peak_reserved_bytes / unit,
+            marker="D" if own else "o" if trial.fits else "x",
+            color=_STAND if own else _FITS if trial.fits else _RAN_OUT,
+            markersize=8 if own else 6,
+            linestyle="none",
+        )
+    usable = capacity.usable_bytes / unit
+    axes.axhline(usable, color="#888888", linewidth=1, linestyle=":")
+    axes.text(
+        0.01,
+        usable,
+        f"usable: {format_bytes(capacity.usable_bytes)}",
+        transform=axes.get_yaxis_transform(),
+        va="bottom",
+        color="#555555",
+    )
+    axes.set_ylim(0, usable * 1.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel(f"{unit_name} at the peak")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    kinds = (("o", _FITS, "fits"), ("x", _RAN_OUT, "ran out of memory"))
+    own_kind = () if stand is None else (("D", _STAND, f"train with {stand}"),)
+    for marker, colour, label in (*kinds, *own_kind):
+        axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+
+
+def _bars(axes: Axes, bars: list[tuple[str, int, str]], *, title: str, x_label: str) -> None:
+    names = [name for name, _, _ in bars]
+    drawn = axes.barh(names, [size for _, size, _ in bars], color=_FITS)
+    labels = [f" {size} ({more})" if size else f" {more}" for _, size, more in bars]
+    axes.bar_label(drawn, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.3)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(x_label)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)

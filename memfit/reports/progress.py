@@ -1,0 +1,153 @@
+"""What is under way: a search's trials or a question's stages, in a terminal or a notebook."""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleRenderable, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from memfit.records import Trial
+from memfit.reports.probe import trial_table
+from memfit.units import format_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Progress"]
+
+_QUIET_SECONDS = 2.0
+"""What takes no longer shows nothing."""
+_NUM_TRIALS = 12
+"""The last trials are shown, so that a long search does not fill the screen."""
+_BAR_WIDTH = 40
+
+
+class Progress:
+    """Shows what is under way, once it has taken two seconds, and is gone when it has ended.
+
+    Nothing is shown where nobody looks: a file, a pipe, a log.
+
+    Args:
+        console: Where it is shown; a notebook's cell is found by itself.
+        what: What is under way before anything was heard.
+        quiet_seconds: How long nothing is shown.
+    """
+
+    def __init__(
+        self, console: Console, what: str = "", *, quiet_seconds: float = _QUIET_SECONDS
+    ) -> None:
+        self._console = console
+        self._what = what
+        self._done = 0
+        self._total: int | None = None
+        self._trials: list[Trial] = []
+        self._num_trials = 0
+        self._begin = time.monotonic()
+        self._quiet_seconds = quiet_seconds
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        self._cell: Any = None
+        self._lock = threading.Lock()
+
+    def trial(self, trial: Trial) -> None:
+        """Take note of a trial that has ended."""
+        with self._lock:
+            self._trials = [*self._trials, trial][-_NUM_TRIALS:]
+            self._num_trials += 1
+        self._update_cell()
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Take note of what is next.
+
+        Args:
+            what: What runs now.
+            done: How many stages have ended.
+            total: How many there are.
+        """
+        with self._lock:
+            if (what, done) != (self._what, self._done):
+                self._trials = []
+                self._num_trials = 0
+            self._what, self._done, self._total = what, done, total
+        self._update_cell()
+
+    def __enter__(self) -> Self:
+        """Begin to show it."""
+        self._begin = time.monotonic()
+        if self._console.is_jupyter:
+            from IPython.display import HTML, display
+
+            self._cell = display(HTML(""), display_id=True)
+        elif self._console.is_terminal:
+            self._live = Live(
+                console=self._console,
+                transient=True,
+                refresh_per_second=4,
+                get_renderable=self.__rich__,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Take it away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._cell is not None:
+            self._show_in_cell("")
+            self._cell = None
+
+    def __rich__(self) -> ConsoleRenderable:
+        """Return the bar or the sign of life, and the trials so far."""
+        took = time.monotonic() - self._begin
+        if took < self._quiet_seconds:
+            return Text("")
+        with self._lock:
+            line = Table.grid(padding=(0, 1))
+            self._spinner.update(text=self._words(took))
+            if self._total is None:
+                line.add_row(self._spinner)
+            else:
+                bar = ProgressBar(total=self._total, completed=self._done, width=_BAR_WIDTH)
+                line.add_row(self._spinner, bar)
+            if not self._trials:
+                return line
+            return Group(trial_table(tuple(self._trials)), line)
+
+    def _words(self, took: float) -> str:
+        """Say what runs, what has ended, and how long it took."""
+        said = [self._what] if self._what else []
+        if self._total is not None:
+            said.append(f"{self._done} of {self._total} done")
+        if self._num_trials:
+            said.append("1 trial so far" if self._num_trials == 1 else f"{self._num_trials} trials")
+        return ", ".join([*said, f"{took:.0f} s"])
+
+    def _update_cell(self) -> None:
+        if self._cell is None:
+            return
+        took = time.monotonic() - self._begin
+        with self._lock:
+            total = "" if self._total is None else f' max="{self._total}" value="{self._done}"'
+            last = ""
+            if self._trials:
+                trial = self._trials[-1]
+                peak = trial.peak_reserved_bytes
+                outcome = "fits" if trial.fits else "ran out of memory"
+                held = "" if peak is None else f" ({format_bytes(peak)})"
+                last = f", last: {trial.batch_size} {outcome}{held}"
+            words = html.escape(f"{self._words(took)}{last}")
+        self._show_in_cell(f"<progress{total}></progress> {words}")
+
+    def _show_in_cell(self, text: str) -> None:
+        from IPython.display import HTML
+
+        self._cell.update(HTML(text))

@@ -1,0 +1,135 @@
+"""What cannot make a training step gets one sentence that says what to give instead."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import memfit
+from memfit.errors import UnknownModelError, UsageError, WorkloadError
+from memfit.step import timm_models
+
+BATCH = (torch.randn(2, 3), torch.randn(2, 1))
+
+
+def workload(**parts: Any) -> memfit.Workload:
+    model = nn.Linear(3, 1)
+    given = {"model": model, "batch": BATCH, "loss": nn.MSELoss(), "optimizer": "sgd", **parts}
+    return memfit.Workload(**given)
+
+
+class Learner:
+    """As fastai's: neither a module nor callable, with what a Workload is made of."""
+
+    def __init__(self) -> None:
+        self.model, self.dls, self.loss_func = nn.Linear(3, 1), None, nn.MSELoss()
+
+
+@pytest.mark.parametrize(
+    ("subject", "says"),
+    [
+        (nn.Linear(3, 1), r"A Linear alone makes no training step: give memfit.Workload\("),
+        (Learner(), r"A fastai Learner is not taken as it is: .* learn.dls.one_batch\(\)"),
+        (SimpleNamespace(), "timm model's name or a memfit.Workload, not types.SimpleNamespace"),
+        (7, "or a memfit.Workload, not int"),
+    ],
+)
+def test_a_bare_model_and_a_trainers_object_are_pointed_to_workload(
+    subject: Any, says: str
+) -> None:
+    """In every function, before anything runs."""
+    for ask in (
+        lambda: memfit.probe(subject),
+        lambda: memfit.plan(subject, 8),
+        lambda: memfit.profile(subject, 8),
+        lambda: memfit.verify(subject, micro_batch_size=2, accumulation_steps=2),
+        lambda: memfit.estimate(subject, 8, gpu="t4"),
+        lambda: memfit.explore(subject, 8, gpu="t4"),
+    ):
+        with pytest.raises(WorkloadError, match=says):
+            ask()
+
+
+def test_a_loader_is_no_batch() -> None:
+    """One of its batches is."""
+    loader = DataLoader(TensorDataset(*BATCH))
+    with pytest.raises(WorkloadError, match=r"is a DataLoader, .*: give one of them, next\(iter"):
+        workload(batch=loader)
+
+
+def test_an_optimizers_wrapper_is_named_with_its_module() -> None:
+    """So that "not Optimizer" is no riddle, and what is inside it is pointed to."""
+
+    class Optimizer:
+        """As a trainer's own."""
+
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.opt = inner
+
+    wrapped = Optimizer(torch.optim.SGD(nn.Linear(3, 1).parameters(), lr=0.1))
+    with pytest.raises(WorkloadError, match=r"not .*mistakes.*Optimizer; .* its \.opt"):
+        workload(optimizer=wrapped)
+
+
+def test_a_loss_class_is_not_taken_for_a_loss() -> None:
+    """Its instance is."""
+    with pytest.raises(WorkloadError, match=r"the class CrossEntropyLoss, .*CrossEntropyLoss\(\)"):
+        workload(loss=nn.CrossEntropyLoss)
+    with pytest.raises(WorkloadError, match="must be a function, not int"):
+        workload(loss=3)
+
+
+def test_a_model_that_is_not_timms_is_pointed_elsewhere() -> None:
+    """A misspelt name of timm's is not."""
+    with pytest.raises(UnknownModelError, match="memfit rehearse --gpu NAME"):
+        timm_models.check_model_name("gpt2")
+    with pytest.raises(UnknownModelError, match=r"did you mean resnet50[^.]*\?$"):
+        timm_models.check_model_name("resnet5O")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"multiple_of": 2.5}, "multiple_of must be a whole number, not 2.5"),
+        ({"max_batch_size": 8.5}, "max_batch_size must be a whole number, not 8.5"),
+        ({"headroom": "5%"}, "headroom must be at least 0 and below 1, not '5%'"),
+        ({"memory": "16"}, "did you mean '16GiB'"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(options: Any, says: str) -> None:
+    """Rather than calculated with."""
+    with pytest.raises(UsageError, match=says):
+        memfit.probe("test_vit", gpu="t4", **options)
+    if "memory" not in options:
+        with pytest.raises(UsageError, match=says):
+            memfit.plan("test_vit", 8, gpu="t4", **options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("operator torchvision::nms does not exist"),
+        AttributeError("partially initialized module 'torchvision' has no attribute 'extension'"),
+    ],
+)
+def test_another_torchs_torchvision_is_one_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way timm's import fails of it."""
+    import builtins
+
+    original = builtins.__import__
+
+    def failing(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name == "timm":
+            raise error
+        return original(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", failing)
+    with pytest.raises(memfit.UnsupportedError, match="pip install --upgrade torch torchvision"):
+        timm_models.import_timm()
