@@ -29,7 +29,7 @@ class DeviceHook(BuildHookInterface):  # type: ignore[type-arg]
         folder = Path(self._compiled.name)
         build.compile_libraries(folder, command, flags=("-Wall", "-Wextra", "-Werror"))
         target = build.carried_folder(Path("memfit/rehearsal/lib"))
-        for name in (build.LIBRARY, build.NVML_LIBRARY):
+        for name in (build.LIBRARY, build.NVML_LIBRARY, build.LINKED_NAME):
             build_data["force_include"][str(folder / name)] = str(target / name)
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

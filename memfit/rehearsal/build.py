@@ -23,6 +23,7 @@ from memfit.errors import UnsupportedError
 
 __all__ = [
     "LIBRARY",
+    "LINKED_NAME",
     "NVML_LIBRARY",
     "carried_folder",
     "compile_libraries",
@@ -36,6 +37,9 @@ LIBRARY = "libcuda.so.1"
 
 NVML_LIBRARY = "libnvidia-ml.so.1"
 """An empty library that needs the other one: NVML's functions are looked up through it."""
+
+LINKED_NAME = "libcuda.so"
+"""What the linker looks for: some Triton links its launcher with `-lcuda`. A linker script."""
 
 _SOURCES = Path(__file__).with_name("device")
 _CARRIED = Path(__file__).with_name("lib")
@@ -58,7 +62,7 @@ def library_folder() -> Path:
     folder = _cache_folder() / f"{sources_digest()}-{platform.machine()}"
     if not folder.is_dir():
         _compile_into(folder)
-    _check_private(folder, names=(LIBRARY, NVML_LIBRARY))
+    _check_private(folder, names=(LIBRARY, NVML_LIBRARY, LINKED_NAME))
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise UnsupportedError(
             f"The compiled device of a rehearsal cannot be loaded from {str(folder)!r}, because "
@@ -74,7 +78,7 @@ def carried_folder(root: Path) -> Path:
 
 def sources_digest() -> str:
     """Return what tells one version of the sources and of their compilation from another."""
-    digest = hashlib.sha256(" ".join((*_COMPILING, *_LINKING)).encode())
+    digest = hashlib.sha256(" ".join((*_COMPILING, *_LINKING, LINKED_NAME)).encode())
     for path in sorted(_SOURCES.rglob("*.[ch]")):
         digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
         digest.update(path.read_bytes())
@@ -116,6 +120,7 @@ def compile_libraries(
     with tempfile.NamedTemporaryFile(suffix=".c") as empty:
         needed = ("-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN", str(folder / LIBRARY))
         _run([*command, *_LINKING, *flags, *_named(folder / NVML_LIBRARY), empty.name, *needed])
+    (folder / LINKED_NAME).write_text(f"INPUT({LIBRARY})\n", encoding="ascii")
 
 
 def _named(target: Path) -> tuple[str, ...]:
@@ -155,7 +160,7 @@ def _compile_into(folder: Path) -> None:
         ) from exc
     try:
         compile_libraries(under_way, command)
-        for name in (LIBRARY, NVML_LIBRARY):
+        for name in (LIBRARY, NVML_LIBRARY, LINKED_NAME):
             (under_way / name).chmod(0o700)
         try:
             under_way.rename(folder)
