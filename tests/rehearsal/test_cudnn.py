@@ -72,7 +72,7 @@ def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
 ) -> None:
     """The bytes are those of a question that is put to cuDNN without torch, and differ by card."""
     seen = {}
-    for name in ("T4", "RTX 3090", "H100"):
+    for name in ("T4", "H100"):
         workspaces = rehearsed(_CONVOLUTIONS, gpu=name)["workspaces"]
         card = find_gpu(name)
         expected = [
@@ -82,7 +82,7 @@ def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
         ]
         assert workspaces == expected
         seen[name] = workspaces
-    assert len({tuple(workspaces) for workspaces in seen.values()}) == 3
+    assert len({tuple(workspaces) for workspaces in seen.values()}) == 2
 
 
 def test_a_benchmark_takes_the_same_plans_every_time(rehearsed: Rehearsed) -> None:

@@ -67,7 +67,8 @@ def replicate(model):
 def shard(model):
     fully_shard(model[3])
     return fully_shard(model)
-layers()(torch.zeros(16, 3, 32, 32, device="cuda"))  # some releases keep the BLAS's workspace
+# Some releases keep the BLAS's workspaces, of each thread one.
+layers()(torch.zeros(16, 3, 32, 32, device="cuda")).sum().backward()
 plain, sharded, replicated = held(lambda model: model), held(shard), held(replicate)
 answer(
     gathered=[t.tolist() for t in gathered], summed=summed.tolist(), halves=halves.tolist(),
@@ -109,9 +110,9 @@ def test_one_rank_of_eight_passes_the_checks_of_ddp_and_fsdp(rehearsed: Rehearse
     assert seen["part"] == [0.0]
     assert seen["of_four"] == [3, 4] * 4
     parameters = 4 * (64 * 3 * 9 + 64 * 3 + 64 * 900 * 200 + 200)
-    # Weights and two moments; DDP's buckets on top; FSDP keeps one eighth of them.
+    # Weights and two moments; DDP's buckets on top (twice in torch 2.8); FSDP keeps an eighth.
     assert 3 * parameters <= seen["plain"] <= 3 * parameters + (1 << 20)
-    assert 4 * parameters <= seen["replicated"] <= 4 * parameters + (2 << 20)
+    assert 4 * parameters <= seen["replicated"] <= 5 * parameters + (2 << 20)
     assert seen["sharded"] < 3 * parameters / 8 + (1 << 20)
 
 
