@@ -1,1 +1,1 @@
-"""Memory given back, objects put back, and out of memory recognised."""
+"""Releases memory, puts objects back as they were, and recognises out of memory."""

@@ -1,9 +1,9 @@
-"""What modules keep besides parameters and buffers, noted down and put back.
+"""Saves what modules keep besides parameters and buffers, and puts it back.
 
 A model keeps counters, lists of losses, queues, dictionaries, tensors that it did not register,
-generators, and objects of its own. Each is put back in place: the same object has its old content
-again, and an attribute that was not there is gone. What an object of another library holds inside
-(a logger, a data loader, a trainer) is left alone: only which object it is, is put back.
+generators, and objects of its own. Each object stays the same object and gets its old content back.
+An attribute that was added is removed. An object of another library (a logger, a data loader, a
+trainer) is not changed inside: the attribute gets the same object back, with whatever it now holds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _UNCHANGING: Final = frozenset(
     )
 )
 _STANDARD_PACKAGES: Final = sys.stdlib_module_names - {"__main__"}
-# Every module has these, and torch fills them with what is not to be looked into.
+# Every module has these. torch fills them, and their content must not be walked through.
 _REGISTRIES: Final = frozenset(("_parameters", "_buffers", "_modules"))
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 
@@ -52,14 +52,14 @@ _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
 def save_contents(
     modules: Iterable[nn.Module], *, apart: Iterable[torch.Tensor] = ()
 ) -> Callable[[], None]:
-    """Note down what modules, and all that they keep, hold.
+    """Save the content of modules and of everything that they keep.
 
     Args:
-        modules: The modules; those inside them are noted down too.
-        apart: Tensors whose bits are somebody else's to put back.
+        modules: The modules. The modules inside them are saved too.
+        apart: Tensors that the caller saves and puts back itself.
 
     Returns:
-        What puts everything back.
+        A function that puts everything back.
     """
     notes = _Notes(apart)
     for module in modules:
@@ -73,19 +73,19 @@ def save_held(
     *,
     apart: Iterable[torch.Tensor] = (),
 ) -> Callable[[], None]:
-    """Note down what modules and other objects keep, quickly enough for every step of training.
+    """Save what modules and other objects keep, quickly enough to be called at every step.
 
-    As `save_contents`, and of what torch gives every module only parameters, buffers and children
-    are noted: which they are, and nothing of hooks.
+    This is `save_contents` with one difference. Of the attributes that torch gives every module,
+    only the lists of parameters, buffers and children are saved. Hooks are not.
 
     Args:
-        modules: The modules; those inside them are noted down too.
-        others: Objects of which the optimizers, tensors and arrays that they hold are noted down.
-            Counters and lists of a function's own are not: a loss may count its calls.
-        apart: Tensors whose bits are somebody else's to put back.
+        modules: The modules. The modules inside them are saved too.
+        others: Other objects. Only the optimizers, tensors and arrays that they hold are saved. The
+            counters and lists of a function are not, because a loss may count its calls.
+        apart: Tensors that the caller saves and puts back itself.
 
     Returns:
-        What puts everything back.
+        A function that puts everything back.
     """
     notes = _Notes(apart)
     with collector_paused():
@@ -98,10 +98,10 @@ def save_held(
 
 
 class _Notes:
-    """What was noted down, and how each of it is put back."""
+    """What was saved, and a function for each item that puts it back."""
 
     def __init__(self, apart: Iterable[torch.Tensor]) -> None:
-        # The objects are kept, so that no other can take over the identity of one that went.
+        # The objects are kept alive, so that no new object can get the id of a deleted one.
         self._seen: dict[int, object] = {id(tensor): tensor for tensor in apart}
         self._restores: list[Callable[[], object]] = []
 
@@ -110,7 +110,7 @@ class _Notes:
             restore()
 
     def take_attributes(self, module: nn.Module) -> None:
-        """Note down a module without those in it, and everything that its attributes hold."""
+        """Save one module without its children, and everything that its attributes hold."""
         if id(module) in self._seen:
             return
         self._seen[id(module)] = module
@@ -124,7 +124,7 @@ class _Notes:
                 self.take(value, package)
 
     def take_tensors(self, value: object) -> None:
-        """Note down the tensors and arrays among an object's attributes, or an optimizer."""
+        """Save an optimizer, or the tensors and arrays among an object's attributes."""
         if isinstance(value, Optimizer):
             self.take(value)
             return
@@ -136,7 +136,7 @@ class _Notes:
                 self.take(inner)
 
     def take(self, value: object, package: str | None = None) -> None:
-        """Note down a value and everything that can be reached from it."""
+        """Save a value and everything that can be reached from it."""
         left: list[tuple[object, str | None]] = [(value, package or _package_of(value))]
         while left:
             value, package = left.pop()
@@ -148,7 +148,7 @@ class _Notes:
             left += ((inner, package) for inner in self._contents(value, package))
 
     def _contents(self, value: Any, package: str | None) -> Iterable[object]:
-        """Note down one object, and return what it holds."""
+        """Save one object, and return the objects that it holds."""
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, nn.Module):
@@ -192,11 +192,11 @@ class _Notes:
     ) -> Iterable[object]:
         self._restores.append(_refilling(value))
         inside = value.values() if isinstance(value, dict) else value
-        # Long lists of names and numbers are common, and are not worth a walk.
+        # Long lists of names and numbers are common, and walking through them takes time.
         return () if _UNCHANGING.issuperset(map(type, inside)) else tuple(inside)
 
     def _generator(self, value: Any) -> bool:
-        """Note down the state of a random generator that the model owns."""
+        """Save the state of a random generator that the model owns."""
         if isinstance(value, torch.Generator):
             state = value.get_state()
             self._restores.append(lambda: value.set_state(state))
@@ -225,7 +225,7 @@ class _Notes:
         return True
 
     def _object(self, value: Any) -> Iterable[object]:
-        """Note down the attributes of an object: those in its dictionary, and those in slots."""
+        """Save the attributes of an object, from its dictionary and from its slots."""
         held: list[object] = []
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
@@ -254,7 +254,7 @@ def _setting(slot: types.MemberDescriptorType, owner: object, kept: object) -> C
 
 def _slots_of(kind: type) -> Iterator[types.MemberDescriptorType]:
     for base in kind.__mro__:
-        # Types that are written in C have members too, and say nothing of slots.
+        # Types that are written in C have members too, but they do not define `__slots__`.
         if "__slots__" in vars(base):
             members = vars(base).values()
             yield from (one for one in members if isinstance(one, types.MemberDescriptorType))
@@ -263,7 +263,7 @@ def _slots_of(kind: type) -> Iterator[types.MemberDescriptorType]:
 def _refilling(
     container: dict[Any, Any] | list[Any] | deque[Any] | set[Any] | bytearray,
 ) -> Callable[[], object]:
-    """Return what gives a container its items back, in their order."""
+    """Return a function that gives a container its items back, in their order."""
     if isinstance(container, dict):
         base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
         items = dict(container)
@@ -294,15 +294,15 @@ def _are_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 def _is_data(value: object) -> bool:
-    """Whether an object is there to hold values: a dataclass, or a simple namespace."""
+    """Whether an object only holds values: a dataclass, or a simple namespace."""
     kind = type(value)
     return hasattr(kind, "__dataclass_fields__") or isinstance(value, types.SimpleNamespace)
 
 
 def _package_of(value: object) -> str | None:
-    """Return the package of an object's class; `None` for torch's own and Python's.
+    """Return the package of an object's class; `None` for a class of torch or Python.
 
-    Those keep locks, threads and handles, which nobody can put back.
+    Objects of torch and Python keep locks, threads and handles, which cannot be put back.
     """
     package = type(value).__module__.partition(".")[0]
     return None if package == "torch" or package in _STANDARD_PACKAGES else package

@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept away from where it costs much and can find nothing."""
+"""Pauses Python's garbage collector where it takes much time and finds nothing to free."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ __all__ = ["collector_paused", "old_objects_set_aside"]
 
 @contextlib.contextmanager
 def collector_paused(*, for_good: bool = False) -> Iterator[None]:
-    """Pause the garbage collector while many objects are made that all stay.
+    """Pause the garbage collector while many objects are made that all stay alive.
 
     The collector runs whenever there are enough new objects. While modules are imported or a
     simulation is replayed, it would walk over the same living objects again and again.
 
     Args:
-        for_good: What is made stays as long as the process. It joins the oldest generation at once.
+        for_good: The objects stay alive until the process ends. They join the oldest generation at
+            once.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -33,10 +34,10 @@ def collector_paused(*, for_good: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def old_objects_set_aside() -> Iterator[None]:
-    """Pause the collector, and have `gc.collect` in the block look only at what is made there.
+    """Pause the collector. In the block, `gc.collect` looks only at objects made in the block.
 
-    Where the user has frozen objects, those stay frozen and the others are looked at each time:
-    Python can only set all objects free together.
+    If the user has frozen objects with `gc.freeze`, they stay frozen. Then `gc.collect` looks at
+    all other objects each time, because Python can only unfreeze all objects together.
     """
     with collector_paused():
         if gc.get_freeze_count():

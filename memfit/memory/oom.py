@@ -1,7 +1,7 @@
-"""Is this exception out of memory: certainly, possibly, or no.
+"""Decides whether an exception means out of memory: certainly, possibly, or not.
 
-The one place where that is decided. It reads types and messages only; confirming a suspicion takes
-another trial and is the backends' work.
+Only this module decides it. It reads types and messages only. To confirm a suspicion takes another
+trial, which the backends run.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ class Likelihood(enum.Enum):
 
 
 SIGNATURES: Final[tuple[tuple[str, Likelihood], ...]] = (
-    # The caching allocators' own words (c10/cuda/CUDACachingAllocator.cpp and its siblings).
+    # Messages of the caching allocators (c10/cuda/CUDACachingAllocator.cpp and similar files).
     ("CUDA out of memory.", Likelihood.CERTAIN),
     ("HIP out of memory.", Likelihood.CERTAIN),
     ("XPU out of memory.", Likelihood.CERTAIN),
     ("MPS backend out of memory (", Likelihood.CERTAIN),
-    # The driver's, when something asks it past the caching allocator.
+    # Messages of the driver, when memory is requested without the caching allocator.
     ("CUDA error: out of memory", Likelihood.CERTAIN),
     ("HIP error: out of memory", Likelihood.CERTAIN),
     ("CUDA ran out of memory outside PyTorch's allocator", Likelihood.CERTAIN),
     ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", Likelihood.CERTAIN),
     ("MODULE:PT_DEVMEM Allocation failed", Likelihood.CERTAIN),
-    # The CPU's (c10/core/impl/alloc_cpu.cpp); the second is what it says on Windows.
+    # Messages of the CPU's allocator (c10/core/impl/alloc_cpu.cpp). The second is for Windows.
     ("DefaultCPUAllocator: can't allocate memory", Likelihood.CERTAIN),
     ("DefaultCPUAllocator: not enough memory", Likelihood.CERTAIN),
     ("std::bad_alloc", Likelihood.CERTAIN),
-    # Libraries that report a failed allocation and a real limit in the same words.
+    # Libraries that use the same message for a failed allocation and for a limit of their own.
     ("CUBLAS_STATUS_ALLOC_FAILED", Likelihood.SUSPECTED),
     ("CUBLAS_STATUS_NOT_INITIALIZED", Likelihood.SUSPECTED),
     ("CUDNN_STATUS_ALLOC_FAILED", Likelihood.SUSPECTED),
@@ -49,7 +49,7 @@ SIGNATURES: Final[tuple[tuple[str, Likelihood], ...]] = (
     ("could not create a primitive", Likelihood.SUSPECTED),
     ("could not execute a primitive", Likelihood.SUSPECTED),
 )
-"""What messages contain, and what that says. The first match counts.
+"""Parts of messages, and what each one says about memory. The first match counts.
 
 Source: pytorch/pytorch's allocators and issues #2917, #49207; oneDNN's status texts.
 """
@@ -59,7 +59,7 @@ NEVER_MEMORY: Final[tuple[str, ...]] = (
     "device-side assert",
     "required rank",
 )
-"""What no smaller batch cures: the device's context is poisoned, or the code is wrong.
+"""Errors that a smaller batch does not cure: the device's context or the code is broken.
 
 Source: pytorch/pytorch#81620.
 """
@@ -68,14 +68,15 @@ Source: pytorch/pytorch#81620.
 def classify(error: BaseException) -> Likelihood:
     """Say whether an exception means that memory ran out.
 
-    An exception that was raised `from` another is judged by that one too, so that code which wraps
-    an out-of-memory in an error of its own is still understood.
+    If the exception was raised `from` another one, that one is read too. So an out of memory is
+    recognised even if the user's code wraps it in another error.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
     Returns:
-        `CERTAIN`, `SUSPECTED` (confirm it by another trial), or `NO` (the user's own error).
+        `CERTAIN`, `SUSPECTED` (another trial must confirm it), or `NO` (an error of the user's
+        code).
     """
     verdicts = [_classify_one(link) for link in _causes(error)]
     if any(text in str(link) for link in _causes(error) for text in NEVER_MEMORY):
@@ -84,14 +85,14 @@ def classify(error: BaseException) -> Likelihood:
 
 
 def classify_text(text: str) -> Likelihood:
-    """Say whether a message, such as a dead process's last words, means that memory ran out."""
+    """Say whether a message, such as the last line of a dead process, means out of memory."""
     if any(never in text for never in NEVER_MEMORY):
         return Likelihood.NO
     return next((verdict for part, verdict in SIGNATURES if part in text), Likelihood.NO)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type where it has none."""
+    """Return the first line of an exception's message, or its type if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "") or (
         type(error).__name__
     )

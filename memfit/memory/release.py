@@ -1,6 +1,6 @@
-"""Giving memory back between trials: what caches, workspaces and dead cycles hold.
+"""Releases memory between trials: caches, workspaces, and unreachable reference cycles.
 
-Nothing here decides when; the callers do.
+The callers decide when to release it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["release", "trim_heap"]
 
 
 def release(device: torch.device) -> int:
-    """Give back what this process holds of a device without using it.
+    """Release the memory of a device that this process holds but does not use.
 
-    Call it outside any `except` block: the traceback of an exception keeps every frame of the step
-    that raised it, and so every tensor, alive.
+    Call it outside any `except` block. The traceback of an exception keeps every frame of the
+    failed step alive, and so it keeps every tensor alive.
 
     Args:
         device: The device to clean.
 
     Returns:
-        Bytes of the device that tensors of this process still hold; 0 on a CPU, which does not
-        count them.
+        Bytes of the device that tensors of this process still hold. It is 0 on a CPU, where torch
+        does not count them.
 
     Source: pytorch/pytorch#27600 (tracebacks), #82218 (leftovers after backward);
         aten/src/ATen/cuda/CublasHandlePool.cpp (workspaces).
@@ -46,8 +46,8 @@ def release(device: torch.device) -> int:
 
 
 def trim_heap() -> None:
-    """Ask glibc to return freed heap to the system; elsewhere do nothing."""
-    # Windows has no library of the process itself, and macOS none with that function.
+    """Ask glibc to return freed heap memory to the system. Without glibc, do nothing."""
+    # Windows cannot open the process as a library, and macOS has no `malloc_trim`.
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
-"""Putting a user's objects back as they were.
+"""Puts a user's objects back as they were.
 
-`preserved` brackets a search on live objects, `rewound` a single pass through them; `save_...` note
-down one kind of state for those who bracket in their own way.
+Use `preserved` around a search on live objects, and `rewound` around a single pass through them. A
+function `save_...` saves one kind of state, and returns a function that puts it back.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _T = TypeVar("_T")
 
 
 class Preserved:
-    """What `preserved` has noted down of the modules' tensors."""
+    """The modules' tensors that `preserved` has saved."""
 
     def __init__(self) -> None:
         self.tensors: list[SavedTensor] = []
 
     def release_replaced(self) -> None:
-        """Give back the device memory of tensors that a conversion has replaced meanwhile.
+        """Release the device memory of tensors that a conversion has replaced since then.
 
-        A model that was converted to another type or layout has other tensors on the device; the
-        old ones are needed only at the end, and then come back from host memory.
+        A model that was converted to another type or layout has new tensors on the device. The old
+        ones are needed only at the end, when they are copied back from host memory.
         """
         for saved in self.tensors:
             saved.release_if_replaced()
@@ -55,25 +55,30 @@ class Preserved:
 
 @contextlib.contextmanager
 def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterator[Preserved]:
-    """Put everything that training steps change back as it was, bit for bit, however they end.
+    """Put back, bit for bit, everything that training steps change, even if they raise.
 
-    Covers parameters, buffers, gradients (also those that are `None`), whatever else the modules
-    keep (`memfit.memory.attributes`: training flags, lists, dictionaries, unregistered tensors,
-    generators, objects of the model's own), the optimizer's state and its groups, the random states
-    of Python, NumPy, torch and every initialised device, and global switches of torch. The values
-    wait in host memory, so that the device has its room for the trials. Gradients are dropped
-    meanwhile, and come back as new tensors of the same bits and layout; parameters, buffers and
-    optimizer state keep their identity.
+    What is put back:
+
+    - parameters, buffers and gradients, also a gradient that is `None`;
+    - everything else that the modules keep (`memfit.memory.attributes`): training flags, lists,
+      dictionaries, unregistered tensors, generators, objects of the model's own;
+    - the optimizer's state and its groups;
+    - the random states of Python, NumPy, torch and every initialised device;
+    - global switches of torch.
+
+    The values are kept in host memory, so that the trials have the whole device. Gradients are
+    dropped in the block, and come back as new tensors with the same bits and layout. Parameters,
+    buffers and optimizer state stay the same tensors.
 
     Args:
         *modules: The modules that take part in the step: the model, and a loss that has state.
         optimizer: The optimizer that takes the step.
 
     Yields:
-        What was noted down, once all of it was.
+        The saved tensors.
 
     Raises:
-        WorkloadError: A module has parameters that are not materialised yet.
+        WorkloadError: A module has parameters that are not initialised yet (a lazy module).
     """
     for module in modules:
         _refuse_lazy(module)
@@ -94,14 +99,14 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
 def rewound(*modules: nn.Module) -> Iterator[None]:
     """Put back what a forward pass changes besides gradients, so that passes can be compared.
 
-    Covers buffers, whatever else the modules keep, and the random states. Parameters and gradients
-    stay as the pass left them.
+    Buffers, everything else that the modules keep, and the random states are put back. Parameters
+    and gradients stay as the pass left them.
 
     Args:
         *modules: The modules that take part.
 
     Yields:
-        Once everything is noted down.
+        Nothing. Everything is saved when the block begins.
     """
     restores = [save_random_states(), _save_forward_state(modules)]
     try:
@@ -122,7 +127,7 @@ def _refuse_lazy(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, then let it act."""
+    """Delay Ctrl-C until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -203,7 +208,10 @@ def _save_optimizer(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def _save_value(value: _T) -> Callable[[], _T]:
-    """Return what gives the value back: a tensor itself with its bits, anything else a copy."""
+    """Return a function that returns the saved value.
+
+    A tensor is the same tensor with its old bits. Any other value is a copy.
+    """
     if isinstance(value, torch.Tensor):
         saved = SavedTensor.of(value)
         return saved.restore  # type: ignore[return-value]
@@ -212,10 +220,10 @@ def _save_value(value: _T) -> Callable[[], _T]:
 
 
 def save_random_states() -> Callable[[], None]:
-    """Note down the random states of Python, NumPy, torch and every initialised device.
+    """Save the random states of Python, NumPy, torch and every initialised device.
 
     Returns:
-        What puts them back.
+        A function that puts them back.
     """
     python_state = random.getstate()
     torch_state = torch.get_rng_state()

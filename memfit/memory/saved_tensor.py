@@ -1,6 +1,6 @@
-"""A tensor and its bits, noted down in host memory and put back.
+"""Saves the bits of a tensor in host memory, and puts them back.
 
-Which tensors are noted down, and when they are put back, is `memfit.memory.restore`'s.
+`memfit.memory.restore` decides which tensors are saved, and when they are put back.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class SavedTensor:
     """A tensor and its bits.
 
     Args:
-        tensor: The tensor itself, which keeps its identity.
-        data: The same elements, in the tensor's own storage.
-        written: What is written to when bits are put back, in the same storage.
+        tensor: The tensor itself. It stays the same object.
+        data: The tensor's elements without autograd, in the tensor's storage when it was saved.
+        written: The tensor that bits are copied to when they are put back, in the same storage.
         host: The bits of `written`, in host memory.
         storage_bytes: Bytes of the storage.
-        requires_grad: What the tensor said.
+        requires_grad: The tensor's `requires_grad` when it was saved.
     """
 
     tensor: torch.Tensor
@@ -37,7 +37,7 @@ class SavedTensor:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> SavedTensor:
-        """Note a tensor down."""
+        """Save a tensor."""
         data = tensor.detach()
         written = _whole_storage(data) if _may_overlap(data) else data
         return cls(
@@ -50,7 +50,7 @@ class SavedTensor:
         )
 
     def release_if_replaced(self) -> None:
-        """Give back the device memory, where something gave the tensor other data meanwhile."""
+        """Release the old storage on the device if the tensor has other data by now."""
         if _is_elsewhere(self.tensor, self.data):
             self.data.untyped_storage().resize_(0)
 
@@ -62,7 +62,7 @@ class SavedTensor:
                 storage.resize_(self.storage_bytes)
             if _is_elsewhere(self.tensor, self.data):
                 self.tensor.data = self.data
-            # What was not written to is left alone: a graph that needs it would refuse to go on.
+            # Equal bits are not written again, because a write would break a graph that saved them.
             if not _same_bits(self.written, self.host):
                 self.written.copy_(self.host)
         if self.tensor.is_leaf:
@@ -71,7 +71,7 @@ class SavedTensor:
 
 
 def can_be_saved(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a storage of its own with bits in it."""
+    """Whether a tensor has one plain storage whose bits can be copied."""
     return tensor.layout is torch.strided and not (
         tensor.is_meta or tensor.is_nested or tensor.is_quantized
     )
@@ -83,7 +83,7 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_elsewhere(tensor: torch.Tensor, data: torch.Tensor) -> bool:
-    """Whether something gave the tensor other data: another type, layout or device."""
+    """Whether the tensor has other data by now: other memory, type, layout or device."""
     return tensor.data_ptr() != data.data_ptr() or (
         (tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         != (data.dtype, data.shape, data.stride(), data.device)
@@ -91,7 +91,7 @@ def _is_elsewhere(tensor: torch.Tensor, data: torch.Tensor) -> bool:
 
 
 def _may_overlap(data: torch.Tensor) -> bool:
-    """Whether several elements may share memory, as in an expanded tensor: torch writes to none."""
+    """Whether elements may share memory, as in an expanded tensor. torch cannot write to those."""
     is_repeated = any(
         stride == 0 and size > 1 for size, stride in zip(data.shape, data.stride(), strict=True)
     )
@@ -105,7 +105,7 @@ def _whole_storage(data: torch.Tensor) -> torch.Tensor:
 
 
 def _same_bits(tensor: torch.Tensor, host: torch.Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: not-a-number too, and the sign of zero."""
+    """Whether two tensors are equal bit for bit, including NaNs and the sign of zero."""
     integer = _INTEGER_OF_BYTES.get(host.element_size())
     if integer is None or tensor.is_conj() or tensor.is_neg():
         return False

@@ -1,7 +1,7 @@
 """Where the memory of a training step goes: from a simulation, or from the device's own record.
 
-What each allocation is for is noted while the step runs or is traced (`attribution`, `watching`);
-`peak` adds it up. It says nothing of time.
+`attribution` and `watching` note what each allocation is for, while the step is traced or runs.
+`peak` adds the bytes up. A profile says nothing about time.
 """
 
 from __future__ import annotations

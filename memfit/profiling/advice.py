@@ -1,7 +1,7 @@
-"""Which changes to a step would free most at its peak, each of them simulated.
+"""Which changes to a step would free most at its peak. Each change is simulated.
 
-Activation functions in place are not among them: autograd keeps a ReLU's output whether or not it
-was written over its input, which nobody keeps, so that the peak is the same.
+In-place activation functions are not among the changes, because they do not lower the peak.
+Autograd keeps the output of a ReLU in both cases, and it keeps the input in neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def advise(
         backend: The card.
 
     Returns:
-        At most three; none frees less than a hundredth of the peak.
+        At most three. Each one frees at least a hundredth of the peak.
     """
     context_bytes = backend.gpu.context_bytes
     now = backend.needed_bytes(step, profile.batch_size)
@@ -44,7 +44,7 @@ def advise(
         try:
             needed = _needed_bytes(change, profile.batch_size, backend)
         except MemfitError:
-            # A model without the switch.
+            # This model cannot be changed in this way.
             continue
         if now - needed < least:
             continue
@@ -64,13 +64,13 @@ def advise(
 def _needed_bytes(change: StepChange, batch_size: int, backend: SimulatedBackend) -> int:
     if not change.needs_fused_attention:
         return backend.needed_bytes(change.step, batch_size)
-    # The step is the same to a cache of traces, so this one has a cache of its own.
+    # A cache of traces cannot tell the two steps apart, so this simulation gets its own cache.
     with timm_models.fused_attention():
         return SimulatedBackend(backend.gpu).needed_bytes(change.step, batch_size)
 
 
 def _bound_bytes(kind: ChangeKind, profile: MemoryProfile) -> int:
-    """Return the most that a kind of change could free: what it bears on."""
+    """Return the most bytes that a kind of change could free."""
     held = profile.peak.bytes_of
     loose = held(Role.FRAGMENTATION) + held(Role.WORKSPACES)
     in_passes = held(Role.ACTIVATIONS) + held(Role.TEMPORARIES) + loose
@@ -89,6 +89,6 @@ def _bound_bytes(kind: ChangeKind, profile: MemoryProfile) -> int:
 
 
 def _classifier_bytes(profile: MemoryProfile) -> int:
-    """What modules hold that timm's models call their classifier, and the loss."""
+    """Return the bytes of the loss and of the modules that are classifiers in timm's models."""
     names = {"head", "fc", "classifier", "head.fc", "(loss)"}
     return sum(share.num_bytes for share in profile.peak.modules if share.module in names)

@@ -1,8 +1,8 @@
 """What every allocation of a traced step is for: its role, module, operation and source line.
 
-Parameters, gradients and the optimizer's state are known by their storage. What is left of forward
-when backward begins was saved for backward; what ends in the phase that made it is temporary. It
-changes nothing of what is traced.
+Parameters, gradients and the optimizer's state are recognised by their storage. A tensor of forward
+that still lives when backward begins was saved for backward. A tensor that is freed in the phase
+that made it is temporary. Watching does not change the trace.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Attribution"]
 
 @dataclasses.dataclass(slots=True)
 class _Note:
-    """What is known of an allocation so far."""
+    """What is known about an allocation so far."""
 
     module: str
     source_line: str | None
@@ -71,7 +71,7 @@ class Attribution:
         note = self._notes[block_id]
         role = note.role
         if role is None and note.is_forward and note.outlives_phase:
-            # What no step gives back is the model's own, such as a table made when first needed.
+            # If no step frees it, it belongs to the model, such as a table made at its first use.
             role = Role.ACTIVATIONS if note.is_freed else Role.BUFFERS
         return Purpose(
             role=role or Role.TEMPORARIES, module=note.module, source_line=note.source_line
@@ -82,8 +82,8 @@ class Attribution:
         """Begin to watch a step.
 
         Args:
-            prepared: The step; its batches and its precision policy are wrapped.
-            mark: Writes the name of a phase between the events.
+            prepared: The step. Its batches and its precision policy are wrapped.
+            mark: A function that writes the name of a phase between the events.
         """
         # A step may be traced a second time, at other batch sizes.
         self._notes.clear()
@@ -137,13 +137,13 @@ class Attribution:
         )
 
     def freed(self, block_id: int) -> None:
-        """Take note of a storage's end."""
+        """Take note that a storage was freed."""
         assert self._phases is not None
         note, phase = self._notes[block_id], self._phases.current
         note.is_freed = True
         if phase is None or note.phase != phase.index:
             return
-        # A recomputed activation ends in the phase that made it, but not while recomputing.
+        # A recomputed activation is freed in the phase that made it, but after the recomputation.
         is_kept = phase.name == BACKWARD and note.is_forward and not torch.is_grad_enabled()
         note.outlives_phase = is_kept
 
@@ -165,7 +165,10 @@ class Attribution:
         return stack.of_sequence(number) or LOSS, self._lines_of_nodes.get(number)
 
     def _resident(self, tensor: torch.Tensor, key: int) -> _Note:
-        """What is there before the first iteration: the model, and a given optimizer's state."""
+        """Return the note of a tensor that exists before the first iteration.
+
+        It belongs to the model, or to the state of an optimizer that the user gave.
+        """
         is_parameter = isinstance(tensor, nn.Parameter)
         return _Note(
             module=self._modules_of_storages.get(key, OPTIMIZER),

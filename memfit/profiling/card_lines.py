@@ -1,4 +1,4 @@
-"""Batch size against memory, on every card that is asked for."""
+"""The memory that each batch size needs, on every card that the user asks for."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def card_lines(
     """Draw the line of every card.
 
     Args:
-        steps: The cards, and the step on each, its precision chosen.
-        batch_size: A batch size that every line has a point at.
+        steps: The cards, each with the step that runs on it. The step's precision is chosen.
+        batch_size: A batch size at which every line has a point.
 
     Returns:
-        Lines through the same batch sizes, up to somewhat beyond what the largest card takes.
+        Lines through the same batch sizes. They end a little beyond the largest batch size that
+        fits any of the cards.
 
     Raises:
         UnsupportedError: The step cannot be traced without values.

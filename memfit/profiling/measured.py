@@ -1,7 +1,8 @@
 """Profiles a training step on the device that is there, from the device's own record.
 
-On a GPU that is the caching allocator's history, on a CPU torch.profiler's memory events. The step
-runs three times and the third is recorded: the optimizer's state is there then.
+On a GPU, the record is the caching allocator's history. On a CPU, it is the memory events of
+torch.profiler. The step runs three times. Only the third run is recorded, because the optimizer's
+state exists by then.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ _LOG_LEVEL: Final = "KINETO_LOG_LEVEL"
 
 
 class DeviceFacts(Protocol):
-    """What a profile says of the device that it ran on."""
+    """What a profile reports about the device that it ran on."""
 
     @property
     def device_name(self) -> str:
-        """What reports call it."""
+        """The name of the device in reports."""
         ...
 
     def capacity(self) -> Capacity:
@@ -71,9 +72,9 @@ def profile_device(
     """Run a training step on a device and record its allocations.
 
     Args:
-        step: What to train, its precision chosen.
+        step: The step to train. Its precision is chosen.
         batch_size: Samples in each micro-batch, at least 1.
-        backend: Says what the device is and has.
+        backend: Says which device it is and how much memory it has.
         device: The device.
 
     Raises:
@@ -87,7 +88,7 @@ def profile_device(
         if oom.classify(error) is oom.Likelihood.NO:
             raise
         message = oom.first_line(error)
-    # Only here, out of the except block, are the step's tensors gone.
+    # The except block keeps the step's tensors alive, so memory is released after it.
     release(device)
     if recorded is None:
         raise DoesNotFitError(
@@ -121,8 +122,8 @@ def profile_current_gpu(backend: Backend, step: TrainingStep, batch_size: int) -
     """Profile a step on the current CUDA device; see `profile_device`.
 
     Args:
-        backend: Says what the device is and has.
-        step: What to train, its precision chosen.
+        backend: Says which device it is and how much memory it has.
+        step: The step to train. Its precision is chosen.
         batch_size: Samples in each micro-batch, at least 1.
     """
     return profile_device(step, batch_size, backend, torch.device("cuda"))
@@ -198,7 +199,7 @@ def _copy_bytes(step: TrainingStep) -> int | None:
 
 @contextlib.contextmanager
 def _quiet_profiler() -> Iterator[Any]:
-    """Profile memory without the log lines that Kineto writes where it finds no GPU."""
+    """Profile memory. Hide the log lines that Kineto writes when it finds no GPU."""
     is_set = _LOG_LEVEL in os.environ
     os.environ.setdefault(_LOG_LEVEL, "99")
     try:
@@ -214,7 +215,7 @@ def _quiet_profiler() -> Iterator[Any]:
 def _memory_events(
     tree: Any, operation: str = "", line: str | None = None
 ) -> Iterator[RecordedEvent]:
-    """Yield the memory events of a profiler's tree, each with what it happened in."""
+    """Yield the memory events of a profiler's tree, each with the operation that caused it."""
     for event in tree:
         fields = event.extra_fields
         if event.tag.name == "Allocation":
@@ -229,7 +230,7 @@ def _memory_events(
             continue
         inner, inner_line = operation, line
         if event.tag.name == "TorchOp":
-            # What only makes room is told by what it makes room for.
+            # An operation that only allocates is reported as the operation that called it.
             if event.name.startswith("aten::") and not event.name.startswith(_MAKES_ROOM):
                 inner = event.name
         elif event.tag.name in ("PyCall", "PyCCall"):

@@ -1,8 +1,8 @@
-"""Which module is at work: in forward by hooks, in backward by autograd's sequence numbers.
+"""Which module is running. Hooks tell it in forward, autograd's sequence numbers in backward.
 
-A node of the graph takes its sequence number when forward makes it, so the module whose forward was
-running then is the module whose backward it is. Nothing is registered on tensors or nodes, and no
-tensor is held: what is watched allocates and frees as it would unwatched.
+A node of the graph gets its sequence number when forward makes it. The module that was running at
+that time is the module that the node belongs to. Nothing is registered on tensors or nodes, and no
+tensor is kept alive, so the step allocates and frees the same as without watching.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _STARTS_THE_STEP = runner.__file__
 
 
 def parameters_of(prepared: runner.PreparedStep) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every parameter of a step, that of a loss too, with the path of its module."""
+    """Yield every parameter of the model and of the loss, with the path of its module."""
     for name, module in _parts(prepared):
         for path, parameter in module.named_parameters():
             yield _owner(name, path), parameter
 
 
 def buffers_of(prepared: runner.PreparedStep) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every buffer of a step, that of a loss too, with the path of its module."""
+    """Yield every buffer of the model and of the loss, with the path of its module."""
     for name, module in _parts(prepared):
         for path, buffer in module.named_buffers():
             yield _owner(name, path), buffer
@@ -72,11 +72,11 @@ def _owner(name: str, path: str) -> str:
 
 
 class ModuleStack:
-    """The modules of a model, and which of them is at work.
+    """The modules of a model, and which of them is running.
 
     Args:
         model: The model.
-        entered: Called with a path whenever another module is at work in forward.
+        entered: Called with the path of a module whenever the running module changes in forward.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class ModuleStack:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Follow the model's modules as they are called."""
-        # A torch without it is to be refused here, and not from inside a hook.
+        """Follow the calls of the model's modules."""
+        # If this torch lacks the function, the error must come from here and not from a hook.
         sequence_number()
         handles = (
             hooks.register_module_forward_pre_hook(self._enter),
@@ -105,7 +105,7 @@ class ModuleStack:
 
     @property
     def current(self) -> str | None:
-        """The module at work in forward; `None` outside the model."""
+        """The module whose forward is running; `None` outside the model."""
         return self._stack[-1] if self._stack else None
 
     def of_node(self, node: Any) -> str | None:
@@ -113,7 +113,7 @@ class ModuleStack:
         return self.of_sequence(sequence_number_of(node))
 
     def of_sequence(self, number: int) -> str | None:
-        """Return the module that was at work when a sequence number was given out."""
+        """Return the module that was running when autograd gave out a sequence number."""
         index = bisect_right(self._begins, number) - 1
         return self._at[index] if index >= 0 else None
 
@@ -135,15 +135,15 @@ class ModuleStack:
 
 
 class SourceLines:
-    """The innermost line of the step, outside torch and memfit, that is being run."""
+    """The innermost line that is running and that belongs neither to torch nor to memfit."""
 
     def __init__(self) -> None:
         self._files: dict[CodeType, str | None] = {}
 
     def current(self) -> str | None:
-        """Return it as `file:line`; `None` where only torch and memfit are at work."""
+        """Return the line as `file:line`; `None` if only torch and memfit are running."""
         frame: FrameType | None = inspect.currentframe()
-        # Beyond what starts the step is whoever asked for the profile.
+        # Frames outside the start of the step belong to the caller of the profile.
         while frame is not None and frame.f_code.co_filename != _STARTS_THE_STEP:
             code = frame.f_code
             if code not in self._files:
@@ -156,13 +156,14 @@ class SourceLines:
 
 
 def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
-    """Return the innermost line of a recorded stack that is the step's own.
+    """Return the innermost line of a recorded stack that belongs to the step.
 
     Args:
         frames: Files and lines, the innermost first.
 
     Returns:
-        `file:line`; `None` where there is none before memfit's own, beyond which is whoever asked.
+        `file:line`; `None` if memfit's own frames come first. The frames outside those belong to
+        the caller of the profile.
     """
     for filename, line in frames:
         if is_own_file(filename):
@@ -174,16 +175,16 @@ def line_of(frames: Iterable[tuple[str, int]]) -> str | None:
 
 
 def is_own_file(filename: str) -> bool:
-    """Whether a file is memfit's; torch.profiler's names are relative to the import path."""
+    """Whether a file belongs to memfit. torch.profiler names it relative to the import path."""
     path = Path(filename)
     return path.is_relative_to(_OWN) if path.is_absolute() else path.parts[:1] == (_OWN.name,)
 
 
 def shown_file(filename: str) -> str | None:
-    """Return how a file is called in reports; `None` for torch's, memfit's and Python's own.
+    """Return the name of a file in reports; `None` for a file of torch, memfit or Python.
 
     Args:
-        filename: Its path; torch.profiler's are relative to the import path.
+        filename: Its path. A path from torch.profiler is relative to the import path.
     """
     path = Path(filename)
     if not path.is_absolute():

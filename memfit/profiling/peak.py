@@ -1,4 +1,4 @@
-"""Adds up what the blocks of a step hold at its peak, by role and by module. Knows no torch."""
+"""Adds up the bytes of a step's blocks at its peak, by role and by module. Does not use torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ CONTEXT = "(CUDA context)"
 
 
 def peak_moment(timeline: Timeline) -> int:
-    """Return the moment with the most allocated bytes among those with the most reserved ones.
+    """Return the moment of the peak.
+
+    The peak has the most reserved bytes. Among such moments it is the one with the most allocated
+    bytes.
 
     Args:
         timeline: At least one moment.
@@ -31,16 +34,16 @@ def peak_of(blocks: Iterable[MemoryBlock], timeline: Timeline, *, context_bytes:
     """Add up a step's peak.
 
     Args:
-        blocks: Every allocation of the timeline; those that live at any moment hold its allocated
-            bytes.
+        blocks: Every allocation of the timeline. The blocks that live at a moment add up to its
+            allocated bytes.
         timeline: The step.
-        context_bytes: What the process takes beside the allocator.
+        context_bytes: Bytes of the device that the process takes outside the allocator.
 
     Returns:
-        The peak, whose roles and modules sum to its total.
+        The peak. Its roles add up to its total, and so do its modules.
 
     Raises:
-        ValueError: The blocks do not hold what the timeline says.
+        ValueError: The blocks do not add up to the bytes of the timeline.
     """
     moment = peak_moment(timeline)
     allocated, reserved = timeline.allocated_bytes[moment], timeline.reserved_bytes[moment]

@@ -1,4 +1,4 @@
-"""Where a training step stands: its batch, forward, backward, the optimizer."""
+"""The phases of a training step: making the batch, forward, backward, the optimizer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CurrentPhase:
 
     Args:
         name: `forward`, `backward` or `optimizer`.
-        index: Its number since the beginning, from 1.
-        is_making_batch: Forward has not begun; its batch is being made.
+        index: The number of the phase since the beginning, from 1.
+        is_making_batch: The batch is being made, before forward begins.
     """
 
     name: str
@@ -36,9 +36,9 @@ class CurrentPhase:
 
 
 def states_of(optimizer: Optimizer) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Yield the tensors of an optimizer's state, each with the parameter that it is of.
+    """Yield the tensors of an optimizer's state, each with its parameter.
 
-    One that wraps another, such as timm's Lookahead, may leave the state to that one.
+    An optimizer that wraps another one, such as timm's Lookahead, may keep its state there.
 
     Args:
         optimizer: The optimizer.
@@ -81,7 +81,7 @@ class Phases:
 
     @contextlib.contextmanager
     def watched(self, prepared: PreparedStep) -> Iterator[None]:
-        """Follow a step; it is as before afterwards."""
+        """Follow a step. At the end, the step is as it was before."""
         precision_policy, make_batch = prepared.precision_policy, prepared.make_batch
 
         def watched_batch(batch_size: int) -> tuple[Any, tuple[Any, ...]]:
@@ -105,7 +105,7 @@ class Phases:
 
 
 class _WatchedPrecision:
-    """Another precision policy, with its phases told."""
+    """A precision policy that reports its phases and calls another policy for the work."""
 
     def __init__(self, precision_policy: PrecisionPolicy, phases: Phases) -> None:
         self._policy = precision_policy

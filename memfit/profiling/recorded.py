@@ -1,6 +1,6 @@
-"""From what a device recorded of a step, and what was noted meanwhile, to its blocks.
+"""Makes the blocks of a step from a device's record and from notes taken while the step ran.
 
-Allocations are matched with notes by address and time. Knows no torch.
+Allocations are matched with notes by address and time. This module does not use torch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _UNKNOWN: Final = "(unknown)"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedEvent:
-    """Something that an allocator recorded.
+    """One event that an allocator recorded.
 
     Args:
-        time_ns: When, in nanoseconds since 1970.
-        action: What.
-        address: Where.
-        num_bytes: How much.
-        operation: What was running, as the recording has it.
-        source_line: Where in the user's code, as `file:line`.
+        time_ns: Its time, in nanoseconds since 1970.
+        action: What happened.
+        address: The address of the block or segment.
+        num_bytes: Its size.
+        operation: The operation that was running, by its name in the recording.
+        source_line: The line of the user's code that led to it, as `file:line`.
     """
 
     time_ns: int
@@ -58,7 +58,7 @@ class PhaseStart:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleActive:
-    """Another module is at work; in forward, or as its backward runs."""
+    """From this time on another module is running, in forward or in backward."""
 
     time_ns: int
     module: str
@@ -67,7 +67,7 @@ class ModuleActive:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class KnownBlock:
-    """What the block at an address is, known once it is a parameter's gradient or the like."""
+    """The role of the block at an address, such as a parameter's gradient."""
 
     time_ns: int
     address: int
@@ -80,9 +80,9 @@ class Notes:
     """What was noted while a step ran.
 
     Args:
-        phases: Its phases.
-        work: Which module was at work.
-        settled: What is at which address.
+        phases: The phases of the step.
+        work: Which module was running at which time.
+        settled: The role of the block at each known address.
         copies: For every module, the bytes of its parameters in autocast's type.
     """
 
@@ -94,7 +94,7 @@ class Notes:
 
 @dataclasses.dataclass(slots=True)
 class _Open:
-    """A block that lives."""
+    """A block that is not freed yet."""
 
     module: str
     operation: str
@@ -122,11 +122,12 @@ class _Open:
 def events_of(
     history: Iterable[HistoryEntry], *, line_of: Callable[[Iterable[tuple[str, int]]], str | None]
 ) -> tuple[RecordedEvent, ...]:
-    """Return a recorded history with the line of the user's code that each entry is of.
+    """Return a recorded history, each entry with the line of the user's code that led to it.
 
     Args:
         history: What an allocator recorded.
-        line_of: From a stack's files and lines, the innermost first, to the line that is shown.
+        line_of: A function from a stack's files and lines, the innermost first, to the line to
+            show.
     """
     return tuple(
         RecordedEvent(
@@ -148,14 +149,14 @@ def assemble(
     *,
     reserved_bytes: int | None,
 ) -> tuple[Timeline, tuple[MemoryBlock, ...]]:
-    """Put a recording together.
+    """Make a timeline and blocks from a recording.
 
     Args:
         events: What was allocated and freed, in any order.
-        residents: What was there when it began.
-        notes: What was noted meanwhile.
-        reserved_bytes: What was taken from the device when it began; `None` where there is no
-            caching allocator, and what is handed out is all there is.
+        residents: The blocks that existed when the recording began.
+        notes: What was noted while the step ran.
+        reserved_bytes: Bytes that were reserved when the recording began; `None` if there is no
+            caching allocator. Then reserved and allocated bytes are the same.
 
     Returns:
         The timeline and every block that lived in it.
@@ -173,7 +174,7 @@ def assemble(
 
 
 class _Sweep:
-    """A recording being read, in the order of time."""
+    """Reads a recording in the order of time."""
 
     def __init__(
         self, residents: Sequence[Resident], notes: Notes, reserved_bytes: int | None
@@ -218,7 +219,7 @@ class _Sweep:
             self._reserved += segment_bytes(item.action, item.num_bytes)
 
     def finished(self) -> tuple[Timeline, tuple[MemoryBlock, ...]]:
-        """Close what still lives."""
+        """Close the blocks that still live, and return the result."""
         living = [
             block.closed(
                 Role.WORKSPACES
@@ -270,7 +271,7 @@ class _Sweep:
     def _free(self, address: int) -> None:
         block = self._open.pop(address, None)
         if block is None:
-            # It was there before the recording, and nothing is known of it.
+            # The block is older than the recording, and nothing is known about it.
             return
         ends_where_it_began = block.phase == len(self._marks) and (
             self._phase != "backward" or (self._work is not None and self._work.is_forward)

@@ -1,7 +1,8 @@
-"""From what the watch of a rehearsal recorded to a step's timeline, peak and blocks.
+"""Makes a step's timeline, peak and blocks from the record of a rehearsal.
 
-The step is the one that needs most; where memory ran out, it is the one that did not get to its
-end. The watch notes what parameters, gradients, state and inputs are where (`rehearsal.watch`).
+The step is the one that needs the most memory. If memory ran out, it is the step in which that
+happened. The watch notes the addresses of parameters, gradients, optimizer state and inputs
+(`rehearsal.watch`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["recorded_step", "write_snapshot"]
 
 
 def recorded_step(found: Rehearsed) -> RecordedStep:
-    """Return the step that decides.
+    """Return the step that a rehearsal's peak comes from.
 
     Args:
         found: A rehearsal with its history.
@@ -57,14 +58,14 @@ def recorded_step(found: Rehearsed) -> RecordedStep:
 
 
 def write_snapshot(found: Rehearsed, path: Path) -> None:
-    """Write what `torch.cuda.memory._snapshot()` returned at the end of the step that decides.
+    """Write what `torch.cuda.memory._snapshot()` returned at the end of that step.
 
     Args:
         found: A rehearsal with its history.
-        path: Where to.
+        path: The file to write.
 
     Raises:
-        UsageError: Nothing was recorded, or it cannot be written.
+        UsageError: Nothing was recorded, or the file cannot be written.
     """
     history, _ = _history(found)
     try:

@@ -1,8 +1,8 @@
-"""A traced step on the model of the allocator, with what happens to every block kept.
+"""Replays a traced step on the model of the allocator, and keeps the history of every block.
 
-As many iterations run as in a trial, until the peak has settled, and the last is the one that is
-shown: the optimizer's state is there, and the allocator holds what it will go on holding. Knows no
-torch.
+Iterations run until the peak has settled, as in a trial. The last iteration is the one that is
+shown, because by then the optimizer's state exists and the allocator's cache no longer changes.
+This module does not use torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Purpose:
 
     Args:
         role: Its role.
-        module: The path of its module, or what stands for one.
+        module: The path of its module, or a name such as `(loss)` in its place.
         source_line: The line that led to it, as `file:line`.
     """
 
@@ -44,9 +44,9 @@ class Entry:
 
     Args:
         action: What happened.
-        address: Where.
-        num_bytes: How much: what was handed out, or the segment.
-        block: The allocation, where it is one.
+        address: The address of the block or segment.
+        num_bytes: The size of the block that was handed out, or of the segment.
+        block: The block; `None` for a segment.
     """
 
     action: Action
@@ -60,10 +60,10 @@ class ReplayOutOfMemory:
     """The request that found no room.
 
     Args:
-        request: What was asked for.
-        phase: What the step was doing; `None` before its first phase.
-        reserved_bytes: What the allocator had taken by then.
-        allocated_bytes: What it had handed out.
+        request: The request.
+        phase: The phase of the step; `None` before its first phase.
+        reserved_bytes: Bytes that the allocator had reserved by then.
+        allocated_bytes: Bytes that it had handed out.
     """
 
     request: MemoryBlock
@@ -74,14 +74,14 @@ class ReplayOutOfMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """What a replay gave.
+    """The result of a replay.
 
     Args:
         timeline: The last iteration.
-        blocks: What lived in it, in the order of allocation.
-        history: Everything that happened since the start; empty where it was not asked for.
-        segments: What the allocator holds in the end.
-        addresses: The blocks that are in the segments, by address.
+        blocks: The blocks that lived in it, in the order of allocation.
+        history: Every event since the start; empty if it was not kept.
+        segments: The segments that the allocator holds at the end.
+        addresses: The blocks in these segments, by address.
     """
 
     timeline: Timeline
@@ -106,11 +106,11 @@ def replay(
     Args:
         schedule: Its events.
         batch_size: Samples in each micro-batch.
-        purpose: From an allocation of the schedule to what it is for.
-        workspaces: What libraries keep, in bytes by allocation.
+        purpose: A function from an allocation of the schedule to its purpose.
+        workspaces: Bytes that libraries keep, by allocation.
         settings: The allocator's options.
-        capacity_bytes: What the allocator can take; `None` for as much as is asked for.
-        keeps_history: Keep every event, for a snapshot.
+        capacity_bytes: Bytes that the allocator can reserve; `None` for no limit.
+        keeps_history: Keep every event, so that a snapshot can be made.
 
     Returns:
         The last iteration, or the request that found no room.
@@ -133,7 +133,7 @@ def replay(
 
 
 def phases_of(marks: list[tuple[str, int]]) -> tuple[Phase, ...]:
-    """Count the micro-batches in a list of phases' names and first moments."""
+    """Return phases, numbered by micro-batch, from their names and first moments."""
     phases = []
     num_forwards = 0
     for name, begin in marks:
@@ -158,7 +158,7 @@ class _Open:
 
 
 class _Run:
-    """A replay under way."""
+    """A replay that is running."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Run:
         self._reserved: list[int] = []
 
     def start(self) -> None:
-        """Begin an iteration: what lives was there before it."""
+        """Begin an iteration. The blocks that live now were made before it."""
         for held in self._open.values():
             held.block = dataclasses.replace(held.block, born=None)
         self._closed, self._marks, self._allocated, self._reserved = [], [], [], []
@@ -208,7 +208,7 @@ class _Run:
         self._reserved.append(stats.reserved_bytes)
 
     def finished(self) -> Replay:
-        """Return what the last iteration was."""
+        """Return the result, with the last iteration."""
         living = [held.block for held in self._open.values()]
         blocks = [*living, *self._closed]
         return Replay(

@@ -1,4 +1,4 @@
-"""Profiles a training step on a GPU that is not there."""
+"""Profiles a training step on a simulated GPU."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def profile_gpu(
     """Profile a training step on a card of the catalogue.
 
     Args:
-        step: What to train, its precision chosen.
+        step: The step to train. Its precision is chosen.
         batch_size: Samples in each micro-batch, at least 1.
         gpu: The card.
-        traces: Takes over the trace, for what is asked next.
-        keeps_history: Keep every event, for a snapshot.
+        traces: A cache that the trace is added to, so that later simulations need not trace again.
+        keeps_history: Keep every event, so that a snapshot can be made.
 
     Raises:
         UnsupportedError: The step cannot be traced without values.

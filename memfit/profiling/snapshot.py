@@ -23,9 +23,9 @@ class Profiled:
     """A profile, and the history behind it.
 
     Args:
-        profile: The profile; its cards and advice are still to come.
-        snapshot: The allocator's history in PyTorch's format; `None` where it was not asked for,
-            or there is no caching allocator.
+        profile: The profile. Its cards and its advice are added later.
+        snapshot: The allocator's history in PyTorch's format; `None` if it was not kept, or if
+            there is no caching allocator.
     """
 
     profile: MemoryProfile
@@ -33,14 +33,14 @@ class Profiled:
 
 
 def snapshot_of(replay: Replay) -> dict[str, Any]:
-    """Return what `torch.cuda.memory._snapshot()` would at the end of a replay.
+    """Return what `torch.cuda.memory._snapshot()` would return at the end of a replay.
 
     Args:
-        replay: One that kept its history.
+        replay: A replay that kept its history.
 
     Returns:
-        Plain values to be pickled: the segments as they are in the end, and every event on device
-        0. Each frame list begins with the operation, the role and the module.
+        Plain values that can be pickled: the segments at the end, and every event on device 0. Each
+        frame list begins with the operation, the role and the module.
     """
     return {
         "segments": [_segment(segment, replay) for segment in replay.segments],
@@ -100,5 +100,5 @@ def _frames(block: MemoryBlock | None) -> list[dict[str, Any]]:
 
 
 def _shown(address: int) -> int:
-    # Expandable segments begin beyond what a 47-bit address can say.
+    # Expandable segments have addresses that need more than 47 bits.
     return _BASE_ADDRESS + address if address < _MAX_ADDRESS else address

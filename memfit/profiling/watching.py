@@ -1,8 +1,8 @@
-"""Notes down, while a real step runs, what will tell its allocations apart afterwards.
+"""Takes notes while a real step runs, so that its allocations can be told apart afterwards.
 
-Hooks write the time at which each module begins and ends, in forward and, through the graph's
-nodes, in backward; and the addresses of parameters, gradients, optimizer state and batches. Nothing
-is held, so the step allocates and frees as it does without.
+Hooks note the times at which each module begins and ends. In backward, they are hooks of the
+graph's nodes. The addresses of parameters, gradients, optimizer state and batches are noted too. No
+tensor is kept alive, so the step allocates and frees the same as without the notes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ __all__ = ["StepNotes"]
 
 
 class StepNotes:
-    """What is noted of a prepared step.
+    """The notes of a prepared step.
 
     Args:
         prepared: The step.
-        copy_bytes: Bytes of an element of what autocast casts parameters to; `None` without it.
-        rounds_to: What the allocator rounds requests to, in bytes.
+        copy_bytes: Bytes of an element in the type that autocast casts parameters to; `None`
+            without autocast.
+        rounds_to: The allocator rounds requests up to a multiple of this many bytes.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class StepNotes:
             yield
 
     def start(self) -> tuple[tuple[int, int], ...]:
-        """Forget what was noted, and note what is there before the step that follows.
+        """Drop all notes, and note which tensors exist before the next step.
 
         Returns:
-            Address and bytes of every storage that is known.
+            Address and bytes of every known storage.
         """
         self._phases.clear()
         self._work.clear()
@@ -121,7 +122,7 @@ class StepNotes:
                 self._settle(leaf, Role.INPUTS, BATCH)
 
     def _see_graph(self, loss: torch.Tensor) -> None:
-        """Have every node of the graph say when it runs."""
+        """Hook every node of the graph, so that the time at which it runs is noted."""
         seen = {loss.grad_fn}
         left = [loss.grad_fn]
         while left:
