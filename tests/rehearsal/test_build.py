@@ -159,7 +159,8 @@ def test_first_use_compiles_into_a_folder_of_the_users_own(
     assert folder.name.startswith(build.sources_digest())
     assert folder.stat().st_mode & 0o777 == 0o700
     assert [path.name for path in cache.iterdir()] == [folder.name]
-    assert {path.name for path in folder.iterdir()} == {build.LIBRARY, build.NVML_LIBRARY}
+    names = {build.LIBRARY, build.NVML_LIBRARY, build.LINKED_NAME}
+    assert {path.name for path in folder.iterdir()} == names
 
     # It is not compiled again, and not loaded when somebody else could have written it.
     monkeypatch.setenv("CC", "/bin/false")
