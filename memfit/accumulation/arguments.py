@@ -54,12 +54,12 @@ def check_scheduler(scheduler: object) -> None:
     if not needed:
         return
     if "epoch" in needed:
-        when = "step_update(num_updates) after accumulator.step, or step(epoch) after each epoch,"
+        call = "step_update(num_updates) after accumulator.step, or step(epoch) after each epoch"
     else:
-        when = f"step({', '.join(needed)}) where you know it, such as after each evaluation,"
+        call = f"step({', '.join(needed)}) where it is known, such as after each evaluation"
     raise UsageError(
-        f"{name}.step needs {' and '.join(needed)}, which Accumulator does not know: call its "
-        f"{when} yourself, and give Accumulator no scheduler."
+        f"{name}.step needs {' and '.join(needed)}, which Accumulator does not know: give "
+        f"Accumulator no scheduler, and call the scheduler's own {call}."
     )
 
 

@@ -7,6 +7,7 @@ counted over the whole effective batch first. Counting over several ranks is `ra
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, cast
 
@@ -78,7 +79,7 @@ def _number(count: object) -> float:
                 f"{tuple(count.shape)}: end the function with .sum()."
             )
         return float(count)
-    if not isinstance(count, (int, float)):
+    if not isinstance(count, numbers.Real):
         raise WorkloadError(
             f"The weight of a micro-batch must be one number, not {type(count).__name__}."
         )

@@ -38,7 +38,7 @@ class SharpnessAware(Optimizer):
     [
         (
             lr_scheduler.ReduceLROnPlateau,
-            r"ReduceLROnPlateau.step needs metrics, which .* call its step\(metrics\) where",
+            r"ReduceLROnPlateau.step needs metrics, which .* own step\(metrics\) where",
         ),
         (
             lambda optimizer: timm.scheduler.CosineLRScheduler(optimizer, t_initial=10),

@@ -53,6 +53,14 @@ def test_weights_are_the_shares_of_what_is_counted() -> None:
     assert [part.weight for part in micro_batches(plan_of(3, 2), mask, weight="sum")] == [1, 1]
 
 
+def test_counts_of_any_kind_weigh() -> None:
+    """NumPy's numbers, and tensors of one number."""
+    x = torch.arange(6)
+    for count in (lambda b: b.numpy().sum(), lambda b: b.sum(), lambda b: float(b.sum())):
+        parts = micro_batches(plan_of(6, 3), x, weight=count)
+        assert [part.weight for part in parts] == pytest.approx([3 / 15, 12 / 15])
+
+
 def test_micro_batches_are_views() -> None:
     """Nothing is copied."""
     x = torch.zeros(6, 2)
