@@ -16,6 +16,9 @@ with collector_paused(for_good=True):
     from memfit.api.profiling import DEFAULT_GPU, profile
     from memfit.api.steps import default_gpus, has_gpu
     from memfit.api.verifying import verify
+    from memfit.reports.short import register
+
+register()
 
 __all__ = [
     "DEFAULT_GPU",

@@ -7,6 +7,8 @@ import enum
 import math
 from typing import Any, ClassVar
 
+from memfit.records import looks
+
 __all__ = ["SCHEMA_VERSION", "Engine", "Record", "Source", "no_such_answer"]
 
 SCHEMA_VERSION = 1
@@ -44,6 +46,13 @@ class Record:
 
     _derived: ClassVar[tuple[str, ...]] = ()
     """Properties that `to_dict` gives beside the fields."""
+
+    def __str__(self) -> str:
+        return looks.text_of(self) or repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows; `None` for its plain text."""
+        return looks.html_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON, with a `schema_version`.

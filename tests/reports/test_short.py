@@ -1,0 +1,96 @@
+"""A result in print is a short table, and in a notebook too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from accumulation.parts import plan_of
+
+from memfit.records import (
+    Capacity,
+    Outcome,
+    PlanAnswer,
+    PlanSurvey,
+    Precision,
+    ProbeResult,
+    Source,
+    StepOptions,
+    Survey,
+    SurveyAnswer,
+    Trial,
+)
+from memfit.records.looks import html_of
+from memfit.reports.short import register
+from memfit.units import GIB
+
+register()
+
+TRIAL = Trial(
+    batch_size=60, outcome=Outcome.FITS, source=Source.SIMULATED, peak_reserved_bytes=20 * GIB
+)
+RESULT = ProbeResult(
+    subject="net",
+    device="NVIDIA L4",
+    source=Source.SIMULATED,
+    options=StepOptions(precision=Precision.AMP_BF16, optimizer="adamw"),
+    capacity=Capacity(usable_bytes=22 * GIB, total_bytes=23 * GIB, origin="given"),
+    max_batch_size=63,
+    recommended_batch_size=60,
+    edge_found=True,
+    headroom=0.05,
+    multiple_of=1,
+    trials=(TRIAL,),
+    environment=(),
+    seconds=1.0,
+    torch_version="2.15",
+)
+
+
+def test_a_probe_is_four_lines() -> None:
+    """To the letter."""
+    assert str(RESULT) == (
+        "net on NVIDIA L4: amp-bf16, adamw\n"
+        "largest      63  simulated: it fitted, and 64 ran out of memory\n"
+        "recommended  60  20.0 GiB at the peak; 5% kept free\n"
+        "Simulated, not measured, 22.0 GiB usable, 1 trials."
+    )
+
+
+def test_every_result_is_short_in_print_and_a_table_in_a_notebook() -> None:
+    """Plans, surveys and trials; what does not fit says so."""
+    plan = dataclasses.replace(plan_of(64, 30), peak_reserved_bytes=GIB)
+    survey = Survey(
+        subject="net",
+        answers=(
+            SurveyAnswer(gpu="A", result=RESULT),
+            SurveyAnswer(gpu="B <small>", result=None, reason="no"),
+        ),
+        remarks=("No GPU was named.",),
+    )
+    plans = PlanSurvey(
+        subject="net",
+        effective_batch_size=64,
+        world_size=2,
+        answers=(PlanAnswer(gpu="A", plan=plan), PlanAnswer(gpu="B", plan=None)),
+    )
+    for record, signs in (
+        (plan, ("64 samples a step", "22 + 2 x 21", "1024 MiB of 1024 MiB")),
+        (survey, ("63", "60", "does not fit", "No GPU was named.")),
+        (plans, ("over 2 ranks", "22 + 2 x 21", "does not fit")),
+        (TRIAL, ("batch size 60", "fits", "20.0 GiB")),
+    ):
+        text, shown = str(record), record._repr_html_()
+        assert len(text.splitlines()) <= 8
+        assert shown is not None
+        assert shown.count("<tr>") <= 6
+        for sign in signs:
+            assert sign in text
+            assert sign in shown
+    assert "B &lt;small&gt;" in (html_of(survey) or "")
+
+
+def test_what_has_no_look_is_its_fields() -> None:
+    """As a dataclass is."""
+    options = StepOptions()
+    assert str(options) == repr(options)
+    assert options._repr_html_() is None
