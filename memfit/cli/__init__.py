@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from memfit import __version__
+from memfit.cli.defaults import defaults_of, find_table
 from memfit.errors import MemfitError
 
 __all__ = ["main", "run"]
@@ -46,8 +48,22 @@ class _Group(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="memfit")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Find the largest batch size that fits, before the run."""
+    found = find_table(Path.cwd())
+    if found is None:
+        return
+    path, table = found
+    context.default_map = defaults_of(path, table, main.commands)
+    own = context.default_map.get(context.invoked_subcommand or "", {})
+    if own:
+        said = ", ".join(f"{name.replace('_', '-')} {_shown(value)}" for name, value in own.items())
+        click.echo(f"Defaults from {path}: {said}.", err=True)
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run() -> NoReturn:

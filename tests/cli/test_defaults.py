@@ -1,0 +1,98 @@
+"""Defaults from pyproject.toml, and what the shell completes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.shell_completion import BashComplete
+from click.testing import CliRunner
+
+from memfit.cli import completion, main
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / "pyproject.toml").write_text(text, encoding="utf-8")
+
+
+def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder inside it too; a command's own table and what is typed go first."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    write(
+        tmp_path,
+        "[tool.memfit]\n"
+        'gpu = ["t4"]\n'
+        'precision = "fp32"\n'
+        "image-size = 64\n"
+        "channels-last = true\n"
+        "model-kwargs = { in_chans = 1 }\n"
+        "[tool.memfit.probe]\n"
+        "max-batch-size = 3\n",
+    )
+    result = run("probe", "test_vit", "--json", "--precision", "amp-fp16", "--engine", "simulate")
+    assert result.exit_code == 0, result.output
+    (plain,) = json.loads(result.stdout)["results"]
+    assert plain["device"] == "Tesla T4"
+    assert plain["max_batch_size"] == 3
+    options = plain["options"]
+    assert (options["precision"], options["image_size"]) == ("amp-fp16", [64, 64])
+    assert (options["channels_last"], options["model_kwargs"]) == (True, [["in_chans", 1]])
+    assert "Defaults from" in result.stderr
+    assert "gpus t4" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[tool.memfit]\nprecisoin = "fp32"\n', "no option 'precisoin'; did you mean precision?"),
+        ("[tool.memfit.probe]\neffective-batch = 3\n", "[tool.memfit.probe] has no option"),
+        ("[tool.memfit]\nprobe = 3\n", "probe is a command, so it has to be a table"),
+        ("[tool.memfit\n", "cannot be read"),
+    ],
+)
+def test_mistakes_in_it_get_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str
+) -> None:
+    """With the file's name."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, text)
+    result = run("gpus", "t4")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert "pyproject.toml" in result.stderr
+
+
+def test_a_project_without_the_table_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is said."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "[tool.other]\nx = 1\n")
+    assert "Defaults" not in run("gpus", "t4").stderr
+
+
+def completed(words: list[str], typed: str) -> list[str]:
+    made = BashComplete(main, {}, "memfit", "_MEMFIT_COMPLETE")
+    return [item.value for item in made.get_completions(words, typed)]
+
+
+def test_models_and_cards_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From timm once, and from the cache after that."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "resnet50" in completed(["probe"], "resnet5")
+    (kept,) = (tmp_path / "memfit").iterdir()
+    assert "resnet50" in kept.read_text(encoding="utf-8").split()
+    monkeypatch.setattr("memfit.step.timm_models.import_timm", lambda: pytest.fail("imported"))
+    for command in ("probe", "plan", "profile", "verify"):
+        assert completed([command], "vit_base_patch16_2") == [
+            name for name in completion.model_names() if name.startswith("vit_base_patch16_2")
+        ]
+    assert "rtx4090" in completed(["probe", "resnet50", "--gpu"], "rtx40")
