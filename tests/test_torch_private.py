@@ -75,6 +75,15 @@ COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
 """Each command on a machine without a GPU, and the names that it needs."""
 
 
+def refusal_of(run: Callable[[], object]) -> str | None:
+    """Return the sentence that a command ends with; `None` if it comes to its end."""
+    try:
+        run()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
 def without_events(_profiler: object) -> Any:
     """Look where a profiler has nothing."""
     return _torch_private.memory_events(object())
@@ -124,13 +133,8 @@ def test_a_name_that_is_gone_gets_a_sentence(
         with pytest.raises(UnsupportedError, match="still works"):
             _torch_private._find(name)
         return
-    messages = []
-    for run in needing:
-        # Some releases come without it to the end; none may end otherwise.
-        try:
-            run()
-        except UnsupportedError as error:
-            messages.append(str(error))
+    # Some releases come to the end without it; none may end otherwise.
+    messages = [message for run in needing if (message := refusal_of(run)) is not None]
     assert messages
     for message in messages:
         assert message.startswith(f"torch {torch.__version__} has no {name}, which memfit needs to")
