@@ -68,7 +68,7 @@ API Status cublasGetFixedPointEmulationMantissaBitCountPointer(const Handle *han
     return OK;
 }
 
-/* The real library's own version. It is asked by name, for it takes a handle only to check it. */
+/* The version of the library that torch brought. */
 API Status cublasGetVersion_v2(const Handle *handle UNUSED, int *version) {
     int parts[3] = {0};
     Status (*property)(int, int *);
