@@ -1,1 +1,1 @@
-"""A training step without its device: traced on meta tensors, replayed on an allocator's model."""
+"""Simulates a training step: traces it on meta tensors, replays it on a model of the allocator."""

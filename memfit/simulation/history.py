@@ -1,9 +1,9 @@
-"""What a real allocator recorded, in PyTorch's format: read, and held against the replay.
+"""Reads what a real allocator recorded, in PyTorch's format, and compares it with a replay.
 
-`torch.cuda.memory._record_memory_history` notes every request and every segment that was taken from
-the device. Whoever reads such a history reads it here: the profile of a GPU, and the test of the
-simulation. `disagreement` replays the requests and says where it first takes other segments. It
-replays one device and one stream. Knows no torch.
+`torch.cuda.memory._record_memory_history` records every request and every segment that is taken
+from the device. This module reads such a history, both to profile a GPU and to test the simulation.
+`disagreement` replays the requests. It returns the first request after which the replay has
+reserved other bytes. It replays one device and one stream. This module does not use torch.
 
 Source: the docstring of `_snapshot` in torch/cuda/memory.py, and torch/cuda/_memory_viz.py.
 """
@@ -50,15 +50,15 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """Something that an allocator recorded.
+    """One event that an allocator recorded.
 
     Args:
-        time_ns: When, in nanoseconds since 1970; 0 where it is not known.
-        action: What.
-        address: Where.
-        num_bytes: How much.
-        stream: On which stream.
-        frames: Where in the program, the innermost first.
+        time_ns: Its time, in nanoseconds since 1970; 0 if it is not known.
+        action: What happened.
+        address: The address of the block or segment.
+        num_bytes: Its size.
+        stream: Its stream.
+        frames: The lines of the program that led to it, the innermost first.
     """
 
     time_ns: int = 0
@@ -71,12 +71,12 @@ class HistoryEntry:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """A block that was there when the recording began.
+    """A block that existed when the recording began.
 
     Args:
-        address: Where.
-        held_bytes: What the allocator had handed out.
-        requested_bytes: What was asked for.
+        address: Its address.
+        held_bytes: Bytes that the allocator had handed out.
+        requested_bytes: Bytes that were requested.
     """
 
     address: int
@@ -89,10 +89,10 @@ class Disagreement:
     """Where a replay first differs from what was recorded.
 
     Args:
-        index: Of the event.
+        index: The index of the event.
         event: The event.
-        recorded_bytes: What the real allocator had reserved after it.
-        replayed_bytes: What the replay had.
+        recorded_bytes: Bytes that the real allocator had reserved after the event.
+        replayed_bytes: Bytes that the replay had reserved after the event.
     """
 
     index: int
@@ -108,10 +108,11 @@ def read_history(
 
     Args:
         entries: `torch.cuda.memory._snapshot()["device_traces"][device]`.
-        since_ns: Earlier entries are left out; in nanoseconds since 1970.
+        since_ns: Earlier entries are left out. In nanoseconds since 1970.
 
     Returns:
-        What was allocated, freed, taken from the device and given back, in the order of recording.
+        Every allocation and free, and every segment that was taken from the device or given back,
+        in the order of recording.
     """
     return tuple(
         HistoryEntry(
@@ -137,10 +138,10 @@ def read_residents(
 
     Args:
         segments: `torch.cuda.memory._snapshot()["segments"]`.
-        device_index: Of the device.
+        device_index: The index of the device.
 
     Returns:
-        The blocks in use, and the bytes that are reserved.
+        The blocks in use, and the number of reserved bytes.
     """
     own = [segment for segment in segments if segment["device"] == device_index]
     residents = []
@@ -160,15 +161,15 @@ def read_residents(
 
 
 def segment_bytes(action: Action, num_bytes: int) -> int:
-    """Return by how much an action changes what is taken from the device."""
+    """Return by how many bytes an action changes the reserved memory."""
     return _SIGNS.get(action, 0) * num_bytes
 
 
 def events_of(history: Iterable[HistoryEntry]) -> tuple[Event, ...]:
-    """Return a history as events to replay; an allocation's id is its address.
+    """Return a history as events that can be replayed. An allocation's id is its address.
 
     Raises:
-        UsageError: It has more than one stream.
+        UsageError: The history has more than one stream.
     """
     kept = tuple(history)
     streams = {entry.stream for entry in kept}
@@ -185,15 +186,15 @@ def disagreement(
     settings: AllocatorSettings | None = None,
     capacity_bytes: int | None = None,
 ) -> Disagreement | None:
-    """Replay the requests of a history, and compare what is reserved after every one.
+    """Replay the requests of a history, and compare the reserved bytes after each one.
 
     Args:
-        events: A history from an empty allocator.
-        settings: The options it ran with.
-        capacity_bytes: What the real allocator could take; `None` where it never ran short.
+        events: A history that began with an empty allocator.
+        settings: The options that the real allocator ran with.
+        capacity_bytes: Bytes that the real allocator could reserve; `None` if it never ran out.
 
     Returns:
-        The first difference; `None` where there is none.
+        The first difference; `None` if there is no difference.
     """
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=settings)
     recorded = 0

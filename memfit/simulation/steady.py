@@ -1,9 +1,10 @@
-"""From traced iterations to a step that repeats.
+"""Finds the iteration of a traced step that repeats.
 
-A training step repeats itself, but seldom from its first iteration on: the optimizer's state
-appears, a model makes a table when it first needs one, and what it keeps from one iteration to the
-next is first there in the second. Here iterations are compared until two in a row do the same, and
-the later one stands for all that follow. It knows no torch.
+A training step repeats itself, but seldom from its first iteration on. The first iteration creates
+the optimizer's state, and tables that a model makes at their first use. If a model keeps tensors
+from one iteration to the next, the second iteration is the first that frees such tensors. This
+module compares iterations until two in a row do the same. The later one then stands for all
+iterations after it. This module does not use torch.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Iteration:
 
     Args:
         batch_size: Samples in each micro-batch.
-        run: Forward and backward; its sizes depend on the batch.
-        update: The optimizer's step; its sizes do not.
+        run: Forward and backward. Their sizes depend on the batch size.
+        update: The optimizer's step. Its sizes do not depend on the batch size.
     """
 
     batch_size: int
@@ -38,11 +39,11 @@ class Iteration:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """All of it, in order."""
+        """All events, in order."""
         return self.run + self.update
 
     def left(self) -> tuple[Event, ...]:
-        """Return what it allocated and did not free."""
+        """Return the allocations that the iteration did not free."""
         freed = {event.id for event in self.events if event.action is _FREE}
         return tuple(e for e in self.events if e.action is Action.ALLOC and e.id not in freed)
 
@@ -57,17 +58,18 @@ def settle(
     """Iterate a step until it repeats itself, and return what it does from then on.
 
     Args:
-        setup: What is there before the first iteration.
+        setup: The allocations that exist before the first iteration.
         iterate: Runs one iteration at a batch size.
-        batch_sizes: Two that differ, for iterations in turn: from both it is known what grows.
-        only_first: The origin of events that belong to the first iteration at a shape.
+        batch_sizes: Two different batch sizes. Iterations take them in turn, because the growth
+            with the batch size is known only from two.
+        only_first: The origin of events that only the first iteration with a shape has.
 
     Returns:
-        The step. Where the first iteration is like no other, what it left behind is there from the
-        start, and its own course does not count.
+        The step. If no later iteration is like the first one, the allocations that it left behind
+        exist from the start, and its other events are left out.
 
     Raises:
-        StreamsDifferError: No two iterations in a row do the same.
+        StreamsDifferError: No two iterations in a row did the same.
     """
     small, large = batch_sizes
     iterations = [iterate(large), iterate(small)]
@@ -81,7 +83,7 @@ def settle(
         iterations.append(iterate(large if len(iterations) % 2 == 0 else small))
         latest = _Steps(iterations)
         steps = latest if latest.is_steady else None
-        # What only grows may be a queue that is not full yet.
+        # If memory only grows, it may be a queue that is not full yet.
         if steps is not None and not steps.keeps_for_good:
             break
     if steps is not None:
@@ -95,7 +97,7 @@ def settle(
 def _plain(
     setup: Sequence[Event], warm: Iteration, other: Iteration, only_first: str
 ) -> StepSchedule:
-    """A step that leaves nothing behind from its second iteration on."""
+    """Return a step that frees all that it allocates, from its second iteration on."""
     sizes = (other.batch_size, warm.batch_size)
     later = Schedule.between(other.run, warm.run, batch_sizes=sizes).then(other.update)
     first = Schedule.between(warm.run, other.run, batch_sizes=sizes[::-1]).then(warm.update)
@@ -103,11 +105,11 @@ def _plain(
 
 
 class _Steps:
-    """Iterations whose allocations are told by where they stand in their own iteration."""
+    """Iterations in which an allocation is identified by its position in its own iteration."""
 
     def __init__(self, iterations: Sequence[Iteration]) -> None:
         self._iterations = iterations
-        # By id: the iteration, and the place among its allocations.
+        # For each id, the iteration and the position among the iteration's allocations.
         self._places: dict[int, tuple[int, int]] = {}
         self._made: list[list[Event]] = []
         for number, iteration in enumerate(iterations):
@@ -123,23 +125,23 @@ class _Steps:
 
     @property
     def keeps_for_good(self) -> bool:
-        """Whether the last iteration makes something that no later one was seen to free."""
+        """Whether the last iteration allocates something that no later iteration frees."""
         return 0 in self._later().outliving.values()
 
     def repeated(self, setup: Sequence[Event], only_first: str) -> StepSchedule:
-        """Return the last iteration, repeated, after all that the ones before it left behind."""
+        """Return the last iteration, repeated, after what the earlier iterations left behind."""
         later = self._later().without(only_first)
         return StepSchedule(
             setup=self._with_left_over(setup, later), first=later.iteration(0), later=later
         )
 
     def _course(self, number: int) -> list[tuple[Any, ...]]:
-        """What an iteration does, in terms that are the same for another."""
+        """Return an iteration's events in a form that can be compared with another iteration."""
         course: list[tuple[Any, ...]] = []
         for event in self._iterations[number].events:
             told: tuple[int, int] | None = None
             if event.action is _FREE:
-                # What was there before the first iteration is known by its id.
+                # An allocation from before the first iteration is identified by its id.
                 made_in, at = self._places.get(event.id, (None, event.id))
                 told = (-1 if made_in is None else number - made_in, at)
             course.append((event.action, event.origin, told))
@@ -192,7 +194,7 @@ class _Steps:
                 else:
                     events.append(event)
                     growth.append(0)
-        # At the batch size of `later`, because that is what its events were recorded with.
+        # Use the batch size of `later`, because its events were recorded at that size.
         return Schedule(
             events=tuple(events), growth_bytes=tuple(growth), batch_size=later.batch_size
         )

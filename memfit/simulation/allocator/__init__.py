@@ -1,1 +1,1 @@
-"""A model of PyTorch's CUDA caching allocator. It knows no torch."""
+"""A model of PyTorch's CUDA caching allocator. It does not use torch."""

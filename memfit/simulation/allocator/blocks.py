@@ -1,6 +1,6 @@
 """The caching allocator's bookkeeping: blocks, the pools that index them, the device's memory.
 
-Policy (which block, when to split, what to give back) is in `caching` and `expandable`.
+`caching` and `expandable` decide which block to take, when to split it, and what to give back.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ __all__ = ["Block", "DeviceMemory", "Pool", "absorb", "split"]
 
 
 class DeviceMemory:
-    """How much of a device is taken.
+    """Counts the bytes that are taken from a device.
 
     Args:
-        capacity_bytes: What there is; infinity for no limit.
+        capacity_bytes: Bytes that the device has; infinity for no limit.
     """
 
     __slots__ = ("capacity_bytes", "num_calls", "peak_bytes", "taken_bytes")
@@ -26,7 +26,7 @@ class DeviceMemory:
         self.num_calls = 0
 
     def take(self, num_bytes: int) -> bool:
-        """Take memory if there is enough, and say whether there was."""
+        """Take memory if there is enough. Return whether it was taken."""
         self.num_calls += 1
         if self.taken_bytes + num_bytes > self.capacity_bytes:
             return False
@@ -41,7 +41,7 @@ class DeviceMemory:
 
 
 class Block:
-    """A stretch of a segment. Free ones are in their pool's index, mapped or not."""
+    """A part of a segment. A free block is in its pool's index, mapped or not."""
 
     __slots__ = (
         "address",
@@ -75,12 +75,12 @@ class Block:
 
     @property
     def is_whole_segment(self) -> bool:
-        """Whether nothing else is in its segment."""
+        """Whether the block is the only one in its segment."""
         return self.previous is None and self.next is None
 
 
 class Pool:
-    """Free blocks of small or of large requests, ordered by size, then address."""
+    """The free blocks for small or for large requests, ordered by size, then by address."""
 
     __slots__ = ("is_small", "num_searches", "order", "page_bytes", "unmapped")
 
@@ -89,7 +89,7 @@ class Pool:
         self.page_bytes = page_bytes
         self.order: list[tuple[int, int, Block]] = []
         self.num_searches = 0
-        # Of expandable segments: the rest of the address space that no memory is behind yet.
+        # For expandable segments: addresses that have no memory yet.
         self.unmapped: list[Block] = []
 
     @property
@@ -98,23 +98,23 @@ class Pool:
         return [block for _, _, block in self.order]
 
     def first_of(self, num_bytes: int) -> int:
-        """Return the index in `order` of the smallest block of at least so many bytes."""
+        """Return the index in `order` of the smallest block of at least `num_bytes` bytes."""
         return bisect_left(self.order, (num_bytes,))
 
     def insert(self, block: Block) -> None:
-        """Index a block as free."""
+        """Put a free block into the index."""
         insort(self.order, (block.size, block.address, block))
         block.is_free = True
 
     def remove(self, block: Block) -> None:
         """Take a free block out of the index."""
-        # A shorter tuple comes before the one that it begins, so blocks are never compared.
+        # A shorter tuple sorts before a longer one with the same start, so no blocks are compared.
         del self.order[bisect_left(self.order, (block.size, block.address))]
         block.is_free = False
 
 
 def absorb(block: Block, neighbour: Block) -> None:
-    """Join a neighbour, which is in no index any more, to a block."""
+    """Join a neighbour to a block. The neighbour has already left the index."""
     if neighbour is block.previous:
         block.address = neighbour.address
         block.previous = neighbour.previous
@@ -128,7 +128,7 @@ def absorb(block: Block, neighbour: Block) -> None:
 
 
 def split(block: Block, size: int) -> None:
-    """Keep the first `size` bytes of a block and index the rest as free."""
+    """Keep the first `size` bytes of a block, and put the rest into the index as a free block."""
     following, pool = block.next, block.pool
     rest = Block(block.address + size, block.size - size, pool, block, following)
     rest.born = block.born
@@ -136,6 +136,6 @@ def split(block: Block, size: int) -> None:
         following.previous = rest
     block.next = rest
     block.size = size
-    # As Pool.insert, which a replay would call as often as this.
+    # The code of Pool.insert, repeated here because a replay runs it very often.
     insort(pool.order, (rest.size, rest.address, rest))
     rest.is_free = True

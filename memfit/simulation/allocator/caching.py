@@ -1,9 +1,10 @@
-"""PyTorch's CUDA caching allocator, without CUDA: what is reserved for a stream of requests.
+"""PyTorch's CUDA caching allocator without CUDA. It computes the bytes that requests reserve.
 
-A replay of the algorithm on integers: rounding, best fit, splitting, coalescing, what is given back
-under pressure, and out of memory; native segments and expandable ones. One device and one stream.
-It does not handle streams beyond the first, CUDA graphs' private pools or the `cudaMallocAsync`
-backend, and knows no torch: an event of a traced step and one recorded on a GPU are the same to it.
+It runs the allocator's algorithm on integers: rounding, best fit, splitting, merging, giving back
+cached memory when memory is short, and out of memory. It models native and expandable segments, on
+one device and one stream. It does not handle more streams, private pools of CUDA graphs, or the
+`cudaMallocAsync` backend. It does not use torch, so events of a traced step and events recorded on
+a GPU are handled in the same way.
 
 Source: c10/cuda/CUDACachingAllocator.cpp, with the constants of
     torch/include/c10/core/AllocatorConfig.h.
@@ -34,21 +35,22 @@ SEGMENT_ROUNDING_BYTES: Final = 2 * MIB
 
 
 class AllocatorOutOfMemoryError(MemfitError):
-    """The simulated device has no room for a request, even after giving back what is cached."""
+    """The simulated device has no room for a request, even after the cache was given back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorStats:
-    """What an allocator holds and has held, in the words of `torch.cuda.memory_stats`.
+    """Current and peak bytes of an allocator, named as in `torch.cuda.memory_stats`.
 
     Args:
-        requested_bytes: What tensors asked for and hold now.
-        allocated_bytes: What blocks in use take, rounding and unsplit rests included.
-        reserved_bytes: What was taken from the device.
+        requested_bytes: Bytes that were requested for the blocks in use.
+        allocated_bytes: Bytes of the blocks in use, including rounding and rests that were not
+            split off.
+        reserved_bytes: Bytes that are taken from the device.
         peak_requested_bytes: The largest `requested_bytes` so far.
         peak_allocated_bytes: The largest `allocated_bytes` so far.
         peak_reserved_bytes: The largest `reserved_bytes` so far.
-        num_alloc_retries: Times that everything cached was given back to serve a request.
+        num_alloc_retries: How often the whole cache was given back to serve a request.
     """
 
     requested_bytes: int
@@ -61,7 +63,7 @@ class AllocatorStats:
 
 
 def round_request(num_bytes: int, settings: AllocatorSettings) -> int:
-    """Return the size of the block that a request asks for.
+    """Return the size of the block that a request needs.
 
     Args:
         num_bytes: Bytes requested, at least 1.
@@ -87,10 +89,10 @@ class CachingAllocator:
     """The allocator of one device and one stream.
 
     Args:
-        capacity_bytes: What can be taken from the device; `None` for as much as is asked for.
+        capacity_bytes: Bytes that can be taken from the device; `None` for no limit.
         settings: The allocator's options.
-        is_capped: The capacity is a share that the process set itself
-            (`set_per_process_memory_fraction`), which is when garbage collection acts.
+        is_capped: Whether the process set the capacity itself, as a share of the device
+            (`set_per_process_memory_fraction`). Garbage collection runs only in this case.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class CachingAllocator:
 
     @property
     def stats(self) -> AllocatorStats:
-        """What is and was held."""
+        """The current and peak bytes."""
         return AllocatorStats(
             requested_bytes=self._requested,
             allocated_bytes=self._allocated,
@@ -139,15 +141,15 @@ class CachingAllocator:
 
     @property
     def num_device_calls(self) -> int:
-        """How often the device was asked for memory or given some back."""
+        """How often memory was requested from the device or given back to it."""
         return self._device.num_calls
 
     def replay(self, events: Iterable[Event]) -> None:
         """Carry out a stream of events.
 
         Args:
-            events: Allocations and frees; what a recorded history says of segments is left out,
-                because that is what is computed here.
+            events: Allocations and frees. Events of segments in a recorded history are ignored,
+                because segments are computed here.
 
         Raises:
             AllocatorOutOfMemoryError: A request found no room.
@@ -156,15 +158,15 @@ class CachingAllocator:
             self.carry_out(event.action, event.id, event.num_bytes)
 
     def carry_out(self, action: Action, block_id: int, num_bytes: int) -> bool:
-        """Carry out one action; those on segments are what is computed here, and do nothing.
+        """Carry out one action. Actions on segments do nothing, because segments are computed here.
 
         Args:
-            action: What.
-            block_id: Which allocation.
+            action: The action.
+            block_id: The id of the allocation.
             num_bytes: Bytes requested.
 
         Returns:
-            Whether a request was served; one that its caller can do without may not be.
+            Whether a request was served. An optional request may fail.
 
         Raises:
             AllocatorOutOfMemoryError: A request found no room.
@@ -183,15 +185,15 @@ class CachingAllocator:
         """Serve a request.
 
         Args:
-            block_id: What `free` will call it; none that is live.
-            num_bytes: Bytes requested; for 0 PyTorch allocates nothing, and so does this.
+            block_id: An id for `free`. No other block in use has it.
+            num_bytes: Bytes requested. For 0, nothing is allocated, as in PyTorch.
 
         Raises:
-            AllocatorOutOfMemoryError: There is no room, even after giving back what is cached.
+            AllocatorOutOfMemoryError: There is no room, even after the cache was given back.
         """
         if num_bytes <= 0:
             return
-        # As `_rounded`, which a replay would call as often as this.
+        # The code of `_rounded`, repeated here because a replay runs it very often.
         if self._rounds_to_divisions:
             size = round_request(num_bytes, self._settings)
         else:
@@ -208,13 +210,13 @@ class CachingAllocator:
         self._hand_out(block, block_id, size, num_bytes)
 
     def try_allocate(self, block_id: int, num_bytes: int) -> bool:
-        """Serve a request that its caller can do without, such as a convolution's workspace.
+        """Try to serve an optional request, such as a convolution's workspace.
 
-        cuDNN's plans that need more than the largest free block or the device's free memory are
-        dropped beforehand, so nothing is given back for them.
+        PyTorch drops a cuDNN plan that needs more than both the largest free block and the free
+        memory of the device. So no cached memory is given back for such a request.
 
         Args:
-            block_id: What `free` will call it; freeing one that was not served does nothing.
+            block_id: An id for `free`. If the request was not served, `free` does nothing.
             num_bytes: Bytes requested.
 
         Returns:
@@ -232,10 +234,11 @@ class CachingAllocator:
         return True
 
     def free(self, block_id: int) -> None:
-        """Take a block back; it merges with its free neighbours and stays reserved.
+        """Free a block. It merges with its free neighbours and stays reserved.
 
         Args:
-            block_id: What `allocate` called it; unknown ones were empty or not served.
+            block_id: The id from `allocate`. An unknown id belongs to an empty request or to one
+                that was not served.
         """
         block = self._live.pop(block_id, None)
         if block is None:
@@ -252,12 +255,12 @@ class CachingAllocator:
         if neighbour is not None and neighbour.is_free and neighbour.is_mapped:
             pool.remove(neighbour)
             absorb(block, neighbour)
-        # As Pool.insert, which a replay would call as often as this.
+        # The code of Pool.insert, repeated here because a replay runs it very often.
         insort(pool.order, (block.size, block.address, block))
         block.is_free = True
 
     def empty_cache(self) -> None:
-        """Give back every segment that holds no tensor, and every such page of expandable ones."""
+        """Give back all segments, and all pages of expandable segments, without blocks in use."""
         for pool in (self._small, self._large):
             for block in pool.blocks:
                 if self._expandable:
@@ -266,11 +269,11 @@ class CachingAllocator:
                     self._release(block)
 
     def address_of(self, block_id: int) -> int:
-        """Return where a block that is in use begins."""
+        """Return the address of a block in use."""
         return self._live[block_id].address
 
     def segments(self) -> tuple[Segment, ...]:
-        """Return what was taken from the device, and the blocks that it is divided into."""
+        """Return the segments that were taken from the device, with their blocks."""
         return lay_out(self._live, [*self._small.blocks, *self._large.blocks])
 
     # --- finding a block -----------------------------------------------------------------------
@@ -303,7 +306,7 @@ class CachingAllocator:
         return block
 
     def _take_new(self, pool: Pool, size: int) -> Block | None:
-        """Take memory from the device, giving back what is cached where it must."""
+        """Take memory from the device. If there is not enough, give back cached memory first."""
         if self._device.taken_bytes > self._collects_above:
             self._collect_garbage()
         block = self._new_block(pool, size)
@@ -342,7 +345,7 @@ class CachingAllocator:
             split(block, size)
         block.requested = num_bytes
         self._live[block_id] = block
-        # Without max(), for this runs a hundred thousand times in a search.
+        # max() would be slower, and this code runs a hundred thousand times in a search.
         self._requested = requested = self._requested + num_bytes
         if requested > self._peak_requested:  # noqa: PLR1730
             self._peak_requested = requested
@@ -357,7 +360,7 @@ class CachingAllocator:
         self._device.give_back(block.size)
 
     def _release_available(self, pool: Pool, size: int) -> bool:
-        """With `max_split_size_mb`, give back just enough oversize blocks for a request."""
+        """With `max_split_size_mb`, give back just enough oversized blocks for a request."""
         if self._max_split == float("inf") or self._expandable:
             return False
         wanted = max(size, int(self._max_split))
@@ -374,7 +377,7 @@ class CachingAllocator:
         return released >= wanted
 
     def _collect_garbage(self) -> None:
-        """Give back whole free segments that went unused for longer than the average."""
+        """Give back free segments that were unused for longer than the average."""
         target = self._device.taken_bytes - self._collects_above
         pool = self._large
         reclaimed = 0

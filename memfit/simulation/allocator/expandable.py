@@ -1,4 +1,4 @@
-"""Expandable segments: one growing stretch of addresses for each pool, backed page by page.
+"""Expandable segments: each pool has one growing range of addresses, mapped page by page.
 
 Source: `ExpandableSegment`, `try_allocate_expandable_block`, `map_block` and `unmap_block` in
     c10/cuda/CUDACachingAllocator.cpp.
@@ -12,16 +12,16 @@ from memfit.simulation.allocator.blocks import Block, DeviceMemory, Pool, absorb
 
 __all__ = ["expand", "preferred", "unmap"]
 
-# As good as endless; PyTorch takes 9/8 of the device's memory.
+# More than any step needs. PyTorch uses 9/8 of the device's memory.
 _ADDRESS_SPACE_BYTES: Final = 1 << 60
 
 
 def preferred(pool: Pool, index: int) -> Block:
-    """Return the block to take: among those that follow, prefer ones that could grow less.
+    """Return the block to take. Of the blocks that are large enough, prefer one that can grow less.
 
     Args:
-        pool: Where to look.
-        index: Of the smallest block that is large enough, in the pool's order.
+        pool: The pool to look in.
+        index: The index of the smallest block that is large enough, in the pool's order.
     """
     block = pool.order[index][2]
     for _, _, following in pool.order[index + 1 :]:
@@ -32,15 +32,16 @@ def preferred(pool: Pool, index: int) -> Block:
 
 
 def expand(pool: Pool, size: int, device: DeviceMemory) -> Block | None:
-    """Put memory behind the lowest stretch of address space that is long enough.
+    """Map memory at the lowest free range of addresses that is long enough.
 
     Args:
-        pool: Where to.
+        pool: The pool that grows.
         size: Bytes wanted.
-        device: Where the memory comes from.
+        device: The device that gives the memory.
 
     Returns:
-        A block of at least that size, in no index; `None` where the device has no more.
+        A block of at least that size, which is in no index; `None` if the device has too little
+        memory left.
     """
     if not pool.unmapped:
         base = 1 << (62 if pool.is_small else 61)
@@ -62,7 +63,7 @@ def expand(pool: Pool, size: int, device: DeviceMemory) -> Block | None:
 
 
 def _map(block: Block, size: int, device: DeviceMemory) -> Block | None:
-    """Map pages for the start of an unmapped block, and merge them with free neighbours."""
+    """Map pages at the start of an unmapped block, and merge them with free neighbours."""
     pool = block.pool
     pages = -(-min(size, block.size) // pool.page_bytes) * pool.page_bytes
     if not device.take(pages):
@@ -136,7 +137,7 @@ def _expandable_size(block: Block) -> int:
 
 
 def _room_from(block: Block, size: int) -> bool:
-    """Whether free or unmapped blocks from here on have room for a request."""
+    """Whether this block and the free or unmapped blocks after it have room for a request."""
     room = 0
     here: Block | None = block
     while here is not None and room < size and (here.is_free or not here.is_mapped):

@@ -1,4 +1,4 @@
-"""How the caching allocator's memory lies: segments, and the blocks that they are divided into."""
+"""The layout of the caching allocator's memory: segments, divided into blocks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["Segment", "SegmentBlock", "lay_out"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentBlock:
-    """A stretch of a segment.
+    """A part of a segment.
 
     Args:
-        address: Where it begins.
-        num_bytes: How long it is.
-        requested_bytes: What was asked for; 0 where it is free.
-        id: Which allocation is in it; `None` where it is free.
+        address: The address of its first byte.
+        num_bytes: Its size.
+        requested_bytes: Bytes that were requested; 0 if it is free.
+        id: The id of the allocation in it; `None` if it is free.
     """
 
     address: int
@@ -29,12 +29,12 @@ class SegmentBlock:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A stretch of memory taken from the device; of an expandable segment, one that is mapped.
+    """A range of memory taken from the device. For an expandable segment, a mapped range.
 
     Args:
-        address: Where it begins.
-        is_small: It serves small requests.
-        blocks: What it is divided into, in the order of addresses.
+        address: The address of its first byte.
+        is_small: Whether it serves small requests.
+        blocks: The blocks that it is divided into, in the order of addresses.
     """
 
     address: int
@@ -43,21 +43,21 @@ class Segment:
 
     @property
     def num_bytes(self) -> int:
-        """How much was taken from the device."""
+        """Bytes that were taken from the device."""
         return sum(block.num_bytes for block in self.blocks)
 
     @property
     def allocated_bytes(self) -> int:
-        """How much of it is handed out."""
+        """Bytes of it that are in use."""
         return sum(block.num_bytes for block in self.blocks if block.id is not None)
 
 
 def lay_out(live: Mapping[int, Block], free: Iterable[Block]) -> tuple[Segment, ...]:
-    """Put blocks back together.
+    """Return the segments that blocks belong to.
 
     Args:
-        live: Blocks that are handed out, by allocation.
-        free: Those that are cached.
+        live: The blocks in use, by allocation.
+        free: The cached blocks.
 
     Returns:
         The segments, in the order of addresses.

@@ -1,8 +1,8 @@
-"""How PyTorch's CUDA caching allocator is configured, as its environment variables say.
+"""Reads the options of PyTorch's CUDA caching allocator from its environment variables.
 
-Reads the options that change what is allocated; those that only change how (pinned host memory,
-locks, recording) are accepted and have no effect here. What the options do is in
-`memfit.simulation.allocator.caching`.
+Some options change how many bytes are allocated. Other options (pinned host memory, locks,
+recording) do not. Those are accepted and have no effect here.
+`memfit.simulation.allocator.caching` does what the options say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memfit.units import MIB
 __all__ = ["AllocatorSettings"]
 
 ENVIRONMENT_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Where the settings come from, the first that is set.
+"""The variables that hold the settings. The first one that is set counts.
 
 Source: `CUDAAllocatorConfig::instance` in torch/include/c10/cuda/CUDAAllocatorConfig.h.
 """
@@ -51,16 +51,18 @@ class AllocatorSettings:
 
     Args:
         expandable_segments: One growing segment per pool instead of one per allocation.
-        max_split_size_bytes: Blocks of this size and above are not split; `None` splits all.
-        max_non_split_rounding_bytes: How much larger than a request of at least
-            `max_split_size_bytes` the block that serves it may be; more than this is not taken.
-        large_segment_bytes: The segment that serves requests of 1 to 10 MiB.
-        roundup_power2_divisions: For sizes from 1 MiB on, an interval a power of two: into how many
-            steps the space up to the next power of two is divided. All below 2 round to 512 B.
+        max_split_size_bytes: Blocks of this size and above are not split; `None` if all blocks are
+            split.
+        max_non_split_rounding_bytes: The block that serves a request of at least
+            `max_split_size_bytes` may be larger than the request by at most this much.
+        large_segment_bytes: The size of a segment that serves requests of 1 to 10 MiB.
+        roundup_power2_divisions: One number for each power of two, from 1 MiB on. It says into how
+            many steps the sizes up to the next power of two are divided. With a number below 2,
+            sizes are rounded to 512 B.
         garbage_collection_threshold: The share of a capped capacity above which unused blocks are
-            given back; `None` never does. As in PyTorch it acts only where the process's share of
-            the device was capped.
-        memory_fraction: The share of the device that the process may use; `None` is all of it.
+            given back; `None` if they never are. As in PyTorch, this works only if the process's
+            share of the device is capped.
+        memory_fraction: The share of the device that the process may use; `None` for all of it.
 
     Source: torch/include/c10/core/AllocatorConfig.h (defaults and names) and
         docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf.
@@ -75,7 +77,7 @@ class AllocatorSettings:
     memory_fraction: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what PyTorch refuses."""
+        """Refuse the values that PyTorch refuses."""
         smallest = self.large_segment_bytes
         if self.max_split_size_bytes is not None and self.max_split_size_bytes <= smallest:
             raise UsageError(
@@ -95,13 +97,13 @@ class AllocatorSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> AllocatorSettings:
-        """Read the settings that a process with these variables would have.
+        """Read the settings of a process with these environment variables.
 
         Args:
             environment: Variables by name, such as `os.environ`.
 
         Raises:
-            UsageError: A variable holds what PyTorch would not accept.
+            UsageError: PyTorch would not accept the value of a variable.
         """
         for variable in ENVIRONMENT_VARIABLES:
             if variable in environment:
@@ -113,11 +115,11 @@ class AllocatorSettings:
         """Read settings such as `"expandable_segments:True,max_split_size_mb:128"`.
 
         Args:
-            text: Options as PyTorch writes them.
-            where: What to call the text in an error.
+            text: Options in PyTorch's format.
+            where: The name of the text in an error.
 
         Raises:
-            UsageError: An option is unknown or its value is not one.
+            UsageError: An option is unknown, or its value is not valid.
         """
         fields: dict[str, object] = {}
         for key, value in _options(text, where):
@@ -139,7 +141,7 @@ class AllocatorSettings:
         return cls(**fields)  # type: ignore[arg-type]
 
     def divisions_at(self, num_bytes: int) -> int:
-        """Return into how many steps the interval of a size is divided."""
+        """Return the number of steps in the interval that a size is in."""
         index = num_bytes.bit_length() - MIB.bit_length()
         return self.roundup_power2_divisions[min(max(index, 0), _NUM_ROUNDUP_INTERVALS - 1)]
 

@@ -1,1 +1,1 @@
-"""A training step traced on meta tensors, as the events that its memory makes."""
+"""Traces a training step on meta tensors, and returns its allocations and frees as events."""

@@ -1,7 +1,8 @@
-"""Which kernel `scaled_dot_product_attention` takes on a card, and what that keeps for backward.
+"""Which kernel `scaled_dot_product_attention` uses on a card, and what it keeps for backward.
 
-Flash and memory-efficient attention save their output and a log-sum-exp a row; the math path saves
-the matrix of probabilities. The choice follows the gates of PyTorch 2.8 and later.
+Flash attention and memory-efficient attention save their output and one log-sum-exp for each row.
+The math path saves the matrix of probabilities. The kernel is chosen by the conditions of PyTorch
+2.8 and later.
 
 Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order and gates),
     aten/src/ATen/native/transformers/attention.cpp (padding of head dimensions and masks).
@@ -25,7 +26,7 @@ _FLASH_ALIGNMENT = 8
 
 
 class AttentionBackend(enum.Enum):
-    """The kernels behind `scaled_dot_product_attention`, and what models did before it."""
+    """The kernels of `scaled_dot_product_attention`, and attention written as separate products."""
 
     FLASH = "flash"
     EFFICIENT = "efficient"
@@ -39,13 +40,13 @@ class AttentionCall:
     """What the choice of a kernel depends on, besides the card.
 
     Args:
-        dtype: Of query, key and value.
-        head_dim: Of query and key.
-        value_head_dim: Of value.
-        has_mask: A mask or bias is given.
-        is_grouped: Key and value have fewer heads than query.
-        has_dropout: Probabilities are dropped.
-        is_cross_causal: Causal, with queries and keys of different number.
+        dtype: The type of query, key and value.
+        head_dim: The head dimension of query and key.
+        value_head_dim: The head dimension of value.
+        has_mask: Whether a mask or a bias is given.
+        is_grouped: Whether key and value have fewer heads than query.
+        has_dropout: Whether probabilities are dropped.
+        is_cross_causal: Whether attention is causal and the numbers of queries and keys differ.
     """
 
     dtype: torch.dtype
@@ -60,13 +61,13 @@ class AttentionCall:
 def choose(
     call: AttentionCall, compute_capability: tuple[int, int], *, prefers_cudnn: bool = False
 ) -> AttentionBackend:
-    """Return the kernel that a card takes in training.
+    """Return the kernel that a card uses in training.
 
     Args:
-        call: The attention in question.
-        compute_capability: Of the card, such as (8, 6).
-        prefers_cudnn: The build tries cuDNN's kernel first where it can (compute capability 9.0
-            and 10.x, PyTorch 2.11 and later with its cuDNN).
+        call: The attention.
+        compute_capability: The compute capability of the card, such as (8, 6).
+        prefers_cudnn: Whether the build tries cuDNN's kernel first if the card has it (compute
+            capability 9.0 and 10.x, PyTorch 2.11 and later with its cuDNN).
     """
     is_half = call.dtype in (torch.float16, torch.bfloat16)
     major, minor = compute_capability
@@ -129,7 +130,7 @@ def describe(
         value: Shape (..., heads, keys, value_head_dim).
         mask: Mask or bias that broadcasts to (..., heads, queries, keys).
         dropout: The share of probabilities that is dropped.
-        is_causal: Queries see no later keys.
+        is_causal: Whether a query sees only the keys up to its own position.
     """
     return AttentionCall(
         dtype=query.dtype if query.ndim == 4 else torch.float64,  # noqa: PLR2004 - else math
@@ -154,7 +155,7 @@ def attend(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Run attention on meta tensors with the operations that a kernel's autograd consists of.
+    """Run attention on meta tensors, with the same operations as a kernel's autograd.
 
     Args:
         backend: The kernel.
@@ -163,9 +164,9 @@ def attend(
         value: Shape (samples, heads, keys, value_head_dim).
         mask: Mask or bias that broadcasts to (samples, heads, queries, keys).
         dropout: The share of probabilities that is dropped.
-        is_causal: Queries see no later keys.
-        scale: Of the scores; `None` for 1 / sqrt(head_dim).
-        enable_gqa: Key and value may have fewer heads.
+        is_causal: Whether a query sees only the keys up to its own position.
+        scale: The factor of the scores; `None` for 1 / sqrt(head_dim).
+        enable_gqa: Whether key and value may have fewer heads than query.
 
     Returns:
         Shape (samples, heads, queries, value_head_dim).
@@ -208,7 +209,7 @@ def write_out(
     dropout: float,
     scale: float | None,
 ) -> torch.Tensor:
-    """Run attention as models wrote it before PyTorch 2.0: two products, and the scores between.
+    """Run attention as models wrote it before PyTorch 2.0: scores, softmax, and a second product.
 
     Args:
         query: Shape (..., queries, head_dim).
@@ -216,7 +217,7 @@ def write_out(
         value: Shape (..., keys, value_head_dim).
         mask: Bias that broadcasts to (..., queries, keys).
         dropout: The share of probabilities that is dropped.
-        scale: Of the scores; `None` for 1 / sqrt(head_dim).
+        scale: The factor of the scores; `None` for 1 / sqrt(head_dim).
 
     Returns:
         Shape (..., queries, value_head_dim).
@@ -258,7 +259,7 @@ def _flash(
 def _expanded_mask(
     mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *, pads: bool
 ) -> torch.Tensor:
-    """Align the mask's rows as the memory-efficient kernel wants them, then broadcast as a view."""
+    """Align the mask's rows for the memory-efficient kernel, then broadcast the mask as a view."""
     num_keys = key.shape[-2]
     if pads and any(stride % 8 for stride in mask.stride()[:-1]) and mask.shape[-1] == num_keys:
         mask = torch.nn.functional.pad(mask, (0, 8 - num_keys % 8))[..., :num_keys]

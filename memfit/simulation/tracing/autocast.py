@@ -1,10 +1,10 @@
-"""CUDA's autocast, for tensors on the meta device, which PyTorch gives none.
+"""CUDA's autocast for tensors on the meta device. PyTorch has no autocast for that device.
 
-The policy is CUDA's: which operations run in the lower precision, which in fp32, which in the
-widest type of their arguments, and that the casts of leaf parameters are kept until autocast ends.
-It is applied where Python calls an operation, so a few operations that reach another one inside C++
-are spelled out here (`_NESTED`). Regions that a model opens (`torch.autocast(enabled=False)`) come
-from `memfit.simulation.tracing.autocast_regions`.
+The policy is the same as on CUDA. Some operations run in the lower precision, some in fp32, and
+some in the widest type of their arguments. The casts of leaf parameters are kept until autocast
+ends. The policy is applied where Python calls an operation. A few operations call another operation
+inside C++, so these are written out here (`_NESTED`). `memfit.simulation.tracing.autocast_regions`
+handles regions that a model opens itself (`torch.autocast(enabled=False)`).
 
 Source: torch/include/ATen/autocast_mode.h (the lists) and aten/src/ATen/autocast_mode.cpp (the
     cache: leaf, not a view, requires a gradient, fp32).
@@ -53,7 +53,7 @@ PROMOTE: Final = frozenset(
     scatter_add""".split()  # noqa: SIM905 - as the macros have it
 )
 
-# What Python's name for an operation is where it is not the operation's own.
+# Operations that have another name in Python than in C++.
 _ALIASES: Final = {
     "__matmul__": "matmul",
     "__rmatmul__": "matmul",
@@ -77,30 +77,30 @@ class CudaAutocast:
 
     Args:
         dtype: The lower precision.
-        fp32: The operations that run in fp32; other releases of torch had others.
+        fp32: The operations that run in fp32. They differ between releases of torch.
     """
 
     def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
         self._dtype = dtype
         self._fp32 = fp32
-        # Of the regions that the model has opened, the innermost last: whether it casts, to what.
+        # The regions that the model has opened, the innermost last: whether it casts, and its type.
         self._regions: list[tuple[bool, torch.dtype]] = []
         self._is_entered = False
         self._is_backward = False
         self._cache: dict[tuple[int, torch.dtype], torch.Tensor] = {}
-        # In a recomputed segment autocast is entered anew, so a cast lives only as long as the
-        # segment's graph.
+        # A recomputed segment enters autocast again, so a cast lives only as long as the graph of
+        # the segment.
         self._recomputed: weakref.WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = (
             weakref.WeakValueDictionary()
         )
 
     @contextlib.contextmanager
     def forward(self, *, keeps_casts: bool = False) -> Iterator[None]:
-        """Cast what runs inside, and forget the kept casts afterwards.
+        """Cast the operations in the block, and drop the kept casts afterwards.
 
         Args:
-            keeps_casts: Forget them after `backward` only, as where the training loop calls it
-                inside autocast's context.
+            keeps_casts: Drop the casts only after `backward`. This is for training loops that call
+                backward inside autocast's context.
         """
         self._is_entered = True
         try:
@@ -112,7 +112,7 @@ class CudaAutocast:
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """Cast what gradient checkpointing computes again inside backward."""
+        """Cast the operations that gradient checkpointing computes again in backward."""
         self._is_backward = True
         try:
             yield
@@ -121,31 +121,31 @@ class CudaAutocast:
             self._cache.clear()
 
     def open_region(self, dtype: torch.dtype | None, *, enabled: bool) -> None:
-        """Enter a region of the model's own.
+        """Enter a region that the model opens.
 
         Args:
-            dtype: What it casts to; `None` for what is cast to around it.
-            enabled: Whether it casts at all.
+            dtype: The type that the region casts to; `None` for the type of the region around it.
+            enabled: Whether the region casts.
         """
         self._regions.append((enabled, dtype or self.dtype))
 
     def close_region(self) -> None:
-        """Leave the innermost region; the casts are forgotten when no autocast is left."""
+        """Leave the innermost region. The casts are dropped when no region of autocast is left."""
         self._regions.pop()
         if not (self._regions or self._is_entered or self._is_backward):
             self._cache.clear()
 
     @property
     def dtype(self) -> torch.dtype:
-        """The lower precision here."""
+        """The lower precision of the current region."""
         return self._regions[-1][1] if self._regions else self._dtype
 
     @property
     def is_active(self) -> bool:
         """Whether operations are cast now.
 
-        Inside backward only recomputation runs with gradients enabled, and checkpointing enters
-        the forward's autocast for it.
+        In backward, gradients are enabled only during recomputation. For recomputation,
+        checkpointing enters the autocast of forward again.
         """
         if self._regions:
             return self._regions[-1][0]
@@ -157,7 +157,7 @@ class CudaAutocast:
         """Call an operation as autocast would.
 
         Args:
-            func: What Python called.
+            func: The function that Python called.
             name: Its `__name__`.
             args: Its positional arguments.
             kwargs: Its other arguments.
@@ -180,11 +180,11 @@ class CudaAutocast:
     def _call_in_fp32(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Have the operation compute in fp32 itself, unless its caller chose a type."""
+        """Let the operation compute in fp32 itself, unless its caller chose a type."""
         first: Any = args[0] if args else kwargs.get("input")
         if not _is_low(first) or kwargs.get("dtype") is not None:
             return func(*args, **kwargs)
-        # For fp16 the CUDA kernel reads half and writes float; for bf16 the input is converted
+        # For fp16, the CUDA kernel reads half and writes float. For bf16, the input is converted
         # first (at::softmax in aten/src/ATen/native/SoftMax.cpp).
         fused = _HALF_TO_FLOAT.get(name)
         if fused is not None and first.dtype is torch.float16:
@@ -225,7 +225,7 @@ class CudaAutocast:
         return cast
 
     def _widest(self, values: Any) -> torch.dtype:
-        """The widest type among the eligible tensors."""
+        """Return the widest type among the eligible tensors."""
         found = [self.dtype]
 
         def look(value: Any) -> None:
@@ -268,7 +268,7 @@ def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`at::cross_entropy_loss`: its log-softmax and its loss are seen by autocast inside C++."""
+    """Stand in for `at::cross_entropy_loss`, whose parts autocast casts one by one inside C++."""
     class_dim = 0 if scores.ndim == 1 else 1
     is_probabilities = target.is_floating_point()
     if is_probabilities or label_smoothing > 0:
@@ -285,10 +285,10 @@ _NESTED: Final[dict[str, Callable[..., Any]]] = {"cross_entropy_loss": _cross_en
 
 @contextlib.contextmanager
 def functional_layer_open() -> Iterator[None]:
-    """Let torch function modes see what `torch.nn.functional` calls instead of its wrappers.
+    """Let torch function modes see the operations that `torch.nn.functional` calls.
 
-    Each wrapper asks whether an override exists and hands itself over whole; its inner operations
-    would then run unseen.
+    Each function there asks whether an override exists, and then hands over the whole call. The
+    operations inside it would then run unseen.
     """
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     kept = {name: getattr(F, name) for name in names}

@@ -1,8 +1,8 @@
 """Regions of autocast that a model opens itself, and its questions about autocast.
 
-`torch.autocast("cuda", enabled=False)`, or the same for the device of a tensor, opens a region on
-the traced step's own autocast. What asks whether autocast is on gets the answer that it would get
-on the card.
+`torch.autocast("cuda", enabled=False)` opens a region in the traced step's autocast. So does the
+same call for the device of a tensor. If a model asks whether autocast is on, it gets the answer
+that it would get on the card.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEVICES: Final = ("cuda", "meta")
 
 @contextlib.contextmanager
 def regions_followed(autocast: CudaAutocast) -> Iterator[None]:
-    """Have torch's autocast act on the traced step's, for the card.
+    """Make `torch.autocast` for the card act on the autocast of the traced step.
 
     Args:
         autocast: The casts of the step.
@@ -38,7 +38,7 @@ def regions_followed(autocast: CudaAutocast) -> Iterator[None]:
 
 
 def _methods(autocast: CudaAutocast, mode: Any) -> dict[str, Any]:
-    """Return what stands in for the methods of `torch.autocast`."""
+    """Return the functions that replace the methods of `torch.autocast`."""
     make, enter, leave = mode.__init__, mode.__enter__, mode.__exit__
 
     def init(
@@ -58,7 +58,7 @@ def _methods(autocast: CudaAutocast, mode: Any) -> dict[str, Any]:
     def entered(self: Any) -> Any:
         if self.device not in _DEVICES:
             return enter(self)
-        # As torch does, a region without a type takes the one that is set.
+        # As in torch, a region without a type takes the type that is set.
         autocast.open_region(self.fast_dtype, enabled=self._enabled)
         return self
 
@@ -72,7 +72,7 @@ def _methods(autocast: CudaAutocast, mode: Any) -> dict[str, Any]:
 
 
 def _questions(autocast: CudaAutocast) -> dict[str, Any]:
-    """Return what stands in for torch's functions that ask about autocast."""
+    """Return the functions that replace torch's functions that ask about autocast."""
     is_enabled, get_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def enabled(device_type: str | None = None) -> bool:

@@ -1,10 +1,10 @@
-"""Values that tensors of a traced step are known to have, though they are on the meta device.
+"""Keeps the values of some tensors of a traced step, though the tensors are on the meta device.
 
-A batch has values, and so has a mask that a model makes of it. What is computed from such tensors
-alone is computed on the CPU beside the trace, so that a question about it (`if mask.all():`) gets
-the answer that it gets in training. What depends on weights or on random draws of the device has no
-known value. One thing is known of every floating-point tensor: it is finite, because training that
-works has no infinities and no NaNs.
+A batch has values, and a mask that a model makes from it has values too. An operation on such
+tensors alone is also run on the CPU, beside the trace. So a question about the result
+(`if mask.all():`) gets the same answer as in training. A tensor has no known value if it depends on
+weights or on random numbers of the device. Every floating-point tensor is taken to be finite,
+because training that works has no infinities and no NaNs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from memfit._torch_private import aten, aten_if_there, pytree, storage_id
 __all__ = ["NOTHING", "KnownValues"]
 
 NOTHING: Final = object()
-"""What `KnownValues.answer` returns where the operation has to be run."""
+"""`KnownValues.answer` returns this if the operation has to be run."""
 
 _ATTRIBUTE: Final = "memfit_known"
 _CPU: Final = torch.device("cpu")
 _META: Final = torch.device("meta")
-# Masks and tokens are smaller. Images are not, and nothing is asked of their values.
+# Masks and tokens are smaller. Images are larger, but models do not ask about their values.
 _MOST_ELEMENTS: Final = 1 << 22
-# Where norms of parameters and updates are read to scale an update, and decide nothing else.
+# Modules that read norms of parameters and updates only to scale an update.
 _SCALING: Final = ("torch.optim._adafactor",)
 _NEAR_FRAMES: Final = 12
 
@@ -39,8 +39,9 @@ class _Known:
     """The value of a tensor, shared with its views.
 
     Args:
-        value: On the CPU.
-        owner: One for all that share a storage; emptied when something unknown is written to it.
+        value: The value, on the CPU.
+        owner: A list that all tensors with the same storage share. It is emptied when an unknown
+            value is written to the storage.
     """
 
     __slots__ = ("owner", "value")
@@ -51,7 +52,7 @@ class _Known:
 
 
 class KnownValues:
-    """Computes values beside a trace, and answers what is asked of them."""
+    """Computes values beside a trace, and answers questions about them."""
 
     def __init__(self) -> None:
         self.num_answers = 0
@@ -68,7 +69,7 @@ class KnownValues:
         }
 
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an operation gives that needs values; `NOTHING` for any other.
+        """Return the result of an operation that needs values; `NOTHING` for other operations.
 
         Args:
             func: The operation.
@@ -90,13 +91,13 @@ class KnownValues:
         return found if not reads or _is_number(found) else _on_meta(found)
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Take note of the values of an operation's result, where they are known.
+        """Keep the values of an operation's result, if they are known.
 
         Args:
             func: The operation.
             args: Its positional arguments.
             kwargs: Its other arguments.
-            result: What it returned.
+            result: The result of the operation.
         """
         if _writes(func):
             self._write(func, args, kwargs)
@@ -111,7 +112,7 @@ class KnownValues:
             self._note_finite(func, args, first)
             return
         values, named = known
-        # Whatever an operation cannot do on the CPU is not known.
+        # If an operation fails on the CPU, its result is not known.
         with contextlib.suppress(Exception), torch.no_grad():
             _attach(result, func(*values, **named), _owners_in(args))
 
@@ -131,7 +132,7 @@ class KnownValues:
         held.owner.clear()
 
     def _note_finite(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> None:
-        """Answer whether a tensor is finite, in each way that one can ask."""
+        """Note that a tensor is finite, in each way in which a program can ask for it."""
         answer = self._finite.get(func)
         if answer is None and func in self._compares:
             one, other = args[:2]
@@ -145,7 +146,7 @@ class KnownValues:
             setattr(result, _ATTRIBUTE, _Known(value, [True]))
 
     def _indexed(self, data: torch.Tensor, indices: Any) -> Any:
-        """Index by a mask as CUDA does: by where it is true."""
+        """Index by a mask as CUDA does, by the positions at which it is true."""
         if not data.is_meta or not any(map(_is_mask, indices)):
             return NOTHING
         places: list[torch.Tensor | None] = []
@@ -162,7 +163,7 @@ class KnownValues:
 
 
 def _only_scales() -> bool:
-    """Whether who asks for a number only computes another with it, so that any number will do."""
+    """Whether the caller only scales something with the number, so that any number will do."""
     frame = inspect.currentframe()
     for _ in range(_NEAR_FRAMES):
         if frame is None:
@@ -191,7 +192,7 @@ def _known(tensor: torch.Tensor) -> _Known | None:
 
 
 def _values_of(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return arguments with tensors' values in their place; `None` where one has none."""
+    """Return arguments with values in place of tensors; `None` if a tensor has no known value."""
     for tensor in _tensors_in(arguments):
         if tensor.is_meta and _known(tensor) is None:
             return None
@@ -218,7 +219,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _owners_in(args: Any) -> dict[int, list[bool]]:
-    """Return who owns the storages of known arguments."""
+    """Return the owners of the storages of known arguments."""
     owners = {}
     for tensor in _tensors_in(args):
         held = _known(tensor) if tensor.is_meta else None
@@ -238,7 +239,7 @@ def _attach(result: Any, value: Any, owners: dict[int, list[bool]]) -> None:
 
 
 def _on_meta(value: Any) -> Any:
-    """Return tensors of the same shapes on the meta device that have these values."""
+    """Return tensors on the meta device that have the same shapes and these known values."""
     if isinstance(value, torch.Tensor):
         empty = torch.empty_like(value, device=_META)
         setattr(empty, _ATTRIBUTE, _Known(value, [True]))
@@ -260,7 +261,7 @@ def _is_random(func: Any) -> bool:
 
 @functools.cache
 def _writes(func: Any) -> bool:
-    """Whether an operation writes where it reads; such names end so, and those with an `out`."""
+    """Whether an operation writes to its arguments: its name ends with `_`, or it has an `out`."""
     name, _, overload = func.__name__.partition(".")
     return name.endswith("_") or "out" in overload
 

@@ -1,8 +1,9 @@
-"""Outputs of the most frequent operations on meta tensors, without PyTorch's Python meta functions.
+"""Makes the outputs of the most frequent operations on meta tensors quickly.
 
-Those check and promote at length, which is most of a trace's time. Here only the plain cases are
-known: operands of one type, layouts that leave no choice. Everything else goes PyTorch's way, and
-in the plain cases the outputs are the same, which a test compares.
+PyTorch's own meta functions are written in Python. Their checks and type promotion take most of a
+trace's time. This module handles only the plain cases: operands of one type, and layouts that allow
+only one result. In these cases the outputs are the same as PyTorch's, which a test checks. All
+other cases are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["outputs"]
 
 
 def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation on meta tensors, or on the few others of a step (an optimizer's counters).
+    """Run an operation on meta tensors, or on a step's few CPU tensors (an optimizer's counters).
 
     Args:
         func: The operation.
@@ -27,7 +28,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs: Its other arguments.
 
     Returns:
-        What it returns, with the shapes, types and strides that PyTorch gives it.
+        The outputs, with the same shapes, types and strides as PyTorch's.
     """
     if _writes_lists(func) and args[0][0].is_meta:
         return None
@@ -38,7 +39,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @functools.cache
 def _quick() -> dict[Any, Callable[..., Any]]:
-    """Return what is known, by operation; one that this torch has none of is never asked for."""
+    """Return the quick functions by operation, without operations that this torch lacks."""
     found = {aten_if_there(name): quick for name, quick in _QUICK.items()}
     found.pop(None, None)
     return found
@@ -46,13 +47,13 @@ def _quick() -> dict[Any, Callable[..., Any]]:
 
 @functools.cache
 def _writes_lists(func: Any) -> bool:
-    """Whether it writes where it reads, as `_foreach_add_` does, and returns nothing."""
+    """Whether it writes to lists of tensors, as `_foreach_add_` does, and returns nothing."""
     name: str = func.__name__.partition(".")[0]
     return name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
 
 
 def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
-    """An operation on tensors of one type: one shape and layout, or one that is broadcast."""
+    """Handle tensors of one type that have one shape and layout, or that are broadcast."""
     if not (type(first) is torch.Tensor and first.is_floating_point()):
         return None
     for other in rest:
@@ -66,7 +67,7 @@ def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
 
 
 def _broadcast(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-    """Contiguous tensors of one type, the others broadcast to the first."""
+    """Handle contiguous tensors of one type whose shapes broadcast to the first one's shape."""
     for other in rest:
         if isinstance(other, torch.Tensor) and not (
             other.is_contiguous()

@@ -1,7 +1,7 @@
-"""Writes down what a step on meta tensors allocates and frees, operation by operation.
+"""Records what a step on meta tensors allocates and frees, operation by operation.
 
-A storage that was not seen before is an allocation, and its end is a free. Which iterations are
-recorded, and what becomes of them, is `memfit.simulation.tracing.trace`'s.
+A storage that was not seen before is an allocation. The end of its life is a free.
+`memfit.simulation.tracing.trace` decides which iterations are recorded, and uses the records.
 
 Source: weak references to storages keep their identity under `TorchDispatchMode`.
 """
@@ -31,29 +31,29 @@ _ADD: Final = "add.Tensor"
 
 
 class Watcher(Protocol):
-    """Who is told of every allocation while a step is traced, to know what it is for."""
+    """Is told about every allocation of a traced step, so that it can find what it is for."""
 
     def watch(
         self, prepared: Any, mark: Callable[[str], None]
     ) -> contextlib.AbstractContextManager[None]:
-        """Begin to watch a step; `mark` writes the name of a phase between the events."""
+        """Begin to watch a step. `mark` writes the name of a phase between the events."""
 
     def allocated(self, block_id: int, tensor: torch.Tensor, args: tuple[Any, ...]) -> None:
-        """Take note of a new storage, and of what the operation that made it was called with."""
+        """Take note of a new storage, and of the arguments of the operation that made it."""
 
     def took_workspace(self, block_id: int) -> None:
-        """Take note of a kernel's workspace, which ends with the operation."""
+        """Take note of a kernel's workspace, which is freed when the operation ends."""
 
     def freed(self, block_id: int) -> None:
-        """Take note of a storage's end."""
+        """Take note that a storage was freed."""
 
 
 class Recorder:
-    """Writes down allocations and frees of meta storages.
+    """Records allocations and frees of meta storages.
 
     Args:
-        kernels: What kernels take besides their outputs.
-        watcher: Told of every allocation.
+        kernels: Knows the memory that kernels take besides their outputs.
+        watcher: Is told about every allocation.
     """
 
     def __init__(self, kernels: Kernels, watcher: Watcher | None) -> None:
@@ -73,7 +73,7 @@ class Recorder:
         self._looks_for_residents = True
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, and write down what it allocates."""
+        """Run an operation, and record what it allocates."""
         self.num_operations += 1
         if self._looks_for_residents:
             self._see_arguments(args)
@@ -94,10 +94,10 @@ class Recorder:
         return result
 
     def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
-        """Whether the autograd engine is summing two gradients that it would sum in place.
+        """Whether the autograd engine would sum these two gradients in place.
 
-        Under a dispatch mode it does not, so its own condition is asked here: it is the gradient's
-        only owner, and its storage's.
+        Under a dispatch mode, the engine does not sum in place. So its condition is checked here:
+        the engine is the only owner of the gradient and of the gradient's storage.
 
         Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
@@ -111,18 +111,19 @@ class Recorder:
 
     @property
     def num_answers(self) -> int:
-        """How often the step asked for a value, and got it."""
+        """How often the step asked for a value and got an answer."""
         return self._known.num_answers
 
     def see(self, tensor: torch.Tensor) -> None:
-        """Write down a tensor that is there before the first iteration."""
+        """Record a tensor that exists before the first iteration."""
         if tensor.layout is torch.strided:
             self._see(tensor, "model")
 
     def take_residents(self) -> list[Event]:
-        """Return what the iteration that ended used and did not make, once, after the first one.
+        """Return the tensors that the first iteration used and did not make.
 
-        A loss function may close over tensors that nobody else knows.
+        Call it once, after the first iteration. For example, a loss function may use tensors that
+        belong to no module.
         """
         self._looks_for_residents = False
         found, self._residents = self._residents, []
@@ -140,17 +141,17 @@ class Recorder:
                 self._see_arguments(value)
 
     def cut(self) -> list[Event]:
-        """Return the events since the last cut, once unreachable cycles are gone."""
+        """Free unreachable reference cycles, and return the events since the last cut."""
         gc.collect()
         events, self._events = self._events, []
         return events
 
     def close(self) -> None:
-        """Write down nothing more: what ends from now on ends with the trace, not with the step."""
+        """Stop recording. Later frees belong to the end of the trace, not to the step."""
         self._is_closed = True
 
     def forget_plans(self) -> None:
-        """Have every convolution try its plans again, so that iterations make the same stream."""
+        """Let convolutions try their plans again, so that each iteration has the same events."""
         self._tried_plans.clear()
 
     def mark(self, name: str) -> None:
@@ -210,7 +211,7 @@ class Recorder:
 
 
 def _sole_owner() -> tuple[int, int]:
-    """What is counted of a gradient that only the engine holds, Python's own share included."""
+    """Return the owner counts of a gradient that only the engine holds, Python's included."""
     seen = []
     add = aten(_ADD)
 

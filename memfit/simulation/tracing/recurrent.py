@@ -1,8 +1,8 @@
 """LSTM, GRU and plain recurrent layers as cuDNN runs them: one operation with a reserve.
 
-On the meta device PyTorch runs them time step by time step and keeps every intermediate; on CUDA
-cuDNN takes the whole sequence and keeps one opaque buffer for backward. Sequences of different
-lengths (`PackedSequence`) are left as they are.
+On the meta device, PyTorch runs these layers one time step at a time and keeps every intermediate
+tensor. On CUDA, cuDNN runs the whole sequence at once and keeps one opaque buffer for backward.
+Sequences of different lengths (`PackedSequence`) are not changed.
 
 Source: aten/src/ATen/native/cudnn/RNN.cpp, and aten/src/ATen/cudnn/AutocastRNN.cpp for the casts.
 """
@@ -21,7 +21,7 @@ from memfit._torch_private import aten
 __all__ = ["RECURRENT", "Recurrence", "is_padded", "recur", "recur_backward", "with_reserve"]
 
 RECURRENT: Final = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
-"""What torch calls the layers, and cuDNN's number for each (`cudnnRNNMode_t`)."""
+"""torch's names of the layers, and cuDNN's number for each (`cudnnRNNMode_t`)."""
 
 _LSTM: Final = RECURRENT["lstm"]
 _NUM_GATES: Final = (1, 1, 4, 3)
@@ -47,23 +47,23 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
     bidirectional: bool,
     batch_first: bool,
 ) -> Any:
-    """Run a recurrent layer as one operation of cuDNN's.
+    """Run a recurrent layer as one operation of cuDNN.
 
     Args:
         name: One of `RECURRENT`.
-        dtype: What autocast casts to; `None` outside of it.
+        dtype: The type that autocast casts to; `None` outside of autocast.
         data: Shape (steps, samples, features), or samples first.
-        states: The initial hidden state, of shape (layers x directions, samples, hidden), or for an
-            LSTM that and the cell's.
-        weights: Of each layer and direction in turn.
-        num_layers: Layers.
-        dropout: Between layers.
+        states: The initial hidden state, of shape (layers x directions, samples, hidden). For an
+            LSTM, also the initial cell state.
+        weights: The weights of each layer and direction in turn.
+        num_layers: The number of layers.
+        dropout: The dropout between layers.
         train: Whether backward follows.
         bidirectional: Whether each layer runs in both directions.
         batch_first: Whether samples come first in `data`.
 
     Returns:
-        What `torch.lstm` and its like return: the output and the last states.
+        The output and the last states, as `torch.lstm` returns them.
     """
     mode = RECURRENT[name]
     hidden, cell = states if mode == _LSTM else (states, None)
@@ -77,7 +77,7 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
         data,
         list(weights),
         len(weights) // (num_layers * directions),
-        # The parameters already are views of one buffer on CUDA; here any of them stands for it.
+        # On CUDA the parameters are views of one buffer. Here any parameter takes its place.
         weights[0].detach(),
         hidden,
         cell,
@@ -101,12 +101,12 @@ class Recurrence:
 
     Args:
         mode: cuDNN's number for the kind of layer.
-        steps: Length of the sequences.
-        samples: How many there are.
-        hidden: Width of a layer's state in one direction.
-        layers: Layers.
+        steps: The length of the sequences.
+        samples: The number of sequences.
+        hidden: The width of a layer's state in one direction.
+        layers: The number of layers.
         directions: 1 or 2.
-        weights: Elements of all weight matrices.
+        weights: The number of elements in all weight matrices.
         item_bytes: Bytes of an element.
 
     Source: pytorch/pytorch#2895, where cuDNN asked for these bytes on a Tesla P100 in fp32, for
@@ -127,11 +127,11 @@ class Recurrence:
     def of(
         cls, data: torch.Tensor, weights: Sequence[torch.Tensor], options: Sequence[Any]
     ) -> Recurrence:
-        """Read it from an operation's arguments.
+        """Read these values from an operation's arguments.
 
         Args:
-            data: Input.
-            weights: Of all layers.
+            data: The input.
+            weights: The weights of all layers.
             options: The arguments from `mode` to `bidirectional`.
         """
         mode, hidden, _, layers, batch_first, _, _, bidirectional = options
@@ -149,17 +149,18 @@ class Recurrence:
 
     @property
     def reserve_bytes(self) -> int:
-        """What is kept for backward besides the tensors that the operation returns.
+        """Bytes that are kept for backward besides the tensors that the operation returns.
 
-        At each step, an LSTM's four gates and its cell's state, six of a GRU's, a plain layer's
-        activation; and between layers the output that the next one reads.
+        For each time step, an LSTM keeps four gates and the cell's state, a GRU keeps six tensors
+        of that size, and a plain layer keeps its activation. Each layer but the last also keeps its
+        output, which the next layer reads.
         """
         states = self.layers * _NUM_KEPT[self.mode] + self.layers - 1
         return self.steps * self._state_bytes * states
 
     @property
     def workspace_bytes(self) -> int:
-        """What each call takes: the weights transposed, and some states of every layer."""
+        """Bytes that each call takes, for transposed weights and some states of every layer."""
         states = self.layers * (3 * _NUM_GATES[self.mode] - 1)
         return self.weights * self.item_bytes + self._state_bytes * states
 
@@ -169,11 +170,11 @@ class Recurrence:
 
 
 def with_reserve(args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what `_cudnn_rnn` returns on the meta device, with the reserve that it has on CUDA.
+    """Return the result of `_cudnn_rnn` with the reserve that it has on CUDA.
 
     Args:
         args: The operation's arguments.
-        result: What the meta device returned, whose reserve is empty.
+        result: The result on the meta device, where the reserve is empty.
     """
     data, is_trained = args[0], args[12]
     if not is_trained:
@@ -183,13 +184,14 @@ def with_reserve(args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, .
 
 
 def recur_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the gradients that `_cudnn_rnn_backward` does, which the meta device has none of.
+    """Return the gradients of `_cudnn_rnn_backward`, which the meta device does not implement.
 
     Args:
         args: The operation's arguments: input, weights, their stride, their buffer, the states, ...
 
     Returns:
-        The gradients of the input, of the states and of the weights; these are views of one buffer.
+        The gradients of the input, of the states and of the weights. The gradients of the weights
+        are views of one buffer.
     """
     data, weights, _, _, hidden, cell = args[:6]
     needed = args[-1]

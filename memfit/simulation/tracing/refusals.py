@@ -1,4 +1,4 @@
-"""Says in one sentence why a step cannot be simulated: what needs which values, and the way out."""
+"""Says why a step cannot be simulated, which values it needs, and what to do instead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memfit.simulation.schedule import StreamsDifferError
 __all__ = ["explained", "refuse_compiled", "refuse_sparse"]
 
 _TORCH: Final = Path(torch.__file__).parent
-# Not "metadata", and not the meta of somebody's meta-learning.
+# These must not match "metadata" or the "meta" of meta-learning.
 _OF_META: Final = re.compile(
     r"\bmeta (tensor|kernel|device|function|backend)|'meta'|\bmeta:0|(device|type)[= ]meta\b"
     r"|register_meta|\bmeta and |(, | and )meta\b",
@@ -40,14 +40,14 @@ _TWO_DEVICES: Final = re.compile(
 
 @contextlib.contextmanager
 def explained(model: nn.Module, name: str) -> Iterator[None]:
-    """Turn what a meta tensor cannot do into a sentence that names the operation and the module.
+    """Turn an error of a meta tensor into a sentence that names the operation and the module.
 
     Args:
         model: The model that is traced.
-        name: What the sentence calls it.
+        name: The name of the model in the sentence.
 
     Raises:
-        NotSimulatedError: The block needed what the meta device does not have.
+        NotSimulatedError: The block needed values or functions that the meta device lacks.
     """
     try:
         yield
@@ -65,17 +65,17 @@ def explained(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def refuse_compiled(*parts: Any, name: str) -> None:
-    """Refuse what `torch.compile` or `torch.jit` has compiled.
+    """Refuse a step with parts that `torch.compile` or `torch.jit` has compiled.
 
-    A simulation sees each operation of a step as it is called. Compiled ones are fused, and keep
-    other tensors.
+    A simulation sees each operation of a step when it is called. Compiled operations are fused, and
+    keep other tensors for backward.
 
     Args:
-        *parts: The model, the loss, the optimizer, or what makes it.
-        name: What the sentence calls the step.
+        *parts: The model, the loss, and the optimizer or the function that makes it.
+        name: The name of the step in the sentence.
 
     Raises:
-        NotSimulatedError: One of them, or something that it calls, is compiled.
+        NotSimulatedError: One of the parts, or something that it calls, is compiled.
     """
     for part in parts:
         compiled = _compiled_in(part)
@@ -92,7 +92,7 @@ def refuse_sparse(model: Any, *, name: str) -> None:
 
     Args:
         model: A module.
-        name: What the sentence calls the step.
+        name: The name of the step in the sentence.
 
     Raises:
         NotSimulatedError: One of its embeddings makes sparse gradients.
@@ -160,7 +160,7 @@ def _reason(model: nn.Module, error: BaseException) -> str | None:
 
 
 def _was_raised_by_user(traceback: TracebackType | None) -> bool:
-    """Whether the innermost frame is a `raise` outside of torch, and not a call into C++."""
+    """Whether the error comes from a `raise` outside of torch, and not from a call into C++."""
     if traceback is None:
         return False
     while traceback.tb_next is not None:
@@ -172,7 +172,7 @@ def _was_raised_by_user(traceback: TracebackType | None) -> bool:
 
 
 def _innermost_part(model: nn.Module, error: BaseException) -> str:
-    """Name the module or the optimizer that was at work."""
+    """Return the name of the module or the optimizer that was running."""
     names = {id(module): name for name, module in model.named_modules()}
     found = "it"
     traceback = error.__traceback__

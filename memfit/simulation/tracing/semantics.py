@@ -1,8 +1,8 @@
-"""What CUDA does differently from the meta device, put right while a step is traced.
+"""Makes operations on the meta device do what they do on CUDA, while a step is traced.
 
-Attention's kernel, recurrent layers, dropout's mask, autocast and the loss's scale, and the
-optimizers' choice of their foreach implementation. What kernels take besides tensors is
-`memfit.simulation.tracing.workspace`'s.
+This concerns the kernel of attention, recurrent layers, the mask of dropout, autocast, the scale of
+the loss, and whether optimizers choose their foreach implementation.
+`memfit.simulation.tracing.workspace` adds the memory that kernels take besides tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 __all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
 
 META: Final = torch.device("meta")
-# Whose functions are torch's own.
+# Classes of tensors that do not replace torch's functions.
 _PLAIN: Final = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
@@ -47,11 +47,11 @@ _AUTOCAST_DTYPES: Final = {
 
 
 class CudaSemantics(TorchFunctionMode):
-    """Has operations do what they do on CUDA and not on the meta device.
+    """Makes operations on the meta device do what they do on CUDA.
 
     Args:
-        autocast: The casts, where the precision or a region of the model is mixed.
-        choose_attention: Which kernel attention takes.
+        autocast: The casts, used if the precision is mixed or the model opens a region of autocast.
+        choose_attention: A function that returns the kernel of an attention.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CudaSemantics(TorchFunctionMode):
             args, kwargs = pytree.tree_map(_plain, (args, kwargs))
         name = getattr(func, "__name__", "")
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
-            # The meta device has none, and draws nothing.
+            # The meta device has no generator, and draws no random numbers.
             kwargs = kwargs | {"generator": None}
         if name == "scaled_dot_product_attention":
             func = self._attend
@@ -105,7 +105,7 @@ class CudaSemantics(TorchFunctionMode):
         backend = self._choose_attention(call)
         self.attention[call] = backend
         if backend is AttentionBackend.WRITTEN_OUT:
-            # Here each operation is the model's own, so each comes by autocast.
+            # Here the model calls each operation itself, so autocast must see each one.
             with self:
                 return write_out(query, key, value, mask=attn_mask, dropout=dropout_p, scale=scale)
         return attend(
@@ -122,10 +122,10 @@ class CudaSemantics(TorchFunctionMode):
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor of a class with functions of its own as a plain one.
+    """Return a tensor of a subclass that replaces torch's functions as a plain tensor.
 
     Raises:
-        NotSimulatedError: The class has operations of its own too.
+        NotSimulatedError: The class replaces torch's operations too.
     """
     if not isinstance(value, torch.Tensor) or type(value) in _PLAIN:
         return value
@@ -147,7 +147,10 @@ def _is_on_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:  # noqa: A002
-    """CUDA's fused kernel, whose mask is of booleans (aten/src/ATen/native/Dropout.cpp)."""
+    """Run dropout like CUDA's fused kernel, with a mask of booleans.
+
+    Source: aten/src/ATen/native/Dropout.cpp.
+    """
     if train and 0 < p < 1 and input.numel():
         return torch.native_dropout(input, p, train)[0]
     return torch.dropout(input, p, train)
@@ -157,10 +160,10 @@ class MetaPrecision:
     """Autocast and GradScaler for meta tensors.
 
     Args:
-        precision: The arithmetic of the step.
-        backward_in_autocast: The training loop calls backward inside autocast's context, so that
-            casts are kept until then.
-        fp32: What autocast runs in fp32.
+        precision: The precision of the step.
+        backward_in_autocast: Whether the training loop calls backward inside autocast's context.
+            Then casts are kept until backward ends.
+        fp32: The operations that autocast runs in fp32.
     """
 
     def __init__(
@@ -172,14 +175,14 @@ class MetaPrecision:
     ) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
         self._is_mixed = dtype is not None
-        # What torch casts to on CUDA where nothing else is said.
+        # The type that torch casts to on CUDA by default.
         self.autocast = CudaAutocast(dtype or torch.float16, fp32=fp32)
         self._keeps_casts = backward_in_autocast
         self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Return the context that model and loss run in."""
+        """Run the model and the loss in this context."""
         if not self._is_mixed:
             yield
             return
@@ -187,7 +190,7 @@ class MetaPrecision:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from the loss, scaled where the precision asks for it."""
+        """Run backward from the loss. The loss is scaled if the precision needs it."""
         if self._scale is not None:
             loss = loss * self._scale
         with self.autocast.backward() if self._is_mixed else contextlib.nullcontext():
@@ -200,10 +203,11 @@ class MetaPrecision:
 
 @contextlib.contextmanager
 def foreach_on_meta(*, enabled: bool) -> Iterator[None]:
-    """Have optimizers choose their implementation for meta tensors as they do on CUDA.
+    """Make optimizers choose the same implementation for meta tensors as on CUDA.
 
     Args:
-        enabled: They take foreach implementations by default; fused ones where they were asked for.
+        enabled: Optimizers use the foreach implementation by default, and the fused one if the user
+            asked for it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(fused_supported_on(META.type))

@@ -1,8 +1,8 @@
-"""What kernels take from the allocator besides the tensors that an operation returns.
+"""The memory that kernels take from the allocator besides the tensors that an operation returns.
 
-Every term is named and says where it comes from; none is fitted to a model. Left out, because they
-are small or not known: reductions' scratch, the reserve of batch norm, the plans that cuDNN tries
-and does not keep.
+Every term has a name and a source. No term is fitted to a model. Three terms are left out, because
+they are small or not known: the scratch memory of reductions, the reserve of batch norm, and the
+plans that cuDNN tries and does not keep.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ _FLASH_HEAD_DIMS: Final = 32
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """Memory that a kernel takes for the length of its call.
+    """Memory that a kernel takes while it runs.
 
     Args:
-        name: What it is for.
-        num_bytes: How much; 0 for a call that takes none.
-        is_needed: The kernel cannot do without; otherwise another is taken where there is no room.
-        plan: What cuDNN remembers the choice of an algorithm by; `None` where nothing is chosen.
+        name: What the memory is for.
+        num_bytes: Its size; 0 for a call that takes none.
+        is_needed: Whether the kernel needs it. If not, another kernel is used when there is no
+            room.
+        plan: The key under which cuDNN keeps its choice of an algorithm; `None` if there is no
+            choice.
     """
 
     name: str
@@ -48,8 +50,8 @@ class Kernels:
     """The kernels of a card and its libraries.
 
     Args:
-        compute_capability: Of the card, such as (8, 6).
-        allows_tf32: fp32 convolutions may use tensor cores, which is PyTorch's default.
+        compute_capability: The compute capability of the card, such as (8, 6).
+        allows_tf32: Whether fp32 convolutions may use tensor cores, which is PyTorch's default.
     """
 
     compute_capability: tuple[int, int]
@@ -61,18 +63,19 @@ class Kernels:
 
     @property
     def _tensor_cores(self) -> tuple[bool, bool]:
-        """For half precision, and for fp32 as TF32."""
+        """Whether tensor cores are used for half precision, and whether for fp32 as TF32."""
         return (
             self.compute_capability >= _TENSOR_CORES_HALF,
             self.allows_tf32 and self.compute_capability >= _TENSOR_CORES_TF32,
         )
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, with the layout of its outputs that CUDA gives them."""
+        """Run an operation, and give its outputs the layout that they have on CUDA."""
         if func is aten_if_there("convolution_backward.default"):
             return _convolution_backward(*args)
         if func is aten_if_there("convolution.default") and _is_channels_last(args[1]):
-            # cuDNN computes in NHWC as soon as one of the two is; meta goes by the input alone.
+            # cuDNN computes in NHWC if either of the two is NHWC. The meta device looks only at the
+            # input.
             result = func(*args, **kwargs)
             return torch.empty_like(result, memory_format=torch.channels_last)
         if func is aten_if_there("_cudnn_rnn.default"):
@@ -82,12 +85,12 @@ class Kernels:
         return outputs(func, args, kwargs)
 
     def workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
-        """Return what an operation's kernels take, one after another.
+        """Return the workspaces of an operation's kernels, one after another.
 
         Args:
             func: The operation.
             args: Its positional arguments.
-            result: What it returned.
+            result: The result of the operation.
         """
         if func is aten_if_there("convolution.default"):
             return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
@@ -111,15 +114,15 @@ class Kernels:
     def _convolution(
         self, kind: str, tensors: tuple[torch.Tensor, ...], parameters: Any
     ) -> Workspace:
-        """Copies in NHWC, which is what tensor-core kernels compute in.
+        """Return the copies in NHWC, the layout in which tensor-core kernels compute.
 
-        In half precision every convolution of contiguous (NCHW) tensors has its input, weight and
-        output transposed. With TF32 the forward kernels read NCHW, and so do 1x1 convolutions,
-        which are matrix products; the backward kernels of larger filters do not. Depthwise
-        convolutions are PyTorch's own kernels.
+        In half precision, every convolution of contiguous (NCHW) tensors transposes its input,
+        weight and output. With TF32, the forward kernels read NCHW, and so do all kernels of 1x1
+        convolutions, because those are matrix products. The backward kernels of larger filters
+        compute in NHWC. Depthwise convolutions use PyTorch's own kernels.
 
         Args:
-            kind: Which of a convolution's three: `forward`, `data` or `filter`.
+            kind: One of a convolution's three kernels: `forward`, `data` or `filter`.
             tensors: Input, weight and output, or the gradients in their place.
             parameters: Stride, padding, dilation, whether transposed, output padding, groups.
 
@@ -151,7 +154,7 @@ class Kernels:
 
 
 def _flash_backward(query: torch.Tensor) -> Workspace:
-    """The query's gradient in fp32, and a row's scalar; both padded to the kernel's tiles.
+    """Return the query's gradient in fp32 and a scalar for each row, padded to the kernel's tiles.
 
     Source: `mha_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
     """
@@ -162,7 +165,7 @@ def _flash_backward(query: torch.Tensor) -> Workspace:
 
 
 def _efficient_backward(query: torch.Tensor) -> Workspace:
-    """A row's scalar in fp32, and for half inputs the query's gradient in fp32 (a bound).
+    """Return an fp32 scalar for each row, and for half inputs the query's fp32 gradient (a bound).
 
     Source: `_efficient_attention_backward` in
         aten/src/ATen/native/transformers/cuda/attention_backward.cu.
@@ -174,7 +177,7 @@ def _efficient_backward(query: torch.Tensor) -> Workspace:
 
 
 def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
-    """The workspace of cuDNN's own, beside copies with time steps first where samples come first.
+    """Return cuDNN's workspace, and the copies with time steps first if samples come first.
 
     Source: `input.transpose(0, 1)` and `.contiguous()` in aten/src/ATen/native/cudnn/RNN.cpp.
     """
@@ -189,7 +192,10 @@ def _ceil(number: int, multiple: int) -> int:
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether strides say so, as for a 1x1 filter that is contiguous in both formats."""
+    """Whether the strides are channels-last.
+
+    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
+    """
     if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
         return False
     _, channels, height, width = tensor.shape
@@ -199,10 +205,12 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 def _convolution_backward(
     gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of a convolution, laid out as cuDNN's: like the weight, in one format.
+    """Return the gradients of a convolution in cuDNN's layouts.
 
-    The meta device's own gives a contiguous gradient for a channels-last weight, which autograd
-    would then copy.
+    The weight's gradient has the layout of the weight.
+
+    The meta device would return a contiguous gradient for a channels-last weight. Autograd would
+    then copy it.
     """
     bias_sizes, needed = rest[0], rest[-1]
     is_last = data.ndim == 4 and any(_is_channels_last(t) for t in (gradient, data, weight))  # noqa: PLR2004
