@@ -55,7 +55,7 @@ def test_a_probe_is_rehearsed_with_its_certificate(monkeypatch: pytest.MonkeyPat
         return popen(*arguments, **keywords)
 
     monkeypatch.setattr(subprocess, "Popen", counted)
-    workload = perceptron()
+    workload = perceptron(8192)
     before = [parameter.clone() for parameter in workload.model.parameters()]
     found = memfit.survey(workload, gpus=("rtx3060", "rtx3090"), memory="900MiB", engine="rehearse")
     assert found.source is Source.REHEARSED
