@@ -1,8 +1,8 @@
 """The peaks of real training steps beside rehearsed ones of the same card, in one command.
 
 On a machine with a GPU, each side runs in a process of its own: one on the GPU, one rehearsed as
-that card. Requested bytes have to agree to the byte and reserved bytes to a segment. Differences
-are listed by operator. Without a GPU, `--against-itself` rehearses both sides, which checks that the
+that card. Requested bytes have to agree to the byte, and reserved bytes to a segment. Differences
+are listed by operator. Without a GPU, `--against-itself` rehearses both sides. That checks that the
 rehearsal repeats:
 
     python benchmarks/rehearsal_truth.py

@@ -315,6 +315,7 @@ class Ballast(nn.Module):
 
 
 @pytest.mark.gpu
+@pytest.mark.computes
 def test_a_gpu_that_runs_out_is_survived() -> None:
     """A cap on the caching allocator: parameters, buffers and draws end bit for bit the same."""
     total_bytes = torch.cuda.get_device_properties(0).total_memory

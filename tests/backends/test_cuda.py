@@ -346,12 +346,12 @@ def test_a_real_search_leaves_a_live_model_as_it_was(clean_gpu: Callable[[], int
     optimizer = torch.optim.AdamW(model.parameters())
     batch = (torch.randn(2, 3, 64, 64), torch.randint(10, (2,)))
     workload = Workload(model, batch, nn.CrossEntropyLoss(), optimizer)
-    before = [tensor.clone() for tensor in model.state_dict().values()]
+    before = [tensor.cpu() for tensor in model.state_dict().values()]
     state = torch.cuda.get_rng_state()
     for options in ({"precision": "fp32"}, {"precision": "bf16", "channels_last": True}):
         result = probe(workload, memory="2GiB", **options)
         assert result.proved
-        after = model.state_dict().values()
+        after = [tensor.cpu() for tensor in model.state_dict().values()]
         assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
         assert torch.equal(state, torch.cuda.get_rng_state())
         assert optimizer.state == {}

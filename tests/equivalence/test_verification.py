@@ -216,6 +216,7 @@ def test_fp16_autocast_scales_its_loss() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.computes
 @pytest.mark.parametrize("precision", [Precision.AMP_BF16, Precision.AMP_FP16, Precision.FP32])
 @pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "test_resnet"])
 def test_no_false_alarm_on_a_gpu(name: str, precision: Precision) -> None:
