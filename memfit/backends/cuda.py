@@ -23,6 +23,7 @@ from memfit.memory.release import release
 from memfit.memory.restore import preserved
 from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
 from memfit.step.runner import PreparedStep
+from memfit.step.unfilled import UnfilledWeights
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
@@ -189,7 +190,8 @@ class CudaBackend:
             preserved(*step.live_modules, optimizer=step.live_optimizer)
         )
         try:
-            prepared = step.prepare(self._device)
+            with contextlib.nullcontext() if self._is_there else UnfilledWeights():
+                prepared = step.prepare(self._device)
         except Exception as error:
             if oom.classify(error) is not oom.Likelihood.CERTAIN:
                 raise

@@ -1,0 +1,45 @@
+"""Models built without random weights, where nothing computes with them.
+
+Drawing the weights of a large model takes seconds on a CPU. A rehearsed card computes nothing, so
+its weights can be anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["UnfilledWeights"]
+
+# What torch.nn.init and timm's initialisation are made of: draws, and arithmetic on draws.
+_FILLS = frozenset(
+    (
+        torch.Tensor.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.erfinv_,
+        torch.nn.init.trunc_normal_,
+        torch.nn.init.normal_,
+        torch.nn.init.uniform_,
+        torch.nn.init.kaiming_uniform_,
+        torch.nn.init.kaiming_normal_,
+    )
+)
+_ARITHMETIC = frozenset((torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.clamp_))
+_LARGE = 2**14  # elements; smaller ones cost nothing, and may be more than weights
+
+
+class UnfilledWeights(TorchFunctionMode):
+    """Leave out, in the block, what fills large floating-point tensors with random numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor as it is where it would be filled."""
+        keywords = kwargs or {}
+        if func in _FILLS or func in _ARITHMETIC:
+            filled = args[0] if args else keywords["tensor"]
+            if filled.is_floating_point() and filled.numel() >= _LARGE:
+                return filled
+        return func(*args, **keywords)
