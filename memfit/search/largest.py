@@ -194,6 +194,8 @@ class _Search:
                 return beyond
             if beyond in self._fails and self._hint not in tried:
                 return self._hint
+            if low is not None and high is not None and (near := self._below_hint(low, high)):
+                return near
         if low is None:
             return self._down(high)
         if low == self._ceiling or high == low + 1:
@@ -269,6 +271,18 @@ class _Search:
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
+
+    def _below_hint(self, low: int, high: int) -> int | None:
+        """Return the next step down from a hint that failed, near which the edge is expected."""
+        numerator, denominator = _HINT_ERROR
+        assert self._hint is not None
+        if self._hint not in self._fails or high > self._hint:
+            return None
+        step = max(1, 2 * (self._hint - high))
+        below = self._hint - step
+        # What fits near the hint says more than a step does.
+        is_far = (self._hint - low) * denominator > 2 * self._hint * numerator
+        return below if is_far and step * denominator <= self._hint * numerator else None
 
     def _beyond_hint(self, low: int) -> int | None:
         """Return the next step beyond a hint that fitted; the bytes are those of a full device."""
