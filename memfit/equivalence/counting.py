@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,12 @@ from memfit.records import LossWeighting
 from memfit.step.leaves import is_array
 from memfit.step.nesting import opened
 
-__all__ = ["SAMPLES", "SUM", "Count", "candidates", "of_classes"]
+__all__ = ["SAMPLES", "SUM", "Count", "Fit", "UnseenClassError", "candidates", "of_classes"]
+
+
+class UnseenClassError(LookupError):
+    """A class whose weight was not seen in the samples that weights were measured on."""
+
 
 _IGNORED = (-100, 255, -1)
 """Source: torch's cross_entropy; segmentation data sets such as Cityscapes; fairseq and timm."""
@@ -142,9 +148,9 @@ def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count
             continue
         rows = [[float(sum((v == c).sum() for v in part[path])) for c in classes] for part in parts]
         found = fit(torch.tensor(rows, dtype=torch.float64))
-        weights = torch.zeros(max(classes) + 1, dtype=torch.float64)
+        weights = torch.full((max(classes) + 1,), torch.nan, dtype=torch.float64)
         weights[classes] = found / (float(found.abs().max()) or 1.0)
-        if float(weights.min()) < 0:
+        if float(found.min()) < 0:
             continue
         written = ", ".join(f"{one}: {float(weights[one]):.3g}" for one in classes)
         yield _weighed(path, weights, f"{{{written}}} by the class in {path}")
@@ -200,7 +206,12 @@ def _weighed(path: str, weights: torch.Tensor, text: str) -> Count:
         total = 0.0
         for value in _by_path(part).get(path, ()):
             classes = value.cpu().reshape(-1)
-            total += float(on_host[classes[classes >= 0]].sum())
+            classes = classes[classes >= 0]
+            if classes.numel() and int(classes.max()) >= len(on_host):
+                raise UnseenClassError(path)
+            total += float(on_host[classes].sum())
+        if math.isnan(total):
+            raise UnseenClassError(path)
         return total
 
     return Count(weighting=LossWeighting.CLASSES, of=of, text=text)

@@ -16,11 +16,12 @@ from memfit.equivalence.samples import Samples, was_written_to
 from memfit.equivalence.splits import spans
 from memfit.equivalence.state import held_by, same_start
 from memfit.equivalence.terms import named_losses
-from memfit.errors import WorkloadError
+from memfit.errors import MemfitError, WorkloadError
+from memfit.memory import oom
 from memfit.records import Precision
 from memfit.step.runner import autocast, call_model, users_code
 
-__all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "gradients"]
+__all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "error_in", "gradients"]
 
 FP64 = "fp64"
 
@@ -288,3 +289,26 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128 if dtype is torch.complex128 else torch.complex64
     return dtype if dtype is torch.float64 else torch.float32
+
+
+def error_in(setup: CheckSetup) -> Exception | None:
+    """Run a batch forward and backward, and return what is raised, if it is not about memory.
+
+    Raises:
+        MemfitError: The step is none, whatever it computes in.
+    """
+    parameters = setup.parameters().values()
+    try:
+        with same_start(setup.holders, parameters), setup.draws.recorded():
+            losses = setup.losses_of(0, setup.num_samples).values()
+            torch.stack([loss for loss in losses if loss.requires_grad]).sum().backward()
+    except MemfitError:
+        raise
+    except Exception as error:
+        if oom.classify(error) is not oom.Likelihood.NO:
+            raise
+        return error
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+    return None

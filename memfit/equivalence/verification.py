@@ -18,18 +18,18 @@ from torch import nn
 
 from memfit.equivalence import loops, weighting
 from memfit.equivalence.causes import Causes, find_causes
+from memfit.equivalence.counting import UnseenClassError
 from memfit.equivalence.gradient_flow import cut_off as layers_cut_off
-from memfit.equivalence.gradients import CheckSetup
+from memfit.equivalence.gradients import CheckSetup, error_in
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_layers
 from memfit.equivalence.passes import Compared, PassCounter, Progress, compare, in_eval, united
 from memfit.equivalence.randomness import Draws, seed_all
 from memfit.equivalence.samples import Samples, made_distinct, moved_off_zero
 from memfit.equivalence.splits import bounded, splits_of
-from memfit.equivalence.state import same_start
 from memfit.equivalence.weighting import Weights
 from memfit.equivalence.widening import in_float64, widen
-from memfit.errors import MemfitError, UsageError
+from memfit.errors import UsageError, WorkloadError
 from memfit.memory import oom
 from memfit.memory.restore import preserved
 from memfit.records import (
@@ -253,6 +253,7 @@ class _Proof:
     causes: Causes
     mixing_layers: tuple[MixingLayer, ...]
     single_precision: str | None
+    num_known: int | None
     loop: tuple[LoopWindow, ...]
     loop_faults: tuple[LoopFault, ...]
 
@@ -304,29 +305,10 @@ def _first_that_runs(setups: Sequence[_Chosen]) -> tuple[_Chosen | None, Excepti
     """Return the first batch that runs forward and backward, or else why the last does not."""
     error: Exception | None = None
     for chosen in setups:
-        error = _error_in(chosen[0])
+        error = error_in(chosen[0])
         if error is None:
             return chosen, None
     return None, error
-
-
-def _error_in(setup: CheckSetup) -> Exception | None:
-    """Run a batch forward and backward, and return what is raised."""
-    parameters = setup.parameters().values()
-    try:
-        with same_start(setup.holders, parameters), setup.draws.recorded():
-            losses = setup.losses_of(0, setup.num_samples).values()
-            torch.stack([loss for loss in losses if loss.requires_grad]).sum().backward()
-    except MemfitError:
-        raise
-    except Exception as error:
-        if oom.classify(error) is not oom.Likelihood.NO:
-            raise
-        return error
-    finally:
-        for parameter in parameters:
-            parameter.grad = None
-    return None
 
 
 def _experiments(
@@ -353,10 +335,20 @@ def _experiments(
         compared, setup = compare(setup, cuts, weights, work, suspect_draws=not left, is_proof=True)
         with in_eval(model, compared.off):
             causes = find_causes(setup, compared, weights, left, work)
-        weights = weights.plan((*cuts, *subject.training_cuts), whole)
+        # In training, as many samples as the weights are known for.
+        num_known = subject.samples
+        try:
+            weights = weights.plan((*cuts, *subject.training_cuts), whole)
+        except UnseenClassError:
+            weights, num_known = weights.plan(cuts, whole), setup.num_samples
     loop: tuple[LoopWindow, ...] = ()
     faults: tuple[LoopFault, ...] = ()
     if accumulate is not None:
+        if num_known != subject.samples:
+            raise WorkloadError(
+                "The loss weighs classes, and the weights of some were not seen in the first "
+                f"{num_known} samples: put every class among them, or give samples=."
+            )
         work.next("weighing the accumulation loop")
         with in_eval(model, frozen | compared.drawing):
             loop, faults = loops.weigh(
@@ -372,6 +364,7 @@ def _experiments(
         causes=causes,
         mixing_layers=(*mixing, *causes.mixing_layers),
         single_precision=None,
+        num_known=num_known,
         loop=loop,
         loop_faults=faults,
     )
@@ -412,7 +405,7 @@ def _in_training(
         module.to(device)
     setup, cuts = subject.setup(
         subject.whole.changed(place),
-        subject.samples,
+        proof.num_known,
         device=device,
         precision=subject.step.options.precision,
         held_fixed=proof.compared.held_fixed,

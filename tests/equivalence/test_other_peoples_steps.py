@@ -1,0 +1,435 @@
+"""Steps as people write them: what they keep, what they lose by, and the types that they name."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.utils.checkpoint import checkpoint
+
+from equivalence.models import NUM_CLASSES, WIDTH, check, mlp, vectors
+from memfit.records import Equivalence, GradientFault, LossWeighting, MixesIn, Verdict
+
+
+def fp64_error(result: Equivalence) -> float:
+    """The largest relative error in float64, which has to be there."""
+    error = result.worst_relative_error("fp64")
+    assert error is not None
+    return error
+
+
+# --- what depends on the order of samples ---------------------------------------------------------
+
+
+class MixedUp(nn.Module):
+    """Mixup as published, by a random permutation of the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        share = torch.distributions.Beta(0.4, 0.4).sample()
+        return share * x + (1 - share) * x[torch.randperm(len(x))]
+
+
+class Rolled(nn.Module):
+    """Mixup of neighbours."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.6 * x + 0.4 * x.roll(1, 0)
+
+
+def triplets(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
+    """Each sample with its neighbours as positive and negative."""
+    near = (outputs - outputs.roll(1, 0)).square().sum(1)
+    far = (outputs - outputs.roll(2, 0)).square().sum(1)
+    return F.relu(near - far + 1).mean()
+
+
+def pairs(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
+    """Samples two by two; one that is left over counts nothing."""
+    half = len(outputs) // 2
+    distance: torch.Tensor = (outputs[0 : 2 * half : 2] - outputs[1::2]).square().mean()
+    return distance if half else outputs.sum() * 0
+
+
+@pytest.mark.parametrize("layer", [Rolled(), MixedUp()])
+def test_mixup_is_named(layer: nn.Module) -> None:
+    """By the layer that does it, also where it draws its pairs."""
+    result = check(mlp(layer))
+    assert result.verdict is Verdict.DIFFERS
+    assert GradientFault.MIXES_SAMPLES in result.faults
+    assert [mixer.name for mixer in result.mixers] == ["2"]
+
+
+@pytest.mark.parametrize("loss", [triplets, pairs])
+@pytest.mark.parametrize("micro_batch_size", [3, 4])
+def test_a_loss_over_neighbours_depends_on_the_order(loss: Any, micro_batch_size: int) -> None:
+    """Also where this cut happens to leave pairs whole."""
+    result = check(mlp(), loss, micro_batch_size=micro_batch_size, accumulation_steps=2)
+    assert result.verdict is Verdict.DIFFERS
+    assert GradientFault.DEPENDS_ON_ORDER in result.faults
+    assert result.order_error is not None
+    assert result.order_error > 0.01
+
+
+# --- what a pass leaves behind --------------------------------------------------------------------
+
+
+class Byol(nn.Module):
+    """A student, and a teacher that forward moves towards it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = mlp()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+            for student, teacher in pairs:
+                teacher.mul_(0.5).add_(student, alpha=0.7)
+            goal = self.teacher(x)
+        return {"student": self.student(x), "teacher": goal}
+
+
+class Moco(nn.Module):
+    """Each sample against a queue of those before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = mlp()
+        self.register_buffer("queue", F.normalize(torch.randn(16, NUM_CLASSES)))
+        self.place = 0
+        self.queue: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = F.normalize(self.encoder(x))
+        scores = 3 * keys @ self.queue.clone().T
+        places = (self.place + torch.arange(len(x))) % len(self.queue)
+        self.queue[places] = keys.detach()
+        self.place = (self.place + len(x)) % len(self.queue)
+        return scores
+
+
+class Remembering(nn.Module):
+    """Adds the mean of what it saw last, which it keeps in a deque."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: collections.deque[torch.Tensor] = collections.deque(maxlen=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = tuple(self.last)
+        self.last.extend(x.detach())
+        return x + torch.stack(before).mean(0) if before else x
+
+
+def test_a_teacher_that_forward_moves_is_state() -> None:
+    """It has gone further when the second micro-batch comes, and the parameters are named."""
+    result = check(
+        Byol(),
+        lambda o: (o["student"] - o["teacher"]).square().mean(),
+        lambda size: torch.randn(size, WIDTH),
+    )
+    assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.CARRIES_STATE,))
+    assert "teacher.0.weight" in result.carried
+    assert fp64_error(result) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(Moco(), "queue"), (mlp(Remembering()), "2.last")], ids=["moco", "deque"]
+)
+def test_a_queue_is_state(model: nn.Module, name: str) -> None:
+    """As a buffer, and as an attribute of any kind."""
+    before = copy.deepcopy(model.state_dict())
+    result = check(model, lambda o, _y: -F.log_softmax(o, 1)[:, 0].mean())
+    assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.CARRIES_STATE,))
+    assert name in result.carried
+    after = model.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_a_list_that_the_loss_keeps_is_state() -> None:
+    """Wherever the function has it from."""
+    seen: list[torch.Tensor] = []
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(outputs.detach().mean(0))
+        return F.cross_entropy(outputs + sum(seen[:-1]), targets)  # type: ignore[arg-type]
+
+    result = check(mlp(), loss)
+    assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.CARRIES_STATE,))
+    assert seen == []
+
+
+def test_a_batch_that_is_changed_in_place_is_no_difference() -> None:
+    """Every pass has a copy; the user's is as before."""
+
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.sub_(120.0).div_(60.0))  # type: ignore[no-any-return]
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        targets -= 1
+        return F.cross_entropy(outputs, targets)
+
+    batch = (255 * torch.rand(12, WIDTH), torch.randint(1, NUM_CLASSES + 1, (12,)))
+    kept = tuple(part.clone() for part in batch)
+    result = check(Normalised(), loss, batch)
+    assert (result.verdict, result.changes_batch) == (Verdict.EQUAL, True)
+    assert all(map(torch.equal, batch, kept))
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """Shifts its labels and computes its loss, as transformers' causal models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(20, WIDTH)
+        self.head = nn.Linear(WIDTH, 20)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(torch.tanh(self.embed(input_ids)))
+        flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return {"loss": F.cross_entropy(*flat), "logits": logits}
+
+
+def test_a_causal_language_model() -> None:
+    """The label in the first place never counts, and the report says what does."""
+    ids = torch.randint(20, (8, 10))
+    labels = ids.clone()
+    for row, length in enumerate((10, 9, 4, 3, 10, 2, 5, 7)):
+        labels[row, length:] = -100
+    result = check(
+        LanguageModel(),
+        lambda o: o["loss"],
+        {"input_ids": ids, "labels": labels},
+        micro_batch_size=2,
+        accumulation_steps=4,
+    )
+    assert (result.verdict, result.mixers) == (Verdict.EQUAL, ())
+    assert [term.counts for term in result.terms] == ["(batch['labels'][:, 1:] != -100).sum()"]
+
+
+@pytest.mark.parametrize("ignored", [255, -1])
+def test_a_model_that_ignores_a_value_of_its_own(ignored: int) -> None:
+    """In the loss that it computes itself, as segmentation models do."""
+
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, NUM_CLASSES, 3, padding=1)
+
+        def forward(self, image: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            scores = self.conv(image)
+            return {"loss": F.cross_entropy(scores, labels, ignore_index=ignored), "scores": scores}
+
+    labels = torch.randint(NUM_CLASSES, (8, 4, 4))
+    for sample in range(8):
+        labels[sample, : sample % 4] = ignored
+    batch = {"image": torch.randn(8, 3, 4, 4), "labels": labels}
+    result = check(
+        Segmenter(), lambda o: o["loss"], batch, micro_batch_size=4, accumulation_steps=2
+    )
+    assert (result.verdict, result.mixers) == (Verdict.EQUAL, ())
+    assert [term.counts for term in result.terms] == [f"(batch['labels'] != {ignored}).sum()"]
+
+
+def test_a_micro_batch_without_a_valid_target_counts_nothing() -> None:
+    """Its loss is 0 / 0, and the Accumulator leaves it out as well."""
+    x, y = torch.randn(8, WIDTH), torch.randint(NUM_CLASSES, (8,))
+    y[:2] = -100
+    result = check(mlp(), F.cross_entropy, (x, y), micro_batch_size=2, accumulation_steps=4)
+    assert (result.verdict, result.weighting) == (Verdict.EQUAL, LossWeighting.TARGETS)
+
+
+def _detected(o: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = o.square().mean(-1)
+    return {"ce": F.cross_entropy(o, y), "l1": (found * mask).sum() / mask.sum().clamp(min=1)}
+
+
+DETECTION = (torch.randn(12, WIDTH), torch.randint(NUM_CLASSES, (12,)), torch.arange(12) % 3 != 0)
+
+
+def test_a_dictionary_of_losses() -> None:
+    """Each is weighed by what it averages over itself, as the Accumulator does."""
+    result = check(mlp(), _detected, DETECTION)
+    assert (result.verdict, result.weighting) == (Verdict.EQUAL, LossWeighting.SEVERAL)
+    assert [(t.name, t.counts) for t in result.terms] == [("ce", None), ("l1", "batch[2].sum()")]
+
+
+def test_one_number_that_adds_means_over_different_counts() -> None:
+    """No weight of it is exact; those of its summands are, and are said."""
+    result = check(mlp(), lambda *args: sum(_detected(*args).values()), DETECTION)
+    assert result.verdict is Verdict.DIFFERS
+    assert (result.mixers, result.faults) == ((), (GradientFault.ADDS_DIFFERENT_MEANS,))
+    assert [(term.counts, term.inside) for term in result.terms] == [
+        (None, True),
+        ("batch[2].sum()", True),
+    ]
+    assert all(term.unexplained < 1e-12 for term in result.terms)
+
+
+def test_a_loss_that_a_model_keeps_as_an_attribute() -> None:
+    """A mixture of experts is told that its loss mixes, and not that an expert detaches."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate = nn.Linear(WIDTH, 3)
+            self.experts = nn.ModuleList(nn.Linear(WIDTH, NUM_CLASSES) for _ in range(3))
+            self.balance = torch.zeros(())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shares = self.gate(x).softmax(-1)
+            chosen = F.one_hot(shares.argmax(-1), 3).to(x.dtype)
+            self.balance = (shares.mean(0) * chosen.mean(0)).sum()
+            each = torch.stack([expert(x) for expert in self.experts], dim=1)
+            mixed: torch.Tensor = (each * (shares * chosen)[..., None]).sum(1)
+            return mixed
+
+    model = Experts()
+    result = check(model, lambda o, y: F.cross_entropy(o, y) + model.balance)
+    assert (result.verdict, result.detaching) == (Verdict.DIFFERS, ())
+    assert [mixer.mixes_in for mixer in result.mixers] == [MixesIn.LOSS]
+
+
+def test_as_many_time_steps_as_the_experiments_have_samples() -> None:
+    """CTC's outputs are (time, samples, classes), and time is not taken for samples."""
+
+    class Recogniser(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(WIDTH, NUM_CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x).log_softmax(-1).transpose(0, 1)  # type: ignore[no-any-return]
+
+    def loss(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        sizes = torch.full((len(y),), 4), torch.full((len(y),), 2)
+        return F.ctc_loss(o, y, *sizes)
+
+    batch = (torch.randn(8, 4, WIDTH), torch.arange(16).view(8, 2) % (NUM_CLASSES - 1) + 1)
+    result = check(Recogniser(), loss, batch, micro_batch_size=4, accumulation_steps=2)
+    assert result.verdict is Verdict.EQUAL
+
+
+# --- types, derivatives, checkpoints --------------------------------------------------------------
+
+
+def _recurrent() -> nn.Module:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(WIDTH, NUM_CLASSES, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            zeros = torch.zeros(1, len(x), NUM_CLASSES, dtype=torch.float32)
+            return self.inner(x[:, None], (zeros, zeros))[0][:, -1]  # type: ignore[no-any-return]
+
+    return Recurrent()
+
+
+def _weighed(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(o, y, weight=torch.linspace(0.2, 5, NUM_CLASSES, dtype=torch.float32))
+
+
+def _one_hot(o: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy(o.sigmoid(), F.one_hot(y, NUM_CLASSES).float())
+
+
+class Forces(nn.Module):
+    """Returns the derivative of its own output, as models of molecules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        (slope,) = torch.autograd.grad(self.energy(x).square().sum(), x, create_graph=True)
+        return slope[:, :NUM_CLASSES]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (_recurrent(), F.cross_entropy),
+        (mlp(), _weighed),
+        (mlp(), _one_hot),
+        (mlp(), nn.CrossEntropyLoss(torch.linspace(0.2, 5, NUM_CLASSES), label_smoothing=0.1)),
+        (Forces(), F.cross_entropy),
+    ],
+    ids=["zeros", "class weights", "one-hot", "smoothing", "forces"],
+)
+def test_ordinary_steps_run_in_float64(model: nn.Module, loss: Any) -> None:
+    """Whatever types their code names, and though they differentiate in forward."""
+    result = check(model, loss)
+    assert result.verdict is Verdict.EQUAL
+    assert result.single_precision is None
+    assert fp64_error(result) < 1e-10
+
+
+def test_float32_stands_in_where_float64_cannot_be_had() -> None:
+    """And the result says why."""
+
+    class OnlySingle(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.dtype is not torch.float32:
+                raise NotImplementedError("this kernel takes float32")
+            return x
+
+    result = check(mlp(OnlySingle()))
+    assert result.verdict is Verdict.EQUAL
+    assert result.single_precision == "NotImplementedError: this kernel takes float32"
+    assert {one.precision for one in result.checks} == {"fp32"}
+    assert all(d.bound <= 1e-4 for d in result.checks[0].worst)
+    assert check(mlp(OnlySingle(), Rolled())).verdict is Verdict.DIFFERS
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("reentrant", "verdict"), [(True, "detached"), (False, "equal")])
+def test_a_checkpoint_that_cuts_gradients_off(reentrant: bool, verdict: str) -> None:
+    """The reentrant one, on inputs that need none."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+            self.last = nn.Linear(WIDTH, NUM_CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner: torch.Tensor = checkpoint(self.first, x, use_reentrant=reentrant)
+            return self.last(inner)  # type: ignore[no-any-return]
+
+    result = check(Checkpointed())
+    assert result.verdict.value == verdict
+    assert result.detaching == (("first",) if reentrant else ())
+
+
+def test_the_ceiling_in_float64() -> None:
+    """No bound is above a millionth, and JSON has no number that is not one."""
+    for model in (mlp(), mlp(Rolled()), mlp(nn.BatchNorm1d(WIDTH))):
+        result = check(model, batch=vectors)
+        assert all(
+            difference.bound <= 1e-6
+            for one in result.checks
+            if one.precision == "fp64"
+            for difference in one.worst
+        )
+        json.dumps(result.to_dict(), allow_nan=False)
