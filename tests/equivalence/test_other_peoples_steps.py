@@ -161,7 +161,7 @@ def test_a_list_that_the_loss_keeps_is_state() -> None:
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(outputs.detach().mean(0))
-        return F.cross_entropy(outputs + sum(seen[:-1]), targets)  # type: ignore[arg-type]
+        return F.cross_entropy(outputs + sum(seen[:-1]), targets)
 
     result = check(mlp(), loss)
     assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.CARRIES_STATE,))
