@@ -1,1 +1,1 @@
-"""What is trained: the step's description, its batches, and how it runs."""
+"""Training steps: their description, their batches, and how they run."""

@@ -1,7 +1,8 @@
-"""What a user says about a batch, and what a batch says by itself.
+"""What a user says about a batch, and what a batch shows by itself.
 
-The parts of a batch have names, as Python reaches them (`batch[0]['mask']`). `BatchRules` holds
-what was said of them; `entries_of` reads how many entries each of them has.
+Each part of a batch is named by the Python expression that reaches it (`batch[0]['mask']`).
+`BatchRules` holds what the user said about the parts. `entries_of` reads how many entries each part
+has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from memfit.step.nesting import leaves_of, opened
 __all__ = ["ROOT", "BatchRules", "entries_of", "holds_parts", "is_plain"]
 
 ROOT: Final = "batch"
-"""What the whole batch is called."""
+"""The name of the whole batch."""
 
 _PLAIN: Final = (
     str,
@@ -56,12 +57,14 @@ class BatchRules:
     """What a user says about a batch.
 
     Args:
-        dims: For a part of the batch the dimension that counts the samples; `None` for a part that
-            belongs to all of them, and 0 for a list whose entries are the samples. Keys are written
-            as errors write them (`"batch[0]['mask']"`); `"mask"` is short for `"batch['mask']"`.
-        cut: A function `cut(batch, start, stop)` that returns those samples of a batch.
-        count: A function that returns how many samples a batch has.
-        num_inputs: How many leading elements of a flat batch are inputs.
+        dims: For some parts of the batch, the dimension that counts the samples. It is `None` for a
+            part that belongs to all samples, and 0 for a list whose entries are the samples. Keys
+            are written as in error messages (`"batch[0]['mask']"`). `"mask"` is short for
+            `"batch['mask']"`.
+        cut: A function `cut(batch, start, stop)` that returns the samples from `start` up to, but
+            not including, `stop`.
+        count: A function that returns the number of samples in a batch.
+        num_inputs: The number of leading elements of a flat batch that are inputs.
     """
 
     dims: Mapping[str | int, int | None] = dataclasses.field(default_factory=dict)
@@ -70,7 +73,7 @@ class BatchRules:
     num_inputs: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what says nothing."""
+        """Refuse values that have no meaning."""
         dims: object = self.dims
         if not isinstance(dims, Mapping):
             raise UsageError(
@@ -88,10 +91,10 @@ class BatchRules:
                 raise UsageError(f"{name} must be a function, not {type(function).__name__}.")
 
     def by_path(self, batch: Any) -> dict[str, int | None]:
-        """Return what was said for each path of a batch.
+        """Return the dimension that the user gave for each path of a batch.
 
         Raises:
-            UsageError: A key is no part of the batch.
+            UsageError: The batch has no part with the name of a key.
         """
         if not self.dims:
             return {}
@@ -103,13 +106,13 @@ class BatchRules:
             if path is None:
                 near = difflib.get_close_matches(str(key), map(str, paths), n=1, cutoff=0)
                 instead = f"; the nearest is {str(near[0])!r}" if near else ""
-                raise UsageError(f"batch_dims has {key!r}, which the batch has not{instead}.")
+                raise UsageError(f"batch_dims has {key!r}, which the batch does not have{instead}.")
             said[str(path)] = dim
         return said
 
 
 def entries_of(batch: Any, rules: BatchRules) -> Iterator[tuple[int, str]]:
-    """Yield what could be the number of samples, and the part that says so."""
+    """Yield each number that could be the number of samples, with the part that has it."""
     yield from _entries(batch, ROOT, rules.by_path(batch), None)
 
 
@@ -137,7 +140,7 @@ def _entries(
     for key, inner in zip(container.keys, container.values, strict=True):
         found = list(_entries(inner, path + key, said, dim))
         yield from found
-        # In a list of arguments the first part says what all of them have to.
+        # In a list of arguments, all parts have as many samples as the first one.
         if is_list and found and not any(one.startswith(path) for one in said):
             return
 
@@ -151,7 +154,7 @@ def _paths(value: Any, path: str = ROOT) -> Iterator[str]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether an object belongs to a batch as a whole, as far as can be seen."""
+    """Whether an object seems to belong to the batch as a whole."""
     if (
         isinstance(value, _PLAIN)
         or is_number(value)
@@ -165,7 +168,7 @@ def is_plain(value: object) -> bool:
 
 
 def holds_parts(values: Sequence[Any]) -> bool:
-    """Whether there are tensors or arrays with dimensions among contents, however deep."""
+    """Whether the contents hold tensors or arrays with dimensions, at any depth."""
     return any(
         is_part(leaf) and num_along(leaf) is not None
         for value in values

@@ -1,8 +1,7 @@
-"""A batch of any nesting, seen along its samples.
+"""Cuts batches of any nesting, resizes them, and puts them on a device.
 
-It cuts batches, makes one of another size from an example, and puts them on a device. Where the
-samples are is `memfit.step.layout`'s finding; what a batch means (which parts are inputs) is
-decided in `memfit.step.workload`.
+`memfit.step.layout` finds out where the samples are. `memfit.step.workload` decides which parts of
+a batch are inputs.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ _GROWS_FROM, _GROWS_TO = 1, 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """How a batch is cut: which of its parts hold samples, and where.
+    """How a batch is cut: which parts hold samples, and along which dimension.
 
     Args:
-        rules: What the user says.
-        num_samples: Samples in the batch that it was read from.
-        roles: Where they are; `None` where the user's function cuts.
+        rules: What the user says about the batch.
+        num_samples: The number of samples in the batch that the layout was read from.
+        roles: Where the samples are; `None` if the user's function cuts batches.
     """
 
     rules: BatchRules
@@ -65,13 +64,13 @@ class Layout:
 
         Args:
             batch: A batch of any nesting.
-            rules: What the user says.
-            num_samples: How many samples there are, where that is known.
-            other: A batch like it of another known number of samples.
+            rules: What the user says about the batch.
+            num_samples: The number of samples, if it is known.
+            other: A similar batch with another known number of samples.
 
         Raises:
-            WorkloadError: It cannot be told, or there are no samples.
-            UsageError: The rules are about parts that the batch has not.
+            WorkloadError: It cannot be told where the samples are, or there are none.
+            UsageError: The rules name a part that the batch does not have.
         """
         rules = rules or BatchRules()
         if num_samples is None and rules.count is not None:
@@ -84,13 +83,13 @@ class Layout:
         return cls(rules, num_samples, None)
 
     def again(self, batch: Any) -> Layout:
-        """Return how another batch is cut, by what is known already where that fits.
+        """Return how another batch is cut. If this layout fits the batch, it is used.
 
         Args:
-            batch: A batch like the one that this was read from, of any size.
+            batch: A batch of any size, like the one that this layout was read from.
 
         Raises:
-            WorkloadError: It cannot be told, or there are no samples.
+            WorkloadError: It cannot be told where the samples are, or there are none.
         """
         if self.roles is None or self.rules.count is not None:
             return Layout.of(batch, self.rules)
@@ -102,10 +101,10 @@ class Layout:
         return Layout.of(batch, self.rules)
 
     def take(self, batch: Any, start: int, stop: int) -> Any:
-        """Return the samples from `start` up to and without `stop`, as views where there can be.
+        """Return the samples from `start` up to, but not including, `stop`. Use views if possible.
 
         Args:
-            batch: The batch that this was read from, or one that is placed or nested as it is.
+            batch: The batch that this layout was read from, or one with the same nesting.
             start: The first sample.
             stop: The sample after the last.
 
@@ -128,14 +127,14 @@ class Layout:
         )
 
     def reordered(self, batch: Any, order: Sequence[int]) -> Any:
-        """Return a batch of chosen samples in a chosen order, copied.
+        """Return a copy of a batch with chosen samples in a chosen order.
 
         Args:
             batch: As in `take`.
-            order: Which samples, each any number of times.
+            order: The indices of the samples. A sample may be repeated.
 
         Raises:
-            WorkloadError: It cannot be told which parts hold samples, or a function cuts them.
+            WorkloadError: It cannot be told which parts hold samples, or a function cuts batches.
         """
         if self.roles is None:
             raise WorkloadError(
@@ -150,14 +149,14 @@ class Layout:
         )
 
     def resized(self, batch: Any, batch_size: int) -> Any:
-        """Return a batch of another size, its samples those of the batch over and over.
+        """Return a batch of another size. The samples of the given batch are repeated.
 
         Args:
-            batch: The batch that this was read from.
-            batch_size: Samples wanted, at least 1.
+            batch: The batch that this layout was read from.
+            batch_size: The number of samples wanted, at least 1.
 
         Returns:
-            The same nesting; nothing in it shares memory with the batch.
+            A batch with the same nesting. It shares no memory with the given batch.
 
         Raises:
             WorkloadError: As `reordered`.
@@ -176,11 +175,11 @@ class Layout:
 
     @property
     def is_doubted(self) -> bool:
-        """Whether it could be cut in two ways."""
+        """Whether the batch could be cut in two ways."""
         return self.roles is not None and self.roles.doubt is not None
 
     def certain(self) -> None:
-        """Refuse to cut what could be cut in two ways.
+        """Refuse a batch that could be cut in two ways.
 
         Raises:
             WorkloadError: It cannot be told which parts hold samples.
@@ -194,7 +193,7 @@ class Layout:
         return self.roles.role
 
     def _check_cut(self, part: Any, wanted: int) -> None:
-        """Refuse what a user's function cut wrongly, where that can be seen."""
+        """Refuse a wrong result of the user's function, if its number of samples can be read."""
         count = self.rules.count
         if count is not None and _counted(count, part) != wanted:
             raise WorkloadError(
@@ -220,7 +219,7 @@ def _told_by_targets(batch: Any, rules: BatchRules) -> int:
     """Return the number of samples of a batch that a user's function cuts.
 
     Raises:
-        WorkloadError: Neither the whole batch nor its targets say one number.
+        WorkloadError: Neither the whole batch nor its targets have a single length.
     """
     said = [size for size, path in entries_of(batch, rules) if path in rules.by_path(batch)]
     if len(set(said)) == 1:
@@ -236,7 +235,7 @@ def _told_by_targets(batch: Any, rules: BatchRules) -> int:
 
 
 def _measure(value: Any, role: Role, sizes: set[int]) -> bool:
-    """Add what each part that holds samples has; say whether the batch has those parts at all."""
+    """Collect the number of samples of each part. Return whether the batch has those parts."""
     if role.kind is Kind.SHARED:
         return True
     if role.kind is Kind.SAMPLES:
@@ -262,7 +261,7 @@ def _applied(
     to_part: Callable[[Any, int], Any],
     to_entries: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> Any:
-    """Return the batch with something done to every part that holds samples."""
+    """Return the batch with a function applied to every part that holds samples."""
     if role.kind is Kind.SHARED:
         return value
     if role.kind is Kind.SAMPLES:
@@ -276,18 +275,18 @@ def _applied(
 
 
 def check_made(make: Callable[[int], Any], batch: Any, batch_size: int, rules: BatchRules) -> None:
-    """Refuse what a function of the batch size returned, where it is of another size.
+    """Refuse the batch of a user's function if it does not have the size that was asked for.
 
-    Parts that are not per sample (the nodes of graphs, a mask) are the function's own business.
+    Parts that do not hold samples (the nodes of graphs, a mask) are not checked.
 
     Args:
         make: The user's function.
-        batch: What it returned.
-        batch_size: What it was asked for.
-        rules: What the user says.
+        batch: The batch that it returned.
+        batch_size: The batch size that it was asked for.
+        rules: What the user says about the batch.
 
     Raises:
-        WorkloadError: It is of another size, or nothing in it grows with the batch size.
+        WorkloadError: The batch has another size, or nothing in it grows with the batch size.
     """
     if rules.count is not None:
         seen = _counted(rules.count, batch)
@@ -321,7 +320,7 @@ def _of_another_size(seen: int, asked: int) -> WorkloadError:
 
 
 def bytes_of(value: Any, depth: int = 2) -> int:
-    """Return the bytes of tensors and arrays in a batch, and in the objects that it holds."""
+    """Return the bytes of the tensors and arrays in a batch and in the objects that it holds."""
     total = 0
     for leaf in leaves_of(value):
         if is_part(leaf):
@@ -342,20 +341,20 @@ def batch_size_of(batch: Any) -> int:
         batch: A batch of any nesting.
 
     Raises:
-        WorkloadError: It cannot be told, or there are no samples.
+        WorkloadError: It cannot be told where the samples are, or there are none.
     """
     return Layout.of(batch).num_samples
 
 
 def resized(batch: Any, batch_size: int) -> Any:
-    """Return a batch of another size, its samples those of `batch` over and over.
+    """Return a batch of another size. The samples of `batch` are repeated.
 
     Args:
         batch: A batch of any nesting.
-        batch_size: Samples wanted, at least 1.
+        batch_size: The number of samples wanted, at least 1.
 
     Raises:
-        WorkloadError: It cannot be told where its samples are.
+        WorkloadError: It cannot be told where the samples are.
     """
     return Layout.of(batch).resized(batch, batch_size)
 
@@ -369,7 +368,7 @@ def take(batch: Any, start: int, stop: int) -> Any:
         stop: The sample after the last.
 
     Returns:
-        The same nesting with tensors of shape (stop - start, ...); other leaves as they are.
+        The same nesting, with tensors of shape (stop - start, ...). Other leaves are unchanged.
     """
     return map_leaves(
         lambda leaf: leaf[start:stop] if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf,
@@ -382,10 +381,10 @@ def reordered(batch: Any, order: torch.Tensor) -> Any:
 
     Args:
         batch: Tensors of shape (samples, ...) in any nesting.
-        order: Which sample comes where: integers of shape (samples,).
+        order: The index of the sample for each position: integers of shape (samples,).
 
     Returns:
-        The same nesting with new tensors; other leaves as they are.
+        The same nesting, with new tensors. Other leaves are unchanged.
     """
 
     def reorder(leaf: Any) -> Any:
@@ -397,7 +396,7 @@ def reordered(batch: Any, order: torch.Tensor) -> Any:
 
 
 def private_copy(batch: Any) -> Any:
-    """Return a batch that shares no memory with the given one, objects of a user's own excepted."""
+    """Return a copy of a batch that shares no memory with it, except in the user's own objects."""
     return map_leaves(copied, batch)
 
 
@@ -413,24 +412,22 @@ def to_device(
 
     Args:
         batch: A batch of any nesting. Objects with a method `to` (graphs, instances) are copied,
-            and the copies are told to move.
-        device: Where they shall be.
-        dtype: What floating-point tensors become; `None` leaves them.
-        memory_format: What tensors of shape (N, C, H, W) are laid out in; `None` leaves them.
-        is_private: Copy also what is as wanted already, so that what a model changes in place is
-            never the given batch.
-
-    Copies from pinned memory to a GPU do not make the host wait.
+            and `to` of the copies is called.
+        device: The device. Copies from pinned memory to a GPU do not make the host wait.
+        dtype: The new type of floating-point tensors; `None` leaves it as it is.
+        memory_format: The layout of tensors of shape (N, C, H, W); `None` leaves it as it is.
+        is_private: Copy every tensor, so that a model that changes its inputs in place never
+            changes the given batch.
 
     Returns:
-        The same nesting; tensors that are as wanted already are not copied.
+        The same nesting. A tensor that already is as wanted is not copied, unless `is_private`.
     """
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return _moved_object(leaf, device)
         wanted = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
-        # Towards a GPU the stream keeps the order; to the host a copy has to be complete.
+        # The stream orders copies to a GPU. A copy to the host must be complete when it returns.
         moved = leaf.to(device, wanted, non_blocking=device.type == "cuda")
         is_strided = moved.layout is torch.strided and not moved.is_nested
         if memory_format is not None and is_strided and moved.ndim == 4:  # noqa: PLR2004 - (N, C, H, W)
@@ -448,5 +445,5 @@ def _moved_object(leaf: Any, device: torch.device) -> Any:
     method = getattr(leaf, "to", None)
     if not callable(method) or isinstance(leaf, (type, torch.nn.Module)):
         return leaf
-    # Some move themselves, and return themselves: the user's own stays where it is.
+    # Some objects move in place and return themselves. A copy leaves the user's object unmoved.
     return copy.copy(leaf).to(device)

@@ -1,7 +1,8 @@
-"""Optimizers that ask for the loss again within their step: accumulated gradients have none.
+"""Refuses optimizers that compute the loss again within their step.
 
-L-BFGS evaluates the loss several times in one step, and SAM twice: each takes a function (a
-closure) that runs forward and backward over the whole batch.
+L-BFGS computes the loss several times in one step, and SAM computes it twice. Both take a function
+(a closure) that runs forward and backward over the whole batch. With accumulated gradients there is
+no such function.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step needs a closure.
 
     Raises:
-        WorkloadError: It does.
+        WorkloadError: The optimizer needs a closure.
     """
     is_sam = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
     if not is_sam and "closure" not in required_arguments(optimizer.step):
@@ -33,7 +34,7 @@ def check_steps_alone(optimizer: Optimizer) -> None:
 
 
 def required_arguments(function: Callable[..., object]) -> tuple[str, ...]:
-    """Return the names of the arguments that a call cannot leave out."""
+    """Return the names of the arguments without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -1,8 +1,9 @@
-"""Where the samples are in a batch: found out, or told by the user.
+"""Finds out where the samples are in a batch, or takes it from the user.
 
-A tensor holds samples along its first dimension, and a list of as many entries holds one for each.
-Which parts those are has to follow from the batch: what could be read in two ways, or not at all,
-is refused with what to say about it. Cutting is `memfit.step.batches`' work.
+A tensor holds samples along its first dimension. A list with one entry for each sample holds
+samples too. The batch itself must show which parts hold samples. If it can be read in two ways, or
+in none, it is refused, and the message says what the user can give. `memfit.step.batches` cuts
+batches.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["Kind", "Role", "Roles", "roles_of"]
 
 
 class Kind(enum.Enum):
-    """What a part of a batch is to the samples."""
+    """How a part of a batch relates to the samples."""
 
     SHARED = "belongs to all samples"
     SAMPLES = "holds the samples along a dimension"
@@ -35,10 +36,10 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Role:
-    """What one part of a batch is to the samples.
+    """How one part of a batch relates to the samples.
 
     Args:
-        kind: What it is.
+        kind: The kind of part.
         dim: The dimension that counts the samples.
         inside: The roles of a container's contents.
     """
@@ -57,9 +58,9 @@ class Roles:
     """Where the samples of a batch are.
 
     Args:
-        num_samples: How many there are.
+        num_samples: The number of samples.
         role: The role of the batch itself.
-        doubt: Why the batch must not be cut all the same; `None` where it may.
+        doubt: The reason why the batch must not be cut; `None` if it may be cut.
     """
 
     num_samples: int
@@ -78,14 +79,14 @@ def roles_of(
 
     Args:
         batch: A batch of any nesting.
-        rules: What the user says.
-        num_samples: How many there are, where that is known.
-        other: A batch like it of another known number of samples: what differs between the two as
-            the numbers do is what holds samples.
+        rules: What the user says about the batch.
+        num_samples: The number of samples, if it is known.
+        other: A similar batch with another known number of samples. The parts whose sizes differ in
+            the same way hold the samples.
 
     Raises:
-        WorkloadError: It cannot be told, or there are none.
-        UsageError: The rules are about parts that the batch has not.
+        WorkloadError: It cannot be told where the samples are, or there are none.
+        UsageError: The rules name a part that the batch does not have.
     """
     reader = _Reader(rules.by_path(batch), rules.num_inputs)
     if num_samples is not None:
@@ -120,11 +121,11 @@ def roles_of(
 
 
 class _Reader:
-    """Reads batches under the assumption that they have some number of samples.
+    """Reads batches under the assumption that they have a given number of samples.
 
     Args:
-        said: What the user says, by path.
-        num_inputs: How many leading elements of a flat batch are inputs.
+        said: What the user says about the parts, by path.
+        num_inputs: The number of leading elements of a flat batch that are inputs.
     """
 
     def __init__(self, said: Mapping[str, int | None], num_inputs: int) -> None:
@@ -137,13 +138,13 @@ class _Reader:
     def readings(
         self, values: tuple[Any, ...], path: str, sizes: tuple[int, ...], said: int | None = None
     ) -> list[Role]:
-        """Return the roles that a part can have; none where it cannot be read so.
+        """Return the roles that a part can have. The result is empty if no role fits.
 
         Args:
-            values: The part, of one batch or of two.
-            path: Where it is.
-            sizes: The samples of each batch.
-            said: The dimension that was said of what it is in.
+            values: The part, from one batch or from two.
+            path: The name of the part.
+            sizes: The number of samples in each batch.
+            said: The dimension that the user gave for the container of the part.
         """
         if path in self.said:
             said = self.said[path]
@@ -199,7 +200,7 @@ class _Reader:
             self.readings(tuple(c.values[i] for c in containers), path + key, sizes, said)
             for i, key in enumerate(first.keys)
         ]
-        # Two readings are enough to know that there is more than one.
+        # Two readings are enough to show that the batch is ambiguous.
         combined = itertools.islice(itertools.product(*inner), 2)
         insides = [Role(Kind.INSIDE, inside=inside) for inside in combined]
         if is_list:
@@ -219,7 +220,7 @@ def _has_samples(role: Role) -> bool:
 
 
 def _are_alike(values: Sequence[Any]) -> bool:
-    """Whether entries can be those of one list: tensors have as many dimensions, and one type."""
+    """Whether the entries can form one list: their tensors have one type and as many dimensions."""
     kinds = {
         (type(value), value.ndim, value.dtype)
         if isinstance(value, torch.Tensor) or is_array(value)
@@ -231,7 +232,7 @@ def _are_alike(values: Sequence[Any]) -> bool:
 
 
 def _square(batch: Any, role: Role, size: int, said: Mapping[str, int | None]) -> str | None:
-    """Say where a mask of (length, length) could be taken for samples of as many numbers."""
+    """Return a sentence about a (length, length) mask that looks like samples; else `None`."""
     parts = list(_sample_parts(batch, role, ROOT))
     if not any(part.ndim > 2 and part.shape[:2] == (size, size) for _, part in parts):  # noqa: PLR2004
         return None

@@ -1,6 +1,7 @@
-"""One part of a batch that holds samples along a dimension: how many, some of them, others.
+"""Handles one part of a batch that holds samples along a dimension: counts, cuts and copies it.
 
-Tensors of every layout (nested, jagged and sparse ones too), packed sequences and NumPy arrays.
+A part is a tensor of any layout (also nested, jagged or sparse), a packed sequence or a NumPy
+array.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ __all__ = ["copied", "is_array", "is_number", "is_part", "narrowed", "num_along"
 
 
 def is_array(value: object) -> bool:
-    """Whether it is a NumPy array."""
+    """Whether a value is a NumPy array."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def is_number(value: object) -> bool:
-    """Whether it is one of NumPy's numbers."""
+    """Whether a value is a NumPy number."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic)
 
 
 def is_part(value: object) -> bool:
-    """Whether it can hold samples along a dimension."""
+    """Whether a value can hold samples along a dimension."""
     return isinstance(value, (torch.Tensor, PackedSequence)) or is_array(value)
 
 
 def num_along(value: Any, dim: int = 0) -> int | None:
-    """Return how many entries a part has along a dimension.
+    """Return the number of entries that a part has along a dimension.
 
     Args:
         value: A tensor, an array or a packed sequence.
         dim: The dimension, from 0.
 
     Returns:
-        The number; `None` where there is no such dimension.
+        The number; `None` if the part has no such dimension.
     """
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0]) if dim == 0 else None
@@ -52,7 +53,7 @@ def num_along(value: Any, dim: int = 0) -> int | None:
 
 
 def narrowed(value: Any, dim: int, start: int, stop: int) -> Any:
-    """Return the entries from `start` up to and without `stop` along a dimension.
+    """Return the entries from `start` up to, but not including, `stop` along a dimension.
 
     Args:
         value: A tensor, an array or a packed sequence.
@@ -61,7 +62,7 @@ def narrowed(value: Any, dim: int, start: int, stop: int) -> Any:
         stop: The entry after the last.
 
     Returns:
-        A view where there can be one.
+        A view if possible, else a copy.
     """
     if is_array(value):
         return value[(slice(None),) * dim + (slice(start, stop),)]
@@ -71,12 +72,12 @@ def narrowed(value: Any, dim: int, start: int, stop: int) -> Any:
 
 
 def picked(value: Any, dim: int, rows: Sequence[int]) -> Any:
-    """Return some entries along a dimension, copied.
+    """Return a copy of some entries along a dimension.
 
     Args:
         value: A tensor, an array or a packed sequence.
         dim: The dimension, from 0.
-        rows: Which entries, in their order.
+        rows: The indices of the entries, in the order wanted.
     """
     if is_array(value):
         return value.take(list(rows), axis=dim)
@@ -100,7 +101,7 @@ def _picked_sequences(packed: PackedSequence, rows: Sequence[int]) -> PackedSequ
 
 
 def copied(value: Any) -> Any:
-    """Return a part that shares no memory with the given one; anything else as it is."""
+    """Return a copy of a part that shares no memory with it. Return any other value itself."""
     if is_array(value):
         return value.copy()
     if isinstance(value, PackedSequence):

@@ -1,10 +1,10 @@
-"""A user's objects without the values of their tensors, for a step that only counts bytes.
+"""Copies a user's objects without the values of their tensors, for a step that only counts bytes.
 
-Every tensor becomes one of the same shape, type and layout on the meta device, wherever it is kept:
-parameters, buffers, activations in attributes and dictionaries, what a hook or a loss function
-closes over. Weights are neither copied nor touched. What cannot be copied and holds no state of the
-step (a lock) is made anew, and what cannot be copied and does (a generator) may be kept, but not
-used.
+Every tensor is replaced by a tensor of the same shape, type and layout on the meta device. This
+holds for parameters, buffers, activations in attributes and dictionaries, and for variables that a
+hook or a loss function uses from outside (its closure). Weights are neither copied nor changed.
+Some objects cannot be copied. If such an object holds no state of the step (a lock), a new one is
+made. If it does (a generator), it is replaced by an object that raises an error when it is used.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def without_values(parts: _T, *, optimizer: Any = None) -> _T:
     """Copy objects with their tensors replaced by ones without values.
 
     Args:
-        parts: What to copy, in any nesting; what it shares stays shared.
-        optimizer: The optimizer in it, if there is one.
+        parts: The objects to copy, in any nesting. Objects that they share stay shared.
+        optimizer: The optimizer among them, if there is one.
 
     Returns:
         The copy, on the meta device.
@@ -48,14 +48,14 @@ def without_values(parts: _T, *, optimizer: Any = None) -> _T:
     Raises:
         NotSimulatedError: A tensor has no counterpart on the meta device, or an object cannot be
             copied.
-        WorkloadError: A module has parameters that are not materialised yet.
+        WorkloadError: A module has parameters that are not initialised yet (a lazy module).
     """
     memo: dict[int, Any] = {}
     _refuse_lazy(parts)
     if isinstance(optimizer, Optimizer):
         for state in optimizer.state.values():
             for value in state.values():
-                # Step counters stay on the CPU, as they do beside a real device.
+                # Step counters stay on the CPU, as in training on a real device.
                 if isinstance(value, torch.Tensor) and not value.ndim and not value.is_cuda:
                     memo[id(value)] = value.detach().clone()
     with _copyable():
@@ -80,7 +80,7 @@ def _refuse_lazy(parts: Any) -> None:
 
 @contextlib.contextmanager
 def _copyable() -> Iterator[None]:
-    """Have `copy.deepcopy` leave values out, and copy what it refuses otherwise."""
+    """Make `copy.deepcopy` leave values out, and copy objects that it otherwise refuses."""
     kept = [(kind, kind.__deepcopy__) for kind in (torch.Tensor, nn.Parameter)]
     reducers: dict[Any, Any] = {
         type(threading.Lock()): lambda _lock: (threading.Lock, ()),
@@ -141,10 +141,10 @@ def _generator(state: bytes) -> torch.Generator:
 
 
 class _Unusable:
-    """Stands for what can be neither copied nor put back.
+    """Replaces an object that can be neither copied nor put back.
 
     Args:
-        kind: What it stands for.
+        kind: The kind of object that it replaces.
     """
 
     def __init__(self, kind: str) -> None:
@@ -162,10 +162,10 @@ class _Unusable:
 
 
 class _Rebinder:
-    """Has functions close over the copies, because `copy.deepcopy` shares functions.
+    """Makes functions use the copies in their closures, because `copy.deepcopy` shares functions.
 
     Args:
-        memo: What was copied, by the original's identity.
+        memo: The copies, by the id of the original.
     """
 
     def __init__(self, memo: dict[int, Any]) -> None:
@@ -173,7 +173,7 @@ class _Rebinder:
         self._functions: dict[int, types.FunctionType] = {}
 
     def rebound(self, parts: _T) -> _T:
-        """Return the parts with their functions rebound; modules are changed in place."""
+        """Return the parts with their functions rebound. Modules are changed in place."""
         if isinstance(parts, tuple):
             return type(parts)(map(self._part, parts))
         found: _T = self._part(parts)
@@ -205,7 +205,7 @@ class _Rebinder:
                     hooks[key] = self._part(hook)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Return the function over copies of what it closes over and of the globals it names."""
+        """Return the function with copies of its closure and of the globals that it names."""
         known = self._functions.get(id(function))
         if known is not None:
             return known
@@ -222,7 +222,7 @@ class _Rebinder:
             new_cells,
         )
         rebound.__kwdefaults__ = function.__kwdefaults__
-        # Before what it closes over is copied, because it may close over itself.
+        # This must come before its closure is copied, because the closure may hold the function.
         self._functions[id(function)] = rebound
         for cell, new_cell in zip(cells, new_cells, strict=True):
             with contextlib.suppress(ValueError):
@@ -240,7 +240,7 @@ class _Rebinder:
             return self._function(value)
         if not self._is_copied(value):
             return value
-        # A dictionary of globals may hold anything; what cannot be copied stays shared.
+        # Globals may hold any object. An object that cannot be copied stays shared.
         with contextlib.suppress(Exception):
             return self._part(copy.deepcopy(value, self._memo))
         return value
@@ -254,7 +254,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """Return the globals that a function of the user's own names; a library's stay shared."""
+    """Return the globals that a user's function names. A library's globals stay shared."""
     code, known = function.__code__, function.__globals__
     if Path(code.co_filename).is_relative_to(_PACKAGES):
         return {}
@@ -262,7 +262,7 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
     return {
         name: known[name]
         for name in names
-        # A function of another module is somebody else's.
+        # A function of another module keeps its own globals.
         if getattr(known[name], "__globals__", known) is known
     }
 

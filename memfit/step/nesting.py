@@ -1,8 +1,8 @@
-"""What a batch is nested in: containers of any kind, opened and built again around other contents.
+"""Opens the containers of a batch, and builds them again with other contents.
 
-Dictionaries and mappings of every class (a tokenizer's `BatchEncoding`), tuples and lists, named
-tuples, data classes, and what is registered with `torch.utils._pytree`. Which of the contents are
-samples is `memfit.step.batches`' business.
+A container is a dictionary or a mapping of any class (a tokenizer's `BatchEncoding`), a tuple,
+list, named tuple or data class, or a class that is registered with `torch.utils._pytree`.
+`memfit.step.batches` decides which of the contents are samples.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Opened:
     """A container, opened.
 
     Args:
-        keys: How each of the contents is reached, as Python writes it: `['x']`, `[0]`, `.x`.
+        keys: The Python expression that reaches each of the contents: `['x']`, `[0]`, `.x`.
         values: The contents.
-        close: From other contents to such a container; the one that was opened is left alone.
-        is_sequence: It is a list or a tuple, whose entries may be one for each sample.
+        close: A function from other contents to a new container of the same kind. The opened one
+            is not changed.
+        is_sequence: Whether it is a list or a tuple. Its entries may be one for each sample.
     """
 
     keys: tuple[str, ...]
@@ -49,7 +50,8 @@ def opened(value: Any) -> Opened | None:
         value: Anything that a batch may hold.
 
     Returns:
-        Its contents; `None` for what is no container: tensors, arrays, numbers, text, objects.
+        Its contents; `None` if it is no container, such as a tensor, array, number, text or other
+        object.
     """
     if isinstance(value, (torch.Tensor, torch.Size, PackedSequence, str, bytes, type)):
         return None
@@ -78,7 +80,7 @@ def opened(value: Any) -> Opened | None:
 
 
 def _fields_of(value: Any) -> tuple[str, ...] | None:
-    """Return the names of what an object holds, where its class promises that it holds no more."""
+    """Return the names of an object's fields, if its class defines that it has no others."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return tuple(value._fields)
     if dataclasses.is_dataclass(value):
@@ -103,7 +105,7 @@ def _mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(like) is dict:
         return items
     if not isinstance(like, MutableMapping):
-        # One that cannot be written to may not let itself be built either; it is read alike.
+        # A mapping that cannot be written to may not be built again. A dict is read alike.
         return items
 
     def refilled() -> Any:
@@ -120,7 +122,7 @@ def _object(like: Any, attributes: dict[str, Any]) -> Any:
         return _built(like, lambda: type(like)(*attributes.values()))
 
     def refilled() -> Any:
-        # Not by its class, which may compute, check and refuse.
+        # The class is not called, because it may compute, check and refuse values.
         made = copy.copy(like)
         for name, value in attributes.items():
             object.__setattr__(made, name, value)
@@ -139,7 +141,7 @@ def _built(like: Any, build: Callable[[], Any]) -> Any:
     """Build a container of a user's class.
 
     Raises:
-        WorkloadError: The class does not let itself be built again.
+        WorkloadError: The class raised an error when it was built again.
     """
     try:
         return build()
@@ -152,10 +154,10 @@ def _built(like: Any, build: Callable[[], Any]) -> Any:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to everything in a batch that is no container.
+    """Apply a function to every value in a batch that is no container.
 
     Args:
-        function: From a leaf to what takes its place.
+        function: A function from a leaf to the value that replaces it.
         value: A batch of any nesting.
 
     Returns:
@@ -168,7 +170,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return everything in a batch that is no container."""
+    """Return every value in a batch that is no container."""
     container = opened(value)
     if container is None:
         return [value]

@@ -1,4 +1,4 @@
-"""What is said of parts that make no training step, and of a batch whose samples cannot be told."""
+"""Messages for parts that cannot make a training step, and for a batch without clear samples."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _WRAPPED_AS = ("optimizer", "opt")
 
 
 def check_subject(subject: object, workload: type) -> None:
-    """Say of a bare model, or a trainer's own object, how it is made a `Workload`.
+    """Refuse a bare model or a trainer's object, and say how to make a `Workload` from it.
 
     Args:
-        subject: What was given as a timm model's name or a `Workload`.
+        subject: The value that the user gave as a timm model's name or a `Workload`.
         workload: The class `Workload`.
 
     Raises:
-        WorkloadError: It is neither.
+        WorkloadError: The value is neither of them.
     """
     if isinstance(subject, (str, workload)):
         return
@@ -60,10 +60,10 @@ def check_subject(subject: object, workload: type) -> None:
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what is called as no loss is.
+    """Refuse a loss that cannot be called with outputs and targets.
 
     Raises:
-        WorkloadError: It is a class, or cannot be called.
+        WorkloadError: The loss is a class, or it is not a function.
     """
     if isinstance(loss, type):
         raise WorkloadError(
@@ -75,10 +75,10 @@ def check_loss(loss: object) -> None:
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Refuse what is no torch optimizer and makes none.
+    """Refuse a value that is neither a torch optimizer nor a way to make one.
 
     Raises:
-        WorkloadError: It is a trainer's wrapper, or something else.
+        WorkloadError: The value is a trainer's wrapper, or something else.
     """
     if isinstance(optimizer, (Optimizer, str)) or callable(optimizer):
         return
@@ -97,7 +97,7 @@ def check_batch(batch: object) -> None:
     """Refuse a loader of batches in place of a batch.
 
     Raises:
-        WorkloadError: It is a loader.
+        WorkloadError: The value is a loader.
     """
     if isinstance(batch, DataLoader) or type(batch).__name__.endswith("DataLoader"):
         raise WorkloadError(
@@ -116,7 +116,7 @@ def _full_name(value: object) -> str:
 
 
 def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
-    """Say what does not fit together in a batch, and what to say about it."""
+    """Return a message: which parts of a batch do not fit together, and what the user can give."""
     unknown = _first_unknown(batch, ROOT, rules.by_path(batch))
     if unknown is not None:
         path, name = unknown
@@ -125,7 +125,7 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
             f"{told(path, None)} if it belongs to all of them, or {_CUT}."
         )
     parts = list(_parts_of(batch, ROOT, rules.by_path(batch)))
-    # Lists of names and numbers first, because they are the less likely to tell.
+    # Lists of names and numbers come first, because they are less likely to hold samples.
     found = [(n, path) for n, path, is_list in sorted(parts, key=lambda part: not part[2])]
     if not found:
         return (
@@ -134,7 +134,7 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
             "the batch size."
         )
     counted = Counter(size for size, _ in found)
-    # Of as many parts each, those that come last: the targets.
+    # If two sizes have equally many parts, take the later ones, which are the targets.
     usual = num_samples or max(reversed(counted), key=counted.__getitem__)
     odd_size, odd = next(((n, where) for n, where in found if n != usual), found[0])
     size, where = next(((n, where) for n, where in found if n == usual), found[-1])
@@ -152,7 +152,7 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
 def _parts_of(
     value: Any, path: str, said: Mapping[str, int | None]
 ) -> Iterator[tuple[int, str, bool]]:
-    """Yield how many entries each part has, where it is, and whether it is a list."""
+    """Yield for each part its number of entries, its name, and whether it is a list."""
     if path in said and said[path] is None:
         return
     if is_part(value):
@@ -172,7 +172,7 @@ def _parts_of(
 
 
 def told(path: str, dim: int | None) -> str:
-    """Write what a user would say of a part, as code."""
+    """Return the code with which a user gives the dimension of a part."""
     return f"batch_dims={{{path!r}: {dim}}}"
 
 
@@ -190,7 +190,7 @@ def _first_unknown(value: Any, path: str, said: Mapping[str, int | None]) -> tup
 
 
 def two_sizes(batch: Any, rules: BatchRules, sizes: list[int]) -> str:
-    """Say that a batch has two numbers of samples, and how to say which is right."""
+    """Return a message: the batch can have two numbers of samples, and how to say which one."""
     where = dict(reversed(list(entries_of(batch, rules))))
     first, second = ((size, where[size]) for size in sizes[:2])
     return (

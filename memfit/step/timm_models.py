@@ -1,6 +1,6 @@
 """timm's models and optimizers, by their names.
 
-Checks names, builds models with random weights and makes the batches that they train on. Nothing is
+This module checks names, builds models with random weights, and makes batches for them. Nothing is
 downloaded. Importing timm takes seconds, so it is imported when it is first needed.
 """
 
@@ -46,15 +46,15 @@ def make_optimizer(model: nn.Module, name: str) -> Optimizer:
     """Make an optimizer over a model's parameters as timm's training script does.
 
     Raises:
-        NotSimulatedError: It is to be made on the meta device, and needs a GPU.
-        UsageError: timm cannot make it here.
+        NotSimulatedError: The model is on the meta device, and the optimizer needs a GPU.
+        UsageError: timm cannot make the optimizer here.
     """
     try:
         made: Optimizer = import_timm().optim.create_optimizer_v2(
             model, opt=name, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
         )
     except (AssertionError, ImportError, NameError, RuntimeError) as error:
-        # Those of Apex and bitsandbytes need their package, and a GPU when they are made.
+        # Optimizers of Apex and bitsandbytes need their package, and a GPU when they are made.
         why = f"timm cannot make it here ({str(error) or type(error).__name__})"
         if next(model.parameters()).is_meta:
             raise NotSimulatedError.because(f"The optimizer {name!r}", why) from error
@@ -63,17 +63,17 @@ def make_optimizer(model: nn.Module, name: str) -> Optimizer:
 
 
 def import_timm() -> ModuleType:
-    """Return timm, imported now if it was not before.
+    """Import timm and return it.
 
     Raises:
-        UnsupportedError: The installed torchvision belongs to another torch.
+        UnsupportedError: The installed torchvision was built for another torch.
     """
     try:
         with collector_paused(for_good=True):
             import timm
             import timm.optim
     except (RuntimeError, AttributeError, ImportError) as error:
-        # As the operators of another build are missing, or what failed half-way is tried again.
+        # The message names operators of the other build, or the part that failed to import.
         if "torchvision" not in str(error):
             raise
         raise UnsupportedError(
@@ -90,7 +90,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _not_of_timm(name: str) -> str:
-    """Point to the ways for other models, where a name is like none of timm's."""
+    """Say how to use a model that is not from timm, if the name is not close to any of timm's."""
     if difflib.get_close_matches(name, import_timm().list_models(), n=1, cutoff=_LIKE):
         return ""
     return (
@@ -103,7 +103,7 @@ def check_model_name(name: str) -> None:
     """Refuse a name that no timm model has.
 
     Raises:
-        UnknownModelError: With the nearest names.
+        UnknownModelError: timm has no such model. The message gives the nearest names.
     """
     timm = import_timm()
     if ":" in name or "/" in name:
@@ -127,7 +127,7 @@ def check_optimizer_name(name: str) -> None:
     """Refuse a name that no timm optimizer has.
 
     Raises:
-        UsageError: With the nearest names.
+        UsageError: timm has no such optimizer. The message gives the nearest names.
     """
     known = import_timm().optim.list_optimizers()
     if name.removeprefix("lookahead_") not in known:
@@ -135,13 +135,13 @@ def check_optimizer_name(name: str) -> None:
 
 
 def image_size_of(name: str) -> tuple[int, int] | None:
-    """Return the height and width of the images that a model is made for, as timm has it.
+    """Return the height and width of the images that a model is made for, as timm gives them.
 
     Args:
         name: The model's name.
 
     Returns:
-        Pixels; `None` where timm does not say.
+        Height and width in pixels; `None` if timm does not give them.
     """
     config = import_timm().models.get_pretrained_cfg(name)
     if config is None or not config.input_size:
@@ -153,12 +153,12 @@ def image_size_of(name: str) -> tuple[int, int] | None:
 def timm_parts(
     name: str, options: StepOptions, device: torch.device
 ) -> tuple[nn.Module, Callable[[int], Any], Callable[..., torch.Tensor]]:
-    """Build what a training step of a timm model takes.
+    """Build the parts of a training step of a timm model.
 
     Args:
-        name: The model's name; its weights are random, and nothing is downloaded.
+        name: The model's name. Its weights are random, and nothing is downloaded.
         options: The step's options.
-        device: Where batches are made, and for `meta` the model too.
+        device: The device on which batches are made. For `meta`, the model is made there too.
 
     Returns:
         The model in training mode, a function from a batch size to images of shape
@@ -187,7 +187,7 @@ def timm_parts(
     image_size = _image_size_asked(name, options)
     height, width = image_size or default_size
     if image_size is not None:
-        # A model's own size may be none of its patches' (siglip's 384 with patches of 14).
+        # A model's default size may not fit its patches (siglip's 384 with patches of 14).
         _check_patches(model, name, image_size)
 
     def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +198,7 @@ def timm_parts(
 
 
 def _image_size_asked(name: str, options: StepOptions) -> tuple[int, int] | None:
-    """Return the size of the images that was asked for, in either of the two ways."""
+    """Return the image size that the user gave, by either of the two options."""
     built = dict(options.model_kwargs).get("img_size")
     if built is None:
         return options.image_size
@@ -216,8 +216,8 @@ def _image_size_asked(name: str, options: StepOptions) -> tuple[int, int] | None
 
 def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
     if device.type == "meta":
-        # A model that computes with tensors while it is built cannot be built without values, and
-        # says so in either way; with values it is built below, or refused there.
+        # A model that computes with tensors while it is built cannot be built without values. It
+        # raises one of these errors, and is built with values below.
         with contextlib.suppress(NotImplementedError, UsageError), device:
             return _created(name, options)
     return _created(name, options)
@@ -230,7 +230,7 @@ def _created(name: str, options: StepOptions) -> nn.Module:
         kwargs["num_classes"] = options.num_classes
     config = timm.models.get_pretrained_cfg(name)
     if options.image_size is not None and config is not None and config.fixed_input_size:
-        # Only models that are built for one size take it; the others take any image.
+        # Only models that are built for one image size take this. Other models take any size.
         kwargs["img_size"] = options.image_size
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
@@ -242,21 +242,21 @@ def _created(name: str, options: StepOptions) -> nn.Module:
 
 
 def patches_of(name: str, options: StepOptions) -> tuple[int, ...]:
-    """Return what the sides of a model's images have to be multiples of.
+    """Return the pixels of which the sides of a model's images must be multiples.
 
     Args:
         name: The model's name.
         options: The step's options.
 
     Returns:
-        Pixels of a patch's height and width; nothing where any image will do.
+        Pixels of a patch's height and width. The result is empty if every image size works.
     """
     return _patches(_timm_model(name, options, torch.device("meta")))
 
 
 def _patches(model: nn.Module) -> tuple[int, ...]:
     embed = getattr(model, "patch_embed", None)
-    # timm's own embedding always says whether it pads; others take what comes.
+    # timm's own embedding always has this attribute. Other embeddings take any size.
     if getattr(embed, "dynamic_img_pad", True):
         return ()
     return tuple(getattr(embed, "patch_size", None) or ())
@@ -280,7 +280,7 @@ def uses_fused_attention() -> bool:
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let models that are built meanwhile call `scaled_dot_product_attention`."""
+    """Let models that are built in the block call `scaled_dot_product_attention`."""
     layers = import_timm().layers
     before = layers.use_fused_attn()
     layers.set_fused_attn(enable=True)
@@ -297,7 +297,10 @@ def split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _classification_loss(outputs: Any, classes: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy over class scores of shape (samples, classes), summed over several outputs."""
+    """Return the cross-entropy of class scores of shape (samples, classes).
+
+    If the model has several outputs, their cross-entropies are added.
+    """
     if isinstance(outputs, (tuple, list)):
         return torch.stack([_classification_loss(output, classes) for output in outputs]).sum()
     return F.cross_entropy(outputs, classes)

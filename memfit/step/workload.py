@@ -1,8 +1,7 @@
-"""What is trained: a timm model by its name, or a user's own objects, as one `TrainingStep`.
+"""Describes what is trained: a timm model by its name, or a user's own objects.
 
-A `TrainingStep` is a description and holds no device memory; `TrainingStep.prepare` makes it real
-on a device. Its iterations are `memfit.step.runner`'s; measuring them, and surviving them, is the
-backends' work.
+A `TrainingStep` is a description and holds no device memory. `TrainingStep.prepare` builds it on a
+device. `memfit.step.runner` runs its iterations. The backends measure them.
 """
 
 from __future__ import annotations
@@ -50,22 +49,23 @@ class Workload:
             (samples, ...); or a function of the batch size that returns one. Inputs that are a
             tuple or list are passed to the model one by one, a dictionary by its keys. A batch that
             is one dictionary or one tensor has no targets.
-        loss: A function `loss(outputs, targets)` that returns one number, or several (a tuple, list
-            or dictionary) that are added; targets that are a tuple
-            or list are passed one by one, and without targets it is `loss(outputs)`.
+        loss: A function `loss(outputs, targets)` that returns one number, or several numbers (a
+            tuple, list or dictionary) that are added. Targets that are a tuple or list are passed
+            one by one. Without targets, the call is `loss(outputs)`.
         optimizer: An optimizer over the model's parameters, a function that makes one from them,
             or the name of one that timm knows.
         num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
-        batch_dims: For a part of the batch the dimension that counts the samples, where that is not
-            the first; `None` for a part that belongs to all samples, and 0 for a list whose entries
-            are the samples. Keys are written as errors write them: `"batch[0]['mask']"`.
-        cut: A function `cut(batch, start, stop)` that returns those samples of a batch, where
-            slices do not.
-        count: A function that returns the samples of a batch; needed beside `cut` where neither
-            the batch nor its targets have one length.
+        batch_dims: For some parts of the batch, the dimension that counts the samples, if it is not
+            the first one. It is `None` for a part that belongs to all samples, and 0 for a list
+            whose entries are the samples. Keys are written as in error messages:
+            `"batch[0]['mask']"`.
+        cut: A function `cut(batch, start, stop)` that returns the samples from `start` up to, but
+            not including, `stop`. It is needed if slices do not give them.
+        count: A function that returns the number of samples in a batch. It is needed beside `cut`
+            if neither the batch nor its targets have a single length.
 
     Raises:
-        WorkloadError: One of the parts is not what it has to be.
+        WorkloadError: One of the parts has the wrong type, or cannot be trained.
     """
 
     model: nn.Module
@@ -80,7 +80,7 @@ class Workload:
     count: Callable[[Any], int] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse parts that can make no training step."""
+        """Refuse parts that cannot make a training step."""
         if not isinstance(self.model, nn.Module):
             raise WorkloadError(f"The model must be an nn.Module, not {_kind(self.model)}.")
         refusals.check_loss(self.loss)
@@ -107,11 +107,11 @@ class Workload:
         if not callable(self.batch):
             self._example_layout.certain()
         else:
-            _ = self.rules  # which refuses what says nothing
+            _ = self.rules  # making the rules checks them
 
     @functools.cached_property
     def rules(self) -> BatchRules:
-        """What is said about the batch."""
+        """What the user says about the batch."""
         return BatchRules(
             dims=self.batch_dims, cut=self.cut, count=self.count, num_inputs=self.num_inputs
         )
@@ -122,30 +122,30 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The name in reports."""
         return type(self.model).__name__
 
     @property
     def example_batch_size(self) -> int | None:
-        """Samples of the example batch; `None` where a function makes batches."""
+        """The number of samples in the example batch; `None` if a function makes batches."""
         return None if callable(self.batch) else self._example_layout.num_samples
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def batch_of(self, batch_size: int) -> Any:
         """Return a batch of a given size.
 
         Args:
-            batch_size: Samples wanted, at least 1.
+            batch_size: The number of samples wanted, at least 1.
 
         Returns:
             Tensors of shape (batch_size, ...) in the nesting of `batch`.
 
         Raises:
-            WorkloadError: The function that makes batches made one of another size.
+            WorkloadError: The function that makes batches returned a batch of another size.
         """
         if not callable(self.batch):
             return self._example_layout.resized(self.batch, batch_size)
@@ -160,34 +160,34 @@ class Workload:
         return batch
 
     def layout_of(self, batch_size: int) -> Layout:
-        """Find out how batches are cut, for what cuts those of `batch_of`.
+        """Find out how the batches of `batch_of` are cut.
 
         Args:
-            batch_size: Samples in the batch that is to be cut.
+            batch_size: The number of samples in the batch that is cut.
 
         Raises:
-            WorkloadError: It cannot be told.
+            WorkloadError: It cannot be told where the samples are.
         """
         if not callable(self.batch):
             layout = self._example_layout
             return layout.again(layout.resized(self.batch, batch_size))
-        # What differs between two batches as their sizes do is what holds samples.
+        # The parts that differ between two batches in the same way as their sizes hold samples.
         other = None
         with contextlib.suppress(WorkloadError):
             other = (self.batch_of(batch_size + 1), batch_size + 1)
         return Layout.of(self.batch_of(batch_size), self.rules, num_samples=batch_size, other=other)
 
     def without_values(self) -> Workload:
-        """Return the same workload with all its tensors on the meta device, as new objects."""
+        """Return a copy of the workload with all its tensors on the meta device."""
         parts = (self.model, self.loss, self.optimizer)
         model, loss, optimizer = without_values(parts, optimizer=self.optimizer)
         return dataclasses.replace(self, model=model, loss=loss, optimizer=optimizer)
 
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Split a batch into what the model takes and what the loss compares with.
+        """Split a batch into the model's inputs and the loss's targets.
 
         Args:
-            batch: A batch in the nesting of the workload's.
+            batch: A batch with the nesting of the workload's batch.
 
         Returns:
             The inputs, and the targets one by one.
@@ -209,15 +209,18 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepParts:
-    """What a training step is made of, on its device.
+    """The parts of a training step, on its device.
 
     Args:
-        model: The model, converted as the options ask.
-        batch_of: From a batch size to a batch, not yet placed.
-        layout_of: From a batch size to how such a batch is cut, placed or not.
-        place: Puts a batch where, and in the type and layout in which, the model takes it.
-        split: From a batch to the model's inputs and the loss's targets.
-        loss: From outputs and targets to one number.
+        model: The model, converted as the options say.
+        batch_of: A function from a batch size to a batch that is not on the device yet.
+        layout_of: A function from a batch size to the layout of such a batch. The layout is the
+            same
+            before and after `place`.
+        place: A function that puts a batch on the device, in the type and layout that the model
+            takes.
+        split: A function from a batch to the model's inputs and the loss's targets.
+        loss: A function from outputs and targets to one number.
         optimizer: An optimizer, a function that makes one, or the name of one that timm knows.
     """
 
@@ -232,22 +235,22 @@ class StepParts:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStep:
-    """One training step, described: what it trains and how.
+    """The description of one training step: what it trains and how.
 
     Args:
         subject: A timm model's name, or the user's own workload.
-        options: Everything else, its precision chosen.
+        options: The options of the step. The precision is chosen.
 
     Raises:
         UnknownModelError: timm has no model of that name.
-        UsageError: An option that the subject cannot take.
+        UsageError: The subject cannot take one of the options.
     """
 
     subject: str | Workload
     options: StepOptions
 
     def __post_init__(self) -> None:
-        """Refuse what could only fail later, in a trial."""
+        """Refuse now what would otherwise fail later, in a trial."""
         if isinstance(self.subject, Workload):
             for option in ("image_size", "num_classes", "model_kwargs"):
                 if getattr(self.options, option):
@@ -262,7 +265,7 @@ class TrainingStep:
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The name in reports."""
         return self.subject if isinstance(self.subject, str) else self.subject.name
 
     @property
@@ -272,7 +275,7 @@ class TrainingStep:
 
     @property
     def live_modules(self) -> tuple[nn.Module, ...]:
-        """The user's own modules that the step will change; none for a model by name."""
+        """The user's own modules that the step changes. For a model by name there are none."""
         if isinstance(self.subject, str):
             return ()
         parts = (self.subject.model, self.subject.loss)
@@ -280,14 +283,14 @@ class TrainingStep:
 
     @property
     def live_optimizer(self) -> Optimizer | None:
-        """The user's own optimizer that the step will change, if there is one."""
+        """The user's own optimizer that the step changes, if there is one."""
         if isinstance(self.subject, Workload) and isinstance(self.subject.optimizer, Optimizer):
             return self.subject.optimizer
         return None
 
     @property
     def live_tensors(self) -> tuple[torch.Tensor, ...]:
-        """What the user's own objects hold: weights, buffers, gradients, optimizer state."""
+        """The tensors of the user's own objects: weights, buffers, gradients, optimizer state."""
         weights = [parameter for module in self.live_modules for parameter in module.parameters()]
         buffers = [buffer for module in self.live_modules for buffer in module.buffers()]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
@@ -299,21 +302,22 @@ class TrainingStep:
     def prepare(
         self, device: torch.device, *, precision_policy: PrecisionPolicy | None = None
     ) -> PreparedStep:
-        """Make the step real on a device.
+        """Build the step on a device.
 
-        A user's model is converted in place where the options ask for it: call this where that can
-        be undone (`memfit.memory.restore.preserved`) or does not matter (a process of its own). On
-        the meta device a copy without weights takes its place, and the model is left alone.
+        If the options say so, a user's model is converted in place. So call this inside
+        `memfit.memory.restore.preserved`, which undoes it, or in a process of its own, where it
+        does not matter. On the meta device, a copy without weights is used, and the user's model is
+        not changed.
 
         Args:
-            device: Where to train.
-            precision_policy: What replaces torch's autocast and GradScaler on the meta device.
+            device: The device to train on.
+            precision_policy: Replaces torch's autocast and GradScaler on the meta device.
 
         Returns:
             A step that can iterate.
 
         Raises:
-            UsageError: The model cannot be built as asked, or lacks what an option needs.
+            UsageError: The model cannot be built, or does not work with one of the options.
         """
         described = self
         if isinstance(self.subject, Workload) and device.type == "meta":
@@ -331,18 +335,18 @@ class TrainingStep:
         )
 
     def parts(self, device: torch.device) -> StepParts:
-        """Build what the step is made of.
+        """Build the parts of the step.
 
         A user's model is converted in place, as in `prepare`.
 
         Args:
-            device: Where to train.
+            device: The device to train on.
 
         Returns:
-            The parts, the model on the device.
+            The parts. The model is on the device.
 
         Raises:
-            UsageError: The model cannot be built as asked, or lacks what an option needs.
+            UsageError: The model cannot be built, or does not work with one of the options.
         """
         options = self.options
         if isinstance(self.subject, str):
@@ -369,7 +373,7 @@ class TrainingStep:
 
     @property
     def batch_norm_free_variants(self) -> tuple[str, ...]:
-        """Names of timm models like this one whose names promise no batch normalisation."""
+        """Names of similar timm models that, by their names, have no batch normalisation."""
         if not isinstance(self.subject, str):
             return ()
         base = self.subject.partition(".")[0]
@@ -379,17 +383,18 @@ class TrainingStep:
         return tuple(name for name in wanted if timm_models.import_timm().is_model(name))
 
     def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
-        """Convert a model in place, as the options ask.
+        """Convert a model in place, as the options say.
 
         Args:
             model: The model that is trained.
-            device: Where to train.
+            device: The device to train on.
 
         Returns:
-            What puts a batch where, and in the type and layout in which, the model now takes it.
+            A function that puts a batch on the device, in the type and layout that the converted
+            model takes.
 
         Raises:
-            UsageError: The model lacks what an option needs.
+            UsageError: An option does not work with the model.
         """
         options = self.options
         dtype = torch.bfloat16 if options.precision is Precision.BF16 else None
@@ -436,7 +441,7 @@ def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.de
         enable = getattr(model, "set_grad_checkpointing", None)
         try:
             if enable is None:
-                raise AssertionError  # as timm says that it cannot
+                raise AssertionError  # timm raises the same if a model cannot do it
             enable(True)
         except AssertionError:
             raise UsageError(

@@ -358,7 +358,10 @@ def test_a_function_of_the_users_cuts_what_slices_do_not() -> None:
 @pytest.mark.parametrize(
     ("rules", "says"),
     [
-        ({"dims": {"batch['z']": None}}, r"which the batch has not; the nearest is \"batch\['x'\]"),
+        (
+            {"dims": {"batch['z']": None}},
+            r"which the batch does not have; the nearest is \"batch\['x'\]",
+        ),
         ({"dims": {"x": -1}}, r"batch_dims\['x'\] must be a dimension from 0, or None"),
         ({"dims": ["x"]}, "batch_dims must be a dictionary, not list"),
         ({"cut": 3}, "cut must be a function, not int"),
