@@ -12,12 +12,13 @@ OLDEST := torch==2.8.0 torchvision==0.23.0
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trainers]'
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/memfit probe test_vit.r160_in1k --device cpu --memory 300MiB
 	$(BIN)/memfit probe vit_base_patch16_224
+	$(BIN)/memfit rehearse --gpu rtx4090 -- $(BIN)/python examples/rehearse/plain_pytorch.py --batch-size 128
 
 # Pages are tested in Debian's Chromium. Where it cannot be installed, those tests are skipped.
 browser:

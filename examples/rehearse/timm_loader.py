@@ -21,12 +21,12 @@ def main() -> None:
     """Train for one short epoch, with a scaler and a moving average of the weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--model", default="resnet50")
     options = parser.parse_args()
     device = torch.device("cuda")
     loader = create_loader(
-        FakeData(BATCHES * options.batch_size, (3, 128, 128), num_classes=10),
-        input_size=(3, 96, 96),
+        FakeData(BATCHES * options.batch_size, (3, 224, 224), num_classes=10),
+        input_size=(3, 224, 224),
         batch_size=options.batch_size,
         is_training=True,
         num_workers=2,

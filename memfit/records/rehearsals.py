@@ -144,7 +144,9 @@ class Shortage(Record):
             known.
         phase: In which phase.
         step: In which optimizer step; the first is 1.
-        ended_script: The script did not go on after it.
+        ended_script: The script did not go on after it. It does where it catches the error, and where
+            a library makes do with less: cuDNN has plans with smaller workspaces.
+        num_times: How often it happened in this place.
     """
 
     wanted_bytes: int
@@ -155,6 +157,7 @@ class Shortage(Record):
     phase: str
     step: int
     ended_script: bool
+    num_times: int = 1
 
     _derived: ClassVar[tuple[str, ...]] = ("missing_bytes",)
 

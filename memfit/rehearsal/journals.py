@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,10 +143,8 @@ def _process(
         steps=tuple(_steps(lines, str(device))),
         phases=tuple(_phases(lines, str(device))),
         reads=_reads(lines),
-        shortages=tuple(
-            _shortage(line, ended_script=line is ended_by)
-            for line in failures
-            if line["device"] == device
+        shortages=_shortages(
+            [line for line in failures if line["device"] == device], ended_by=ended_by
         ),
         has_settled=any(_of_kind(lines, "settled")),
         follows_modules=all(line.get("has_modules", True) for line in lines),
@@ -239,7 +237,21 @@ def _spot(spot: tuple[str, int, int, int | None, int | None]) -> Spot:
     return Spot(path=path, line=line, end_line=end_line, column=column, end_column=end_column)
 
 
-def _shortage(line: Mapping[str, Any], *, ended_script: bool) -> Shortage:
+def _shortages(
+    lines: Sequence[Mapping[str, Any]], *, ended_by: Mapping[str, Any]
+) -> tuple[Shortage, ...]:
+    """Return the shortages, those of one place and request as one."""
+    places: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        key = (line["line"], line["library_line"], line["module"], line["wanted_bytes"])
+        places.setdefault((*key, line is ended_by), []).append(line)
+    return tuple(
+        _shortage(alike[-1], num_times=len(alike), ended_script=alike[-1] is ended_by)
+        for alike in places.values()
+    )
+
+
+def _shortage(line: Mapping[str, Any], *, num_times: int, ended_script: bool) -> Shortage:
     place, library = line["line"], line["library_line"]
     return Shortage(
         wanted_bytes=line["wanted_bytes"],
@@ -250,4 +262,5 @@ def _shortage(line: Mapping[str, Any], *, ended_script: bool) -> Shortage:
         phase=line["phase"],
         step=line["step"],
         ended_script=ended_script,
+        num_times=num_times,
     )

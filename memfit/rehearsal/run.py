@@ -253,6 +253,17 @@ def _notes(
             "No evaluation was seen before the peak had settled: it is not part of the figures. "
             "--whole lets the command run to its end."
         )
+    handled = sum(
+        shortage.num_times
+        for process in processes
+        for shortage in process.shortages
+        if not shortage.ended_script
+    )
+    if handled:
+        yield (
+            f"{handled} requests found no room, and what made them did without: cuDNN takes a plan "
+            "with a smaller workspace, or the script catches the error."
+        )
     if any(not process.follows_modules for process in processes):
         yield "Something was compiled: phases and modules are not told apart in it."
     for report in reports:

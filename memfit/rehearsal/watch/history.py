@@ -108,19 +108,17 @@ class History:
                 self.keep(number)
         self._restart()
 
-    def keep(self, number: int, *, ran_out: bool = False) -> None:
-        """Write what was recorded since the last step.
+    def keep(self, number: int) -> None:
+        """Write what was recorded since the last step, in place of an earlier one.
 
         Args:
-            number: Of the step.
-            ran_out: It ran out of memory: this is the history to show whatever came before.
+            number: Of the step; 0 where the script has taken none.
         """
         if not self._is_recording:
             return
         snapshot = self._internals.history()
         content = {
             "step": number,
-            "ran_out": ran_out,
             "since_ns": self._since_ns,
             "before": self._before,
             "phases": self._phases,
@@ -129,8 +127,6 @@ class History:
             "snapshot": snapshot,
         }
         self._journal.write_beside(".history", pickle.dumps(content))
-        if ran_out:
-            self._best = 1 << 62
 
     def _restart(self) -> None:
         self._internals.record_history(clears=self._is_recording)

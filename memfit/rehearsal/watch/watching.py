@@ -34,7 +34,7 @@ __all__ = ["Ended", "Watch"]
 _MAX_LINES = 200
 _LINE_SECONDS = 1.0
 _MAX_SWALLOWED = 3
-_MAX_FAILURES = 20
+_MAX_FAILURES = 200
 _SETTLED = 1.001
 _OTHER_OPTIMIZERS = (("fastai.optimizer", "Optimizer"),)
 
@@ -83,6 +83,8 @@ class Watch:
         self._num_lines = 0
         self._line_time = 0.0
         self._num_failures = 0
+        self._failed_step = 0
+        self._last_failure: dict[str, Any] | None = None
         self._num_ends = 0
         self._num_faults = 0
         self._is_over = False
@@ -218,6 +220,7 @@ class Watch:
         with self._lock:
             self._fold()
             self._step += 1
+            self._last_failure = None
             self._reads.step = self._step
             rises = self._rises()
             if rises:
@@ -292,29 +295,31 @@ class Watch:
     def _runs_out(self, device: int, wanted_bytes: int, total_bytes: int, free_bytes: int) -> None:
         """Write down where memory ran out; torch calls this before it raises its error."""
         self._num_failures += 1
-        if self._num_failures > _MAX_FAILURES:
-            return
         place = here(frame_here())
         with self._lock:
             self._fold()
-            self._journal.write(
-                "out_of_memory",
-                device=device,
-                wanted_bytes=wanted_bytes,
-                total_bytes=total_bytes,
-                free_bytes=free_bytes,
-                line=place.script,
-                library_line=place.library,
-                module=self._modules.current or self._modules.in_backward or self._module_of(place),
-                phase=self._phase,
-                step=self._step + 1,
-                peaks=self._step_peaks,
-                phases=self._phase_peaks,
-                reads=self._reads.take(),
+            failure = {
+                "device": device,
+                "wanted_bytes": wanted_bytes,
+                "total_bytes": total_bytes,
+                "free_bytes": free_bytes,
+                "line": place.script,
+                "library_line": place.library,
+                "module": self._modules.current
+                or self._modules.in_backward
+                or self._module_of(place),
+                "phase": self._phase,
+                "step": self._step + 1,
+                "peaks": self._step_peaks,
+                "phases": self._phase_peaks,
+                "reads": self._reads.take(),
                 **self._rank(),
-            )
-            if self._history is not None:
-                self._history.keep(self._step + 1, ran_out=True)
+            }
+            # A library may ask again and again; which request is the last is known in the end.
+            self._last_failure = failure if self._num_failures > _MAX_FAILURES else None
+            if self._last_failure is None:
+                self._journal.write("out_of_memory", **failure)
+            self._failed_step = self._step + 1
 
     def _module_of(self, place: Any) -> str | None:
         """Return the innermost module that the frames are in, where modules are not followed."""
@@ -346,13 +351,16 @@ class Watch:
         self._reads.end()
         if not self._torch.cuda.is_initialized():
             return
+        if self._last_failure is not None:
+            self._journal.write("out_of_memory", **self._last_failure)
         error = getattr(sys, "last_value", None)
         self._num_lines = 0
         with self._lock:
             self._fold()
             self._write_figures("exit", is_rise=True, **_told(error), **self._rank())
-            if self._history is not None and not self._step:
-                self._history.keep(0)
+            ran_out = self._failed_step == self._step + 1
+            if self._history is not None and (ran_out or not self._step):
+                self._history.keep(self._step + 1 if ran_out else 0)
 
 
 def _told(error: BaseException | None) -> dict[str, Any]:
