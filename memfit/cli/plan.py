@@ -25,6 +25,7 @@ from memfit.cli.output import (
     print_json,
     write,
 )
+from memfit.cli.scripts import is_script, plan_script
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
 
@@ -102,7 +103,23 @@ def plan(
     to the effective batch exactly. Real steps run on the device, or with --gpu on a card that is
     rehearsed or simulated; the plan's own micro-batch is among those that were tried, and fitted
     with the headroom. Without a GPU here, and with none named, common cards are simulated.
+
+    A command of your own stands after two dashes, with {} for the micro-batch and {steps}:
+
+        memfit plan --effective-batch 1024 --gpu rtx4090 -- \\
+            python train.py --batch-size {} --grad-accum-steps {steps}
     """
+    if is_script(models):
+        plan_script(
+            models,
+            effective_batch_size,
+            world_size=world_size,
+            gpus=gpus,
+            memory=memory,
+            search=search,
+            as_json=output is Format.JSON,
+        )
+        return
     if trainer and output is not Format.TEXT:
         raise UsageError(f"Give --emit or --{output.value}, not both: each is all that is printed.")
     if explore and device is not None and device.partition(":")[0] == "cpu":

@@ -21,6 +21,7 @@ from memfit.cli.output import (
     print_json,
     write,
 )
+from memfit.cli.scripts import is_script, probe_script
 from memfit.records import ProbeResult, Survey, SurveyAnswer
 
 if TYPE_CHECKING:
@@ -60,7 +61,16 @@ def probe(
     kernels do nothing (rehearsed), or the step's allocations are replayed on a model of the card
     (simulated). The answer says which. Without a GPU here, and with none named, common cards are
     simulated.
+
+    A command of your own stands after two dashes, with {} in place of the batch size:
+
+        memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """
+    if is_script(models):
+        probe_script(
+            models, gpus=gpus, memory=memory, search=search, as_json=output is Format.JSON
+        )
+        return
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot)

@@ -85,6 +85,7 @@ def rehearse(
     """
     from memfit.cards import find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.children import Output
     from memfit.rehearsal.run import rehearse_command
     from memfit.reports.rehearsal import render, render_several
     from memfit.units import parse_bytes
@@ -108,7 +109,7 @@ def rehearse(
             num_steps=num_steps,
             is_whole=whole,
             keeps_history=html is not None or snapshot is not None,
-            is_quiet=as_json,
+            output=Output.STANDARD_ERROR if as_json else Output.OWN,
         )
         for card, environment in zip(cards, environments, strict=True)
     ]

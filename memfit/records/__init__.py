@@ -48,6 +48,8 @@ from memfit.records.profiles import (
     Timeline,
 )
 from memfit.records.rehearsals import (
+    CommandPlan,
+    CommandProbe,
     DeviceRead,
     HeldBytes,
     ReadKind,
@@ -82,6 +84,8 @@ __all__ = [
     "Capacity",
     "CardLine",
     "Change",
+    "CommandPlan",
+    "CommandProbe",
     "DeviceProcess",
     "DeviceRead",
     "Engine",

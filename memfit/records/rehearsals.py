@@ -8,9 +8,11 @@ import shlex
 from typing import ClassVar
 
 from memfit.records.base import Record, Source
-from memfit.records.trials import Capacity
+from memfit.records.trials import Capacity, Trial
 
 __all__ = [
+    "CommandPlan",
+    "CommandProbe",
     "DeviceRead",
     "HeldBytes",
     "ReadKind",
@@ -144,8 +146,8 @@ class Shortage(Record):
             known.
         phase: In which phase.
         step: In which optimizer step; the first is 1.
-        ended_script: The script did not go on after it. It does where it catches the error, and where
-            a library makes do with less: cuDNN has plans with smaller workspaces.
+        ended_script: The script did not go on after it. It does where it catches the error, or
+            where a library makes do with less: cuDNN has plans with smaller workspaces.
         num_times: How often it happened in this place.
     """
 
@@ -224,7 +226,7 @@ class Rehearsal(Record):
         processes: Every process that used a device, by rank; none where none did.
         notes: What else there is to say, each a sentence.
         seconds: Wall time. It says nothing of the time on the card.
-        source: Always rehearsed.
+        source: Rehearsed; measured only where the command ran on a GPU that was there.
     """
 
     command: tuple[str, ...]
@@ -287,3 +289,82 @@ class Rehearsal(Record):
         told = [process.message for process in self.processes if process.message is not None]
         about_memory = [message for message in told if "out of memory" in message]
         return next(iter((*about_memory, *told)), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CommandProbe(Record):
+    """The largest batch size of a command that fits a card, with its proof.
+
+    Args:
+        command: The command's words, with `{}` where the batch size goes.
+        device: The card's name.
+        source: Rehearsed, or measured on the GPU that is there.
+        capacity: What the command's processes could use of each card.
+        max_batch_size: The largest batch size that fits: the edge.
+        recommended_batch_size: Where to stand: no allocator retries, `headroom` kept free, a
+            multiple of `multiple_of`. `None` where no batch size keeps all three.
+        proved: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
+            ceiling.
+        headroom: The share of the capacity that the recommendation keeps free.
+        multiple_of: What the recommendation is a multiple of.
+        trials: Every trial, in the order they ran; each is a run of the command.
+        notes: What else there is to say, each a sentence.
+        seconds: Wall time of the whole probe.
+    """
+
+    command: tuple[str, ...]
+    device: str
+    source: Source
+    capacity: Capacity
+    max_batch_size: int
+    recommended_batch_size: int | None
+    proved: bool
+    headroom: float
+    multiple_of: int
+    trials: tuple[Trial, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def trial_at(self, batch_size: int) -> Trial | None:
+        """Return the last trial of a batch size, or `None` if it was not tried."""
+        tried = [trial for trial in self.trials if trial.batch_size == batch_size]
+        return tried[-1] if tried else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CommandPlan(Record):
+    """An effective batch size as a command with a micro-batch and accumulation steps.
+
+    Args:
+        template: The command's words, with `{}` for the micro-batch and `{steps}`.
+        command: The same with both filled in: it was tried, and fitted with the headroom.
+        device: The card's name.
+        source: Rehearsed, or measured on the GPU that is there.
+        capacity: What the command's processes could use of each card.
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        world_size: Ranks that share them.
+        micro_batch_size: Samples in each micro-batch.
+        accumulation_steps: Micro-batches before each optimizer step.
+        headroom: The share of the capacity that is kept free.
+        trials: Every trial, in the order they ran.
+        seconds: Wall time of it all.
+    """
+
+    template: tuple[str, ...]
+    command: tuple[str, ...]
+    device: str
+    source: Source
+    capacity: Capacity
+    effective_batch_size: int
+    world_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    headroom: float
+    trials: tuple[Trial, ...]
+    seconds: float
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not add up."""
+        parts = self.micro_batch_size * self.accumulation_steps * self.world_size
+        if parts != self.effective_batch_size:
+            raise ValueError(f"the parts make {parts}, not {self.effective_batch_size}")

@@ -43,6 +43,9 @@ class Report:
         processes: The process, once for each device that it used.
         command: The words that it was started with.
         devices: The names of the devices that it saw.
+        free_bytes: What the first of them had free when the process began to use it.
+        total_bytes: What that one has.
+        is_rehearsed: False where it is really there.
         has_cuda: False where its torch is built without CUDA.
         ran_out: Its last words are about memory.
         faults: What the watch itself failed at.
@@ -52,6 +55,9 @@ class Report:
     processes: tuple[RehearsedProcess, ...]
     command: tuple[str, ...]
     devices: tuple[str, ...]
+    free_bytes: int
+    total_bytes: int
+    is_rehearsed: bool
     has_cuda: bool
     ran_out: bool
     faults: tuple[str, ...]
@@ -81,6 +87,7 @@ def _report(path: Path) -> Report:
     lines = tuple(_lines(path))
     of = functools.partial(_of_kind, lines)
     begun: Mapping[str, Any] = next(of("device"), {})
+    memory: Mapping[str, Any] = next(of("memory"), {})
     devices = {int(name) for line in lines for name in line.get("peaks", ())}
     failures = tuple(of("out_of_memory"))
     last: Mapping[str, Any] = next(
@@ -101,6 +108,9 @@ def _report(path: Path) -> Report:
         ),
         command=tuple(begun.get("command", ())),
         devices=tuple(begun.get("names", ())),
+        free_bytes=memory.get("free_bytes", 0),
+        total_bytes=memory.get("total_bytes", 0),
+        is_rehearsed=begun.get("is_rehearsed", False),
         has_cuda=not any(of("no_cuda")),
         ran_out=ran_out,
         faults=tuple(line["message"] for line in of("fault")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.records import (
+    CommandPlan,
+    CommandProbe,
     DeviceRead,
     HeldBytes,
     ReadKind,
@@ -18,10 +21,11 @@ from memfit.records import (
     RehearsedProcess,
     Shortage,
 )
+from memfit.reports.probe import trial_table
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
-__all__ = ["doubts", "render", "render_several", "short_line"]
+__all__ = ["doubts", "render", "render_plan", "render_probe", "render_several", "short_line"]
 
 _NUM_STEPS = 6
 _NUM_READS = 6
@@ -86,6 +90,68 @@ def render_several(rehearsals: Sequence[Rehearsal]) -> RenderableType:
     notes = dict.fromkeys(note for rehearsal in rehearsals for note in _notes(rehearsal))
     parts += ["", *(Text(note, "dim") for note in notes)]
     return Group(*parts)
+
+
+def render_probe(found: CommandProbe) -> RenderableType:
+    """Lay out the batch sizes of a command.
+
+    Args:
+        found: What was found.
+    """
+    best, stand = found.max_batch_size, found.recommended_batch_size
+    proof = (
+        f"it fitted, and {best + 1} ran out of memory"
+        if found.proved
+        else "where the search was told to stop; more may fit (--max-batch-size)"
+    )
+    table = plain_table(has_header=False)
+    table.add_row("largest", Text(str(best), "bold"), f"{found.source.value}: {proof}")
+    table.add_row(
+        "recommended",
+        Text("none" if stand is None else str(stand), "bold green"),
+        f"{found.headroom:.0%} kept free, without allocator retries",
+    )
+    parts: list[RenderableType] = [_on_card(found), "", trial_table(found.trials), "", table, ""]
+    parts += [Text(note, "bold red" if "not trust" in note else "") for note in found.notes]
+    return Group(*parts, Text(_in_trials(found), "dim"))
+
+
+def render_plan(found: CommandPlan) -> RenderableType:
+    """Lay out an effective batch size as a command.
+
+    Args:
+        found: What was found.
+    """
+    parts = f"{found.micro_batch_size} x {found.accumulation_steps}" + (
+        f" x {found.world_size} ranks" if found.world_size > 1 else ""
+    )
+    return Group(
+        _on_card(found),
+        "",
+        trial_table(found.trials),
+        "",
+        Text.assemble((f"{found.effective_batch_size} = {parts}", "bold green"), ": it fitted, "),
+        Text(f"with {found.headroom:.0%} kept free. Train with:"),
+        Text(shlex.join(found.command), "bold"),
+        "",
+        Text(_in_trials(found), "dim"),
+    )
+
+
+def _on_card(found: CommandProbe | CommandPlan) -> Text:
+    words = found.command if isinstance(found, CommandProbe) else found.template
+    return Text.assemble(
+        (" ".join(words), "bold"),
+        f"\non {found.device}, {format_bytes(found.capacity.usable_bytes)} usable",
+    )
+
+
+def _in_trials(found: CommandProbe | CommandPlan) -> str:
+    ran_out = sum(not trial.fits for trial in found.trials)
+    return (
+        f"{found.source.value.capitalize()} in {_count(len(found.trials), 'run')} of the command "
+        f"({ran_out} ran out) and {found.seconds:.1f} s."
+    )
 
 
 def doubts(rehearsal: Rehearsal) -> str | None:

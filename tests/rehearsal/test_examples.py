@@ -24,21 +24,21 @@ PINNED = "2.15.0"
 
 # The peaks of the process that holds most, in bytes: requested, allocated, reserved.
 PEAKS = {
-    "plain_pytorch": (0, 0, 0),
-    "lightning_trainer": (0, 0, 0),
-    "transformers_trainer": (0, 0, 0),
-    "fastai_learner": (0, 0, 0),
-    "timm_loader": (0, 0, 0),
-    "ddp": (0, 0, 0),
-    "fsdp2": (0, 0, 0),
+    "plain_pytorch": (305_771_352, 314_448_896, 358_612_992),
+    "lightning_trainer": (798_047_084, 798_651_392, 962_592_768),
+    "transformers_trainer": (479_930_604, 483_499_520, 528_482_304),
+    "fastai_learner": (820_940_892, 821_995_520, 952_107_008),
+    "timm_loader": (1_878_330_836, 1_909_349_888, 2_332_033_024),
+    "ddp": (447_963_904, 454_145_536, 572_522_496),
+    "fsdp2": (1_023_461_596, 1_023_880_704, 1_216_348_160),
 }
 NEEDS = {
     "lightning_trainer": "pytorch_lightning",
     "transformers_trainer": "transformers",
     "fastai_learner": "fastai",
 }
-TOO_MANY = 4096
-"""Samples in a batch that fits no card of 12 GB in any of the examples."""
+TOO_MANY = {"timm_loader": 512}
+"""Samples in a batch that fits no card of 12 GB, where 4096 take long to load."""
 
 
 def start(name: str, *options: str) -> subprocess.Popen[str]:
@@ -74,7 +74,7 @@ def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
         check_supported(find_gpu("rtx3060"))
     except MemfitError as error:
         pytest.skip(str(error))
-    fits, does_not = start(name), start(name, "--batch-size", str(TOO_MANY))
+    fits, does_not = start(name), start(name, "--batch-size", str(TOO_MANY.get(name, 4096)))
     code, found, err = result_of(fits)
     assert (code, found["end"], found["source"]) == (0, "settled", "rehearsed"), err
     assert "Traceback" not in err
@@ -101,5 +101,3 @@ def exactly(seen: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 def nearly(seen: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     pairs = zip(seen, expected, strict=True)
     return all(abs(value - other) < 0.2 * other for value, other in pairs)
-
-

@@ -86,6 +86,7 @@ class Watch:
         self._failed_step = 0
         self._last_failure: dict[str, Any] | None = None
         self._num_ends = 0
+        self._knows_memory = False
         self._num_faults = 0
         self._is_over = False
 
@@ -162,6 +163,7 @@ class Watch:
         self._is_over = False
         self._journal.write(
             "device",
+            is_rehearsed=self._reads.begin(torch),
             process=os.getpid(),
             command=list(sys.orig_argv),
             torch=torch.__version__,
@@ -169,7 +171,6 @@ class Watch:
             names=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             **self._rank(),
         )
-        self._reads.begin(torch)
         self._internals.on_out_of_memory(self._guarded(self._runs_out))
         if self._history is not None:
             self._history.begin()
@@ -251,6 +252,9 @@ class Watch:
         taken = self._peaks.take()
         if not taken:
             return
+        if not self._knows_memory:
+            self._knows_memory = True
+            self._write_memory(next(iter(taken)))
         of_phase = self._phase_peaks.setdefault(self._phase, {})
         for of in (self._step_peaks, of_phase):
             for device, figures in taken.items():
@@ -259,6 +263,15 @@ class Watch:
                     known[name] = max(known[name], value)
         if self._phase == "evaluation" or not self._step:
             self._write_figures("phase", is_rise=self._rises())
+
+    def _write_memory(self, device: int) -> None:
+        """Write what this process can have of a device that it has just begun to use."""
+        free_bytes, total_bytes = self._torch.cuda.mem_get_info(device)
+        self._journal.write(
+            "memory",
+            free_bytes=free_bytes + self._torch.cuda.memory_reserved(device),
+            total_bytes=total_bytes,
+        )
 
     def _rises(self) -> bool:
         rises = False

@@ -1,0 +1,138 @@
+"""`memfit probe` and `memfit plan` of a user's own command, which stands after two dashes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.live import Live
+
+from memfit.cli.output import print_json
+from memfit.cli.rehearse import ranks_of
+from memfit.errors import UsageError
+from memfit.records import CommandPlan, CommandProbe, Record, Trial
+from memfit.units import parse_bytes
+
+__all__ = ["is_script", "plan_script", "probe_script"]
+
+_SHARED = ("models", "gpus", "memory", "headroom", "multiple_of", "as_json")
+_OF_PROBE = (*_SHARED, "max_batch_size")
+_OF_PLAN = (*_SHARED, "effective_batch_size", "world_size")
+
+
+def is_script(words: tuple[str, ...]) -> bool:
+    """Whether the words after a command of memfit's are a command of the user's, and no models."""
+    has_place = any("{}" in word for word in words)
+    return has_place or (len(words) > 1 and shutil.which(words[0]) is not None)
+
+
+def probe_script(words: tuple[str, ...], *, as_json: bool, **bounds: Any) -> None:
+    """Find the largest batch size of a command.
+
+    Args:
+        words: The command's words.
+        as_json: Print JSON.
+        **bounds: `gpus`, `memory`, and the options of the search.
+    """
+    from memfit.rehearsal.scripts import Progress, ScriptSearch, probe_command
+    from memfit.reports.rehearsal import render_probe
+
+    _refuse_others(words, _OF_PROBE)
+
+    def run(search: ScriptSearch, progress: Progress) -> CommandProbe:
+        return probe_command(words, search, progress=progress)
+
+    _show(_on_cards(words, run, is_quiet=as_json, **bounds), render_probe, as_json=as_json)
+
+
+def plan_script(
+    words: tuple[str, ...],
+    effective_batch_size: Any,
+    *,
+    world_size: int,
+    as_json: bool,
+    **bounds: Any,
+) -> None:
+    """Turn an effective batch size into a command with micro-batches that fit.
+
+    Args:
+        words: The command's words.
+        effective_batch_size: Samples in each optimizer step.
+        world_size: Ranks that share them.
+        as_json: Print JSON.
+        **bounds: `gpus`, `memory`, and the options of the search.
+    """
+    from memfit.rehearsal.scripts import Progress, ScriptSearch, plan_command
+    from memfit.reports.rehearsal import render_plan
+
+    _refuse_others(words, _OF_PLAN)
+
+    def run(search: ScriptSearch, progress: Progress) -> CommandPlan:
+        return plan_command(
+            words, effective_batch_size, search, world_size=world_size, progress=progress
+        )
+
+    _show(_on_cards(words, run, is_quiet=as_json, **bounds), render_plan, as_json=as_json)
+
+
+def _on_cards(
+    words: tuple[str, ...],
+    run: Callable[..., Any],
+    *,
+    is_quiet: bool,
+    gpus: tuple[str, ...],
+    memory: str | None,
+    search: dict[str, Any],
+) -> Iterator[Any]:
+    """Yield what is found on one card after another, or on the GPU that is there."""
+    from memfit.cards import Gpu, find_gpu
+    from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.scripts import ScriptSearch
+    from memfit.reports.probe import ProgressTable
+
+    if memory is not None and not gpus:
+        raise UsageError("--memory is what a card of --gpu has: name one, or `any`.")
+    total_bytes = None if memory is None else parse_bytes(memory)
+    cards: list[Gpu | None] = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
+    for card in cards or [None]:
+        environment = (
+            {}
+            if card is None
+            else rehearsed_environment(card, num_gpus=ranks_of(words), environment=os.environ)
+        )
+        log = Console(stderr=True)
+        table = ProgressTable()
+
+        def progress(trial: Trial, table: ProgressTable = table) -> None:
+            table.add(trial)
+
+        with Live(table, console=log, transient=True, refresh_per_second=4) as live:
+            if is_quiet or not log.is_terminal:
+                live.stop()
+            yield run(ScriptSearch(gpu=card, environment=environment, **search), progress)
+
+
+def _show(found: Iterator[Record], render: Callable[[Any], Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(list(found))
+        return
+    for each in found:
+        Console().print(render(each))
+
+
+def _refuse_others(words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """Refuse options that are about a timm model: a command has its own."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_given and name not in allowed:
+            raise UsageError(
+                f"{parameter.opts[0]} is not for a command of your own: {words[0]!r} has its own "
+                "options."
+            )

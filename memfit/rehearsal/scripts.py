@@ -1,0 +1,374 @@
+"""The batch size of a user's own command, found by running it with one number after another.
+
+`{}` stands for the batch size in the command's words, and `{steps}` for the accumulation steps.
+Each trial is a run of the command, ended when its peak has settled, so few are made: which comes
+next is `memfit.search`'s decision, from the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from memfit import search
+from memfit.cards import Gpu
+from memfit.errors import DoesNotFitError, StepCrashedError, UsageError
+from memfit.partition import check_target, equal_part
+from memfit.records import (
+    CommandPlan,
+    CommandProbe,
+    Outcome,
+    Rehearsal,
+    RehearsalEnd,
+    Trial,
+)
+from memfit.rehearsal.children import Output
+from memfit.rehearsal.run import Rehearsed, rehearse_command
+from memfit.units import format_bytes
+
+__all__ = ["Progress", "ScriptSearch", "plan_command", "probe_command"]
+
+_BATCH: Final = "{}"
+_STEPS: Final = "{steps}"
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_NUM_LAST_LINES: Final = 12
+_MAX_SHRINKS: Final = 12
+
+Progress = Callable[[Trial], None]
+"""Called with each trial when it has ended."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptSearch:
+    """What a search for a command's batch size has to respect.
+
+    Args:
+        gpu: The card; `None` for the GPU that is there.
+        environment: What puts the command on it.
+        headroom: Share of the capacity that the recommendation keeps free.
+        multiple_of: What the recommendation is a multiple of.
+        max_batch_size: Where the search ends; `None` for its own ceiling.
+    """
+
+    gpu: Gpu | None
+    environment: Mapping[str, str]
+    headroom: float = 0.05
+    multiple_of: int = 1
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse figures that bound no search."""
+        if not 0 <= self.headroom < 1:
+            raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
+        for name in ("multiple_of", "max_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}.")
+
+
+def probe_command(
+    template: Sequence[str], bounds: ScriptSearch, *, progress: Progress = lambda _trial: None
+) -> CommandProbe:
+    """Find the largest batch size of a command that fits, and prove it.
+
+    Args:
+        template: The command's words; `{}` is the batch size. Words such as `NAME={}` before the
+            program are environment variables.
+        bounds: What to respect.
+        progress: Called with each trial.
+
+    Raises:
+        UsageError: No word has a place for the batch size, or there is no such command.
+        DoesNotFitError: Not even the smallest batch fits.
+        StepCrashedError: The command failed by itself.
+    """
+    _check(template, needs=(_BATCH,))
+    start = time.perf_counter()
+    runs = _Runs(template, bounds, progress)
+    found, notes = _largest(runs, bounds.max_batch_size or search.DEFAULT_CEILING)
+    assert found.batch_size is not None
+    stand = runs.recommended(found)
+    return CommandProbe(
+        command=tuple(template),
+        device=runs.last.device,
+        source=runs.last.source,
+        capacity=runs.last.capacity,
+        max_batch_size=found.batch_size,
+        recommended_batch_size=stand,
+        proved=found.proved,
+        headroom=bounds.headroom,
+        multiple_of=bounds.multiple_of,
+        trials=tuple(runs.trials),
+        notes=(*notes, *runs.doubts()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def plan_command(
+    template: Sequence[str],
+    effective_batch_size: int,
+    bounds: ScriptSearch,
+    *,
+    world_size: int = 1,
+    progress: Progress = lambda _trial: None,
+) -> CommandPlan:
+    """Turn an effective batch size into a command that fits, and prove it.
+
+    Args:
+        template: The command's words; `{}` is the micro-batch, `{steps}` the accumulation steps.
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        bounds: What to respect.
+        world_size: Ranks that share them.
+        progress: Called with each trial.
+
+    Raises:
+        UsageError: A place is missing, or the samples cannot be shared equally.
+        DoesNotFitError: Not even the smallest micro-batch fits.
+        StepCrashedError: The command failed by itself.
+    """
+    _check(template, needs=(_BATCH, _STEPS))
+    samples, ranks = check_target(effective_batch_size, world_size)
+    share, rest = divmod(samples, ranks)
+    if rest:
+        raise UsageError(
+            f"{samples} samples cannot be shared equally by {ranks} ranks: a command takes one "
+            f"batch size for all, so give {share * ranks} or {(share + 1) * ranks}."
+        )
+    start = time.perf_counter()
+    runs = _Runs(template, bounds, progress)
+    micro = _micro_batch(runs, share, bounds)
+    return CommandPlan(
+        template=tuple(template),
+        command=runs.words(micro, share // micro),
+        device=runs.last.device,
+        source=runs.last.source,
+        capacity=runs.last.capacity,
+        effective_batch_size=samples,
+        world_size=ranks,
+        micro_batch_size=micro,
+        accumulation_steps=share // micro,
+        headroom=bounds.headroom,
+        trials=tuple(runs.trials),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _micro_batch(runs: _Runs, share: int, bounds: ScriptSearch) -> int:
+    """Return the largest equal part of a share that fits, itself tried."""
+    if runs.has_headroom(runs.trial(share, 1)):
+        return share
+    # The gradients that accumulation keeps are there from two micro-batches on.
+    runs.num_accumulated = 2
+    found, _ = _largest(runs, max(1, share - 1))
+    largest = runs.recommended(found) or found.batch_size
+    while largest:
+        part = equal_part(share, largest, multiple_of=bounds.multiple_of)
+        if part is None:
+            break
+        if runs.has_headroom(runs.trial(part, share // part)):
+            return part
+        largest = part - 1
+    raise DoesNotFitError(
+        f"No equal part of {share} samples fits {runs.last.device} with {bounds.headroom:.0%} kept "
+        "free."
+    )
+
+
+def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
+    """Search below the batch sizes at which the command takes no step."""
+    notes: list[str] = []
+    for _ in range(_MAX_SHRINKS):
+        try:
+            found = search.find_largest(
+                runs.of_batch_size,
+                capacity_bytes=runs.capacity_bytes,
+                known=tuple(runs.comparable()),
+                ceiling=ceiling,
+            )
+        except _NoStepError as stop:
+            ceiling = max(1, stop.batch_size - 1, *(trial.batch_size for trial in runs.fits()))
+            ceiling = min(ceiling, stop.batch_size - 1)
+            note = (
+                f"At {stop.batch_size} samples the command takes no step: its data set may be "
+                "smaller. Larger batches were not tried."
+            )
+            notes = [note]
+            continue
+        if found.batch_size is None:
+            raise DoesNotFitError(
+                f"{shlex.join(runs.template)} does not fit {runs.last.device}, even at batch size "
+                f"{found.trials[-1].batch_size}: {found.trials[-1].message or 'out of memory'}"
+            )
+        return found, notes
+    raise UsageError("The command takes no optimizer step at most batch sizes: nothing is known.")
+
+
+class _NoStepError(Exception):
+    """A command that took steps takes none with this batch size."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.batch_size = batch_size
+
+
+class _Runs:
+    """The runs of a command, one batch size each."""
+
+    def __init__(self, template: Sequence[str], bounds: ScriptSearch, progress: Progress) -> None:
+        self.template = tuple(template)
+        self.trials: list[Trial] = []
+        self.num_accumulated = 1
+        self._bounds = bounds
+        self._progress = progress
+        self._last: Rehearsal | None = None
+        self._doubtful: dict[int, Rehearsal] = {}
+        self._accumulated: list[int] = []
+
+    @property
+    def last(self) -> Rehearsal:
+        """The last run."""
+        assert self._last is not None
+        return self._last
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """What a process could use of a card; `None` before anything ran on one that is there."""
+        if self._bounds.gpu is not None:
+            return self._bounds.gpu.usable_bytes
+        return None if self._last is None else self._last.capacity.usable_bytes
+
+    def words(self, batch_size: int, steps: int) -> tuple[str, ...]:
+        """Return the command for a batch size."""
+        return tuple(
+            word.replace(_STEPS, str(steps)).replace(_BATCH, str(batch_size))
+            for word in self.template
+        )
+
+    def of_batch_size(self, batch_size: int) -> Trial:
+        """Try a batch size, with the accumulation steps of the search."""
+        return self.trial(batch_size, self.num_accumulated)
+
+    def trial(self, batch_size: int, steps: int) -> Trial:
+        """Run the command.
+
+        Raises:
+            StepCrashedError: It failed, and not because memory ran out.
+        """
+        words = self.words(batch_size, steps)
+        variables = dict(self._bounds.environment)
+        variables |= {
+            name: value.replace(_STEPS, str(steps)).replace(_BATCH, str(batch_size))
+            for name, value in os.environ.items()
+            if value in (_BATCH, _STEPS)
+        }
+        while words and _VARIABLE.match(words[0]):
+            name, _, value = words[0].partition("=")
+            variables[name] = value
+            words = words[1:]
+        found = rehearse_command(words, self._bounds.gpu, variables, output=Output.KEPT)
+        self._last = found.rehearsal
+        trial = _trial_of(found, batch_size, steps)
+        took_steps = any(earlier.num_iterations for earlier in self.trials)
+        if trial.fits and took_steps and not trial.num_iterations:
+            raise _NoStepError(batch_size)
+        if not found.rehearsal.is_trusted:
+            self._doubtful[batch_size] = found.rehearsal
+        self.trials.append(trial)
+        self._accumulated.append(steps)
+        self._progress(trial)
+        return trial
+
+    def comparable(self) -> list[Trial]:
+        """Return the trials with the accumulation steps of the search."""
+        return [
+            trial
+            for trial, steps in zip(self.trials, self._accumulated, strict=True)
+            if (steps > 1) == (self.num_accumulated > 1)
+        ]
+
+    def fits(self) -> list[Trial]:
+        """Return the comparable trials that fitted."""
+        return [trial for trial in self.comparable() if trial.fits]
+
+    def has_headroom(self, trial: Trial) -> bool:
+        """Whether a trial leaves what is to be kept free."""
+        assert self.capacity_bytes is not None
+        return search.has_headroom(
+            trial, search.limit_of(self.capacity_bytes, self._bounds.headroom)
+        )
+
+    def recommended(self, found: search.Found) -> int | None:
+        """Return the batch size to train with."""
+        assert self.capacity_bytes is not None
+        return search.recommended(
+            self.of_batch_size,
+            found,
+            capacity_bytes=self.capacity_bytes,
+            headroom=self._bounds.headroom,
+            multiple_of=self._bounds.multiple_of,
+        ).batch_size
+
+    def doubts(self) -> list[str]:
+        """Say where the command went another way than with real values."""
+        lines = {
+            read.line or read.library_line
+            for rehearsal in self._doubtful.values()
+            for process in rehearsal.processes
+            for read in process.reads
+            if read.changes_course
+        }
+        named = ", ".join(sorted(line for line in lines if line is not None)[:3])
+        return (
+            [f"Do not trust these figures: {named} went another way than with real values."]
+            if lines
+            else []
+        )
+
+
+def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:
+    rehearsal = found.rehearsal
+    if rehearsal.end is RehearsalEnd.INTERRUPTED:
+        raise KeyboardInterrupt
+    if rehearsal.end is RehearsalEnd.FAILED:
+        lines = found.last_words.strip().splitlines()[-_NUM_LAST_LINES:]
+        raise StepCrashedError(
+            f"{rehearsal.subject} failed by itself with exit code {rehearsal.exit_code}, and not "
+            "because memory ran out:\n" + "\n".join(lines)
+        )
+    largest, peak = rehearsal.largest, rehearsal.peak
+    if largest is None or peak is None:
+        raise UsageError(f"{rehearsal.subject} did not use the card, so nothing can be found.")
+    message = rehearsal.message
+    if message is None and rehearsal.shortage is not None:
+        message = f"{format_bytes(rehearsal.shortage.missing_bytes)} were missing"
+    return Trial(
+        batch_size=batch_size,
+        outcome=Outcome.FITS if rehearsal.fits else Outcome.OUT_OF_MEMORY,
+        source=rehearsal.source,
+        peak_requested_bytes=peak.requested_bytes,
+        peak_allocated_bytes=peak.allocated_bytes,
+        peak_reserved_bytes=peak.reserved_bytes,
+        num_alloc_retries=largest.num_alloc_retries,
+        num_iterations=largest.num_steps,
+        num_micro_batches=steps,
+        message=None if message is None else message.partition("\n")[0],
+    )
+
+
+def _check(template: Sequence[str], *, needs: Sequence[str]) -> None:
+    meanings = {_BATCH: "the batch size", _STEPS: "the accumulation steps"}
+    for place in needs:
+        if not any(place in word for word in (*template, *_set_in_environment())):
+            raise UsageError(
+                f"The command has no {place} for {meanings[place]}: write, say, -- python train.py "
+                "--batch-size {}" + (" --grad-accum-steps {steps}." if _STEPS in needs else ".")
+            )
+
+
+def _set_in_environment() -> list[str]:
+    return [value for value in os.environ.values() if value in (_BATCH, _STEPS)]
