@@ -8,6 +8,7 @@ next is `memfit.search`'s decision, from the bytes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -191,11 +192,11 @@ def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
                 ceiling=ceiling,
             )
         except _NoStepError as stop:
-            ceiling = max(1, stop.batch_size - 1, *(trial.batch_size for trial in runs.fits()))
-            ceiling = min(ceiling, stop.batch_size - 1)
+            low = max((trial.batch_size for trial in runs.fits()), default=1)
+            ceiling = max(low, math.isqrt(low * stop.batch_size))
             note = (
                 f"At {stop.batch_size} samples the command takes no step: its data set may be "
-                "smaller. Larger batches were not tried."
+                f"smaller. Nothing above {ceiling} was tried."
             )
             notes = [note]
             continue

@@ -1,0 +1,202 @@
+"""The batch size of a command: which runs are made, and what is said where they say little.
+
+The runs are arithmetic here. `test_run.py` has real ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from memfit.cards import find_gpu
+from memfit.errors import DoesNotFitError, StepCrashedError, UsageError
+from memfit.records import (
+    Capacity,
+    HeldBytes,
+    Rehearsal,
+    RehearsalEnd,
+    RehearsedProcess,
+    Source,
+)
+from memfit.rehearsal import scripts
+from memfit.rehearsal.run import Rehearsed
+from memfit.rehearsal.scripts import ScriptSearch, plan_command, probe_command
+from memfit.units import MIB
+
+CARD = find_gpu("rtx3060")
+BOUNDS = ScriptSearch(gpu=CARD, environment={"CARD": "1"})
+COMMAND = (sys.executable, "train.py", "--batch-size", "{}", "--accumulate", "{steps}")
+
+
+@dataclasses.dataclass
+class Runs:
+    """Runs of a command that takes so many bytes for each sample, and for accumulated gradients."""
+
+    sample_bytes: int = 10 * MIB
+    gradient_bytes: int = 100 * MIB
+    num_samples: int = 1 << 20
+    exit_code: int = 0
+    seen: list[tuple[Sequence[str], Mapping[str, str]]] = dataclasses.field(default_factory=list)
+
+    def __call__(
+        self, words: Sequence[str], gpu: Any, variables: Mapping[str, str], **_options: Any
+    ) -> Rehearsed:
+        self.seen.append((tuple(words), dict(variables)))
+        numbers = [int(word) for word in (*words, *variables.values()) if word.isdecimal()]
+        batch_size = numbers[0]
+        steps = int(words[words.index("--accumulate") + 1]) if "--accumulate" in words else 1
+        needed = 500 * MIB + batch_size * self.sample_bytes
+        needed += self.gradient_bytes if steps > 1 else 0
+        fits = needed <= CARD.usable_bytes
+        num_steps = 5 if batch_size <= self.num_samples and not self.exit_code else 0
+        reserved = min(needed, CARD.usable_bytes) if num_steps else 500 * MIB
+        end = RehearsalEnd.SETTLED if fits or not num_steps else RehearsalEnd.OUT_OF_MEMORY
+        process = RehearsedProcess(
+            process=1,
+            rank=None,
+            num_ranks=None,
+            device_index=0,
+            torch_version="2.15.0",
+            peak=HeldBytes(
+                requested_bytes=reserved, allocated_bytes=reserved, reserved_bytes=reserved
+            ),
+            num_alloc_retries=0,
+            num_steps=num_steps,
+            steps=(),
+            phases=(),
+            reads=(),
+            shortages=(),
+            has_settled=True,
+            follows_modules=True,
+            message=None,
+        )
+        rehearsal = Rehearsal(
+            command=tuple(words),
+            device=CARD.name,
+            capacity=Capacity(
+                usable_bytes=CARD.usable_bytes, total_bytes=CARD.total_bytes, origin="made up"
+            ),
+            context_bytes=CARD.context_bytes,
+            end=RehearsalEnd.FAILED if self.exit_code else end,
+            exit_code=self.exit_code,
+            processes=(process,),
+            notes=(),
+            seconds=1.0,
+        )
+        return Rehearsed(
+            rehearsal=rehearsal, process=None, history=None, last_words="one\nValueError: two\n"
+        )
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    made = Runs()
+    monkeypatch.setattr(scripts, "rehearse_command", made)
+    return made
+
+
+EDGE = (CARD.usable_bytes - 500 * MIB) // (10 * MIB)
+
+
+def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
+    """One more sample was tried and ran out."""
+    found = probe_command(COMMAND[:4], BOUNDS)
+    assert (found.max_batch_size, found.proved) == (EDGE, True)
+    assert found.source is Source.REHEARSED
+    beyond = found.trial_at(EDGE + 1)
+    assert beyond is not None
+    assert not beyond.fits
+    assert len(runs.seen) == len(found.trials) <= 8
+    stand = found.recommended_batch_size
+    assert stand is not None
+    trial = found.trial_at(stand)
+    assert trial is not None
+    assert trial.peak_reserved_bytes is not None
+    assert 0.9 < trial.peak_reserved_bytes / CARD.usable_bytes <= 0.95
+
+
+def test_a_batch_size_may_stand_in_an_override_or_a_variable(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `key=value`, as `NAME={}` before the program, or set for memfit itself."""
+    probe_command((sys.executable, "train.py", "data.batch={}"), BOUNDS)
+    assert runs.seen[0][0][2] == "data.batch=2"
+    assert runs.seen[0][1] == {"CARD": "1"}
+    runs.seen.clear()
+    probe_command(("BATCH={}", sys.executable, "train.py"), BOUNDS)
+    assert runs.seen[0] == ((sys.executable, "train.py"), {"CARD": "1", "BATCH": "2"})
+    runs.seen.clear()
+    monkeypatch.setenv("BATCH", "{}")
+    probe_command((sys.executable, "train.py"), BOUNDS)
+    assert runs.seen[0] == ((sys.executable, "train.py"), {"CARD": "1", "BATCH": "2"})
+
+
+def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
+    """What takes no step shows nothing, and the answer says where it stopped."""
+    runs.num_samples = 300
+    found = probe_command(COMMAND[:4], BOUNDS)
+    assert found.max_batch_size <= 300
+    assert not found.proved
+    assert "takes no step" in found.notes[0]
+    assert all(trial.num_iterations for trial in found.trials if trial.fits)
+
+
+def test_a_command_that_fails_ends_the_search(runs: Runs) -> None:
+    """With its last words."""
+    runs.exit_code = 7
+    with pytest.raises(StepCrashedError, match=r"exit code 7[^Z]*ValueError: two"):
+        probe_command(COMMAND[:4], BOUNDS)
+    assert len(runs.seen) == 1
+
+
+def test_what_fits_nowhere_is_said_so(runs: Runs) -> None:
+    """At the smallest batch."""
+    runs.sample_bytes = 100 * CARD.total_bytes
+    with pytest.raises(DoesNotFitError, match="even at batch size 1"):
+        probe_command(COMMAND[:4], BOUNDS)
+
+
+def test_a_plan_adds_up_and_was_tried(runs: Runs) -> None:
+    """The largest equal part that fits beside the gradients that accumulation keeps."""
+    found = plan_command(COMMAND, 4096, BOUNDS, world_size=2)
+    assert found.micro_batch_size * found.accumulation_steps * 2 == 4096
+    assert (found.micro_batch_size, found.accumulation_steps) == (1024, 2)
+    assert found.command == (*COMMAND[:3], "1024", "--accumulate", "2")
+    assert found.command == runs.seen[-1][0]
+    whole = plan_command(COMMAND, 512, BOUNDS)
+    assert (whole.micro_batch_size, whole.accumulation_steps) == (512, 1)
+    assert len(whole.trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (COMMAND[:2], r"no \{\} for the batch size"),
+        ((*COMMAND[:3], "8"), r"no \{\} for the batch size"),
+    ],
+)
+def test_a_place_for_the_batch_size_is_needed(command: tuple[str, ...], sentence: str) -> None:
+    """What to write is said."""
+    with pytest.raises(UsageError, match=sentence):
+        probe_command(command, BOUNDS)
+
+
+def test_a_plan_needs_both_places_and_an_equal_share(runs: Runs) -> None:
+    """A command takes one batch size for all ranks."""
+    with pytest.raises(UsageError, match=r"no \{steps\} for the accumulation steps"):
+        plan_command(COMMAND[:4], 64, BOUNDS)
+    with pytest.raises(UsageError, match="give 63 or 66"):
+        plan_command(COMMAND, 64, BOUNDS, world_size=3)
+    assert not runs.seen
+
+
+def test_bounds_are_checked() -> None:
+    """Before anything runs."""
+    with pytest.raises(UsageError, match="headroom"):
+        ScriptSearch(gpu=CARD, environment={}, headroom=1.0)
+    with pytest.raises(UsageError, match="multiple_of"):
+        ScriptSearch(gpu=CARD, environment={}, multiple_of=0)
