@@ -1,0 +1,69 @@
+"""`memfit probe` and `memfit plan` of a user's own command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from memfit.cards import find_gpu
+from memfit.cli import main
+from memfit.errors import MemfitError
+from memfit.rehearsal.activate import check_supported
+
+TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.py")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("probe", "--gpu", "t4", "--", "python", "train.py"), "has no {} for the batch size"),
+        (
+            ("probe", "--gpu", "t4", "--precision", "fp32", "--", "python", "t.py", "{}"),
+            "--precision is not for a command of your own",
+        ),
+        (("probe", "--memory", "8GiB", "--", "python", "t.py", "{}"), "--memory is what a card"),
+        (
+            ("plan", "--effective-batch", "64", "--gpu", "t4", "--", "python", "t.py", "{}"),
+            "has no {steps} for the accumulation steps",
+        ),
+        (
+            ("plan", "--effective-batch", "64", "--explore", "--", "python", "{}", "{steps}"),
+            "--explore is not for a command of your own",
+        ),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    """And exit code 2, before anything runs."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert sentence in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_plan_is_a_command_that_was_tried() -> None:
+    """Where the whole effective batch fits, one micro-batch is the plan."""
+    try:
+        check_supported(find_gpu("rtx3060"))
+    except MemfitError as error:
+        pytest.skip(str(error))
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "memfit", "plan", "--effective-batch", "16", "--json"),
+            *("--gpu", "any", "--memory", "1GiB", "--"),
+            *(sys.executable, TRAINING, "{}", "4", "accumulate={steps}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (found,) = json.loads(result.stdout)["results"]
+    assert found["source"] == "rehearsed"
+    assert (found["micro_batch_size"], found["accumulation_steps"]) == (16, 1)
+    assert found["command"][-3:] == ["16", "4", "accumulate=1"]
+    assert [trial["outcome"] for trial in found["trials"]] == ["fits"]
