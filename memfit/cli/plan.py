@@ -106,8 +106,7 @@ def plan(
 
     A command of your own stands after two dashes, with {} for the micro-batch and {steps}:
 
-        memfit plan --effective-batch 1024 --gpu rtx4090 -- \\
-            python train.py --batch-size {} --grad-accum-steps {steps}
+        memfit plan --effective-batch 1024 -- python train.py --batch-size {} --steps {steps}
     """
     if is_script(models):
         plan_script(
@@ -120,13 +119,7 @@ def plan(
             as_json=output is Format.JSON,
         )
         return
-    if trainer and output is not Format.TEXT:
-        raise UsageError(f"Give --emit or --{output.value}, not both: each is all that is printed.")
-    if explore and device is not None and device.partition(":")[0] == "cpu":
-        raise UsageError(
-            "What else would fit is simulated, and only GPUs can be: give --explore with --gpu, or "
-            "with --device cuda."
-        )
+    _check_together(trainer=trainer, output=output, explore=explore, device=device)
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
@@ -184,6 +177,19 @@ def plan(
         draw_plan(found[0], plot)
     for result in found:
         refuse_unfit(result)
+
+
+def _check_together(
+    *, trainer: str | None, output: Format, explore: bool, device: str | None
+) -> None:
+    """Refuse options that exclude each other."""
+    if trainer and output is not Format.TEXT:
+        raise UsageError(f"Give --emit or --{output.value}, not both: each is all that is printed.")
+    if explore and device is not None and device.partition(":")[0] == "cpu":
+        raise UsageError(
+            "What else would fit is simulated, and only GPUs can be: give --explore with --gpu, or "
+            "with --device cuda."
+        )
 
 
 def _planned(

@@ -67,9 +67,7 @@ def probe(
         memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """
     if is_script(models):
-        probe_script(
-            models, gpus=gpus, memory=memory, search=search, as_json=output is Format.JSON
-        )
+        probe_script(models, gpus=gpus, memory=memory, search=search, as_json=output is Format.JSON)
         return
     check_writable(html, plot)
     check_picture(plot)

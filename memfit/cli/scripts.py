@@ -10,12 +10,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.live import Live
 
+from memfit.cli.asking import under_way
 from memfit.cli.output import print_json
 from memfit.cli.rehearse import ranks_of
 from memfit.errors import UsageError
-from memfit.records import CommandPlan, CommandProbe, Record, Trial
+from memfit.records import CommandPlan, CommandProbe, Record
 from memfit.units import parse_bytes
 
 __all__ = ["is_script", "plan_script", "probe_script"]
@@ -47,7 +47,7 @@ def probe_script(words: tuple[str, ...], *, as_json: bool, **bounds: Any) -> Non
     def run(search: ScriptSearch, progress: Progress) -> CommandProbe:
         return probe_command(words, search, progress=progress)
 
-    _show(_on_cards(words, run, is_quiet=as_json, **bounds), render_probe, as_json=as_json)
+    _show(_on_cards(words, run, **bounds), render_probe, as_json=as_json)
 
 
 def plan_script(
@@ -77,14 +77,13 @@ def plan_script(
             words, effective_batch_size, search, world_size=world_size, progress=progress
         )
 
-    _show(_on_cards(words, run, is_quiet=as_json, **bounds), render_plan, as_json=as_json)
+    _show(_on_cards(words, run, **bounds), render_plan, as_json=as_json)
 
 
 def _on_cards(
     words: tuple[str, ...],
     run: Callable[..., Any],
     *,
-    is_quiet: bool,
     gpus: tuple[str, ...],
     memory: str | None,
     search: dict[str, Any],
@@ -93,7 +92,6 @@ def _on_cards(
     from memfit.cards import Gpu, find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
     from memfit.rehearsal.scripts import ScriptSearch
-    from memfit.reports.probe import ProgressTable
 
     if memory is not None and not gpus:
         raise UsageError("--memory is what a card of --gpu has: name one, or `any`.")
@@ -105,16 +103,9 @@ def _on_cards(
             if card is None
             else rehearsed_environment(card, num_gpus=ranks_of(words), environment=os.environ)
         )
-        log = Console(stderr=True)
-        table = ProgressTable()
-
-        def progress(trial: Trial, table: ProgressTable = table) -> None:
-            table.add(trial)
-
-        with Live(table, console=log, transient=True, refresh_per_second=4) as live:
-            if is_quiet or not log.is_terminal:
-                live.stop()
-            yield run(ScriptSearch(gpu=card, environment=environment, **search), progress)
+        with under_way("running the command") as bar:
+            found = run(ScriptSearch(gpu=card, environment=environment, **search), bar.trial)
+        yield found
 
 
 def _show(found: Iterator[Record], render: Callable[[Any], Any], *, as_json: bool) -> None:
