@@ -257,6 +257,7 @@ class CudaBackend:
             num_micro_batches=prepared.num_micro_batches,
             left_behind_bytes=max(0, left_bytes),
             peak_grows=grows and message is None,
+            peak_varies=prepared.peak_varies,
             message=message,
         )
         return _Attempt(trial=trial, is_suspected=is_suspected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from memfit.step.draws import ENDS, Draws
 from memfit.step.runner import PreparedStep
 
 __all__ = ["Reading", "steady_readings"]
@@ -37,6 +38,9 @@ def steady_readings(
 ) -> tuple[tuple[Reading, ...], bool]:
     """Iterate a training step until the peaks of the last two iterations agree.
 
+    A step that draws what it computes (LayerDrop) is run with its draws at both ends of their range
+    too, so that the largest reading is that of the most that it can compute.
+
     The optimizer's state appears in the first step and belongs to the peak from the second
     iteration on. A growth by that state is expected. Any other growth means that the peak has not
     settled.
@@ -49,13 +53,50 @@ def steady_readings(
     Returns:
         The readings, and whether the peak still grew when the iterations were used up.
     """
+    draws = Draws()
     readings: list[Reading] = []
+
+    def iterate(draws: Draws) -> None:
+        with prepared.drawing(draws):
+            readings.append(measured(lambda: prepared.iterate(batch_size)))
+
+    prepared.peak_varies = False
+    state_bytes = prepared.optimizer_state_bytes
+    iterate(draws)
+    if draws.num_seen:
+        state_bytes = prepared.optimizer_state_bytes - state_bytes
+        return _worst_readings(prepared, readings, iterate, state_bytes)
     grows = True
     while grows and len(readings) < _MAX_ITERATIONS:
         state_bytes = prepared.optimizer_state_bytes
         readings.append(measured(lambda: prepared.iterate(batch_size)))
-        if len(readings) >= _MIN_ITERATIONS:
-            growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
-            expected = state_bytes if len(readings) == _MIN_ITERATIONS else 0
-            grows = growth > expected + _AGREEMENT_SHARE * readings[-1].reserved_bytes
+        growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
+        expected = state_bytes if len(readings) == _MIN_ITERATIONS else 0
+        grows = growth > expected + _AGREEMENT_SHARE * readings[-1].reserved_bytes
+    return tuple(readings), grows
+
+
+def _worst_readings(
+    prepared: PreparedStep,
+    readings: list[Reading],
+    iterate: Callable[[Draws], None],
+    state_bytes: int,
+) -> tuple[tuple[Reading, ...], bool]:
+    """Iterate a step that draws what it computes, at both ends of what it can draw.
+
+    Args:
+        prepared: The step.
+        readings: What its first iteration took; the others are added.
+        iterate: Runs an iteration and adds its reading.
+        state_bytes: Optimizer state that the first iteration made.
+    """
+    # The last of the two ends once more, to see whether the peak has settled.
+    for share in (*ENDS, ENDS[-1]):
+        iterate(Draws(share))
+    growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
+    grows = growth > _AGREEMENT_SHARE * readings[-1].reserved_bytes
+    peaks = [reading.reserved_bytes for reading in readings[1:]]
+    prepared.peak_varies = max(peaks) - readings[0].reserved_bytes > (
+        state_bytes + _AGREEMENT_SHARE * max(peaks)
+    )
     return tuple(readings), grows

@@ -27,8 +27,15 @@ from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
 from memfit.simulation.tracing.semantics import META, MetaPrecision
-from memfit.simulation.tracing.trace import StepTrace, TraceOptions, Watcher, trace_step
+from memfit.simulation.tracing.trace import (
+    StepDrawsError,
+    StepTrace,
+    TraceOptions,
+    Watcher,
+    trace_step,
+)
 from memfit.simulation.tracing.workspace import Kernels
+from memfit.step.draws import ENDS, Draws
 from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
@@ -69,7 +76,7 @@ def trace(
         refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)
         refuse_sparse(subject.model, name=step.name)
 
-    def traced(**choices: Any) -> StepTrace:
+    def traced(draws: Draws, **choices: Any) -> StepTrace:
         # A user's batch function may draw random numbers, and a step may throw switches.
         with preserved():
             return trace_step(
@@ -78,17 +85,30 @@ def trace(
                 options=options,
                 name=step.name,
                 watcher=watcher,
+                draws=draws,
                 **choices,
             )
 
-    made = traced()
-    if not made.depends_on_batch:
-        return made
-    # What a few samples answer (is any of them padded?) is not what a batch does. The whole example
-    # does, and twice the example says what every further sample adds.
-    example = None if isinstance(step.subject, str) else step.subject.example_batch_size
-    size = example or _ENOUGH_SAMPLES
-    return traced(batch_sizes=(size, 2 * size)) if size > 1 else made
+    def traced_as_batch(draws: Draws) -> StepTrace:
+        made = traced(draws)
+        if not made.depends_on_batch:
+            return made
+        # What a few samples answer (is any of them padded?) is not what a batch does. The whole
+        # example does, and twice the example says what every further sample adds.
+        example = None if isinstance(step.subject, str) else step.subject.example_batch_size
+        size = example or _ENOUGH_SAMPLES
+        return traced(draws, batch_sizes=(size, 2 * size)) if size > 1 else made
+
+    try:
+        return traced_as_batch(Draws())
+    except StepDrawsError:
+        pass
+    ends = [traced_as_batch(Draws(share)) for share in ENDS]
+    worst = max(ends, key=lambda made: made.schedule.heaviest)
+    if worst is not ends[-1] and watcher is not None:
+        worst = traced_as_batch(Draws(ENDS[ends.index(worst)]))
+    varies = len({made.schedule.heaviest for made in ends}) > 1
+    return dataclasses.replace(worst, peak_varies=varies)
 
 
 def trace_options(gpu: Gpu) -> TraceOptions:
@@ -262,8 +282,8 @@ class SimulatedBackend:
         """
         replay = self._replay(step, batch_size, self.capacity().usable_bytes)
         stats, peaks, fits = replay.stats, replay.peaks, replay.message is None
-        schedule = self._traces.find(step, self._gpu).trace.schedule
-        grows = schedule.grows(batch_size, stats.peak_reserved_bytes)
+        traced = self._traces.find(step, self._gpu).trace
+        grows = traced.schedule.grows(batch_size, stats.peak_reserved_bytes)
         return Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
@@ -275,6 +295,7 @@ class SimulatedBackend:
             num_iterations=len(peaks) if fits else 0,
             num_micro_batches=step.num_micro_batches,
             peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
+            peak_varies=traced.peak_varies,
             message=replay.message,
         )
 

@@ -121,6 +121,8 @@ class Trial(Record):
         num_micro_batches: Micro-batches in one iteration.
         left_behind_bytes: What stayed allocated after cleaning; `None` where it is not known.
         peak_grows: The peak still rose when the last iteration ended.
+        peak_varies: The step draws what it computes (LayerDrop), so its peak is random; the figures
+            are those of the most that it can compute, as far as its draws could be forced.
         message: The first line of the error that ended the trial.
     """
 
@@ -136,6 +138,7 @@ class Trial(Record):
     num_micro_batches: int = 1
     left_behind_bytes: int | None = None
     peak_grows: bool = False
+    peak_varies: bool = False
     message: str | None = None
 
     _derived: ClassVar[tuple[str, ...]] = ("samples_per_second",)

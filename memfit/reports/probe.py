@@ -221,6 +221,11 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             "other algorithms for other sizes, and the allocator's blocks fit differently. Sizes "
             "that were not tried may run out as well."
         )
+    if any(trial.peak_varies for trial in result.trials):
+        said.append(
+            "The step draws what it computes (LayerDrop, stochastic depth by whole blocks), so its "
+            "memory is random: the figures are for the most that it can draw."
+        )
     again = len(result.trials) - len(once_each(result.trials))
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"

@@ -293,6 +293,11 @@ class StepSchedule:
         """
         return self.later.kept_bytes(batch_size) * _ITERATIONS_TO_DOUBLE > peak_bytes
 
+    @property
+    def heaviest(self) -> tuple[float, float]:
+        """What a sample adds at most to what tensors hold, and what they hold without one."""
+        return max(self._lines.items())
+
     def largest_within(self, num_bytes: int) -> int | None:
         """Return a batch size beyond which the step's tensors alone need more than there is.
 

@@ -7,6 +7,7 @@ backward, the optimizer's step, gradients zeroed. What a user's own code raises 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
 from memfit.records import Precision
+from memfit.step.draws import Draws
 from memfit.step.nesting import leaves_of
 
 __all__ = [
@@ -89,6 +92,8 @@ class PreparedStep:
         precision: The arithmetic; not `AUTO`.
         num_micro_batches: Micro-batches in one iteration.
         precision_policy: Stands in for torch's autocast and GradScaler.
+
+    `peak_varies` says of the last trial that its peak depended on what the step drew.
     """
 
     def __init__(
@@ -113,6 +118,24 @@ class PreparedStep:
         self.precision_policy = precision_policy or _TorchPrecision(device, precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
+        self._draws: Draws | None = None
+        self.peak_varies = False
+
+    @contextlib.contextmanager
+    def drawing(self, draws: Draws) -> Iterator[None]:
+        """See, and force, what forward, loss and backward draw in the iterations of the block.
+
+        What is compiled is left alone, because what is watched would be compiled anew.
+
+        Args:
+            draws: Counts them, and says where they are forced to.
+        """
+        is_plain = not any(map(is_compiled, self.model.modules()))
+        self._draws = draws if is_plain else None
+        try:
+            yield
+        finally:
+            self._draws = None
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -224,6 +247,16 @@ class PreparedStep:
             if isinstance(value, torch.Tensor)
         )
 
+    def _generators(self) -> Iterator[random.Random]:
+        """Yield Python's generators that the model owns, each once."""
+        owned = {
+            id(value): value
+            for module in self.model.modules()
+            for value in vars(module).values()
+            if isinstance(value, random.Random)
+        }
+        yield from owned.values()
+
     def _drop_gradients(self) -> None:
         for module in (self.model, self.loss_module):
             if module is not None:
@@ -231,11 +264,16 @@ class PreparedStep:
 
     def _backward(self, batch_size: int) -> None:
         inputs, targets = self.make_batch(batch_size)
-        with self.precision_policy.forward():
-            loss = self._loss(call_model(self.model, inputs), *targets)
-        loss = added(loss)
-        check_loss(loss)
-        self.precision_policy.backward(loss / self.num_micro_batches)
+        with (
+            contextlib.nullcontext()
+            if self._draws is None
+            else self._draws.watched(*self._generators())
+        ):
+            with self.precision_policy.forward():
+                loss = self._loss(call_model(self.model, inputs), *targets)
+            loss = added(loss)
+            check_loss(loss)
+            self.precision_policy.backward(loss / self.num_micro_batches)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 
 import torch
@@ -69,3 +70,43 @@ def test_a_peak_that_never_settles_is_reported() -> None:
     readings, grows = steady_readings(adam_step(), 1, peaks(*(2**i * MIB for i in range(20))))
     assert grows
     assert len(readings) == 6
+
+
+class SkipsLayers(nn.Module):
+    """Runs each of its layers with a chance of a half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(30))
+        self.depths: list[int] = []
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        data = data + self.layers[0](data)
+        self.depths.append(0)
+        for layer in self.layers:
+            if random.random() >= 0.5:  # noqa: S311 - as models do
+                data = layer(data)
+                self.depths[-1] += 1
+        return data
+
+
+def test_a_step_that_draws_its_depth_is_run_at_its_deepest() -> None:
+    """And at its shallowest, because which end is which is not known; then it is said to vary."""
+    model = SkipsLayers()
+    workload = Workload(model, torch.ones(1, 4), lambda out: out.sum(), torch.optim.SGD)
+    step = TrainingStep(subject=workload, options=StepOptions(precision=Precision.FP32))
+    prepared = step.prepare(torch.device("cpu"))
+    prepared.begin()
+
+    def measured(iterate: Callable[[], None]) -> Reading:
+        iterate()
+        deepest = max(model.depths)
+        return Reading(
+            reserved_bytes=MIB * deepest, allocated_bytes=0, requested_bytes=None, seconds=1.0
+        )
+
+    readings, grows = steady_readings(prepared, 1, measured)
+    assert model.depths[1:] == [0, 30, 30]
+    assert max(reading.reserved_bytes for reading in readings) == 30 * MIB
+    assert prepared.peak_varies
+    assert not grows

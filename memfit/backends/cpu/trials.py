@@ -300,6 +300,7 @@ class _Meter:
             num_micro_batches=prepared.num_micro_batches,
             left_behind_bytes=0,
             peak_grows=grows and message is None,
+            peak_varies=prepared.peak_varies,
             message=message,
         )
 

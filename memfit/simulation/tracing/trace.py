@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from memfit._torch_private import dispatched, pytree
+from memfit.errors import MemfitError
 from memfit.memory.collector import old_objects_set_aside
 from memfit.records import Action, Event
 from memfit.simulation.schedule import Schedule, StepSchedule
@@ -32,7 +33,7 @@ from memfit.simulation.tracing.refusals import explained
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
 from memfit.simulation.tracing.workspace import Kernels
 
-__all__ = ["StepTrace", "TraceOptions", "Watcher", "trace_step"]
+__all__ = ["StepDrawsError", "StepTrace", "TraceOptions", "Watcher", "trace_step"]
 
 _BATCH_SIZES: Final = (2, 3)
 
@@ -82,12 +83,30 @@ class StepTrace:
         num_operations: Operations that one iteration dispatched.
         depends_on_batch: The step asked for values of its batch, so that another batch might have
             made another trace.
+        peak_varies: The step draws what it computes; this is the trace of the most.
     """
 
     schedule: StepSchedule
     attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
     num_operations: int
     depends_on_batch: bool = False
+    peak_varies: bool = False
+
+
+class StepDrawsError(MemfitError):
+    """The step draws single numbers on the host, so one trace need not stand for another."""
+
+
+class Draws(Protocol):
+    """Sees the single numbers that a step draws, and forces them (`memfit.step.draws.Draws`)."""
+
+    @property
+    def share(self) -> float | None:
+        """Where in its range every draw is forced to; `None` where it is left random."""
+
+    @property
+    def num_seen(self) -> int:
+        """How many were seen."""
 
 
 class PreparedStep(Protocol):
@@ -98,6 +117,9 @@ class PreparedStep(Protocol):
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor that is there before an iteration begins."""
+
+    def drawing(self, draws: Any) -> contextlib.AbstractContextManager[None]:
+        """See, and force, what is drawn in the iterations of the block."""
 
     def begin(self) -> None:
         """Start as training does."""
@@ -115,6 +137,7 @@ def trace_step(
     precision_policy: MetaPrecision,
     options: TraceOptions,
     name: str,
+    draws: Draws,
     watcher: Watcher | None = None,
     batch_sizes: tuple[int, int] = _BATCH_SIZES,
 ) -> StepTrace:
@@ -127,11 +150,13 @@ def trace_step(
         name: What an error calls the model.
         watcher: Told of every allocation; the events are the same with it and without.
         batch_sizes: The two that are traced, the smaller first.
+        draws: Where single numbers that are drawn are forced to, if they are.
 
     Returns:
         The events of setting up, of the first iteration and of the later ones.
 
     Raises:
+        StepDrawsError: The step draws single numbers, and they were not forced.
         NotSimulatedError: The step needs values that a meta tensor does not have.
     """
     recorder = Recorder(options.kernels, watcher)
@@ -148,7 +173,7 @@ def trace_step(
         stack.callback(recorder.close)
         stack.enter_context(semantics)
         stack.enter_context(dispatched(recorder.handle))
-        schedule = _record(prepared, recorder, options, batch_sizes)
+        schedule = _record(prepared, recorder, options, batch_sizes, draws)
     return StepTrace(
         schedule=schedule,
         attention=tuple(semantics.attention.items()),
@@ -162,16 +187,23 @@ def _record(
     recorder: Recorder,
     options: TraceOptions,
     batch_sizes: tuple[int, int],
+    draws: Draws,
 ) -> StepSchedule:
     prepared.begin()
     for tensor in prepared.held_tensors():
         recorder.see(tensor)
     setup = recorder.cut()
+    iterated: list[int] = []
 
     def iterate(batch_size: int) -> Iteration:
         recorder.forget_plans()
         recorder.num_operations = 0
-        prepared.accumulate(batch_size)
+        is_watched = draws.share is not None or not iterated
+        with prepared.drawing(draws) if is_watched else contextlib.nullcontext():
+            prepared.accumulate(batch_size)
+        if draws.share is None and draws.num_seen:
+            raise StepDrawsError("The step draws single numbers.")
+        iterated.append(batch_size)
         run = tuple(recorder.cut())
         setup.extend(recorder.take_residents())
         prepared.update(set_to_none=not options.keeps_gradients)

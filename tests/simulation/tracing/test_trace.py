@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -401,3 +402,67 @@ def test_a_losss_own_parameters_count() -> None:
     setup = trace(step_of(workload), options()).schedule.setup.events
     own = 4 * 8 * 5000
     assert [event.num_bytes for event in setup].count(own) == 3
+
+
+class SkipsLayers(nn.Module):
+    """Runs each of its layers with a chance."""
+
+    def __init__(self, chance: float, generator: random.Random | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+        self.chance = chance
+        self.generator = generator
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if (self.generator or random).random() < self.chance:
+                data = torch.tanh(layer(data))
+        return self.layers[0](data)  # type: ignore[no-any-return]
+
+
+def skipping(chance: float, generator: random.Random | None = None) -> StepTrace:
+    model = SkipsLayers(chance, generator)
+    workload = Workload(model, torch.zeros(2, 8), lambda out: out.sum(), "sgd")
+    return trace(step_of(workload), options())
+
+
+def test_a_step_that_draws_its_depth_is_traced_at_its_deepest() -> None:
+    """As if every layer were run, whatever the draws are; and it says that they decide."""
+    whole = skipping(1.1)
+    assert not whole.peak_varies
+    for seed in range(3):
+        random.seed(seed)
+        found = skipping(0.3)
+        assert found.peak_varies
+        assert requested_peak(found.schedule, 100) == requested_peak(whole.schedule, 100)
+
+
+class Alternates(nn.Module):
+    """Keeps its parity where nobody looks, and computes more in every second pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.num_calls = 0
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        output: torch.Tensor = self.layer(data)
+        return self.layer(output.sin()) if self.num_calls % 2 else output
+
+
+def test_a_generator_of_the_models_own_is_forced_too() -> None:
+    """And draws on as before afterwards."""
+    generator = random.Random(6)  # noqa: S311 - as a model may have
+    found = skipping(0.5, generator)
+    assert found.peak_varies
+    whole = skipping(1.1)
+    assert requested_peak(found.schedule, 100) == requested_peak(whole.schedule, 100)
+    assert "random" not in vars(generator)
+
+
+def test_iterations_that_never_repeat_are_refused() -> None:
+    """In a sentence, with the way out."""
+    workload = Workload(Alternates(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
+    with pytest.raises(NotSimulatedError, match=r"never repeat.*memfit rehearse"):
+        trace(step_of(workload), options())

@@ -1,0 +1,157 @@
+"""Numbers that a step draws on the host, one at a time, to decide what it computes.
+
+LayerDrop and stochastic depth by whole blocks draw one number for each layer and leave the layer
+out, so the memory of a step is random. Here such draws are seen, and they can be forced to the end
+of their range: all layers run at one of the two ends. Draws of many numbers (dropout, masks, noise)
+decide nothing of the kind and are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["ENDS", "Draws"]
+
+_LEAST: Final = 2.0**-24
+ENDS: Final = (_LEAST, 1 - _LEAST)
+"""Where draws are forced to, as shares of their range. Not 0 itself, because of its logarithm."""
+
+
+class Draws:
+    """Sees draws of single numbers, and forces them where it is told to.
+
+    Args:
+        share: Where in its range every draw is to be; `None` leaves them random.
+    """
+
+    def __init__(self, share: float | None = None) -> None:
+        self.share = share
+        self.num_seen = 0
+
+    @contextlib.contextmanager
+    def watched(self, *generators: random.Random) -> Iterator[None]:
+        """See, and force, what Python, NumPy and torch draw in the block.
+
+        Args:
+            *generators: Python's generators that the step owns.
+        """
+        numpy = sys.modules.get("numpy")
+        with contextlib.ExitStack() as stack:
+            for owner in (random, *generators):
+                for name, forced in _PYTHON.items():
+                    stack.enter_context(self._replaced(owner, name, forced, _never))
+            for name, forced in {} if numpy is None else _NUMPY.items():
+                stack.enter_context(
+                    self._replaced(numpy.random, name, forced, _asks_for_many(name))  # type: ignore[union-attr]
+                )
+            stack.enter_context(_TorchDraws(self))
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(
+        self,
+        owner: Any,
+        name: str,
+        forced: Callable[..., Any],
+        asks_for_many: Callable[[tuple[Any, ...], dict[str, Any]], bool],
+    ) -> Iterator[None]:
+        original = getattr(owner, name)
+        # A generator has its methods from its class.
+        is_own = name in vars(owner)
+
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            if asks_for_many(args, kwargs):
+                return original(*args, **kwargs)
+            self.num_seen += 1
+            drawn = original(*args, **kwargs)
+            return drawn if self.share is None else forced(self.share, *args, **kwargs)
+
+        setattr(owner, name, draw)
+        try:
+            yield
+        finally:
+            if is_own:
+                setattr(owner, name, original)
+            else:
+                delattr(owner, name)
+
+
+class _TorchDraws(TorchFunctionMode):
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        drawn = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name not in _TORCH or not isinstance(drawn, torch.Tensor) or drawn.numel() != 1:
+            return drawn
+        self._draws.num_seen += 1
+        share = self._draws.share
+        if share is not None:
+            drawn.detach().fill_(_TORCH[name](share, args, kwargs))
+        return drawn
+
+
+def _never(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
+    return False
+
+
+def _asks_for_many(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
+    """Return what tells whether a function of NumPy's is asked for an array."""
+    position = {"rand": 0, "random": 0, "random_sample": 0, "choice": 1}.get(name, 2)
+    return lambda args, kwargs: len(args) > position or kwargs.get("size") is not None
+
+
+def _uniform(share: float, low: float = 0.0, high: float = 1.0, size: None = None) -> float:
+    del size
+    return low + (high - low) * share
+
+
+def _of_range(share: float, *bounds: int) -> int:
+    numbers = range(*bounds)
+    return numbers[int(share * len(numbers))]
+
+
+def _of_numpy_range(share: float, low: int, high: int | None = None, **_: Any) -> int:
+    return _of_range(share, low) if high is None else _of_range(share, low, high)
+
+
+def _choice(share: float, values: Any, *_: Any, **__: Any) -> Any:
+    return _of_range(share, values) if isinstance(values, int) else values[int(share * len(values))]
+
+
+_PYTHON: Final[dict[str, Callable[..., Any]]] = {
+    "random": _uniform,
+    "uniform": _uniform,
+    "randrange": _of_range,
+    "randint": lambda share, low, high: _of_range(share, low, high + 1),
+    "choice": _choice,
+}
+_NUMPY: Final[dict[str, Callable[..., Any]]] = {
+    "rand": _uniform,
+    "random": lambda share, **_: _uniform(share),
+    "random_sample": lambda share, **_: _uniform(share),
+    "uniform": _uniform,
+    "randint": _of_numpy_range,
+    "choice": _choice,
+}
+# From the share, the arguments and the others, the number that is drawn.
+_TORCH: Final[dict[str, Callable[[float, tuple[Any, ...], dict[str, Any]], float]]] = {
+    "rand": lambda share, _args, _kwargs: share,
+    "rand_like": lambda share, _args, _kwargs: share,
+    "uniform_": lambda share, args, kwargs: _uniform(share, *args[1:3], **kwargs),
+    "bernoulli": lambda share, _args, _kwargs: float(round(share)),
+    "bernoulli_": lambda share, _args, _kwargs: float(round(share)),
+}

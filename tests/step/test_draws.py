@@ -1,0 +1,72 @@
+# ruff: noqa: S311 - what is drawn is tested
+"""Single numbers that a step draws on the host: seen, and forced to the ends of their range."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from memfit.step.draws import ENDS, Draws
+
+LOW, HIGH = ENDS
+SINGLE: dict[str, Callable[[], Any]] = {
+    "random": lambda: 1 * random.random(),
+    "uniform": lambda: random.uniform(0, 1),
+    "numpy": lambda: 1 * np.random.rand(),
+    "numpy uniform": lambda: np.random.uniform(0, 1),
+    "torch": lambda: torch.rand(1).item(),
+    "torch of no dimension": lambda: torch.rand([]).item(),
+    "in place": lambda: torch.empty(1).uniform_().item(),
+    "bernoulli": lambda: torch.bernoulli(torch.tensor(0.5)).item(),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_number_is_seen_and_forced(name: str) -> None:
+    """At one end it is below any probability, at the other above."""
+    draw = SINGLE[name]
+    seen = Draws()
+    with seen.watched():
+        draw()
+    assert seen.num_seen == 1
+    with Draws(LOW).watched():
+        assert draw() < 0.001
+    with Draws(HIGH).watched():
+        assert draw() > 0.999
+
+
+def test_choices_are_forced_to_the_first_and_the_last() -> None:
+    """Sizes of images, numbers of layers."""
+    draws = (
+        lambda: random.choice([1, 2, 3]),
+        lambda: random.randint(1, 3),
+        lambda: random.randrange(1, 4),
+        lambda: np.random.randint(1, 4),
+        lambda: np.random.choice([1, 2, 3]),
+    )
+    for share, expected in ((LOW, 1), (HIGH, 3)):
+        with Draws(share).watched():
+            assert [draw() for draw in draws] == [expected] * len(draws)
+
+
+def test_many_numbers_are_left_alone() -> None:
+    """Noise, dropout and masks decide nothing of the kind."""
+    draws = Draws(HIGH)
+    with draws.watched():
+        drawn = (torch.rand(100), np.random.rand(100), np.random.uniform(0, 1, 100))
+        torch.nn.functional.dropout(torch.ones(100), 0.5)
+    assert draws.num_seen == 0
+    assert all(float(values.min()) < 0.5 for values in drawn)
+
+
+def test_everything_draws_as_before_afterwards() -> None:
+    """Also after an error."""
+    before = (random.random, random.choice, np.random.rand)
+    with pytest.raises(RuntimeError, match="boom"), Draws(LOW).watched():
+        raise RuntimeError("boom")
+    assert (random.random, random.choice, np.random.rand) == before
