@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,6 @@ from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
 from memfit.records import Precision
 from memfit.step.draws import Draws
-from memfit.step.nesting import leaves_of
 
 __all__ = [
     "PrecisionPolicy",
@@ -277,7 +277,14 @@ class PreparedStep:
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in leaves_of(value) if isinstance(leaf, torch.Tensor))
+    """Yield the tensors of a value that modules and optimizers keep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, set, deque)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(tuple(value.values()))
 
 
 @contextlib.contextmanager

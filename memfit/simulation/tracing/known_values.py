@@ -13,14 +13,14 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
 
-from memfit._torch_private import aten, aten_if_there, pytree, storage_id
+from memfit._torch_private import aten, aten_if_there, storage_id
 
-__all__ = ["NOTHING", "KnownValues"]
+__all__ = ["NOTHING", "KnownValues", "mapped"]
 
 NOTHING: Final = object()
 """`KnownValues.answer` returns this if the operation has to be run."""
@@ -203,8 +203,25 @@ def _values_of(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             return leaf.detach() if held is None else held.value
         return _CPU if isinstance(leaf, torch.device) else leaf
 
-    args, kwargs = pytree.tree_map(valued, arguments)
+    args, kwargs = mapped(valued, arguments)
     return args, kwargs
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return the arguments of an operation with a function applied to each.
+
+    Args:
+        function: Applied to what is no tuple, list or dictionary.
+        value: The arguments, in any nesting of those.
+    """
+    if isinstance(value, (tuple, list)):
+        items = [mapped(function, item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: mapped(function, item) for key, item in value.items()}
+    return function(value)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -20,7 +20,6 @@ from memfit._torch_private import (
     capturable_supported_on,
     foreach_supported_on,
     fused_supported_on,
-    pytree,
     run_backward,
 )
 from memfit.errors import NotSimulatedError
@@ -33,6 +32,7 @@ from memfit.simulation.tracing.attention import (
     write_out,
 )
 from memfit.simulation.tracing.autocast import FP32, CudaAutocast
+from memfit.simulation.tracing.known_values import mapped
 from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 
 __all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
@@ -73,7 +73,7 @@ class CudaSemantics(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not _PLAIN.issuperset(types):
-            args, kwargs = pytree.tree_map(_plain, (args, kwargs))
+            args, kwargs = mapped(_plain, (args, kwargs))
         name = getattr(func, "__name__", "")
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
             # The meta device has no generator, and draws no random numbers.
