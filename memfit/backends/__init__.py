@@ -1,4 +1,4 @@
-"""Where a trial runs: the choice of a backend."""
+"""Backends, which run trials, and the choice of one."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ def open_backend(
     """Choose the backend for a device.
 
     Args:
-        device: `"cuda"`, `"cuda:1"` or `"cpu"`; `None` for the first GPU, or else the CPU.
-        memory_bytes: What the training step may use; `None` for what the device has left.
-        headroom: Share of a CPU's memory that stays out of reach when `memory_bytes` is `None`.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; `None` for the first GPU, or the CPU if there is
+            no GPU.
+        memory_bytes: Bytes that the training step may use; `None` for all that the device has
+            left.
+        headroom: The share of a CPU's memory that is kept free when `memory_bytes` is `None`.
 
     Returns:
-        A backend to enter.
+        A backend, which is a context manager.
 
     Raises:
-        UnknownDeviceError: No such device here, or none that memfit can measure on.
+        UnknownDeviceError: There is no such device here, or memfit cannot measure on it.
     """
     chosen = device_of(device)
     if chosen.type == "cuda":
@@ -56,10 +58,11 @@ def device_of(device: str | torch.device | None) -> torch.device:
     """Return a device of this machine by its name.
 
     Args:
-        device: `"cuda"`, `"cuda:1"` or `"cpu"`; `None` for the first GPU, or else the CPU.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`; `None` for the first GPU, or the CPU if there is
+            no GPU.
 
     Raises:
-        UnknownDeviceError: No such device here, or none that memfit can measure on.
+        UnknownDeviceError: There is no such device here, or memfit cannot measure on it.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,11 +91,11 @@ def device_of(device: str | torch.device | None) -> torch.device:
 
 
 def simulated_counterpart(device_name: str, capacity: Capacity) -> SimulatedGpu:
-    """Return the simulation of a GPU that is there.
+    """Return the simulation of a GPU of this machine.
 
     Args:
-        device_name: As torch prints it.
-        capacity: The room that it has now.
+        device_name: The name of the GPU, as torch prints it.
+        capacity: The memory that it has for a step now.
     """
     from memfit.backends.simulated import SimulatedBackend
     from memfit.cards import gpu_like

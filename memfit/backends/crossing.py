@@ -1,4 +1,4 @@
-"""Errors on their way from a child process to its parent."""
+"""Sends errors from a child process to its parent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["ChildTraceback", "portable"]
 
 
 class ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
-    """Where an error happened in the child, as text."""
+    """The traceback of an error in the child, as text."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def portable(error: BaseException) -> BaseException:
-    """Return the error in a form that survives the way to the parent."""
+    """Return the error in a form that can be sent to the parent."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     except Exception:  # noqa: BLE001 - a user's exception may fail to pickle in any way

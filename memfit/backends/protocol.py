@@ -1,4 +1,4 @@
-"""What every backend offers: the protocol that the search relies on."""
+"""The protocol of all backends, which the search uses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ _Returned = TypeVar("_Returned")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What is known of a step on a device before it is tried there.
+    """What is known about a step on a device before its first trial.
 
     Args:
-        batch_size: The batch size at which memory is expected to run out next; `None` where it is
-            not known.
+        batch_size: The largest batch size that is expected to fit; `None` if it is not known.
         step: The step that was simulated.
-        simulated: The simulation to show beside the trials; `None` where there is none, or where
-            the trials are that simulation.
+        simulated: The simulation to show beside the trials; `None` if there is none, or if the
+            trials themselves are this simulation.
     """
 
     batch_size: int | None = None
@@ -32,7 +31,10 @@ class Prediction:
     simulated: SimulatedGpu | None = None
 
     def trials_of(self, batch_sizes: Sequence[int]) -> tuple[Trial, ...]:
-        """Return a simulated trial for each batch size, each once; nothing without a simulation."""
+        """Return one simulated trial for each different batch size.
+
+        Without a simulation, the result is empty.
+        """
         if self.simulated is None or self.step is None:
             return ()
         return tuple(self.simulated.trial(self.step, size) for size in dict.fromkeys(batch_sizes))
@@ -41,48 +43,49 @@ class Prediction:
 class Backend(Protocol):
     """A device that training steps can be tried on.
 
-    A backend is a context manager: leaving it gives everything back and puts the user's objects
-    back as they were, however it is left.
+    A backend is a context manager. At the end of the block, also after an error, it releases all
+    memory and puts the user's objects back as they were.
     """
 
     @property
     def device_name(self) -> str:
-        """What reports call the device."""
+        """The name of the device in reports."""
         ...
 
     @property
     def source(self) -> Source:
-        """What its figures are: measured, rehearsed or simulated."""
+        """Whether its figures are measured, rehearsed or simulated."""
         ...
 
     @property
     def auto_precision(self) -> Precision:
-        """What `Precision.AUTO` means on this device."""
+        """The precision that `Precision.AUTO` stands for on this device."""
         ...
 
     @property
     def environment(self) -> tuple[str, ...]:
-        """What trials ran with that a training script has to be given, as NAME=value."""
+        """Environment variables that a training script needs too, as NAME=value."""
         ...
 
     @property
     def has_retries(self) -> bool:
-        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        """Whether the allocator gives back its cache and retries when memory is short."""
         ...
 
     def capacity(self) -> Capacity:
-        """Return how many bytes a training step may use, and where that figure comes from."""
+        """Return how many bytes a training step may use, and the source of that figure."""
         ...
 
     def trial(self, step: TrainingStep, batch_size: int) -> Trial:
         """Try one batch size.
 
         Args:
-            step: What to train; its precision is chosen.
+            step: The step to train. Its precision is chosen.
             batch_size: Samples in each micro-batch, at least 1.
 
         Returns:
-            How it ended. Out of memory is an outcome; any other error is raised as it came.
+            The result of the trial. Out of memory is an outcome. Any other error is raised
+            unchanged.
         """
         ...
 
@@ -90,11 +93,12 @@ class Backend(Protocol):
         """Return the peak reserved bytes of a batch size that did not fit.
 
         Args:
-            step: What to train.
-            batch_size: A batch size that ran out.
+            step: The step to train.
+            batch_size: A batch size that ran out of memory.
 
         Returns:
-            What it takes where there is more room than was allowed; `None` where there is not.
+            The bytes, if the device has more memory than the trial was allowed to use; `None`
+            otherwise.
         """
         ...
 
@@ -104,28 +108,28 @@ class Backend(Protocol):
         step: TrainingStep,
         *arguments: Any,
     ) -> _Returned:
-        """Call a function where the device is, which may be in another process.
+        """Call a function in the process that uses the device, which may be another process.
 
         Args:
-            function: Called with the backend and the step first; found by its module and name.
-            step: What to train; its precision is chosen.
-            *arguments: What else the function takes.
+            function: A function at module level. Its first arguments are the backend and the step.
+            step: The step to train. Its precision is chosen.
+            *arguments: The other arguments of the function.
         """
         ...
 
     def prediction(self, step: TrainingStep) -> Prediction:
-        """Say where the edge of a step is expected, so that a search knows where to look.
+        """Return the batch size that is expected to fit, so that a search can start near it.
 
         Args:
-            step: What to train; its precision is chosen.
+            step: The step to train. Its precision is chosen.
         """
         ...
 
     def simulated_counterpart(self) -> SimulatedGpu | None:
-        """Return the simulation of this device, with the room that it has now.
+        """Return the simulation of this device, with the memory that it has now.
 
         Returns:
-            A simulated card; `None` where the device has no model.
+            A simulated card; `None` if memfit has no model of the device.
         """
         ...
 
@@ -143,49 +147,49 @@ class SimulatedGpu(Backend, Protocol):
         ...
 
     def expected_edge(self, step: TrainingStep) -> int | None:
-        """Return a batch size that fits below one that does not.
+        """Return a batch size that fits and that is one less than a size that does not fit.
 
         Args:
-            step: What to train; its precision is chosen.
+            step: The step to train. Its precision is chosen.
 
         Returns:
-            Samples; `None` where the step does not grow, or nothing fits.
+            The batch size; `None` if the step's memory does not grow, or if no size fits.
         """
         ...
 
 
 def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
-    """Return what the simulation of a device predicts for it.
+    """Return the prediction of a device's simulation.
 
     Args:
-        simulated: The simulation; `None` where there is none.
-        step: What to train; its precision is chosen.
+        simulated: The simulation; `None` if there is none.
+        step: The step to train. Its precision is chosen.
     """
     if simulated is None:
         return Prediction()
     try:
         edge = simulated.expected_edge(step)
     except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
-        # A step that cannot run without values has no prediction, and is tried all the same.
+        # A step that cannot run without values gets no prediction, but its trials still run.
         return Prediction()
     return Prediction(batch_size=edge, step=step, simulated=simulated)
 
 
 class HasPrecision(Protocol):
-    """A place that says what `Precision.AUTO` means there."""
+    """A device or backend that says which precision `Precision.AUTO` stands for."""
 
     @property
     def auto_precision(self) -> Precision:
-        """What it means."""
+        """The precision."""
         ...
 
 
 def with_precision(step: TrainingStep, backend: HasPrecision) -> TrainingStep:
-    """Return the step, its precision chosen by the device where it is left open.
+    """Return the step with a chosen precision. The device chooses it if the user did not.
 
     Args:
-        step: What to train.
-        backend: Where it will run.
+        step: The step to train.
+        backend: The backend that it will run on.
     """
     if step.options.precision is not Precision.AUTO:
         return step

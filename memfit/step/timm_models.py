@@ -73,7 +73,8 @@ def import_timm() -> ModuleType:
             import timm
             import timm.optim
     except (RuntimeError, AttributeError, ImportError) as error:
-        # The message names operators of the other build, or the part that failed to import.
+        # First, operators of the other build are missing. At a second import, torchvision is only
+        # half there.
         if "torchvision" not in str(error):
             raise
         raise UnsupportedError(

@@ -1,1 +1,1 @@
-"""Trials on the CPU, under a real memory limit: Linux only, save for `machine`."""
+"""Trials on the CPU, under a real memory limit. All modules but `machine` need Linux."""

@@ -1,8 +1,9 @@
 """Trials on the CPU: real steps in child processes under a real memory limit.
 
-The limit is `RLIMIT_DATA`: private writable memory, which Linux counts when it is mapped. What the
-process holds before the model is built is not counted. A trial imports nothing, starts from the
-same state every time, can be killed without harm, and never touches the user's own objects.
+The limit is `RLIMIT_DATA`. It limits private writable memory, which Linux counts when it is mapped.
+Memory that the process holds before the model is built is not counted. A trial imports nothing and
+starts from the same state every time. It can be killed without harm, and it never changes the
+user's own objects.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from memfit.units import format_bytes
 
 __all__ = ["CpuBackend"]
 
-# Of what the machine has left, for a trial that is to need all of it.
+# The share of the machine's free memory that a trial gets if it is to have all of it.
 _ROOM_SHARE = 0.95
-# Less than this factor is no more room to speak of.
+# A limit that is larger by less than this factor does not count as more memory.
 _MORE_ROOM = 1.1
-# A step that failed with less than this share of the limit in use did not fail for memory.
+# If less than this share of the limit was in use, memory was not the cause of a failure.
 _NEARLY_FULL_SHARE = 0.8
 _MOST_SERVERS = 3
 
@@ -40,9 +41,9 @@ class CpuBackend:
     """Tries training steps in child processes of this one.
 
     Args:
-        memory_bytes: What a step may use beyond the loaded process; `None` for what the machine and
-            its control group have left, less the headroom.
-        headroom: The share kept out of reach when `memory_bytes` is `None`.
+        memory_bytes: Bytes that a step may use beyond the loaded process; `None` for the bytes that
+            the machine and its control group have left, less the headroom.
+        headroom: The share that is kept free when `memory_bytes` is `None`.
 
     Raises:
         UnsupportedError: This system does not enforce `RLIMIT_DATA`.
@@ -69,53 +70,53 @@ class CpuBackend:
             usable_bytes, origin = memory_bytes, "the limit that was asked for"
         self._capacity = Capacity(usable_bytes=usable_bytes, total_bytes=total_bytes, origin=origin)
         self._server: Server | None = None
-        # Suspected messages that turned out to be about memory.
+        # Messages that were only suspected, and that another trial has confirmed as out of memory.
         self._confirmed: frozenset[str] = frozenset()
 
     @property
     def device_name(self) -> str:
-        """What reports call the device."""
+        """The name of the device in reports."""
         return cpu_name()
 
     @property
     def source(self) -> Source:
-        """What its figures are."""
+        """The kind of its figures: measured."""
         return Source.MEASURED
 
     @property
     def auto_precision(self) -> Precision:
-        """What `Precision.AUTO` means on a CPU."""
+        """The precision that `Precision.AUTO` stands for on a CPU."""
         return Precision.FP32
 
     @property
     def environment(self) -> tuple[str, ...]:
-        """What trials ran with that a training script has to be given, as NAME=value."""
+        """Environment variables that a training script needs too, as NAME=value."""
         if glibc_heap.is_heap_tuned():
             return ()
         return (f"MALLOC_MMAP_THRESHOLD_={glibc_heap.MMAP_THRESHOLD_BYTES}",)
 
     @property
     def has_retries(self) -> bool:
-        """Whether a step can fit only after the allocator gave back its cache and asked again."""
+        """Whether the allocator gives back its cache and retries when memory is short."""
         return False
 
     def capacity(self) -> Capacity:
-        """Return how many bytes a training step may use, and where that figure comes from."""
+        """Return how many bytes a training step may use, and the source of that figure."""
         return self._capacity
 
     def trial(self, step: TrainingStep, batch_size: int) -> Trial:
         """Try one batch size in a process of its own.
 
         Args:
-            step: What to train; its precision is chosen.
+            step: The step to train. Its precision is chosen.
             batch_size: Samples in each micro-batch, at least 1.
 
         Returns:
-            How it ended. Reserved bytes are private writable memory beyond the loaded process,
-            allocated bytes the resident ones among them.
+            The result of the trial. Its reserved bytes are private writable memory beyond the
+            loaded process. Its allocated bytes are the resident part of that memory.
 
         Raises:
-            StepCrashedError: The step took its process down, and not for want of memory.
+            StepCrashedError: The step crashed its process, and memory was not the cause.
         """
         report = self._ask(step, batch_size, self._capacity.usable_bytes)
         if report.error is None:
@@ -127,15 +128,16 @@ class CpuBackend:
         return report.trial or ran_out(batch_size, report.suspect)
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
-        """Return what a batch size that did not fit takes where the machine has the room."""
+        """Return the bytes of a batch size that did not fit, if the machine has enough memory."""
         roomier = self._ask(step, batch_size, _room_bytes()).trial
         return roomier.peak_reserved_bytes if roomier is not None and roomier.fits else None
 
     def _is_memory(self, step: TrainingStep, batch_size: int, report: Report) -> bool:
-        """Whether a suspected failure goes away with more room.
+        """Whether a suspected failure goes away with more memory.
 
-        Code that does not expect an allocation to fail crashes, or raises what it also raises for
-        limits of its own. A process of its own tells: libraries remember what failed.
+        Code that does not expect an allocation to fail may crash. It may also raise the same error
+        as for a limit of its own. The step is tried in a new process, because libraries remember
+        failures.
         """
         room_bytes = _room_bytes()
         roomier = self._ask(step, batch_size, room_bytes)
@@ -144,8 +146,8 @@ class CpuBackend:
         limit_bytes = self._capacity.usable_bytes
         if room_bytes > _MORE_ROOM * limit_bytes or batch_size == 1:
             return False
-        # There is no more room to give. A step that ran out was near the limit, and half of it is
-        # not.
+        # There is no more memory to give. A step that ran out of memory had nearly
+        # reached the limit, and half of its batch fits.
         peak = None if report.trial is None else report.trial.peak_reserved_bytes
         if peak is not None and peak < _NEARLY_FULL_SHARE * limit_bytes:
             return False
@@ -177,15 +179,15 @@ class CpuBackend:
     def call(
         self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any
     ) -> _Returned:
-        """Call a function in this process; see `Backend.call`."""
+        """Call a function in this process. See `Backend.call`."""
         return function(self, step, *arguments)
 
     def prediction(self, step: TrainingStep) -> Prediction:  # noqa: ARG002 - as every backend
-        """Return nothing: there is no model of a CPU's memory."""
+        """Return nothing, because memfit has no model of a CPU's memory."""
         return Prediction()
 
     def simulated_counterpart(self) -> None:
-        """Return nothing: there is no model of a CPU's memory."""
+        """Return nothing, because memfit has no model of a CPU's memory."""
         return
 
     def __enter__(self) -> CpuBackend:
@@ -193,12 +195,12 @@ class CpuBackend:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """End the server and whatever trial it is running."""
+        """End the server and the trial that it is running."""
         if self._server is not None:
             self._server.kill()
             self._server = None
 
 
 def _room_bytes() -> int:
-    """Return nearly all that the machine has left, for a trial that is to need it."""
+    """Return nearly all bytes that the machine has left, for a trial that may need them."""
     return int(memory_left()[0] * _ROOM_SHARE)

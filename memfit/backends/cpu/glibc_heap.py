@@ -1,6 +1,6 @@
-"""glibc's heap, and what makes the memory of a step repeatable.
+"""Sets up glibc's heap so that a step needs the same memory in every run.
 
-Elsewhere (musl, macOS) these functions do nothing, and memory is what the system makes of it.
+Without glibc (musl, macOS) these functions do nothing, and memory may differ from run to run.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from memfit.units import KIB, MIB
 
 __all__ = ["MMAP_THRESHOLD_BYTES", "block_bytes", "fill_heap", "is_heap_tuned", "steady_heap"]
 
-# glibc's own threshold at start. Left alone it follows the largest block that was freed, up to
-# 32 MiB; blocks below it then come from a heap that fragments differently in every run, and the
-# same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
+# glibc's own threshold at start. By default, glibc raises it to the size of the largest freed
+# block, up to 32 MiB. Smaller blocks then come from a heap that fragments differently in every run,
+# and the same step needs a few percent more or less each time (mallopt(3); benchmarks/heap.py).
 MMAP_THRESHOLD_BYTES = 128 * KIB
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _M_ARENA_MAX = -8  # glibc's malloc.h
-# glibc's malloc.c: MINSIZE, and the most that a thread keeps of each size, up to which size.
+# From glibc's malloc.c: MINSIZE, and the limits of the blocks that a thread keeps for itself.
 _LEAST_BLOCK_BYTES = 32
 _TCACHE_BLOCKS = 7
 _TCACHE_BYTES = 1032
@@ -33,7 +33,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class _HeapInfo(ctypes.Structure):
-    """What glibc says of its heap, in bytes and counts (mallinfo(3))."""
+    """glibc's statistics of its heap, in bytes and counts (mallinfo(3))."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -53,20 +53,21 @@ class _HeapInfo(ctypes.Structure):
 
 
 def steady_heap() -> None:
-    """Make the memory of what follows in this process repeatable, as far as glibc allows it."""
+    """Make the memory of this process repeatable from now on, as far as glibc allows it."""
     with contextlib.suppress(AttributeError):
-        # One arena: others would be mapped in the middle of a trial, for the thread pool.
+        # One arena, because the thread pool would map other arenas in the middle of a trial.
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
         if not is_heap_tuned():
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
 
 
 def fill_heap() -> None:
-    """Take every free block of the heap for good, so that what follows finds no holes to use.
+    """Take every free block of the heap for good, so that later allocations find no holes.
 
-    A fork inherits the holes that its parent's past has left, from a megabyte to whatever a peak of
-    it was, and a step that fits into them needs that much less in one search than in the next. They
-    are in every arena: a thread whose own is full is served by another.
+    A fork inherits the holes in its parent's heap. They can be a megabyte, or as large as the
+    parent's highest peak. A step that fits into the holes would need less memory in one search than
+    in the next. All arenas are filled, because a thread whose arena is full is served by another
+    one.
 
     Source: glibc's malloc/arena.c (arena_get_retry, and the free list that a fork puts all arenas
         on but its own).
@@ -77,7 +78,7 @@ def fill_heap() -> None:
         libc.mallinfo2.restype = _HeapInfo
         if not _serves_malloc(libc):
             return
-        # A thread that asks for memory gets an arena that no other has.
+        # A new thread that requests memory gets an arena that no other thread uses.
         num_arenas = _num_arenas(libc)
         all_attached = threading.Barrier(num_arenas)
         one_at_a_time = threading.Lock()
@@ -97,7 +98,7 @@ def fill_heap() -> None:
 
 
 def _serves_malloc(libc: ctypes.CDLL) -> bool:
-    """Whether it is glibc that hands out memory here, and not an allocator that was preloaded."""
+    """Whether glibc serves malloc here, and not an allocator that was preloaded."""
     before = libc.mallinfo2()
     libc.malloc(MMAP_THRESHOLD_BYTES // 2)
     after = libc.mallinfo2()
@@ -116,10 +117,10 @@ def _num_arenas(libc: ctypes.CDLL) -> int:
 
 
 def _fill_arena(libc: ctypes.CDLL) -> None:
-    """Fill the arena of this thread, and a secondary one's heap to its end.
+    """Fill the arena of this thread. In a secondary arena, fill its heap to the end.
 
-    Such an arena goes on in another heap then. What is set aside for one, twice 64 MiB for a moment
-    and untouched, would pass for the peak of whatever trial came to need it.
+    Otherwise the arena would need a new heap in the middle of a trial. For a moment glibc reserves
+    twice 64 MiB for it, without using them. They would be counted in the peak of that trial.
 
     Source: glibc's malloc/arena.c (HEAP_MAX_SIZE, new_heap).
     """
@@ -138,30 +139,30 @@ def _fill_arena(libc: ctypes.CDLL) -> None:
 
 
 def _fill_holes(libc: ctypes.CDLL, num_bytes: int) -> None:
-    """Allocate blocks of a size until the heap has to grow for them."""
-    # Where the user has set a lower threshold, blocks are mapped, and the heap does not grow.
+    """Allocate blocks of one size until the heap has to grow."""
+    # If the user has set a lower threshold, blocks are mapped and the heap does not grow.
     before = libc.mallinfo2()
     after = before
     while (after.arena, after.hblks) == (before.arena, before.hblks):
-        # Several at once, for the question walks through all that is free.
+        # Several blocks at once, because `mallinfo2` walks through all free blocks.
         for _ in range(_BLOCKS_AT_ONCE):
             libc.malloc(num_bytes)
         after = libc.mallinfo2()
 
 
 def _is_secondary(block: int) -> bool:
-    """Whether a block is of another arena than the main one."""
+    """Whether a block belongs to another arena than the main one."""
     word = ctypes.sizeof(ctypes.c_size_t)
     return bool(ctypes.c_size_t.from_address(block - word).value & _NON_MAIN_ARENA)
 
 
 def block_bytes(num_bytes: int) -> int:
-    """Return what glibc takes for a block: whole pages from its threshold on.
+    """Return the bytes that glibc takes for a block. From its threshold on, these are whole pages.
 
     Args:
-        num_bytes: What was asked for.
+        num_bytes: Bytes that were requested.
 
-    Source: glibc's malloc.c (sysmalloc_mmap); 64 bytes is what torch's tensors are aligned to.
+    Source: glibc's malloc.c (sysmalloc_mmap). torch aligns tensors to 64 bytes.
     """
     if num_bytes < MMAP_THRESHOLD_BYTES:
         return num_bytes

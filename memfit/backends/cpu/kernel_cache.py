@@ -1,7 +1,8 @@
-"""The kernels that oneDNN has compiled for this process, and how to be rid of them.
+"""Measures and drops the kernels that oneDNN has compiled in this process.
 
-oneDNN compiles a kernel for each shape and keeps the last 1024. A process that has trained has some
-of those that a trial needs, and would seem to need that much less than a fresh one.
+oneDNN compiles a kernel for each shape and keeps the last 1024 kernels. A process that has trained
+already has some of the kernels that a trial needs. Its trial would then seem to need less memory
+than in a new process.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from memfit._torch_private import mkldnn_layout
 
 __all__ = ["compiled_bytes", "forget_kernels"]
 
-# oneDNN's src/common/primitive_cache.cpp: how many it keeps. Each new one pushes out the oldest.
+# The number of kernels that oneDNN keeps (its src/common/primitive_cache.cpp). A new one replaces
+# the oldest one.
 _NUM_KEPT: Final = 1024
 _NUM_FIELDS: Final = 5
 
 
 def compiled_bytes() -> int:
-    """Return the bytes of memory that is both writable and executable: compiled kernels."""
+    """Return the bytes of compiled kernels, which is memory both writable and executable."""
     num_bytes = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=_NUM_FIELDS)
-        # One field less than a file's: such memory has no name.
+        # Memory without a file has no name, so its line has one field less.
         if len(fields) == _NUM_FIELDS and fields[1].startswith("rwxp"):
             start, _, end = fields[0].partition("-")
             num_bytes += int(end, 16) - int(start, 16)
@@ -33,10 +35,11 @@ def compiled_bytes() -> int:
 
 
 def forget_kernels() -> None:
-    """Have oneDNN forget every kernel, where it has compiled any.
+    """Make oneDNN drop every kernel, if it has compiled any.
 
-    It has no public way to do that. So as many sums of empty tensors are taken as it keeps kernels,
-    each of another shape: for a sum it compiles nothing.
+    oneDNN has no public function for this. So sums of empty tensors are computed, each with another
+    shape, as many as oneDNN keeps kernels. They push out the kernels, and oneDNN compiles nothing
+    for a sum.
     """
     layout = mkldnn_layout()
     if layout is None or not torch.backends.mkldnn.is_available() or not compiled_bytes():

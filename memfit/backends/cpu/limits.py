@@ -1,7 +1,6 @@
-"""What Linux does for a process: its footprint, its limit, its forks.
+"""Reads a process's memory from /proc, limits it with `RLIMIT_DATA`, and forks processes.
 
-Reads /proc, sets `RLIMIT_DATA`, and forks. What is tried in the forks is
-`memfit.backends.cpu.server`'s.
+`memfit.backends.cpu.server` decides what runs in the forks.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ _REFUSED = b"refused"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Footprint:
-    """What the kernel counts for this process, in bytes.
+    """The memory that the kernel counts for this process, in bytes.
 
     Args:
-        data_bytes: Private writable memory, mapped: what `RLIMIT_DATA` limits.
-        anonymous_bytes: Resident memory that is no file's.
+        data_bytes: Private writable memory that is mapped. `RLIMIT_DATA` limits it.
+        anonymous_bytes: Resident memory that does not belong to a file.
 
     Source: Linux, Documentation/filesystems/proc.rst (VmData, RssAnon).
     """
@@ -59,7 +58,7 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        """Return the footprint of this process at this moment."""
+        """Return the footprint of this process now."""
         status = status_bytes()
         return cls(status["VmData"], status["RssAnon"])
 
@@ -86,14 +85,14 @@ def status_bytes() -> dict[str, int]:
 
 
 def limit_data(num_bytes: int | None) -> None:
-    """Limit this process's private writable memory, or with `None` lift the limit again."""
+    """Limit this process's private writable memory. `None` removes the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     soft = hard if num_bytes is None else num_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def limit_works() -> bool:
-    """Whether mapping more than `RLIMIT_DATA` allows is refused here: tried, in a child."""
+    """Whether this system refuses to map more than `RLIMIT_DATA`. A child process tries it."""
 
     def overdraw() -> None:
         limit_data(Footprint.now().data_bytes + 16 * MIB)
@@ -111,11 +110,11 @@ def limit_works() -> bool:
 
 
 def fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
-    """Fork a child that runs the target and nothing else; return its process id.
+    """Fork a child that only runs the target. Return its process id.
 
     Args:
-        target: What it runs.
-        but_keep: Where what it writes goes.
+        target: The function that the child runs.
+        but_keep: The file that receives the child's output.
     """
     with warnings.catch_warnings():
         prepare_to_fork()
@@ -123,11 +122,11 @@ def fork(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
 
 
 def exit_code_of(pid: int) -> int | None:
-    """Wait for a child's end.
+    """Wait until a child has ended.
 
     Returns:
-        Its exit code, or less than 0 for a signal; `None` where the system has thrown it away, as
-        it does for a process that ignores SIGCHLD.
+        Its exit code, or a number below 0 if a signal ended it. `None` if the system did not keep
+        the exit code. That is so if this process ignores SIGCHLD.
     """
     with contextlib.suppress(ChildProcessError):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -135,20 +134,20 @@ def exit_code_of(pid: int) -> int | None:
 
 
 def prepare_to_fork() -> None:
-    """Let go of what does not survive a fork: buffers, threads. Filters a warning for good."""
+    """Flush buffers and end threads, which do not survive a fork. Silences a warning for good."""
     sys.stdout.flush()
     sys.stderr.flush()
     _end_thread_pool()
-    # Python warns of any thread. A child uses none of its parent's.
+    # Python warns if there are other threads. A child uses none of its parent's threads.
     warnings.simplefilter("ignore", DeprecationWarning)
 
 
 def fork_as_is(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
-    """Fork as `fork` does, from a process that is prepared, and leave its heap as it is.
+    """Fork as `fork` does, but from a process that is prepared. The heap is not changed.
 
     Args:
-        target: What the child runs.
-        but_keep: Where what it writes goes.
+        target: The function that the child runs.
+        but_keep: The file that receives the child's output.
     """
     parent = os.getpid()
     pid = os.fork()
@@ -158,10 +157,10 @@ def fork_as_is(target: Callable[[], None], *, but_keep: IO[bytes]) -> int:
 
 
 def _end_thread_pool() -> None:
-    """End this thread's OpenMP pool; the next parallel operation starts it again.
+    """End this thread's OpenMP pool. The next parallel operation starts it again.
 
-    libgomp's pool does not survive a fork: the child would wait for threads it does not have. Other
-    OpenMP libraries take care of that themselves.
+    libgomp's pool does not survive a fork, and the child would wait for threads that do not exist.
+    Other OpenMP libraries handle this themselves.
 
     Source: OpenMP 5.0, section 3.2.44 (omp_pause_resource_all).
     """
@@ -180,10 +179,10 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            # The user's handler is not meant for these children, and to ignore them loses how they
-            # ended.
+            # The user's handler is not meant for these children. If SIGCHLD were ignored, their
+            # exit codes would be lost.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            # Outside the terminal's foreground a process that reads from it is stopped.
+            # A background process that reads from the terminal would be stopped.
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
@@ -192,7 +191,7 @@ def _run_and_exit(target: Callable[[], None], parent: int, output: IO[bytes]) ->
             faulthandler.enable(output.fileno())
             target()
             code = 0
-    except BaseException:  # noqa: BLE001 - what a child cannot report it writes down
+    except BaseException:  # noqa: BLE001 - the child writes the error to its output
         os.write(output.fileno(), traceback.format_exc().encode())
     finally:
         os._exit(code)

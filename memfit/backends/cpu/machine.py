@@ -1,7 +1,6 @@
-"""What this machine is to a process: its processor, and the memory that is left.
+"""The machine's processor, and the memory that it has left.
 
-Nothing here limits anything, and all of it runs on every system: Linux's files are read where they
-are.
+This module sets no limits. It runs on every system, and reads Linux's files if they exist.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["UnlimitedCpu", "cpu_name", "memory_left"]
 
 
 def memory_left() -> tuple[int, str]:
-    """Return the bytes that this process can still have, and who says so."""
+    """Return the bytes that this process can still get, and the source of that figure."""
     left, origin = psutil.virtual_memory().available, "memory available on this machine"
     for limit, used in _control_groups():
         if limit - used < left:
@@ -32,7 +31,7 @@ def _control_groups(
 ) -> list[tuple[int, int]]:
     """Return (limit, used) in bytes of each control group that limits this process.
 
-    Pages of files that can be dropped do not count as used.
+    Cached pages of files that the kernel can drop do not count as used.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -55,7 +54,7 @@ def _control_groups(
             if group == base.parent:
                 break
             with contextlib.suppress(OSError, ValueError):
-                # "max" is no number, and so no limit.
+                # "max" is not a number. It means no limit.
                 limit = int((group / names[0]).read_text())
                 used = int((group / names[1]).read_text())
                 found.append((limit, used - _stat(group / "memory.stat", names[2])))
@@ -71,13 +70,13 @@ def _stat(path: Path, key: str) -> int:
 
 
 def cpu_name() -> str:
-    """Return what reports call the CPU."""
+    """Return the name of the CPU in reports."""
     threads = torch.get_num_threads()
     return f"CPU ({_processor_name()}, {threads} thread{'s' if threads != 1 else ''})"
 
 
 def _processor_name() -> str:
-    """Return the processor's name as Linux has it, or the architecture's."""
+    """Return the processor's name from Linux, or the name of the architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
@@ -87,20 +86,20 @@ def _processor_name() -> str:
 
 
 class UnlimitedCpu:
-    """The CPU as a place where a step runs in this process, under no limit."""
+    """The CPU for a step that runs in this process without a limit."""
 
     @property
     def device_name(self) -> str:
-        """What reports call it."""
+        """The name of the CPU in reports."""
         return cpu_name()
 
     @property
     def auto_precision(self) -> Precision:
-        """What `Precision.AUTO` means on a CPU."""
+        """The precision that `Precision.AUTO` stands for on a CPU."""
         return Precision.FP32
 
     def capacity(self) -> Capacity:
-        """Return how many bytes a step may use: what is left."""
+        """Return how many bytes a step may use, which is all that is left."""
         left_bytes, origin = memory_left()
         total_bytes = psutil.virtual_memory().total
         return Capacity(usable_bytes=left_bytes, total_bytes=total_bytes, origin=origin)

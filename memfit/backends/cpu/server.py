@@ -1,7 +1,7 @@
-"""The server process for trials on the CPU, as this process sees it: started, asked, ended.
+"""Starts the server process for trials on the CPU, sends it requests, and ends it.
 
-What a death without a report means is judged here. What runs in the server and in its children is
-`memfit.backends.cpu.trials`'s.
+If a trial dies without a report, this module decides what that means. `memfit.backends.cpu.trials`
+runs in the server and in its children.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STALLED_SECONDS: Final = 60.0
 
 
 class LostError(Exception):
-    """The server went before it took the request, or without a word on what became of it."""
+    """The server ended before it took the request, or before it answered it."""
 
 
 class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
@@ -52,10 +52,10 @@ class Server:
         theirs.close()
 
     def ask(self, request: Request) -> Report:
-        """Have one trial run, and wait for its report.
+        """Let the server run one trial, and wait for its report.
 
         Raises:
-            LostError: Ask a new server.
+            LostError: The server ended. Ask a new one.
         """
         is_sent = is_stalled = False
         answer: object
@@ -81,9 +81,9 @@ class Server:
         return report
 
     def kill(self) -> None:
-        """End the server, its trial, and everything they hold."""
+        """End the server and its trial, and release everything that they hold."""
         if not self.is_dead:
-            # The group is the server's own once it has got that far.
+            # Early in its start, the server does not have its own process group yet.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._pid, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
@@ -93,9 +93,10 @@ class Server:
         self._output.close()
 
     def _wait(self) -> bool:
-        """Wait for an answer, and end a trial that does nothing any more; say whether it did.
+        """Wait for an answer, and end a trial that is stuck. Return whether a trial was ended.
 
-        A lock that another thread of this process held at the fork is never released in the child.
+        A trial is stuck if it waits for a lock that another thread of this process held at the
+        fork. In the child, such a lock is never released.
         """
         seconds, idle = -1.0, 0.0
         while not self._connection.poll(_LOOK_SECONDS):
@@ -105,14 +106,14 @@ class Server:
             if idle >= _STALLED_SECONDS:
                 for process in processes[1:] or processes:
                     with contextlib.suppress(psutil.Error):
-                        # Its last words say where it waits.
+                        # Its last output shows the line at which it waits.
                         process.send_signal(signal.SIGABRT)
                 return True
         return False
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """Return a process and all that come of it."""
+    """Return a process and all its descendants."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -121,9 +122,10 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _busy_seconds(processes: list[psutil.Process]) -> float:
-    """Return how long processes have computed; less than nothing where one is waiting for a disk.
+    """Return the CPU time of processes in seconds; NaN if one of them is not asleep.
 
-    That is never the same twice, as what is waited for there will come.
+    NaN differs from every number, also from itself. So a process that runs or waits for a disk
+    never looks stuck.
     """
     seconds = 0.0
     for process in processes:
@@ -149,13 +151,13 @@ def _stalled(request: Request, written: str) -> Report:
 
 
 def _judge_death(exit_code: int | None, request: Request, written: str) -> Report:
-    """Say what it means that the process of a trial died without a report."""
+    """Return the report of a trial whose process died without one."""
     last_words = _last_words(written)
     if exit_code == -signal.SIGKILL or oom.classify_text(written) is oom.Likelihood.CERTAIN:
         message = "killed by the kernel" if exit_code == -signal.SIGKILL else last_words
         return Report(trial=ran_out(request.batch_size, message))
     if exit_code is None:
-        # Somebody else has waited for it: this process ignores the ends of its children.
+        # The exit code is lost, because this process ignores SIGCHLD.
         crash = f"The training step ended its process at batch size {request.batch_size}"
         return Report(error=StepCrashedError(crash), suspect=crash)
     how = (
@@ -169,7 +171,7 @@ def _judge_death(exit_code: int | None, request: Request, written: str) -> Repor
 
 
 def ran_out(batch_size: int, message: str) -> Trial:
-    """Return the trial of a process that died without figures."""
+    """Return the trial of a process that died before it measured anything."""
     return Trial(
         batch_size=batch_size,
         outcome=Outcome.OUT_OF_MEMORY,
@@ -185,7 +187,7 @@ def _written(output: IO[bytes]) -> str:
 
 
 def _last_words(written: str) -> str:
-    """Return what a dead process wrote that says most: where it crashed, or its last line."""
+    """Return the line where a dead process crashed, or else the last line that it wrote."""
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     for number, line in enumerate(lines):
         if line.startswith("Fatal Python error"):
