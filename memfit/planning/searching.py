@@ -13,7 +13,7 @@ from memfit.backends import Backend, Prediction, with_precision
 from memfit.errors import DataEndedError, DoesNotFitError, UsageError
 from memfit.memory.restore import save_random_states
 from memfit.records import ProbeResult, Source, Trial
-from memfit.step import batches
+from memfit.step.made_batches import bytes_of
 from memfit.step.workload import TrainingStep, Workload
 from memfit.units import MIB, format_bytes, parse_count
 
@@ -198,7 +198,7 @@ def _check_data(step: TrainingStep, batch_size: int) -> None:
         return
     restore = save_random_states()
     try:
-        sample_bytes = max(batches.bytes_of(subject.batch_of(1)), 1)
+        sample_bytes = max(bytes_of(subject.batch_of(1)), 1)
         subject.batch_of(max(1, min(batch_size, _QUICK_BYTES // sample_bytes)))
     finally:
         restore()

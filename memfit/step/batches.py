@@ -13,28 +13,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import PackedSequence
 
-from memfit.errors import DataEndedError, WorkloadError
+from memfit.errors import WorkloadError
 from memfit.step.batch_rules import BatchRules, entries_of
 from memfit.step.layout import Kind, Role, Roles, roles_of
 from memfit.step.leaves import copied, is_part, narrowed, num_along, picked
-from memfit.step.nesting import leaves_of, map_leaves, opened
+from memfit.step.nesting import map_leaves, opened
 
 __all__ = [
     "BatchRules",
     "Layout",
     "batch_size_of",
-    "bytes_of",
-    "check_made",
+    "counted",
     "private_copy",
     "reordered",
     "resized",
     "take",
     "to_device",
 ]
-
-_GROWS_FROM, _GROWS_TO = 1, 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ class Layout:
         """
         rules = rules or BatchRules()
         if num_samples is None and rules.count is not None:
-            num_samples = _counted(rules.count, batch)
+            num_samples = counted(rules.count, batch)
         if rules.cut is None:
             roles = roles_of(batch, rules, num_samples=num_samples, other=other)
             return cls(rules, roles.num_samples, roles)
@@ -195,14 +191,19 @@ class Layout:
     def _check_cut(self, part: Any, wanted: int) -> None:
         """Refuse a wrong result of the user's function, if its number of samples can be read."""
         count = self.rules.count
-        if count is not None and _counted(count, part) != wanted:
+        if count is not None and counted(count, part) != wanted:
             raise WorkloadError(
-                f"The function that cuts batches returned {_counted(count, part)} samples when "
+                f"The function that cuts batches returned {counted(count, part)} samples when "
                 f"asked for {wanted}."
             )
 
 
-def _counted(count: Callable[[Any], int], batch: Any) -> int:
+def counted(count: Callable[[Any], int], batch: Any) -> int:
+    """Return what a user's function counts in a batch.
+
+    Raises:
+        WorkloadError: It is no number of samples.
+    """
     seen = count(batch)
     try:
         number = int(seen)
@@ -272,63 +273,6 @@ def _applied(
         return container.close(to_entries(container.values))
     inside = zip(container.values, role.inside, strict=True)
     return container.close([_applied(one, its, to_part, to_entries) for one, its in inside])
-
-
-def check_made(make: Callable[[int], Any], batch: Any, batch_size: int, rules: BatchRules) -> None:
-    """Refuse the batch of a user's function if it does not have the size that was asked for.
-
-    Parts that do not hold samples (the nodes of graphs, a mask) are not checked.
-
-    Args:
-        make: The user's function.
-        batch: The batch that it returned.
-        batch_size: The batch size that it was asked for.
-        rules: What the user says about the batch.
-
-    Raises:
-        WorkloadError: The batch has another size, or nothing in it grows with the batch size.
-    """
-    if rules.count is not None:
-        seen = _counted(rules.count, batch)
-        if seen == batch_size:
-            return
-        raise _of_another_size(seen, batch_size)
-    sizes = {size for size, _ in entries_of(batch, rules)}
-    if batch_size in sizes:
-        return
-    try:
-        seen = roles_of(batch, dataclasses.replace(rules, cut=None)).num_samples
-    except WorkloadError as error:
-        small, large = (bytes_of(make(size)) for size in (_GROWS_FROM, _GROWS_TO))
-        if small < large:
-            return
-        raise WorkloadError(
-            f"Nothing in what the batch function returned has {batch_size} samples, and it does "
-            f"not grow with the batch size ({error})"
-        ) from error
-    raise _of_another_size(seen, batch_size)
-
-
-def _of_another_size(seen: int, asked: int) -> WorkloadError:
-    said = f"The batch function returned {seen} samples when asked for {asked}"
-    if seen > asked:
-        return WorkloadError(f"{said}.")
-    return DataEndedError(
-        f"{said}: where the data has no more, give max_batch_size={seen}, or repeat its samples.",
-        num_samples=seen,
-    )
-
-
-def bytes_of(value: Any, depth: int = 2) -> int:
-    """Return the bytes of the tensors and arrays in a batch and in the objects that it holds."""
-    total = 0
-    for leaf in leaves_of(value):
-        if is_part(leaf):
-            data = leaf.data if isinstance(leaf, PackedSequence) else leaf
-            total += int(data.nbytes)
-        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type):
-            total += bytes_of(list(vars(leaf).values()), depth - 1)
-    return total
 
 
 # --- trees of tensors, such as a model's outputs ----------------------------------------------

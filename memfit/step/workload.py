@@ -23,6 +23,7 @@ from memfit.step import batches, refusals, timm_models
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout
 from memfit.step.closures import check_steps_alone
+from memfit.step.made_batches import check_made
 from memfit.step.meta_copy import without_values
 from memfit.step.runner import PrecisionPolicy, PreparedStep, split_batch
 
@@ -156,7 +157,7 @@ class Workload:
                 f"The batch function had no batch of {batch_size} samples (StopIteration): where "
                 "the data has no more, give max_batch_size, or repeat its samples."
             ) from None
-        batches.check_made(self.batch, batch, batch_size, self.rules)
+        check_made(self.batch, batch, batch_size, self.rules)
         return batch
 
     def layout_of(self, batch_size: int) -> Layout:
