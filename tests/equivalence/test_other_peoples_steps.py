@@ -7,6 +7,7 @@ import copy
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,18 @@ def test_a_loss_over_neighbours_depends_on_the_order(loss: Any, micro_batch_size
     assert GradientFault.DEPENDS_ON_ORDER in result.faults
     assert result.order_error is not None
     assert result.order_error > 0.01
+
+
+def test_draws_of_numpy_are_not_compared_draw_by_draw() -> None:
+    """They cannot be replayed, and are named."""
+
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.from_numpy(np.random.randn(*x.shape)).to(x.dtype)  # noqa: NPY002
+
+    result = check(mlp(Noisy()))
+    assert result.verdict is Verdict.DIFFERS
+    assert GradientFault.DRAWS_NOT_REPLAYED in result.faults
 
 
 # --- what a pass leaves behind --------------------------------------------------------------------
