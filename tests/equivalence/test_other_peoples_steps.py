@@ -84,7 +84,7 @@ def test_draws_of_numpy_are_not_compared_draw_by_draw() -> None:
 
     class Noisy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + torch.from_numpy(np.random.randn(*x.shape)).to(x.dtype)  # noqa: NPY002
+            return x + torch.from_numpy(np.random.randn(*x.shape)).to(x.dtype)
 
     result = check(mlp(Noisy()))
     assert result.verdict is Verdict.DIFFERS
