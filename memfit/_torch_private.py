@@ -1,12 +1,12 @@
-"""Every name of torch's that begins with an underscore, and that memfit uses.
+"""All names of torch that begin with an underscore and that memfit uses.
 
-torch may drop such a name in any release. So each is fetched when it is used and not before, and a
-release without it gets a sentence: what is missing, what that name was for, and what still works.
-Nothing here decides anything; what a name does is said where it is fetched.
+torch may drop such a name in any release. So each name is fetched only when it is used. If a
+release does not have it, the error says what is missing, what memfit uses it for, and what still
+works. This module makes no decisions. The function that fetches a name says what the name does.
 
-Names without an underscore are promised by torch and are used where they are needed. So are the
-hooks that a class of torch's calls by such a name, because they are part of its own contract
-(`__torch_function__`). Where a public name does the same, memfit uses that.
+Names without an underscore are public, so other modules use them directly. The same holds for hooks
+that a class of torch calls by a name with underscores (`__torch_function__`), because these are
+documented. If a public name does the same as a private one, memfit uses the public one.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ NEEDS: Final = {
         "Probing, planning and profiling on a device of this machine still work (--device).",
     ),
 }
-"""By name: what it is for, and what still works without it, as a user is told."""
+"""For each name, the purpose and what still works without it, as the error says."""
 
 _ATEN: Final = _SIMULATING
 
@@ -130,13 +130,13 @@ def _missing(name: str, needs: tuple[str, str]) -> UnsupportedError:
 
 
 def _find(name: str) -> Any:
-    """Return what torch calls so.
+    """Return the object of torch with this name.
 
     Args:
         name: One of `NEEDS`.
 
     Raises:
-        UnsupportedError: This torch has it no more.
+        UnsupportedError: This torch does not have the name.
     """
     try:
         return _resolved(name)
@@ -155,7 +155,7 @@ def _resolved(name: str) -> Any:
 
 @functools.cache
 def _home(name: str) -> Any:
-    """Return a module, or a class in one."""
+    """Return a module, or a class in a module."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -164,7 +164,7 @@ def _home(name: str) -> Any:
 
 
 def _of(value: Any, name: str) -> Any:
-    """Return what an object of torch's has under the last part of a name of `NEEDS`."""
+    """Return the attribute of a torch object that the last part of a name of `NEEDS` gives."""
     try:
         return getattr(value, name.rpartition(".")[2])
     except AttributeError:
@@ -175,7 +175,7 @@ def _of(value: Any, name: str) -> Any:
 
 
 class _Pytree:
-    """`torch.utils._pytree`: it walks tuples, lists, dictionaries and what else is registered."""
+    """`torch.utils._pytree`, which walks tuples, lists, dictionaries and registered classes."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_find("torch.utils._pytree"), name)
@@ -190,7 +190,7 @@ def convert_tensors(module: Any, convert: Callable[[Any], Any]) -> None:
 
 
 def copy_each(targets: Sequence[Any], sources: Sequence[Any]) -> None:
-    """Copy tensors onto others: all at once where this torch can, else one by one."""
+    """Copy tensors onto other tensors, all at once if this torch can, else one by one."""
     import torch
 
     at_once = getattr(torch, "_foreach_copy_", None)
@@ -202,7 +202,10 @@ def copy_each(targets: Sequence[Any], sources: Sequence[Any]) -> None:
 
 
 def clear_blas_workspaces() -> None:
-    """Give back what cuBLAS keeps on the current GPU, some megabytes, where this torch can."""
+    """Release the memory that cuBLAS keeps on the current GPU (some megabytes).
+
+    If this torch cannot do it, nothing happens.
+    """
     import torch
 
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
@@ -211,7 +214,7 @@ def clear_blas_workspaces() -> None:
 
 
 def mkldnn_layout() -> Any:
-    """Return the layout of oneDNN's own tensors; `None` where this torch has none."""
+    """Return the layout of oneDNN's own tensors; `None` if this torch does not have it."""
     import torch
 
     return getattr(torch, "_mkldnn", None)
@@ -222,11 +225,11 @@ def mkldnn_layout() -> Any:
 
 @contextlib.contextmanager
 def dispatched(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Have every operation of the block handled instead of run.
+    """Pass every operation in the block to a function, instead of running it.
 
     Args:
-        handle: Called with the operation, its positional and its other arguments. Inside it,
-            operations run.
+        handle: Called with the operation, its positional arguments and its keyword arguments.
+            Operations that it calls run normally.
     """
 
     def dispatch(
@@ -252,7 +255,7 @@ def version_of(tensor: Any) -> int:
 
 
 def is_view(tensor: Any) -> bool:
-    """Whether a tensor is a view of another, as autograd has it."""
+    """Whether a tensor is a view of another one for autograd."""
     return bool(_of(tensor, "torch.Tensor._is_view")())
 
 
@@ -264,7 +267,7 @@ def aten_if_there(name: str) -> Any:
         name: Its name and its overload, such as `"add.Tensor"`.
 
     Returns:
-        The operation; `None` where this torch has none of that name.
+        The operation; `None` if this torch has no operation with that name.
     """
     import torch
 
@@ -282,7 +285,7 @@ def aten(name: str) -> Any:
         name: Its name and its overload.
 
     Raises:
-        UnsupportedError: This torch has none of that name.
+        UnsupportedError: This torch has no operation with that name.
     """
     found = aten_if_there(name)
     if found is None:
@@ -291,10 +294,10 @@ def aten(name: str) -> Any:
 
 
 def foreach_supported_on(device_type: str) -> contextlib.AbstractContextManager[None]:
-    """Have optimizers choose their foreach implementation on one more type of device.
+    """Let optimizers choose their foreach implementation on one more type of device.
 
     Args:
-        device_type: Such as `"meta"`.
+        device_type: The type of device, such as `"meta"`.
     """
     return _one_more("torch.optim.optimizer._get_foreach_kernels_supported_devices", device_type)
 
@@ -303,7 +306,7 @@ def fused_supported_on(device_type: str) -> contextlib.AbstractContextManager[No
     """Let optimizers that are made with `fused=True` step on one more type of device.
 
     Args:
-        device_type: Such as `"meta"`.
+        device_type: The type of device, such as `"meta"`.
     """
     return _one_more("torch.optim.optimizer._get_fused_kernels_supported_devices", device_type)
 
@@ -312,7 +315,7 @@ def capturable_supported_on(device_type: str) -> contextlib.AbstractContextManag
     """Let optimizers that are made with `capturable=True` step on one more type of device.
 
     Args:
-        device_type: Such as `"meta"`.
+        device_type: The type of device, such as `"meta"`.
     """
     return _one_more("torch.optim.optimizer._get_capturable_supported_devices", device_type)
 
@@ -325,7 +328,7 @@ def _one_more(name: str, device_type: str) -> Iterator[None]:
     def devices(*args: Any, **kwargs: Any) -> list[str]:
         return [*original(*args, **kwargs), device_type]
 
-    # Each optimizer imports the name into a module of its own, and asks there.
+    # Each optimizer's module imports the function, so it is replaced in each of these modules.
     holders = [
         module
         for module_name, module in tuple(sys.modules.items())
@@ -344,7 +347,7 @@ def is_compiled(value: Any) -> bool:
     """Whether `torch.compile` has compiled a function or a module, or `Module.compile` a module."""
     if getattr(value, "_compiled_call_impl", None) is not None:
         return True
-    # What is never to be compiled is wrapped too.
+    # A function that must not be compiled is wrapped too, but it is not compiled.
     return getattr(value, "_torchdynamo_orig_callable", None) is not None and not getattr(
         value, "_torchdynamo_disable", False
     )
@@ -354,7 +357,7 @@ def is_compiled(value: Any) -> bool:
 
 
 def storage_id(storage: Any) -> int:
-    """Return what no other living storage has, whoever holds it."""
+    """Return a number that no other living storage has."""
     number: int = _of(storage, "torch.UntypedStorage._cdata")
     return number
 
@@ -366,7 +369,7 @@ def sparse_parts(tensor: Any) -> tuple[Any, Any]:
 
 
 def num_owners(tensor: Any) -> tuple[int, int]:
-    """Return how many owners a tensor has and how many its storage, as C++ counts them."""
+    """Return how many owners a tensor and its storage have, as C++ counts them."""
     count_storage = _find("torch._C._storage_Use_Count")
     owners: int = _of(tensor, "torch.Tensor._use_count")()
     return owners, count_storage(storage_id(tensor.untyped_storage()))
@@ -376,13 +379,13 @@ def num_owners(tensor: Any) -> tuple[int, int]:
 
 
 def graph_task() -> int:
-    """Return the number of the backward pass that this thread runs; -1 outside of one."""
+    """Return the number of the backward pass that this thread runs; -1 if it runs none."""
     number: int = _find("torch._C._current_graph_task_id")()
     return number
 
 
 def current_node() -> Any:
-    """Return the node of the graph that this thread runs; `None` outside of a backward pass."""
+    """Return the node of the graph that this thread runs; `None` if it runs no backward pass."""
     return _find("torch._C._current_autograd_node")()
 
 
@@ -405,8 +408,8 @@ def run_backward(output: Any, gradient: Any) -> None:
     what gradient checkpointing computes again inside would go past it.
 
     Args:
-        output: Where it begins.
-        gradient: The gradient there.
+        output: The tensor that the pass begins at.
+        gradient: The gradient of that tensor.
     """
     _find("torch.autograd.graph._engine_run_backward")(
         (output,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -417,17 +420,17 @@ def run_backward(output: Any, gradient: Any) -> None:
 
 
 def allocator_snapshot() -> dict[str, Any]:
-    """Return what the caching allocators of all GPUs hold and have recorded."""
+    """Return the blocks and the recorded history of the caching allocators of all GPUs."""
     snapshot: dict[str, Any] = _find("torch.cuda.memory._snapshot")()
     return snapshot
 
 
 @contextlib.contextmanager
 def recorded_history(*, max_entries: int) -> Iterator[None]:
-    """Have the caching allocators record what they do in the block, with Python's stacks.
+    """Let the caching allocators record their events in the block, with Python's stacks.
 
     Args:
-        max_entries: The most that are kept.
+        max_entries: The largest number of events that are kept.
     """
     record = _find("torch.cuda.memory._record_memory_history")
     record("all", context="alloc", stacks="python", max_entries=max_entries)
@@ -438,12 +441,12 @@ def recorded_history(*, max_entries: int) -> Iterator[None]:
 
 
 def memory_events(profiler: Any) -> Any:
-    """Return the tree of what `torch.profiler.profile` saw.
+    """Return the tree of the events that `torch.profiler.profile` recorded.
 
     Its nodes have `tag.name`, `name`, `start_time_ns`, `extra_fields` and `children`.
 
     Args:
-        profiler: One that has ended, made with `profile_memory` and `with_stack`.
+        profiler: A profiler that has ended, made with `profile_memory` and `with_stack`.
     """
     name = "torch.autograd.profiler.profile.kineto_results"
     try:

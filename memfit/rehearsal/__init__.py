@@ -1,5 +1,5 @@
-"""Rehearsal: PyTorch's own CUDA software on a card that is not there, with kernels that do nothing.
+"""Rehearsal: runs PyTorch's own CUDA code on a card that is not there. Its kernels do nothing.
 
-`device/` is the card, in C. `build` compiles it, `activate` loads it. What a rehearsal needs is
-Linux and a CUDA build of torch. No GPU is needed, and one that is there is not touched.
+`device/` is the card, written in C. `build` compiles it, and `activate` loads it. A rehearsal needs
+Linux and a CUDA build of torch. It needs no GPU. If the machine has a GPU, it is not used.
 """

@@ -1,8 +1,8 @@
-"""Whether a script goes another way by what it reads: told from its source.
+"""Decides from a script's source whether a value that it reads changes what it does.
 
-A size that is read decides how much is allocated. A number or a truth value decides where it stands
-in a condition, or in what a loop runs over. Whether a value is finite is no such question: with
-real values it is, as with zeros.
+A size that is read changes how much is allocated. A number or a truth value changes what the script
+does if it is used in a condition or in the range of a loop. The question whether a value is finite
+does not count, because real values are finite, as zeros are.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Spot:
 
     Args:
         path: The file.
-        line: The line, from 1.
+        line: The first line, from 1.
         end_line: The last line.
-        column: Where in the line, in bytes; `None` where only the line is known.
-        end_column: Where in the last line it ends.
+        column: The position in the first line, in bytes; `None` if only the line is known.
+        end_column: The position of its end in the last line.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Spot:
     end_column: int | None = None
 
     def is_in(self, node: ast.AST) -> bool:
-        """Whether a part of the syntax contains it, or begins on its line."""
+        """Whether a node of the syntax tree contains the spot, or begins on its line."""
         assert isinstance(node, ast.expr | ast.stmt)
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
@@ -54,7 +54,7 @@ class Spot:
         )
 
     def begins(self, node: ast.AST) -> bool:
-        """Whether a statement begins here: Python tests a condition where its `if` stands."""
+        """Whether a statement begins here. Python reports a condition at the line of its `if`."""
         return (
             isinstance(node, ast.stmt)
             and node.lineno == self.line
@@ -63,11 +63,11 @@ class Spot:
 
 
 def changes_course(kind: ReadKind, spot: Spot | None) -> bool:
-    """Say whether a script goes another way by what it reads.
+    """Return whether a value that a script reads changes what the script does.
 
     Args:
-        kind: What is read.
-        spot: Where; `None` where there is no source.
+        kind: The kind of value that is read.
+        spot: The place of the read; `None` if there is no source.
     """
     if kind is ReadKind.SIZE:
         return True
@@ -89,7 +89,7 @@ def _is_at(node: ast.AST, spot: Spot) -> bool:
 
 
 def _is_decided_by_name(tree: ast.Module, spot: Spot) -> bool:
-    """Whether what is read gets a name that a condition of the same function mentions."""
+    """Whether the value gets a name that a condition in the same function uses."""
     functions = [node for node in ast.walk(tree) if isinstance(node, _Function)]
     inside = [node for node in functions if isinstance(node, ast.Module) or spot.is_in(node)]
     innermost = max(inside, key=lambda node: getattr(node, "lineno", 0))
@@ -108,7 +108,7 @@ def _is_decided_by_name(tree: ast.Module, spot: Spot) -> bool:
 
 
 def _conditions(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.expr]]:
-    """Yield what a script goes by, each with the statement or expression that goes by it."""
+    """Yield each condition, with the statement or expression that it belongs to."""
     for node in ast.walk(tree):
         if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
             yield node, node.test

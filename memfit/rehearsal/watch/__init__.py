@@ -1,6 +1,7 @@
-"""What runs inside the processes of a rehearsed command, and writes down what it sees.
+"""The watch: it runs inside the processes of a rehearsed command, and records what happens.
 
-These modules are loaded by `startup/sitecustomize.py` into whatever Python the command starts.
-They import nothing of memfit's, touch torch only once the script has imported it, and change
-nothing that a script can see. What they write (`journal`) is read by `memfit.rehearsal.journals`.
+`startup/sitecustomize.py` loads these modules into every Python that the command starts. They do
+not import other modules of memfit. They use torch only after the script has imported it, and they
+change nothing that a script can see. `journal` writes the records, and `memfit.rehearsal.journals`
+reads them.
 """

@@ -1,7 +1,7 @@
-"""Every name of torch's and Python's that begins with an underscore, and that the watch uses.
+"""All names of torch and Python that begin with an underscore and that the watch uses.
 
-It has its own list because it runs where there may be no memfit. torch may drop such a name in any
-release: then less is seen, and the script runs as it would.
+The watch has its own list because it may run in a Python without memfit. torch may drop such a name
+in any release. Then the watch records less, and the script runs as without the watch.
 """
 
 from __future__ import annotations
@@ -32,57 +32,57 @@ def frame_of_main_thread() -> FrameType | None:
 
 
 def run_exit_functions() -> None:
-    """Run what is registered with `atexit`, as Python does when it ends."""
+    """Run the functions that are registered with `atexit`, as Python does when it ends."""
     atexit._run_exitfuncs()
 
 
 class Internals:
-    """What torch keeps to itself.
+    """The private functions of torch.
 
     Args:
-        torch: The module.
+        torch: The module torch.
     """
 
     def __init__(self, torch: ModuleType) -> None:
         self._torch = torch
         self._c = torch._C
         self.read_stats: Any = getattr(self._c, _READERS[0], None)
-        """From a device's index to its allocator's statistics, nested."""
+        """A function from a device's index to its allocator's statistics, nested."""
         self.reset_peaks: Any = getattr(self._c, _RESETTERS[0], None)
-        """Begins a device's peaks anew."""
+        """A function that resets a device's peaks."""
         self._node: Any = getattr(self._c, "_current_autograd_node", None)
         self._number: Any = getattr(getattr(self._c, "_autograd", None), "_get_sequence_nr", None)
 
     def replace_stats(self, read: Callable[[int], Any], reset: Callable[[int], Any]) -> None:
-        """Have everything that asks for statistics, or resets peaks, call these instead."""
+        """Replace the functions of torch that read statistics and reset peaks."""
         for names, function in ((_READERS, read), (_RESETTERS, reset)):
             for name in names:
                 if hasattr(self._c, name):
                     setattr(self._c, name, function)
 
     def when_initialised(self, function: Callable[[], Any]) -> None:
-        """Call a function once CUDA is initialised; at once where it is."""
+        """Call a function when CUDA is initialised. If it already is, call it at once."""
         self._torch.cuda._lazy_call(function)
 
     def on_out_of_memory(self, function: Callable[[int, int, int, int], Any]) -> None:
-        """Have a function called before torch raises that memory ran out."""
+        """Register a function that is called before torch raises an out of memory error."""
         attach = getattr(self._c, "_cuda_attach_out_of_memory_observer", None)
         if attach is not None:
             attach(function)
 
     def record_history(self, *, clears: bool) -> None:
-        """Record every allocation with its Python frames; `clears` what was recorded."""
+        """Record every allocation with its Python frames. `clears` drops earlier records."""
         self._torch.cuda.memory._record_memory_history(
             "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES, clear_history=clears
         )
 
     def history(self) -> dict[str, Any]:
-        """Return what was recorded, and the segments as they are."""
+        """Return the recorded history and the current segments."""
         snapshot: dict[str, Any] = self._torch.cuda.memory._snapshot()
         return snapshot
 
     def current_node(self) -> Any:
-        """Return the node of a graph whose backward this thread runs; `None` without one."""
+        """Return the graph's node whose backward this thread runs; `None` if it runs none."""
         return None if self._node is None else self._node()
 
     def sequence_number(self) -> int:

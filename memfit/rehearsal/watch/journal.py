@@ -1,7 +1,7 @@
-"""Writes what a watched process sees to a file of its own, one JSON object a line.
+"""Writes the records of a watched process to its own file, one JSON object for each line.
 
-A line is in the file when `write` returns. So nothing is lost when the process is killed, crashes
-or calls `os._exit`. No file is held open: a script may close what it does not know.
+A line is in the file when `write` returns. So no line is lost if the process is killed, crashes or
+calls `os._exit`. No file is kept open, because a script may close files that it did not open.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Journal:
     """A process's report.
 
     Args:
-        folder: Where the reports of a rehearsal are kept.
+        folder: The folder for the reports of a rehearsal.
     """
 
     def __init__(self, folder: str) -> None:
@@ -27,15 +27,15 @@ class Journal:
         self._path: str | None = None
 
     def restart(self) -> None:
-        """Begin another file at the next line: this process is a copy of another."""
+        """Begin a new file at the next line, because this process is a fork of another one."""
         self._path = None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append a line. What cannot be written is lost: the script goes on.
+        """Append a line. If it cannot be written, it is lost and the script goes on.
 
         Args:
-            event: What happened.
-            **fields: What is known of it, as plain values.
+            event: The name of the event.
+            **fields: Its details, as plain values.
         """
         line = json.dumps({"event": event, **fields}, separators=(",", ":")) + "\n"
         with contextlib.suppress(OSError):
@@ -46,11 +46,11 @@ class Journal:
                 os.close(handle)
 
     def write_beside(self, suffix: str, content: bytes) -> None:
-        """Write a file that goes with this report, in place of an earlier one.
+        """Write a file that belongs to this report. It replaces an earlier one.
 
         Args:
-            suffix: What its name ends with, such as `.history`.
-            content: All of it.
+            suffix: The end of its name, such as `.history`.
+            content: The whole content.
         """
         path = self._named(suffix)
         with contextlib.suppress(OSError):

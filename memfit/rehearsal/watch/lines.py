@@ -1,4 +1,4 @@
-"""Which line of the script led to something: read off the frames of a Python that is running."""
+"""Finds the line of the script that led to an event, from the frames of the running Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIBRARIES = tuple(
     {
         os.path.join(path, "")  # noqa: PTH118 - see above
         for path in (*sysconfig.get_paths().values(), sys.base_prefix + "/lib", sys.prefix + "/lib")
-        # A bin folder or a prefix holds scripts too.
+        # A bin folder or an installation prefix can hold the user's scripts too.
         if path and ("lib" in path or "packages" in path)
     }
 )
@@ -25,13 +25,14 @@ _MAX_FRAMES = 400
 
 
 class Place:
-    """Where in a program something happened.
+    """The place in a program where something happened.
 
     Args:
-        script: The innermost line of the script itself, as `file:line`; `None` where only
-            libraries are at work.
-        library: The innermost line of any file but torch's; `None` where there is none.
-        innermost: The innermost line of all, torch's included.
+        script: The innermost line of the script itself, as `file:line`; `None` if only libraries
+            are running.
+        library: The innermost line of a file that does not belong to torch; `None` if there is
+            none.
+        innermost: The innermost line of all, also in torch.
         frames: The frames, the innermost first.
     """
 
@@ -52,10 +53,10 @@ class Place:
                 self.script = shown
 
     def spots(self) -> list[tuple[str, int, int, int | None, int | None]]:
-        """Return file, first and last line and columns of the innermost frames.
+        """Return the file, the first and last line, and the columns of one or two frames.
 
-        They are the innermost one and, where that is torch's, the first that is not. The columns
-        are `None` before Python 3.11.
+        The first one is the innermost frame. If it is in torch, the second one is the innermost
+        frame outside of torch. The columns are `None` before Python 3.11.
         """
         frames = self.frames[:1]
         if frames and _is_torch(frames[0].f_code.co_filename):
@@ -74,11 +75,11 @@ def _spot(frame: FrameType) -> tuple[str, int, int, int | None, int | None]:
 
 
 def here(frame: FrameType | None) -> Place:
-    """Return where a thread stands.
+    """Return the place at which a thread is.
 
     Args:
-        frame: Its innermost frame. Where that is the watch's own alone, as in a thread of
-            autograd's, what the main thread waits in is taken.
+        frame: Its innermost frame. If the thread has only frames of the watch, as a thread of
+            autograd has, the frames of the main thread are used.
     """
     frames = _outwards(frame)
     if not frames:

@@ -1,8 +1,8 @@
-"""Which module is at work in a script of which nothing is known beforehand.
+"""Finds which module is running, in a script that the watch does not know.
 
-Global hooks tell when a module is called. The outermost one that is called gives its modules their
-paths. In backward, a node of the graph has the sequence number that it took in forward, so the
-module whose forward was running then is the one whose backward it is.
+Global hooks run when a module is called. The paths of modules begin at the outermost module that is
+called. In backward, a node of the graph has the sequence number that it got in forward. It belongs
+to the module whose forward was running at that time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
 
 
 class _Stack(threading.local):
-    """The modules at work in a thread, the outermost first."""
+    """The modules that are running in a thread, the outermost first."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -35,10 +35,10 @@ class Modules:
 
     Args:
         torch: The module torch.
-        internals: What it keeps to itself.
+        internals: torch's private functions.
         begun: Called with a root module and its arguments before its forward runs.
-        ended: Called with a root module and its output after it.
-        entered: Called with a path whenever another module is at work.
+        ended: Called with a root module and its output after its forward has run.
+        entered: Called with the path of a module whenever the running module changes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Modules:
         self.are_followed = True
 
     def begin(self) -> None:
-        """Follow every module, until something is compiled."""
+        """Follow every module. Stop when something is compiled."""
         hooks = self._torch.nn.modules.module
         self._handles = [
             hooks.register_module_forward_pre_hook(self._enter),
@@ -74,12 +74,12 @@ class Modules:
 
     @property
     def current(self) -> str | None:
-        """The module whose forward this thread runs; `None` outside any."""
+        """The module whose forward this thread runs; `None` if it runs none."""
         return self._stack.paths[-1] if self._stack.paths else None
 
     @property
     def in_backward(self) -> str | None:
-        """The module whose backward this thread runs, as far as it is known."""
+        """The module whose backward this thread runs; `None` if it is not known."""
         node = self._internals.current_node()
         return None if node is None else self.of_node(node) or f"({node.name()})"
 
@@ -89,21 +89,21 @@ class Modules:
         return self._at[index] if index >= 0 else None
 
     def forget(self) -> None:
-        """Drop what is known of graphs: another step begins."""
+        """Drop the notes about graphs, because another step begins."""
         self._begins.clear()
         self._at.clear()
 
     def roots(self) -> Iterator[tuple[int, str]]:
-        """Yield the identity and the name of every module that was called by no other."""
+        """Yield the id and the name of every module that no other module called."""
         yield from self._roots.items()
 
     def path_of(self, module: Any) -> str:
-        """Return how a module is called in reports."""
+        """Return the name of a module in reports."""
         return self._paths.get(id(module)) or f"({type(module).__name__})"
 
     def _enter(self, module: Any, args: Any) -> None:
         stack = self._stack
-        # Inside backward, a forward is recomputed: it is part of a module, not a root.
+        # A forward inside backward is a recomputation. Its module is not a root.
         if not stack.paths and self._internals.current_node() is None:
             self._name(module)
             stack.root = module
@@ -135,7 +135,7 @@ class Modules:
         while type(inner).__name__ in _WRAPPERS:
             name, inner = next(iter(inner.named_children()))
             hidden += f"{name}."
-        # A second model's modules may have the first one's paths.
+        # The modules of a second model may have the same paths as those of the first.
         prefix = f"{type(inner).__name__}." if self._roots else ""
         for path, module in root.named_modules():
             shown = path.removeprefix(hidden)
@@ -145,7 +145,7 @@ class Modules:
         self._roots[id(root)] = type(root).__name__
 
     def _yield_to_compiler(self, eval_frame: ModuleType) -> None:
-        """Take the hooks away when something is compiled: they would become part of its graph."""
+        """Remove the hooks when something is compiled, because its graph would include them."""
         context = getattr(eval_frame, "OptimizeContext", None)
         if context is None:
             self._stop()

@@ -1,8 +1,9 @@
-"""Peaks of the caching allocator over stretches of a script, unseen by the script.
+"""Peaks of the caching allocator for each part of a script, without a change that it can see.
 
-torch keeps one peak since the process began or a reset. To have one for every stretch it must be
-reset at each, so what scripts read (`torch.cuda.max_memory_allocated` and its kin) is made up of
-the peaks of all stretches since their own last reset: the number that they would see unwatched.
+torch keeps one peak since the start of the process or the last reset. To get a peak for each part,
+the watch resets it at each part. A script that reads the peak (`torch.cuda.max_memory_allocated`
+and similar functions) gets the highest peak since the script's own last reset. This is the number
+that it would get without the watch.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from .internals import Internals
 __all__ = ["FIGURES", "Peaks"]
 
 FIGURES = ("requested_bytes", "allocated_bytes", "reserved_bytes")
-"""Names of the peaks that are reported, in torch's words."""
+"""torch's names of the peaks that are reported."""
 
 
 class Peaks:
     """The peaks of every device of a process.
 
     Args:
-        torch: The module.
-        internals: What it keeps to itself.
+        torch: The module torch.
+        internals: torch's private functions.
     """
 
     def __init__(self, torch: ModuleType, internals: Internals) -> None:
@@ -36,15 +37,16 @@ class Peaks:
         self._num_devices: int | None = None
 
     def install(self) -> None:
-        """Have scripts see the peaks that they would see unwatched."""
+        """Give scripts the peaks that they would get without the watch."""
         if self._read is not None and self._reset is not None:
             self._internals.replace_stats(self._seen_stats, self._seen_reset)
 
     def take(self) -> dict[int, dict[str, int]]:
-        """Return what each used device held at most since the last call, and begin anew.
+        """Return the peaks of each used device since the last call, and reset them.
 
         Returns:
-            By device: `FIGURES` and `num_alloc_retries`, which counts from the beginning.
+            For each device, `FIGURES` and `num_alloc_retries`. The retries are counted from the
+            beginning.
         """
         if not self._torch.cuda.is_initialized() or self._read is None or self._reset is None:
             return {}
@@ -73,14 +75,14 @@ class Peaks:
     def _seen_reset(self, device: int) -> None:
         assert self._read is not None
         assert self._reset is not None
-        # What was held until now still counts for the stretch that is under way.
+        # The peak until now still counts for the current part of the script.
         self._unseen[device] = self._with_unseen(device, self._read(device))
         self._earlier.pop(device, None)
         self._reset(device)
 
 
 def _merged(stats: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Return statistics whose peaks are the higher of both."""
+    """Return statistics with the higher peaks of the two."""
     if earlier is None:
         return stats
     merged: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""Reads of the device by the host: what no kernel computed is read as zeros.
+"""Records when the host reads from the device. Values that a kernel should compute are zeros.
 
-The device calls for every one. Where it comes from in Python says who reads, and the functions of
-torch on the thread's own stack say what for: a number, the number of true entries of a mask, a
-whole tensor.
+The device calls a function for every read. The Python frames show which line reads. The C++
+functions of torch on the stack show what is read: a number, the number of true entries of a mask,
+or a whole tensor.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["Reads"]
 
 _MAX_PLACES = 500
 _MAX_DEPTH = 80
-# What the mangled name of a function on the stack contains, and what is read then. The first match
-# counts: a size is read through a copy, too.
+# Parts of the mangled names of functions on the stack, and the kind of read that each one shows.
+# The first match counts, because a size is also read through a copy.
 _KINDS = (
     ("is_nonzero", "decision"),
     ("nonzero", "size"),
@@ -54,7 +54,7 @@ class Reads:
     """The reads of a process, by line.
 
     Args:
-        guarded: Makes a function that cannot fail of one that may.
+        guarded: A function that wraps another function so that it never raises.
     """
 
     def __init__(self, guarded: Callable[[Any], Any]) -> None:
@@ -67,7 +67,7 @@ class Reads:
         self.step = 0
 
     def begin(self, _torch: ModuleType) -> bool:
-        """Have the device call for every read; false where there is no rehearsed device."""
+        """Let the device report every read. Return false if there is no rehearsed device."""
         register = getattr(self._library, "memfit_rehearsal_on_read", None)
         if register is None:
             return False
@@ -78,13 +78,13 @@ class Reads:
         return True
 
     def end(self) -> None:
-        """Be called no more."""
+        """Stop the reports of the device."""
         register = getattr(self._library, "memfit_rehearsal_on_read", None)
         if register is not None and self._callback is not None:
             register(None)
 
     def take(self) -> list[dict[str, Any]]:
-        """Return every place that read since the last call, with its counts from the beginning."""
+        """Return each place that read since the last call, with its counts from the beginning."""
         changed = [count for count in self._counts.values() if count["is_new"]]
         for count in changed:
             count["is_new"] = False
@@ -93,7 +93,7 @@ class Reads:
         ]
 
     def _saw(self, num_bytes: int, is_known: int) -> None:
-        # What the host itself put there is read as it is.
+        # The host wrote these bytes itself, so it reads the true values.
         if is_known or self._is_inside or sys.is_finalizing():
             return
         self._is_inside = True

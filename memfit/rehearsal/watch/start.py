@@ -1,6 +1,6 @@
 """Sets up the watch in a Python that has just started, and waits for the script to import torch.
 
-Nothing else is done in a process that never imports it.
+In a process that never imports torch, nothing else is done.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SETTINGS = "MEMFIT_REHEARSAL_WATCH"
 
 
 def begin() -> None:
-    """Have the watch begin when torch is imported."""
+    """Start the watch when torch is imported."""
     settings = json.loads(os.environ[SETTINGS])
 
     def watch(torch: ModuleType) -> None:
@@ -33,11 +33,11 @@ def begin() -> None:
 
 
 def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call a function with a module once it has been imported; at once where it has been.
+    """Call a function with a module after its import. If it is imported already, call it at once.
 
     Args:
         name: The module's full name.
-        then: What to call.
+        then: The function to call.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -47,7 +47,7 @@ def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would, and has it run to the end before anything is told."""
+    """Finds one module as Python would, and calls a function after the module's code has run."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name
@@ -69,7 +69,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, which is put back before the module runs."""
+    """Wraps the module's own loader, which is put back before the module runs."""
 
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
         self._loader = loader

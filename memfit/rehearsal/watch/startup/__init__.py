@@ -1,1 +1,1 @@
-"""The folder that a rehearsed command finds first on `PYTHONPATH`; nothing else may be in it."""
+"""The folder that is first on a rehearsed command's `PYTHONPATH`. Put no other file into it."""

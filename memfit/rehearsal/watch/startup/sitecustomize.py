@@ -1,7 +1,7 @@
-"""Found first on `PYTHONPATH` by every Python that a rehearsed command starts.
+"""Starts the watch. Every Python that a rehearsed command starts finds it first on `PYTHONPATH`.
 
-It sets up the watch, takes its own folder off the import path, and hands over to whatever
-`sitecustomize` would have been found without it.
+It sets up the watch and removes its own folder from the import path. Then it runs the
+`sitecustomize` that Python would have found without it.
 """
 
 import importlib.machinery
@@ -13,7 +13,7 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - p
 
 
 def _begin_watch() -> None:
-    """Load the watch by its path: this Python may be one that has no memfit."""
+    """Load the watch by its path, because this Python may not have memfit."""
     folder = os.path.dirname(_FOLDER)  # noqa: PTH120 - see above
     name = "_memfit_watch"
     spec = importlib.util.spec_from_file_location(
@@ -30,7 +30,7 @@ def _begin_watch() -> None:
 
 
 def _hand_over() -> None:
-    """Run the `sitecustomize` that comes next on the import path, as if it had been the first."""
+    """Run the next `sitecustomize` on the import path, as if it were the first."""
     sys.path[:] = [entry for entry in sys.path if entry != _FOLDER]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize")
     if spec is None or spec.loader is None:
