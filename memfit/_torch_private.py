@@ -1,12 +1,10 @@
 """All names of torch that begin with an underscore and that memfit uses.
 
 torch may drop such a name in any release. So each name is fetched only when it is used. If a
-release does not have it, the error says what is missing, what memfit uses it for, and what still
-works. This module makes no decisions. The function that fetches a name says what the name does.
+release does not have it, the error says what is missing, what memfit uses it for, and what works.
 
-Names without an underscore are public, so other modules use them directly. The same holds for hooks
-that a class of torch calls by a name with underscores (`__torch_function__`), because these are
-documented. If a public name does the same as a private one, memfit uses the public one.
+Other modules use public names directly, and documented hooks such as `__torch_function__` too. If
+a public name does the same as a private one, memfit uses the public one.
 """
 
 from __future__ import annotations
@@ -202,10 +200,7 @@ def copy_each(targets: Sequence[Any], sources: Sequence[Any]) -> None:
 
 
 def clear_blas_workspaces() -> None:
-    """Release the memory that cuBLAS keeps on the current GPU (some megabytes).
-
-    If this torch cannot do it, nothing happens.
-    """
+    """Release the megabytes that cuBLAS keeps on the current GPU, if this torch can do it."""
     import torch
 
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
@@ -441,7 +436,7 @@ def recorded_history(*, max_entries: int) -> Iterator[None]:
 
 
 def memory_events(profiler: Any) -> Any:
-    """Return the tree of the events that `torch.profiler.profile` recorded.
+    """Return the events that `torch.profiler.profile` recorded, as a tree.
 
     Its nodes have `tag.name`, `name`, `start_time_ns`, `extra_fields` and `children`.
 

@@ -1,6 +1,7 @@
-"""Runs a command as a child to its end, and ends whatever it leaves running.
+"""Runs a command as a child process to its end, and ends the processes that it leaves running.
 
-Its input is this process's own. Signals that are meant to end this process end the command.
+The command reads this process's standard input. A signal that should end this process is passed on
+to the command.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Ended:
     """How a command ended.
 
     Args:
-        exit_code: What it ended with; negative for a signal.
-        was_interrupted: The user interrupted it.
-        last_words: The end of its output, where that was kept.
+        exit_code: Its exit code; negative for a signal.
+        was_interrupted: Whether the user interrupted it.
+        last_words: The end of its output, if that was kept.
     """
 
     exit_code: int
@@ -58,10 +59,10 @@ class Ended:
 
 
 def check_command(command: Sequence[str]) -> None:
-    """Refuse what is no command here.
+    """Refuse a command that cannot be run here.
 
     Raises:
-        UsageError: There is none, or no program of its name.
+        UsageError: The command is empty, or there is no program with its name.
     """
     if not command:
         raise UsageError("Name the command to rehearse after --, such as -- python train.py.")
@@ -79,10 +80,10 @@ def run_to_end(
     """Run a command to its end.
 
     Args:
-        command: Its words.
+        command: The words of the command.
         variables: Its environment.
-        output: Where its output goes.
-        folder: Where a file of its output can be.
+        output: The destination of its output.
+        folder: A folder for a file with its output.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -114,7 +115,7 @@ def _tail(path: Path) -> str:
 
 @contextlib.contextmanager
 def _adopting() -> Iterator[frozenset[int]]:
-    """Be the parent of what a descendant leaves behind; gives the children that were there."""
+    """Adopt processes that a descendant leaves behind. Yields the children from before."""
     others = frozenset(child.pid for child in psutil.Process().children())
     prctl = ctypes.CDLL(None).prctl
     prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -161,7 +162,7 @@ def _passing_signals_on() -> Iterator[_Passed]:
     passed = _Passed()
 
     def take(number: int, _frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the command, too; a second one is meant to be obeyed.
+        # A terminal sends Ctrl-C to the command too. A second Ctrl-C must end it.
         is_told_already = number == signal.SIGINT and _is_in_foreground()
         is_repeated = number in passed.seen
         passed.seen.add(number)

@@ -1,6 +1,6 @@
 """Reads what the watched processes of a command wrote (`watch.journal`), and makes records of it.
 
-A report may end anywhere: its process may have been killed. What is there counts.
+A report may end at any point, because its process may have been killed. All complete lines count.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from memfit.rehearsal.courses import Spot, changes_course
 __all__ = ["Report", "read_reports"]
 
 _PHASES: Final = ("setup", "data", "forward", "backward", "optimizer", "evaluation")
-# Where GradScaler asks whether any gradient was infinite. It reads that none was, as in most steps.
+# GradScaler reads here whether a gradient was infinite. It reads no, as in most real steps.
 _EXPECTED: Final = (("amp/grad_scaler.py", ReadKind.NUMBER),)
-# What tells that a script went on after a shortage.
+# Events that show that a script went on after a shortage.
 _EVENTS: Final = ("step", "settled", "out_of_memory")
 
 
@@ -39,16 +39,16 @@ class Report:
     """What one process wrote.
 
     Args:
-        path: The file.
+        path: The file of the report.
         processes: The process, once for each device that it used.
         command: The words that it was started with.
         devices: The names of the devices that it saw.
-        free_bytes: What the first of them had free when the process began to use it.
-        total_bytes: What that one has.
-        is_rehearsed: False where it is really there.
-        has_cuda: False where its torch is built without CUDA.
-        ran_out: Its last words are about memory.
-        faults: What the watch itself failed at.
+        free_bytes: The free bytes of the first device when the process began to use it.
+        total_bytes: The total bytes of the first device.
+        is_rehearsed: False if the device is a real one.
+        has_cuda: False if its torch is built without CUDA.
+        ran_out: Whether its last error is out of memory.
+        faults: The errors of the watch itself.
     """
 
     path: Path
@@ -67,10 +67,11 @@ def read_reports(folder: Path) -> tuple[Report, ...]:
     """Read every report in a folder.
 
     Args:
-        folder: Where they are.
+        folder: The folder with the reports.
 
     Returns:
-        One for each process that imported torch and used a device, or could not; by rank.
+        One report for each process that imported torch and used a device or failed to. They are
+        ordered by rank.
     """
     reports = [_report(path) for path in sorted(folder.glob("*.jsonl"))]
     return tuple(
@@ -163,7 +164,7 @@ def _process(
 
 
 def _counting(lines: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    # A shortage is of the step that is under way, which did not end.
+    # A shortage belongs to the current step, which has not ended.
     return (line for line in lines if line["event"] in ("step", "phase", "exit"))
 
 
@@ -209,7 +210,7 @@ def _phases(lines: Iterable[dict[str, Any]], device: str) -> Iterator[RehearsedP
 
 
 def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
-    # A later line of a place counts from the beginning, so it stands for the earlier ones.
+    # A later line of a place counts from the beginning, so it replaces the earlier lines.
     places = {
         (read["line"], read["innermost_line"]): read
         for line in lines
@@ -238,7 +239,7 @@ def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
 
 
 def _is_in_course(kind: ReadKind, phase: str) -> bool:
-    # What a script decides before it calls a model is seldom about a batch.
+    # A decision before the first call of a model is seldom about a batch.
     return kind is ReadKind.SIZE or phase != "setup"
 
 
@@ -250,7 +251,7 @@ def _spot(spot: tuple[str, int, int, int | None, int | None]) -> Spot:
 def _shortages(
     lines: Sequence[Mapping[str, Any]], *, ended_by: Mapping[str, Any]
 ) -> tuple[Shortage, ...]:
-    """Return the shortages, those of one place and request as one."""
+    """Return the shortages. Those with the same place and the same request are joined."""
     places: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in lines:
         key = (line["line"], line["library_line"], line["module"], line["wanted_bytes"])

@@ -1,7 +1,7 @@
-"""Runs a command on a rehearsed card, watched, and says what was seen.
+"""Runs a command on a rehearsed card with the watch, and returns what the watch recorded.
 
-The command's own input, output and exit code stay its own. When it has ended, whatever it left
-running is ended too, and the files of its reports are gone.
+The command keeps its own input, output and exit code. When it has ended, the processes that it left
+running are ended too, and the files of its reports are deleted.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ __all__ = ["History", "Rehearsed", "rehearse_command"]
 _STARTUP: Final = Path(__file__).parent / "watch" / "startup"
 
 History = Mapping[str, Any]
-"""What a process recorded of one step (`watch.history`)."""
+"""The record of one step of a process (`watch.history`)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsed:
-    """A rehearsal, and what was recorded of the process that held most.
+    """A rehearsal, and the record of the process that held the most memory.
 
     Args:
-        rehearsal: What was seen.
-        process: Whose history it is; `None` where no device was used.
-        history: The allocations of the step that decides; `None` where they were not recorded.
-        last_words: The end of the command's output, where that was kept.
+        rehearsal: The results of the rehearsal.
+        process: The process that the history belongs to; `None` if no device was used.
+        history: The allocations of the step with the peak; `None` if they were not recorded.
+        last_words: The end of the command's output, if that was kept.
     """
 
     rehearsal: Rehearsal
@@ -63,16 +63,17 @@ def rehearse_command(
     """Run a command on a card that is not there, and watch it.
 
     Args:
-        command: Its words.
-        gpu: The card; `None` for the GPU that is there, on which the command is measured.
-        environment: The variables that put it on the card, in place of or beside this process's.
-        num_steps: It is ended when its peak has not risen over so many optimizer steps.
-        is_whole: It runs to its own end.
-        keeps_history: Record the allocations of a step, too.
-        output: Where what it writes goes.
+        command: The words of the command.
+        gpu: The card; `None` to measure the command on this machine's own GPU.
+        environment: Variables that put the command on the card. They are added to this process's
+            variables, or replace them.
+        num_steps: The command is ended when its peak has not risen for this many optimizer steps.
+        is_whole: Whether the command runs to its own end instead.
+        keeps_history: Whether to record the allocations of a step too.
+        output: The destination of the command's output.
 
     Raises:
-        UsageError: There is no such command, or no GPU is there.
+        UsageError: There is no such command, or this machine has no GPU.
     """
     check_command(command)
     start = time.perf_counter()
@@ -103,7 +104,7 @@ def rehearse_command(
 
 
 def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
-    """Return what a record says of the card that the command ran on."""
+    """Return the fields of a record that describe the card that the command ran on."""
     if gpu is not None:
         return {
             "device": gpu.name,
@@ -126,7 +127,7 @@ def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
             origin="free when the command began",
         ),
         "context_bytes": 0,
-        # Whoever runs memfit itself on a rehearsed card gets no measured figure.
+        # If memfit itself runs on a rehearsed card, its figures are not measured.
         "source": Source.REHEARSED if seen.is_rehearsed else Source.MEASURED,
     }
 
@@ -185,7 +186,7 @@ def _notes(
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain values and nothing that runs."""
+    """Reads plain values only, so that a file cannot run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a plain value")
@@ -194,7 +195,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _history_of(
     reports: Sequence[Report], rehearsal: Rehearsal
 ) -> tuple[RehearsedProcess | None, History | None]:
-    """Return the history of the process that ran out, or else of the one that held most."""
+    """Return the history of the process that ran out of memory, or else of the largest one."""
 
     def rank(report: Report) -> tuple[bool, int]:
         held = max((process.peak.reserved_bytes for process in report.processes), default=0)

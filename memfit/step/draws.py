@@ -1,9 +1,9 @@
-"""Numbers that a step draws on the host, one at a time, to decide what it computes.
+"""Counts and forces single random numbers that a step draws on the host to choose what it runs.
 
-LayerDrop and stochastic depth by whole blocks draw one number for each layer and leave the layer
-out, so the memory of a step is random. Here such draws are seen, and they can be forced to the end
-of their range: all layers run at one of the two ends. Draws of many numbers (dropout, masks, noise)
-decide nothing of the kind and are left alone.
+LayerDrop and stochastic depth draw one number for each layer, and skip the layer for some numbers.
+So the memory of a step is random. This module counts such draws, and can force them to one end of
+their range. At one of the two ends, all layers run. Draws of many numbers (dropout, masks, noise)
+do not choose layers, so they are not changed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["ENDS", "Draws"]
 
 _LEAST: Final = 2.0**-24
 ENDS: Final = (_LEAST, 1 - _LEAST)
-"""Where draws are forced to, as shares of their range. Not 0 itself, because of its logarithm."""
+"""The values that draws are forced to, as shares of their range. 0 would have no logarithm."""
 
 
 class Draws:
-    """Sees draws of single numbers, and forces them where it is told to.
+    """Counts draws of single numbers, and forces them if it has a share.
 
     Args:
-        share: Where in its range every draw is to be; `None` leaves them random.
+        share: The position of every draw in its range; `None` leaves draws random.
     """
 
     def __init__(self, share: float | None = None) -> None:
@@ -37,7 +37,7 @@ class Draws:
 
     @contextlib.contextmanager
     def watched(self, *generators: random.Random) -> Iterator[None]:
-        """See, and force, what Python, NumPy and torch draw in the block.
+        """Count and force the draws of Python, NumPy and torch in the block.
 
         Args:
             *generators: Python's generators that the step owns.
@@ -109,7 +109,7 @@ def _never(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
 
 
 def _asks_for_many(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
-    """Return what tells whether a function of NumPy's is asked for an array."""
+    """Return a function that tells whether a call of a NumPy function asks for an array."""
     position = {"rand": 0, "random": 0, "random_sample": 0, "choice": 1}.get(name, 2)
     return lambda args, kwargs: len(args) > position or kwargs.get("size") is not None
 
@@ -147,7 +147,7 @@ _NUMPY: Final[dict[str, Callable[..., Any]]] = {
     "randint": _of_numpy_range,
     "choice": _choice,
 }
-# From the share, the arguments and the others, the number that is drawn.
+# Functions from the share, the arguments and the keyword arguments to the number that is drawn.
 _TORCH: Final[dict[str, Callable[[float, tuple[Any, ...], dict[str, Any]], float]]] = {
     "rand": lambda share, _args, _kwargs: share,
     "rand_like": lambda share, _args, _kwargs: share,

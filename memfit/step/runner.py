@@ -1,7 +1,8 @@
-"""A training step on its device, carried out iteration by iteration.
+"""Runs the iterations of a training step on its device.
 
-`memfit.step.workload` describes steps and makes them real; here they run: micro-batches forward and
-backward, the optimizer's step, gradients zeroed. What a user's own code raises in them is marked.
+`memfit.step.workload` describes a step and builds it. An iteration runs micro-batches forward and
+backward, takes the optimizer's step, and zeroes the gradients. Errors that a user's own code raises
+are marked.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class PrecisionPolicy(Protocol):
-    """How a step computes in mixed precision: what it needs of autocast and GradScaler."""
+    """How a step computes in mixed precision, with the functions of autocast and GradScaler."""
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context that model and loss run in."""
+        """Return the context in which the model and the loss run."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from the loss, scaled where the precision asks for it."""
+        """Run backward from the loss. The loss is scaled if the precision needs it."""
 
     def step(self, optimizer: Optimizer) -> None:
-        """Take the optimizer's step; its state exists afterwards."""
+        """Take the optimizer's step. Its state exists afterwards."""
 
 
 class _TorchPrecision:
@@ -58,8 +59,8 @@ class _TorchPrecision:
     def __init__(self, device: torch.device, precision: Precision) -> None:
         self._device = device
         self._precision = precision
-        # Memory does not depend on the scale. From 1 the first steps do not overflow, so none is
-        # skipped, and the optimizer's state is there when the peak is read.
+        # Memory does not depend on the scale. With a scale of 1 the first steps do not overflow, so
+        # no step is skipped, and the optimizer's state exists when the peak is read.
         self._scaler = torch.amp.GradScaler(
             device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
         )
@@ -75,8 +76,8 @@ class _TorchPrecision:
         self._scaler.step(optimizer)
         self._scaler.update()
         if self._scaler.is_enabled() and self._scaler.get_scale() < before:
-            # The scaler skipped the step for an overflow; training will get past that, and then
-            # the optimizer's state is there.
+            # The scaler skipped the step because of an overflow. Later steps of a training are not
+            # skipped, and then the optimizer's state exists.
             optimizer.step()
 
 
@@ -85,13 +86,13 @@ class PreparedStep:
 
     Args:
         model: The model, on its device.
-        make_batch: From a batch size to the model's inputs and the loss's targets.
-        loss: From outputs and targets to one number, or several that are added.
-        make_optimizer: Gives the optimizer that a trial begins with.
-        device: Where all of it is.
-        precision: The arithmetic; not `AUTO`.
-        num_micro_batches: Micro-batches in one iteration.
-        precision_policy: Stands in for torch's autocast and GradScaler.
+        make_batch: A function from a batch size to the model's inputs and the loss's targets.
+        loss: A function from outputs and targets to one number, or to several that are added.
+        make_optimizer: A function that returns the optimizer that a trial begins with.
+        device: The device of all of these.
+        precision: The precision of the step, not `AUTO`.
+        num_micro_batches: The number of micro-batches in one iteration.
+        precision_policy: Replaces torch's autocast and GradScaler.
 
     `peak_varies` says of the last trial that its peak depended on what the step drew.
     """
@@ -139,14 +140,14 @@ class PreparedStep:
 
     @property
     def loss_module(self) -> nn.Module | None:
-        """The loss, where it is a module: it may have parameters and buffers of its own."""
+        """The loss if it is a module, which may have parameters and buffers; else `None`."""
         return self._loss if isinstance(self._loss, nn.Module) else None
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield every tensor that is there before an iteration begins, some more than once.
+        """Yield every tensor that exists before an iteration begins, some more than once.
 
-        Parameters and buffers, what else the modules keep in attributes and containers, and the
-        optimizer's parameters and state.
+        These are parameters and buffers, other tensors that the modules keep in attributes and
+        containers, and the optimizer's parameters and state.
         """
         for root in (self.model, self.loss_module):
             for module in () if root is None else root.modules():
@@ -162,7 +163,7 @@ class PreparedStep:
                 yield from _tensors_in(state)
 
     def begin(self) -> None:
-        """Start as training does: an optimizer as it was given, no gradients.
+        """Start as training does, with the optimizer as it was given and without gradients.
 
         Raises:
             WorkloadError: The optimizer steps only with a closure.
@@ -177,7 +178,7 @@ class PreparedStep:
         self._drop_gradients()
 
     def end(self) -> None:
-        """Drop the gradients, and the optimizer with the state that it did not begin with."""
+        """Drop the gradients, the optimizer, and the state that it has gained."""
         if self._optimizer is not None and not self._had_state:
             self._optimizer.state.clear()
         self._optimizer = None
@@ -214,7 +215,7 @@ class PreparedStep:
         """Run the second part: the optimizer's step, and gradients zeroed.
 
         Args:
-            set_to_none: Drop the gradients; otherwise they stay, filled with zeros.
+            set_to_none: Whether to drop the gradients. If not, they are filled with zeros.
         """
         assert self._optimizer is not None
         with users_code():
@@ -222,7 +223,7 @@ class PreparedStep:
             self._optimizer.zero_grad(set_to_none=set_to_none)
 
     def step_on_zeros(self) -> None:
-        """Let the optimizer take a step on gradients of zero, so that its state is there."""
+        """Let the optimizer take a step on gradients of zero, so that its state exists."""
         assert self._optimizer is not None
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -231,7 +232,7 @@ class PreparedStep:
         try:
             self._optimizer.step()
         finally:
-            # Also where the optimizer refused them, such as one that takes sparse gradients only.
+            # This also runs if the optimizer refused them. Some take only sparse gradients.
             for parameter in parameters:
                 parameter.grad = None
 
@@ -289,7 +290,7 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def users_code() -> Iterator[None]:
-    """Mark what the user's own step raises, for `memfit.cli` to tell it from a bug of memfit's."""
+    """Mark errors of the user's step, so that `memfit.cli` can tell them from bugs of memfit."""
     try:
         yield
     except Exception as error:
@@ -298,7 +299,7 @@ def users_code() -> Iterator[None]:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model: a mapping by its keys, a tuple or list one by one, else as it is."""
+    """Call a model with a mapping by its keys, a tuple or list one by one, or any other value."""
     with users_code():
         if isinstance(inputs, Mapping):
             return model(**inputs)
@@ -313,13 +314,13 @@ def split_batch(
     num_inputs: int = 1,
     is_one_each: Callable[[int], bool] = lambda _index: False,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Split a batch into what a model takes and what a loss compares with.
+    """Split a batch into the model's inputs and the loss's targets.
 
     Args:
-        batch: A tuple or list of inputs and targets, or anything else, which is all inputs.
-        num_inputs: How many leading elements of a tuple or list are inputs.
-        is_one_each: Whether an element is a list of one entry for each sample, which is one
-            argument; other lists are lists of arguments.
+        batch: A tuple or list of inputs and targets. Any other value is all inputs.
+        num_inputs: The number of leading elements of a tuple or list that are inputs.
+        is_one_each: Whether an element is a list with one entry for each sample. Such a list is one
+            argument. Other lists are lists of arguments.
 
     Returns:
         The inputs, and the targets one by one.
@@ -339,7 +340,7 @@ def _is_list(elements: tuple[Any, ...] | list[Any]) -> bool:
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a precision runs forward and loss on a device."""
+    """Return the context in which forward and the loss run with a precision on a device."""
     dtype = _AUTOCAST_DTYPES.get(precision)
     if dtype is None:
         return contextlib.nullcontext()
@@ -348,7 +349,7 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 
 def added(losses: Any) -> Any:
-    """Return the sum of several losses (a mapping, tuple or list), or the one that it is."""
+    """Return the sum of several losses (a mapping, tuple or list), or a single loss itself."""
     several = tuple(losses.values()) if isinstance(losses, Mapping) else losses
     if not isinstance(several, (tuple, list)) or not several:
         return losses
@@ -358,7 +359,7 @@ def added(losses: Any) -> Any:
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what `backward` cannot begin with.
+    """Refuse a loss that `backward` cannot begin with.
 
     Raises:
         WorkloadError: The loss is not one number that has a gradient.

@@ -1,7 +1,7 @@
-"""Records one step's allocations as torch does, with notes that tell them apart afterwards.
+"""Records one step's allocations with torch's own recorder, and notes that tell them apart.
 
-Nothing of the script's is held: tensors are noted by their addresses. The file that is written is
-read by `memfit.profiling.rehearsed`.
+Tensors are noted by their addresses, so no tensor of the script is kept alive.
+`memfit.profiling.rehearsed` reads the file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class History:
 
     Args:
         torch: The module torch.
-        internals: What it keeps to itself.
-        journal: Where it is written beside.
-        modules: Which module is at work.
+        internals: torch's private functions.
+        journal: The report. The history is written to a file beside it.
+        modules: Knows which module is running.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class History:
         self._is_recording = False
 
     def begin(self) -> None:
-        """Begin to record; the device has just been initialised."""
+        """Begin to record. Call it when the device has just been initialised."""
         self._restart()
 
     def phase(self, name: str) -> None:
@@ -56,11 +56,11 @@ class History:
         self._phases.append((time.time_ns(), name))
 
     def entered(self, path: str | None) -> None:
-        """Take note that another module is at work in forward."""
+        """Take note that the running module has changed in forward."""
         self._work.append((time.time_ns(), path or "(loss)", self._modules.current is not None))
 
     def forward_begins(self, root: Any, args: Any) -> None:
-        """Take note of a model's parameters and of what it is given."""
+        """Take note of a model's parameters and of its inputs."""
         for path, module in root.named_modules():
             owner = self._modules.path_of(module) if path else f"({type(root).__name__})"
             for parameter in module.parameters(recurse=False):
@@ -72,7 +72,7 @@ class History:
             self._settle(leaf, "inputs", "(batch)")
 
     def forward_ends(self, output: Any) -> None:
-        """Have every node of the graph say when it runs."""
+        """Hook every node of the graph, so that the time at which it runs is noted."""
         nodes = [leaf.grad_fn for leaf in self._internals.tensors(output)]
         seen = set(nodes)
         while nodes:
@@ -95,12 +95,12 @@ class History:
                     self._settle(parameter.grad, "gradients", owner)
 
     def step_ends(self, optimizer: Any, *, peak_bytes: int, number: int) -> None:
-        """Keep the step that has ended if none needed more; begin another."""
+        """Keep the ended step if no earlier one needed more memory. Then begin the next step."""
         for parameter, state in optimizer.state.items():
             owner = self._owners.get(id(parameter), "(optimizer)")
             for leaf in self._internals.tensors(state):
                 self._settle(leaf, "optimizer_state", owner)
-        # The last of those that need most is the one to show: the others grow up to it.
+        # Of the steps with the highest peak, the last one is shown, because memory grows until it.
         if peak_bytes >= self._best:
             self._num_equal = self._num_equal + 1 if peak_bytes == self._best else 0
             self._best = peak_bytes
@@ -109,10 +109,10 @@ class History:
         self._restart()
 
     def keep(self, number: int) -> None:
-        """Write what was recorded since the last step, in place of an earlier one.
+        """Write the record since the last step. It replaces the record of an earlier step.
 
         Args:
-            number: Of the step; 0 where the script has taken none.
+            number: The number of the step; 0 if the script has taken none.
         """
         if not self._is_recording:
             return
@@ -142,7 +142,7 @@ class History:
         return note
 
     def _settle(self, tensor: Any, role: str, module: str) -> None:
-        # A sharded tensor's memory is its own shard's.
+        # The memory of a sharded tensor is that of its local shard.
         tensor = getattr(tensor, "_local_tensor", tensor)
         if not tensor.is_cuda:
             return

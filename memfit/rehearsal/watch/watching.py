@@ -42,14 +42,14 @@ _Figures = dict[int, dict[str, int]]
 
 
 class Ended(SystemExit):
-    """The rehearsal has seen enough: the script ends as if it had called `sys.exit(0)`."""
+    """Ends a script when enough was recorded, as if it had called `sys.exit(0)`."""
 
 
 class Watch:
-    """What is seen of one process.
+    """Watches one process.
 
     Args:
-        torch: The module, just imported.
+        torch: The module torch, just imported.
         settings: `folder`, `num_steps`, `is_whole` and `keeps_history`.
     """
 
@@ -91,14 +91,14 @@ class Watch:
         self._is_over = False
 
     def begin(self) -> None:
-        """Begin to watch; nothing of CUDA's is initialised by it."""
+        """Begin to watch. This does not initialise CUDA."""
         torch = self._torch
         if torch.version.cuda is None:
             self._journal.write("no_cuda", torch=torch.__version__)
             return
         self._peaks.install()
         self._internals.when_initialised(self._guarded(self._device_is_there))
-        # `torch.optim` takes the module's name away.
+        # `torch.optim` deletes its attribute `optimizer`, so import the module by its name.
         optimizers = importlib.import_module("torch.optim.optimizer")
         optimizers.register_optimizer_step_pre_hook(self._guarded(self._optimizer_begins))
         optimizers.register_optimizer_step_post_hook(self._guarded(self._optimizer_ends))
@@ -110,7 +110,7 @@ class Watch:
         self._watch_exit()
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that writes down its own failure: a script must not end by it."""
+        """Return a function that records its own failure, so that the script does not fail."""
 
         def guarded(*args: Any) -> Any:
             try:
@@ -139,7 +139,7 @@ class Watch:
         os._exit = _exit
 
     def _watch_optimizer(self, module: ModuleType, *, name: str) -> None:
-        """Follow optimizers whose class is none of torch's, so that its hooks do not see them."""
+        """Follow optimizers whose class is not torch's, because torch's hooks do not see them."""
         kind = getattr(module, name)
         step = kind.step
 
@@ -153,7 +153,7 @@ class Watch:
         kind.step = watched
 
     def _forked(self) -> None:
-        """Begin a report of its own in a copy of this process, if there comes to be one."""
+        """Begin a new report in a fork of this process."""
         self._journal.restart()
         self._lock = threading.RLock()
         self._is_over = True
@@ -248,7 +248,7 @@ class Watch:
                 self._history.phase(name)
 
     def _fold(self) -> None:
-        """Put down what was held at most since the last time to the phase that is under way."""
+        """Add the peaks since the last call to the current phase."""
         taken = self._peaks.take()
         if not taken:
             return
@@ -279,7 +279,7 @@ class Watch:
             for name in FIGURES:
                 highest = self._highest.get((device, name), 0)
                 self._highest[device, name] = max(highest, figures[name])
-                # Batches of slightly different sizes would never settle to the byte.
+                # If batches differ slightly in size, peaks never agree to the byte.
                 rises = rises or figures[name] > highest * _SETTLED
         return rises
 
@@ -287,7 +287,7 @@ class Watch:
         self._write_figures("step", is_rise=is_rise, optimizer=optimizer, **self._rank())
 
     def _write_figures(self, event: str, *, is_rise: bool, **fields: Any) -> None:
-        """Write the step's figures so far; of many alike, one a second."""
+        """Write the step's figures so far. If many are alike, write one line a second."""
         now = time.monotonic()
         is_due = now - self._line_time >= _LINE_SECONDS
         if self._num_lines >= _MAX_LINES and not (is_rise or is_due):
@@ -306,7 +306,7 @@ class Watch:
         )
 
     def _runs_out(self, device: int, wanted_bytes: int, total_bytes: int, free_bytes: int) -> None:
-        """Write down where memory ran out; torch calls this before it raises its error."""
+        """Record where memory ran out. torch calls this before it raises its error."""
         self._num_failures += 1
         place = here(frame_here())
         with self._lock:
@@ -335,7 +335,7 @@ class Watch:
             self._failed_step = self._step + 1
 
     def _module_of(self, place: Any) -> str | None:
-        """Return the innermost module that the frames are in, where modules are not followed."""
+        """Return the innermost module in the frames, for when modules are not followed."""
         for frame in place.frames:
             this = frame.f_locals.get("self")
             if isinstance(this, self._torch.nn.Module):
@@ -343,7 +343,7 @@ class Watch:
         return None
 
     def _end(self) -> None:
-        """End the script as `sys.exit(0)` would; at once where it does not let itself be ended."""
+        """End the script as `sys.exit(0)` does. If it catches that, end the process at once."""
         self._num_ends += 1
         if self._num_ends == 1:
             self._journal.write("settled", step=self._step)
@@ -357,7 +357,7 @@ class Watch:
         raise Ended(0)
 
     def _exits(self) -> None:
-        """Write the last figures: the process ends."""
+        """Write the last figures when the process ends."""
         if self._is_over:
             return
         self._is_over = True
@@ -377,7 +377,7 @@ class Watch:
 
 
 def _told(error: BaseException | None) -> dict[str, Any]:
-    """Say what ended the script, if an error did: the innermost one that is about memory."""
+    """Return the error that ended the script; of a chain, the innermost one about memory."""
     if error is None:
         return {"error": None, "message": None}
     chain: list[BaseException] = []

@@ -1,10 +1,10 @@
-"""One training step on meta tensors, watched: which storages it allocates and frees, in order.
+"""Runs one training step on meta tensors, and records which storages it allocates and frees.
 
-A model without weights runs forward, backward and the optimizer; a dispatch mode sees each
-operation's outputs. What the device would do differently from the meta device (autocast, attention,
-foreach optimizers, workspaces) is put right on the way. A model whose computation depends on values
-is answered where the batch has them (`memfit.simulation.tracing.known_values`), and refused where
-they would come of its weights.
+A model without weights runs forward, backward and the optimizer. A dispatch mode sees each
+operation's outputs. Some things differ between the meta device and a GPU (autocast, attention,
+foreach optimizers, workspaces). They are corrected on the way. A model may ask for values. If they
+come from the batch, it gets them (`memfit.simulation.tracing.known_values`). If they come from its
+weights, the model is refused.
 
 Source: the order of events is the autograd engine's own.
 """
@@ -43,17 +43,17 @@ class TraceOptions:
     """What decides a trace besides the training step.
 
     Args:
-        compute_capability: Of the card, such as (8, 6).
-        kernels: What its kernels take besides tensors.
+        compute_capability: The compute capability of the card, such as (8, 6).
+        kernels: Knows the memory that its kernels take besides tensors.
         prefers_cudnn_attention: See `memfit.simulation.tracing.attention.choose`.
-        has_fused_attention: There is `scaled_dot_product_attention`; otherwise models write
-            attention out.
-        uses_foreach: Optimizers take their foreach implementation by default.
-        keeps_gradients: Gradients are zeroed in place instead of dropped.
-        cudnn_benchmark: Convolutions try their plans once (`torch.backends.cudnn.benchmark`).
-        num_prefetched_batches: Batches on the device besides the one in training.
-        prefetches_as_uint8: The loader copies images as bytes and converts them on the device, so
-            one batch of bytes is there too.
+        has_fused_attention: Whether there is `scaled_dot_product_attention`. If not, models write
+            attention as separate products.
+        uses_foreach: Whether optimizers use their foreach implementation by default.
+        keeps_gradients: Whether gradients are zeroed in place instead of dropped.
+        cudnn_benchmark: Whether convolutions try their plans (`torch.backends.cudnn.benchmark`).
+        num_prefetched_batches: The number of batches on the device besides the current one.
+        prefetches_as_uint8: Whether the loader copies images as bytes and converts them on the
+            device. Then one batch of bytes is on the device too.
     """
 
     compute_capability: tuple[int, int]
@@ -67,7 +67,7 @@ class TraceOptions:
     prefetches_as_uint8: bool = False
 
     def choose_attention(self, call: AttentionCall) -> AttentionBackend:
-        """Return the kernel that attention takes."""
+        """Return the kernel that attention uses."""
         if not self.has_fused_attention:
             return AttentionBackend.WRITTEN_OUT
         return choose(call, self.compute_capability, prefers_cudnn=self.prefers_cudnn_attention)
@@ -165,7 +165,7 @@ def trace_step(
         stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
         stack.enter_context(functional_layer_open())
         stack.enter_context(regions_followed(precision_policy.autocast))
-        # The collector must not free at moments that depend on what else the process did.
+        # The collector must not free tensors at times that depend on earlier work of the process.
         stack.enter_context(old_objects_set_aside())
         stack.enter_context(explained(prepared.model, name))
         if watcher is not None:
