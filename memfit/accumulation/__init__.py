@@ -1,8 +1,8 @@
 """The training loop's side of a plan: an effective batch, carried out in micro-batches.
 
-`micro_batches` cuts and weighs for loops that have a backward of their own; `Accumulator` does the
-whole step, and does it again with smaller micro-batches when one runs out of memory. What fits is
-not its business: it takes a plan, or a micro-batch size.
+`micro_batches` cuts a batch and computes weights, for loops that call backward themselves.
+`Accumulator` does the whole step. When a micro-batch runs out of memory, it repeats the step with
+smaller ones. This package does not find out what fits: it takes a plan, or a micro-batch size.
 """
 
 from __future__ import annotations

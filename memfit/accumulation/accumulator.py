@@ -1,7 +1,8 @@
 """One optimizer step over an effective batch, in micro-batches that fit.
 
-The whole of it: split, weigh, forward and backward, clip, step, zero. With `recover`, a micro-batch
-that runs out of memory is cut smaller and the step is done again from its beginning.
+A step splits the batch, weighs the losses, runs forward and backward, clips, steps the optimizer
+and clears the gradients. With `recover`, the step is repeated from its beginning in smaller
+micro-batches if one runs out of memory.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ _log = logging.getLogger("memfit")
 class Accumulator:
     """Carries out optimizer steps over effective batches, in micro-batches that fit.
 
-    A step leaves the parameters where one over the whole batch would have: each micro-batch's loss
-    is weighted by its share of what the loss averages over. Layers that mix samples (batch norm)
-    and layers that draw random numbers (dropout) still see micro-batches; `memfit.verify` tells
-    which those are.
+    A step changes the parameters as one step over the whole batch would, because each micro-batch's
+    loss is weighted by its share of what the loss averages over. Layers that mix samples (batch
+    norm) and layers that draw random numbers (dropout) still see micro-batches. `memfit.verify`
+    names these layers.
 
     Args:
         model: The model, in the mode and on the device of training; or a
@@ -58,30 +59,29 @@ class Accumulator:
         optimizer: The optimizer over its parameters.
         plan: A plan, or the most samples in a micro-batch.
         loss: A function `loss(outputs, targets)` that returns one number, or several (a tuple, list
-            or dictionary) that are added; targets that are a tuple or list are passed one by one,
-            and without targets it is `loss(outputs)`.
+            or dictionary) that are added. Targets in a tuple or list are passed one by one. Without
+            targets, `loss(outputs)` is called.
         weight: What the loss averages over: `"samples"`, `"sum"` for a loss that does not average,
-            or a function that counts it in a batch, such as its valid targets. For several losses
-            that average over different things, one for each, nested as the losses are.
-        multiple_of: What micro-batches are multiples of, the last one excepted; by default the
-            plan's, and 1 for a micro-batch size.
+            or a function that counts it in a batch, such as its valid targets. If several losses
+            average over different things: one weight for each, nested as the losses are.
+        multiple_of: Every micro-batch except the last is a multiple of this. Default: the plan's
+            value, or 1 for a micro-batch size.
         num_inputs: How many leading elements of a flat batch such as `(x1, x2, y)` are inputs.
-        batch_dims: As in `Workload`: for a part of the batch the dimension that counts the samples;
-            `None` for a part that belongs to all of them.
+        batch_dims: As in `Workload`: for a part of the batch, the dimension that counts the
+            samples; `None` for a part that all samples share.
         cut: As in `Workload`: a function `cut(batch, start, stop)` that returns those samples.
         count: As in `Workload`: a function that returns the samples of a batch.
-        scaler: The `GradScaler`; by default one of its own where the precision is `amp-fp16`.
-        scheduler: Stepped after each optimizer step that was not skipped for an overflow. One whose
-            `step` has to be told a metric or an epoch is stepped by the loop that knows it.
-        clip_grad_norm: What the norm of the accumulated gradient is clipped to.
-        precision: The precision of the forward passes; by default the plan's, and `"fp32"`, which
-            leaves tensors as they are, for a micro-batch size.
-        recover: Do a step that runs out of memory again in smaller micro-batches. Otherwise the
-            error is raised as it comes, and `DistributedDataParallel` sums gradients during the
-            last backward pass.
+        scaler: The `GradScaler`. Default: a new one if the precision is `amp-fp16`.
+        scheduler: Stepped after each optimizer step that was not skipped because of an overflow. If
+            its `step` needs a metric or an epoch, the training loop has to step it instead.
+        clip_grad_norm: The norm that the accumulated gradient is clipped to.
+        precision: The precision of the forward passes. Default: the plan's, or `"fp32"` for a
+            micro-batch size. `"fp32"` does not change the type of any tensor.
+        recover: Repeat a step that runs out of memory, in smaller micro-batches. False: the error
+            is raised, and `DistributedDataParallel` sums gradients during the last backward pass.
 
     Raises:
-        UsageError: An argument is not what it has to be.
+        UsageError: An argument has a wrong type or value.
         UnsupportedError: The model's parameters are sharded over ranks.
     """
 
@@ -138,23 +138,23 @@ class Accumulator:
 
     @property
     def micro_batch_size(self) -> int:
-        """The most samples in a micro-batch, smaller than planned once one has run out."""
+        """The most samples in a micro-batch; less than planned after one ran out of memory."""
         return self._size
 
     def restore_micro_batch_size(self) -> None:
-        """Try the plan's micro-batch size again; on several ranks, each has to."""
+        """Use the plan's micro-batch size again; every rank has to call this."""
         self._size = self._planned_size
 
     def step(self, batch: Any) -> torch.Tensor:
-        """Train on a batch: one optimizer step, gradients none before and after.
+        """Train on a batch: one optimizer step. `.grad` is None before and after it.
 
-        On several ranks each calls it with its own share.
+        With several ranks, each rank calls it with its own part of the batch.
 
         Args:
             batch: Tensors of shape (samples, ...) in any nesting, on any device and of any size:
-                the effective batch, or what is left for a short last one. Lists of one entry for
-                each sample are cut as well. Micro-batches are moved to the model's device one by
-                one, so it may stay in host memory.
+                the effective batch, or a shorter last one. Lists of one entry for each sample are
+                cut as well. The batch may stay in host memory, because micro-batches are moved to
+                the model's device one by one.
 
         Returns:
             The loss of the whole effective batch, over all ranks: one number, detached.
@@ -162,7 +162,7 @@ class Accumulator:
         Raises:
             WorkloadError: The batch has no batch size, or the loss is not one number.
             DoesNotFitError: Not even a micro-batch of one sample fits. Buffers and random states
-                are as before, and gradients are none.
+                are as before the step, and `.grad` is None.
             RankFailedError: The step failed on another rank.
         """
         self._parameters = self._now_held()
@@ -182,9 +182,9 @@ class Accumulator:
     # --- forward and backward ---------------------------------------------------------------------
 
     def _backward_all(self, batch: Any) -> torch.Tensor:
-        """Run all micro-batches; the last lets the model sum gradients over the ranks."""
+        """Run all micro-batches; during the last, the model sums gradients over the ranks."""
         cut_up = self._cut(batch, self._size)
-        # The model averages over ranks what is to be summed.
+        # The model averages gradients over the ranks, but the step needs their sum.
         factor = self._ranks.world_size
         shares = self._terms.shares(cut_up.counts, self._totals(cut_up), factor=factor)
         loss = None
@@ -197,7 +197,7 @@ class Accumulator:
         return loss / self._ranks.world_size
 
     def _backward_all_recovering(self, batch: Any, start: StepStart) -> torch.Tensor:
-        """Run all micro-batches, again and in smaller ones as long as some rank runs out."""
+        """Run all micro-batches; repeat with smaller ones while some rank runs out of memory."""
         size_before = self._size
         while True:
             attempt = self._attempt(batch)
@@ -208,7 +208,7 @@ class Accumulator:
                 start.settle()
                 assert attempt.loss is not None
                 return attempt.loss
-            # Here, out of every `except` block, the failed attempt's tensors can go.
+            # Outside of every `except` block, the failed attempt's tensors can be freed.
             self._drop_gradients()
             start.rewind()
             release(self._device)
@@ -220,7 +220,7 @@ class Accumulator:
             self._shrink_to(agreed.micro_batch_size, attempt.message or "out of memory on a rank")
 
     def _attempt(self, batch: Any) -> _Attempt:
-        """Run all micro-batches, through every collective even if something fails in between."""
+        """Run all micro-batches; take part in every collective, even after a failure."""
         cut_up = loss = None
         trouble = _Trouble()
         with trouble.noted(self._size, self._multiple_of):
@@ -265,7 +265,7 @@ class Accumulator:
             micro_batch: The micro-batch, on any device.
             weights: What its losses are multiplied by.
             layout: How its batch was cut.
-            is_needed: Run backward even if it contributes nothing: other ranks wait for it.
+            is_needed: Run backward even if it contributes nothing, because other ranks wait for it.
         """
         options = self._options
         placed = batches.to_device(
@@ -273,7 +273,7 @@ class Accumulator:
             self._device,
             dtype=torch.bfloat16 if options.precision is Precision.BF16 else None,
             memory_format=torch.channels_last if options.channels_last else None,
-            # What a model changes in place must be there again if the step is done again.
+            # A model may change its inputs in place; a repeated step needs the original values.
             is_private=self._start is not None,
         )
         inputs, targets = split_batch(
@@ -284,14 +284,14 @@ class Accumulator:
             losses = self._terms.losses(self._loss(outputs, *targets))
         weighted = [
             loss * weight
-            # What has nothing to average over is 0 / 0, and no part of the whole batch's loss.
+            # A loss that averages over nothing is 0 / 0, and adds nothing to the batch's loss.
             for loss, weight in zip(losses, self._terms.for_each(losses, weights), strict=True)
             if weight != 0
         ]
         if not weighted and not is_needed:
             return torch.zeros((), device=self._device, dtype=losses[0].dtype)
         if not weighted:
-            # A loss of 0 / 0 times 0 is no 0, and what the model returned times 0 is.
+            # Such a loss is NaN, also after times 0. The model's outputs times 0 are 0.
             leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
             weighted = [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
@@ -322,12 +322,12 @@ class Accumulator:
     # --- the optimizer's part ---------------------------------------------------------------------
 
     def _update(self) -> None:
-        """Clip, step and schedule; leave no gradient, and no scaler half way, whatever fails."""
+        """Clip, step and schedule; after an error too, clear gradients and reset the scaler."""
         try:
             self._step_optimizer()
         except BaseException:
             if self.scaler is not None:
-                # It forgets that it has unscaled, and keeps its scale.
+                # The scaler keeps its scale, and forgets that it unscaled gradients.
                 self.scaler.update(self.scaler.get_scale())
             raise
         finally:
@@ -351,7 +351,7 @@ class Accumulator:
             self._scheduler.step()
 
     def _now_held(self) -> list[nn.Parameter]:
-        """Return what gradients may sit at: more may have been added since the last step."""
+        """Return all parameters that may have a gradient, also those added since the last step."""
         stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
         return list({id(p): p for p in (*self._model.parameters(), *stepped)}.values())
 
@@ -370,7 +370,7 @@ class Accumulator:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Cut:
-    """A batch in micro-batches, and what each of the losses averages over in each of them."""
+    """A batch in micro-batches, and each loss's counts in each of them."""
 
     layout: Layout
     micro_batches: list[Any]
@@ -380,7 +380,7 @@ class _Cut:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Attempt:
-    """What came of running all micro-batches."""
+    """The outcome of running all micro-batches."""
 
     loss: torch.Tensor | None
     ending: AttemptOutcome
@@ -389,7 +389,7 @@ class _Attempt:
 
 
 class _Trouble:
-    """What went wrong in an attempt: something smaller to try, or an error to raise."""
+    """What went wrong in an attempt: a smaller size to try, or an error to raise."""
 
     def __init__(self) -> None:
         self.next_size: int | None = None
@@ -398,18 +398,18 @@ class _Trouble:
 
     @contextlib.contextmanager
     def noted(self, size: int, multiple_of: int) -> Iterator[None]:
-        """Note what the block raises, and go on after it.
+        """Record the exception that the block raises, and continue after the block.
 
         Args:
             size: Samples in the largest micro-batch of the block.
-            multiple_of: What smaller ones should be multiples of.
+            multiple_of: Smaller micro-batches should be multiples of this.
         """
         try:
             yield
         except Exception as error:
             verdict = oom.classify(error)
             if verdict is oom.Likelihood.NO and isinstance(error, torch.AcceleratorError):
-                # The device's context is poisoned: nothing can be put back, and nobody told.
+                # The device's context is broken: no state can be restored, no rank informed.
                 raise
             self.message = oom.first_line(error)
             if verdict is oom.Likelihood.NO:
@@ -417,7 +417,7 @@ class _Trouble:
                 return
             self.next_size = smaller(size, multiple_of=multiple_of)
             if self.next_size is None and verdict is oom.Likelihood.SUSPECTED:
-                # No batch is small enough, so it was not for want of memory.
+                # Every batch size fails, so memory was not the cause.
                 self.error = error
             elif self.next_size is None:
                 self.error = DoesNotFitError(

@@ -1,4 +1,4 @@
-"""What `Accumulator` was given, checked before anything is trained."""
+"""Checks of the arguments of `Accumulator`, before training begins."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["check_ranks", "check_scheduler", "device_of", "read_plan", "with_pre
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model is.
+    """Return the device of a model.
 
     Raises:
-        UsageError: It has no parameters.
+        UsageError: The model has no parameters.
     """
     parameter = next(model.parameters(), None)
     if parameter is None:
@@ -28,7 +28,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_ranks(plan: Plan, ranks: Ranks) -> None:
-    """Refuse a plan whose effective batch these ranks would not make."""
+    """Refuse a plan whose effective batch does not match the number of ranks."""
     planned, seen = plan.world_size, ranks.world_size
     if planned != seen:
         wrap = ", or wrap the model in DistributedDataParallel" if seen == 1 else ""
@@ -42,7 +42,7 @@ def check_scheduler(scheduler: object) -> None:
     """Refuse a scheduler that cannot be stepped after each optimizer step.
 
     Raises:
-        UsageError: Its `step` needs to be told something, or it has none.
+        UsageError: Its `step` needs an argument, or it has no `step`.
     """
     if scheduler is None:
         return
@@ -64,7 +64,7 @@ def check_scheduler(scheduler: object) -> None:
 
 
 def read_plan(plan: object) -> tuple[int, int, StepOptions]:
-    """Return the micro-batch size, what it is a multiple of, and the options of a plan."""
+    """Return a plan's micro-batch size, the number that it is a multiple of, and its options."""
     if isinstance(plan, Plan):
         return plan.micro_batch_size, plan.multiple_of, plan.options
     if isinstance(plan, PlanSurvey):
@@ -82,7 +82,7 @@ def read_plan(plan: object) -> tuple[int, int, StepOptions]:
 
 
 def with_precision(options: StepOptions, precision: str | Precision | None) -> StepOptions:
-    """Return options with another precision, where one was asked for.
+    """Return the options, with the given precision if it is not `None`.
 
     Raises:
         UsageError: There is no such precision.

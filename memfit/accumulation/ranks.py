@@ -1,13 +1,13 @@
-"""One optimizer step on several ranks: totals, agreement, and gradients summed when all are done.
+"""One optimizer step on several ranks: counts are added up, and gradients are summed at the end.
 
-A rank that runs out of memory in the middle of a backward pass never starts the all-reduces that
-`DistributedDataParallel` has hung into that pass, and the others would wait in theirs for ever. So
-where a step may be done again, every micro-batch runs inside `no_sync()`, the ranks then agree on
-how it ended, and only if all are done do they sum their gradients. That gives up the overlap of the
-last backward pass with its communication, once in an optimizer step.
+`DistributedDataParallel` starts its all-reduces during the backward pass. A rank that runs out of
+memory in that pass never starts them, and the other ranks would wait for ever. So if a step may be
+repeated, every micro-batch runs inside `no_sync()`. Then the ranks agree on how the step ended.
+They sum their gradients only if all have finished. This has a cost: once in each optimizer step,
+the last backward pass does not overlap with communication.
 
 In each attempt every rank calls the same collectives in the same order, whatever happens to it in
-between: `summed`, `share_buffers`, `agree`, and then, if all are done, `reduce`.
+between: `summed`, `share_buffers`, `agree`, and then, if all have finished, `reduce`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memfit.errors import UnsupportedError, WorkloadError
 
 __all__ = ["AttemptOutcome", "DistributedRanks", "Ranks", "SingleRank", "ranks_of"]
 
-_BUCKET_BYTES = 25 * 1024**2  # as DistributedDataParallel's
+_BUCKET_BYTES = 25 * 1024**2  # the same as in DistributedDataParallel
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +34,10 @@ class AttemptOutcome:
     """How an attempt at an optimizer step ended: on one rank, or on all together.
 
     Args:
-        micro_batch_size: What the next micro-batches shall have at most; the smallest counts.
+        micro_batch_size: The most samples in the next micro-batches; the smallest of all ranks'
+            values is used.
         ran_out: A micro-batch ran out of memory.
-        failed: Something else went wrong, or there is nothing smaller to try.
+        failed: Something else went wrong, or there is no smaller size to try.
     """
 
     micro_batch_size: int
@@ -45,16 +46,16 @@ class AttemptOutcome:
 
 
 class Ranks(Protocol):
-    """Those who take part in an optimizer step."""
+    """The ranks that take part in an optimizer step."""
 
     @property
     def world_size(self) -> int:
-        """How many they are."""
+        """The number of ranks."""
         ...
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks for all."""
+        """Whether this rank reports for all ranks."""
         ...
 
     def summed(self, values: Sequence[float]) -> list[float]:
@@ -62,7 +63,7 @@ class Ranks(Protocol):
         ...
 
     def share_buffers(self) -> None:
-        """Give all ranks the first one's buffers, where the model is told to."""
+        """Give all ranks the first rank's buffers, if the model is set to do so."""
         ...
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[object]:
@@ -70,11 +71,11 @@ class Ranks(Protocol):
         ...
 
     def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
-        """Tell the others how it ended here, and return how it ended for all together."""
+        """Tell the other ranks how the attempt ended here; return how it ended for all."""
         ...
 
     def prepare(self) -> None:
-        """Take what memory `reduce` needs, while running out is still an outcome."""
+        """Allocate the memory of `reduce`, while running out of memory can still be handled."""
         ...
 
     def reduce(self) -> None:
@@ -87,7 +88,7 @@ class Ranks(Protocol):
 
 
 class SingleRank:
-    """A process that trains by itself."""
+    """A process that trains without other ranks."""
 
     world_size = 1
     is_first = True
@@ -97,21 +98,21 @@ class SingleRank:
         return list(values)
 
     def share_buffers(self) -> None:
-        """There is nobody to share with."""
+        """Do nothing, because there is no other rank."""
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[object]:
         """Return a context that does nothing."""
         return contextlib.nullcontext()
 
     def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
-        """Return what it is told."""
+        """Return the argument."""
         return ending
 
     def prepare(self) -> None:
-        """There is nothing to reduce."""
+        """Do nothing, because `reduce` needs no memory."""
 
     def reduce(self) -> None:
-        """There is nothing to sum."""
+        """Do nothing, because there is no other rank."""
 
     def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
         """Return the value."""
@@ -138,14 +139,14 @@ class DistributedRanks:
         self._device = self._parameters[0].device
         self._flat: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._has_gradient: list[bool] = []
-        # Now, and not when some rank may have no memory left for it.
+        # Allocated now, because later a rank may have no memory left.
         for tensors in (self._parameters, list(model.module.buffers())):
             for alike in _alike(tensors).values():
                 self._bucket(alike)
 
     @property
     def world_size(self) -> int:
-        """How many they are."""
+        """The number of ranks."""
         return int(self._group.size())
 
     @property
@@ -161,10 +162,10 @@ class DistributedRanks:
         return sums
 
     def share_buffers(self) -> None:
-        """Give all ranks the first one's buffers, as the model's forward would.
+        """Give all ranks the first rank's buffers, as the model's forward would.
 
-        Done here, where every rank comes by: one that ran out before its forward would leave the
-        others waiting in theirs.
+        It is done here, because every rank calls this method. In the model's forward, the other
+        ranks would wait for a rank that ran out of memory before it.
         """
         buffers = list(self._model.module.buffers())
         if self._model.broadcast_buffers and buffers:
@@ -180,19 +181,19 @@ class DistributedRanks:
         return context
 
     def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
-        """Tell the others how it ended here, and return how it ended for all together."""
+        """Tell the other ranks how the attempt ended here; return how it ended for all."""
         message = [-ending.micro_batch_size, int(ending.ran_out), int(ending.failed)]
         message += map(int, self._has_gradient or [False] * len(self._parameters))
         tensor = torch.tensor(message, dtype=torch.int64, device=self._device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self._group)
         size, ran_out, failed, *has_gradient = tensor.tolist()
-        # The model's own next forward, in an evaluation say, shares buffers as it always does.
+        # The model's next forward, for example in an evaluation, shares buffers as usual.
         self._model.require_forward_param_sync = True
         self._has_gradient = [bool(has) for has in has_gradient]
         return AttemptOutcome(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
 
     def prepare(self) -> None:
-        """Fill in gradients that this rank has none of.
+        """Give every parameter that has no gradient on this rank a gradient of zeros.
 
         Raises:
             WorkloadError: A gradient is sparse.
@@ -207,7 +208,7 @@ class DistributedRanks:
                 )
 
     def reduce(self) -> None:
-        """Sum gradients over the ranks; one that no rank has is none again."""
+        """Sum gradients over the ranks; a `.grad` that no rank computed becomes None again."""
         for parameter, has in zip(self._parameters, self._has_gradient, strict=True):
             if not has:
                 parameter.grad = None
@@ -225,7 +226,7 @@ class DistributedRanks:
         return [p.grad for p in self._parameters if p.grad is not None]
 
     def _bucket(self, alike: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return memory for many tensors of one kind at a time, and for each piece of one."""
+        """Return a buffer that takes many tensors of one kind, or a piece of a large one."""
         like = alike[0]
         key = (like.dtype, like.device)
         total = sum(tensor.numel() for tensor in alike)
@@ -241,7 +242,7 @@ class DistributedRanks:
     def _in_buckets(
         self, tensors: Sequence[torch.Tensor], collective: Callable[[torch.Tensor], object]
     ) -> None:
-        """Run a collective over tensors, many at a time, in the order that all ranks have them."""
+        """Run a collective over many tensors at a time, in the same order on all ranks."""
         for alike in _alike(tensors).values():
             flat = self._bucket(alike)
             pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -250,7 +251,7 @@ class DistributedRanks:
                 if start + piece.numel() > flat.numel():
                     _exchange(pending, flat[:start], collective)
                     pending, start = [], 0
-                # Views of the bucket take any strides, so that ranks need not agree on them.
+                # Views of the bucket are contiguous, so strides may differ between ranks.
                 pending.append((piece, flat[start : start + piece.numel()].view(piece.shape)))
                 start += piece.numel()
             _exchange(pending, flat[:start], collective)
@@ -296,7 +297,7 @@ def _largest_piece(tensor: torch.Tensor) -> int:
 
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """Return those who take part in training a model.
+    """Return the ranks that train a model.
 
     Args:
         model: The model, as the training loop calls it.
@@ -304,7 +305,7 @@ def ranks_of(model: nn.Module) -> Ranks:
     Raises:
         UnsupportedError: Its parameters are sharded over ranks.
     """
-    inner = getattr(model, "_orig_mod", model)  # as torch.compile keeps what it was given
+    inner = getattr(model, "_orig_mod", model)  # torch.compile keeps the original here
     if isinstance(inner, DistributedDataParallel):
         return DistributedRanks(inner)
     if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):

@@ -1,7 +1,7 @@
-"""What a loss function holds on to: modules, optimizers, and objects that may hold tensors.
+"""Finds the modules, the optimizers and other objects with tensors that a loss function uses.
 
-A loss is often a function of a few lines around a module: a method, a partial, a lambda that names
-one. What it changes in a step has to be put back if the step is done again.
+A loss is often a short function around a module: a method, a partial, or a lambda that uses one. If
+a step is repeated, the state that the loss changed has to be restored first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["held_by"]
 
 
 def held_by(part: object) -> tuple[tuple[nn.Module, ...], tuple[object, ...]]:
-    """Return what a model or a loss function holds on to.
+    """Return the modules and other objects that a model or a loss function uses.
 
     Args:
         part: A module, a function, or an object that can be called.
@@ -42,7 +42,7 @@ def held_by(part: object) -> tuple[tuple[nn.Module, ...], tuple[object, ...]]:
             left += _inside(value)
         elif not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
             others[id(value)] = value
-            # Its modules are walked as modules are, and not as what an object of theirs is.
+            # Objects inside a module are searched too; its submodules are found as modules.
             left += [v for v in getattr(value, "__dict__", {}).values() if _has_state(v)]
     return tuple(modules.values()), tuple(others.values())
 
@@ -54,12 +54,12 @@ def _inside(function: Any) -> Iterator[object]:
         yield from (function.__self__, function.__func__)
     elif function.__module__ is None or function.__module__.partition(".")[0] != "torch":
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # not filled yet
+            with contextlib.suppress(ValueError):  # the variable has no value yet
                 yield cell.cell_contents
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
         named = (function.__globals__.get(name) for name in function.__code__.co_names)
-        # Of what a script has at its top, only what is there to be called: not its data.
+        # Of a script's global names, only objects that can be called count, not its data.
         yield from (v for v in named if _has_state(v) or _is_own(v, function))
 
 
@@ -68,7 +68,7 @@ def _has_state(value: object) -> bool:
 
 
 def _is_own(value: object, function: types.FunctionType) -> bool:
-    """Whether it is called as a function of the same script is, or an object of its class."""
+    """Whether a value is a function of the same script, or an object of one of its classes."""
     return (
         callable(value)
         and not isinstance(value, type)

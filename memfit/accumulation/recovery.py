@@ -1,8 +1,8 @@
-"""Doing an optimizer step again from its beginning, in smaller micro-batches.
+"""Repeating an optimizer step from its beginning, in smaller micro-batches.
 
-`StepStart` notes down what forward and backward passes change besides gradients. `RetryMonitor`
-notices an allocator that has to give its cache back to go on. Whether an error was out of memory
-is decided in `memfit.memory.oom`.
+`StepStart` records the state that forward and backward passes change, apart from gradients.
+`RetryMonitor` notices that the allocator has to free its cache again and again. `memfit.memory.oom`
+decides whether an error means out of memory.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ _LEAST_TIMES_ROOM: Final = 4
 
 
 def smaller(size: int, *, multiple_of: int = 1) -> int | None:
-    """Return the micro-batch to try after one that ran out.
+    """Return the micro-batch size to try after one ran out of memory.
 
     Args:
-        size: Samples in the one that ran out.
-        multiple_of: What it should be a multiple of, where that is possible.
+        size: Samples in the micro-batch that ran out of memory.
+        multiple_of: The result is a multiple of this, if that is possible.
 
     Returns:
-        Half of it, rounded down; `None` where there is nothing less.
+        Half of `size`, rounded down; `None` if there is no smaller size.
     """
     half = size // 2
     return half // multiple_of * multiple_of or half or None
 
 
 class StepStart:
-    """All that a model and a loss keep besides gradients, as it was when a step began.
+    """The state of a model and a loss at the beginning of a step, apart from gradients.
 
-    Values of buffers are copied where they are, all at once, into memory that is used again for
-    each step: a few kernels on a GPU, and nothing to wait for. Parameters that forward moves
+    Buffers are copied on their device, all at once, into memory that every step uses again. On a
+    GPU this takes a few kernels, and the host does not wait. Parameters that forward changes
     (teachers, codebooks, a discriminator that the loss trains) are copied as well, into host
-    memory. Which those are shows in the first step, for which all parameters are copied: the
-    optimizer's state has no memory yet.
+    memory. The first step shows which parameters these are. For it, all parameters are copied. The
+    optimizer's state takes no memory yet at that time.
 
     Args:
         parts: The model, and the loss function.
@@ -67,10 +67,10 @@ class StepStart:
         self._restores: list[Callable[[], None]] = []
 
     def mark(self, dropped: Sequence[nn.Parameter]) -> None:
-        """Note everything down.
+        """Record the state.
 
         Args:
-            dropped: The parameters whose gradients are none now.
+            dropped: The parameters whose `.grad` is None now.
         """
         parameters = _unique(p for module in self._modules for p in module.parameters())
         buffers = _unique(b for module in self._modules for b in module.buffers())
@@ -92,7 +92,7 @@ class StepStart:
         ]
 
     def settle(self) -> None:
-        """Take note of which parameters the passes have moved: they are done, and stay."""
+        """Record which parameters the passes have changed; the step succeeded and is kept."""
         moved = self._written()
         if self._known is None:
             self._known = {}
@@ -102,7 +102,7 @@ class StepStart:
         self._restores, self._marks, self._gradients = [], [], []
 
     def rewind(self) -> None:
-        """Put everything back, bit for bit."""
+        """Restore the state, bit for bit."""
         lost = [p for p in self._written() if not self._moving.has(p)]
         for restore in self._restores:
             restore()
@@ -120,12 +120,12 @@ class StepStart:
             )
 
     def _written(self) -> list[torch.Tensor]:
-        """Return the parameters that can be seen to have been written to since the mark."""
+        """Return the parameters that were changed since `mark`, as far as this can be seen."""
         return [p for p, mark in self._marks if (version_of(p), p.data_ptr()) != mark]
 
 
 class _Copies:
-    """Tensors and copies of what they held.
+    """Tensors and copies of their values.
 
     Args:
         on_host: Keep the copies in host memory.
@@ -137,7 +137,7 @@ class _Copies:
         self._copies: list[torch.Tensor] = []
 
     def take(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy tensors, into the memory of the copies before where they are the same."""
+        """Copy tensors; if they are the same as before, use the memory of the old copies."""
         if not _are_same(tensors, self._tensors):
             self._copies = [self._room(tensor) for tensor in tensors]
         self._tensors = list(tensors)
@@ -149,17 +149,17 @@ class _Copies:
                 copy_each(self._copies, list(tensors))
 
     def put_back(self) -> None:
-        """Give the tensors what they held."""
+        """Write the copied values back into the tensors."""
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
             there = copy.to(tensor.device)
             if (tensor.shape, tensor.dtype) != (copy.shape, copy.dtype):
                 tensor.data = there.clone()
-            # One that was not written to may be a view that cannot be.
+            # An unchanged tensor is left alone, because it may be a view that refuses writes.
             elif not torch.equal(tensor, there):
                 tensor.copy_(there)
 
     def changed(self) -> list[torch.Tensor]:
-        """Return the tensors that hold something else now."""
+        """Return the tensors whose values differ from their copies."""
         pairs = zip(self._tensors, self._copies, strict=True)
         return [tensor for tensor, copy in pairs if not torch.equal(tensor, copy.to(tensor.device))]
 
@@ -168,7 +168,7 @@ class _Copies:
         return any(tensor is known for known in self._tensors)
 
     def keep(self, wanted: Container[int]) -> None:
-        """Forget all but some tensors, by their identity."""
+        """Drop all tensors and copies except those with the given identities."""
         kept = [i for i, tensor in enumerate(self._tensors) if id(tensor) in wanted]
         self._tensors = [self._tensors[i] for i in kept]
         self._copies = [self._copies[i] for i in kept]
@@ -191,22 +191,22 @@ def _are_same(tensors: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) ->
 
 
 def _is_room_for(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether host memory takes copies of tensors without becoming scarce."""
+    """Whether host memory has enough room for copies of tensors."""
     wanted = sum(tensor.nbytes for tensor in tensors)
     try:
         available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on this system
+    except (AttributeError, ValueError, OSError):  # this system does not tell
         return True
     return wanted * _LEAST_TIMES_ROOM <= available
 
 
 class RetryMonitor:
-    """Whether the allocator of a GPU had to give back its cache in several steps in a row.
+    """Whether the allocator of a GPU had to free its cache in several steps in a row.
 
-    Such steps fit, and crawl.
+    Such steps fit, but they are very slow.
 
     Args:
-        device: The device of training; others than GPUs have no such allocator.
+        device: The device of training; only GPUs have such an allocator.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -215,7 +215,7 @@ class RetryMonitor:
         self._num_steps = 0
 
     def is_repeated(self) -> bool:
-        """Take note of a step that has ended, and say whether it was one too many."""
+        """Count a step that has ended; return whether too many steps in a row freed the cache."""
         num_retries, self._num_retries = self._num_retries, self._now()
         self._num_steps = self._num_steps + 1 if self._num_retries > num_retries else 0
         if self._num_steps < _MANY_STEPS:

@@ -1,4 +1,4 @@
-"""A batch, split by a plan into micro-batches that know their weights."""
+"""Splits a batch by a plan, into micro-batches with their weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MicroBatch:
 
     Args:
         batch: Views of the batch's tensors, in its nesting.
-        num_samples: Samples in it.
-        weight: What its loss is multiplied by, so that the losses sum to the whole batch's.
-        is_last: No other follows in this optimizer step.
+        num_samples: Samples in this micro-batch.
+        weight: The factor for its loss, so that the losses add up to the whole batch's loss.
+        is_last: This is the last micro-batch of the optimizer step.
     """
 
     batch: Any
@@ -46,23 +46,23 @@ def micro_batches(
     cut: Callable[[Any, int, int], Any] | None = None,
     count: Callable[[Any], int] | None = None,
 ) -> tuple[MicroBatch, ...]:
-    """Cut a batch into micro-batches and weigh them, for a loop with a backward of its own.
+    """Cut a batch into micro-batches and weigh them, for a loop that calls backward itself.
 
     `for micro in micro_batches(plan, batch): (loss(model(x), y) * micro.weight).backward()`, with
     `x` and `y` from `micro.batch`, leaves the gradient of the whole batch in `.grad`.
 
-    A plan for several ranks counts over all of them, so each has to call this for its own batch;
-    the weights are then for gradients that are averaged over the ranks, as
-    `DistributedDataParallel` does. All micro-batches but the last belong in its `no_sync()`.
+    With a plan for several ranks, each rank has to call this for its own batch, because counts are
+    added up over all ranks. The weights then expect that gradients are averaged over the ranks, as
+    `DistributedDataParallel` does. Run all micro-batches except the last inside its `no_sync()`.
 
     Args:
-        plan: What `memfit.plan` returned.
-        batch: Tensors of shape (samples, ...) in any nesting, of any size: a short last batch is
-            weighed by what it has. Lists of as many entries are cut as well.
+        plan: The result of `memfit.plan`.
+        batch: Tensors of shape (samples, ...) in any nesting, of any size. A short last batch is
+            weighed by its own counts. Lists with one entry for each sample are cut as well.
         weight: What the loss averages over: `"samples"`, `"sum"` for a loss that does not average,
             or a function that counts it in a batch, such as its valid targets.
 
-        num_inputs: As in `Workload`; it matters for lists at the place of inputs and targets.
+        num_inputs: As in `Workload`. It matters if inputs and targets are lists.
         batch_dims: As in `Workload`.
         cut: As in `Workload`.
         count: As in `Workload`.
@@ -71,8 +71,8 @@ def micro_batches(
         The micro-batches, larger ones first.
 
     Raises:
-        WorkloadError: The batch has no batch size, or nothing to average over.
-        UsageError: The plan is for several ranks, and the process group is not theirs.
+        WorkloadError: The batch has no batch size, or the loss has nothing to average over.
+        UsageError: The plan is for several ranks, and the process group does not match it.
     """
     check_weight(weight)
     if plan.world_size > 1:
@@ -106,10 +106,10 @@ def micro_batches(
 
 
 def _check_world(world_size: int) -> None:
-    """Refuse to run a plan for several ranks among others than those.
+    """Refuse to run a plan with another number of ranks than it was made for.
 
     Raises:
-        UsageError: There is no process group, or one of another size.
+        UsageError: There is no process group, or it has another size.
     """
     is_there = distributed.is_available() and distributed.is_initialized()
     seen = distributed.get_world_size() if is_there else 1
@@ -121,12 +121,12 @@ def _check_world(world_size: int) -> None:
 
 
 def micro_batches_of(batch: Any, layout: Layout, sizes: tuple[int, ...]) -> list[Any]:
-    """Return consecutive samples, as views where there can be.
+    """Return parts of consecutive samples, as views where possible.
 
     Args:
         batch: The batch.
         layout: How it is cut.
-        sizes: Samples in each part; they sum to the batch's.
+        sizes: Samples in each part; they add up to the batch size.
     """
     stops = itertools.accumulate(sizes)
     return [layout.take(batch, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

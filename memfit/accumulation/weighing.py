@@ -1,7 +1,8 @@
-"""By how much each micro-batch's loss counts, so that the sum is the whole batch's.
+"""Weights for the losses of micro-batches, so that they add up to the whole batch's loss.
 
-A loss that averages over something is weighed by its micro-batch's share of what it averages over,
-counted over the whole effective batch first. Counting over several ranks is `ranks`' work.
+A loss may average over samples, valid targets or other things. These are first counted in the whole
+effective batch. The weight of a micro-batch is its share of that count. The module `ranks` adds up
+counts over several ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from memfit.step.runner import check_loss
 __all__ = ["LossTerms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
 
 Weight = Union[Literal["samples", "sum"], Callable[[Any], Any]]  # noqa: UP007 - an alias, at runtime
-"""What a loss averages over: its samples, nothing (a sum), or what a function of a batch counts."""
+"""What a loss averages over: samples, nothing (a sum), or a function's count of a batch."""
 
 Weights = Union[Weight, Sequence[Weight], Mapping[str, Weight]]  # noqa: UP007 - as above
-"""One for all losses, or one for each, nested as the losses are."""
+"""One weight for all losses, or one for each, nested as the losses are."""
 
 
 def check_weight(weight: object) -> None:
-    """Refuse what says nothing about a loss.
+    """Refuse a value that is not a weight.
 
     Raises:
-        UsageError: It is neither a known word nor a function.
+        UsageError: The value is neither a known word nor a function.
     """
     if not callable(weight) and weight not in ("samples", "sum"):
         raise UsageError(
@@ -44,13 +45,13 @@ def counts_of(weight: Weight, micro_batches: Sequence[Any], sizes: Sequence[int]
     Args:
         weight: What the loss averages over.
         micro_batches: The micro-batches.
-        sizes: Their samples.
+        sizes: Samples in each of them.
 
     Returns:
-        A count for each; for a sum there is nothing to count, and each is 1.
+        A count for each micro-batch. For a sum each count is 1.
 
     Raises:
-        WorkloadError: What was counted is no number, or negative.
+        WorkloadError: A count is not a number, or is negative.
     """
     if weight == "samples":
         return [float(size) for size in sizes]
@@ -59,7 +60,7 @@ def counts_of(weight: Weight, micro_batches: Sequence[Any], sizes: Sequence[int]
     assert callable(weight)
     counted = [weight(micro_batch) for micro_batch in micro_batches]
     if all(isinstance(count, torch.Tensor) and count.numel() == 1 for count in counted):
-        # Read together: each tensor read alone would make the host wait for the device.
+        # Read all at once, because every single read makes the host wait for the device.
         counts = [float(count) for count in torch.stack([c.reshape(()) for c in counted]).tolist()]
     else:
         counts = [_number(count) for count in counted]
@@ -87,18 +88,18 @@ def _number(count: object) -> float:
 
 
 def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[float]:
-    """Return each micro-batch's share of what the loss of the effective batch averages over.
+    """Return each micro-batch's share of the count of the effective batch.
 
     Args:
         weight: What the loss averages over.
-        counts: What `counts_of` counted.
-        total: Their sum over the whole effective batch, all ranks included.
+        counts: The result of `counts_of`.
+        total: The sum of all counts over the whole effective batch, on all ranks.
 
     Returns:
         Factors for the losses of the micro-batches.
 
     Raises:
-        WorkloadError: There is nothing to average over.
+        WorkloadError: The total count is zero.
     """
     if weight == "sum":
         return [1.0] * len(counts)
@@ -110,13 +111,13 @@ def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[flo
 
 
 class LossTerms:
-    """The losses that are added, and what each averages over.
+    """The losses that are added up, and what each of them averages over.
 
     Args:
-        weight: One for all losses, or one for each, nested as the losses are.
+        weight: One weight for all losses, or one for each, nested as the losses are.
 
     Raises:
-        UsageError: One of them is neither a known word nor a function.
+        UsageError: A weight is neither a known word nor a function.
     """
 
     def __init__(self, weight: Weights) -> None:
@@ -137,10 +138,10 @@ class LossTerms:
 
         Args:
             micro_batches: The micro-batches.
-            sizes: Their samples.
+            sizes: Samples in each of them.
 
         Raises:
-            WorkloadError: What was counted is no number, or negative.
+            WorkloadError: A count is not a number, or is negative.
         """
         return [counts_of(weight, micro_batches, sizes) for weight in self.weights]
 
@@ -151,15 +152,15 @@ class LossTerms:
         *,
         factor: float = 1,
     ) -> list[tuple[float, ...]]:
-        """Return for each micro-batch what its losses are multiplied by.
+        """Return for each micro-batch the factors of its losses.
 
         Args:
-            counts: What `counts` gave.
-            totals: Their sums over the effective batch, one for each weight.
-            factor: What all are multiplied by besides.
+            counts: The result of the method `counts`.
+            totals: The sums of the counts over the effective batch, one for each weight.
+            factor: All factors are also multiplied by this.
 
         Raises:
-            WorkloadError: There is nothing to average over.
+            WorkloadError: A total count is zero.
         """
         by_loss = [
             [share * factor for share in shares_of(weight, counted, total)]
@@ -168,10 +169,10 @@ class LossTerms:
         return list(zip(*by_loss, strict=True))
 
     def losses(self, returned: Any) -> list[torch.Tensor]:
-        """Return what the loss function returned as a list, checked.
+        """Check the losses that the loss function returned; return them as a list.
 
         Raises:
-            WorkloadError: One of them is not one number, or they are not nested as the weights.
+            WorkloadError: A loss is not one number, or the losses are not nested as the weights.
         """
         if isinstance(returned, Mapping):
             if self._keys is not None and set(returned) != set(self._keys):
@@ -194,5 +195,5 @@ class LossTerms:
         return [loss.reshape(()) for loss in losses]
 
     def for_each(self, losses: Sequence[torch.Tensor], weights: Sequence[float]) -> Sequence[float]:
-        """Return a weight for each loss, where one may be for all."""
+        """Return one weight for each loss, also where one weight is given for all losses."""
         return [weights[0]] * len(losses) if self._is_single else weights
