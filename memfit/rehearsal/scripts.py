@@ -1,8 +1,8 @@
-"""The batch size of a user's own command, found by running it with one number after another.
+"""Finds the batch size of a user's own command by running it with different batch sizes.
 
-`{}` stands for the batch size in the command's words, and `{steps}` for the accumulation steps.
-Each trial is a run of the command, ended when its peak has settled, so few are made: which comes
-next is `memfit.search`'s decision, from the bytes.
+In the command's words, `{}` stands for the batch size and `{steps}` for the accumulation steps.
+Each trial runs the command until its peak has settled. This takes long, so few trials are made.
+`memfit.search` chooses the next batch size from the bytes of the earlier trials.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _NUM_LAST_LINES: Final = 12
 _MAX_SHRINKS: Final = 12
 
 Progress = Callable[[Trial], None]
-"""Called with each trial when it has ended."""
+"""A function that is called with each trial when it has ended."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptSearch:
-    """What a search for a command's batch size has to respect.
+    """The settings of a search for a command's batch size.
 
     Args:
-        gpu: The card; `None` for the GPU that is there.
-        environment: What puts the command on it.
-        headroom: Share of the capacity that the recommendation keeps free.
-        multiple_of: What the recommendation is a multiple of.
-        max_batch_size: Where the search ends; `None` for its own ceiling.
+        gpu: The card; `None` for this machine's own GPU.
+        environment: Variables that put the command on the card.
+        headroom: The share of the capacity that the recommendation keeps free.
+        multiple_of: The recommendation is a multiple of this number.
+        max_batch_size: The largest batch size that is tried; `None` for the search's own limit.
     """
 
     gpu: Gpu | None
@@ -63,7 +63,7 @@ class ScriptSearch:
     max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse figures that bound no search."""
+        """Refuse settings with which no search is possible."""
         if not 0 <= self.headroom < 1:
             raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
         for name in ("multiple_of", "max_batch_size"):
@@ -78,9 +78,9 @@ def probe_command(
     """Find the largest batch size of a command that fits, and prove it.
 
     Args:
-        template: The command's words; `{}` is the batch size. Words such as `NAME={}` before the
+        template: The command's words. `{}` is the batch size. Words such as `NAME={}` before the
             program are environment variables.
-        bounds: What to respect.
+        bounds: The settings of the search.
         progress: Called with each trial.
 
     Raises:
@@ -121,14 +121,14 @@ def plan_command(
     """Turn an effective batch size into a command that fits, and prove it.
 
     Args:
-        template: The command's words; `{}` is the micro-batch, `{steps}` the accumulation steps.
-        effective_batch_size: Samples in each optimizer step, over all ranks.
-        bounds: What to respect.
-        world_size: Ranks that share them.
+        template: The command's words. `{}` is the micro-batch, `{steps}` the accumulation steps.
+        effective_batch_size: The samples in each optimizer step, over all ranks.
+        bounds: The settings of the search.
+        world_size: The number of ranks that share the samples.
         progress: Called with each trial.
 
     Raises:
-        UsageError: A place is missing, or the samples cannot be shared equally.
+        UsageError: `{}` or `{steps}` is missing, or the samples cannot be shared equally.
         DoesNotFitError: Not even the smallest micro-batch fits.
         StepCrashedError: The command failed by itself.
     """
@@ -160,10 +160,10 @@ def plan_command(
 
 
 def _micro_batch(runs: _Runs, share: int, bounds: ScriptSearch) -> int:
-    """Return the largest equal part of a share that fits, itself tried."""
+    """Return the largest equal part of a share that fits. It has been tried."""
     if runs.has_headroom(runs.trial(share, 1)):
         return share
-    # The gradients that accumulation keeps are there from two micro-batches on.
+    # Accumulation keeps gradients between micro-batches, so at least two must run.
     runs.num_accumulated = 2
     found, _ = _largest(runs, max(1, share - 1))
     largest = runs.recommended(found) or found.batch_size
@@ -181,7 +181,7 @@ def _micro_batch(runs: _Runs, share: int, bounds: ScriptSearch) -> int:
 
 
 def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
-    """Search below the batch sizes at which the command takes no step."""
+    """Search below the batch sizes at which the command takes no optimizer step."""
     notes: list[str] = []
     for _ in range(_MAX_SHRINKS):
         try:
@@ -210,7 +210,7 @@ def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
 
 
 class _NoStepError(Exception):
-    """A command that took steps takes none with this batch size."""
+    """The command takes no optimizer step at this batch size, but it did at another one."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
@@ -218,7 +218,7 @@ class _NoStepError(Exception):
 
 
 class _Runs:
-    """The runs of a command, one batch size each."""
+    """The runs of a command, each with one batch size."""
 
     def __init__(self, template: Sequence[str], bounds: ScriptSearch, progress: Progress) -> None:
         self.template = tuple(template)
@@ -238,7 +238,7 @@ class _Runs:
 
     @property
     def capacity_bytes(self) -> int | None:
-        """What a process could use of a card; `None` before anything ran on one that is there."""
+        """The bytes that a process can use; `None` for this machine's GPU before the first run."""
         if self._bounds.gpu is not None:
             return self._bounds.gpu.usable_bytes
         return None if self._last is None else self._last.capacity.usable_bytes
@@ -258,7 +258,7 @@ class _Runs:
         """Run the command.
 
         Raises:
-            StepCrashedError: It failed, and not because memory ran out.
+            StepCrashedError: The command failed, and memory was not the cause.
         """
         words = self.words(batch_size, steps)
         variables = dict(self._bounds.environment)
@@ -293,11 +293,11 @@ class _Runs:
         ]
 
     def fits(self) -> list[Trial]:
-        """Return the comparable trials that fitted."""
+        """Return the trials that fitted and that can be compared."""
         return [trial for trial in self.comparable() if trial.fits]
 
     def has_headroom(self, trial: Trial) -> bool:
-        """Whether a trial leaves what is to be kept free."""
+        """Whether a trial leaves the headroom free."""
         assert self.capacity_bytes is not None
         return search.has_headroom(
             trial, search.limit_of(self.capacity_bytes, self._bounds.headroom)
@@ -315,7 +315,7 @@ class _Runs:
         ).batch_size
 
     def doubts(self) -> list[str]:
-        """Say where the command went another way than with real values."""
+        """Return the places at which the command ran differently than with real values."""
         lines = {
             read.line or read.library_line
             for rehearsal in self._doubtful.values()

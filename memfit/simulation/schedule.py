@@ -1,7 +1,8 @@
 """What a traced step allocates and frees, for any batch size.
 
 A `Schedule` is one stretch of a step. It was recorded at one batch size, and it knows how much each
-allocation grows with every further sample. A `StepSchedule` is the whole step. It knows no torch.
+allocation grows with every further sample. A `StepSchedule` is the whole step. This module does
+not use torch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class StreamsDifferError(MemfitError):
 
 
 Player = Callable[[Event, int, float], None]
-"""Carries out an event: with the bytes that it asks for, and those that a further sample adds."""
+"""Carries out an event, given the bytes that it asks for and the bytes that a sample adds."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ class Schedule:
         return dataclasses.replace(self, events=tuple(map(named, self.events)), outliving={})
 
     def kept_bytes(self, batch_size: int) -> int:
-        """Return what every repetition adds to what is held, and never gives back.
+        """Return the bytes that every repetition allocates and no repetition frees.
 
         Args:
             batch_size: Samples in each micro-batch.
@@ -152,7 +153,7 @@ class Schedule:
         return sum(lost) if self.outliving else 0
 
     def without(self, origin: str) -> Schedule:
-        """Return this schedule less the events of one origin."""
+        """Return this schedule without the events of one origin."""
         kept = [
             (event, growth)
             for event, growth in zip(self.events, self.growth_bytes, strict=True)
@@ -172,12 +173,12 @@ class Schedule:
     def play(
         self, allocator: CachingAllocator, batch_size: int, *, player: Player | None = None
     ) -> None:
-        """Replay on an allocator: the one loop over a schedule's events.
+        """Replay the events on an allocator.
 
         Args:
-            allocator: Where.
+            allocator: The allocator.
             batch_size: Samples in each micro-batch.
-            player: Carries each event out in place of the allocator, and keeps what it wants to.
+            player: Carries out each event instead of the allocator, for example to record it.
         """
         more = batch_size - self.batch_size
         allocate, free = allocator.allocate, allocator.free
@@ -185,7 +186,7 @@ class Schedule:
             asked = int(num_bytes + growth * more) if growth else num_bytes
             if player is not None:
                 player(event, asked, growth)
-            # As `carry_out`, which a search would call a hundred thousand times.
+            # The code of `carry_out`, repeated because a search runs it a hundred thousand times.
             elif action is _ALLOC:
                 allocate(number, asked)
             elif action is _FREE_COMPLETED:
@@ -214,7 +215,8 @@ class StepSchedule:
     """A training step from its start.
 
     Args:
-        setup: What is there before the first iteration: parameters, buffers, workspaces.
+        setup: The allocations that exist before the first iteration: parameters, buffers,
+            workspaces.
         first: The first iteration, in which the optimizer's state appears.
         later: Every further one.
     """
@@ -285,11 +287,11 @@ class StepSchedule:
                 break
 
     def grows(self, batch_size: int, peak_bytes: int) -> bool:
-        """Whether every iteration keeps so much more that training is bound to run out.
+        """Whether every iteration keeps so much more memory that training must run out of it.
 
         Args:
             batch_size: Samples in each micro-batch.
-            peak_bytes: What the step takes so far.
+            peak_bytes: The bytes that the step takes so far.
         """
         return self.later.kept_bytes(batch_size) * _ITERATIONS_TO_DOUBLE > peak_bytes
 
@@ -299,13 +301,13 @@ class StepSchedule:
         return max(self._lines.items())
 
     def largest_within(self, num_bytes: int) -> int | None:
-        """Return a batch size beyond which the step's tensors alone need more than there is.
+        """Return a batch size beyond which the step's tensors alone need more than the memory.
 
         Args:
-            num_bytes: What there is.
+            num_bytes: The bytes of the memory.
 
         Returns:
-            Samples, possibly 0; `None` where tensors do not grow with the batch.
+            The batch size, possibly 0; `None` if tensors do not grow with the batch size.
         """
         lines = self._lines
         growth, held = max(lines.items())

@@ -199,10 +199,10 @@ class Layout:
 
 
 def counted(count: Callable[[Any], int], batch: Any) -> int:
-    """Return what a user's function counts in a batch.
+    """Return the number of samples that a user's function counts in a batch.
 
     Raises:
-        WorkloadError: It is no number of samples.
+        WorkloadError: The function did not return a number of samples.
     """
     seen = count(batch)
     try:

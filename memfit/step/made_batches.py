@@ -1,4 +1,4 @@
-"""What a user's function of the batch size returned: is it what was asked for?"""
+"""Checks that a user's function of the batch size returned a batch of the size asked for."""
 
 from __future__ import annotations
 

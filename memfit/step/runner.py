@@ -124,12 +124,12 @@ class PreparedStep:
 
     @contextlib.contextmanager
     def drawing(self, draws: Draws) -> Iterator[None]:
-        """See, and force, what forward, loss and backward draw in the iterations of the block.
+        """Count and force the draws of forward, loss and backward in the iterations of the block.
 
-        What is compiled is left alone, because what is watched would be compiled anew.
+        Compiled code is not watched, because it would have to be compiled again.
 
         Args:
-            draws: Counts them, and says where they are forced to.
+            draws: Counts the draws, and forces them if it has a share.
         """
         is_plain = not any(map(is_compiled, self.model.modules()))
         self._draws = draws if is_plain else None

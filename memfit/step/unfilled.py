@@ -1,4 +1,4 @@
-"""Models built without random weights, where nothing computes with them.
+"""Builds models without random weights, for a device that does not compute with them.
 
 Drawing the weights of a large model takes seconds on a CPU. A rehearsed card computes nothing, so
 its weights can be anything.
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["UnfilledWeights"]
 
-# What torch.nn.init and timm's initialisation are made of: draws, and arithmetic on draws.
+# The operations of torch.nn.init and timm's initialisation: draws, and arithmetic on draws.
 _FILLS = frozenset(
     (
         torch.Tensor.uniform_,
@@ -31,12 +31,12 @@ _LARGE = 2**14  # elements; smaller ones cost nothing, and may be more than weig
 
 
 class UnfilledWeights(TorchFunctionMode):
-    """Leave out, in the block, what fills large floating-point tensors with random numbers."""
+    """In the block, do not fill large floating-point tensors with random numbers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Return the tensor as it is where it would be filled."""
+        """Return a tensor unchanged instead of filling it."""
         keywords = kwargs or {}
         if func in _FILLS or func in _ARITHMETIC:
             filled = args[0] if args else keywords["tensor"]

@@ -1,8 +1,8 @@
 """The processes that trials on the CPU run in: a server, and a child of it for each trial.
 
-The server builds the step once and forks a child for each trial; the child limits itself, runs the
-step and reports. The server outlives its children whatever becomes of them, and every request gets
-one answer. Which process starts the server is `memfit.backends.cpu.server`'s.
+The server builds the step once and forks a child for each trial. The child limits its own memory,
+runs the step and reports. The server goes on even if a child is killed, and every request gets one
+answer. `memfit.backends.cpu.server` starts the server.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from memfit.units import MIB
 __all__ = ["LOST", "Report", "Request", "serve"]
 
 LOST: Final = 75
-"""What the server ends with when it can no longer tell which answer is whose (EX_TEMPFAIL)."""
+"""The server's exit code if it no longer knows which request an answer is for (EX_TEMPFAIL)."""
 
 _CPU = torch.device("cpu")
 _MOST_IDLE_DEATHS: Final = 3
@@ -56,8 +56,8 @@ class Request:
 
     Args:
         batch_size: Samples in each micro-batch.
-        limit_bytes: What the step may use beyond the loaded process.
-        confirmed: Suspected messages that are known to have been about memory.
+        limit_bytes: Bytes that the step may use beyond the loaded process.
+        confirmed: Suspected messages that another trial has confirmed as out of memory.
     """
 
     batch_size: int
@@ -67,7 +67,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """How a trial ended: a trial, an error, or an error that may be about memory: a suspect."""
+    """The result of a request: a trial, an error, or a suspect (it may be out of memory)."""
 
     trial: Trial | None = None
     error: BaseException | None = None
@@ -75,7 +75,7 @@ class Report:
 
 
 class _Reached(enum.IntEnum):
-    """How far the process of a trial got, for the server to read when it has gone."""
+    """How far the process of a trial got. The server reads it after the process has ended."""
 
     WAITING = 0
     READING = 1
@@ -97,29 +97,30 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None:
-    """Build a step, and run the trials that are asked for until nobody is there to ask.
+    """Build a step, and run the requested trials until the connection is closed.
 
     Args:
-        connection: Where requests come from and answers go: a report with where its error happened,
-            or the exit code of a trial that died without one.
-        step: What to train.
-        output: Where what the step writes goes.
+        connection: It receives requests and sends answers. An answer is a report with the traceback
+            of its error, or the exit code of a trial that died without a report.
+        step: The step to train.
+        output: The file that receives the step's output.
     """
-    # A group of its own, so that all of it can be killed. A session of its own would have it
-    # scheduled apart from what the user runs beside it (Linux's autogroups), which is not how the
-    # user will train.
+    # The server gets its own process group, so that all its processes can be killed together. With
+    # its own session, Linux would schedule it apart from the user's other processes (autogroups).
+    # Training is not scheduled in that way.
     os.setpgid(0, 0)
     steady_heap()
     _load_lazily()
     _start_thread_pool()
-    # Whatever this process had before is left alone: a collection would walk all of it.
+    # A collection would walk all objects that this process had before, so they are frozen.
     gc.freeze()
     forget_kernels()
-    # Each trial begins without gradients. Here they go before the heap's holes are filled.
+    # Each trial begins without gradients. They are dropped here, before the heap's holes are
+    # filled.
     for module in step.live_modules:
         module.zero_grad(set_to_none=True)
     fill_heap()
-    # A fresh process would compile the few kernels that oneDNN never forgets.
+    # oneDNN never drops a few kernels. A new process would compile them, so they are counted.
     before = Footprint.now() - Footprint.of(compiled_bytes())
     built: PreparedStep | None = None
     held = Footprint.of(0)
@@ -132,8 +133,8 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
     release(_CPU)
     gc.freeze()
     if step.live_modules:
-        # A user's own objects belong to the step, as a model does that is built here; what they
-        # were before a conversion does not.
+        # A user's own objects count as part of the step, as a model does that is built here. Their
+        # memory from before a conversion does not.
         fill_heap()
         before = Footprint.now() - held - Footprint.of(compiled_bytes())
     model = Footprint.now() - before
@@ -143,8 +144,8 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
         os.lseek(output.fileno(), 0, os.SEEK_SET)
         return _try(built, request, model) if built is not None else failure
 
-    # Trials have to begin alike: the heap's holes decide what they need to within a megabyte. So
-    # each is forked from the same state before it is asked for, and nothing happens here meanwhile.
+    # Trials have to begin in the same state, because the heap's holes change their memory by up to
+    # a megabyte. So each one is forked before its request comes, and nothing else runs here.
     prepare_to_fork()
     _answer_requests(connection, run, output)
 
@@ -152,10 +153,10 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
 def _answer_requests(
     connection: Connection, run: Callable[[Request], Any], output: IO[bytes]
 ) -> None:
-    """Fork a process for each request, and have another one send what came of it.
+    """Fork a process for each request, and let another process send its answer.
 
-    A process that runs a trial may be killed at any moment. So it writes its answer to a file, and
-    only one that is not under a limit writes to the connection.
+    A process that runs a trial may be killed at any moment. So it writes its answer to a file. Only
+    a process without a limit writes to the connection.
     """
     reached = mmap.mmap(-1, 1)
     answer = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
@@ -181,11 +182,11 @@ def _answer_requests(
         if reached[0] == _Reached.CLOSED:
             return
         if reached[0] == _Reached.WAITING and num_idle_deaths < _MOST_IDLE_DEATHS:
-            # Nobody has asked for anything yet.
+            # There was no request yet.
             num_idle_deaths += 1
             continue
         if reached[0] in (_Reached.WAITING, _Reached.READING):
-            # What is left of the request would be taken for the beginning of the next.
+            # The rest of the request would be read as the beginning of the next one.
             os._exit(LOST)
 
         def tell(status: int = status, is_answered: bool = reached[0] == _Reached.ANSWERED) -> None:
@@ -200,7 +201,7 @@ def _answer_requests(
 
 
 def _held_by(step: TrainingStep) -> Footprint:
-    """Return what a user's own objects hold: parameters, buffers and the optimizer's state."""
+    """Return the footprint of a user's objects: parameters, buffers and optimizer state."""
     storages = {}
     for tensor in step.live_tensors:
         if tensor.device.type == "cpu":
@@ -210,7 +211,7 @@ def _held_by(step: TrainingStep) -> Footprint:
 
 
 def _load_lazily() -> None:
-    """Take a tiny step, for torch imports a good deal when the first optimizer takes its first."""
+    """Take a tiny step, because torch imports many modules at the first optimizer step."""
     weight = torch.nn.Parameter(torch.ones(1, 1))
     optimizer = torch.optim.AdamW([weight])
     torch.nn.functional.linear(torch.ones(1, 1), weight).sum().backward()
@@ -218,7 +219,7 @@ def _load_lazily() -> None:
 
 
 def _start_thread_pool() -> None:
-    """Compute on every thread: the pool's stacks belong to the loaded process, not to the model."""
+    """Start all threads, because their stacks belong to the loaded process and not to the step."""
     torch.ones(torch.get_num_threads() * MIB).add_(1)
 
 
@@ -226,16 +227,16 @@ def _start_thread_pool() -> None:
 
 
 def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[str | None, Report]:
-    # libgomp ends the process if it cannot have its stacks: before the limit holds.
+    # libgomp ends the process if it cannot map its stacks, so this comes before the limit is set.
     _start_thread_pool()
     meter = _Meter(Footprint.now() - model, request.limit_bytes)
     room_bytes = request.limit_bytes - model.data_bytes
     limit_data(Footprint.now().data_bytes + max(room_bytes, 0))
     try:
         prepared.begin()
-        # A step on gradients of zero first: the optimizer's state, which else comes in the first
-        # iteration and is at the peak from the second on, is there before the readings begin. Some
-        # optimizers refuse such gradients; then it comes when it comes.
+        # First take a step on gradients of zero, so that the optimizer's state exists before the
+        # readings begin. Otherwise it would be made in the first iteration, and be part of the peak
+        # only from the second on. Some optimizers refuse such gradients. Then it is made later.
         with contextlib.suppress(RuntimeError):
             prepared.step_on_zeros()
         _, grows = steady_readings(prepared, request.batch_size, meter.measured)
@@ -264,11 +265,11 @@ def _explained(error: Exception) -> Exception:
 
 
 class _Meter:
-    """Reads peaks against what the process holds apart from the model.
+    """Reads peaks, and subtracts the memory that the process holds apart from the model.
 
     Args:
-        base: The footprint to count from.
-        limit_bytes: What the step may use.
+        base: The footprint that is subtracted.
+        limit_bytes: Bytes that the step may use.
     """
 
     def __init__(self, base: Footprint, limit_bytes: int) -> None:
@@ -277,7 +278,7 @@ class _Meter:
         self._readings: list[Reading] = []
 
     def measured(self, iterate: Callable[[], None]) -> Reading:
-        """Run one iteration and read the peaks up to its end."""
+        """Run one iteration, and read the peaks at its end."""
         start = time.perf_counter()
         iterate()
         reading = self._read(time.perf_counter() - start)
@@ -287,7 +288,7 @@ class _Meter:
     def trial(
         self, batch_size: int, prepared: PreparedStep, *, message: str | None, grows: bool
     ) -> Trial:
-        """Return the trial that the readings make; with a message, one that ran out."""
+        """Return the trial of the readings. With a message, it ran out of memory."""
         peak = self._read(0.0)
         return Trial(
             batch_size=batch_size,
@@ -306,14 +307,14 @@ class _Meter:
 
     def _read(self, seconds: float) -> Reading:
         status = status_bytes()
-        # A fork starts its peaks anew, but Linux keeps them only for all that is mapped and all
-        # that is resident. Files and their pages only come in, so the peak less what they are at
-        # the end is the peak of the rest.
+        # A fork begins with new peaks, but Linux keeps them only for all mapped memory and for all
+        # resident memory, files included. The memory of files only grows. So the peak minus the
+        # files' memory at the end is the peak of the other memory.
         data = status["VmPeak"] - (status["VmSize"] - status["VmData"]) - self._base.data_bytes
         resident = status["VmHWM"] - status["RssFile"] - status["RssShmem"]
         return Reading(
-            # The kernel has seen to the limit: what is beyond was set aside and never to be written
-            # to, as glibc does where it looks for another arena that could serve.
+            # The kernel enforces the limit. Memory beyond it was reserved but could not be written,
+            # as when glibc looks for another arena.
             reserved_bytes=min(max(0, data), self._limit_bytes),
             allocated_bytes=max(0, resident - self._base.anonymous_bytes),
             requested_bytes=None,

@@ -83,7 +83,8 @@ class StepTrace:
         num_operations: Operations that one iteration dispatched.
         depends_on_batch: The step asked for values of its batch, so that another batch might have
             made another trace.
-        peak_varies: The step draws what it computes; this is the trace of the most.
+        peak_varies: Whether random draws choose what the step runs. This is then the trace with the
+            most memory.
     """
 
     schedule: StepSchedule
@@ -94,19 +95,19 @@ class StepTrace:
 
 
 class StepDrawsError(MemfitError):
-    """The step draws single numbers on the host, so one trace need not stand for another."""
+    """The step draws single numbers on the host, so its traces may differ."""
 
 
 class Draws(Protocol):
-    """Sees the single numbers that a step draws, and forces them (`memfit.step.draws.Draws`)."""
+    """Counts and forces the single numbers that a step draws (`memfit.step.draws.Draws`)."""
 
     @property
     def share(self) -> float | None:
-        """Where in its range every draw is forced to; `None` where it is left random."""
+        """The position in its range to which every draw is forced; `None` if draws stay random."""
 
     @property
     def num_seen(self) -> int:
-        """How many were seen."""
+        """The number of draws so far."""
 
 
 class PreparedStep(Protocol):
@@ -116,10 +117,10 @@ class PreparedStep(Protocol):
     make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
 
     def held_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield every tensor that is there before an iteration begins."""
+        """Yield every tensor that exists before an iteration begins."""
 
     def drawing(self, draws: Any) -> contextlib.AbstractContextManager[None]:
-        """See, and force, what is drawn in the iterations of the block."""
+        """Count and force the draws in the iterations of the block."""
 
     def begin(self) -> None:
         """Start as training does."""
@@ -145,15 +146,15 @@ def trace_step(
 
     Args:
         prepared: The step, made with `precision_policy`.
-        precision_policy: How it computes in mixed precision.
-        options: What else decides.
-        name: What an error calls the model.
-        watcher: Told of every allocation; the events are the same with it and without.
-        batch_sizes: The two that are traced, the smaller first.
-        draws: Where single numbers that are drawn are forced to, if they are.
+        precision_policy: How the step computes in mixed precision.
+        options: The other options of the trace.
+        name: The name of the model in errors.
+        watcher: Is told about every allocation. It does not change the events.
+        batch_sizes: The two batch sizes that are traced, the smaller first.
+        draws: Forces the single numbers that the step draws, if it has a share.
 
     Returns:
-        The events of setting up, of the first iteration and of the later ones.
+        The events of the setup, of the first iteration and of the later iterations.
 
     Raises:
         StepDrawsError: The step draws single numbers, and they were not forced.
