@@ -97,9 +97,9 @@ def _shortage(shortage: ReplayOutOfMemory, needed_bytes: int, capacity: Capacity
     request = shortage.request
     missing = needed_bytes - capacity.usable_bytes
     return (
-        f"It does not fit: {format_bytes(request.requested_bytes)} for {request.operation} in "
-        f"{request.module} ({shortage.phase or 'setting up'}) found no room beside "
-        f"{format_bytes(shortage.allocated_bytes)} in use of "
-        f"{format_bytes(capacity.usable_bytes)}. With all the room it needs, the step takes "
+        f"It does not fit: {request.operation} in {request.module} "
+        f"({shortage.phase or 'setting up'}) asked for {format_bytes(request.requested_bytes)} "
+        f"while {format_bytes(shortage.allocated_bytes)} of "
+        f"{format_bytes(capacity.usable_bytes)} were in use. With enough memory, the step takes "
         f"{format_bytes(needed_bytes)}: {format_bytes(missing)} more than there is."
     )

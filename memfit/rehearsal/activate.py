@@ -1,7 +1,7 @@
-"""Putting a card that is not there in front of torch: for a child process, or in this one.
+"""Puts a rehearsed card in front of torch, in a child process or in this process.
 
-The library takes the place of CUDA's runtime and driver only when it is loaded before torch. A
-child gets it by `LD_PRELOAD`, this process by `rehearse` before `import torch`.
+The library replaces CUDA's runtime and driver only if it is loaded before torch. A child process
+gets it by `LD_PRELOAD`. This process gets it if `rehearse` is called before `import torch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from memfit.units import parse_bytes
 __all__ = ["CARD_VARIABLE", "MAX_GPUS", "check_supported", "rehearse", "rehearsed_environment"]
 
 CARD_VARIABLE = REHEARSED_CARD_VARIABLE
-"""The environment variable that describes the card to the device."""
+"""The environment variable from which the device reads the card."""
 
 MAX_GPUS = 16
 _LIBRARIES = (LIBRARY, NVML_LIBRARY)
@@ -35,18 +35,20 @@ _INSTEAD = (
 
 
 def rehearse(gpu: str, *, memory: str | int | None = None, num_gpus: int = 1) -> None:
-    """Rehearse a card from now on, in this process and the processes it starts.
+    """Rehearse a card from now on, in this process and in the processes that it starts.
 
-    Call it before torch is imported. torch then finds that card, with its own allocator, autograd
-    and choice of kernels, and kernels that do nothing. It lasts as long as the process.
+    Call it before torch is imported. torch then finds that card. Its own allocator, its autograd
+    and its choice of kernels run as on the card, but the kernels do nothing. The rehearsal lasts
+    until the process ends.
 
     Args:
         gpu: The card's name, as in `"RTX 4090"`.
-        memory: What the card has, as in `"16GiB"`, in place of the catalogue's figure.
-        num_gpus: How many of it this process sees.
+        memory: The memory of the card, as in `"16GiB"`, instead of the catalogue's figure.
+        num_gpus: The number of such cards that this process sees.
 
     Raises:
-        UsageError: No such card, or torch is imported already, or another card is rehearsed.
+        UsageError: There is no such card, or torch is already imported, or another card is already
+            rehearsed.
         UnsupportedError: This system cannot rehearse.
     """
     total_bytes = None if memory is None else parse_bytes(memory)
@@ -81,10 +83,10 @@ def rehearsed_environment(
     """Return the environment variables that make a child process rehearse a card.
 
     Args:
-        card: The card; its `total_bytes` may be other than the catalogue's.
-        num_gpus: How many of it the child sees, 1 to 16.
-        others_bytes: What other processes hold on each of them.
-        environment: What the child gets otherwise: a library that it preloads stays.
+        card: The card. Its `total_bytes` may differ from the catalogue's.
+        num_gpus: The number of such cards that the child sees, 1 to 16.
+        others_bytes: The bytes that other processes hold on each card.
+        environment: The child's other variables. Libraries that they preload are kept.
 
     Returns:
         The variables to add.
@@ -106,15 +108,15 @@ def rehearsed_environment(
     return {
         "LD_PRELOAD": ":".join([*libraries, *others]),
         CARD_VARIABLE: _settings(card, num_gpus=num_gpus, others_bytes=others_bytes),
-        # Triton asks the linker's cache for the driver, which knows nothing of a loaded library.
+        # Triton looks for the driver in the linker's cache, which does not list loaded libraries.
         "TRITON_LIBCUDA_PATH": str(folder),
-        # What hides a GPU that is there must not hide the one that is rehearsed.
+        # A variable that hides a real GPU must not hide the rehearsed one.
         "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in range(num_gpus)),
     }
 
 
 def check_supported(card: Gpu) -> None:
-    """Raise what keeps this system from rehearsing a card, in a sentence.
+    """Refuse a card that this system cannot rehearse, and say why in a sentence.
 
     Raises:
         UsageError: The card is not NVIDIA's.
@@ -160,5 +162,5 @@ def _settings(card: Gpu, *, num_gpus: int, others_bytes: int) -> str:
 
 
 def _is_loaded() -> bool:
-    """Whether this process has the device already, preloaded or loaded by `rehearse`."""
+    """Whether this process already has the device, by `LD_PRELOAD` or by `rehearse`."""
     return hasattr(ctypes.CDLL(None), "memfit_rehearsal_version")

@@ -1,8 +1,8 @@
-"""The library of the rehearsed device: compiled where it is used, or carried by the wheel.
+"""Compiles the library of the rehearsed device, or finds the one in the wheel.
 
-It is compiled at the first use with the system's C compiler, into the user's cache. The folder's
-name is a digest of the sources, so a new version of memfit compiles anew. Nothing is loaded from a
-folder that another user can write.
+At the first use, the library is compiled with the system's C compiler into the user's cache. The
+folder's name is a digest of the sources, so a new version of memfit compiles a new library. No
+library is loaded from a folder that another user can write to.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 LIBRARY = "libcuda.so.1"
-"""The driver's own name: who looks for the driver finds the library that is loaded already."""
+"""The driver's own name, so that a program that loads the driver gets this library."""
 
 NVML_LIBRARY = "libnvidia-ml.so.1"
 """An empty library that needs the other one: NVML's functions are looked up through it."""
@@ -50,7 +50,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 
 @functools.cache
 def library_folder() -> Path:
-    """Return the folder of the compiled libraries, compiled now if they were not yet.
+    """Return the folder of the compiled libraries. If they do not exist yet, compile them.
 
     Raises:
         UnsupportedError: There is neither a compiler nor a compiled library, or the compiler
@@ -72,12 +72,12 @@ def library_folder() -> Path:
 
 
 def carried_folder(root: Path) -> Path:
-    """Return where a wheel carries the libraries of these sources for this processor."""
+    """Return the folder in a wheel with the libraries of these sources for this processor."""
     return root / platform.machine() / sources_digest()
 
 
 def sources_digest() -> str:
-    """Return what tells one version of the sources and of their compilation from another."""
+    """Return a digest of the sources and of the way in which they are compiled."""
     digest = hashlib.sha256(" ".join((*_COMPILING, *_LINKING, LINKED_NAME)).encode())
     for path in sorted(_SOURCES.rglob("*.[ch]")):
         digest.update(f"\0{path.relative_to(_SOURCES)}\0".encode())
@@ -86,7 +86,7 @@ def sources_digest() -> str:
 
 
 def compiler() -> tuple[str, ...] | None:
-    """Return the command of the C compiler: `$CC`, else the first of the usual names."""
+    """Return the command of the C compiler: `$CC`, or else the first usual name that exists."""
     named = shlex.split(os.environ.get("CC", ""))
     for command in (named, *([name] for name in _COMPILERS)):
         if command and shutil.which(command[0]):
@@ -100,7 +100,7 @@ def compile_libraries(
     """Compile the libraries.
 
     Args:
-        folder: Where to write them.
+        folder: The folder to write them to.
         command: The compiler, as `compiler` returns it.
         flags: More of its options, as in `("-Werror",)`.
 
@@ -151,7 +151,7 @@ def _compile_into(folder: Path) -> None:
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(parent)
-        # Two processes may come here at once: each compiles for itself, and the first one stays.
+        # Two processes may do this at once. Each one compiles, and the first result is kept.
         under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
     except OSError as exc:
         raise UnsupportedError(
@@ -182,14 +182,14 @@ def _cache_folder() -> Path:
 
 
 def _check_private(folder: Path, names: tuple[str, ...] = ()) -> None:
-    """Refuse a folder, or files in it, that somebody else could have written."""
+    """Refuse a folder, or files in it, that another user could have written."""
     for path in (folder, *(folder / name for name in names)):
         found = path.lstat()
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
             _refuse(path)
     for path in folder.resolve().parents:
         found = path.stat()
-        # In a sticky folder, such as /tmp, nobody else can rename what is the user's.
+        # In a sticky folder, such as /tmp, other users cannot rename the user's files.
         is_open = found.st_mode & 0o002 or (
             found.st_mode & 0o020 and found.st_gid not in {0, os.getegid()}
         )
