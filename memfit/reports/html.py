@@ -115,12 +115,16 @@ def line_chart(
     return {"traces": traces, "layout": {**axes, **(layout or {})}}
 
 
-def level(height: float, text: str) -> dict[str, Any]:
+def level(
+    height: float, text: str, *, place: str = "start", colour: str | None = None
+) -> dict[str, Any]:
     """Return a shape for a chart's layout: a dotted line across it, such as a capacity.
 
     Args:
         height: Where, in units of the chart's vertical axis.
         text: What it is.
+        place: Where on the line that stands: `"start"`, `"middle"` or `"end"`.
+        colour: The line's; by default a quiet one.
     """
     return {
         "type": "line",
@@ -129,8 +133,8 @@ def level(height: float, text: str) -> dict[str, Any]:
         "x1": 1,
         "y0": height,
         "y1": height,
-        "line": {"dash": "dot", "width": 1.5},
-        "label": {"text": text},
+        "line": {"dash": "dot", "width": 1.5, **({"color": colour} if colour else {})},
+        "label": {"text": text, "textposition": place},
     }
 
 
@@ -145,7 +149,7 @@ def bar_chart(bars: Mapping[str, tuple[list[str], list[float]]], *, title: str) 
     """
     num_groups = max((len(names) for names, _ in bars.values()), default=0)
     return {
-        "height": 130 + num_groups * (14 + 16 * len(bars)),
+        "height": 110 + num_groups * (16 + 18 * len(bars)),
         "traces": [
             {
                 "type": "bar",
@@ -153,7 +157,7 @@ def bar_chart(bars: Mapping[str, tuple[list[str], list[float]]], *, title: str) 
                 "name": name,
                 "y": names,
                 "x": lengths,
-                "text": [f"{length:,.4g}" for length in lengths],
+                "text": [_count(length) for length in lengths],
                 "textposition": "auto",
                 "hovertemplate": "%{y}: %{x}<extra>%{fullData.name}</extra>",
             }
@@ -162,9 +166,13 @@ def bar_chart(bars: Mapping[str, tuple[list[str], list[float]]], *, title: str) 
         "layout": {
             "barmode": "group",
             "xaxis": {"title": {"text": title}, "rangemode": "tozero"},
-            "yaxis": {"type": "category", "autorange": "reversed", "wraps": True},
+            "yaxis": {"type": "category", "autorange": "reversed"},
         },
     }
+
+
+def _count(length: float) -> str:
+    return f"{length:,.0f}" if length == int(length) else f"{length:,.3g}"
 
 
 def upright(place: float, text: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from memfit.records import MemoryProfile, RecordedStep, Role
 from memfit.reports.html import Page, Panel, level, line_chart, render
@@ -16,6 +17,12 @@ _ROLES = tuple(Role)
 _NUM_MODULE_ROWS = 60
 # What would be narrower than a pixel is drawn together.
 _LEAST_SHARE = 0.001
+_GIB_FROM = 10_000 * MIB
+_CARD_COLOURS = ("#1f77b4", "#e07b18", "#2c9a4b", "#8d62c4", "#c2503f", "#6b6f76")
+# One after another, so that the labels of limits that are close do not cover each other.
+_LABEL_PLACES = ("start", "end", "middle")
+# How far the lines of batch size against memory are drawn beyond the largest that fits.
+_BEYOND = 1.25
 
 
 def page(profile: MemoryProfile) -> str:
@@ -157,13 +164,14 @@ def _phase_rows(profile: MemoryProfile | RecordedStep) -> tuple[tuple[str, ...],
 def _roles(profile: MemoryProfile | RecordedStep) -> Panel:
     shares = profile.peak.roles
     total = profile.peak.total_bytes
+    unit, unit_name = _unit_of(total)
     traces = [
         {
             "type": "bar",
             "orientation": "h",
             "name": STYLES[share.role].label,
             "y": ["peak"],
-            "x": [share.num_bytes / MIB],
+            "x": [share.num_bytes / unit],
             "marker": {"color": STYLES[share.role].colour},
             "hovertemplate": f"%{{fullData.name}}: {format_bytes(share.num_bytes)}"
             f" ({share.num_bytes / total:.1%})<extra></extra>",
@@ -176,13 +184,12 @@ def _roles(profile: MemoryProfile | RecordedStep) -> Panel:
         title="What the peak is made of",
         note="The parts add up to the peak, to the byte.",
         data={
-            "height": 280,
+            "height": 200,
             "traces": traces,
             "layout": {
                 "barmode": "stack",
-                "xaxis": {"title": {"text": "MiB"}},
+                "xaxis": {"title": {"text": unit_name}},
                 "yaxis": {"visible": False},
-                "legend": {"orientation": "h", "y": -0.55, "traceorder": "normal"},
             },
         },
         alternative="; ".join(
@@ -245,6 +252,11 @@ def _modules(profile: MemoryProfile | RecordedStep) -> Panel:
     )
 
 
+def _unit_of(num_bytes: int) -> tuple[int, str]:
+    """Return the unit in which an axis up to so many bytes has short numbers."""
+    return (GIB, "GiB") if num_bytes >= _GIB_FROM else (MIB, "MiB")
+
+
 def _by_bytes(node: ModuleNode) -> int:
     return -node.num_bytes
 
@@ -271,9 +283,17 @@ def _cards(profile: MemoryProfile) -> Panel:
         )
         for card in cards
     }
+    colours = {
+        card.gpu: _CARD_COLOURS[index % len(_CARD_COLOURS)] for index, card in enumerate(cards)
+    }
     shapes = [
-        level(card.total_bytes / GIB, f"{card.gpu} has {format_bytes(card.total_bytes)}")
-        for card in cards
+        level(
+            card.total_bytes / GIB,
+            f"{card.gpu} has {format_bytes(card.total_bytes)}",
+            place=_LABEL_PLACES[index % len(_LABEL_PLACES)],
+            colour=colours[card.gpu],
+        )
+        for index, card in enumerate(cards)
     ]
     highest = max(card.total_bytes for card in cards) / GIB
     edges = [
@@ -282,9 +302,14 @@ def _cards(profile: MemoryProfile) -> Panel:
         if card.max_batch_size is not None and card.max_batch_bytes is not None
     ]
     y_axis = {"title": {"text": "GiB of the card"}, "range": [0, 1.15 * highest]}
-    data = line_chart(
-        lines, x_title="batch size", y_title="GiB", layout={"shapes": shapes, "yaxis": y_axis}
-    )
+    layout: dict[str, Any] = {"shapes": shapes, "yaxis": y_axis}
+    if edges and profile.batch_size > _BEYOND * max(size for size, _ in edges):
+        # A batch that is far too large would squeeze what fits into a corner.
+        layout["xaxis"] = {
+            "title": {"text": "batch size"},
+            "range": [0, _BEYOND * max(size for size, _ in edges)],
+        }
+    data = line_chart(lines, x_title="batch size", y_title="GiB", colours=colours, layout=layout)
     data["traces"].append(
         {
             "type": "scatter",
@@ -292,7 +317,7 @@ def _cards(profile: MemoryProfile) -> Panel:
             "name": "largest batch that fits",
             "x": [size for size, _ in edges],
             "y": [num_bytes / GIB for _, num_bytes in edges],
-            "marker": {"symbol": "diamond", "size": 11},
+            "marker": {"symbol": "diamond", "size": 11, "color": "#c2185b"},
         }
     )
     return Panel(
@@ -330,11 +355,12 @@ def _advice(profile: MemoryProfile) -> Panel:
         else profile.peak.total_bytes,
         *(change.total_bytes for change in profile.advice),
     ]
+    unit, unit_name = _unit_of(max(totals))
     trace = {
         "type": "bar",
         "orientation": "h",
         "y": names[::-1],
-        "x": [total / MIB for total in totals[::-1]],
+        "x": [total / unit for total in totals[::-1]],
         "text": [format_bytes(total) for total in totals[::-1]],
         "hovertemplate": "%{y}: %{text}<extra></extra>",
     }
@@ -344,12 +370,10 @@ def _advice(profile: MemoryProfile) -> Panel:
         title="What would free most at the peak",
         note="Each change was simulated on its own, at the same batch size.",
         data={
-            "height": 300,
+            "height": 110 + 46 * len(names),
             "traces": [trace],
             "layout": {
-                "xaxis": {"title": {"text": "MiB at the peak"}},
-                "yaxis": {"automargin": True},
-                "showlegend": False,
+                "xaxis": {"title": {"text": f"{unit_name} at the peak"}},
             },
         },
         alternative="; ".join(

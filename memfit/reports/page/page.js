@@ -8,12 +8,15 @@
   const MAX_POINTS = 1200;
   const MAX_ROWS = 200;
   const NUM_LIVE = 8;
-  // Of the width: a phase that is narrower has no label, which the next one's would cover.
-  const LABEL_SHARE = 0.09;
-  const config = {
-    displaylogo: false, responsive: true, showSendToCloud: false,
+  const GIB_FROM = 10000;
+  // About what a letter of a label takes, in pixels: a label that has less room is left out.
+  const LETTER_PIXELS = 8;
+  const narrow = window.matchMedia("(max-width: 640px)");
+  // A phone zooms with fingers, and a toolbar would cover what is drawn.
+  const config = () => ({
+    displaylogo: false, responsive: true, showSendToCloud: false, displayModeBar: !narrow.matches,
     modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d"],
-  };
+  });
 
   const bytes = (n) => {
     const size = Math.abs(n);
@@ -38,35 +41,79 @@
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   const themed = (layout) => {
+    const numLabels = (layout.shapes || []).filter((shape) => shape.xref === "paper").length;
+    // A phone has no room for several; their colours are those of the legend.
+    const isLabelled = (shape) => shape.label && !(narrow.matches && shape.xref === "paper" && numLabels > 1);
     const axis = { gridcolor: variable("--grid"), zerolinecolor: variable("--grid"), linecolor: variable("--line") };
     return {
-      margin: { l: 64, r: 16, t: 28, b: 48 },
-      legend: { orientation: "h", y: -0.22, traceorder: "normal" },
+      margin: { l: narrow.matches ? 48 : 64, r: 16, t: narrow.matches ? 28 : 52, b: 48 },
+      showlegend: false,
       modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--dim"), activecolor: variable("--accent") },
       hoverlabel: { namelength: -1 },
       ...layout,
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: variable("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 13 },
-      xaxis: { ...axis, ...layout.xaxis },
-      yaxis: { ...axis, ...layout.yaxis },
+      xaxis: { ...axis, automargin: true, ...layout.xaxis },
+      yaxis: { ...axis, automargin: true, ...layout.yaxis },
       shapes: (layout.shapes || []).map((shape) => ({
         ...shape,
         line: { color: variable("--dim"), ...shape.line },
-        label: shape.label && { textposition: "start", yanchor: "bottom", font: { color: variable("--dim"), size: 12 }, ...shape.label },
+        label: isLabelled(shape) ? { textposition: "start", yanchor: "bottom", font: { color: variable("--dim"), size: 12 }, ...shape.label } : undefined,
       })),
     };
   };
 
   const redraws = [];
-  dark.addEventListener("change", () => redraws.forEach((redraw) => redraw()));
+  for (const query of [dark, narrow]) query.addEventListener("change", () => redraws.forEach((redraw) => redraw()));
+
+  // What the colours mean, below the chart and as wide as the page: a press hides and shows.
+  const drawLegend = (chart, traces) => {
+    const old = chart.parentElement.querySelector(".legend");
+    if (old) old.remove();
+    const named = traces.map((trace, index) => ({ trace, index })).filter(({ trace }) => trace.name);
+    if (named.length < 2) return;
+    const legend = element("div", undefined, "legend");
+    for (const { trace, index } of named) {
+      const button = element("button");
+      button.type = "button";
+      button.setAttribute("aria-pressed", "true");
+      const swatch = element("span", undefined, trace.type === "scatter" && !trace.stackgroup ? "swatch line" : "swatch");
+      swatch.style.background = colourOf(trace, index);
+      button.append(swatch, trace.name);
+      button.addEventListener("click", () => {
+        const isShown = button.getAttribute("aria-pressed") === "true";
+        button.setAttribute("aria-pressed", String(!isShown));
+        Plotly.restyle(chart, { visible: !isShown }, [index]);
+      });
+      legend.append(button);
+    }
+    chart.after(legend);
+  };
+  const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
+  const colourOf = (trace, index) => trace.fillcolor || (trace.marker && trace.marker.color) || (trace.line && trace.line.color) || COLOURS[index % COLOURS.length];
+
+  // On a phone long names take several lines, so that they are whole and leave room for the bars.
+  const wrapped = (name) => {
+    if (!narrow.matches || typeof name !== "string") return name;
+    const lines = [""];
+    for (const word of name.split(" ")) {
+      if (lines[lines.length - 1] && lines[lines.length - 1].length + word.length > 13) lines.push("");
+      lines[lines.length - 1] = `${lines[lines.length - 1]} ${word}`.trim();
+    }
+    return lines.join("<br>");
+  };
+  const fitted = (trace) => (trace.orientation === "h" && Array.isArray(trace.y) ? { ...trace, y: trace.y.map(wrapped) } : trace);
 
   // --- figures ---------------------------------------------------------------------------------
 
   const drawFigure = (section, data) => {
     const chart = section.querySelector(".chart");
     if (data.height) chart.style.height = `${data.height}px`;
-    const draw = () => Plotly.react(chart, data.traces, themed(data.layout), config);
+    const draw = () => {
+      drawLegend(chart, data.traces);
+      return Plotly.react(chart, data.traces.map(fitted), themed(data.layout), config());
+    };
     redraws.push(draw);
     return draw();
   };
@@ -119,6 +166,8 @@
     const whole = [0, data.num_moments];
     // Without a caching allocator what is in use is all there is.
     const isCached = reserved.some((amount, m) => amount !== totals[m]);
+    const highest = totals.reduce((most, amount) => Math.max(most, amount), data.reserved.reduce((most, [, amount]) => Math.max(most, amount), 0));
+    const [UNIT, UNIT_NAME] = highest >= GIB_FROM * MIB ? [1024 * MIB, "GiB"] : [MIB, "MiB"];
     let range = whole;
     let moment = data.peak;
 
@@ -126,22 +175,23 @@
       const moments = momentsOf(totals, ...range);
       const areas = used.map((role) => ({
         type: "scatter", mode: "lines", stackgroup: "live", name: data.roles[role].name,
-        x: moments, y: moments.map((m) => series[role][m] / MIB),
+        x: moments, y: moments.map((m) => series[role][m] / UNIT),
         line: { width: 0, shape: "hv" }, fillcolor: data.roles[role].colour,
-        hovertemplate: "%{y:,.1f} MiB",
+        hovertemplate: `%{y:,.2f} ${UNIT_NAME}`,
       }));
       if (!isCached) return areas;
       return [...areas, {
         type: "scatter", mode: "lines", name: "reserved", x: moments,
-        y: moments.map((m) => reserved[m] / MIB),
+        y: moments.map((m) => reserved[m] / UNIT),
         line: { width: 1.5, dash: "dash", shape: "hv", color: variable("--text") },
-        hovertemplate: "%{y:,.1f} MiB",
+        hovertemplate: `%{y:,.2f} ${UNIT_NAME}`,
       }];
     };
     const isWide = (index) => {
       const next = data.phases[index + 1];
       const end = Math.min(range[1], next ? next.begin : data.num_moments);
-      return end - Math.max(range[0], data.phases[index].begin) > LABEL_SHARE * (range[1] - range[0]);
+      const pixels = (chart.clientWidth - 90) * (end - Math.max(range[0], data.phases[index].begin)) / (range[1] - range[0]);
+      return pixels > LETTER_PIXELS * (`${data.phases[index].name} ${data.phases[index].label}`.trim().length + 1);
     };
     const shapes = () => [
       ...data.phases.map((phase, index) => ({
@@ -153,9 +203,13 @@
     ];
     const layout = () => themed({
       hovermode: "x unified", xaxis: { title: { text: "event of the step" }, range: [...range] },
-      yaxis: { title: { text: "MiB" }, rangemode: "tozero", fixedrange: true }, shapes: shapes(),
+      yaxis: { title: { text: UNIT_NAME }, rangemode: "tozero", fixedrange: true }, shapes: shapes(),
     });
-    const draw = () => Plotly.react(chart, traces(), layout(), config);
+    const draw = () => {
+      const drawn = traces();
+      drawLegend(chart, drawn);
+      return Plotly.react(chart, drawn, layout(), config());
+    };
 
     const read = () => {
       const live = [];

@@ -1,0 +1,79 @@
+"""On a phone and on a desktop, nothing of a page is cut and nothing covers anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfit.records import Alternative, Exploration, Precision, StepOptions, Survey, SurveyAnswer
+from memfit.reports import exploration_page, probe_page
+from memfit.reports.profile_page import page
+from memfit.units import MIB
+from reports.profiles import PROFILE
+from reports.test_page import PROBE, browser, needs_browser, shown
+
+__all__ = ["browser"]
+
+PHONE, DESKTOP = 390, 1400
+OVERLAPS = (Path(__file__).parent / "overlaps.js").read_text(encoding="utf-8")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@pytest.mark.parametrize("kind", ["profile", "probe", "survey", "exploration"])
+def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kind: str) -> None:
+    """On a phone and on a desktop: titles, ticks, labels of lines, legend and toolbar."""
+    long_name = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
+    cards = tuple(
+        SurveyAnswer(gpu=name, result=dataclasses.replace(PROBE, device=name))
+        for name in (long_name, "NVIDIA GeForce RTX 2080 Ti", "Tesla T4")
+    )
+    options = StepOptions(precision=Precision.FP32)
+    change = "fused attention, which timm was told not to use"
+    exploration = Exploration(
+        subject="net",
+        device="a card",
+        capacity=PROBE.capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=Alternative(
+            change="",
+            costs="",
+            options=options,
+            micro_batch_sizes=(32, 32),
+            recommended_micro_batch_size=40,
+            peak_reserved_bytes=800 * MIB,
+        ),
+        alternatives=(
+            Alternative(
+                change=change,
+                costs="none",
+                options=options,
+                micro_batch_sizes=(64,),
+                recommended_micro_batch_size=80,
+                peak_reserved_bytes=900 * MIB,
+            ),
+        ),
+    )
+    text = {
+        "profile": lambda: page(PROFILE),
+        "probe": lambda: probe_page.page(PROBE),
+        "survey": lambda: probe_page.survey_page(Survey(subject="net", answers=cards)),
+        "exploration": lambda: exploration_page.page(exploration),
+    }[kind]()
+    sized = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sized)
+    try:
+        drawn = shown(browser, text, tmp_path)
+        found, page_width = drawn.execute_script(OVERLAPS)
+        assert found == []
+        assert page_width <= width
+        drawn.execute_script(
+            "document.querySelectorAll('.legend button').forEach((b) => b.click())"
+        )
+        assert drawn.get_log("browser") == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
