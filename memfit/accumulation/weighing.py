@@ -20,7 +20,7 @@ from memfit.step.runner import check_loss
 __all__ = ["LossTerms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
 
 Weight = Union[Literal["samples", "sum"], Callable[[Any], Any]]  # noqa: UP007 - an alias, at runtime
-"""What a loss averages over: samples, nothing (a sum), or a function's count of a batch."""
+"""What a loss averages over: samples, nothing (a sum), or what a function of a batch counts."""
 
 Weights = Union[Weight, Sequence[Weight], Mapping[str, Weight]]  # noqa: UP007 - as above
 """One weight for all losses, or one for each, nested as the losses are."""

@@ -1,11 +1,16 @@
 """Do accumulated gradients equal the full batch's, and if not, what makes them differ?
 
-`verification` runs the experiments that the other modules know how to do: `gradients` accumulates,
-from one `state`, and in float64 throughout (`widening`); `comparison` compares within what rounding
-explains, and `passes` does both for one precision. `mixing` finds layers in which samples meet;
-`weighting` finds what losses average over, from what `measuring` measures of their `terms` and what
-`counting` counts; `randomness` replays draws, `gradient_flow` finds where gradients end, `causes`
-says why gradients differ, and `loops` weighs a user's own accumulation loop.
+`verification` runs the experiments of the other modules:
+
+- `gradients` accumulates gradients. Every pass begins from one `state`. `widening` makes all of it
+  float64.
+- `comparison` compares gradients, and allows the differences that rounding explains. `passes` does
+  both for one precision.
+- `mixing` finds layers that mix samples.
+- `weighting` finds out what losses average over. `measuring` measures the weights of their `terms`,
+  and `counting` counts what a batch contains.
+- `randomness` replays random draws. `gradient_flow` finds layers that stop gradients.
+- `causes` says why gradients differ. `loops` examines a user's own accumulation loop.
 """
 
 from memfit.equivalence.loops import AccumulationLoop

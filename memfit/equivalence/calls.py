@@ -1,4 +1,4 @@
-"""Which layer of a model is running, and what goes in and out of each call of one."""
+"""Which layer of a model is running, and the inputs and outputs of each call."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class CallStack:
 
     @property
     def innermost(self) -> str:
-        """The path of the layer that runs: empty in the model itself, `LOSS` outside all."""
+        """The path of the running layer: empty in the model itself, `LOSS` outside of the model."""
         return self._names[-1] if self._names else LOSS
 
     def __enter__(self) -> Self:
-        """Follow the layers from here on."""
+        """Start to follow the layers."""
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entered(name)))
             self._handles.append(module.register_forward_hook(self._left, always_call=True))
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Follow them no more."""
+        """Stop following the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -1,7 +1,7 @@
 """Why gradients differ: experiments on a step whose accumulated gradients are not the full batch's.
 
-Each cause is tried for by itself, so that a step with two of them has both named. What mixes
-samples, `mixing` and `weighting` have found before.
+Each cause is tested separately, so that a step with two causes has both named. `mixing` and
+`weighting` have found before what mixes samples.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Causes:
     """What makes gradients differ.
 
     Args:
-        faults: The kinds, each once.
-        mixing_layers: What was found to mix besides what was known.
-        stateful: Layers that return something else when they are called again.
+        faults: The kinds of causes, each once.
+        mixing_layers: Layers that mix and that were not known before.
+        stateful: Layers that return a different result when they are called again.
         carried: Parameters, buffers and attributes that forward changes.
         detaching: Layers that cut gradients off in some passes and not in others.
     """
@@ -50,14 +50,14 @@ def find_causes(
     """Find out why gradients differ.
 
     Args:
-        setup: What was run, on the CPU, in the precision that the verdict rests on.
-        compared: What comparing its gradients gave.
+        setup: The step that was run, on the CPU, in the precision that the verdict rests on.
+        compared: The comparison of its gradients.
         weights: What its losses average over.
-        mixing: What is known to mix, and is not frozen.
-        work: Told what runs next.
+        mixing: Layers that are known to mix and are not frozen.
+        work: Is told what runs next.
 
     Returns:
-        The causes; none where gradients are equal.
+        The causes; empty if gradients are equal.
     """
     hidden = _hidden_by_draws(compared, mixing)
     if compared.passed and not compared.order_matters and not hidden:
@@ -84,7 +84,7 @@ def find_causes(
         found = _mixing_besides(setup, compared)
         faults += [GradientFault.MIXES_SAMPLES] if found else []
     if compared.drawn_by_host and set(faults) <= {GradientFault.DEPENDS_ON_ORDER}:
-        # What Python and NumPy draw goes by place as well: another order has other draws.
+        # Python and NumPy draw by position, so in another order samples get other draws.
         faults.append(GradientFault.DRAWS_NOT_REPLAYED)
     if set(faults) <= {GradientFault.DEPENDS_ON_ORDER} and not _repeats(setup, compared):
         faults = [GradientFault.DOES_NOT_REPEAT]
@@ -98,7 +98,7 @@ def find_causes(
 
 
 def _hidden_by_draws(compared: Compared, mixing: Sequence[MixingLayer]) -> bool:
-    """Whether something mixes whose draws were taken away before gradients were compared."""
+    """Whether a layer mixes, but its draws were switched off or fixed in the comparison."""
     taken_away = bool(compared.off) or compared.held_fixed
     return taken_away and any(one.mixes_in is MixesIn.FORWARD for one in mixing)
 
@@ -131,7 +131,7 @@ def _repeats(setup: CheckSetup, compared: Compared) -> bool:
 
 
 def _mixing_besides(setup: CheckSetup, compared: Compared) -> tuple[MixingLayer, ...]:
-    """Look for what mixes in backward alone, or in a loss that the model keeps to itself."""
+    """Look for mixing in backward alone, or in a loss that the model computes inside itself."""
     found = mixing_gradients(setup.model, setup.samples.first(NUM_SAMPLES))
     if found:
         return found

@@ -1,24 +1,26 @@
-"""What rounding can make of the difference between two gradients of one batch, and what it cannot.
+"""Decides whether rounding explains the difference between two gradients of one batch.
 
-Two gradients are compared parameter by parameter, against a bound that has three terms, each of
-which is there for a reason:
+Two gradients are compared parameter by parameter. The difference must stay below a bound that adds
+up three terms:
 
-- Every micro-batch's gradient is rounded when it is written, and again where it is added to those
-  before: 3 u x sqrt(sum ||t_i||^2 + sum ||s_i||^2), where u is the unit roundoff of the type that
-  gradients are written in, t_i the weighted gradients of the micro-batches and s_i their partial
-  sums, of both gradients and as measured. The 3 is for layers whose own backward adds to it.
-- Inside each, n summands (samples x values of a sample) are added in the accumulator's type:
-  v x sqrt(n) x the same norm, as random-walk rounding has it.
-- Rounding that layers amplify on the way: the reference is computed once more with its samples in
-  another order, and a multiple of that difference is allowed.
+- Writing: every micro-batch's gradient is rounded when it is written, and again when it is added to
+  the gradients before it. The term is 3 u x sqrt(sum ||t_i||^2 + sum ||s_i||^2). Here u is the unit
+  roundoff of the type that gradients are written in. The t_i are the weighted gradients of the
+  micro-batches, and the s_i their partial sums; both are measured, for both gradients. The factor 3
+  is for layers whose own backward adds more rounding.
+- Summing: each gradient is a sum of n values (samples x values of a sample), added in the
+  accumulator's type. The term is v x sqrt(n) x the same norm, as in random-walk rounding.
+- Amplified rounding: layers can amplify earlier rounding. The reference is computed once more with
+  its samples in another order, and a multiple of that difference is allowed.
 
-No bound is larger than the ceiling of its precision, whatever the terms say. In float64 that is
-1e-6: another order that moves a gradient further has shown that order matters, and not rounding.
+No bound is larger than the ceiling of its precision. In float64 the ceiling is 1e-6. If another
+order of samples changes a gradient by more than that, the order itself matters, not rounding.
 
-Roundings of m elements average out, so the scale of a gradient is bounded more tightly than its
-distance: by 5 / sqrt(m) of what is likely for one. That is what finds an error of 1% in arithmetic
-of two or three digits. A gradient far smaller than the model's typical one is measured against
-that: most of its digits are its neighbours' rounding.
+The rounding errors of m elements average out. So the scale of a gradient has a tighter bound than
+its distance: 5 / sqrt(m) of the error that is likely for one element. This bound finds an error of
+1% in arithmetic of two or three digits. A gradient that is far smaller than the model's typical
+gradient is compared with the typical one, because rounding of larger values makes most of its
+digits.
 
 Source: Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci.
     Comput. 41(5), 2019, for sqrt(n) in place of n.
@@ -39,8 +41,8 @@ from memfit.step.nesting import leaves_of
 __all__ = ["CEILING", "ceiling_of", "check", "vanishing_in"]
 
 _NUM_LISTED = 20
-_PERMUTATION_FACTOR = 4.0  # the two differences have the same spread; four of them miss 1 in 10^4
-_WRITING_FACTOR = 3.0  # weight standardisation doubles it in bf16; see docs/equivalence.md
+_PERMUTATION_FACTOR = 4.0  # both differences have the same spread; 4 of it miss 1 in 10^4
+_WRITING_FACTOR = 3.0  # weight standardisation doubles rounding in bf16; docs/equivalence.md
 _SCALE_SIGMAS = 5.0
 _MEASURING_ROUNDOFF = 2.0**-51  # of a scale near 1
 _NUM_LOOKED_AT = 65_536
@@ -64,8 +66,8 @@ CEILING = 1e-6
 an ill-conditioned model may lose half of the sixteen digits."""
 
 _CEILINGS = {torch.float64: CEILING, torch.float32: 1e-2}
-_CEILING_OF_PROOF = 1e-4  # in float32, where float64 cannot be had
-_CEILING_BELOW = 0.75  # of two and three digits; a gradient that is missing is off by 1
+_CEILING_OF_PROOF = 1e-4  # in float32, if the step cannot run in float64
+_CEILING_BELOW = 0.75  # for types of two or three digits; a missing gradient has an error of 1
 
 
 def check(
@@ -83,16 +85,16 @@ def check(
     """Compare two gradients of one effective batch.
 
     Args:
-        bench: What was run.
+        bench: The step that was run.
         reference: The full batch's gradients.
-        other: Those of the batch cut otherwise.
-        shuffled: The reference's again, with the samples in another order; `None` to allow for no
-            amplified rounding.
-        reference_cut: How the reference was cut; a single micro-batch where it was not.
-        cut: How the other was cut.
-        vanishing: Parameters whose gradient is known to be zero but for rounding.
+        other: The gradients of the same batch in another cut.
+        shuffled: The reference computed again, with the samples in another order; `None` to allow
+            no amplified rounding.
+        reference_cut: How the reference was cut; a single micro-batch if it was not.
+        cut: How the batch was cut for `other`.
+        vanishing: Parameters whose gradient is known to be zero apart from rounding.
         is_proof: The verdict rests on this precision.
-        message: Why the reference is cut, where it is.
+        message: Why the reference is cut, if it is.
 
     Returns:
         The comparison.
@@ -132,10 +134,10 @@ def check(
 
 
 def ceiling_of(bench: CheckSetup, *, is_proof: bool) -> float:
-    """Return the relative error above which nothing is equal, whatever is known of rounding.
+    """Return the relative error above which gradients are never equal, whatever the rounding.
 
     Args:
-        bench: What was run.
+        bench: The step that was run.
         is_proof: The verdict rests on this precision.
     """
     if bench.precision is None:
@@ -146,10 +148,10 @@ def ceiling_of(bench: CheckSetup, *, is_proof: bool) -> float:
 
 
 def vanishing_in(bench: CheckSetup, reference: Gradients) -> frozenset[str]:
-    """Return the parameters whose gradient is zero but for rounding.
+    """Return the parameters whose gradient is zero apart from rounding.
 
     Args:
-        bench: What was run, in float64 if zero is to be told from small.
+        bench: The step that was run. Only float64 can tell zero from a small gradient.
         reference: The full batch's gradients.
     """
     share = _Rounding.of(bench).vanishing * _typical(reference)
@@ -178,7 +180,7 @@ def _excess(difference: ParameterDifference) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Rounding:
-    """Unit roundoffs of a check: of what is written, and of the sums inside."""
+    """Unit roundoffs of a check: of written gradients, and of the sums inside them."""
 
     written: float
     summed: float
@@ -186,7 +188,7 @@ class _Rounding:
 
     @property
     def vanishing(self) -> float:
-        """The share of a typical gradient below which most of one's digits are rounding."""
+        """A gradient below this share of the typical one consists mostly of rounding."""
         return math.sqrt(self.summed)
 
     @classmethod
@@ -203,7 +205,7 @@ class _Rounding:
         summed = _UNIT_ROUNDOFF[torch.float64 if bench.precision is None else torch.float32]
         if bench.precision is not None and bench.device.type == "cuda" and _may_use_tf32():
             written = max(written, _TF32_ROUNDOFF)
-        # A user's model may have weights of a narrower type than the precision says.
+        # A user's model may have weights of a narrower type than the precision.
         for parameter in bench.parameters().values():
             written = max(written, _UNIT_ROUNDOFF.get(parameter.dtype, 0.0))
         return cls(
@@ -214,8 +216,8 @@ class _Rounding:
 
 
 def _may_use_tf32() -> bool:
-    allowed = True  # as it is for convolutions, unless someone forbade it
-    # torch has two ways of asking, and refuses one where the other was used.
+    allowed = True  # the default for convolutions
+    # torch has two settings for this, and refuses one after the other was used.
     with contextlib.suppress(RuntimeError):
         allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
     return allowed
@@ -242,7 +244,7 @@ def _difference(
     ceiling: float,
 ) -> ParameterDifference:
     if reference is None or other is None:
-        # One of the two reached the parameter and the other did not.
+        # Only one of the two passes gave this parameter a gradient.
         got = _norm(reference if reference is not None else other)  # type: ignore[arg-type]
         return ParameterDifference(
             name=name,
@@ -268,18 +270,18 @@ def _difference(
         )
     summing = rounding.summed * math.sqrt(rounding.num_summands)
     other_terms = summing * (written + usual) + _PERMUTATION_FACTOR * noise
-    # What vanishes is the sum of its neighbours' roundings, and not small beside those.
+    # A vanishing gradient is a sum of rounding of typical size, so that size counts.
     writing = rounding.written * (usual if vanishes else written)
     likely = (writing + other_terms) / unit
     bound = min(ceiling, (_WRITING_FACTOR * writing + other_terms) / unit)
-    # The difference is small and exact, so its share is too.
+    # The difference is small and exact, so the scale that follows from it is exact too.
     scale = None if vanishes else 1 + float(torch.dot(a - b, b)) / norm**2
     scale_bound = bound
     if scale is not None:
         carrying = _num_carrying(b)
         scale_bound = _averaged(bound, likely, carrying)
         if abs(scale - 1) > scale_bound:
-            # Equal elements are rounded alike, so only different ones average out.
+            # Equal elements are rounded alike, so only rounding of different ones averages out.
             scale_bound = _averaged(bound, likely, min(carrying, _num_different(b)))
     return ParameterDifference(
         name=name,
@@ -297,12 +299,12 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _averaged(bound: float, likely: float, num_elements: float) -> float:
-    """Return the bound of a mean over so many elements that are each off by what is likely."""
+    """Return the bound of a mean over elements that each have the likely error."""
     return max(_MEASURING_ROUNDOFF, min(bound, likely * _SCALE_SIGMAS / math.sqrt(num_elements)))
 
 
 def _num_carrying(gradient: torch.Tensor) -> float:
-    """Return how many elements carry the gradient's norm; the roundings of so many average out."""
+    """Return how many elements make up most of the norm; their rounding averages out."""
     squares = gradient.square()
     fourth = float(squares.square().sum())
     carrying = float(squares.sum()) ** 2 / fourth if fourth else 1.0

@@ -1,8 +1,9 @@
-"""What a loss may average over: the counts that a batch offers.
+"""Counts in a batch that a loss may average over.
 
-A loss averages over its samples, over targets that are not to be ignored (by -100, 255, -1 or
-another value, shifted by one place or not), over what a mask lets through, over given weights, over
-the weights of classes, over boxes. Which of these it is, `memfit.equivalence.weighting` measures.
+A loss may average over samples, over targets that are not ignored, over the elements that a mask
+selects, over given weights, over the weights of classes, or over boxes. Ignored targets are marked
+by -100, 255, -1 or another value; targets may be shifted by one place. `weighting` measures which
+of these counts a loss uses.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["SAMPLES", "SUM", "Count", "Fit", "UnseenClassError", "candidates", "
 
 
 class UnseenClassError(LookupError):
-    """A class whose weight was not seen in the samples that weights were measured on."""
+    """The samples that weights were measured on did not contain this class."""
 
 
 _IGNORED = (-100, 255, -1)
@@ -45,10 +46,10 @@ class Count:
     """Something that can be counted in a part of a batch.
 
     Args:
-        weighting: The kind of it.
-        of: From a part of the batch, and its number of samples, to how much it counts.
-        text: The count as an expression of the batch; `None` where it has no name.
-        measured: For a rule that nothing counts: measures the factors for a cut of some samples.
+        weighting: The kind of count.
+        of: A function of a part of the batch and its number of samples; it returns the count.
+        text: The count as an expression of the batch; `None` if it has no name.
+        measured: For a rule without a count: a function that measures the factors for a cut.
     """
 
     weighting: LossWeighting
@@ -57,14 +58,14 @@ class Count:
     measured: Callable[[Sequence[int], Samples], tuple[float, ...]] | None = None
 
     def shares(self, cut: Sequence[int], samples: Samples) -> tuple[float, ...] | None:
-        """Return what the loss of each micro-batch has to be multiplied by.
+        """Return the factor for the loss of each micro-batch.
 
         Args:
             cut: Samples in each micro-batch.
             samples: The whole batch.
 
         Returns:
-            The factors; `None` where there is nothing to count.
+            The factors; `None` if the batch has nothing to count.
         """
         if self.measured is not None:
             return self.measured(cut, samples)
@@ -80,11 +81,11 @@ SUM = Count(weighting=LossWeighting.SUM, of=lambda _part, _size: 1.0)
 
 
 def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count]:
-    """Yield what a loss may average over, the likelier first.
+    """Yield the counts that a loss may average over, the most likely first.
 
     Args:
         samples: The whole batch.
-        held: Tensors that the loss or the model keeps, which may be weights of classes.
+        held: Tensors of the loss or the model that may be weights of classes.
     """
     yield SAMPLES
     yield SUM
@@ -110,7 +111,7 @@ def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count
 
 
 def _maybe_ignored(values: list[torch.Tensor]) -> list[int]:
-    """Return the integers that may stand for what is not to be counted, the likelier first."""
+    """Return the integers that may mark ignored targets, the most likely first."""
     found = torch.cat([value.reshape(-1).cpu() for value in values]).unique().tolist()
     known = [value for value in _IGNORED if value in found]
     rest = [value for value in found if value not in known]
@@ -130,13 +131,13 @@ def _of_masks(path: str, values: list[torch.Tensor]) -> Iterator[Count]:
 
 
 def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count]:
-    """Yield weights of classes that come nearest to a measured gradient.
+    """Yield the weights of classes that come nearest to a measured gradient.
 
     Args:
         samples: The whole batch.
         cut: Samples in each part.
-        fit: From what each part counts of each class, of shape (parts, classes), to the weights of
-            the classes.
+        fit: A function of how often each part contains each class, of shape (parts, classes). It
+            returns the weights of the classes.
     """
     parts = [_by_path(samples.part(*span)) for span in spans(cut)]
     for path, values in _by_path(samples.batch).items():
@@ -157,14 +158,14 @@ def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count
 
 
 def _by_path(batch: Any) -> dict[str, list[torch.Tensor]]:
-    """Return the tensors of a batch by where they are; those of one list of samples together."""
+    """Return the tensors of a batch by path; tensors of one list of samples together."""
     found = {path: [leaf] for path, leaf in _leaves(batch, "batch")}
     together: dict[str, list[torch.Tensor]] = {}
     for place, leaves in found.items():
         head, _, tail = place.partition("]")
         name = f"{head}]{_ONE_OF_LIST.sub('[...]', tail)}" if tail else place
         together.setdefault(name, []).extend(leaves)
-    # A nested tuple of a few tensors is no list of samples.
+    # A nested tuple of a few tensors is not a list of samples.
     return found | {name: leaves for name, leaves in together.items() if "[...]" in name}
 
 
@@ -180,7 +181,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _shifted(path: str, values: list[torch.Tensor], text: str, count: _Count) -> Iterator[Count]:
-    """Yield a count, and the same of all but the first or last place, as predictors shift them."""
+    """Yield a count, and the same count without the first or the last place of each sequence."""
     yield _counted(path, _sum_of(text, path), count)
     if values[0].ndim > 1:
         yield _counted(path, _sum_of(text, f"{path}[:, 1:]"), lambda t: count(t[:, 1:]))

@@ -1,4 +1,4 @@
-"""Layers that gradients do not get past, and layers that remember how often they were called."""
+"""Finds layers that stop gradients, and layers that change when they are called again."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["DetachWatch", "cut_off", "stateful_layers"]
 
 
 def cut_off(model: nn.Module, unreached: Collection[str]) -> tuple[str, ...]:
-    """Name the outermost layers all of whose trained parameters get no gradient.
+    """Name the outermost layers in which no trained parameter gets a gradient.
 
     Args:
         model: The model.
-        unreached: Parameters that forward uses and that no gradient reaches, by path.
+        unreached: Paths of parameters that forward uses and that get no gradient.
     """
     found: list[str] = []
     for path, module in model.named_modules():
@@ -44,10 +44,11 @@ def cut_off(model: nn.Module, unreached: Collection[str]) -> tuple[str, ...]:
 
 
 class DetachWatch:
-    """Notices, in every forward pass of the block, layers that cut gradients off.
+    """Finds layers that stop gradients, in every forward pass of the block.
 
-    A layer does if what goes in has a gradient and what comes out has none. A container does if a
-    layer in it is given something without a gradient after another returned something with one.
+    A layer stops gradients if its inputs require a gradient and its outputs do not. A container
+    stops them if one layer in it returned a value that requires a gradient, and a later layer is
+    given a value that does not.
 
     Args:
         model: The model to watch.
@@ -61,14 +62,14 @@ class DetachWatch:
         self.suspects: dict[str, None] = {}
 
     def __enter__(self) -> Self:
-        """Watch from here on."""
+        """Start to watch."""
         for name, module in self._model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._entered(name)))
             self._handles.append(module.register_forward_hook(self._left(name)))
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Watch no more."""
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
 
@@ -99,7 +100,7 @@ class DetachWatch:
 
 
 def _flows(values: Any) -> bool | None:
-    """Whether any of some tensors has a gradient; `None` where there are no tensors of numbers."""
+    """Whether any tensor requires a gradient; `None` if no tensor is floating-point."""
     numbers = [
         leaf
         for leaf in pytree.tree_leaves(values)
@@ -109,14 +110,14 @@ def _flows(values: Any) -> bool | None:
 
 
 def stateful_layers(model: nn.Module, samples: Samples) -> tuple[str, ...]:
-    """Name the layers that return something else when they are called again on the same.
+    """Name the layers that return a different result when called again with the same input.
 
     Args:
         model: The model, in the mode in which it trains.
         samples: Some samples that it takes.
 
     Returns:
-        Their paths, innermost only, in order of first appearance.
+        The paths of the innermost such layers, in order of first appearance.
     """
     first: dict[tuple[str, int], list[torch.Tensor]] = {}
     found: dict[str, None] = {}

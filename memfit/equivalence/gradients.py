@@ -25,11 +25,11 @@ __all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "err
 
 FP64 = "fp64"
 
-_FIRST_LOSS_SCALE = 2.0**16  # as torch.amp.GradScaler's
+_FIRST_LOSS_SCALE = 2.0**16  # the same as in torch.amp.GradScaler
 
 
 class SingleSampleError(WorkloadError):
-    """The model runs, but not on one sample alone: batch statistics of one are none."""
+    """The model runs, but not on a single sample, which has no batch statistics."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +38,11 @@ class CheckSetup:
 
     Args:
         model: The model, converted and placed.
-        loss: From outputs and targets to one number, or several by name.
+        loss: A function of outputs and targets; it returns one number, or several by name.
         samples: The effective batch.
-        device: Where all of it is.
-        precision: The arithmetic; `None` for float64 throughout.
-        draws: What the model draws at random.
+        device: The device of the model and the batch.
+        precision: The precision of training; `None` for float64 throughout.
+        draws: The random draws of the model.
     """
 
     model: nn.Module
@@ -54,12 +54,12 @@ class CheckSetup:
 
     @property
     def precision_name(self) -> str:
-        """What reports call the precision."""
+        """The name of the precision in reports."""
         return FP64 if self.precision is None else self.precision.value
 
     @property
     def holders(self) -> tuple[object, ...]:
-        """What can keep something from pass to pass."""
+        """The objects that can keep state from pass to pass."""
         return (self.model, *held_by(self.loss, self.model))
 
     @property
@@ -68,7 +68,7 @@ class CheckSetup:
         return self.samples.num_samples
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, by name."""
+        """Return the trained parameters, by name."""
         named = dict(self.model.named_parameters())
         if isinstance(self.loss, nn.Module):
             own = {id(parameter) for parameter in named.values()}
@@ -84,7 +84,7 @@ class CheckSetup:
         return {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
 
     def losses_of(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Run samples `start` up to and without `stop` through model and loss.
+        """Run the samples from `start` up to but not including `stop` through model and loss.
 
         Returns:
             The losses by name, each one number.
@@ -113,10 +113,10 @@ class CheckSetup:
         return named_losses(returned)
 
     def check_finite(self, loss: torch.Tensor) -> None:
-        """Refuse a loss that there are no gradients of.
+        """Refuse a loss that is not finite, because it has no gradients.
 
         Raises:
-            WorkloadError: It is not finite.
+            WorkloadError: The loss is not finite.
         """
         if not bool(torch.isfinite(loss.detach()).all()):
             raise WorkloadError(
@@ -131,12 +131,12 @@ class CheckSetup:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """What one pass over the effective batch left in the parameters.
+    """The gradients that one pass over the effective batch gave.
 
     Args:
         values: By parameter, in host memory; `None` for a parameter that got no gradient.
-        written_squares: By parameter, the squared norms of all that was rounded when it was
-            written: each micro-batch's gradient and each partial sum.
+        written_squares: By parameter, the sum of squared norms of all values that were rounded when
+            they were written: each micro-batch's gradient and each partial sum.
         buffers: The model's buffers after the pass.
     """
 
@@ -155,31 +155,32 @@ def gradients(
 ) -> Gradients:
     """Accumulate the gradients of micro-batches as a training loop does.
 
-    Everything but the parameters' `.grad` is as before afterwards, and those are `None`.
+    Afterwards the state is as before, and the parameters' `.grad` is None.
 
     Args:
-        bench: What is run.
-        cut: Samples in each micro-batch; they sum to the effective batch.
-        weights: For each micro-batch what its losses are multiplied by, in their order. A loss that
-            is multiplied by 0 contributes nothing, also where it is no number.
-        order: In which order the bench has its samples, where it is not that of the recorded random
-            draws. It takes a pass over parts of the batch before, to show whose draws are whose.
-        forgets: Put everything but gradients back after each micro-batch, as no training loop does.
+        bench: The step to run.
+        cut: Samples in each micro-batch; they add up to the effective batch.
+        weights: For each micro-batch the factors of its losses, in the order of the losses. A loss
+            with the factor 0 contributes nothing, even if it is NaN.
+        order: The order of the bench's samples, if it differs from the order in which random draws
+            were recorded. A pass over parts of the batch must have run before, because it shows
+            which draws belong to which samples.
+        forgets: Restore everything except gradients after each micro-batch, unlike a training loop.
 
     Returns:
         The gradients, unscaled.
 
     Raises:
-        WorkloadError: As `CheckSetup.losses_of`, a loss is not finite, or the gradients overflow at
-            every loss scale.
+        WorkloadError: As in `CheckSetup.losses_of`; or a loss is not finite, or the gradients
+            overflow at every loss scale.
     """
     loss_scale = _FIRST_LOSS_SCALE if bench.precision is Precision.AMP_FP16 else 1.0
     while True:
         result = _pass(
             bench, cut, weights=weights, loss_scale=loss_scale, order=order, forgets=forgets
         )
-        # The squares are sums, so one that is not finite shows there; as the scaler would, go on
-        # with a smaller scale, the same for every micro-batch.
+        # The squares are sums, so any value that is not finite shows in them. As the scaler would,
+        # try again with a smaller scale, the same for every micro-batch.
         if bench.precision is not Precision.AMP_FP16 or loss_scale <= 1 or _finite(result):
             return result
         loss_scale /= 2**4
@@ -237,7 +238,7 @@ def _pass(
 def _weighted(
     bench: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float]
 ) -> torch.Tensor | None:
-    """Return the sum of losses, each by its share; `None` where nothing counts."""
+    """Return the sum of losses, each times its share; `None` if all shares are 0."""
     total = None
     for loss, share in zip(losses.values(), shares, strict=True):
         if share and loss.requires_grad:
@@ -251,7 +252,7 @@ def _to_host(grad: torch.Tensor, loss_scale: float) -> torch.Tensor:
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """Return a gradient with all its zeros, which those of sparse embeddings leave out."""
+    """Return a gradient with all its zeros; gradients of sparse embeddings leave them out."""
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
@@ -259,7 +260,7 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
 def _squares_noted(
     parameters: dict[str, nn.Parameter], squares: dict[str, list[torch.Tensor]]
 ) -> Iterator[None]:
-    """Note the squared norms of what is added to each gradient, and of what it then is."""
+    """Record the squared norms of each value added to a gradient, and of each sum."""
 
     def square(tensor: torch.Tensor) -> torch.Tensor:
         norm = torch.linalg.vector_norm(dense(tensor.detach()), dtype=_wide(tensor.dtype))
@@ -269,7 +270,7 @@ def _squares_noted(
     handles = []
     for name, parameter in parameters.items():
         noted = squares[name]
-        # The default binds the list of this parameter, not of the loop's last.
+        # The default value binds this parameter's list, not the list of the last one.
         handles.append(
             parameter.register_hook(lambda grad, noted=noted: noted.append(square(grad)))
         )
@@ -292,10 +293,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def error_in(setup: CheckSetup) -> Exception | None:
-    """Run a batch forward and backward, and return what is raised, if it is not about memory.
+    """Run a batch forward and backward; return its exception, if memory is not the cause.
 
     Raises:
-        MemfitError: The step is none, whatever it computes in.
+        MemfitError: The step is not valid in any precision.
     """
     parameters = setup.parameters().values()
     try:

@@ -1,10 +1,10 @@
-"""A user's own accumulation loop, weighed: how much does each micro-batch count in its gradient?
+"""Measures the weight that a user's own accumulation loop gives to each micro-batch.
 
-The loop runs on windows of micro-batches whose gradients are known one by one, with an optimizer
-that notes gradients and changes nothing. What the loop hands to the optimizer is then written as a
-weighted sum of the known gradients, and the weights tell what the loop does. All gradients are
-scaled by a tiny and by a huge power of two, which a loop that only adds and divides cannot notice:
-one that clips does.
+The loop runs on windows of micro-batches. The gradient of each micro-batch is known before. An
+optimizer that changes no parameters records the gradients that the loop hands to it. They are then
+written as a weighted sum of the known gradients, and the weights show what the loop does. The loop
+runs with all gradients scaled by a tiny and by a huge power of two. A loop that only adds and
+divides gives the same weights for both; a loop that clips does not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NEGLIGIBLE = 1e-6
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _SeenWindow:
-    """What a loop made of some windows: a gradient for each step, and what it left behind."""
+    """The result of running a loop: a gradient for each step, and the gradients left at the end."""
 
     steps: tuple[torch.Tensor, ...]
     left: torch.Tensor
@@ -53,7 +53,7 @@ class _SeenWindow:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Weighed:
-    """One window's gradient as a weighted sum of what its micro-batches gave."""
+    """One window's gradient as a weighted sum of its micro-batches' gradients."""
 
     cut: tuple[int, ...]
     expected: tuple[float, ...]
@@ -67,13 +67,13 @@ class _Weighed:
         return self.relative_error <= _CLOSE
 
     def follows(self, rule: Sequence[float]) -> bool:
-        """Whether the weights are those of a rule."""
+        """Whether the weights follow a rule."""
         largest = max(abs(weight) for weight in rule)
         return all(abs(a - b) <= _CLOSE * largest for a, b in zip(self.weights, rule, strict=True))
 
 
 class _NotingOptimizer(torch.optim.Optimizer):
-    """Notes the gradients at each step and leaves the parameters alone."""
+    """Records the gradients at each step and changes no parameters."""
 
     def __init__(self, parameters: list[nn.Parameter], sketch: Callable[[], torch.Tensor]) -> None:
         super().__init__(parameters, {"lr": 1e-3})
@@ -91,7 +91,7 @@ class _NotingOptimizer(torch.optim.Optimizer):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Weighing:
-    """A loop and what it runs on."""
+    """A loop, and the step and batch that it runs on."""
 
     loop: AccumulationLoop
     setup: CheckSetup
@@ -113,7 +113,7 @@ class _Weighing:
     def known(self, cut: Sequence[int], weights: Sequence[Sequence[float]]) -> torch.Tensor:
         """Return each micro-batch's own gradient, of shape (elements, micro-batches).
 
-        Of several losses, each counts by its weights.
+        Several losses are added, each times its weight.
         """
         columns = []
         for span, shares in zip(spans(cut), weights, strict=True):
@@ -129,7 +129,7 @@ class _Weighing:
         return torch.stack(columns, dim=1).nan_to_num(0.0)
 
     def run(self, windows: Sequence[Sequence[int]], scale: float) -> _SeenWindow:
-        """Run the loop over windows, every gradient scaled."""
+        """Run the loop over windows, with every gradient scaled."""
         micro_batches = [part for cut in windows for part in self.micro_batches(cut)]
         self.clear()
         optimizer = _NotingOptimizer(list(self.parameters), self.sketch)
@@ -162,7 +162,7 @@ class _Weighing:
                 handle.remove()
 
     def right(self, cut: Sequence[int]) -> torch.Tensor:
-        """Return the gradient that a window has to have."""
+        """Return the correct gradient of a window."""
         weights = self.expected(cut)
         return self.known(cut, weights).sum(dim=1)
 
@@ -172,7 +172,7 @@ class _Weighing:
     def weigh(
         self, seen: torch.Tensor, cut: tuple[int, ...], before: tuple[int, ...] | None = None
     ) -> _Weighed:
-        """Write a gradient as a weighted sum of a window's, and of the window's before it."""
+        """Write a gradient as a weighted sum over a window, and over the window before it."""
         expected = self.expected(cut)
         known = self.known(cut, tuple((1.0,) * len(shares) for shares in expected))
         right = self.right(cut)
@@ -192,10 +192,10 @@ class _Weighing:
         )
 
     def clips_each(self, seen: torch.Tensor, plain: torch.Tensor) -> bool:
-        """Whether a gradient that was clipped was so before it was whole.
+        """Whether the loop clips gradients before all micro-batches are added.
 
-        Clipped once, every parameter's gradient keeps its direction (clipped by norm, all together
-        or each), or is cut off at one value.
+        If the whole gradient is clipped once by norm, every parameter's gradient keeps its
+        direction. If it is clipped by value, its elements are cut off at one value.
         """
         limit = float(seen.abs().max())
         if torch.allclose(plain.clamp(-limit, limit), seen, rtol=_CLOSE, atol=_CLOSE * limit):
@@ -223,14 +223,14 @@ def weigh(
     """Find out what an accumulation loop does with whole, uneven and short windows.
 
     Args:
-        loop: The user's.
+        loop: The user's loop.
         setup: The step and its effective batch, in the nesting that the loop takes.
         weights: What the loss averages over.
         micro_batch_size: Samples in each micro-batch, as configured.
         accumulation_steps: Micro-batches in each window, as configured.
 
     Returns:
-        What it made of each window, and what is wrong with it.
+        The result for each window, and the faults of the loop.
 
     Raises:
         WorkloadError: The loop trains nothing.
@@ -272,7 +272,7 @@ def weigh(
             if taken_steps != 0:
                 faults |= dict.fromkeys(_faults_of(window, weights, count, size))
     if LoopFault.DIVIDED_BY_WRONG_COUNT in faults:
-        # Equal parts alone cannot tell the two apart.
+        # Windows of equal parts cannot tell the two faults apart.
         faults.pop(LoopFault.SCALED, None)
     if _clips_each(weighing, whole):
         faults[LoopFault.CLIPPED_PER_MICRO_BATCH] = None
@@ -304,7 +304,7 @@ def _clips_each(weighing: _Weighing, window: tuple[int, ...]) -> bool:
 def _faults_of(
     window: _Weighed, weights: Weights, configured_steps: int, configured_size: int
 ) -> tuple[LoopFault, ...]:
-    """Name the mistake that gives the weights seen in a window."""
+    """Name the mistakes that explain the weights of a window."""
     if abs(window.carried) > _NEGLIGIBLE:
         return (LoopFault.GRADIENTS_CARRIED_OVER,)
     if window.right:
@@ -329,7 +329,7 @@ def _faults_of_a_mean(
     configured_total = configured_steps * configured_size
     by_samples = weighting is LossWeighting.SAMPLES
     averaged = LoopFault.MEAN_OF_MEANS if by_samples else LoopFault.MEAN_OF_TARGET_MEANS
-    # Where parts that differ count alike, that is wrong as well.
+    # Giving different parts the same weight is wrong as well.
     alike = by_samples and len(set(window.cut)) == 1
     if count < configured_steps and window.follows((1 / configured_steps,) * count):
         return (LoopFault.DIVIDED_BY_CONFIGURED_STEPS, *(() if alike else (averaged,)))
@@ -345,7 +345,7 @@ def _faults_of_a_mean(
 
 
 def _common_factor(window: _Weighed) -> float | None:
-    """Return by what factor all weights are off, if it is one and the same."""
+    """Return the factor by which all weights are off, if it is the same for all."""
     factors = [a / b for a, b in zip(window.weights, window.expected, strict=True) if b]
     if factors and all(math.isclose(factor, factors[0], rel_tol=_CLOSE) for factor in factors):
         return factors[0]

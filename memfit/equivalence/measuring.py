@@ -1,9 +1,9 @@
-"""Weights of micro-batches, measured: by how much each one's gradient is in the whole batch's.
+"""Measures the weight of each micro-batch's gradient in the whole batch's gradient.
 
-Where the loss is computed outside the model, the gradient in the outputs tells: its rows for some
-samples are a multiple of the gradient of those samples' own loss. Where the model computes it
-itself, the gradient in the parameters is a weighted sum of the parts'. What the weights are counts
-of, `memfit.equivalence.weighting` finds.
+If the loss is computed outside the model, the gradient of the outputs is used. Its rows for some
+samples are a multiple of the gradient of those samples' own loss. If the model computes the loss
+itself, the gradient of the parameters is used. It is a weighted sum of the gradients of the parts.
+`memfit.equivalence.weighting` finds out which counts explain the weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class Measured:
     """The weights of some parts for one loss.
 
     Args:
-        name: The loss's.
-        weights: One for each part.
-        off: From other weights to the part of the whole gradient that they do not explain.
-        fit: From what each part counts of several things, to the weights of those things.
+        name: The name of the loss.
+        weights: One weight for each part.
+        off: A function of other weights; it returns the share of the whole gradient that they do
+            not explain.
+        fit: A function of each part's counts of several things; it returns the weights of those
+            things.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Measured:
 
     @property
     def unexplained(self) -> float:
-        """The part of the whole gradient that no weights explain."""
+        """The share of the whole gradient that no weights explain."""
         return self.off(self.weights)
 
 
@@ -75,7 +77,7 @@ class Measures:
 
     Args:
         setup: The step.
-        outputs: The model's outputs for the samples; `None` where it computes its loss itself.
+        outputs: The model's outputs for the samples; `None` if the model computes its loss itself.
     """
 
     setup: CheckSetup
@@ -89,11 +91,11 @@ class Measures:
         Args:
             cut: Samples in each part.
             samples: The whole batch.
-            summed: Take one number apart into its summands.
-            moved: Measure for other outputs, or other parameters, of the same batch.
+            summed: Split a loss that is one number into its summands.
+            moved: Measure with other outputs, or other parameters, for the same batch.
 
         Returns:
-            Each loss's; none where its summands depend on the samples.
+            The weights of each loss; empty if its summands depend on the samples.
         """
         if self.outputs is None:
             return self._in_parameters(cut, samples, summed, moved)
@@ -122,12 +124,12 @@ class Measures:
         whole = gradients(0, sum(cut))
         parts = [gradients(*span) for span in spans(cut)]
         if any(part.keys() != whole.keys() for part in parts):
-            return []  # which summands there are depends on the samples
+            return []  # the summands depend on the samples
         found = []
         for name, leaves in whole.items():
             rows = [_joined(leaf[start:stop] for leaf in leaves) for start, stop in spans(cut)]
             own = [_joined(part[name]) for part in parts]
-            # The rows of the other parts are zero in each part's own gradient.
+            # In each part's own gradient, the rows of the other parts are zero.
             weights = tuple(map(_factor, rows, own))
             found.append(
                 Measured(
@@ -234,7 +236,7 @@ def _factor(rows: torch.Tensor, own: torch.Tensor) -> float:
 
 def _joined(leaves: Iterable[torch.Tensor]) -> torch.Tensor:
     flat = [_real(leaf).reshape(-1).double() for leaf in leaves]
-    # Where every target of a part is ignored, its mean is 0 / 0 and counts nothing.
+    # If every target of a part is ignored, its mean is 0 / 0 and contributes nothing.
     return torch.cat(flat).nan_to_num(0.0)
 
 

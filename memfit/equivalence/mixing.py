@@ -1,13 +1,13 @@
-"""Which layers mix the samples of a batch, found by changing one sample.
+"""Finds the layers that mix the samples of a batch, by changing one sample.
 
-A batch runs through the model once as it is, and once more for each of two samples changed. Where a
-layer's output moves for samples that were not changed, the layer mixes. Its output is then put back
-for those samples before the next layer sees it, so that each layer is judged for itself and all
-that mix are found in one pass. An element that moves with either of two samples belongs to both:
-that confirms it without regard to how the layer lays out its samples.
+A batch runs through the model unchanged. Then it runs twice more, each time with one other sample
+changed. If a layer's output changes for samples that were not changed, the layer mixes. The old
+output of those samples is then restored before the next layer sees it. So each layer is judged
+separately, and one pass finds all layers that mix. An element that changes with each of the two
+samples depends on both. This confirms mixing, however the layer arranges its samples.
 
-No class name plays a part. What mixes in backward alone is `mixing_gradients`' business, and the
-loss that of `memfit.equivalence.weighting`.
+Class names are not used. `mixing_gradients` finds layers that mix in backward alone, and
+`memfit.equivalence.weighting` finds a loss that mixes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ NUM_SAMPLES = 4
 
 _SIZES = ((3, 4), (2, 4), (4, 8))  # some models take only even numbers
 
-# Elements of a sample that did not change are the same bit for bit in layers that do not mix.
+# In layers that do not mix, the elements of an unchanged sample are the same bit for bit.
 _MOVED = 1e-9
 
-_Key = tuple[str, int, str, int]  # layer, call of it, what of it, which tensor
+_Key = tuple[str, int, str, int]  # layer, its call, input or output, index of the tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Suspect:
-    """A layer whose other samples moved when one changed."""
+    """A layer whose output changed for other samples when one sample changed."""
 
     layer: str
     moved: float
@@ -51,7 +51,7 @@ class _Suspect:
 
 
 def layer_name(name: str) -> str:
-    """Return what reports call the layer at a path."""
+    """Return the name of the layer at a path in reports."""
     return name or "the model itself"
 
 
@@ -62,15 +62,15 @@ def mixing_layers(
 
     Args:
         model: The model, in the mode in which it trains.
-        samples: What it takes: at least `NUM_SAMPLES` different samples.
-        close: What rounding may move, relative to an output.
+        samples: Its samples: at least `NUM_SAMPLES` different ones.
+        close: The largest change that counts as rounding, relative to an output.
 
     Returns:
-        The layers that mix, each with how far it moved the other samples.
+        The layers that mix, each with the change of the other samples.
     """
     sizes = [(num, more) for num, more in _SIZES if more <= samples.num_samples]
     for num, more in sizes[:-1]:
-        # The model may take batches of some sizes only.
+        # Some models take only batches of certain sizes.
         with contextlib.suppress(Exception):
             return _mixing_layers(model, _Try(model, samples.first(more), num), close)
     num, more = sizes[-1]
@@ -79,14 +79,14 @@ def mixing_layers(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Try:
-    """The samples of one experiment: some that run, and one that takes the place of others."""
+    """The samples of one experiment: some that run, and one that replaces one of them."""
 
     model: nn.Module
     samples: Samples
     num: int
 
     def inputs(self, changed: int | None = None) -> Any:
-        """Return the inputs of the samples that run, one of them replaced."""
+        """Return the inputs of the samples that run, with one of them replaced."""
         rows = [self.num if row == changed else row for row in range(self.num)]
         return self.samples.picked(rows).of(0, self.num)[0]
 
@@ -97,7 +97,7 @@ class _Try:
     def own_rows(
         self, tensor: torch.Tensor, longer: torch.Size | None, sample: int
     ) -> torch.Tensor | None:
-        """Return the part of a layer's output that is one sample's, if it has samples at all."""
+        """Return one sample's part of a layer's output; `None` if the output has no samples."""
         if longer is None or len(longer) != tensor.ndim:
             return None
         for dim, (size, more) in enumerate(zip(tensor.shape, longer, strict=True)):
@@ -143,7 +143,7 @@ def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLay
 
 
 def with_values(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return some values in the place of a tensor's, with the tensor's gradients."""
+    """Return a tensor with other values, whose gradient still flows to the tensor."""
     if not tensor.requires_grad or tensor.shape != values.shape:
         return values
     return tensor + (values - tensor).detach()
@@ -157,9 +157,9 @@ class _MixingSearch:
     """One run of a model in which a visitor sees every value that layers pass on.
 
     Args:
-        visit: Called with the layer that made a value, the value's place, and the value, which it
-            may replace. What comes out of a layer, that layer made; what goes into one, the layer
-            around it, which computed it between the layers in it.
+        visit: Called with the layer that made a value, the value's place, and the value. It may
+            return another value instead. A layer made its outputs. The inputs of a layer were made
+            by the layer around it.
     """
 
     def __init__(self, visit: Callable[[str, _Key, torch.Tensor], torch.Tensor]) -> None:
@@ -174,7 +174,7 @@ class _MixingSearch:
             handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._left(name)))
         try:
-            # With gradients: a model may differentiate in its forward pass.
+            # Gradients are on, because a model may differentiate in its forward pass.
             with same_start((model,)), torch.enable_grad(), rolled_permutations():
                 seed_all()
                 call_model(model, inputs)
@@ -212,7 +212,7 @@ class _MixingSearch:
         return pytree.tree_unflatten(seen, spec)
 
     def _was_last(self, leaf: torch.Tensor) -> bool:
-        """Whether a value is what a layer just returned, going on unchanged: it was seen then."""
+        """Whether a value is the unchanged output of the last layer, which was visited already."""
         return any(leaf is tensor and version_of(leaf) == version for tensor, version in self._last)
 
 
@@ -243,8 +243,8 @@ def _suspects(
     def compare(maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
         old = before.get(key)
         if old is None or old.shape != leaf.shape or leaf.ndim == 0:
-            # Which layers run depends on the data: nothing to compare with. A single number belongs
-            # to no sample: it is a loss, or mixes where it meets samples again.
+            # If the data decides which layers run, there may be no value to compare with. A single
+            # number belongs to no sample. If a later layer combines it with samples, that mixes.
             return leaf
         others, seen = old.clone(), leaf.detach()
         own = one.own_rows(others, longer.get(key), sample)
@@ -262,17 +262,17 @@ def _suspects(
 
 
 def mixing_gradients(model: nn.Module, samples: Samples) -> tuple[MixingLayer, ...]:
-    """Name the layers that mix samples in backward and not in forward.
+    """Name the layers that mix samples in backward but not in forward.
 
-    The gradient of one sample's output is sent back; a layer that is given a gradient for that
-    sample alone and passes one on to another sample mixes.
+    Backward runs from one sample's output. A layer mixes if it gets a gradient for that sample
+    alone and passes a gradient on to another sample.
 
     Args:
         model: The model in float64, in the mode in which it trains.
-        samples: What it takes: at least `NUM_SAMPLES` different samples.
+        samples: Its samples: at least `NUM_SAMPLES` different ones.
 
     Returns:
-        The layers that mix, in the order in which backward meets them.
+        The layers that mix, in the order of the backward pass.
     """
     one = _Try(model, samples.first(NUM_SAMPLES), NUM_SAMPLES - 1)
     longer = _gradients_seen(model, one.all_inputs, None)
@@ -312,7 +312,7 @@ def _foreign_share(one: _Try, gradient: torch.Tensor, longer: torch.Size | None)
 def _gradients_seen(
     model: nn.Module, inputs: Any, sample: int | None
 ) -> dict[tuple[str, str], torch.Tensor]:
-    """Return the gradients that went into and out of each layer, of one sample's output or all."""
+    """Return the gradients into and out of each layer, from one sample's output or from all."""
     seen: dict[tuple[str, str], torch.Tensor] = {}
     handles = []
 

@@ -1,6 +1,6 @@
-"""One round of a verification: a batch run whole and cut, in one precision, and compared.
+"""One round of a verification: a batch runs whole and cut, in one precision, and is compared.
 
-Which rounds there are, and what is found out besides, is `memfit.equivalence.verification`'s.
+`memfit.equivalence.verification` decides which rounds and which other experiments run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["Compared", "PassCounter", "Progress", "compare", "in_eval", "united"
 Progress = Callable[[str, int, int], None]
 """Called with what runs next, the passes done and the passes in all."""
 
-_NUM_PASSES = 4  # the reference, two ways to cut it, and its samples in another order
+_NUM_PASSES = 4  # the reference, two cuts, and the samples in another order
 _NUM_EXPERIMENTS = 2  # on mixing and on the loss, before the first round
 
 
 class PassCounter:
-    """How much has been done, told to whoever waits for it."""
+    """Reports how many passes are done."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
@@ -43,7 +43,7 @@ class PassCounter:
         self._num_planned = 2 * _NUM_PASSES + _NUM_EXPERIMENTS
 
     def next(self, what: str) -> None:
-        """Say what runs now; what ran before is done."""
+        """Report what runs now, and that the pass before is done."""
         if self._progress is not None:
             self._progress(what, self._num_done, max(self._num_planned, self._num_done + 1))
         self._num_done += 1
@@ -51,24 +51,24 @@ class PassCounter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What comparing gradients in one precision gave.
+    """The result of comparing gradients in one precision.
 
     Args:
         checks: Every comparison.
-        reference: The full batch's gradients, or those of the cut that stands in for it.
-        reference_cut: How its batch was cut.
-        accumulated: Gradients of micro-batches: the first that differ, or else the first.
-        accumulated_cut: Their cut.
-        order_error: How far another order of the samples moved the reference; `None` where that
+        reference: The gradients of the full batch, or of the cut that replaces it.
+        reference_cut: How the batch of the reference was cut.
+        accumulated: The first accumulated gradients that differ; if none differ, the first.
+        accumulated_cut: How their batch was cut.
+        order_error: How much another order of the samples changed the reference; `None` if that
             was not tried.
-        order_matters: That is more than rounding.
-        detaching: Layers that cut gradients off.
-        detaching_at_times: Those that did so in some of the passes.
-        unreached: Parameters that no gradient reaches.
-        cut_off: Those of them that forward uses.
-        drifts: Buffers that accumulation leaves elsewhere.
-        vanishing: Parameters whose gradient is zero but for rounding.
-        drawing: Layers that draw at random.
+        order_matters: This change is more than rounding.
+        detaching: Layers that stop gradients.
+        detaching_at_times: Layers that stopped gradients in some passes but not in all.
+        unreached: Parameters that get no gradient.
+        cut_off: Parameters that forward uses and that get no gradient.
+        drifts: Buffers that have other values after accumulation.
+        vanishing: Parameters whose gradient is zero apart from rounding.
+        drawing: Layers that draw random numbers.
         off: Layers whose randomness was switched off.
         held_fixed: Draws were replaced by one value for all samples.
         not_replayed: Layers whose draws could neither be replayed nor switched off.
@@ -136,17 +136,17 @@ def compare(
     """Compare gradients, with random draws replayed, held fixed or switched off.
 
     Args:
-        bench: What is run.
+        bench: The step to run.
         cuts: How its batch is cut.
         weights: What the loss averages over.
-        work: Told what runs next.
-        suspect_draws: Nothing else is known that would make gradients differ, so that if they do
-            it may be that draws were replayed for the wrong samples.
-        is_proof: The verdict rests on this precision, so that nothing may be left unseen.
-        vanishing: Parameters whose gradient is known to be zero but for rounding.
+        work: Is told what runs next.
+        suspect_draws: No other reason is known why gradients could differ. If they differ, draws
+            may have been replayed for the wrong samples.
+        is_proof: The verdict rests on this precision, so every check runs.
+        vanishing: Parameters whose gradient is known to be zero apart from rounding.
 
     Returns:
-        The comparisons that hold, and what ran in them.
+        The valid comparisons, and the step that ran in them.
     """
     off: set[str] = set()
     replayed: tuple[Compared, CheckSetup] | None = None
@@ -167,7 +167,7 @@ def compare(
         if more:
             off |= more
         elif equal or draws.held_fixed or not (suspect_draws and draws.drawing):
-            # One value for all samples may be wrong for a layer; then what was replayed counts.
+            # A layer may not work with one value for all; then the replayed draws count.
             return (compared, bench) if equal or replayed is None else replayed
         else:
             replayed, hold = (compared, bench), True
@@ -233,8 +233,8 @@ def _compare_once(
 
     checks = checked(None)
     order_error = None
-    # In the proof the order of the samples is an experiment of its own. Besides it shows rounding
-    # that the layers amplify, and that takes one more pass to tell.
+    # In the proof, another order of the samples is always tried. In other precisions it is tried
+    # only if a check failed, because it takes one more pass. It shows rounding that layers amplify.
     if is_proof or not all(one.passed for one in checks.values()):
         work.next(f"{bench.precision_name}: the samples in another order")
         shuffled = _reordered(bench, reference_cut, weights)
@@ -279,9 +279,9 @@ def _compare_once(
 
 
 def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gradients | None:
-    """Return the reference's gradients with the samples in another order, where there is one."""
+    """Return the reference's gradients with the samples in another order, if there is one."""
     size = bench.num_samples
-    # No sample stays, and none keeps its neighbours or the others of its pair.
+    # No sample keeps its place, its neighbours, or its partner in a pair.
     even, odd = range(0, size, 2), range(1, size, 2)
     order = [2, 1, 0] if size == 3 else [*reversed(even), *reversed(odd)]  # noqa: PLR2004
     if size == 2:  # noqa: PLR2004 - a pair has one other order
@@ -289,7 +289,7 @@ def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gra
     try:
         turned = bench.reordered(torch.tensor(order))
     except WorkloadError:
-        return None  # the user's own function cuts this batch
+        return None  # the user's own function cuts this batch, so it cannot be reordered
     return gradients(
         turned, cut, weights=weights.of(cut, turned.samples), order=torch.tensor(order)
     )
@@ -309,7 +309,7 @@ def _unless_out_of_memory(
 def _unless_refused(
     run: Callable[[tuple[int, ...]], Gradients], cut: tuple[int, ...]
 ) -> tuple[Gradients | None, str | None]:
-    """Run a cut that was not asked for, which the model need not take."""
+    """Run a cut that the user did not ask for; the model may refuse it."""
     try:
         return run(cut), None
     except SingleSampleError as error:
@@ -329,9 +329,10 @@ def _detaching(*watches: DetachWatch) -> tuple[str, ...]:
 def _cut_off(
     bench: CheckSetup, unreached: Collection[str], detaching: Collection[str]
 ) -> tuple[str, ...]:
-    """Return the parameters that forward uses, and that something keeps gradients from.
+    """Return the parameters that forward uses and that a layer keeps gradients from.
 
-    One whose gradient is zero for every batch, such as a constant that a derivative loses, is not.
+    A parameter whose gradient is zero for every batch, such as an added constant whose derivative
+    vanishes, does not count.
     """
     parameters, used = bench.parameters(), bench.draws.used
     return tuple(
@@ -342,7 +343,7 @@ def _cut_off(
 
 
 def _drifts(full: Gradients, accumulated: Gradients) -> tuple[BufferDrift, ...]:
-    """Compare what a full batch and its micro-batches made of the buffers, furthest first."""
+    """Compare the buffers after the full batch and after micro-batches, largest change first."""
     found = []
     for name, one in full.buffers.items():
         a, b = accumulated.buffers[name].double().cpu(), one.double().cpu()
@@ -358,14 +359,14 @@ def _drifts(full: Gradients, accumulated: Gradients) -> tuple[BufferDrift, ...]:
                     accumulated=float(a) if single else None,
                 )
             )
-    # Counts of batches differ by design; the statistics are what matters.
+    # Counts of batches differ by design; the statistics matter more.
     found.sort(key=lambda drift: (drift.full is not None, -drift.relative_change))
     return tuple(found)
 
 
 @contextlib.contextmanager
 def in_eval(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Put some layers, but not what is inside them, in evaluation mode."""
+    """Put some layers, but not the layers inside them, in evaluation mode."""
     layers = [module for name, module in model.named_modules() if layer_name(name) in names]
     layers += [module for name, module in model.named_modules() if not name and "" in names]
     before = [layer.training for layer in layers]
