@@ -90,7 +90,10 @@ class _Walk:
 
     def batch_size(self) -> int | None:
         """Return the batch size to recommend; `None` where none keeps the headroom."""
-        best, upper, failed, num_failed = self._best_known(), self._edge, None, 0
+        best, upper, failed, num_failed = self._best_known(), self._edge, self._least_retried(), 0
+        if failed is not None:
+            # A larger batch size needs retries too.
+            upper = min(upper, failed - max(1, failed // 50))
         while (upper := self._multiple(upper)) > 0:
             if best is not None and _is_close(best, upper):
                 return best
@@ -137,6 +140,11 @@ class _Walk:
         """Return the largest batch size that was seen to keep the headroom."""
         sizes = [t.batch_size for t in self._known if has_headroom(t, self._limit_bytes)]
         return max((size for size in sizes if size % self._multiple_of == 0), default=None)
+
+    def _least_retried(self) -> int | None:
+        """Return the smallest batch size that was seen to need allocator retries."""
+        retried = (t for t in self._known if t.fits and t.num_alloc_retries)
+        return min((t.batch_size for t in retried), default=None)
 
     def _multiple(self, batch_size: int) -> int:
         return batch_size // self._multiple_of * self._multiple_of
