@@ -1,14 +1,14 @@
-"""The public functions: each wires a workload, a backend and what asks of them together.
+"""The public functions: each connects a workload, a backend, and a search, plan or profile.
 
-There is no logic here. `memfit.step` says what is trained, `memfit.backends` where it runs,
-`memfit.search` which batch size is tried, and `memfit.partition` in how many parts.
+There is no logic here. `memfit.step` describes what is trained, and `memfit.backends` where it
+runs. `memfit.search` decides which batch size is tried, and `memfit.partition` how a batch is cut.
 """
 
 from __future__ import annotations
 
 from memfit.memory.collector import collector_paused
 
-# These import torch, which makes a great many objects that all stay.
+# These import torch, which creates very many objects that are never freed.
 with collector_paused(for_good=True):
     from memfit.api.exploring import explore
     from memfit.api.planning import plan, survey_plans

@@ -1,4 +1,4 @@
-"""Cards that are not there, opened as the engine asks: rehearsed or simulated."""
+"""Opens cards that are not in this machine, rehearsed or simulated as the engine says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENGINE_VARIABLE = "MEMFIT_ENGINE"
 
 
 def engine_of(engine: str | Engine) -> Engine:
-    """Return the engine of a name; `"auto"` is what the variable MEMFIT_ENGINE says, if it is set.
+    """Return the engine with a name; if MEMFIT_ENGINE is set, `"auto"` means its value.
 
     Raises:
         UsageError: There is no such engine.
@@ -41,7 +41,7 @@ def engine_of(engine: str | Engine) -> Engine:
 
 
 def engine_for_several(engine: str | Engine) -> Engine:
-    """Return the engine for several cards: they are simulated where nothing else was asked for.
+    """Return the engine for several cards; `"auto"` means simulated.
 
     Raises:
         UsageError: There is no such engine.
@@ -51,7 +51,7 @@ def engine_for_several(engine: str | Engine) -> Engine:
 
 
 def source_of(engine: Engine) -> Source:
-    """Return what the figures of an engine are."""
+    """Return the source of an engine's figures."""
     return Source.REHEARSED if engine is Engine.REHEARSE else Source.SIMULATED
 
 
@@ -59,9 +59,9 @@ def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> Simulat
     """Return a card of the catalogue, simulated.
 
     Args:
-        gpu: Its name or an alias; `"any"` with `memory_bytes`.
-        memory_bytes: What it has, in place of the catalogue's figure.
-        traces: Shared by the cards of one question.
+        gpu: The card's name or an alias; `"any"` with `memory_bytes`.
+        memory_bytes: The card's memory, instead of the catalogue's value.
+        traces: The traces that all cards of one call share.
 
     Raises:
         UsageError: There is no such card.
@@ -70,10 +70,10 @@ def simulated(gpu: str, memory_bytes: int | None, traces: TraceCache) -> Simulat
 
 
 class Cards:
-    """The cards of one question, which share their traces and the process that rehearses.
+    """The cards of one call, which share their traces and the process that rehearses.
 
     Args:
-        engine: How they are tried.
+        engine: How cards are tried.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -103,12 +103,12 @@ class Cards:
 
         Args:
             gpu: A name of the catalogue; `"any"` with `memory_bytes`.
-            memory_bytes: What it has, in place of the catalogue's figure.
-            step: What will be tried on it.
+            memory_bytes: The card's memory, instead of the catalogue's value.
+            step: The step that will be tried on the card.
 
         Raises:
             UsageError: There is no such card, or it cannot be rehearsed.
-            UnsupportedError: The card was to be rehearsed, and this system cannot.
+            UnsupportedError: Rehearsal was asked for, and this system cannot rehearse.
         """
         card = find_gpu(gpu, total_bytes=memory_bytes)
         if self._engine is Engine.SIMULATE:
@@ -121,7 +121,7 @@ class Cards:
     def _can_rehearse(self, card: Gpu, step: TrainingStep) -> bool:
         """Whether this system can rehearse a step on a card."""
         if card.name == f"{ANY_GPU} GPU":
-            # Its capability is made up, and so its kernels would be.
+            # Such a card has no real compute capability, so its kernels are not known.
             return False
         try:
             rehearsed_environment(card, environment=os.environ)

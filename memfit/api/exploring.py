@@ -1,4 +1,4 @@
-"""`explore`: what a single change of the training step would make fit, by simulation."""
+"""`explore`: simulates what would fit after a single change of the training step."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ def explore(
     progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Exploration:
-    """Simulate what single changes of a training step would make fit.
+    """Simulate what would fit after single changes of a training step.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not touched.
+        subject: A timm model's name, or a `Workload`, which is not changed.
         effective_batch_size: As in `plan`.
         world_size: As in `plan`.
-        objective: As in `plan`, but for `"fastest"`.
-        device: A GPU of this machine to take the simulated card's name and memory from; by default
-            the first, or a workload's own.
+        objective: As in `plan`, without `"fastest"`.
+        device: A GPU of this machine. The simulated card has its name and memory. Default: the
+            workload's own GPU, or the first GPU.
         gpu: A card of the catalogue instead.
-        memory: What the card has, or what the step may use of one that is there.
+        memory: The memory of the catalogue's card, or what the step may use of this machine's GPU.
         headroom: As in `plan`.
         multiple_of: As in `plan`.
         max_batch_size: As in `plan`.
-        progress: `"bar"`, `None`, or a function that is called with the next change, the changes
-            done and those in all.
+        progress: `"bar"`, `None`, or a function. It is called with the next change, the number of
+            changes done, and the number of all changes.
         **options: As in `probe`.
 
     Returns:
-        The step as it is and with one change each: what changes training least first.
+        The unchanged step, and the step with each change. The changes that affect training least
+        come first.
 
     Raises:
-        UsageError: Something asked for cannot be, or there is no GPU to simulate.
+        UsageError: An argument is not valid, or there is no GPU to simulate.
     """
     target = PlanTarget.of(
         effective_batch_size,
@@ -81,7 +82,7 @@ def explore(
 
 
 def _counterpart(device: str | None, memory_bytes: int | None) -> SimulatedGpu:
-    """Return the simulation of a GPU that is there."""
+    """Return the simulation of a GPU of this machine."""
     with open_backend(device, memory_bytes=memory_bytes) as backend:
         card = backend.simulated_counterpart()
     if card is None:

@@ -28,7 +28,7 @@ _NO_SECONDS = (
 
 
 class PlanKeywords(StepKeywords, total=False):
-    """The options of `plan` besides where it is asked, for the types of its results.
+    """The options of `plan` other than the device; they give its overloads their types.
 
     Args:
         world_size: As in `plan`.
@@ -100,16 +100,16 @@ def plan(
     progress: TrialProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Plan | PlanSurvey:
-    """Turn an effective batch size into micro-batches that fit, exactly.
+    """Turn an effective batch size into micro-batches that fit and add up to it exactly.
 
-    Where one rank's share fits whole, there is one step, and where half of it fits beside the
-    gradients, two. Otherwise the largest micro-batch of a step that accumulates is looked for. The
-    plan's own micro-batch is among the trials.
+    If one rank's whole share fits, the plan has one accumulation step. If half of the share fits in
+    a step that accumulates, the plan has two. Otherwise the largest micro-batch that fits is
+    searched. The plan's own micro-batch is always one of those that were tried.
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them, each on such a device.
+        world_size: The number of ranks that share these samples, each on a device of this kind.
         objective: `"largest"` for the fewest steps, `"fastest"` for the most samples per second as
             measured, `"even"` for equal parts only.
         device: As in `probe`.
@@ -117,17 +117,17 @@ def plan(
         memory: As in `probe`.
         engine: As in `probe`.
         headroom: Share of the capacity to keep free, from 0 to below 1.
-        multiple_of: What micro-batches are multiples of, the last of a step excepted.
-        max_batch_size: The largest micro-batch of interest.
+        multiple_of: Every micro-batch except the last of a step is a multiple of this.
+        max_batch_size: The largest micro-batch to consider.
         progress: As in `probe`.
         **options: As in `probe`.
 
     Returns:
-        The plan, to look at or to give to `Accumulator`. A `PlanSurvey` with a plan for each of the
-        common cards, where there is no GPU here and neither `device`, `gpu` nor `memory` was given.
+        The plan, which `Accumulator` can carry out. On a machine without a GPU, without `device`,
+        `gpu` and `memory`: a `PlanSurvey` with a plan for each of the common cards.
 
     Raises:
-        UsageError: Something asked for cannot be.
+        UsageError: An argument is not valid.
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
         UnsupportedError: This system cannot run such a trial.
     """
@@ -176,30 +176,30 @@ def survey_plans(
     progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> PlanSurvey:
-    """Plan for several GPUs that are not there.
+    """Plan for several GPUs that are not in this machine.
 
-    They are simulated, from as few traces as can be, unless the engine is `"rehearse"`.
+    They are simulated from as few traces as possible, unless the engine is `"rehearse"`.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not touched.
+        subject: A timm model's name, or a `Workload`, which is not changed.
         effective_batch_size: As in `plan`.
         gpus: As in `survey`.
         world_size: As in `plan`.
-        objective: As in `plan`, but for `"fastest"`.
-        memory: What each card has, in place of the catalogue's figure.
+        objective: As in `plan`, without `"fastest"`.
+        memory: The memory of each card, instead of the catalogue's value.
         engine: As in `probe`; `"auto"` simulates.
         headroom: As in `plan`.
         multiple_of: As in `plan`.
         max_batch_size: As in `plan`.
         progress: As in `survey`.
-        **options: As in `probe`; a precision of `"auto"` is each card's own.
+        **options: As in `probe`; with precision `"auto"`, each card uses its own.
 
     Returns:
         An answer for each card, in the order of `gpus`.
 
     Raises:
-        UsageError: Something asked for cannot be.
-        UnsupportedError: The step cannot be traced without values.
+        UsageError: An argument is not valid.
+        UnsupportedError: The step cannot be traced, because it needs real values.
     """
     target = PlanTarget.of(
         effective_batch_size,

@@ -29,7 +29,7 @@ _NO_GPU = (
 
 
 class ProbeKeywords(StepKeywords, total=False):
-    """The options of `probe` besides where it is asked, for the types of its results.
+    """The options of `probe` other than the device; they give its overloads their types.
 
     Args:
         memory: As in `probe`.
@@ -93,22 +93,22 @@ def probe(
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.
-        device: `"cuda"`, `"cuda:1"` or `"cpu"`; by default a workload's own GPU, and for a name
-            the first. On a machine without a GPU, common cards are simulated by default.
-        gpu: A card that is not there, by its name in the catalogue (`"rtx3090"`), or `"any"` with
-            `memory`; nothing is measured then, and the result says so.
-        memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU a cap on the
-            caching allocator, on a CPU a limit beyond the loaded process. By default, all that is
-            left. With `gpu` it is what the card has, in place of the catalogue's figure.
-        engine: How a `gpu` is tried: `"rehearse"` (torch's own CUDA software runs, kernels do
-            nothing), `"simulate"`, or `"auto"`: rehearsed where this system can, else simulated.
-            The environment variable MEMFIT_ENGINE decides what `"auto"` is.
+        device: `"cuda"`, `"cuda:1"` or `"cpu"`. Default: the workload's own GPU; for a model's
+            name, the first GPU. On a machine without a GPU, common cards are simulated by default.
+        gpu: A card that is not in this machine, by its name in the catalogue (`"rtx3090"`), or
+            `"any"` with `memory`. Then nothing is measured, and the result says so.
+        memory: What the step may use: bytes, or text such as `"8GiB"`. On a GPU it limits the
+            caching allocator; on a CPU it limits what is used beyond the loaded process. Default:
+            all free memory. With `gpu`: the card's memory, instead of the catalogue's value.
+        engine: How a `gpu` is tried. `"rehearse"`: torch's own CUDA software runs, and its kernels
+            do nothing. `"simulate"`: a model of the card. `"auto"`: rehearsed if this system can,
+            otherwise simulated. The environment variable MEMFIT_ENGINE can change what `"auto"` is.
         accumulate: Probe the micro-batch of a step that accumulates gradients.
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
-        multiple_of: What the recommendation is a multiple of, at least 1.
-        max_batch_size: Where the search ends; by default 65,536.
-        progress: `"bar"` shows the trials in a terminal or a notebook once two seconds have gone
-            by; or a function that is called with each trial when it has ended; `None` is silence.
+        multiple_of: The recommendation is a multiple of this, at least 1.
+        max_batch_size: The largest batch size that is tried; by default 65,536.
+        progress: `"bar"` shows the trials in a terminal or a notebook, after two seconds. A
+            function is called with each trial when it has ended. `None` shows nothing.
         **options: The step itself, `StepKeywords`: `precision` (`"fp32"`, `"amp-bf16"`,
             `"amp-fp16"`, `"bf16"`, or `"auto"`: mixed precision on a GPU, `"fp32"` on a CPU),
             `optimizer` (a name that timm knows; a workload brings its own), and for a timm model
@@ -116,12 +116,12 @@ def probe(
             `grad_checkpointing` and `model_kwargs` (for `timm.create_model`).
 
     Returns:
-        The largest batch size, the one to train with, and every trial. A `Survey` with such an
-        answer for each of the common cards, where there is no GPU here and neither `device`, `gpu`
-        nor `memory` was given; with `memory`, the answer of one simulated card with so much.
+        The largest batch size, the recommended batch size, and every trial. On a machine without a
+        GPU, without `device`, `gpu` and `memory`: a `Survey` with a result for each of the common
+        cards. With `memory`: the result of one simulated card with that much memory.
 
     Raises:
-        UsageError: Something asked for cannot be.
+        UsageError: An argument is not valid.
         DoesNotFitError: Not even the smallest batch fits.
         UnsupportedError: This system cannot run such a trial.
     """
@@ -159,30 +159,30 @@ def survey(
     progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> Survey:
-    """Try a training step on several GPUs that are not there.
+    """Try a training step on several GPUs that are not in this machine.
 
-    They are simulated, from as few traces as can be, unless the engine is `"rehearse"`.
+    They are simulated from as few traces as possible, unless the engine is `"rehearse"`.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not touched.
-        gpus: Names of the catalogue; by default a short list of common cards, and with `memory`
-            one card that has so much.
-        memory: What each card has, in place of the catalogue's figure.
+        subject: A timm model's name, or a `Workload`, which is not changed.
+        gpus: Names of the catalogue. Default: a short list of common cards; with `memory`, one card
+            with that much memory.
+        memory: The memory of each card, instead of the catalogue's value.
         engine: As in `probe`; `"auto"` simulates.
         accumulate: As in `probe`.
         headroom: As in `probe`.
         multiple_of: As in `probe`.
         max_batch_size: As in `probe`.
-        progress: `"bar"`, `None`, or a function that is called with the next card's name, the
-            cards done and those in all.
-        **options: As in `probe`; a precision of `"auto"` is each card's own.
+        progress: `"bar"`, `None`, or a function. It is called with the next card's name, the number
+            of cards done, and the number of all cards.
+        **options: As in `probe`; with precision `"auto"`, each card uses its own.
 
     Returns:
         An answer for each card, in the order of `gpus`.
 
     Raises:
-        UsageError: Something asked for cannot be.
-        UnsupportedError: The step cannot be traced without values.
+        UsageError: An argument is not valid.
+        UnsupportedError: The step cannot be traced, because it needs real values.
     """
     step = describe(subject, accumulate=accumulate, **options)
     bounds = SearchBounds(headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size)
@@ -225,7 +225,7 @@ def _surveyed(
 
 
 def remarks_on(names: Sequence[str]) -> tuple[str, ...]:
-    """Return what there is to say where the cards are those that stand in for a GPU.
+    """Return remarks for the case that no GPU was found and common cards were tried instead.
 
     Args:
         names: The cards that were tried.
@@ -243,24 +243,24 @@ def estimate(
     accumulate: bool = False,
     **options: Unpack[StepKeywords],
 ) -> Trial:
-    """Try one batch size of a training step on a GPU that is not there.
+    """Try one batch size of a training step on a GPU that is not in this machine.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not touched.
+        subject: A timm model's name, or a `Workload`, which is not changed.
         batch_size: Samples in each micro-batch, at least 1.
-        gpu: A name of the catalogue, such as `"rtx3090"`; `"any"` with `memory` for a capacity
-            alone.
-        memory: What the card has, in place of the catalogue's figure.
+        gpu: A name of the catalogue, such as `"rtx3090"`; or `"any"` with `memory`, for a card of
+            which only the memory is known.
+        memory: The card's memory, instead of the catalogue's value.
         engine: As in `probe`.
         accumulate: As in `probe`.
         **options: As in `probe`.
 
     Returns:
-        How it would end; its `source` says whether it was rehearsed or simulated.
+        How the trial would end; its `source` says whether it was rehearsed or simulated.
 
     Raises:
-        UsageError: Something asked for cannot be.
-        UnsupportedError: The step cannot be traced without values.
+        UsageError: An argument is not valid.
+        UnsupportedError: The step cannot be traced, because it needs real values.
     """
     batch_size = parse_count("The batch size", batch_size)
     step = describe(subject, accumulate=accumulate, **options)
@@ -278,18 +278,18 @@ def on_each_card(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[tuple[str, _Found | None, str | None]]:
-    """Ask the same of several cards that are not there, which share their traces.
+    """Run the same task on several cards that are not in this machine; they share traces.
 
     Args:
-        names: Names of the catalogue, all looked up first.
-        memory: What each card has, in place of the catalogue's figure.
-        engine: How they are tried.
-        step: What is tried.
-        ask: What is asked of each.
-        progress: Called with the next card's name, the cards done and those in all.
+        names: Names of the catalogue. All are looked up before the first card is tried.
+        memory: The memory of each card, instead of the catalogue's value.
+        engine: How the cards are tried.
+        step: The step that is tried.
+        ask: The task that runs on each card.
+        progress: Called with the next card's name, the number of cards done, and of all cards.
 
     Returns:
-        For each its name, what was found, and why nothing was where nothing fits.
+        For each card its name, the result, and the reason if nothing fits.
 
     Raises:
         UsageError: There is no such card.

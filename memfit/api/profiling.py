@@ -1,4 +1,4 @@
-"""`profile`: what holds the memory of a training step."""
+"""`profile`: shows what uses the memory of a training step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def profile(
     progress: StageProgress = "bar",
     **options: Unpack[StepKeywords],
 ) -> MemoryProfile:
-    """Find what holds the memory of a training step, at its peak and moment by moment.
+    """Find what uses the memory of a training step, at its peak and at every moment.
 
     The user's model, optimizer, gradients, random states and switches are as before when this
     returns, raises or is interrupted.
@@ -63,26 +63,27 @@ def profile(
         subject: A timm model's name, or a `Workload` of the user's own objects.
         batch_size: Samples in each micro-batch, at least 1.
         device: Where to run the step and record its allocations, as for `probe`. On a machine
-            without a GPU a card is simulated by default: a GeForce RTX 4090, or one that has
+            without a GPU a card is simulated by default: a GeForce RTX 4090, or a card with
             `memory`.
         gpu: A card to simulate instead, as for `probe`.
-        compared: Further cards to simulate for the lines of batch size against memory.
-        memory: What each simulated card has, in place of the catalogue's figure.
+        compared: More cards to simulate, for the chart of memory by batch size.
+        memory: The memory of each simulated card, instead of the catalogue's value.
         engine: As in `probe`. A step that does not fit is simulated, to show what it needs.
-        accumulate: Two micro-batches before the optimizer's step instead of one.
-        snapshot: Where to write the allocator's history as a pickle in the format of
-            `torch.cuda.memory._snapshot`; nothing is written by default.
-        progress: `"bar"`, `None`, or a function that is called with what runs next, the stages
-            done and those in all.
+        accumulate: Run two micro-batches before the optimizer's step instead of one.
+        snapshot: A file for the allocator's history, a pickle in the format of
+            `torch.cuda.memory._snapshot`. By default nothing is written.
+        progress: `"bar"`, `None`, or a function. It is called with the name of the next stage, the
+            number of stages done, and the number of all stages.
         **options: The step itself, as for `probe`.
 
     Returns:
-        Everything that lived in one step, its peak by role and by module, and what would lower it.
-        A step that does not fit is profiled too, where it is simulated, and says so.
+        Every allocation of one step, its peak by role and by module, and changes that would lower
+        the peak. In a simulation, a step that does not fit is profiled too, and the result says so.
 
     Raises:
-        UsageError: Something asked for cannot be, or the snapshot cannot be written.
-        UnsupportedError: The step cannot be traced without values, or not be recorded here.
+        UsageError: An argument is not valid, or the snapshot cannot be written.
+        UnsupportedError: The step cannot be traced, because it needs real values, or this system
+            cannot record it.
     """
     batch_size = parse_count("The batch size", batch_size)
     if gpu is not None and device is not None:
@@ -132,7 +133,7 @@ def _profiled(
     snapshot: Path | None,
     begins: Callable[[int], None],
 ) -> MemoryProfile:
-    """Profile a step where it was asked for; `begins` hears which stage does."""
+    """Profile a step on the device or card; `begins` is called with each stage's number."""
     begins(0)
     cards = [find_gpu(name, total_bytes=memory_bytes) for name in compared]
     traces = TraceCache()
@@ -158,7 +159,7 @@ def _profiled(
         _write(found, snapshot)
     backends = [SimulatedBackend(card, traces=traces) for card in cards]
     steps = [(backend, with_precision(described, backend)) for backend in backends]
-    # What was measured on a CPU says nothing of a card.
+    # A measurement on a CPU does not say what a card would need.
     has_advice = len(cards) > len(compared)
     try:
         begins(1)
@@ -166,7 +167,7 @@ def _profiled(
         begins(2)
         advice = advise(found.profile, step, backends[0]) if has_advice else ()
     except UnsupportedError:
-        # What was measured stands without them.
+        # The measured result is valid without the simulated cards.
         if gpu is not None:
             raise
         lines, advice = (), ()
@@ -181,7 +182,7 @@ def _profile_card(
     traces: TraceCache,
     keeps_history: bool,
 ) -> Profiled:
-    """Profile a card that is not there, as its backend can."""
+    """Profile on a card that is not in this machine, with the backend's own method."""
     counterpart = card.simulated_counterpart()
     assert counterpart is not None
     if card.source is not Source.SIMULATED:
@@ -195,9 +196,12 @@ def _profile_card(
 def _profile_here(
     step: TrainingStep, batch_size: int, place: torch.device
 ) -> tuple[Profiled, TrainingStep, SimulatedGpu | None]:
-    """Run a step on a device of this machine; return it with its precision, and the card's model.
+    """Profile a step on a device of this machine.
 
-    On a CPU it runs in this process. So it needs no limit, which only Linux has.
+    On a CPU it runs in this process without a memory limit, because only Linux can set one.
+
+    Returns:
+        The profile, the step with its precision chosen, and the simulation of the GPU, if any.
     """
     if place.type == "cpu":
         cpu = UnlimitedCpu()

@@ -1,6 +1,6 @@
-"""The bar of the Python interface: shown in a terminal or a notebook, where nothing else is asked.
+"""The progress bar of the Python functions, shown in a terminal or a notebook by default.
 
-The command line has its own, around the same picture.
+The command line has its own bar, which looks the same.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ StageProgress = Callable[[str, int, int], None] | Literal["bar"] | None
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Watching:
-    """Who hears of trials and stages.
+    """The functions that are told about trials and stages.
 
     Args:
         trial: Called with each trial that has ended.
-        stage: Called with what runs next, the stages done and those in all.
+        stage: Called with the next stage, the number of stages done, and of all stages.
     """
 
     trial: Callable[[Trial], None] | None = None
@@ -41,18 +41,18 @@ class Watching:
 def watched(
     what: str, *, trials: TrialProgress = None, stages: StageProgress = None
 ) -> Iterator[Watching]:
-    """Show progress while something runs, if a bar is asked for, or pass it on.
+    """Show a progress bar while something runs, or report progress to a function.
 
     Args:
-        what: What is under way, in a few words.
-        trials: Who hears of trials.
-        stages: Who hears of stages.
+        what: What runs, in a few words.
+        trials: `"bar"`, `None`, or a function that is told about trials.
+        stages: `"bar"`, `None`, or a function that is told about stages.
 
     Yields:
-        What is to be called.
+        The functions to call.
 
     Raises:
-        UsageError: It is neither a function nor `"bar"` nor `None`.
+        UsageError: `trials` or `stages` is neither a function nor `"bar"` nor `None`.
     """
     for asked in (trials, stages):
         if asked is not None and asked != "bar" and not callable(asked):

@@ -1,4 +1,4 @@
-"""From what a caller asks to train to a checked `TrainingStep`, and where it runs."""
+"""Turns a caller's arguments into a checked `TrainingStep`, and chooses where it runs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class StepKeywords(TypedDict, total=False):
         precision: `"fp32"`, `"amp-bf16"`, `"amp-fp16"`, `"bf16"`, or `"auto"` (the default): mixed
             precision on a GPU, `"fp32"` on a CPU.
         optimizer: A name that timm knows, by default `"adamw"`; a workload brings its own.
-        image_size: Pixels, or height and width, for a timm model; by default its own.
-        num_classes: Classes of a timm model; by default its own.
-        channels_last: Train in `torch.channels_last`; by default not.
-        grad_checkpointing: Recompute activations in backward, where the model can; by default not.
-        model_kwargs: Further arguments for `timm.create_model`.
+        image_size: Pixels, or height and width, for a timm model; by default the model's own size.
+        num_classes: Classes of a timm model; by default the model's own number.
+        channels_last: Train in `torch.channels_last`; off by default.
+        grad_checkpointing: Recompute activations in backward, if the model can; off by default.
+        model_kwargs: More arguments for `timm.create_model`.
     """
 
     precision: str | Precision
@@ -54,18 +54,18 @@ class StepKeywords(TypedDict, total=False):
 def describe(
     subject: str | Workload, *, accumulate: bool = False, **options: Unpack[StepKeywords]
 ) -> TrainingStep:
-    """Check what is asked for, and describe it.
+    """Check the arguments, and describe the training step.
 
     Args:
         subject: A timm model's name, or a workload.
-        accumulate: Two micro-batches before each optimizer step instead of one.
+        accumulate: Run two micro-batches before each optimizer step instead of one.
         **options: The step's options.
 
     Returns:
-        The step; its precision may be left open.
+        The step; its precision may still be `AUTO`.
 
     Raises:
-        UsageError: There is no such option, or the subject does not take it.
+        UsageError: An option is not valid, or the subject does not take it.
     """
     unknown = sorted(options.keys() - StepKeywords.__annotations__.keys())
     if unknown:
@@ -91,14 +91,14 @@ def describe(
 
 
 def own_device(subject: str | Workload, device: str | None) -> str | None:
-    """Return where a subject is to be trained.
+    """Return the device on which to train a subject.
 
     Args:
         subject: A timm model's name, or a workload, whose model is on a device already.
-        device: What was asked for, if anything.
+        device: The device that the caller named, if any.
 
     Returns:
-        The device's name; `None` where neither says.
+        The device's name; `None` if neither the caller nor the workload names one.
 
     Raises:
         UsageError: A workload's model is on a device of another kind.
@@ -115,13 +115,13 @@ def own_device(subject: str | Workload, device: str | None) -> str | None:
 
 
 def default_gpus(memory: str | float | None = None) -> tuple[str, ...]:
-    """Return the cards that stand in where no device and no card is named.
+    """Return the cards to try if the caller names no device and no card.
 
     Args:
-        memory: What the step may use, if that was said: it is one card then, with so much.
+        memory: What the step may use, if given. Then the result is one card with that much memory.
 
     Returns:
-        Names of the catalogue; none on a machine with a GPU, which is measured.
+        Names of the catalogue; empty on a machine with a GPU, because the GPU is measured.
     """
     if has_gpu():
         return ()
@@ -135,18 +135,18 @@ def cards_instead(
     gpu: str | None,
     memory: str | float | None = None,
 ) -> tuple[str, ...]:
-    """Return the cards to try a subject on where its caller named none, and no device.
+    """Return the cards to try a subject on if the caller named no card and no device.
 
-    Measuring on a CPU takes minutes and gigabytes, so it is asked for.
+    A CPU is measured only if the caller asks for it, because that takes minutes and gigabytes.
 
     Args:
         subject: A timm model's name, or a workload.
-        device: What was asked for, if anything.
-        gpu: The card that was asked for, if any.
-        memory: What the step may use, if that was said.
+        device: The device that the caller named, if any.
+        gpu: The card that the caller named, if any.
+        memory: What the step may use, if given.
 
     Returns:
-        Names of the catalogue; none where the answer is a device's or the named card's.
+        Names of the catalogue; empty if a device or a named card is tried.
 
     Raises:
         UsageError: A workload's model is on the CPU of a machine with a GPU.

@@ -46,20 +46,20 @@ def verify(
         device: Where training runs, as for `probe`; float64 is always checked on the CPU.
         samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
             whole effective batch in the precision of training.
-        freeze_bn: Put the layers that are found to mix samples, and that stop when they are in
-            evaluation mode, in that mode before gradients are compared.
+        freeze_bn: Before gradients are compared, put layers that mix samples in evaluation mode, if
+            they do not mix in that mode.
         accumulate: The user's own accumulation loop, `loop(model, micro_batches, loss, optimizer)`,
-            to be weighed as well: it runs each micro-batch through model and loss and steps the
+            to be checked as well. It runs each micro-batch through model and loss. It steps the
             optimizer after each window, or leaves the sum in `.grad`.
-        progress: `"bar"`, `None`, or a function that is called with what runs next, the passes
-            done and those in all.
+        progress: `"bar"`, `None`, or a function. It is called with the name of the next pass, the
+            number of passes done, and the number of all passes.
         **options: As for `probe`; gradients do not depend on the optimizer.
 
     Returns:
         The verdict, every comparison, what mixes samples, and what the loop does wrong.
 
     Raises:
-        UsageError: Something asked for cannot be.
+        UsageError: An argument is not valid.
         DoesNotFitError: Not even a micro-batch fits the device.
     """
     if accumulate is not None:
@@ -70,7 +70,7 @@ def verify(
     samples = None if samples is None else parse_count("samples", samples)
     place = device_of(own_device(subject, device))
     if step.options.precision is Precision.AUTO:
-        # Gradients need no limit on a CPU's memory, so neither a system that can set one.
+        # Gradients need no limit on a CPU's memory, so any system will do.
         auto = Precision.FP32 if place.type == "cpu" else open_backend(place).auto_precision
         chosen = dataclasses.replace(step.options, precision=auto)
         step = dataclasses.replace(step, options=chosen)
@@ -88,10 +88,10 @@ def verify(
 
 
 def _check_loop(accumulate: AccumulationLoop) -> None:
-    """Refuse a loop that cannot be called as it is going to be.
+    """Refuse a loop that cannot be called with the four arguments.
 
     Raises:
-        UsageError: It is no function, or one of other arguments.
+        UsageError: The loop is not a function, or it takes other arguments.
     """
     if not callable(accumulate):
         raise UsageError(
@@ -100,7 +100,7 @@ def _check_loop(accumulate: AccumulationLoop) -> None:
     try:
         signature = inspect.signature(accumulate)
     except ValueError:
-        return  # one that C defines does not say
+        return  # a function written in C does not tell
     try:
         signature.bind(*_LOOP_ARGUMENTS)
     except TypeError as error:
