@@ -1,4 +1,4 @@
-"""What the tests of accumulation share: gradients to compare, a loss that runs out, a plan."""
+"""Shared by the tests of accumulation: gradients to compare, a failing loss, a plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class GradientRecorder:
 
 
 def relative_error(ours: list[torch.Tensor | None], reference: list[torch.Tensor | None]) -> float:
-    """Return the largest relative distance of two lists of gradients, parameter by parameter."""
+    """Return the largest relative distance of two lists of gradients, over all parameters."""
     errors = []
     for one, other in zip(ours, reference, strict=True):
         assert (one is None) == (other is None)

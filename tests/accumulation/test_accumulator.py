@@ -1,4 +1,4 @@
-"""Gradients of an accumulated step are the full batch's, whatever sizes, weights and nesting."""
+"""An accumulated step has the full batch's gradients for all sizes, weights and nestings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOUND = 1e-10
 
 @pytest.fixture(autouse=True)
 def double() -> Iterator[None]:
-    """Float64 meanwhile."""
+    """Make float64 the default type during a test."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -48,7 +48,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_a_mean_over_samples_is_the_full_batchs(num_samples: int, micro: int) -> None:
-    """Any batch size in micro-batches of any size, the short last one included."""
+    """Batch and micro-batch may have any size; the last micro-batch may be short."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(num_samples)
@@ -67,7 +67,7 @@ def test_a_mean_over_samples_is_the_full_batchs(num_samples: int, micro: int) ->
 def test_a_mean_over_valid_targets_is_the_full_batchs(
     valid: list[bool], micro: int, as_tensor: bool
 ) -> None:
-    """Counted by the user, also where a micro-batch has none, or a number instead of a tensor."""
+    """The user's function counts; a count may be 0, and a number or a tensor."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(len(valid))
@@ -90,7 +90,7 @@ def test_a_mean_over_valid_targets_is_the_full_batchs(
 
 @pytest.mark.parametrize("weight", [{"samples": "samples", "valid": None}, ("samples", None)])
 def test_losses_that_average_over_different_things_are_each_exact(weight: Any) -> None:
-    """One over samples, one over valid targets, added."""
+    """One loss averages over samples, one over valid targets; they are added."""
 
     def count(batch: Any) -> Any:
         return (batch[1] >= 0).sum()
@@ -121,7 +121,7 @@ def test_losses_that_average_over_different_things_are_each_exact(weight: Any) -
 
 
 def test_losses_of_one_weight_are_added() -> None:
-    """A tuple of losses that all average over samples."""
+    """The losses are a tuple, and all average over samples."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(7)
@@ -136,7 +136,7 @@ def test_losses_of_one_weight_are_added() -> None:
 
 
 def test_a_sum_is_not_weighted() -> None:
-    """Each micro-batch's sum counts as it is."""
+    """Each micro-batch's sum counts unchanged."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(7)
@@ -165,7 +165,7 @@ class TwoInputs(nn.Module):
 
 @pytest.mark.parametrize("nesting", ["flat", "pair", "dict", "mapping", "two targets"])
 def test_batches_of_any_nesting_are_split(nesting: str) -> None:
-    """The model and the loss get what they would get of the whole batch."""
+    """Model and loss get the same arguments as for the whole batch."""
     torch.manual_seed(0)
     model = TwoInputs()
     optimizer = sgd(model)
@@ -195,7 +195,7 @@ def test_batches_of_any_nesting_are_split(nesting: str) -> None:
 
 
 def test_the_norm_is_clipped_once_and_after_accumulation() -> None:
-    """As clipping the whole batch's gradient does."""
+    """The result is that of clipping the whole batch's gradient."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(10)
@@ -250,7 +250,7 @@ def test_a_step_has_one_scale_and_one_unscaling() -> None:
 
 
 def test_schedulers_step_once_and_not_after_an_overflow() -> None:
-    """A step that the scaler skipped is no step."""
+    """A step that the scaler skipped does not count."""
     torch.set_default_dtype(torch.float32)
     model = small_model()
     optimizer = sgd(model)
@@ -270,7 +270,7 @@ def test_schedulers_step_once_and_not_after_an_overflow() -> None:
 
 
 def test_the_plans_precision_is_the_loops() -> None:
-    """Forward runs under autocast, and fp16 has a scaler of its own; a word overrules it."""
+    """Forward runs under autocast, fp16 gets a scaler, and `precision` overrides the plan."""
     torch.set_default_dtype(torch.float32)
     seen = []
 
@@ -292,7 +292,7 @@ def test_the_plans_precision_is_the_loops() -> None:
 
 
 def test_gradients_that_were_there_are_dropped() -> None:
-    """A step begins with none, as after `optimizer.zero_grad()`."""
+    """`.grad` is None when a step begins, as after `optimizer.zero_grad()`."""
     model = small_model()
     optimizer = sgd(model)
     x, y = batch_of(6)
@@ -323,7 +323,7 @@ def test_gradients_that_were_there_are_dropped() -> None:
 def test_what_makes_no_step_gets_a_sentence(
     batch: Any, options: dict[str, Any], says: str, recover: bool
 ) -> None:
-    """Batches without samples, losses that are not one number, weights that are no counts."""
+    """Batches without samples, losses that are not one number, and wrong weights are refused."""
     torch.set_default_dtype(torch.float32)  # as when the parameters were made
     model = small_model()
     if "3 losses" in says:
@@ -351,21 +351,21 @@ def test_what_makes_no_step_gets_a_sentence(
 def test_arguments_that_cannot_be_get_a_sentence(
     plan: Any, options: dict[str, Any], says: str
 ) -> None:
-    """When the accumulator is made, not at its first step."""
+    """The error comes when the accumulator is made, not at its first step."""
     model = small_model()
     with pytest.raises(UsageError, match=says):
         Accumulator(model, sgd(model), plan, **{"loss": F.cross_entropy, **options})
 
 
 def test_a_model_without_parameters_gets_a_sentence() -> None:
-    """There is nothing to train."""
+    """Such a model has nothing to train."""
     model = small_model()
     with pytest.raises(UsageError, match="Identity has no parameters"):
         Accumulator(nn.Identity(), sgd(model), 2, loss=F.cross_entropy)
 
 
 def test_parts_keep_to_a_multiple() -> None:
-    """The last one excepted."""
+    """Every part but the last is a multiple."""
     seen: list[int] = []
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -378,7 +378,7 @@ def test_parts_keep_to_a_multiple() -> None:
 
 
 def test_losses_that_are_named_otherwise_get_a_sentence() -> None:
-    """The names of both."""
+    """The message has the names of the losses and of the weights."""
     model = small_model()
     weight: Any = {"ce": "samples"}
     accumulator = Accumulator(
@@ -389,7 +389,7 @@ def test_losses_that_are_named_otherwise_get_a_sentence() -> None:
 
 
 def test_a_poisoned_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is put back or released, for that would raise another error in its place."""
+    """Putting back or releasing anything would raise another error and hide the first."""
     model = small_model()
 
     def loss(*_: Any) -> torch.Tensor:
@@ -404,7 +404,7 @@ def test_a_poisoned_device_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_error_of_the_users_is_raised_as_it_came() -> None:
-    """The same object, where it was raised."""
+    """The same exception object arrives, with its own traceback."""
     model = small_model()
     error = KeyError("a bug")
 

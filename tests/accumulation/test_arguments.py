@@ -1,4 +1,4 @@
-"""What cannot carry out accumulated steps is refused before anything is trained."""
+"""Objects that cannot take accumulated steps are refused before anything is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memfit.errors import UsageError, WorkloadError
 
 
 class SharpnessAware(Optimizer):
-    """As the well-known implementation of SAM: its step asks for a closure when it runs."""
+    """Works like the well-known implementation of SAM: its step needs a closure when it runs."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -50,7 +50,7 @@ class SharpnessAware(Optimizer):
 def test_schedulers_that_have_to_be_told_something_are_refused(
     make: Callable[[Optimizer], Any], says: str
 ) -> None:
-    """At once, and not after the weights have moved."""
+    """They are refused at once, before the weights have changed."""
     model = nn.Linear(8, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match=says):
@@ -58,7 +58,7 @@ def test_schedulers_that_have_to_be_told_something_are_refused(
 
 
 def test_schedulers_that_need_nothing_are_stepped() -> None:
-    """torch's own, one after another or together."""
+    """torch's own schedulers are stepped, one after another or together."""
     model = nn.Linear(8, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     constant = lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=1)
@@ -71,7 +71,7 @@ def test_schedulers_that_need_nothing_are_stepped() -> None:
 
 @pytest.mark.parametrize("make", [torch.optim.LBFGS, SharpnessAware])
 def test_optimizers_that_ask_for_the_loss_again_are_refused(make: Any) -> None:
-    """In an `Accumulator`, in a workload, and where a function makes them."""
+    """An `Accumulator`, a workload and a function that makes them all refuse."""
     model = nn.Linear(8, 3)
     says = f"{make.__name__} runs forward and backward again within its step"
     with pytest.raises(WorkloadError, match=says):
@@ -92,7 +92,7 @@ class Broken(torch.optim.SGD):
 @pytest.mark.parametrize("recover", [True, False])
 @pytest.mark.parametrize("where", ["optimizer", "loss"])
 def test_an_error_leaves_no_gradient(where: str, recover: bool) -> None:
-    """Of the optimizer's step, and of the user's own loss."""
+    """The error may come from the optimizer's step or from the user's loss."""
     model = nn.Linear(8, 3)
     num_calls = 0
 

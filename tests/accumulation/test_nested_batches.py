@@ -1,4 +1,4 @@
-"""Effective batches that are more than tensors: each micro-batch has its own share of all of it."""
+"""Effective batches with more than tensors: each micro-batch has its share of every part."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def graphs(count: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 def cut_graphs(batch: Any, start: int, stop: int) -> Any:
-    """Return some of the graphs, their nodes numbered from 0."""
+    """Return some of the graphs, with their nodes numbered from 0."""
     held, classes = batch
     return (
         {
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_the_whole_batchs(name: str) -> None:
-    """Whatever the samples are kept in."""
+    """The samples may be in any kind of container."""
     torch.manual_seed(0)
     make, batch, loss, options = CASES[name]
     model = make().double()
@@ -150,7 +150,7 @@ def test_gradients_are_the_whole_batchs(name: str) -> None:
 
 
 def test_a_function_cuts_graphs() -> None:
-    """What no slice does, in a step and in a loop of one's own."""
+    """It cuts what no slice can, in a step and in a loop of the user."""
     torch.manual_seed(0)
     model, batch = Graphs().double(), graphs(7)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -170,7 +170,7 @@ def test_a_function_cuts_graphs() -> None:
 
 
 def test_a_list_of_samples_is_one_argument_of_model_and_loss() -> None:
-    """Texts as the only input, and as the only target."""
+    """Texts may be the only input, or the only target."""
     seen = []
 
     class Reader(nn.Module):
@@ -192,7 +192,7 @@ def test_a_list_of_samples_is_one_argument_of_model_and_loss() -> None:
 
 
 def test_what_cannot_be_cut_changes_nothing() -> None:
-    """One sentence before the step, and no gradient left."""
+    """One sentence comes before the step, and no gradient is left."""
     model = Detector().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accumulator = Accumulator(model, optimizer, 2, loss=added, num_inputs=2)
@@ -202,7 +202,7 @@ def test_what_cannot_be_cut_changes_nothing() -> None:
 
 
 def test_a_batch_that_forward_changes_stays_as_it_was() -> None:
-    """Each micro-batch is the model's own, so that a step can be done again."""
+    """Each micro-batch is a copy for the model, so that a step can be done again."""
 
     class InPlace(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A step that runs out of memory is done again, as if it had not."""
+"""A step that runs out of memory is done again, and the result does not show it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def never() -> Failing:
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 1), st.sampled_from(["forward", "backward"]), st.booleans())
 def test_any_micro_batch_may_run_out(failing: int, where: str, has_scaler: bool) -> None:
-    """Bit for bit what a run with the smaller micro-batch from the start leaves: all of it."""
+    """The result is bit for bit that of a run with the smaller micro-batch from the start."""
 
     def scaler() -> torch.amp.GradScaler | None:
         return torch.amp.GradScaler("cpu", init_scale=64.0) if has_scaler else None
@@ -103,7 +103,7 @@ def test_a_later_step_may_run_out(failing: int) -> None:
 
 
 def test_it_is_cut_until_it_fits() -> None:
-    """Twice in a row."""
+    """The micro-batch runs out twice in a row here."""
     failed, accumulator = trained(16, Failing({0, 2}, out_of_memory, "backward"))
     reference, _ = trained(4, never())
     assert accumulator.micro_batch_size == 4
@@ -125,7 +125,7 @@ def test_the_new_size_is_kept_logged_once_and_put_back_when_asked(
 
 
 def test_a_suspected_failure_is_memory_if_a_smaller_batch_passes() -> None:
-    """What libraries also say for limits of their own."""
+    """Libraries use the same words for other limits."""
 
     def suspected() -> Exception:
         return RuntimeError("could not create a primitive")
@@ -141,7 +141,7 @@ def restless_state(model: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "could not create a primitive"])
 def test_what_no_batch_is_small_enough_for_is_raised(message: str) -> None:
-    """A sentence for memory, the error as it came for what was only suspected."""
+    """A memory error becomes a sentence; an error that may be another is raised unchanged."""
     seeded()
     model = Restless().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -161,7 +161,7 @@ def test_what_no_batch_is_small_enough_for_is_raised(message: str) -> None:
 
 
 def test_without_recovery_the_error_comes_as_it_is() -> None:
-    """Nothing is tried again."""
+    """The step is not tried again."""
     model = Restless()
     failing = Failing({0}, out_of_memory, "forward")
     accumulator = Accumulator(
@@ -173,7 +173,7 @@ def test_without_recovery_the_error_comes_as_it_is() -> None:
 
 
 def test_a_failed_attempt_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph of what ran out is gone before anything is tried again."""
+    """The graph of the failed attempt is freed before the step is tried again."""
     alive: list[int] = []
     outputs_seen: list[Any] = []
 
@@ -195,7 +195,7 @@ def test_a_failed_attempt_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> N
 
 @given(st.integers(1, 10_000), st.integers(1, 64))
 def test_smaller_is_about_half_and_a_multiple_where_it_can_be(size: int, unit: int) -> None:
-    """And ends after one."""
+    """One sample cannot be cut smaller."""
     less = smaller(size, multiple_of=unit)
     if size == 1:
         assert less is None
@@ -207,7 +207,7 @@ def test_smaller_is_about_half_and_a_multiple_where_it_can_be(size: int, unit: i
 
 
 def test_retries_in_several_steps_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In three in a row, counted anew afterwards; never on a device that has none."""
+    """Three steps in a row count; then the count restarts. A device without retries has none."""
     counts = iter([0, 1, 2, 2, 3, 4, 6, 7, 8, 9])
     monkeypatch.setattr(RetryMonitor, "_now", lambda self: next(counts))
     pressure = RetryMonitor(torch.device("cpu"))
@@ -223,7 +223,7 @@ def test_retries_in_several_steps_are_too_many(monkeypatch: pytest.MonkeyPatch) 
 def test_repeated_retries_shrink_the_micro_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the next step on; the step itself is good."""
+    """The size shrinks from the next step on; the step itself is kept."""
     monkeypatch.setattr(recovery.RetryMonitor, "is_repeated", lambda self: True)
     with caplog.at_level(logging.WARNING, logger="memfit"):
         _, accumulator = trained(16, never())
@@ -285,7 +285,7 @@ for marked in range(4):
 
 
 def test_a_real_limit_is_survived_at_any_micro_batch() -> None:
-    """RLIMIT_DATA in a child: real allocations fail, everything ends bit for bit the same."""
+    """RLIMIT_DATA in a child makes real allocations fail; the result is the same bit for bit."""
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_REAL_LIMIT],
         capture_output=True,
@@ -317,7 +317,7 @@ class Ballast(nn.Module):
 @pytest.mark.gpu
 @pytest.mark.computes
 def test_a_gpu_that_runs_out_is_survived() -> None:
-    """A cap on the caching allocator: parameters, buffers and draws end bit for bit the same."""
+    """Under a cap on the allocator, parameters, buffers and draws end the same bit for bit."""
     total_bytes = torch.cuda.get_device_properties(0).total_memory
 
     def train(micro: int, *, is_capped: bool) -> tuple[int, list[torch.Tensor]]:

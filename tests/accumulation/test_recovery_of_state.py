@@ -1,4 +1,4 @@
-"""What a forward pass or a loss moves besides gradients is as it was, when a step is done again."""
+"""When a step is done again, everything that forward or the loss changed is put back first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class InPlace(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Moves a teacher towards itself in forward, and learns from it."""
+    """Moves a teacher towards itself in forward, and learns from the teacher."""
 
     def __init__(self, move: Callable[[nn.Parameter, nn.Parameter], None]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Keeping(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A loss with a network of its own, and the optimizer that trains it in each call."""
+    """A loss that has a network, and an optimizer that trains it in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Adversary(nn.Module):
 
 
 class Centred:
-    """A loss that is an object, and no module, with a centre that moves."""
+    """A loss that is an object but no module, and has a centre that moves."""
 
     def __init__(self) -> None:
         self.centre = torch.zeros(3)
@@ -181,7 +181,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Callable[..., torch
 def trained(
     name: str, micro: int, failing: set[int], *, num_steps: int = 3
 ) -> tuple[list[torch.Tensor], Accumulator]:
-    """Return losses, gradients and parameters of some steps, of which some passes run out."""
+    """Return losses, gradients and parameters of some steps; some of their passes run out."""
     torch.manual_seed(0)
     make, make_loss = CASES[name]
     model = make()
@@ -207,7 +207,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_first_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None:
-    """As smaller micro-batches from the start, in all steps that follow."""
+    """The result is that of smaller micro-batches from the start, in all later steps too."""
     failed, accumulator = trained(name, 4, {2})
     assert accumulator.micro_batch_size == 2
     assert same(failed, trained(name, 2, set())[0])
@@ -215,7 +215,7 @@ def test_a_first_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_later_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None:
-    """What forward moves is known from the first step on, and noted down in each."""
+    """The first step shows what forward moves; every later step copies it."""
     failed, _ = trained(name, 8, {2})
     torch.manual_seed(0)
     make, make_loss = CASES[name]
@@ -230,7 +230,7 @@ def test_a_later_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None
 
 
 def test_only_what_moves_is_copied_after_the_first_step() -> None:
-    """A teacher's parameters, and not the student's."""
+    """A teacher's parameters are copied, and the student's are not."""
     _, accumulator = trained("a teacher through data", 4, set())
     assert accumulator._start is not None
     assert len(accumulator._start._known or ()) == 2
@@ -240,7 +240,7 @@ def test_only_what_moves_is_copied_after_the_first_step() -> None:
 
 
 class FailsOnce(torch.optim.SGD):
-    """Runs out of memory in its first step, as one that makes its state then."""
+    """Runs out of memory in its first step, where an optimizer makes its state."""
 
     failures = 1
 
@@ -253,7 +253,7 @@ class FailsOnce(torch.optim.SGD):
 
 
 def test_a_scaler_survives_an_optimizer_that_fails() -> None:
-    """Its next step unscales and clips again; no gradient is left, and the scale is the same."""
+    """The next step unscales and clips; no gradient is left, and the scale is the same."""
     torch.manual_seed(0)
     model = nn.Linear(6, 3)
     optimizer = FailsOnce(model.parameters(), lr=0.1)

@@ -21,7 +21,7 @@ from memfit.errors import UsageError, WorkloadError
 def test_a_loop_over_the_split_has_the_full_batchs_gradient(
     effective: int, num_samples: int, micro: int
 ) -> None:
-    """For the effective batch, a short last one, and one that is larger."""
+    """This holds for the effective batch, a short last batch, and a larger one."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     x, y = torch.randn(num_samples, 4).double(), torch.randint(3, (num_samples,))
@@ -39,14 +39,14 @@ def test_a_loop_over_the_split_has_the_full_batchs_gradient(
 
 
 def test_the_effective_batch_is_cut_as_planned() -> None:
-    """The plan's own parts, in its multiples."""
+    """The parts are the plan's own, in its multiples."""
     plan = plan_of(100, 60, multiple_of=8)
     assert [part.num_samples for part in micro_batches(plan, torch.zeros(100, 2))] == [56, 44]
     assert plan.micro_batch_sizes == (56, 44)
 
 
 def test_weights_are_the_shares_of_what_is_counted() -> None:
-    """Tokens, counted by a function; a sum is not weighted."""
+    """A function counts tokens; a sum is not weighted."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
     parts = micro_batches(plan_of(3, 1), {"mask": mask}, weight=lambda batch: batch["mask"].sum())
     assert [part.weight for part in parts] == pytest.approx([3 / 6, 1 / 6, 2 / 6])
@@ -54,7 +54,7 @@ def test_weights_are_the_shares_of_what_is_counted() -> None:
 
 
 def test_counts_of_any_kind_weigh() -> None:
-    """NumPy's numbers, and tensors of one number."""
+    """Counts may be NumPy's numbers, or tensors of one number."""
     x = torch.arange(6)
     for count in (lambda b: b.numpy().sum(), lambda b: b.sum(), lambda b: float(b.sum())):
         parts = micro_batches(plan_of(6, 3), x, weight=count)
@@ -69,7 +69,7 @@ def test_micro_batches_are_views() -> None:
 
 
 def test_shares_of_ranks_sum_to_the_effective_batch() -> None:
-    """The first ranks take one more where they cannot share equally."""
+    """If the ranks cannot share equally, the first ones take one sample more."""
     plan = plan_of(10, 2, world_size=4)
     assert [plan.share_of(rank) for rank in range(4)] == [3, 3, 2, 2]
     assert not plan.is_even
@@ -88,12 +88,12 @@ def test_shares_of_ranks_sum_to_the_effective_batch() -> None:
 def test_what_cannot_be_split_gets_a_sentence(
     error: type[Exception], batch: Any, options: dict[str, Any], says: str
 ) -> None:
-    """As for a step."""
+    """The message is that of a step."""
     with pytest.raises(error, match=says):
         micro_batches(plan_of(4, 2), batch, **options)
 
 
 def test_a_plan_for_several_ranks_wants_those_ranks() -> None:
-    """One process would train on a part of the effective batch without a word."""
+    """One process alone would silently train on a part of the effective batch."""
     with pytest.raises(UsageError, match=r"for 4 ranks, and there is 1: plan with world_size=1"):
         micro_batches(plan_of(8, 2, world_size=4), torch.zeros(2))

@@ -34,14 +34,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     ],
 )
 def test_a_device_that_is_none_gets_a_sentence(function: str, device: str, says: str) -> None:
-    """For a name and for a workload."""
+    """An unknown device is refused for a name and for a workload."""
     for subject in ("test_vit", small_workload()):
         with pytest.raises(UnknownDeviceError, match=says):
             FUNCTIONS[function](subject, device=device, precision="fp32")
 
 
 def test_counts_of_numpy_are_counts() -> None:
-    """As they come from a sweep over sizes; a size may be written 1e9."""
+    """They come from sweeps over sizes; a size may also be written 1e9."""
     card: dict[str, Any] = {"gpu": "rtx3090", "engine": "simulate"}
     trial = memfit.estimate("test_vit", np.int64(2), **card)
     assert type(trial.batch_size) is int

@@ -34,7 +34,7 @@ def accumulating(trial: Trial) -> bool:
 
 
 def test_what_fits_whole_is_one_step() -> None:
-    """Tried as it will run: without gradients beside the activations."""
+    """It is tried as it will run: without gradients beside the activations."""
     found = plan(64)
     assert found.micro_batch_sizes == (64,)
     assert (found.options.accumulate, found.source) == (False, Source.SIMULATED)
@@ -44,7 +44,7 @@ def test_what_fits_whole_is_one_step() -> None:
 
 
 class Pooled(nn.Module):
-    """Normalises what it has pooled to one value in each channel: two samples are the fewest."""
+    """Pools each channel to one value and normalises it, so it needs at least two samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Pooled(nn.Module):
 
 
 def test_no_part_is_smaller_than_what_the_step_runs_with() -> None:
-    """Parts of one sample, which batch norm refuses, are avoided, or there is no plan."""
+    """Parts of one sample, which batch norm refuses, are avoided; else there is no plan."""
 
     def batch(size: int) -> Any:
         return torch.randn(size, 3, 8, 8), torch.randint(2, (size,))
@@ -79,12 +79,12 @@ def test_no_part_is_smaller_than_what_the_step_runs_with() -> None:
 
 
 def test_a_simulated_part_of_one_sample_is_remarked_upon() -> None:
-    """Whether it runs is not known there."""
+    """A simulation does not know whether such a part runs."""
     assert "A part has one sample" in plan(9, max_batch_size=2).remarks[0]
 
 
 def test_what_does_not_fit_whole_accumulates() -> None:
-    """In the fewest steps; the plan's own micro-batch was tried and keeps the headroom."""
+    """It takes the fewest steps; the plan's own micro-batch was tried and keeps the headroom."""
     found = plan(9000)
     assert sum(found.micro_batch_sizes) == 9000
     assert found.accumulation_steps == -(-9000 // found.recommended_micro_batch_size)
@@ -113,7 +113,7 @@ def test_two_steps_need_no_search() -> None:
 
 
 def test_ranks_share() -> None:
-    """Each plans for its own share; shares that differ are said."""
+    """A plan is for the share of one rank; it says if the shares differ."""
     assert plan(256, world_size=4).micro_batch_sizes == (64,)
     uneven = plan(30, world_size=4)
     assert uneven.micro_batch_sizes == (8,)
@@ -121,7 +121,7 @@ def test_ranks_share() -> None:
 
 
 def test_multiples_and_equal_parts() -> None:
-    """As asked for, and never a changed effective batch."""
+    """They are as asked for, and the effective batch never changes."""
     found = plan(2000, multiple_of=16)
     assert sum(found.micro_batch_sizes) == 2000
     assert all(size % 16 == 0 for size in found.micro_batch_sizes[:-1])
@@ -132,13 +132,13 @@ def test_multiples_and_equal_parts() -> None:
 
 
 def test_a_share_below_the_multiple_is_cut_all_the_same() -> None:
-    """Where rounding up would make the whole of it."""
+    """Rounding up to the multiple would give the whole share."""
     found = plan(32, multiple_of=32, memory="500MiB")
     assert found.micro_batch_sizes == (16, 16)
 
 
 def test_a_single_sample_without_headroom_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no smaller part to try."""
+    """A smaller part does not exist."""
     original = SimulatedBackend.trial
 
     def whole_steps_are_tight(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
@@ -153,14 +153,14 @@ def test_a_single_sample_without_headroom_is_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_a_limit_of_ones_own_is_kept() -> None:
-    """max_batch_size bounds whole steps and micro-batches."""
+    """`max_batch_size` bounds whole steps and micro-batches."""
     found = plan(64, max_batch_size=20)
     assert found.micro_batch_sizes == (16, 16, 16, 16)
     assert found.max_micro_batch_size == 20
 
 
 def test_what_fits_without_headroom_is_remarked() -> None:
-    """One step was possible, at a price."""
+    """One step was possible, but without the headroom."""
     most = memfit.probe(MODEL, **SMALL).max_batch_size
     found = plan(most)
     assert found.accumulation_steps == 2
@@ -168,7 +168,7 @@ def test_what_fits_without_headroom_is_remarked() -> None:
 
 
 def test_a_measured_plan_trains() -> None:
-    """On the CPU, the fastest of what was timed; Accumulator takes the plan as it is."""
+    """It is the fastest that was timed on the CPU; Accumulator takes the plan unchanged."""
     model = nn.Sequential(nn.Linear(256, 2**14), nn.Tanh(), nn.Linear(2**14, 1))
     batch = (torch.randn(4, 256), torch.randn(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -229,13 +229,13 @@ def test_fits_that_are_not_monotone_are_planned_around(monkeypatch: pytest.Monke
 def test_what_cannot_be_planned_gets_a_sentence(
     target: Any, options: dict[str, Any], error: type[Exception], says: str
 ) -> None:
-    """Before anything runs where that can be known."""
+    """The error comes before anything runs, where that can be known."""
     with pytest.raises(error, match=says):
         plan(target, **options)
 
 
 def test_several_cards_are_planned_for_at_once() -> None:
-    """From shared traces, each in its own precision; what does not fit says so."""
+    """They share traces, each has its own precision, and what does not fit says so."""
     survey = memfit.survey_plans("resnet10t", 512, gpus=("t4", "3090"), image_size=64)
     assert [answer.plan is not None for answer in survey.answers] == [True, True]
     first, second = (answer.plan for answer in survey.answers)
@@ -253,7 +253,7 @@ def test_several_cards_are_planned_for_at_once() -> None:
 
 
 def test_single_changes_are_explored() -> None:
-    """As it is first, then what changes training least; each differs in one thing."""
+    """First the unchanged step, then the smallest changes; each differs in one thing."""
     exploration = memfit.explore(MODEL, 2000, precision="fp32", **SMALL)
     assert exploration.source is Source.SIMULATED
     assert [alternative.change for alternative in exploration.alternatives] == [
@@ -296,7 +296,7 @@ def test_single_changes_are_explored() -> None:
     [("vit_tiny_patch16_224", 160), ("vit_small_patch14_dinov2", 378), ("resnet10t", 128)],
 )
 def test_the_smaller_image_is_one_that_the_model_takes(model: str, image: int) -> None:
-    """Whole patches, where it has any."""
+    """It has whole patches, if the model has patches."""
     exploration = memfit.explore(model, 4, gpu="any", memory="8GiB", num_classes=10)
     (alternative,) = (a for a in exploration.alternatives if a.change.startswith("image"))
     assert alternative.options.image_size == (image, image)
@@ -304,7 +304,7 @@ def test_the_smaller_image_is_one_that_the_model_takes(model: str, image: int) -
 
 
 def test_what_does_not_fit_at_all_is_explored_too() -> None:
-    """Which change would reach it; a change that a model cannot make says so."""
+    """It says which change would make it fit, and which change the model cannot make."""
     exploration = memfit.explore(
         "resnet18", 64, gpu="any", memory="690MiB", precision="fp32", optimizer="adamw"
     )
@@ -318,7 +318,7 @@ def test_what_does_not_fit_at_all_is_explored_too() -> None:
 
 
 def test_a_workload_is_explored_untouched() -> None:
-    """It brings its own optimizer, unless that is a name; there is no image to make smaller."""
+    """It keeps its optimizer unless that is a name, and it has no image to make smaller."""
     model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2))
     batch = (torch.zeros(2, 8), torch.zeros(2, dtype=torch.long))
     by_name = memfit.Workload(model, batch, nn.CrossEntropyLoss(), "adamw")
@@ -336,10 +336,10 @@ def test_a_workload_is_explored_untouched() -> None:
 
 
 def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU is not: it has no model."""
+    """A CPU cannot be explored, because it has no model of card."""
 
     class Posing(SimulatedBackend):
-        """Stands in for a card that is there."""
+        """Stands in for a real card."""
 
     posing = Posing(find_gpu("3090"), memory_bytes=2**30, traces=TraceCache())
     monkeypatch.setattr(exploring, "open_backend", lambda *_args, **_kwargs: posing)
@@ -352,7 +352,7 @@ def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.Monkey
 
 
 def test_the_target_is_checked_before_anything_is_built() -> None:
-    """What is wrong is said at once."""
+    """The mistake is reported at once."""
     with pytest.raises(UsageError, match="whole number"):
         planner.PlanTarget.of(
             "64", world_size=1, objective="even", headroom=0, multiple_of=1, max_batch_size=None

@@ -17,7 +17,7 @@ from memfit.units import MIB
 
 
 def proved(result: ProbeResult) -> bool:
-    """Whether the largest fitted, last of all its trials, and the next one ran out after none."""
+    """Return whether the largest size fitted in the last trial, and one more only ran out."""
     tried = [(trial.batch_size, trial.fits) for trial in result.trials]
     return (
         result.edge_found
@@ -41,7 +41,7 @@ def test_a_vision_transformer_is_probed() -> None:
 
 
 class Wide(nn.Module):
-    """Holds two mebibytes per sample at the peak."""
+    """Holds two MiB for each sample at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Wide(nn.Module):
 
 
 def test_two_searches_in_a_row_give_the_same_answer() -> None:
-    """The second finds no less room than the first."""
+    """The second search finds as much room as the first."""
     workload = Workload(Wide(), torch.ones(1, 1), lambda out: out.mean(), torch.optim.SGD)
     first, second = (memfit.probe(workload, device="cpu", memory="83MiB") for _ in range(2))
     assert proved(first)
@@ -83,7 +83,7 @@ def test_a_batch_norm_cnn_is_probed_with_the_options_asked_for() -> None:
 
 
 class TwoTowers(nn.Module):
-    """Two inputs, one of them a dictionary's, and two outputs."""
+    """Has two inputs, one of them from a dictionary, and two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def two_losses(
 
 
 def test_a_model_of_two_inputs_and_two_targets_is_probed() -> None:
-    """A user's own objects, the optimizer by its name."""
+    """The objects are the user's, and the optimizer is given by its name."""
     inputs = {"images": torch.randn(2, 2**17), "meta": torch.randn(2, 16)}
     targets = (torch.randint(10, (2,)), torch.randint(10, (2,)))
     workload = Workload(TwoTowers(), (inputs, targets), two_losses, "sgd")
@@ -129,7 +129,7 @@ class DotProduct(nn.Module):
 
 
 def test_an_embedding_model_is_probed_and_its_optimizer_is_as_before() -> None:
-    """No images anywhere; the live optimizer keeps its state."""
+    """It has no images, and the live optimizer keeps its state."""
     model = DotProduct()
     optimizer = torch.optim.Adam(model.parameters())
 
@@ -145,19 +145,19 @@ def test_an_embedding_model_is_probed_and_its_optimizer_is_as_before() -> None:
 
 
 def test_a_search_ends_where_it_was_told_to() -> None:
-    """The ceiling is an answer without a certificate."""
+    """The ceiling is an answer, and no edge was found."""
     result = memfit.probe("resnet10t", device="cpu", memory="1GiB", image_size=32, max_batch_size=3)
     assert (result.max_batch_size, result.edge_found) == (3, False)
 
 
 def test_what_does_not_fit_says_what_it_needs() -> None:
-    """Bytes needed and available, at the smallest batch size."""
+    """The message has the bytes needed and available at the smallest batch size."""
     with pytest.raises(DoesNotFitError, match=r"batch size 1: it needs \d+.* and 30.0 MiB are"):
         memfit.probe("resnet10t", device="cpu", memory="30MiB")
 
 
 def test_progress_hears_of_every_trial() -> None:
-    """In the order they ran, the recommendation's too."""
+    """It gets trials in the order in which they ran, the recommendation's too."""
     heard: list[Trial] = []
     result = memfit.probe(
         "resnet10t", device="cpu", memory="160MiB", image_size=64, progress=heard.append
@@ -179,19 +179,19 @@ def test_progress_hears_of_every_trial() -> None:
     ],
 )
 def test_impossible_questions_get_a_sentence(options: dict[str, Any], says: str) -> None:
-    """Before anything is run."""
+    """They are refused before anything runs."""
     with pytest.raises(UsageError, match=says):
         memfit.probe("resnet10t", **{"device": "cpu", **options})
 
 
 def test_images_that_a_model_cannot_take_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's own words come with the size that was asked for."""
+    """The message has the model's own words and the size that was asked for."""
     with pytest.raises(UsageError, match="inception_v3 cannot be trained on images of 16x16"):
         memfit.probe("inception_v3", device="cpu", memory="1GiB", image_size=16)
 
 
 def test_a_workloads_device_and_optimizer_are_its_own(workload: Workload) -> None:
-    """An option that contradicts the objects is refused."""
+    """An option that contradicts the user's objects is refused."""
     with pytest.raises(UsageError, match="move the model first"):
         memfit.probe(workload, device="cuda")
     with pytest.raises(UsageError, match="brings its own optimizer"):
@@ -212,7 +212,7 @@ def snapshot(workload: Workload) -> list[Any]:
 
 @pytest.mark.parametrize("ending", ["found", "raised", "interrupted"])
 def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, ending: str) -> None:
-    """After a search that met out-of-memory, one that raised, and Ctrl-C."""
+    """This holds after out-of-memory, after an error, and after Ctrl-C."""
     before = snapshot(workload)
 
     def progress(trial: Trial) -> None:
@@ -231,6 +231,6 @@ def test_a_search_leaves_the_users_objects_as_they_were(workload: Workload, endi
 
 
 def test_an_option_that_no_step_has_is_named() -> None:
-    """A misspelt keyword is a TypeError that says which there are, and nothing runs."""
+    """A misspelt keyword is a TypeError that lists the options, and nothing runs."""
     with pytest.raises(TypeError, match=r"'chanels_last'.* channels_last, "):
         memfit.probe("test_vit", device="cpu", chanels_last=True)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""A data set that is smaller than the search: the answer is what is known, and says so."""
+"""A data set that is smaller than the search: the answer says how far it is known."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DATA = TensorDataset(torch.randn(40, 3, 8, 8), torch.randint(4, (40,)))
 
 
 def loaded(batch_size: int) -> Any:
-    """Return a batch of a loader; the last one is as short as it is."""
+    """Return a batch of a loader, whose last batch may be short."""
     return next(iter(DataLoader(DATA, batch_size=batch_size)))
 
 
 def whole_only(batch_size: int) -> Any:
-    """Return a batch of a loader that drops what is too short."""
+    """Return a batch of a loader that drops a short last batch."""
     return next(iter(DataLoader(DATA, batch_size=batch_size, drop_last=True)))
 
 
@@ -35,7 +35,7 @@ def workload(batch: Callable[[int], Any]) -> memfit.Workload:
     "where", [{"device": "cpu", "memory": "300MiB"}, {"gpu": "rtx3090"}], ids=["cpu", "simulated"]
 )
 def test_the_search_ends_where_the_data_does(where: dict[str, Any]) -> None:
-    """On a device and in a simulation; the user's random numbers are where they were."""
+    """This holds measured and simulated; the user's random states do not change."""
     small = workload(loaded)
     state = torch.get_rng_state()
     result = memfit.probe(small, **where)
@@ -50,20 +50,20 @@ def test_the_search_ends_where_the_data_does(where: dict[str, Any]) -> None:
 
 
 def test_a_loader_that_drops_the_last_batch_ends_it_too() -> None:
-    """At the largest batch that it had."""
+    """The search ends at the largest batch that the loader had."""
     result = memfit.probe(workload(whole_only), device="cpu", memory="300MiB")
     assert 1 <= result.max_batch_size <= 40
     assert "The data ends at" in result.remarks[0]
 
 
 def test_a_search_that_ends_before_says_nothing() -> None:
-    """The ceiling was the user's."""
+    """The ceiling came from the user."""
     result = memfit.probe(workload(loaded), device="cpu", memory="300MiB", max_batch_size=8)
     assert (result.max_batch_size, result.remarks) == (8, ())
 
 
 def test_a_plan_for_more_than_there_is_names_the_way_out() -> None:
-    """An effective batch is one of many epochs' batches only if the data has as many samples."""
+    """The data must have as many samples as the effective batch."""
     says = r"returned 40 samples when asked for 64: .* give max_batch_size=40"
     with pytest.raises(DataEndedError, match=says):
         memfit.plan(workload(loaded), 64, device="cpu", memory="300MiB")

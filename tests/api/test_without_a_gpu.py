@@ -1,4 +1,4 @@
-"""What is asked about where there is no GPU and neither a device nor a card was named."""
+"""Questions without a device and a card, on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGE = 96
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine has."""
+    """Hide the GPU, if the machine has one."""
     monkeypatch.setattr(steps, "has_gpu", lambda: False)
 
 
@@ -31,7 +31,7 @@ def small_workload() -> memfit.Workload:
 
 @pytest.mark.parametrize("subject", [MODEL, small_workload()])
 def test_probe_surveys_the_common_cards_and_says_so(subject: Any) -> None:
-    """Nothing is measured on the CPU in silence, neither for a name nor for a user's objects."""
+    """The CPU is never measured silently, neither for a name nor for a user's objects."""
     found = memfit.probe(subject, max_batch_size=8)
     assert isinstance(found, Survey)
     assert [answer.gpu for answer in found.answers] == list(COMMON_GPUS)
@@ -41,7 +41,7 @@ def test_probe_surveys_the_common_cards_and_says_so(subject: Any) -> None:
 
 
 def test_plan_surveys_the_common_cards_and_says_so() -> None:
-    """The same rule."""
+    """It follows the same rule as probe."""
     found = memfit.plan(MODEL, 64, image_size=IMAGE)
     assert isinstance(found, PlanSurvey)
     assert [answer.gpu for answer in found.answers] == list(COMMON_GPUS)
@@ -49,13 +49,13 @@ def test_plan_surveys_the_common_cards_and_says_so() -> None:
 
 
 def test_profile_simulates_a_card() -> None:
-    """One, since a profile is of one."""
+    """It is one card, because a profile is of one card."""
     found = memfit.profile(MODEL, 4, image_size=IMAGE)
     assert (found.device, found.source) == ("NVIDIA GeForce RTX 4090", Source.SIMULATED)
 
 
 def test_memory_without_a_card_is_one_card_with_so_much() -> None:
-    """It says nothing of a dozen other cards."""
+    """The answer does not mention a dozen other cards."""
     probed = memfit.probe(MODEL, memory="2GiB", image_size=IMAGE)
     assert isinstance(probed, ProbeResult)
     assert probed.device == "any GPU"
@@ -72,7 +72,7 @@ def test_memory_without_a_card_is_one_card_with_so_much() -> None:
 
 
 def test_a_cpu_is_measured_where_it_is_asked_for() -> None:
-    """By its name."""
+    """The user names it."""
     found = memfit.probe(small_workload(), device="cpu", memory="100MiB", max_batch_size=2)
     assert found.source is Source.MEASURED
 
@@ -92,7 +92,7 @@ def test_what_several_cards_do_not_have_points_to_what_they_have() -> None:
 
 
 def test_a_model_on_the_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgetting to move it is more likely than training there."""
+    """The user probably forgot to move it."""
     monkeypatch.setattr(steps, "has_gpu", lambda: True)
     with pytest.raises(UsageError, match="move the model there first"):
         memfit.probe(small_workload())
@@ -101,7 +101,7 @@ def test_a_model_on_the_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_progress_of_a_survey_is_its_cards() -> None:
-    """Each before it is tried, with how many are done."""
+    """It gets each card before it is tried, and how many are done."""
     heard: list[tuple[str, int, int]] = []
     memfit.survey(
         MODEL,
@@ -116,7 +116,7 @@ def test_progress_of_a_survey_is_its_cards() -> None:
 
 
 def test_progress_of_an_exploration_and_a_profile_are_their_stages() -> None:
-    """So that neither is silent for long."""
+    """Neither is silent for long."""
     heard: list[tuple[str, int, int]] = []
     memfit.explore(
         MODEL, 8, gpu="t4", image_size=IMAGE, progress=lambda *stage: heard.append(stage)

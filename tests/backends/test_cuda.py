@@ -1,4 +1,4 @@
-"""Trials on a GPU: the logic on a made-up card, the truth on a real one."""
+"""Trials on a GPU: the logic is tested on a made-up card, and the rest on a real one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GPU = torch.device("cuda", 0)
 
 @dataclasses.dataclass
 class Card:
-    """What a made-up card answers: steps run on the CPU and ask it for room."""
+    """A made-up card: steps run on the CPU and ask the card for room."""
 
     total_bytes: int = 1000 * MIB
     free_bytes: int = 900 * MIB
@@ -49,7 +49,7 @@ class Card:
 
 
 class Event:
-    """Half a second between any two."""
+    """An event, half a second from any other."""
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -64,7 +64,7 @@ class Event:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    """A made-up card in the place of torch.cuda, whose steps run on the CPU."""
+    """Put a made-up card in the place of torch.cuda; its steps run on the CPU."""
     made = Card()
 
     def release(_device: torch.device) -> int:
@@ -144,7 +144,7 @@ def asking(card: Card, **changes: Any) -> Workload:
 
 
 def test_a_search_on_a_card_is_exact_and_leaves_the_users_objects(card: Card) -> None:
-    """The answer with its certificate, and weights, state and cap as they were."""
+    """The edge is proved, and weights, state and cap are as before."""
     workload = asking(card)
     before = [tensor.clone() for tensor in workload.model.state_dict().values()]
     step = TrainingStep(subject=workload, options=FP32)
@@ -167,7 +167,7 @@ def test_a_search_on_a_card_is_exact_and_leaves_the_users_objects(card: Card) ->
 
 
 def test_a_cap_emulates_a_smaller_card(card: Card) -> None:
-    """The allocator is told, and told again what it had when all is over."""
+    """The allocator gets the cap, and afterwards its old limit again."""
     card.fraction = 0.8
     step = TrainingStep(subject=asking(card), options=FP32)
     with CudaBackend(GPU, memory_bytes=300 * MIB) as backend:
@@ -179,13 +179,13 @@ def test_a_cap_emulates_a_smaller_card(card: Card) -> None:
 
 
 def test_without_a_cap_there_is_no_more_room_to_measure(card: Card) -> None:
-    """What did not fit the whole card cannot be measured on it."""
+    """If a step does not fit the whole card, the card cannot measure it."""
     with CudaBackend(GPU) as backend:
         assert backend.needed_bytes(TrainingStep(subject=asking(card), options=FP32), 901) is None
 
 
 def test_a_suspect_under_a_cap_is_tried_without_it(card: Card) -> None:
-    """With the rest of the card it runs, so memory it was."""
+    """It runs with the rest of the card, so the cause was memory."""
     card.message = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     with CudaBackend(GPU, memory_bytes=300 * MIB) as backend:
         trial = backend.trial(TrainingStep(subject=asking(card), options=FP32), 301)
@@ -193,7 +193,7 @@ def test_a_suspect_under_a_cap_is_tried_without_it(card: Card) -> None:
 
 
 def test_a_suspect_on_a_full_card_is_memory_if_half_of_it_runs(card: Card) -> None:
-    """There is no more room to give, so there has to be less to hold."""
+    """No more room can be given, so half of the batch is tried."""
     card.message = "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"
     with CudaBackend(GPU) as backend:
         trial = backend.trial(TrainingStep(subject=asking(card), options=FP32), 901)
@@ -203,7 +203,7 @@ def test_a_suspect_on_a_full_card_is_memory_if_half_of_it_runs(card: Card) -> No
 
 @pytest.mark.parametrize("memory_bytes", [None, 300 * MIB])
 def test_a_librarys_real_limit_is_raised_as_it_came(card: Card, memory_bytes: int | None) -> None:
-    """An error that more room does not cure, or that came with room to spare, is the user's."""
+    """If more room does not help, or room was left, the error is the user's."""
     card.message = "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
     card.fails_anyway_above = 5
     with (
@@ -214,7 +214,7 @@ def test_a_librarys_real_limit_is_raised_as_it_came(card: Card, memory_bytes: in
 
 
 def test_a_poisoned_context_ends_the_search(card: Card) -> None:
-    """Nothing cures an illegal access: it is raised at once, and not tried again."""
+    """Nothing repairs an illegal access, so it is raised at once."""
     card.message = "CUDA error: an illegal memory access was encountered"
     card.fails_anyway_above = 0
     with CudaBackend(GPU) as backend, pytest.raises(RuntimeError, match="illegal"):
@@ -225,7 +225,7 @@ def test_a_poisoned_context_ends_the_search(card: Card) -> None:
 def test_impossible_cards_and_caps_get_a_sentence(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message says which GPUs there are, or who holds the memory."""
+    """The message says which GPUs the machine has, or which process holds the memory."""
     with pytest.raises(UnknownDeviceError, match="the last GPU here is cuda:0"):
         CudaBackend(torch.device("cuda", 3))
     other = DeviceProcess(pid=7, name="python3", used_bytes=GIB)
@@ -243,13 +243,13 @@ def test_a_machine_without_a_gpu_says_so() -> None:
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "cuda:x"])
 def test_devices_that_cannot_measure_are_refused(device: str) -> None:
-    """What torch does not know, and what has no memory to run out of."""
+    """torch does not know some of them, and others have no memory that can run out."""
     with pytest.raises(UnknownDeviceError, match=device):
         open_backend(device)
 
 
 class Nvml:
-    """The driver's library, made up: one GPU, one MIG slice, three processes."""
+    """A made-up driver's library: one GPU, one MIG slice, three processes."""
 
     class NVMLError(Exception):
         """As the library's."""
@@ -282,7 +282,7 @@ class Nvml:
 
 @pytest.mark.parametrize("known", ["GPU-1-2", "MIG-1-2"])
 def test_other_processes_are_named(monkeypatch: pytest.MonkeyPatch, known: str) -> None:
-    """Neighbours on the GPU or on the slice, without this process."""
+    """Processes on the same GPU or slice are named, except this one."""
     import sys
 
     properties = type("Properties", (), {"uuid": "1-2"})()
@@ -320,7 +320,7 @@ def trials_of(result: Any, batch_size: int) -> list[Trial]:
 def test_real_cards_give_an_answer_with_its_certificate(
     name: str, precision: str, clean_gpu: Callable[[], int]
 ) -> None:
-    """Under a cap of 4 GiB: proved, twice the same, and nothing held afterwards."""
+    """Under a cap of 4 GiB it is proved, twice the same, and nothing is held afterwards."""
     before = clean_gpu()
     first = probe(name, device="cuda", memory="4GiB", precision=precision)
     second = probe(name, device="cuda", memory="4GiB", precision=precision)
@@ -340,7 +340,7 @@ def test_real_cards_give_an_answer_with_its_certificate(
 
 @pytest.mark.gpu
 def test_a_real_search_leaves_a_live_model_as_it_was(clean_gpu: Callable[[], int]) -> None:
-    """Weights, statistics, state and random numbers on the device, bit for bit."""
+    """Weights, statistics, state and random numbers on the device are equal bit for bit."""
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Flatten(), nn.LazyLinear(10))
     model.to("cuda")(torch.randn(2, 3, 64, 64, device="cuda"))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -359,6 +359,6 @@ def test_a_real_search_leaves_a_live_model_as_it_was(clean_gpu: Callable[[], int
 
 @pytest.mark.gpu
 def test_a_real_card_that_is_too_small_says_what_is_needed() -> None:
-    """Bytes needed and available, from a run without the cap."""
+    """A run without the cap gives the bytes needed."""
     with pytest.raises(DoesNotFitError, match=r"it needs .* and 64.0 MiB are available"):
         probe("resnet50", device="cuda", memory="64MiB")

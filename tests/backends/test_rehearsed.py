@@ -1,4 +1,4 @@
-"""Cards that are rehearsed: the CUDA backend in a process whose device computes nothing."""
+"""Rehearsed cards: the CUDA backend in a process whose device computes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except UnsupportedError as error:
 
 
 class Perceptron(nn.Module):
-    """A layer that is wide, and one that is not."""
+    """A wide layer and a narrow one."""
 
     def __init__(self, width: int = 1024) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Perceptron(nn.Module):
 
 
 def perceptron(width: int = 1024, optimizer: Any = "adamw") -> Workload:
-    """Return a workload with a loss that no pickle takes."""
+    """Return a workload with a loss that pickle cannot take."""
     batch = (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))
     return Workload(
         Perceptron(width), batch, lambda x, y: nn.functional.cross_entropy(x, y) * 2, optimizer
@@ -46,7 +46,7 @@ def perceptron(width: int = 1024, optimizer: Any = "adamw") -> Workload:
 
 
 def test_a_probe_is_rehearsed_with_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """b fitted and b + 1 ran out, in torch's own words; nothing is called measured or timed."""
+    """b fitted and b + 1 ran out in torch's own words; nothing is called measured or timed."""
     started: list[Any] = []
     popen = subprocess.Popen
 
@@ -79,7 +79,7 @@ def test_a_probe_is_rehearsed_with_its_certificate(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_estimate_and_a_plan_are_rehearsed() -> None:
-    """The same engine, whatever is asked; a user's own optimizer goes along."""
+    """Both use the same engine, also with a user's own optimizer."""
     model = Perceptron()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batch = (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))
@@ -100,7 +100,7 @@ def test_an_estimate_and_a_plan_are_rehearsed() -> None:
 
 
 def test_weights_that_do_not_fit_are_said_with_what_they_need() -> None:
-    """No raw error: what the smallest batch takes, and what there is."""
+    """The message has what the smallest batch takes and what the card has."""
     with pytest.raises(DoesNotFitError) as caught:
         memfit.probe(perceptron(4_000_000, "sgd"), gpu="rtx3060", memory="1GiB", engine="rehearse")
     assert re.search(r"needs \d+(\.\d+)? [GM]iB, and \d+ MiB are available", str(caught.value))
@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_are_said_with_what_they_need() -> None:
 
 
 def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
-    """From the allocator's own history; its shares add up and its snapshot can be written."""
+    """It comes from the allocator's history; shares add up and a snapshot can be written."""
     file = tmp_path / "history.pickle"
     profile = memfit.profile(
         perceptron(), 512, gpu="rtx3060", engine="rehearse", precision="fp32", snapshot=file
@@ -122,7 +122,7 @@ def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
 
 
 def test_a_users_own_error_is_raised_as_it_came() -> None:
-    """With where it happened on the other side."""
+    """It says where it happened in the other process."""
     workload = perceptron()
     broken = Workload(workload.model, workload.batch, _breaks, "adamw")
     with pytest.raises(KeyError, match="no such thing") as caught:
@@ -135,7 +135,7 @@ def _breaks(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_cannot_be_rehearsed_is_said_in_a_sentence() -> None:
-    """An engine that is none, AMD's cards, and steps that cannot leave the process."""
+    """These are unknown engines, AMD's cards, and steps that cannot leave the process."""
     with pytest.raises(UsageError, match="no engine 'real'; choose one of auto, rehearse, sim"):
         memfit.estimate("test_vit", 2, gpu="rtx3060", engine="real")
     with pytest.raises(UsageError, match="Only NVIDIA's cards"):
@@ -147,7 +147,7 @@ def test_what_cannot_be_rehearsed_is_said_in_a_sentence() -> None:
 
 
 def test_auto_simulates_what_it_cannot_rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cards of another vendor, and a card of which only the size is known."""
+    """These are another vendor's cards, and a card of which only the size is known."""
     monkeypatch.setenv("MEMFIT_ENGINE", "auto")
     for gpu, memory in (("mi300x", None), ("any", "8GiB")):
         trial = memfit.estimate(perceptron(), 2, gpu=gpu, memory=memory)
@@ -155,7 +155,7 @@ def test_auto_simulates_what_it_cannot_rehearse(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_large_weights_travel_without_their_values() -> None:
-    """Shapes, types and ties stay; the optimizer still holds the model's own parameters."""
+    """Shapes, types and ties stay; the optimizer still holds the model's parameters."""
     model = Perceptron()
     model.layers[2].weight = nn.Parameter(torch.ones(8, 1024, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -35,7 +35,7 @@ def step(precision: Precision = Precision.AMP_BF16) -> TrainingStep:
 
 
 def test_an_answer_is_proved_and_says_simulated() -> None:
-    """One batch size more runs out, and nothing claims to have been measured."""
+    """One sample more runs out, and nothing claims to be measured."""
     result = memfit.probe(MODEL, gpu="rtx3070")
     assert result.source is Source.SIMULATED
     assert result.device == "NVIDIA GeForce RTX 3070"
@@ -70,7 +70,7 @@ def test_more_memory_takes_more() -> None:
 
 
 def test_cards_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One trace for all cards that would make the same, another for those that would not."""
+    """Cards that would make the same trace share one; other cards get another."""
     traced = []
     original = simulated.trace
 
@@ -87,7 +87,7 @@ def test_cards_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_answer_does_not_depend_on_who_was_asked_before() -> None:
-    """The same card alone and among others."""
+    """A card has the same answer alone and among others."""
     alone = memfit.survey(MODEL, gpus=("rtx3090",)).answers[0].result
     among = memfit.survey(MODEL, gpus=("rtx4090", "t4", "rtx3090")).answers[2].result
     assert alone is not None
@@ -96,7 +96,7 @@ def test_an_answer_does_not_depend_on_who_was_asked_before() -> None:
 
 
 def test_the_allocators_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables that training would have are read, and a wrong one is a sentence."""
+    """The variables of a training run are read, and a wrong value gets a sentence."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     expandable = memfit.estimate(MODEL, 64, gpu="3090")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
@@ -109,7 +109,7 @@ def test_the_allocators_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_memory_does_not_grow_with_the_batch() -> None:
-    """A batch that would take terabytes is a replay of the same trace."""
+    """A batch of terabytes is a replay of the same trace."""
     backend = SimulatedBackend(find_gpu("3090"), traces=TraceCache())
     backend.trial(step(), 8)
     held_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -126,7 +126,7 @@ print([trial.to_dict() for trial in memfit.probe({MODEL!r}, gpu="rtx3090").trial
 
 
 def test_an_answer_is_the_same_in_another_process() -> None:
-    """Whatever order strings hash in, however many threads there are, GPU in sight or not."""
+    """Hash order, the number of threads and a visible GPU change nothing."""
     changes = {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, "-c", _PRINTS_AN_ANSWER],
@@ -159,7 +159,7 @@ def test_a_conv_nets_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hint_is_an_edge_under_the_capacity() -> None:
-    """It fits, and one sample more runs out."""
+    """The hint fits, and one sample more runs out."""
     backend = SimulatedBackend(find_gpu("3070"), memory_bytes=GIB)
     edge = backend.expected_edge(step())
     assert edge is not None
@@ -168,13 +168,13 @@ def test_the_hint_is_an_edge_under_the_capacity() -> None:
 
 
 def test_precision_is_the_cards_own() -> None:
-    """bf16 from Ampere on, fp16 before."""
+    """It is bf16 from Ampere on, and fp16 before."""
     assert memfit.probe(MODEL, gpu="t4").options.precision is Precision.AMP_FP16
     assert memfit.probe(MODEL, gpu="l4").options.precision is Precision.AMP_BF16
 
 
 def test_needed_bytes_and_does_not_fit() -> None:
-    """What does not fit even at batch size 1 is told with what it would take."""
+    """If batch size 1 does not fit, the message says how much it would take."""
     backend = SimulatedBackend(
         find_gpu("3090"), memory_bytes=64 * MIB, settings=AllocatorSettings(), traces=TraceCache()
     )
@@ -186,13 +186,13 @@ def test_needed_bytes_and_does_not_fit() -> None:
 
 
 def test_gpu_and_device_exclude_each_other() -> None:
-    """One question at a time."""
+    """Only one of them can be given."""
     with pytest.raises(UsageError, match="not both"):
         memfit.probe(MODEL, gpu="3090", device="cpu")
 
 
 class Branches(nn.Module):
-    """Needs values."""
+    """A model that needs the values of tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Branches(nn.Module):
 
 
 def test_a_users_workload_is_simulated_untouched() -> None:
-    """Its parameters keep their place; what needs values is named."""
+    """Its parameters are not moved, and an operation that needs values is named."""
     model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 2))
     workload = memfit.Workload(
         model, (torch.zeros(2, 8), torch.zeros(2, dtype=torch.long)), nn.CrossEntropyLoss(), "sgd"
@@ -257,7 +257,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_command_simulates_a_named_gpu() -> None:
-    """The whole answer says simulated, in the table and in JSON."""
+    """The table and the JSON both say simulated."""
     code, output = run("probe", MODEL, "--gpu", "RTX 3070")
     assert code == 0
     assert "NVIDIA GeForce RTX 3070" in output
@@ -268,7 +268,7 @@ def test_command_simulates_a_named_gpu() -> None:
 
 
 def test_command_surveys_several_gpus() -> None:
-    """One table from as few traces as can be; what does not fit says so."""
+    """One table needs as few traces as possible, and what does not fit says so."""
     code, output = run("probe", MODEL, "--gpu", "3070", "--gpu", "h200")
     assert code == 0
     assert "NVIDIA H200" in output
@@ -283,14 +283,14 @@ def test_command_surveys_several_gpus() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, probe measures")
 def test_command_without_a_gpu_simulates_common_ones() -> None:
-    """A dozen cards from 8 to 141 GB."""
+    """They are a dozen cards from 8 to 141 GB."""
     code, output = run("probe", MODEL)
     assert code == 0
     assert output.count("NVIDIA") + output.count("Tesla") == 12
 
 
 def test_command_lists_the_catalogue() -> None:
-    """All of it, one card, or the nearest name."""
+    """It lists all cards, one card, or the nearest name."""
     code, output = run("gpus")
     assert code == 0
     assert "RTX 3090" in output
@@ -306,7 +306,7 @@ def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
     from memfit.api import probing
 
     class Posing(SimulatedBackend):
-        """Stands in for a card that is there."""
+        """Stands in for a real card."""
 
         def prediction(self, step: TrainingStep) -> Prediction:
             simulated = SimulatedBackend(self.gpu, memory_bytes=self.capacity().usable_bytes)

@@ -17,7 +17,7 @@ NUM_CLASSES = 5
 
 
 class HandWrittenNorm(nn.Module):
-    """Batch normalisation that nobody's list of names contains."""
+    """Batch normalisation under a name that no list contains."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class HandWrittenNorm(nn.Module):
 
 
 class Detaching(nn.Module):
-    """A layer that gradients do not get past."""
+    """A layer that lets no gradient through."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach() * 2
@@ -76,7 +76,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class OnePercentOff(nn.Linear):
-    """A layer whose weight gets 1% too much gradient from small batches, under autocast alone."""
+    """A layer whose weight gets 1% too much gradient from small batches, only under autocast."""
 
     whole = 12
 
@@ -98,20 +98,20 @@ class _MixedGradient(torch.autograd.Function):
 
 
 class MixingInBackward(nn.Module):
-    """A layer that centres the batch's gradients and leaves its outputs alone."""
+    """A layer that centres the batch's gradients and does not change its outputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _MixedGradient.apply(x)  # type: ignore[no-any-return]
 
 
 def mlp(*middle: nn.Module) -> nn.Sequential:
-    """A small classifier of vectors with something in its middle."""
+    """Return a small classifier of vectors with a given layer in its middle."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), *middle, nn.Linear(WIDTH, NUM_CLASSES))
 
 
 def vectors(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random vectors of shape (batch_size, WIDTH) and classes of shape (batch_size,)."""
+    """Return random vectors of shape (batch_size, WIDTH) and classes of shape (batch_size,)."""
     return torch.randn(batch_size, WIDTH), torch.randint(NUM_CLASSES, (batch_size,))
 
 
@@ -141,7 +141,7 @@ def check(
 
 
 def token_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the targets that are not to be ignored."""
+    """Return the mean cross-entropy over the targets that are not ignored."""
     return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
@@ -159,7 +159,7 @@ class TokenModel(nn.Module):
 
 
 def sentences(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sentences of different lengths, padded to 8 tokens, with targets that ignore the padding."""
+    """Return padded sentences of up to 8 tokens, with targets that ignore the padding."""
     tokens = torch.randint(20, (batch_size, 8))
     targets = torch.randint(NUM_CLASSES, (batch_size, 8))
     for sample in range(batch_size):

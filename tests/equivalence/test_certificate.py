@@ -1,4 +1,4 @@
-"""Small steps drawn at random, and their verdicts against gradients computed by hand."""
+"""Small steps drawn at random: verdicts are compared with gradients computed by hand."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Rolled(nn.Module):
 
 
 class Permuted(nn.Module):
-    """Mixup of random pairs, in training alone."""
+    """Mixup of random pairs, only in training mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.7 * x + 0.3 * x[torch.randperm(len(x))] if self.training else x
 
 
 class Placed(nn.Module):
-    """Weighs samples by their place in the batch."""
+    """Weighs samples by their position in the batch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.linspace(0.5, 1.5, len(x), dtype=x.dtype)[:, None]
@@ -49,7 +49,7 @@ class Noisy(nn.Module):
 
 
 class Growing(nn.Module):
-    """Keeps a number, a tensor, a queue, a buffer or a parameter from call to call."""
+    """Keeps a number, a tensor, a queue, a buffer or a parameter between calls."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ ORDERED = {"roll", "place", "ranked"}
 
 
 def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Vectors, classes of which some are ignored, and a weight for each sample."""
+    """Return vectors, classes of which some are ignored, and a weight for each sample."""
     y = torch.arange(batch_size) * 3 % NUM_CLASSES
     y[1::3] = -1
     return torch.randn(batch_size, WIDTH), y, torch.rand(batch_size) + 0.1
@@ -170,7 +170,7 @@ def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def by_hand(
     model: nn.Module, name: str, batch: Sequence[torch.Tensor], cut: Sequence[int]
 ) -> torch.Tensor:
-    """The accumulated gradient in float64, each loss by its share."""
+    """Return the accumulated gradient in float64, with each loss times its share."""
     loss, counts = LOSSES[name]
     model = copy.deepcopy(model).double()
     for module in model.modules():
@@ -203,7 +203,7 @@ def by_hand(
 def test_the_verdict_is_what_gradients_by_hand_say(
     pieces: list[str], in_place: bool, loss: str, micro_batch_size: int, accumulation_steps: int
 ) -> None:
-    """Never equal where they are apart, and equal where nothing sets them apart."""
+    """It is never equal if they differ, and it is equal if nothing makes them differ."""
     model = mlp(*(PIECES[piece]() for piece in pieces))
     if in_place:
         model.insert(0, InPlace())

@@ -29,7 +29,7 @@ def of_windows(
     zero: bool = True,
     last: bool = True,
 ) -> AccumulationLoop:
-    """A loop that steps after each window, with something wrong in it."""
+    """Return a loop that steps after each window; the arguments can give it one fault."""
 
     def loop(model: nn.Module, micro_batches: Any, loss: Any, optimizer: Any) -> None:
         for start in range(0, len(micro_batches), STEPS):
@@ -49,23 +49,23 @@ def of_windows(
 
 
 def by_samples(window: Window, index: int) -> float:
-    """What a mean over samples needs."""
+    """Return the factor for a mean over samples."""
     return len(window[index][0]) / sum(len(x) for x, _ in window)
 
 
 def by_tokens(window: Window, index: int) -> float:
-    """What a mean over valid targets needs."""
+    """Return the factor for a mean over valid targets."""
     counts = [int((y != -100).sum()) for _, y in window]
     return counts[index] / sum(counts)
 
 
 def clip(model: nn.Module) -> None:
-    """Clip what is there."""
+    """Clip the norm of the gradients."""
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
 def clip_values(model: nn.Module) -> None:
-    """Cut off what is too large."""
+    """Clip the values of the gradients."""
     nn.utils.clip_grad_value_(model.parameters(), 0.01)
 
 
@@ -126,7 +126,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_loop_that_is_right_passes(name: str) -> None:
-    """However it goes about it."""
+    """Every right way to write it passes."""
     result = check(mlp(), accumulate=RIGHT[name])
     assert (result.verdict, result.loop_faults) == (Verdict.EQUAL, ())
     for window in result.loop:
@@ -135,14 +135,14 @@ def test_a_loop_that_is_right_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_loop_that_is_wrong_is_told_what_is(name: str) -> None:
-    """By the weights that its micro-batches get, and by nothing else."""
+    """The weights of its micro-batches show the fault, and nothing else is needed."""
     loop, faults = WRONG[name]
     result = check(mlp(), accumulate=loop)
     assert (result.verdict, result.loop_faults) == (Verdict.DIFFERS, faults)
 
 
 def test_a_step_after_every_micro_batch() -> None:
-    """There is no accumulation at all."""
+    """Such a loop does not accumulate at all."""
 
     def loop(model: nn.Module, micro_batches: Any, loss: Any, optimizer: Any) -> None:
         for x, y in micro_batches:
@@ -154,7 +154,7 @@ def test_a_step_after_every_micro_batch() -> None:
 
 
 def test_a_mean_of_token_means() -> None:
-    """Right for a mean over samples, wrong where sentences differ in length."""
+    """It is right for a mean over samples, and wrong if sentences differ in length."""
     loop = of_windows(lambda window, _index: 1 / len(window))
     result = check(TokenModel(), token_loss, sentences, accumulate=loop)
     assert result.loop_faults == (LoopFault.MEAN_OF_TARGET_MEANS,)
@@ -170,7 +170,7 @@ def test_a_loop_is_judged_apart_from_a_model_that_mixes() -> None:
 
 
 def test_a_loop_that_trains_something_else_is_refused() -> None:
-    """It would have nothing to weigh."""
+    """Such a loop leaves no gradients to weigh."""
 
     def loop(*_parts: Any) -> None:
         return None

@@ -45,7 +45,7 @@ class HeadsFirst(nn.Module):
 
 
 class Centred(nn.Module):
-    """Mixes between its layers, where no layer's name would tell."""
+    """Mixes samples between its layers, so that no name of a layer shows it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,29 +78,29 @@ PLAIN: dict[str, Callable[[int], nn.Module]] = {
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from([*MIXING, *PLAIN]), min_size=1, max_size=5))
 def test_exactly_the_layers_that_mix_are_named(kinds: list[str]) -> None:
-    """Whatever comes before and after them, and in their order."""
+    """They are named in their order, whatever comes before and after them."""
     layers = [(MIXING | PLAIN)[kind](WIDTH) for kind in kinds]
     expected = [str(index) for index, kind in enumerate(kinds) if kind in MIXING]
     assert mixers_of(nn.Sequential(*layers), WIDTH) == expected
 
 
 def test_mixing_between_layers_is_the_container_s() -> None:
-    """The layer that is given mixed values is innocent."""
+    """The layer that gets mixed values as inputs is not named."""
     assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Centred()), WIDTH) == ["1"]
 
 
 def test_a_layer_that_nobody_thought_of() -> None:
-    """Softmax over the batch."""
+    """A softmax over the batch is found."""
     assert mixers_of(mlp(Balanced()), WIDTH) == ["2"]
 
 
 def test_another_layout_is_no_mixing() -> None:
-    """Heads before samples."""
+    """Outputs with heads before samples are not taken for mixing."""
     assert mixers_of(mlp(HeadsFirst()), WIDTH) == []
 
 
 def test_norms_within_a_sample_do_not_mix() -> None:
-    """Group, instance and weight normalisation."""
+    """Group norm, instance norm and weight normalisation are not named."""
     model = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
         nn.GroupNorm(2, 8),
@@ -112,7 +112,7 @@ def test_norms_within_a_sample_do_not_mix() -> None:
 
 
 def test_timm_s_fused_batch_norm_is_named_itself() -> None:
-    """Not the dropout and activation inside it, which see its result first."""
+    """The dropout and the activation inside it see its result first, and are not named."""
     model = timm.create_model("test_efficientnet", num_classes=7).train()
     named = mixers_of(model, 3, 64, 64)
     assert named[0] == "bn1"
@@ -121,7 +121,7 @@ def test_timm_s_fused_batch_norm_is_named_itself() -> None:
 
 
 def test_mixing_in_backward_alone() -> None:
-    """Its outputs are as they should be, and still the gradient is not."""
+    """The outputs are right, but the gradient is not."""
     model = mlp(MixingInBackward()).double()
     samples = samples_of(WIDTH)
     assert mixing_layers(model, samples) == ()

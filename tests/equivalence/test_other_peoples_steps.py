@@ -1,4 +1,4 @@
-"""Steps as people write them: what they keep, what they lose by, and the types that they name."""
+"""Steps as people write them: the state they keep, their losses, and the types they name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memfit.records import Equivalence, GradientFault, LossWeighting, MixesIn, V
 
 
 def fp64_error(result: Equivalence) -> float:
-    """The largest relative error in float64, which has to be there."""
+    """Return the largest relative error of the float64 check, which must be there."""
     error = result.worst_relative_error("fp64")
     assert error is not None
     return error
@@ -61,7 +61,7 @@ def pairs(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [Rolled(), MixedUp()])
 def test_mixup_is_named(layer: nn.Module) -> None:
-    """By the layer that does it, also where it draws its pairs."""
+    """The layer that does it is named, also if it draws its pairs at random."""
     result = check(mlp(layer))
     assert result.verdict is Verdict.DIFFERS
     assert GradientFault.MIXES_SAMPLES in result.faults
@@ -71,7 +71,7 @@ def test_mixup_is_named(layer: nn.Module) -> None:
 @pytest.mark.parametrize("loss", [triplets, pairs])
 @pytest.mark.parametrize("micro_batch_size", [3, 4])
 def test_a_loss_over_neighbours_depends_on_the_order(loss: Any, micro_batch_size: int) -> None:
-    """Also where this cut happens to leave pairs whole."""
+    """It is found also if this cut happens to leave pairs whole."""
     result = check(mlp(), loss, micro_batch_size=micro_batch_size, accumulation_steps=2)
     assert result.verdict is Verdict.DIFFERS
     assert GradientFault.DEPENDS_ON_ORDER in result.faults
@@ -80,7 +80,7 @@ def test_a_loss_over_neighbours_depends_on_the_order(loss: Any, micro_batch_size
 
 
 def test_draws_of_numpy_are_not_compared_draw_by_draw() -> None:
-    """They cannot be replayed, and are named."""
+    """They cannot be replayed, and the report names them."""
 
     class Noisy(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class Byol(nn.Module):
 
 
 class Moco(nn.Module):
-    """Each sample against a queue of those before."""
+    """Compares each sample with a queue of earlier ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Moco(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Adds the mean of what it saw last, which it keeps in a deque."""
+    """Adds the mean of the last batches that it saw, which it keeps in a deque."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Remembering(nn.Module):
 
 
 def test_a_teacher_that_forward_moves_is_state() -> None:
-    """It has gone further when the second micro-batch comes, and the parameters are named."""
+    """The second micro-batch meets a teacher that has moved; its parameters are named."""
     result = check(
         Byol(),
         lambda o: (o["student"] - o["teacher"]).square().mean(),
@@ -159,7 +159,7 @@ def test_a_teacher_that_forward_moves_is_state() -> None:
     ("model", "name"), [(Moco(), "queue"), (mlp(Remembering()), "2.last")], ids=["moco", "deque"]
 )
 def test_a_queue_is_state(model: nn.Module, name: str) -> None:
-    """As a buffer, and as an attribute of any kind."""
+    """It is found as a buffer, and as an attribute of any kind."""
     before = copy.deepcopy(model.state_dict())
     result = check(model, lambda o, _y: -F.log_softmax(o, 1)[:, 0].mean())
     assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.CARRIES_STATE,))
@@ -169,7 +169,7 @@ def test_a_queue_is_state(model: nn.Module, name: str) -> None:
 
 
 def test_a_list_that_the_loss_keeps_is_state() -> None:
-    """Wherever the function has it from."""
+    """It is found wherever the function keeps it."""
     seen: list[torch.Tensor] = []
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -182,7 +182,7 @@ def test_a_list_that_the_loss_keeps_is_state() -> None:
 
 
 def test_a_batch_that_is_changed_in_place_is_no_difference() -> None:
-    """Every pass has a copy; the user's is as before."""
+    """Every pass gets a copy, and the user's batch is not changed."""
 
     class Normalised(nn.Module):
         def __init__(self) -> None:
@@ -222,7 +222,7 @@ class LanguageModel(nn.Module):
 
 
 def test_a_causal_language_model() -> None:
-    """The label in the first place never counts, and the report says what does."""
+    """The first label never counts, and the report says which labels do."""
     ids = torch.randint(20, (8, 10))
     labels = ids.clone()
     for row, length in enumerate((10, 9, 4, 3, 10, 2, 5, 7)):
@@ -240,7 +240,7 @@ def test_a_causal_language_model() -> None:
 
 @pytest.mark.parametrize("ignored", [255, -1])
 def test_a_model_that_ignores_a_value_of_its_own(ignored: int) -> None:
-    """In the loss that it computes itself, as segmentation models do."""
+    """The model computes its loss itself, as segmentation models do."""
 
     class Segmenter(nn.Module):
         def __init__(self) -> None:
@@ -263,7 +263,7 @@ def test_a_model_that_ignores_a_value_of_its_own(ignored: int) -> None:
 
 
 def test_a_micro_batch_without_a_valid_target_counts_nothing() -> None:
-    """Its loss is 0 / 0, and the Accumulator leaves it out as well."""
+    """Its loss is 0 / 0, and the Accumulator leaves it out too."""
     x, y = torch.randn(8, WIDTH), torch.randint(NUM_CLASSES, (8,))
     y[:2] = -100
     result = check(mlp(), F.cross_entropy, (x, y), micro_batch_size=2, accumulation_steps=4)
@@ -279,14 +279,14 @@ DETECTION = (torch.randn(12, WIDTH), torch.randint(NUM_CLASSES, (12,)), torch.ar
 
 
 def test_a_dictionary_of_losses() -> None:
-    """Each is weighed by what it averages over itself, as the Accumulator does."""
+    """Each loss is weighted by what it averages over, as in the Accumulator."""
     result = check(mlp(), _detected, DETECTION)
     assert (result.verdict, result.weighting) == (Verdict.EQUAL, LossWeighting.SEVERAL)
     assert [(t.name, t.counts) for t in result.terms] == [("ce", None), ("l1", "batch[2].sum()")]
 
 
 def test_one_number_that_adds_means_over_different_counts() -> None:
-    """No weight of it is exact; those of its summands are, and are said."""
+    """No single weight is exact; the weights of its summands are, and the report has them."""
     result = check(mlp(), lambda *args: sum(_detected(*args).values()), DETECTION)
     assert result.verdict is Verdict.DIFFERS
     assert (result.mixers, result.faults) == ((), (GradientFault.ADDS_DIFFERENT_MEANS,))
@@ -298,7 +298,7 @@ def test_one_number_that_adds_means_over_different_counts() -> None:
 
 
 def test_a_loss_that_a_model_keeps_as_an_attribute() -> None:
-    """A mixture of experts is told that its loss mixes, and not that an expert detaches."""
+    """For a mixture of experts the report says that the loss mixes, not that it detaches."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -323,7 +323,7 @@ def test_a_loss_that_a_model_keeps_as_an_attribute() -> None:
 
 
 def test_as_many_time_steps_as_the_experiments_have_samples() -> None:
-    """CTC's outputs are (time, samples, classes), and time is not taken for samples."""
+    """CTC's outputs are (time, samples, classes); time is not taken for samples."""
 
     class Recogniser(nn.Module):
         def __init__(self) -> None:
@@ -391,7 +391,7 @@ class Forces(nn.Module):
     ids=["zeros", "class weights", "one-hot", "smoothing", "forces"],
 )
 def test_ordinary_steps_run_in_float64(model: nn.Module, loss: Any) -> None:
-    """Whatever types their code names, and though they differentiate in forward."""
+    """They may name other types, and they may differentiate in forward."""
     result = check(model, loss)
     assert result.verdict is Verdict.EQUAL
     assert result.single_precision is None
@@ -399,7 +399,7 @@ def test_ordinary_steps_run_in_float64(model: nn.Module, loss: Any) -> None:
 
 
 def test_float32_stands_in_where_float64_cannot_be_had() -> None:
-    """And the result says why."""
+    """The result gives the reason."""
 
     class OnlySingle(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -418,7 +418,7 @@ def test_float32_stands_in_where_float64_cannot_be_had() -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("reentrant", "verdict"), [(True, "detached"), (False, "equal")])
 def test_a_checkpoint_that_cuts_gradients_off(reentrant: bool, verdict: str) -> None:
-    """The reentrant one, on inputs that need none."""
+    """A reentrant checkpoint does it if its inputs need no gradient."""
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -436,7 +436,7 @@ def test_a_checkpoint_that_cuts_gradients_off(reentrant: bool, verdict: str) -> 
 
 
 def test_the_ceiling_in_float64() -> None:
-    """No bound is above a millionth, and JSON has no number that is not one."""
+    """No bound is above a millionth, and the JSON has no NaN or infinity."""
     for model in (mlp(), mlp(Rolled()), mlp(nn.BatchNorm1d(WIDTH))):
         result = check(model, batch=vectors)
         assert all(

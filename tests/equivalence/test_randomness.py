@@ -1,4 +1,4 @@
-"""Tests of memfit.equivalence.randomness, through what rests on it."""
+"""Tests of memfit.equivalence.randomness, through the modules that use it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from memfit.records import Verdict
 
 
 class Noise(nn.Module):
-    """Adds noise, and knows no evaluation mode."""
+    """Adds noise, also in evaluation mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 0.3 * torch.randn_like(x) * torch.rand(len(x), 1, dtype=x.dtype)
 
 
 class FunctionalDropout(nn.Module):
-    """Drops out without a dropout layer."""
+    """Drops values without a dropout layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, 0.4, training=self.training)
 
 
 class FusedDropout(nn.Module):
-    """The operator that dropout is on a GPU: one kernel that draws, masks and scales."""
+    """The operator of dropout on a GPU: one kernel that draws, masks and scales."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropped, _ = torch.native_dropout(x, 0.4, self.training)
@@ -35,7 +35,7 @@ class FusedDropout(nn.Module):
 
 
 class LastSampleFirst(nn.Module):
-    """Draws for its samples in an order of its own, so that no draw can be told to be whose."""
+    """Draws for its samples in an unusual order, so that no draw can be matched to its sample."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -69,7 +69,7 @@ def test_draws_are_replayed_sample_by_sample(layer: nn.Module) -> None:
 
 
 def test_draws_of_several_rows_for_each_sample() -> None:
-    """Attention heads."""
+    """Attention heads draw several rows for one sample."""
     torch.manual_seed(0)
     result = check(DroppedAttention())
     assert result.verdict is Verdict.EQUAL
@@ -77,14 +77,14 @@ def test_draws_of_several_rows_for_each_sample() -> None:
 
 
 def test_what_cannot_be_replayed_is_switched_off_and_said() -> None:
-    """Rather than reported as a difference."""
+    """It is not reported as a difference."""
     result = check(mlp(LastSampleFirst()))
     assert result.verdict is Verdict.EQUAL
     assert result.switched_off == ("2",)
 
 
 def test_a_mixing_layer_is_found_beside_random_ones() -> None:
-    """What they draw does not move the samples that were not changed."""
+    """The random layers do not move the samples that were not changed."""
     result = check(mlp(nn.Dropout(0.3), nn.BatchNorm1d(WIDTH), Noise()))
     assert result.verdict is Verdict.DIFFERS
     assert [mixer.name for mixer in result.mixing_layers] == ["3"]

@@ -22,7 +22,7 @@ def test_every_cut_covers_the_effective_batch(size: int, count: int) -> None:
 
 @given(st.integers(2, 64), COUNTS)
 def test_the_uneven_cut_ends_short_and_keeps_to_the_micro_batch(size: int, count: int) -> None:
-    """What is compared fits the device that the micro-batch fits."""
+    """No part is larger than the micro-batch, so a device that fits it fits every part."""
     even, uneven = splits_of(size, count)
     assert max(uneven) <= size
     assert uneven[-1] < size
@@ -32,7 +32,7 @@ def test_the_uneven_cut_ends_short_and_keeps_to_the_micro_batch(size: int, count
 
 @given(SIZES, COUNTS, st.integers(2, 100))
 def test_a_bound_on_samples_is_kept(size: int, count: int, samples: int) -> None:
-    """At most so many samples, at least two micro-batches."""
+    """A cut has at most this many samples, and at least two micro-batches."""
     small, few = bounded(size, count, samples)
     assert small * few <= max(samples, 2)
     assert few >= 2
@@ -51,5 +51,5 @@ def test_spans_follow_each_other(cut: list[int]) -> None:
     ("cut", "text"), [((8, 8, 8), "3 x 8"), ((12,), "12"), ((8, 6, 2), "8 + 6 + 2")]
 )
 def test_a_cut_is_written_for_people(cut: tuple[int, ...], text: str) -> None:
-    """Even cuts are counted, uneven ones listed."""
+    """Even cuts are written as a count, uneven ones as a list."""
     assert written(cut) == text

@@ -49,7 +49,7 @@ def verify_timm(
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.AMP_BF16, Precision.BF16])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_a_model_that_mixes_nothing_is_equal(name: str, precision: Precision) -> None:
-    """To 1e-10 in float64, and in the precision of training to within its rounding."""
+    """Gradients agree to 1e-10 in float64, and within rounding in the precision of training."""
     result = verify_timm(name, precision=precision)
     assert result.verdict is Verdict.EQUAL
     assert result.mixing_layers == ()
@@ -59,7 +59,7 @@ def test_a_model_that_mixes_nothing_is_equal(name: str, precision: Precision) ->
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_batch_norm_differs_and_frozen_is_equal(name: str) -> None:
-    """Its layers are found by what they do, and so is what stops them."""
+    """The layers that mix are found by what they do, and so is what stops them."""
     result = verify_timm(name)
     assert result.verdict is Verdict.DIFFERS
     assert result.worst_relative_error("fp64") > 1e-3
@@ -78,7 +78,7 @@ def test_batch_norm_differs_and_frozen_is_equal(name: str) -> None:
 
 
 def test_a_hand_written_batch_norm() -> None:
-    """No list of names contains it."""
+    """The layer is found although no list of names contains it."""
     result = check(mlp(HandWrittenNorm(WIDTH)))
     assert result.verdict is Verdict.DIFFERS
     assert [(mixer.name, mixer.type_name) for mixer in result.mixing_layers] == [
@@ -88,7 +88,7 @@ def test_a_hand_written_batch_norm() -> None:
 
 
 def test_batch_statistics_that_evaluation_does_not_stop() -> None:
-    """Freezing changes nothing there, and is not claimed to."""
+    """Freezing changes nothing here, and the report does not claim that it does."""
     layer = nn.BatchNorm1d(WIDTH, track_running_stats=False)
     result = check(mlp(layer), freeze_bn=True)
     assert result.verdict is Verdict.DIFFERS
@@ -98,7 +98,7 @@ def test_batch_statistics_that_evaluation_does_not_stop() -> None:
 
 
 def test_a_contrastive_loss() -> None:
-    """The model is innocent."""
+    """The loss is named, and no layer of the model is."""
     result = check(mlp(), contrastive)
     assert result.verdict is Verdict.DIFFERS
     assert [(mixer.name, mixer.mixes_in) for mixer in result.mixing_layers] == [
@@ -107,7 +107,7 @@ def test_a_contrastive_loss() -> None:
 
 
 def test_mixing_in_backward_is_looked_for_where_nothing_else_explains() -> None:
-    """The outputs did not tell."""
+    """The outputs do not show this mixing."""
     result = check(mlp(MixingInBackward()))
     assert result.verdict is Verdict.DIFFERS
     assert [(m.name, m.mixes_in) for m in result.mixing_layers] == [("2", MixesIn.BACKWARD)]
@@ -124,7 +124,7 @@ def test_copies_of_one_sample_are_made_different() -> None:
 
 
 def test_a_layer_that_detaches() -> None:
-    """Equal gradients, but not for the parameters that get none."""
+    """The other gradients are equal; the parameters without a gradient are named."""
     result = check(mlp(Detaching()))
     assert result.verdict is Verdict.DETACHED
     assert result.detaching == ("2",)
@@ -132,21 +132,21 @@ def test_a_layer_that_detaches() -> None:
 
 
 def test_a_layer_that_detaches_after_the_first_micro_batch() -> None:
-    """It shows in the gradients, and is named."""
+    """The fault shows in the gradients, and the layer is named."""
     result = check(mlp(DetachingLater()))
     assert result.verdict is Verdict.DIFFERS
     assert result.detaching == ("2",)
 
 
 def test_a_layer_that_counts_its_calls() -> None:
-    """It mixes nothing, and still k calls are not one."""
+    """It mixes no samples, but several calls still give another result than one."""
     result = check(mlp(Counting()))
     assert result.verdict is Verdict.DIFFERS
     assert (result.mixing_layers, result.stateful) == ((), ("2",))
 
 
 def test_parameters_that_nothing_uses_are_no_difference() -> None:
-    """As timm's mask tokens."""
+    """timm's mask tokens are such parameters."""
     model = mlp()
     model.register_parameter("spare", nn.Parameter(torch.ones(3)))
     result = check(model)
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference() -> None:
 
 
 def test_a_model_that_computes_partly_in_float32_is_proved_in_float64() -> None:
-    """Whatever types its code names."""
+    """The types that its code names do not matter."""
 
     class Narrow(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_a_model_that_computes_partly_in_float32_is_proved_in_float64() -> None:
 
 
 def test_one_percent_in_one_parameter_is_caught_in_bf16() -> None:
-    """Its roundings average out, and the error does not."""
+    """Roundings average out over the elements, and the error does not."""
     model = mlp(OnePercentOff(WIDTH, WIDTH), nn.Tanh())
     result = check(model, precision=Precision.AMP_BF16)
     assert result.verdict is Verdict.DIFFERS
@@ -201,13 +201,13 @@ def test_one_percent_in_one_parameter_is_caught_in_bf16() -> None:
 
 
 def test_the_same_layer_without_the_error_passes_in_bf16() -> None:
-    """So it was the error that was caught."""
+    """So the test above caught the error and not the layer."""
     model = mlp(nn.Linear(WIDTH, WIDTH), nn.Tanh())
     assert check(model, precision=Precision.AMP_BF16).verdict is Verdict.EQUAL
 
 
 def test_fp16_autocast_scales_its_loss() -> None:
-    """Overflow is met by a smaller scale, as a scaler would."""
+    """After an overflow the scale is smaller, as with a GradScaler."""
 
     def large(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return 100 * F.cross_entropy(outputs, targets)
@@ -220,7 +220,7 @@ def test_fp16_autocast_scales_its_loss() -> None:
 @pytest.mark.parametrize("precision", [Precision.AMP_BF16, Precision.AMP_FP16, Precision.FP32])
 @pytest.mark.parametrize("name", ["test_vit", "convnext_atto", "test_resnet"])
 def test_no_false_alarm_on_a_gpu(name: str, precision: Precision) -> None:
-    """Whatever its kernels round."""
+    """The rounding of a GPU's kernels is not reported as a difference."""
     options = StepOptions(precision=precision, image_size=(64, 64))
     result = verify(
         TrainingStep(subject=name, options=options),
@@ -236,7 +236,7 @@ def test_no_false_alarm_on_a_gpu(name: str, precision: Precision) -> None:
 
 
 def test_draws_are_replayed_when_checkpointing_draws_again() -> None:
-    """Recomputed activations drop what they dropped before."""
+    """Recomputed activations drop the same values as the first time."""
     options = StepOptions(
         precision=Precision.FP32,
         image_size=(32, 32),

@@ -1,4 +1,4 @@
-"""Tests of memfit.equivalence.verification: whatever a user gives it, and what is left after it."""
+"""Tests of memfit.equivalence.verification: what users give it, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_loop_that_cannot_be_called_is_refused(loop: Any, message: str) -> None:
-    """Before anything runs, and not as an error of the user's own code."""
+    """It is refused before anything runs, and not as an error of the user's code."""
     workload = Workload(mlp(), vectors(4), F.cross_entropy, torch.optim.SGD)
     with pytest.raises(UsageError, match=message):
         memfit.verify(workload, micro_batch_size=2, accumulation_steps=2, accumulate=loop)
@@ -60,7 +60,7 @@ class Structured(nn.Module):
 
 
 def test_inputs_and_outputs_of_any_nesting() -> None:
-    """And a loop that is right about them."""
+    """A right loop over them passes too."""
 
     def loss(outputs: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
         distance: torch.Tensor = (outputs["last"] - targets).square().mean()
@@ -80,7 +80,7 @@ def test_inputs_and_outputs_of_any_nesting() -> None:
 
 
 def test_timm_s_variants_without_batch_norm_are_named() -> None:
-    """By name alone, and only where something mixes."""
+    """They are found by name alone, and named only if a layer mixes."""
     step = TrainingStep(subject="resnet50.a1_in1k", options=StepOptions())
     assert step.batch_norm_free_variants == ("resnet50_gn", "nf_resnet50", "resnetv2_50x1_bit")
 
@@ -89,7 +89,7 @@ def test_timm_s_variants_without_batch_norm_are_named() -> None:
 
 
 def test_a_mean_over_tokens_is_weighted_by_tokens() -> None:
-    """Sentences of different lengths."""
+    """The sentences have different lengths."""
     result = check(TokenModel(), token_loss, sentences)
     assert (result.verdict, result.weighting) == (Verdict.EQUAL, LossWeighting.TARGETS)
 
@@ -106,7 +106,7 @@ class OwnLoss(nn.Module):
 
 
 def test_a_model_that_computes_its_own_loss() -> None:
-    """What it averages over shows in the gradients."""
+    """The gradients show what the loss averages over."""
 
     def batch(batch_size: int) -> dict[str, torch.Tensor]:
         tokens, labels = sentences(batch_size)
@@ -117,7 +117,7 @@ def test_a_model_that_computes_its_own_loss() -> None:
 
 
 def test_a_loss_with_parameters_of_its_own() -> None:
-    """They are compared as well."""
+    """The gradients of the loss's parameters are compared too."""
 
     class Tempered(nn.Module):
         def __init__(self) -> None:
@@ -133,7 +133,7 @@ def test_a_loss_with_parameters_of_its_own() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
-    """There is nothing to compare."""
+    """Such a loss leaves nothing to compare."""
     with pytest.raises(WorkloadError, match="The loss is nan in fp64"):
         check(mlp(), lambda outputs, _targets: (outputs * torch.nan).mean())
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 
 
 class Hungry(nn.Module):
-    """Runs out of memory for more than some samples, once it trains in float32."""
+    """Runs out of memory above a number of samples when it trains in float32."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Hungry(nn.Module):
 
 
 def test_a_full_batch_that_does_not_fit_is_cut_in_two_ways() -> None:
-    """And the report says so."""
+    """The report says so."""
     result = check(mlp(Hungry(4)))
     assert result.verdict is Verdict.EQUAL
     *fp64, cut = result.checks
@@ -166,13 +166,13 @@ def test_a_full_batch_that_does_not_fit_is_cut_in_two_ways() -> None:
 
 
 def test_a_micro_batch_that_does_not_fit() -> None:
-    """There is nothing to run."""
+    """Then nothing can run, and the error says so."""
     with pytest.raises(DoesNotFitError, match="A micro-batch of 4 does not fit cpu"):
         check(mlp(Hungry(2)))
 
 
 def test_a_model_s_own_error_is_raised_as_it_came() -> None:
-    """It is not about memory."""
+    """The error is not about memory, so it is raised unchanged."""
 
     class Broken(nn.Module):
         def forward(self, _x: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_a_model_s_own_error_is_raised_as_it_came() -> None:
 def test_numbers_that_cannot_be(
     micro_batch_size: int, accumulation_steps: int, samples: int | None, message: str
 ) -> None:
-    """One sentence, with the value."""
+    """The error is one sentence with the value."""
     with pytest.raises(UsageError, match=message):
         check(
             mlp(),
@@ -207,7 +207,7 @@ def test_numbers_that_cannot_be(
 
 
 def test_samples_bound_every_comparison() -> None:
-    """In float64 and in the precision of training."""
+    """The bound holds in float64 and in the precision of training."""
     result = check(mlp(), micro_batch_size=32, accumulation_steps=8, samples=10)
     assert {sum(check.cut) for check in result.checks} == {10}
     assert result.effective_batch_size == 256
@@ -215,19 +215,19 @@ def test_samples_bound_every_comparison() -> None:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_small_micro_batches(micro_batch_size: int) -> None:
-    """Down to a single sample."""
+    """Micro-batches may be as small as one sample."""
     result = check(mlp(), micro_batch_size=micro_batch_size, accumulation_steps=2)
     assert result.verdict is Verdict.EQUAL
 
 
 def test_micro_batches_of_one_that_batch_norm_cannot_take() -> None:
-    """Nothing else is there to compare."""
+    """No other cut can be compared."""
     with pytest.raises(WorkloadError, match="takes no micro-batch of one sample"):
         check(mlp(nn.BatchNorm1d(WIDTH)), micro_batch_size=1)
 
 
 def test_a_last_micro_batch_of_one_that_batch_norm_cannot_take() -> None:
-    """The even cut is compared, and the other is said to be missing."""
+    """The even cut is compared, and the report says that the other is missing."""
     result = check(mlp(nn.BatchNorm1d(WIDTH)), micro_batch_size=2)
     assert [check.cut for check in result.checks] == [(2, 2, 2)] * 2
     assert result.checks[0].message is not None
@@ -236,7 +236,7 @@ def test_a_last_micro_batch_of_one_that_batch_norm_cannot_take() -> None:
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_everything_of_the_user_s_is_as_before(precision: Precision) -> None:
-    """Weights, buffers, gradients, optimizer, modes, attributes and random states."""
+    """Weights, buffers, gradients, optimizer, modes, attributes and random states are equal."""
     model = mlp(nn.BatchNorm1d(WIDTH), nn.Dropout(0.2), Counting())
     nn.init.zeros_(model[-1].weight)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters())
@@ -282,7 +282,7 @@ def test_everything_of_the_user_s_is_as_before(precision: Precision) -> None:
 
 
 def test_progress_never_passes_its_end() -> None:
-    """It is told what runs, how much is done and how much there is."""
+    """It gets what runs, how many passes are done and how many there are."""
     told: list[tuple[str, int, int]] = []
     workload = Workload(mlp(), vectors, F.cross_entropy, "sgd")
     verify(
@@ -297,7 +297,7 @@ def test_progress_never_passes_its_end() -> None:
 
 
 def test_the_record_goes_through_json() -> None:
-    """With its verdict and whether each check passed."""
+    """The JSON has the verdict and whether each check passed."""
     result = check(mlp(nn.BatchNorm1d(WIDTH)))
     read = json.loads(json.dumps(result.to_dict()))
     assert read["schema_version"] == 1

@@ -56,7 +56,7 @@ def scores(num_samples: int, *shape: int) -> torch.Tensor:
 def found(
     loss: Any, batch: tuple[Any, ...], cut: Sequence[int], *, inside: bool = False
 ) -> tuple[Weights, Samples]:
-    """What is found of a loss whose model returns the first part of the batch, times a factor."""
+    """Return what is found for a loss; the model returns part of the batch times a factor."""
     model = Inside(loss) if inside else Scaled()
     num_samples = sum(cut)
     samples = Samples(
@@ -102,7 +102,7 @@ def test_a_mean_over_valid_targets(cut: list[int], inside: bool) -> None:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("ignored", [255, -1, 0])
 def test_any_target_may_be_the_one_that_is_ignored(ignored: int, inside: bool) -> None:
-    """As segmentation, detection and padding have it."""
+    """Segmentation, detection and padding ignore different values."""
     torch.manual_seed(1)
     targets = torch.randint(1, NUM_CLASSES, (8, 6))
     for sample in range(8):
@@ -130,7 +130,7 @@ def test_labels_that_are_shifted_inside_the_model() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_mask_that_is_averaged_over(inside: bool) -> None:
-    """Also where it is a float that weighs samples."""
+    """The mask may also be of floats that weigh the samples."""
     torch.manual_seed(0)
     for mask, text in (
         (torch.rand(8, 6) < torch.linspace(0.2, 0.9, 8)[:, None], "batch[1].sum()"),
@@ -158,7 +158,7 @@ def test_a_sum() -> None:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("is_known", [False, True])
 def test_weights_of_classes(is_known: bool, inside: bool) -> None:
-    """Found where the loss keeps them, and otherwise worked out."""
+    """They are found in the loss if it keeps them, and worked out if it does not."""
     numbers = [0.1, 2.0, 1.0, 0.5, 3.0]
     class_weights = torch.tensor(numbers, dtype=torch.float64)
 
@@ -178,7 +178,7 @@ def test_weights_of_classes(is_known: bool, inside: bool) -> None:
 
 
 def test_a_rule_that_has_no_name() -> None:
-    """What the loss averages over is read off its gradients."""
+    """The weights are measured from the loss's gradients."""
 
     def odd(outputs: torch.Tensor, targets: torch.Tensor, _spare: Any) -> torch.Tensor:
         count = (targets.double() ** 2 + 0.3).sqrt().sum()
@@ -194,7 +194,7 @@ def test_a_rule_that_has_no_name() -> None:
 
 
 def two_means(outputs: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> Any:
-    """A mean over targets, and one over what a mask lets through."""
+    """Return a mean over targets, and a mean over what a mask selects."""
     return {
         "ce": F.cross_entropy(outputs.flatten(0, 1), targets.flatten()),
         "l1": (outputs.abs().mean(-1) * mask).sum() / mask.sum(),
@@ -202,7 +202,7 @@ def two_means(outputs: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
 
 
 def two_batches() -> tuple[torch.Tensor, ...]:
-    """Scores, targets and a mask for `two_means`."""
+    """Return scores, targets and a mask for `two_means`."""
     mask = torch.rand(8, 6) < torch.linspace(0.2, 0.9, 8)[:, None]
     return scores(8, 6), torch.randint(NUM_CLASSES, (8, 6)), mask
 
@@ -219,7 +219,7 @@ def test_several_losses_that_average_over_different_things() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_one_number_that_adds_different_means(inside: bool) -> None:
-    """No weight of it is right, and its summands have each their own."""
+    """No single weight is right; each summand has its own."""
 
     def loss(*args: torch.Tensor) -> torch.Tensor:
         losses = two_means(*args)
@@ -236,25 +236,25 @@ def test_one_number_that_adds_different_means(inside: bool) -> None:
 
 
 def contrastive(outputs: torch.Tensor, *_targets: Any) -> torch.Tensor:
-    """Each sample against all others of its batch, as CLIP and SimCLR have it."""
+    """Compare each sample with all others of its batch, as CLIP and SimCLR do."""
     unit = F.normalize(outputs, dim=1)
     return F.cross_entropy(unit @ unit.T / 0.1, torch.arange(len(outputs)))
 
 
 def centred(outputs: torch.Tensor, *_targets: Any) -> torch.Tensor:
-    """The variance over the batch."""
+    """Return the variance over the batch."""
     return (outputs - outputs.mean(dim=0)).square().mean()
 
 
 def squared_mean(outputs: torch.Tensor, *_targets: Any) -> torch.Tensor:
-    """The square of a mean, whose parts have gradients in the same direction as the whole."""
+    """Return a squared mean: the gradients of its parts point the same way as the whole's."""
     return outputs.mean().square()
 
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("loss", [contrastive, centred, squared_mean])
 def test_a_loss_that_mixes(loss: Any, inside: bool) -> None:
-    """No weights make its micro-batches add up, or none that are counts of the batch."""
+    """No weights make its micro-batches add up, or only weights that are no counts."""
     weights, _ = found(loss, (scores(6),), (3, 2, 1), inside=inside)
     assert weights.mixer is not None
     assert (weights.mixer.name, weights.mixer.mixes_in) == ("loss", MixesIn.LOSS)

@@ -1,4 +1,4 @@
-"""The search, against made-up devices."""
+"""Tests of the search on made-up devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 2**20
 
 @dataclasses.dataclass
 class Device:
-    """A made-up device: bytes by batch size, and a capacity."""
+    """A made-up device with bytes by batch size, and a capacity."""
 
     bytes_of: Callable[[int], int]
     capacity_bytes: int
@@ -60,7 +60,7 @@ class Device:
 
 
 def certificate_holds(device: Device, found: Found) -> bool:
-    """Whether the answer was seen to fit, last of all its trials, and the next one to fail."""
+    """Return whether the answer fitted in the last trial and the next size only failed."""
     assert found.batch_size is not None
     outcomes = [(trial.batch_size, trial.fits) for trial in found.trials]
     last_fit = max(i for i, seen in enumerate(outcomes) if seen == (found.batch_size, True))
@@ -90,7 +90,7 @@ affine = st.builds(
 
 @given(affine)
 def test_affine_devices_are_solved_exactly_within_the_promised_trials(device: Device) -> None:
-    """Bytes that are affine in the batch size give the exact edge, proved, in few trials."""
+    """If bytes are affine in the batch size, few trials give the exact, proved edge."""
     found = device.largest()
     assert found.batch_size == device.edge()
     assert found.proved
@@ -100,7 +100,7 @@ def test_affine_devices_are_solved_exactly_within_the_promised_trials(device: De
 
 @given(affine)
 def test_devices_without_retries_are_solved_within_the_promised_trials(device: Device) -> None:
-    """Where bytes are the step's own, a line is followed, and nothing is tried twice."""
+    """If bytes are the step's own, the search follows a line and tries nothing twice."""
     found = find_largest(
         device.trial, capacity_bytes=device.capacity_bytes, ceiling=2**20, has_retries=False
     )
@@ -117,7 +117,7 @@ def test_devices_without_retries_are_solved_within_the_promised_trials(device: D
 
 
 def test_affine_devices_typically_take_under_seven_trials() -> None:
-    """From no hint, most answers take five or six trials, whatever their size."""
+    """Without a hint, most answers take five or six trials, whatever their size."""
     rng = random.Random(0)  # noqa: S311 - made-up devices
     counts = []
     for _ in range(500):
@@ -135,7 +135,7 @@ def test_affine_devices_typically_take_under_seven_trials() -> None:
 
 @given(affine, st.floats(-0.02, 0.02))
 def test_a_hint_within_two_percent_needs_at_most_six_trials(device: Device, off: float) -> None:
-    """A good prediction leaves only the proof to do."""
+    """After a good prediction only the proof is left to do."""
     edge = device.edge()
     found = device.largest(hint=max(1, round(edge * (1 + off))))
     assert found.batch_size == edge
@@ -156,7 +156,7 @@ def test_an_exact_hint_needs_its_certificate_and_nothing_else(device: Device) ->
 def test_with_a_recommendation_that_was_tried_first_five_trials_do(
     device: Device, off: float
 ) -> None:
-    """It gives the line its second point."""
+    """The recommendation gives the line its second point."""
     edge = device.edge()
     limit = int(device.capacity_bytes * 0.9)
     known = tuple(device.trial(max(1, size)) for size in (round(edge * 0.9 * (1 + off)),))
@@ -180,7 +180,7 @@ def test_with_a_recommendation_that_was_tried_first_five_trials_do(
 def test_a_wide_zone_of_retries_is_left_in_few_trials(
     edge: int, zone: float, multiple_of: int
 ) -> None:
-    """Steps double on the way down, and what they jump over is looked at again."""
+    """Steps double on the way down; then the sizes that were jumped over are tried."""
     calm = int(edge * zone)
 
     def trial(batch_size: int) -> Trial:
@@ -219,7 +219,7 @@ def test_a_wrong_hint_still_ends_at_the_edge(device: Device, hint: int) -> None:
 def test_stepped_memory_is_solved_exactly_within_the_promised_trials(
     fixed: int, per_sample: int, step: int, capacity: int
 ) -> None:
-    """Bytes that come in segments give the exact edge, proved, in few trials."""
+    """If bytes come in segments, few trials give the exact, proved edge."""
     device = Device(lambda b: -(-(fixed + per_sample * b) // step) * step, capacity)
     found = device.largest()
     assert found.batch_size == device.edge()
@@ -229,7 +229,7 @@ def test_stepped_memory_is_solved_exactly_within_the_promised_trials(
 
 @given(st.integers(1, 500_000))
 def test_a_bare_threshold_is_found_within_the_promised_trials(threshold: int) -> None:
-    """Where no bytes are reported, doubling and bisection keep the same bound."""
+    """If no bytes are reported, doubling and bisection keep the same bound."""
     device = Device(lambda b: b, 10**12, reports_bytes=False, fits=lambda b: b <= threshold)
     found = device.largest()
     assert found.batch_size == threshold
@@ -239,7 +239,7 @@ def test_a_bare_threshold_is_found_within_the_promised_trials(threshold: int) ->
 
 @given(st.integers(1, 5000), st.integers(1, 10**6))
 def test_bytes_that_lie_cost_trials_but_not_the_answer(threshold: int, per_sample: int) -> None:
-    """A limit that the bytes do not show (another resource) is found all the same."""
+    """A limit that the bytes do not show (another resource) is found too."""
     device = Device(lambda b: 10**6 + per_sample * b, 10**12, fits=lambda b: b <= threshold)
     found = device.largest()
     assert found.batch_size == threshold
@@ -249,7 +249,7 @@ def test_bytes_that_lie_cost_trials_but_not_the_answer(threshold: int, per_sampl
 
 @given(affine, st.integers(0, 2**32), st.floats(0, 0.03))
 def test_noisy_bytes_do_not_change_the_answer(device: Device, seed: int, noise: float) -> None:
-    """Peaks that wobble by a few percent cost trials, not exactness."""
+    """Peaks that vary by a few percent cost trials, but the answer is exact."""
     rng = random.Random(seed)  # noqa: S311 - made-up noise
     exact = device.bytes_of
     noisy = Device(
@@ -265,7 +265,7 @@ def test_noisy_bytes_do_not_change_the_answer(device: Device, seed: int, noise: 
 @given(st.integers(1, 5000), st.integers(-20, 20))
 @example(25, -20)
 def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permille: int) -> None:
-    """Near the edge every trial needs retries, and its bytes are the capacity: they say nothing."""
+    """Near the edge every trial needs retries and reports the capacity, so bytes do not help."""
 
     def trial(batch_size: int) -> Trial:
         fits = batch_size <= edge
@@ -288,7 +288,7 @@ def test_a_hint_on_a_full_device_is_followed_by_small_steps(edge: int, off_permi
 
 @given(affine, st.sets(st.integers(1, 120), max_size=60))
 def test_holes_leave_a_certificate(device: Device, holes: set[int]) -> None:
-    """Where fits are not monotone, the answer is an edge: it fits and its successor does not."""
+    """If fits are not monotone, the answer is an edge: it fits and its successor does not."""
     holed = dataclasses.replace(device, fits=lambda b: device.does_fit(b) and b not in holes)
     found = holed.largest()
     if found.batch_size is None:
@@ -301,7 +301,7 @@ def test_holes_leave_a_certificate(device: Device, holes: set[int]) -> None:
 @settings(max_examples=50)
 @given(st.integers(0, 2**32), st.integers(2, 300))
 def test_a_device_that_changes_its_mind_is_not_believed(seed: int, threshold: int) -> None:
-    """The answer fitted after everything that failed, even where fitting is partly luck."""
+    """The answer fitted after all failures, even where a fit is partly luck."""
     rng = random.Random(seed)  # noqa: S311 - made-up noise
     device = Device(
         lambda b: b * MIB,
@@ -324,7 +324,7 @@ def test_memory_that_falls_at_small_batches_does_not_mislead() -> None:
 
 
 def test_the_ceiling_ends_the_search_without_a_certificate() -> None:
-    """A batch size nobody asked about is not tried."""
+    """A batch size that nobody asked about is not tried."""
     device = Device(lambda b: b, 10**9)
     found = device.largest(ceiling=100)
     assert (found.batch_size, found.proved) == (100, False)
@@ -332,7 +332,7 @@ def test_the_ceiling_ends_the_search_without_a_certificate() -> None:
 
 
 def test_nothing_fits() -> None:
-    """A device too small for one sample answers with its failures."""
+    """If one sample does not fit, the result has the failed trials."""
     device = Device(lambda b: 10 + b, 5)
     found = device.largest()
     assert (found.batch_size, found.proved) == (None, False)
@@ -340,14 +340,14 @@ def test_nothing_fits() -> None:
 
 
 def test_the_smallest_batch_is_not_tried_before_two() -> None:
-    """A batch norm over single values refuses one sample, and would end a search at its start."""
+    """A batch norm over single values refuses one sample, and would end the search at once."""
     device = Device(lambda b: 10 + b, 100)
     device.largest()
     assert 1 not in device.tried
 
 
 def test_a_floor_is_kept() -> None:
-    """Below the floor nothing is tried."""
+    """No size below the floor is tried."""
     device = Device(lambda b: b, 10)
     found = find_largest(device.trial, capacity_bytes=10, floor=8)
     assert found.batch_size == 10
@@ -356,7 +356,7 @@ def test_a_floor_is_kept() -> None:
 
 @pytest.mark.parametrize(("floor", "ceiling"), [(0, 4), (5, 4)])
 def test_impossible_bounds_are_refused(floor: int, ceiling: int) -> None:
-    """Bounds that hold nothing are the caller's mistake."""
+    """Bounds without any size between them are the caller's mistake."""
     with pytest.raises(ValueError, match="floor"):
         find_largest(Device(lambda b: b, 10).trial, floor=floor, ceiling=ceiling)
 
@@ -365,7 +365,7 @@ def test_impossible_bounds_are_refused(floor: int, ceiling: int) -> None:
 def test_a_recommendation_keeps_its_promises(
     device: Device, headroom: float, multiple_of: int
 ) -> None:
-    """It was tried, keeps the headroom, divides evenly, and nothing larger does."""
+    """It was tried, keeps the headroom and divides evenly; no larger size does."""
     found = device.largest()
     answer = recommended(
         device.trial,
@@ -387,7 +387,7 @@ def test_a_recommendation_keeps_its_promises(
 
 
 def test_a_recommendation_needs_no_allocator_retries() -> None:
-    """A step that lives off giving back the cache fits and crawls: it is not recommended."""
+    """A step that needs retries fits, but it is too slow to be recommended."""
 
     def trial(batch_size: int) -> Trial:
         return Trial(
@@ -407,7 +407,7 @@ def test_a_recommendation_needs_no_allocator_retries() -> None:
 
 @pytest.mark.parametrize("wrong", [{"headroom": 1.0}, {"headroom": -0.1}, {"multiple_of": 0}])
 def test_impossible_recommendations_are_refused(wrong: dict[str, float]) -> None:
-    """A headroom of everything, or multiples of nothing, are the caller's mistake."""
+    """A headroom of 1, or multiples of 0, are the caller's mistake."""
     device = Device(lambda b: b, 10)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         recommended(device.trial, device.largest(), capacity_bytes=10, **wrong)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_impossible_recommendations_are_refused(wrong: dict[str, float]) -> None
 def test_a_line_that_errs_upwards_costs_one_cheap_trial(
     fixed: int, per_sample: int, edge: int, bend: float
 ) -> None:
-    """Where memory grows a little faster near the edge, the edge itself is tried, and one less."""
+    """If memory grows faster near the edge, the edge is tried, and the size below it."""
 
     def bytes_of(n: int) -> int:
         return int(MIB * (fixed + per_sample * n * (1 + bend * n / edge)))
