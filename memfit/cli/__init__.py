@@ -1,7 +1,7 @@
 """The command line: the only place that prints, prompts and exits.
 
-Each command has a file of its own and imports torch only when it runs. Errors become one sentence
-and an exit code here, whatever the command.
+Each command has its own file and imports torch only when it runs. For every command, errors become
+one sentence and an exit code here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INTERRUPTED = 130
 
 
 class _Group(click.Group):
-    """A group whose commands end with one sentence for every error that is the user's."""
+    """A group of commands; every error that a user caused ends with one sentence."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -33,8 +33,8 @@ class _Group(click.Group):
         except MemfitError as error:
             _end(str(error), error.exit_code)
         except Exception as error:
-            # What the model's own step raised is the model's; anything else is a bug of memfit's,
-            # and its traceback is wanted.
+            # An error raised in the model's own step is the model's. Any other error is a bug in
+            # memfit, and its traceback is shown.
             if not getattr(error, "raised_in_step", False):
                 raise
             first = str(error).strip().partition("\n")[0]
@@ -67,7 +67,7 @@ def _shown(value: object) -> str:
 
 
 def run() -> NoReturn:
-    """Run the command line as a program of its own, which ends at once."""
+    """Run the command line as a program, and end the process without cleaning up."""
     code = _FAILED
     try:
         main()
@@ -77,12 +77,12 @@ def run() -> NoReturn:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python would take torch apart first, which takes seconds and helps no one.
+    # A normal exit would first clean up torch, which takes seconds and is not needed.
     os._exit(code)
 
 
 def _exit_code(code: object) -> int:
-    """Return what a program ends with, as Python does: a text is an error's, and printed."""
+    """Return the exit code as Python does: a text is printed, and the code is 1."""
     if code is None or isinstance(code, int):
         return code or 0
     click.echo(str(code), err=True)

@@ -1,6 +1,6 @@
-"""What the commands that ask about models have in common: which cards, and one model after another.
+"""Shared by commands that take models: choosing cards, and trying one model after another.
 
-The rule for a machine without a GPU is `memfit.api.default_gpus`; here it is said in words.
+`memfit.api.default_gpus` has the rule for a machine without a GPU. This module tells the user.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _Found = TypeVar("_Found")
 
 
 def cards_for(*, device: str | None, gpus: tuple[str, ...], memory: str | None) -> tuple[str, ...]:
-    """Return the cards to try, and say so where none was named.
+    """Return the cards to try, and tell the user if none was named.
 
     Names and sizes are checked before torch is imported, which takes seconds.
 
     Args:
-        device: The device that was asked for, if any.
-        gpus: The cards that were asked for.
-        memory: What they have, if that was said.
+        device: The device that the user named, if any.
+        gpus: The cards that the user named.
+        memory: The memory of the cards, if given.
 
     Returns:
-        Names of the catalogue; none where a device is measured.
+        Names of the catalogue; empty if a device is measured.
 
     Raises:
-        UsageError: There is no such card, or no such size.
+        UsageError: There is no such card, or the size is not valid.
     """
     memory_bytes = None if memory is None else parse_bytes(memory)
     for name in gpus:
@@ -57,11 +57,11 @@ def cards_for(*, device: str | None, gpus: tuple[str, ...], memory: str | None) 
 
 
 def check_single(models: Sequence[str], **files: object) -> None:
-    """Refuse to write what several models were found to take into a file that shows one.
+    """Refuse to write results of several models into a file that shows a single model.
 
     Args:
-        models: The models that are asked about.
-        **files: By option, what was given.
+        models: The names of the models.
+        **files: The given files, by option.
 
     Raises:
         UsageError: There are several models and such a file.
@@ -72,18 +72,18 @@ def check_single(models: Sequence[str], **files: object) -> None:
 
 
 def ask_each(models: Sequence[str], ask: Callable[[str], _Found]) -> Iterator[_Found]:
-    """Ask about one model after another; one that does not fit is no reason to stop.
+    """Try one model after another; continue after a model that does not fit.
 
     Args:
-        models: Names, all of them looked up before the first is asked about.
-        ask: Asks about one.
+        models: Names of models. All are looked up before the first is tried.
+        ask: A function that tries one model.
 
     Yields:
-        What was found, for every model that fits.
+        The result of every model that fits.
 
     Raises:
-        UnknownModelError: timm has no model of one of the names.
-        DoesNotFitError: One of the models did not fit; after all were asked about.
+        UnknownModelError: timm has no model with one of the names.
+        DoesNotFitError: One of the models did not fit; raised after all were tried.
     """
     if len(models) == 1:
         yield ask(models[0])
@@ -106,13 +106,13 @@ def ask_each(models: Sequence[str], ask: Callable[[str], _Found]) -> Iterator[_F
 
 
 def refuse_unfit(found: Record) -> None:
-    """End with the exit code of what does not fit, where no card of a survey takes the model.
+    """End with the exit code for "does not fit" if the model fits no card of a survey.
 
     Args:
-        found: What was found and shown.
+        found: The result that was shown.
 
     Raises:
-        DoesNotFitError: It is a survey without an answer.
+        DoesNotFitError: The result is a survey in which no card fits.
     """
     if isinstance(found, Survey):
         fits = any(answer.result for answer in found.answers)
@@ -126,10 +126,10 @@ def refuse_unfit(found: Record) -> None:
 
 @contextlib.contextmanager
 def under_way(what: str) -> Iterator[Progress]:
-    """Show progress on standard error, where it is a terminal, once two seconds have gone by.
+    """Show progress after two seconds on standard error, if it is a terminal.
 
     Args:
-        what: What is under way.
+        what: What runs, in a few words.
     """
     with Progress(Console(stderr=True), what) as bar:
         yield bar

@@ -1,7 +1,7 @@
-"""What the shell completes: names of timm models and of cards.
+"""Shell completion of the names of timm models and cards.
 
-Importing timm takes seconds, and a shell asks at every press of the key, so the models' names are
-kept in the user's cache, for the version of timm that they are of.
+Importing timm takes seconds, and a shell asks at every key press. So the models' names are kept in
+the user's cache, in one file for each version of timm.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["complete_gpus", "complete_models", "model_names"]
 def complete_models(
     _context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Return the timm models that begin with what was typed."""
+    """Return the timm models that begin with the typed text."""
     return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
 
 
 def complete_gpus(
     _context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Return the cards one of whose short names begins with what was typed."""
+    """Return the cards that have a short name beginning with the typed text."""
     from memfit.cards import catalogue
 
     typed = incomplete.lower()
@@ -40,7 +40,7 @@ def complete_gpus(
 
 
 def model_names() -> list[str]:
-    """Return the names of all timm models, from the cache where they are there."""
+    """Return the names of all timm models, from the cache if they are in it."""
     path = _cache_file()
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8").split()
@@ -49,7 +49,7 @@ def model_names() -> list[str]:
     names: list[str] = import_timm().list_models()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Another shell may be reading: the file is there as a whole, or not at all.
+        # Another shell may be reading, so the file must appear complete.
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text("\n".join(names), encoding="utf-8")
         part.replace(path)

@@ -1,7 +1,7 @@
 """Defaults of options from the `[tool.memfit]` table of a pyproject.toml.
 
-A key is an option's name without its dashes. What is under `[tool.memfit.plan]` is for that command
-only, and goes before what is for all.
+A key is an option's name without its dashes. Values under `[tool.memfit.plan]` are for that command
+only. They override values for all commands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def find_table(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
     """Return the nearest pyproject.toml with a `[tool.memfit]` table, and the table.
 
     Args:
-        folder: Where to begin; its parents are next.
+        folder: The first folder to search; its parents follow.
 
     Raises:
         UsageError: A pyproject.toml cannot be read.
@@ -49,15 +49,15 @@ def find_table(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
 def defaults_of(
     path: Path, table: Mapping[str, Any], commands: Mapping[str, click.Command]
 ) -> dict[str, dict[str, Any]]:
-    """Return the defaults of each command's parameters, as click takes them.
+    """Return the defaults of each command's parameters, in the form that click needs.
 
     Args:
-        path: The file, for errors.
-        table: Its `[tool.memfit]`.
+        path: The file, for error messages.
+        table: Its `[tool.memfit]` table.
         commands: The commands by name.
 
     Raises:
-        UsageError: A key is no option of any command, or not of the one that it is for.
+        UsageError: A key is not an option of any command, or not of its own command.
     """
     shared = {key: value for key, value in table.items() if key not in commands}
     known: set[str] = set()
@@ -78,7 +78,7 @@ def defaults_of(
 
 
 def _parameters(command: click.Command) -> dict[str, str]:
-    """Return a command's parameters by the long names of their options."""
+    """Return the names of a command's parameters, by the long names of their options."""
     return {
         text.removeprefix("--"): parameter.name
         for parameter in command.params

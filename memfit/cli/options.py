@@ -1,4 +1,4 @@
-"""Options that several commands share, handed to each as keywords of the public functions."""
+"""Options that several commands share. Commands pass them on to the public functions."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ _SEARCH_OPTIONS: _Options = {
 
 
 def profile_device_options(command: _Command) -> _Command:
-    """Give `profile` the same options; there `memory` is a card's, because nothing is limited."""
+    """Give `profile` the same options; its `memory` is the card's, because it has no limit."""
     memory = click.option(
         "--memory",
         metavar="SIZE",
@@ -122,17 +122,17 @@ def profile_device_options(command: _Command) -> _Command:
 
 
 def device_options(command: _Command) -> _Command:
-    """Give a command `device`, `gpus`, `engine` and `memory`: where and how the step is tried."""
+    """Give a command the options `device`, `gpus`, `engine` and `memory`."""
     return _added(_DEVICE_OPTIONS, command)
 
 
 def search_options(command: _Command) -> _Command:
-    """Give a command the search's options, as a dictionary of keywords named `search`."""
+    """Give a command the options of the search, as a dictionary named `search`."""
     return _added(_SEARCH_OPTIONS, _gathering("search", _SEARCH_OPTIONS, command))
 
 
 def step_options(command: _Command) -> _Command:
-    """Give a command a training step's options, as a dictionary of keywords named `step`."""
+    """Give a command the options of a training step, as a dictionary named `step`."""
 
     @functools.wraps(command)
     def reading(*, step: dict[str, Any], **others: Any) -> Any:
@@ -143,7 +143,7 @@ def step_options(command: _Command) -> _Command:
 
 
 def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Read KEY=VALUE pairs; a value is a Python literal, or else text.
+    """Read KEY=VALUE pairs; a value that is not a Python literal is text.
 
     Args:
         pairs: Text such as `"drop_rate=0.1"`.
@@ -169,7 +169,7 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
 def _gathering(
     parameter: str, options: _Options, command: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Hand a command the values of several options as one dictionary."""
+    """Pass the values of several options to a command as one dictionary."""
 
     @functools.wraps(command)
     def gathered(**given: Any) -> Any:

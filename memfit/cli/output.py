@@ -1,4 +1,4 @@
-"""What commands print and write besides their reports."""
+"""Output of commands other than reports: CSV, JSON and files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ plot_option = click.option(
 
 
 class Format(enum.Enum):
-    """How a command prints what it found."""
+    """The format in which a command prints its result."""
 
     TEXT = "text"
     JSON = "json"
@@ -54,7 +54,7 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command `--json` and `--csv`, as one `Format` named `output`.
 
     Raises:
-        UsageError: When the command runs: both were given.
+        UsageError: Both were given. It is raised when the command runs.
     """
 
     @functools.wraps(command)
@@ -75,29 +75,29 @@ def print_csv(rows: Sequence[Sequence[object]]) -> None:
     """Print a table of comma-separated values.
 
     Args:
-        rows: The names of the columns first.
+        rows: The rows; the first has the names of the columns.
     """
     csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
 
 
 def print_json(results: Iterable[Record]) -> None:
-    """Print one JSON object with a list of results, as every command does with `--json`.
+    """Print one JSON object with a list of results, for `--json`.
 
     Args:
-        results: One for each thing that was asked about.
+        results: One for each model, card or command.
     """
     plain = [result.to_dict() for result in results]
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "results": plain}, indent=2))
 
 
 def check_picture(path: Path | None) -> None:
-    """Refuse, before any work is done, a picture in a format that there is not.
+    """Before any work is done, refuse a picture in an unknown format.
 
     Args:
-        path: Where to; `None` where none is asked for.
+        path: The picture's file; `None` if no picture is wanted.
 
     Raises:
-        UsageError: Its ending is no format of pictures.
+        UsageError: The file's ending is not a known picture format.
     """
     if path is not None:
         from memfit.reports.picture import check_format
@@ -106,13 +106,13 @@ def check_picture(path: Path | None) -> None:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuse, before any work is done, files that could not be written after it.
+    """Before any work is done, refuse files that cannot be written.
 
     Args:
-        *paths: Where to; `None` for what is not asked for.
+        *paths: The files; `None` for a file that is not wanted.
 
     Raises:
-        UsageError: There is no such folder, or writing there is not allowed.
+        UsageError: The folder does not exist, or writing to it is not allowed.
     """
     for path in paths:
         if path is None:
@@ -128,7 +128,7 @@ def write(path: Path, text: str) -> None:
     """Write a text file.
 
     Raises:
-        UsageError: It cannot be written.
+        UsageError: The file cannot be written.
     """
     try:
         path.write_text(text, encoding="utf-8")

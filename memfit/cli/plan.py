@@ -39,7 +39,7 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 
 
 def _as_typed(text: str) -> int | float | str:
-    """Return the number, or the text itself: whatever is no number gets memfit's own sentence."""
+    """Return the number; if the text is no number, return it, and memfit itself refuses it."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -200,7 +200,7 @@ def _planned(
     shown: _Shown,
     html: Path | None,
 ) -> list[Plan | PlanSurvey]:
-    """Plan for every model, and show each plan before what else would fit is looked for."""
+    """Plan for every model; show each plan before alternatives are searched."""
     found: list[Plan | PlanSurvey] = []
     try:
         for result in ask_each(models, ask):
@@ -222,28 +222,28 @@ def _planned(
                 write(html, _page(exploration))
         raise
     finally:
-        # What was found before an error or Ctrl-C is printed all the same.
+        # Results from before an error or Ctrl-C are printed too.
         shown.end(found)
     return found
 
 
 class _Shown:
-    """What goes to standard output, in the form that was asked for.
+    """Writes results to standard output, in the chosen format.
 
     Args:
-        trainer: What lines are emitted for, which then are all that is printed.
-        output: The form of everything else.
+        trainer: The trainer whose lines are printed; then nothing else is printed there.
+        output: The format of everything else.
     """
 
     def __init__(self, *, trainer: str | None, output: Format) -> None:
         self._trainer = trainer
         self._output = output
-        # What is to be pasted or piped is all that goes to standard output.
+        # Lines for a trainer are pasted or piped, so nothing else goes to standard output.
         self._console = Console(stderr=trainer is not None)
         self._is_first = True
 
     def plan(self, result: Plan | PlanSurvey) -> None:
-        """Show a plan, or plans for several cards."""
+        """Show a plan, or the plans for several cards."""
         from memfit.reports.plan import render, render_survey
 
         if self._output is Format.TEXT:
@@ -255,7 +255,7 @@ class _Shown:
             )
 
     def exploration(self, exploration: Exploration, *, alone: bool = False) -> None:
-        """Show what else would fit; alone where there is no plan to show it with."""
+        """Show what else would fit; `alone` if there is no plan to show with it."""
         from memfit.reports.plan import render_exploration
 
         if self._output is Format.TEXT:
@@ -266,7 +266,7 @@ class _Shown:
             print_json([exploration])
 
     def end(self, found: Sequence[Plan | PlanSurvey]) -> None:
-        """Print what comes after everything is known."""
+        """Print the output that needs all results."""
         if not found:
             return
         if self._output is Format.JSON:

@@ -97,7 +97,7 @@ def probe(
             if output is Format.TEXT:
                 _show(result, is_next=len(found) > 1)
     finally:
-        # What was found before an error or Ctrl-C is printed all the same.
+        # Results from before an error or Ctrl-C are printed too.
         _print(found, output)
     if html is not None:
         write(html, _page(found[0]))

@@ -1,4 +1,4 @@
-"""`memfit rehearse`: any training command on a card that is not there."""
+"""`memfit rehearse`: runs any training command on a card that is not in the machine."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def rehearse(
 
 
 def ranks_of(command: tuple[str, ...]) -> int:
-    """Return how many ranks torchrun starts here, which take a GPU each; 1 without it."""
+    """Return how many ranks torchrun starts here, each with its own GPU; 1 without torchrun."""
     for word, following in itertools.pairwise((*command, "")):
         match = _RANKS.fullmatch(word)
         if match is not None:

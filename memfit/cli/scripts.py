@@ -1,4 +1,4 @@
-"""`memfit probe` and `memfit plan` of a user's own command, which stands after two dashes."""
+"""`memfit probe` and `memfit plan` for a user's own command, written after two dashes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OF_PLAN = (*_SHARED, "effective_batch_size", "world_size")
 
 
 def is_script(words: tuple[str, ...]) -> bool:
-    """Whether the words after a command of memfit's are a command of the user's, and no models."""
+    """Whether the words after `memfit probe` or `memfit plan` are a command and not models."""
     has_place = any("{}" in word for word in words)
     return has_place or (len(words) > 1 and shutil.which(words[0]) is not None)
 
@@ -63,7 +63,7 @@ def plan_script(
     Args:
         words: The command's words.
         effective_batch_size: Samples in each optimizer step.
-        world_size: Ranks that share them.
+        world_size: The number of ranks that share these samples.
         as_json: Print JSON.
         **bounds: `gpus`, `memory`, and the options of the search.
     """
@@ -88,7 +88,7 @@ def _on_cards(
     memory: str | None,
     search: dict[str, Any],
 ) -> Iterator[Any]:
-    """Yield what is found on one card after another, or on the GPU that is there."""
+    """Yield the result for one card after another, or for this machine's GPU."""
     from memfit.cards import Gpu, find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
     from memfit.rehearsal.scripts import ScriptSearch
@@ -117,7 +117,7 @@ def _show(found: Iterator[Record], render: Callable[[Any], Any], *, as_json: boo
 
 
 def _refuse_others(words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
-    """Refuse options that are about a timm model: a command has its own."""
+    """Refuse options for timm models, because a command has its own options."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""

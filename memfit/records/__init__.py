@@ -1,7 +1,7 @@
-"""The records that travel between memfit's parts.
+"""The records that memfit's parts pass to each other.
 
-All are frozen, hold integers of bytes, and turn into plain dictionaries for JSON with `to_dict`.
-Nothing here knows torch, runs a trial or formats a figure for people.
+All are frozen. Byte counts are integers. `to_dict` returns a plain dictionary for JSON. Nothing
+here imports torch, runs a trial or formats a figure for people.
 """
 
 from __future__ import annotations

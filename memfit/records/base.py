@@ -1,4 +1,4 @@
-"""What every record is."""
+"""The base class of every record."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ SCHEMA_VERSION = 1
 class Source(str, enum.Enum):
     """Where a figure comes from.
 
-    `MEASURED`: real steps on a device that was there. `REHEARSED`: torch's own software on a card
-    that was not there, with kernels that do nothing. `SIMULATED`: a model of the card.
+    `MEASURED`: real steps ran on a real device. `REHEARSED`: torch's own software ran for a card
+    that was not in the machine, with kernels that do nothing. `SIMULATED`: a model of the card.
     """
 
     MEASURED = "measured"
@@ -28,10 +28,10 @@ class Source(str, enum.Enum):
 
 
 class Engine(str, enum.Enum):
-    """How a card that is not there is tried.
+    """How a card that is not in the machine is tried.
 
-    `REHEARSE` and `SIMULATE` are what `Source` says of them. `AUTO` rehearses one card where this
-    system can, and simulates otherwise; several cards it simulates.
+    `Source` describes rehearsal and simulation. `AUTO` rehearses a single card if this system can,
+    and simulates it otherwise. Several cards are always simulated.
     """
 
     AUTO = "auto"
@@ -40,31 +40,31 @@ class Engine(str, enum.Enum):
 
 
 class Record:
-    """What every record can do."""
+    """The methods that every record has."""
 
     __slots__ = ()
 
     _derived: ClassVar[tuple[str, ...]] = ()
-    """Properties that `to_dict` gives beside the fields."""
+    """Properties that `to_dict` includes in addition to the fields."""
 
     def __str__(self) -> str:
         return looks.text_of(self) or repr(self)
 
     def _repr_html_(self) -> str | None:
-        """Return what a notebook shows; `None` for its plain text."""
+        """Return the HTML that a notebook shows; `None` to show plain text."""
         return looks.html_of(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON, with a `schema_version`.
 
-        Enums become their values, tuples become lists, and missing values stay `None`. So does a
-        number that is not finite, because JSON has none.
+        Enums become their values, tuples become lists, and missing values stay `None`. A
+        number that is not finite becomes `None`, because JSON has no such numbers.
         """
         return {"schema_version": SCHEMA_VERSION, **_plain_fields(self)}
 
 
 def no_such_answer(kind: str, name: str) -> str:
-    """Say why a record of several cards lacks what one of a single card has.
+    """Say why a record of several cards lacks an attribute that a single card's record has.
 
     Args:
         kind: The record's class.

@@ -28,7 +28,8 @@ __all__ = [
 class Verdict(str, enum.Enum):
     """Whether accumulated gradients are the full batch's.
 
-    `DETACHED`: those that there are equal, but a layer cuts parameters off that require a gradient.
+    `DETACHED`: all gradients are equal, but some parameters that require a gradient get none,
+    because a layer stops it.
     """
 
     EQUAL = "equal"
@@ -37,7 +38,7 @@ class Verdict(str, enum.Enum):
 
 
 class MixesIn(str, enum.Enum):
-    """Where samples of one batch meet."""
+    """Where samples of one batch affect each other."""
 
     FORWARD = "forward"
     LOSS = "loss"
@@ -45,12 +46,13 @@ class MixesIn(str, enum.Enum):
 
 
 class LossWeighting(str, enum.Enum):
-    """What each micro-batch's loss has to be weighted by, as the loss itself shows.
+    """The weight that each micro-batch's loss needs, as measured from the loss.
 
-    `SAMPLES`: a mean over samples, so n_i / N. `TARGETS`: a mean over valid targets, so t_i / T.
-    `SUM`: a sum, so 1. `CLASSES`: a mean over weights of classes, so their sum over the
-    micro-batch. `SEVERAL`: several losses that average over different things. `MEASURED`: anything
-    else; the weights were read off the loss's gradients.
+    `SAMPLES`: the loss is a mean over samples, and the weight is n_i / N. `TARGETS`: a mean over
+    valid targets; the weight is t_i / T. `SUM`: a sum; the weight is 1. `CLASSES`: a mean over
+    weights of classes; the weight is the micro-batch's share of their sum. `SEVERAL`: several
+    losses that average over different things. `MEASURED`: anything else; the weights were measured
+    from the loss's gradients.
     """
 
     SAMPLES = "samples"
@@ -64,12 +66,12 @@ class LossWeighting(str, enum.Enum):
 class GradientFault(str, enum.Enum):
     """Why accumulated gradients are not the full batch's.
 
-    `MIXES_SAMPLES`: samples meet in a layer or in the loss. `DEPENDS_ON_ORDER`: the full batch with
-    its samples in another order has another gradient. `CARRIES_STATE`: what one forward pass leaves
-    behind changes the next. `ADDS_DIFFERENT_MEANS`: the loss is one number that adds means over
-    different things, so that no single weight of a micro-batch is right. `DETACHES`: a layer cuts
-    gradients off in some passes. `DRAWS_NOT_REPLAYED`: there are random draws that belong to the
-    batch as a whole. `DOES_NOT_REPEAT`: the same pass from the same state gives another gradient.
+    `MIXES_SAMPLES`: a layer or the loss mixes samples. `DEPENDS_ON_ORDER`: the full batch has
+    another gradient if its samples are in another order. `CARRIES_STATE`: a forward pass changes
+    state that affects the next pass. `ADDS_DIFFERENT_MEANS`: the loss is one number that adds means
+    over different things, so no single weight of a micro-batch is right. `DETACHES`: a layer stops
+    gradients in some passes. `DRAWS_NOT_REPLAYED`: some random draws belong to the batch as a
+    whole. `DOES_NOT_REPEAT`: the same pass from the same state gives another gradient.
     `UNEXPLAINED`: none of these was found.
     """
 
@@ -102,16 +104,16 @@ class LoopFault(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MixingLayer(Record):
-    """A layer, or the loss, in which one sample's values reach another's.
+    """A layer, or the loss, in which one sample's values affect another sample.
 
     Args:
-        name: Its path in the model, or `"loss"`.
-        type_name: Its class, for people to recognise it; no verdict rests on it.
+        name: The layer's path in the model, or `"loss"`.
+        type_name: The layer's class, for people to read; no verdict depends on it.
         mixes_in: Forward, backward, or the loss.
-        moved: How far the other samples' outputs (gradients, in backward and the loss) moved when
-            one sample changed, relative to their norm.
-        stops_in_eval: It mixes no more in evaluation mode; `None` where that means nothing.
-        frozen: It was put in evaluation mode before gradients were compared.
+        moved: The change of the other samples' outputs when one sample changed, relative to their
+            norm. In backward and in the loss: the change of their gradients.
+        stops_in_eval: The layer does not mix in evaluation mode; `None` if it has no such mode.
+        frozen: The layer was put in evaluation mode before gradients were compared.
     """
 
     name: str
@@ -127,11 +129,11 @@ class LossTerm(Record):
     """One of the losses that a step adds up, and what it averages over.
 
     Args:
-        name: Its key or place among the losses that are returned; `"loss"` where there is one.
-        weighting: What each micro-batch's has to be weighted by.
-        counts: What counts, as an expression of the batch, where that has a name.
-        unexplained: The part of the full batch's gradient that the weights do not explain.
-        inside: It is a summand of the one number that the loss returns, and not returned itself.
+        name: The key or position of the loss among those returned; `"loss"` if there is only one.
+        weighting: The weight that each micro-batch's loss needs.
+        counts: What the loss averages over, as an expression of the batch, if that has a name.
+        unexplained: The share of the full batch's gradient that the weights do not explain.
+        inside: This is a summand inside the number that the loss function returns.
     """
 
     name: str
@@ -143,17 +145,17 @@ class LossTerm(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterDifference(Record):
-    """One parameter's accumulated gradient a beside its reference b.
+    """One parameter's accumulated gradient a, compared with its reference b.
 
     Args:
-        name: Its path in the model.
+        name: The parameter's path in the model.
         relative_error: ||a - b|| / ||b||; for a gradient that vanishes, relative to a typical
             gradient of the model instead.
-        bound: What rounding alone explains of `relative_error`.
-        scale: <a, b> / <b, b>: 1 where nothing was gained or lost; `None` for a gradient that
+        bound: The largest `relative_error` that rounding alone explains.
+        scale: <a, b> / <b, b>: 1 if the gradients have the same size; `None` for a gradient that
             vanishes.
-        scale_bound: What rounding alone explains of `abs(scale - 1)`.
-        vanishes: The gradient is zero but for rounding.
+        scale_bound: The largest `abs(scale - 1)` that rounding alone explains.
+        vanishes: The gradient is zero apart from rounding.
     """
 
     name: str
@@ -166,7 +168,7 @@ class ParameterDifference(Record):
     @property
     def differs(self) -> bool:
         """Whether rounding alone does not explain the difference."""
-        # Negated, so that a gradient that is not a number differs.
+        # The test is negated, so that a gradient with NaN counts as different.
         if not self.relative_error <= self.bound:
             return True
         return self.scale is not None and not abs(self.scale - 1) <= self.scale_bound
@@ -178,16 +180,16 @@ class GradientCheck(Record):
 
     Args:
         precision: `"fp64"`, or the precision of training.
-        device: Where it ran.
+        device: The device of the check.
         reference: Micro-batches of the reference; a single one is the full batch.
-        cut: Micro-batches of what was compared with it.
-        unit_roundoff: Of the precision_policy in which gradients are written.
+        cut: Micro-batches of the gradients that were compared with the reference.
+        unit_roundoff: The unit roundoff of the type that gradients are written in.
         num_summands: The number of summands in a gradient that the bounds allow for.
         num_parameters: Parameters compared.
         num_differing: Parameters that differ by more than rounding.
-        worst: The parameters that differ most, measured in their bounds, worst first.
+        worst: The parameters that differ most relative to their bounds, worst first.
         worst_relative_error: The largest relative error of all parameters.
-        message: Why the full batch is not the reference; `None` where it is.
+        message: Why the full batch is not the reference; `None` if it is.
     """
 
     precision: str
@@ -212,13 +214,13 @@ class GradientCheck(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BufferDrift(Record):
-    """A buffer that ends up elsewhere after k micro-batches than after the full batch.
+    """A buffer that has another value after k micro-batches than after the full batch.
 
     Args:
-        name: Its path in the model.
-        relative_change: Distance of the two, relative to the one after the full batch.
-        full: Its value after the full batch, where it is a single number.
-        accumulated: Its value after the micro-batches, where it is a single number.
+        name: The buffer's path in the model.
+        relative_change: The distance between both values, relative to the full batch's value.
+        full: Its value after the full batch, if it is a single number.
+        accumulated: Its value after the micro-batches, if it is a single number.
     """
 
     name: str
@@ -229,16 +231,17 @@ class BufferDrift(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopWindow(Record):
-    """What a user's accumulation loop made of one window of micro-batches.
+    """The result of a user's accumulation loop for one window of micro-batches.
 
     Args:
         cut: Samples in each micro-batch.
-        weights: By how much each micro-batch counts in the loop's gradient, as measured.
-        expected_weights: By how much it has to count.
-        residual: The part of the loop's gradient that no weighting of the micro-batches explains.
-        relative_error: Largest over the parameters, against the full batch's gradient. An overall
-            factor is part of it, unless the loop clips once after accumulating.
-        num_steps: Optimizer steps the loop took in this window; `None` where it takes none itself.
+        weights: The weight of each micro-batch in the loop's gradient, as measured.
+        expected_weights: The correct weights.
+        residual: The share of the loop's gradient that no weights of the micro-batches explain.
+        relative_error: The largest relative error of all parameters, compared with the full batch's
+            gradient. It includes an overall factor, unless the loop clips once after accumulating.
+        num_steps: Optimizer steps that the loop took in this window; `None` if it does not step the
+            optimizer itself.
     """
 
     cut: tuple[int, ...]
@@ -258,36 +261,36 @@ class Equivalence(Record):
         verdict: Equal, or not.
         micro_batch_size: Samples in each micro-batch.
         accumulation_steps: Micro-batches before each optimizer step.
-        options: The training step, its precision chosen.
+        options: The training step, with its precision chosen.
         device: The device of training.
         weighting: What the loss averages over.
-        terms: The same for each of the losses, and for the summands of one that adds different
-            means.
+        terms: The same for each of the losses. For one loss that adds different means, for each of
+            its summands.
         checks: Every comparison: fp64 first, then the precision of training.
-        faults: What makes gradients differ, as far as experiments tell; empty where they are equal.
-        order_error: How far the full batch's gradient moves when its samples are put in another
-            order; `None` where that was not tried.
-        mixing_layers: What mixes samples, in order of first appearance.
-        buffers: Buffers that accumulation leaves elsewhere, furthest first.
-        num_drifting_buffers: How many those are in all.
+        faults: Why gradients differ, as found by experiments; empty if they are equal.
+        order_error: How much the full batch's gradient changes when its samples are in another
+            order; `None` if that was not tried.
+        mixing_layers: The layers (or the loss) that mix samples, in order of first appearance.
+        buffers: Buffers that have other values after accumulation, largest change first.
+        num_drifting_buffers: The number of all such buffers.
         unreached: Parameters that require a gradient and get none.
-        detaching: Layers that cut gradients off.
+        detaching: Layers that stop gradients.
         stateful: Layers whose output depends on how often they were called before.
-        carried: Parameters, buffers and attributes that a forward pass changes, where that makes
+        carried: Parameters, buffers and attributes that a forward pass changes, if that makes
             gradients differ.
-        changes_batch: Forward or the loss changes the batch in place; every pass had a copy.
-        single_precision: Why float32 stands in for float64; `None` where it does not.
+        changes_batch: Forward or the loss changes the batch in place; every pass got its own copy.
+        single_precision: Why float32 was used instead of float64; `None` if float64 was used.
         replayed: Layers whose random draws were replayed sample by sample.
         switched_off: Layers whose randomness was switched off because it cannot be replayed.
         held_fixed: Layers whose random draws were replaced by one value for all samples, because
-            it cannot be told which draw is whose.
-        num_moved_parameters: Parameters at zero that were moved off it, where they would have
-            hidden other parameters' gradients.
+            memfit cannot tell which draw belongs to which sample.
+        num_moved_parameters: Parameters at zero that were given other values, because at zero they
+            hide other parameters' gradients.
         num_jittered_samples: Samples that were copies of others and were made different.
-        loop: What the user's own loop made of each window; empty where none was given.
-        loop_faults: What is wrong with it.
+        loop: The result of the user's own loop for each window; empty if no loop was given.
+        loop_faults: The faults of that loop.
         alternatives: timm models of the same kind without the mixing layers; not checked.
-        seconds: Wall time of it all.
+        seconds: Wall time of the whole verification.
         torch_version: The torch that ran.
     """
 

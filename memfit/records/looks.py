@@ -1,6 +1,6 @@
-"""How a record looks in print and in a notebook, as whoever lays records out has registered it.
+"""How a record looks when it is printed and in a notebook.
 
-A record knows nothing of tables. `memfit.reports` registers what it makes of each kind.
+A record does not know about tables. `memfit.reports` registers a function for each kind of record.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ _LOOKS: dict[type, tuple[Callable[[Any], str], Callable[[Any], str]]] = {}
 def register_look(
     kind: type, *, as_text: Callable[[Any], str], as_html: Callable[[Any], str]
 ) -> None:
-    """Say how records of a kind look.
+    """Register how records of a kind look.
 
     Args:
         kind: The record's class.
-        as_text: From a record to what `print` shows.
-        as_html: From a record to what a notebook shows.
+        as_text: A function of a record; it returns the text that `print` shows.
+        as_html: A function of a record; it returns the HTML that a notebook shows.
     """
     _LOOKS[kind] = (as_text, as_html)
 
 
 def text_of(record: object) -> str | None:
-    """Return what `print` shows of a record; `None` where nobody has said."""
+    """Return the text that `print` shows; `None` if no function is registered."""
     look = _LOOKS.get(type(record))
     return None if look is None else look[0](record)
 
 
 def html_of(record: object) -> str | None:
-    """Return what a notebook shows of a record; `None` where nobody has said."""
+    """Return the HTML that a notebook shows; `None` if no function is registered."""
     look = _LOOKS.get(type(record))
     return None if look is None else look[1](record)

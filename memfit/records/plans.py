@@ -14,7 +14,7 @@ __all__ = ["Alternative", "Exploration", "Objective", "Plan", "PlanAnswer", "Pla
 
 
 class Objective(str, enum.Enum):
-    """What a plan aims at.
+    """The aim of a plan.
 
     `LARGEST`: the fewest accumulation steps. `FASTEST`: the most samples per second, as measured.
     `EVEN`: equal parts only, and of those the largest.
@@ -27,7 +27,7 @@ class Objective(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan(Record):
-    """How one optimizer step over an effective batch is made of micro-batches.
+    """How one optimizer step over an effective batch is cut into micro-batches.
 
     `memfit.Accumulator` carries it out, and `memfit.micro_batches` splits a batch by it.
 
@@ -35,26 +35,27 @@ class Plan(Record):
         subject: The model's name.
         device: The device's name.
         source: Measured on the device, or simulated.
-        options: The training step, its precision chosen; `accumulate` says whether it accumulates.
-        capacity: What the step may use, and who said so.
+        options: The training step, with its precision chosen; `accumulate` says whether it
+            accumulates.
+        capacity: The bytes that the step may use, and where that figure comes from.
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them.
-        objective: What the plan aims at.
-        micro_batch_sizes: The first rank's micro-batches of one optimizer step, in samples. Where
-            ranks do not share equally, the first ones take one sample more than the others.
-        multiple_of: What micro-batches are multiples of, one of a step excepted.
-        smallest_micro_batch_size: No micro-batch has fewer samples, where that can be.
+        world_size: The number of ranks that share these samples.
+        objective: The aim of the plan.
+        micro_batch_sizes: The first rank's micro-batches of one optimizer step, in samples. If the
+            samples cannot be shared equally, the first ranks take one sample more than the others.
+        multiple_of: Every micro-batch except one of a step is a multiple of this.
+        smallest_micro_batch_size: No micro-batch has fewer samples, if that is possible.
         headroom: The share of the capacity that is kept free.
         max_micro_batch_size: The largest micro-batch of such a step that fits: the edge.
-        edge_found: One sample more ran out; otherwise no more was asked for.
+        edge_found: True: one sample more ran out of memory. False: larger sizes were not tried.
         recommended_micro_batch_size: The largest that keeps the headroom: the plan's limit.
-        peak_reserved_bytes: Peak of the plan's own micro-batch, which was tried; `None` where it is
+        peak_reserved_bytes: Peak of the plan's own micro-batch, which was tried; `None` if it is
             not known.
-        samples_per_second: What one rank trains, from measured trials; `None` where none was.
-        trials: Every trial, in the order they ran.
-        environment: What the trials ran with that training has to be given, as NAME=value.
-        remarks: What there is to say about the parts, in sentences.
-        exploration: What single changes of the step would make fit, where that was asked for.
+        samples_per_second: The speed of one rank, from measured trials; `None` without them.
+        trials: Every trial, in the order in which they ran.
+        environment: Environment variables of the trials that training needs too, as NAME=value.
+        remarks: Remarks about the micro-batches, in sentences.
+        exploration: What would fit after single changes of the step, if that was asked for.
         seconds: Wall time of the planning.
         torch_version: The torch that ran.
     """
@@ -92,7 +93,7 @@ class Plan(Record):
 
     @property
     def proved(self) -> bool:
-        """Whether the edge was seen: found, and by steps that ran rather than by a simulation."""
+        """Whether the edge was found by steps that really ran, not by a simulation."""
         return self.edge_found and self.source is not Source.SIMULATED
 
     @property
@@ -124,11 +125,11 @@ class Plan(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAnswer(Record):
-    """What a GPU that is not there makes of an effective batch.
+    """The plan for an effective batch on a GPU that is not in the machine.
 
     Args:
         gpu: The card's name.
-        plan: The plan; `None` where not even one sample fits.
+        plan: The plan; `None` if not even one sample fits.
         reason: Why there is no plan.
         source: Simulated or rehearsed.
     """
@@ -139,7 +140,7 @@ class PlanAnswer(Record):
     source: Source = Source.SIMULATED
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan, or what can be said of a card without one under the same keys."""
+        """Return the plan as a dictionary; without a plan, the known facts under the same keys."""
         if self.plan is not None:
             return self.plan.to_dict()
         return {
@@ -155,15 +156,15 @@ class PlanAnswer(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSurvey(Record):
-    """One effective batch on several GPUs that are not there.
+    """One effective batch on several GPUs that are not in the machine.
 
     Args:
         subject: The model's name.
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them.
+        world_size: The number of ranks that share these samples.
         answers: One for each card.
         source: Simulated or rehearsed.
-        remarks: What there is to say about the choice of cards, in sentences.
+        remarks: Remarks about the choice of cards, in sentences.
     """
 
     subject: str
@@ -184,16 +185,16 @@ class Alternative(Record):
     """A training step that differs in one thing, simulated.
 
     Args:
-        change: What differs, in a few words; empty for the step as it is.
+        change: What differs, in a few words; empty for the unchanged step.
         costs: What the change costs, in a few words.
         options: The step's options.
-        micro_batch_sizes: The first rank's micro-batches of one optimizer step; empty where not
-            even one sample fits.
-        recommended_micro_batch_size: The largest micro-batch that keeps the headroom; `None` where
+        micro_batch_sizes: The first rank's micro-batches of one optimizer step; empty if not even
+            one sample fits.
+        recommended_micro_batch_size: The largest micro-batch that keeps the headroom; `None` if
             none fits.
-        edge_found: Larger ones were looked for; otherwise no more was asked for.
-        peak_reserved_bytes: Peak of the largest of the parts; `None` where none fits.
-        reason: Why there are none.
+        edge_found: True: larger sizes were tried too. False: larger sizes were not tried.
+        peak_reserved_bytes: Peak of the largest micro-batch; `None` if none fits.
+        reason: Why there are no micro-batches.
     """
 
     change: str
@@ -209,27 +210,28 @@ class Alternative(Record):
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Samples in the largest micro-batch; `None` where not even one fits."""
+        """Samples in the largest micro-batch; `None` if not even one sample fits."""
         return self.micro_batch_sizes[0] if self.micro_batch_sizes else None
 
     @property
     def accumulation_steps(self) -> int | None:
-        """Micro-batches in each optimizer step; `None` where not even one sample fits."""
+        """Micro-batches in each optimizer step; `None` if not even one sample fits."""
         return len(self.micro_batch_sizes) or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Exploration(Record):
-    """What single changes of a training step would make fit.
+    """What would fit after single changes of a training step.
 
     Args:
         subject: The model's name.
         device: The card's name.
-        capacity: What the step may use.
+        capacity: The bytes that the step may use.
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them.
-        baseline: The step as it is.
-        alternatives: The step with one change each, what changes training least first.
+        world_size: The number of ranks that share these samples.
+        baseline: The unchanged step.
+        alternatives: The step with one change each. The changes that affect training least come
+            first.
         source: Always simulated.
     """
 

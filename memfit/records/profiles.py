@@ -1,4 +1,4 @@
-"""What holds the memory of a training step: at its peak, and moment by moment."""
+"""What uses the memory of a training step, at its peak and at every moment."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 
 
 class Role(str, enum.Enum):
-    """What memory is for.
+    """The purpose of memory.
 
-    The first nine are of tensors and kernels. `SLACK` is what blocks hold beyond what was asked
-    for, `FRAGMENTATION` what the allocator reserved and nobody holds, `CONTEXT` what a process
-    takes of the device beside the allocator.
+    The first nine are for tensors and kernels. `SLACK` is the part of blocks beyond the requested
+    bytes. `FRAGMENTATION` is memory that the allocator reserved and that no block uses. `CONTEXT`
+    is the memory of the device that a process uses outside the allocator.
     """
 
     PARAMETERS = "parameters"
@@ -49,20 +49,20 @@ class Role(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBlock(Record):
-    """One allocation of the step, or one that was there before it.
+    """One allocation of the step, or one from before the step.
 
     Args:
-        role: What it is for.
-        module: Path of the module that it belongs to, such as `layer1.0.conv2`; in parentheses
-            where it belongs to none, such as `(optimizer)`.
-        operation: What allocated it, such as `aten.convolution.default`.
-        source_line: The innermost line outside torch that led to it, as `file:line`; `None` where
-            there is none.
-        requested_bytes: What was asked for.
-        held_bytes: What the allocator handed out, rounding and unsplit rests included.
-        born: The moment it was allocated; `None` where it was there before.
-        died: The moment it was freed; `None` where it outlived the step.
-        bytes_per_sample: What `requested_bytes` grows by with every further sample; `None` where
+        role: The purpose of the memory.
+        module: Path of the module that it belongs to, such as `layer1.0.conv2`; a name in
+            parentheses if it belongs to no module, such as `(optimizer)`.
+        operation: The operation that allocated it, such as `aten.convolution.default`.
+        source_line: The innermost line outside torch that led to it, as `file:line`; `None` if
+            there is no such line.
+        requested_bytes: The bytes that were requested.
+        held_bytes: The bytes that the allocator handed out, with rounding and unsplit remainders.
+        born: The moment it was allocated; `None` if it was allocated before the step.
+        died: The moment it was freed; `None` if it was not freed in the step.
+        bytes_per_sample: How much `requested_bytes` grows with every additional sample; `None` if
             it is not known.
     """
 
@@ -77,7 +77,7 @@ class MemoryBlock(Record):
     bytes_per_sample: float | None = None
 
     def lives_at(self, moment: int) -> bool:
-        """Whether it holds memory just after an event of the timeline."""
+        """Whether the block holds memory just after an event of the timeline."""
         return (self.born is None or self.born <= moment) and (
             self.died is None or self.died > moment
         )
@@ -85,12 +85,12 @@ class MemoryBlock(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Phase(Record):
-    """A stretch of the step.
+    """A part of the step.
 
     Args:
         name: `forward`, `backward` or `optimizer`.
-        begin: Its first moment; it lasts until the next one begins.
-        micro_batch: Which micro-batch it is of, from 0; `None` for the optimizer.
+        begin: Its first moment; it lasts until the next phase begins.
+        micro_batch: The number of its micro-batch, from 0; `None` for the optimizer.
     """
 
     name: str
@@ -100,12 +100,12 @@ class Phase(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline(Record):
-    """Bytes over one step. A moment is an index: what holds just after that event.
+    """Bytes over one step. A moment is the index of an event: the state just after it.
 
     Args:
         allocated_bytes: Handed out to tensors and kernels, for every moment.
         reserved_bytes: Taken from the device, for every moment.
-        phases: What the step was doing, in order.
+        phases: The phases of the step, in order.
     """
 
     allocated_bytes: tuple[int, ...]
@@ -121,20 +121,20 @@ class Timeline(Record):
             )
 
     def phase_at(self, moment: int) -> Phase | None:
-        """Return what the step was doing at a moment; `None` before the first phase."""
+        """Return the phase at a moment; `None` before the first phase."""
         begun = [phase for phase in self.phases if phase.begin <= moment]
         return begun[-1] if begun else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RoleShare(Record):
-    """What one role holds at the peak.
+    """The memory of one role at the peak.
 
     Args:
         role: The role.
-        num_bytes: How much.
-        bytes_per_sample: How much of it every sample of the micro-batch brings; `None` where that
-            is not known or not proportional.
+        num_bytes: Its bytes.
+        bytes_per_sample: The bytes that every sample of the micro-batch adds; `None` if this is
+            not known or not proportional.
     """
 
     role: Role
@@ -144,12 +144,12 @@ class RoleShare(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleShare(Record):
-    """What one module itself, without those inside it, holds at the peak.
+    """The memory of one module at the peak, without the modules inside it.
 
     Args:
-        module: Its path; in parentheses for what belongs to no module.
-        role: What it holds it for.
-        num_bytes: How much.
+        module: Its path; a name in parentheses for memory that belongs to no module.
+        role: The purpose of the memory.
+        num_bytes: Its bytes.
     """
 
     module: str
@@ -159,18 +159,19 @@ class ModuleShare(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Peak(Record):
-    """The moment that decides what the step needs.
+    """The moment that decides how much memory the step needs.
 
     It is the moment with the most allocated bytes among those with the most reserved bytes.
 
     Args:
         moment: Index into the timeline.
-        phase: What the step was doing; `None` where it is not known.
-        reserved_bytes: What the allocator had taken from the device.
-        allocated_bytes: What it had handed out.
-        context_bytes: What the process takes beside it; 0 where that is not part of the figures.
-        roles: What the total is for, every role with bytes once; they sum to it.
-        modules: The same by module and role; they sum to it too.
+        phase: The phase at that moment; `None` if it is not known.
+        reserved_bytes: The bytes that the allocator had taken from the device.
+        allocated_bytes: The bytes that the allocator had handed out.
+        context_bytes: The bytes that the process uses outside the allocator; 0 if the figures do
+            not include them.
+        roles: The share of each role that has bytes. The shares add up to the total.
+        modules: The share of each module and role. These shares add up to the total too.
     """
 
     moment: int
@@ -184,7 +185,7 @@ class Peak(Record):
     _derived: ClassVar[tuple[str, ...]] = ("total_bytes",)
 
     def __post_init__(self) -> None:
-        """Refuse shares that do not sum to the total."""
+        """Refuse shares that do not add up to the total."""
         for shares in (self.roles, self.modules):
             held = sum(share.num_bytes for share in shares)
             if held != self.total_bytes:
@@ -192,25 +193,25 @@ class Peak(Record):
 
     @property
     def total_bytes(self) -> int:
-        """What the device sees: reserved bytes and the context."""
+        """The bytes used on the device: reserved bytes and the context."""
         return self.reserved_bytes + self.context_bytes
 
     def bytes_of(self, role: Role) -> int:
-        """Return what a role holds."""
+        """Return the bytes of a role."""
         return sum(share.num_bytes for share in self.roles if share.role is role)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedStep(Record):
-    """One step of a script of which only the allocations were recorded.
+    """One step of a script; only its allocations were recorded.
 
     Args:
         subject: The script's command.
-        number: Which optimizer step; 0 where the script takes none.
-        num_micro_batches: How often forward began in it.
+        number: The number of the optimizer step; 0 if the script takes none.
+        num_micro_batches: How often forward began in the step.
         timeline: Bytes over the step.
-        peak: The moment that decides.
-        blocks: Every allocation of the timeline, those that were there before it first.
+        peak: The moment that decides how much memory the step needs.
+        blocks: Every allocation of the timeline. Those from before the step come first.
     """
 
     subject: str
@@ -227,12 +228,12 @@ class CardLine(Record):
 
     Args:
         gpu: The card's name.
-        precision: The arithmetic there.
-        total_bytes: What it has.
-        points: Batch sizes, and what the step takes of the card at each with all the room it
-            wants, context included.
-        max_batch_size: The largest batch size that fits; `None` where none does.
-        max_batch_bytes: What that takes, context included.
+        precision: The precision on this card.
+        total_bytes: The memory of the card.
+        points: Batch sizes, each with the bytes that the step needs on the card if there is no
+            limit, with the context.
+        max_batch_size: The largest batch size that fits; `None` if none fits.
+        max_batch_bytes: The bytes that this batch size needs, with the context.
     """
 
     gpu: str
@@ -249,10 +250,10 @@ class Change(Record):
 
     Args:
         title: What to change, in a few words.
-        how: The option or the line that does it.
-        cost: What it costs, or changes besides; empty where nothing is known to.
-        total_bytes: The peak with it, context included.
-        freed_bytes: How much lower that is.
+        how: The option or the line of code that makes the change.
+        cost: What the change costs, or what else it changes; empty if nothing is known.
+        total_bytes: The peak after the change, with the context.
+        freed_bytes: How much lower this peak is.
     """
 
     title: str
@@ -264,26 +265,26 @@ class Change(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryProfile(Record):
-    """What holds the memory of one training step.
+    """What uses the memory of one training step.
 
-    The step is a later one: the optimizer's state is there. Where it does not fit, it is the step
-    as it would be with all the room it needs, and `message` says what found none.
+    The step is not the first one, so the optimizer's state exists already. If the step does not
+    fit, the profile shows it with as much memory as it needs, and `message` says what did not fit.
 
     Args:
         subject: The model's name.
         device: The device's name.
         source: Measured on the device, or simulated.
-        options: The training step, its precision chosen.
+        options: The training step, with its precision chosen.
         batch_size: Samples in each micro-batch.
         num_micro_batches: Micro-batches in the step.
-        capacity: What the step may use.
+        capacity: The bytes that the step may use.
         outcome: Whether it fits.
-        message: What found no room, and how much is missing; `None` where it fits.
+        message: What did not fit, and how many bytes are missing; `None` if the step fits.
         timeline: Bytes over the step.
-        peak: The moment that decides.
-        blocks: Every allocation of the timeline, those that were there before it first.
-        cards: Batch size against memory for each card that was asked for.
-        advice: The changes that free most at the peak, the best first.
+        peak: The moment that decides how much memory the step needs.
+        blocks: Every allocation of the timeline. Those from before the step come first.
+        cards: Memory by batch size for each card that was asked for.
+        advice: The changes that free the most bytes at the peak, the best first.
         seconds: Wall time of the profile.
         torch_version: The torch that ran.
     """
@@ -309,7 +310,7 @@ class MemoryProfile(Record):
 
     @property
     def bytes_per_sample(self) -> float | None:
-        """What every sample brings to the peak; `None` where it is not known."""
+        """The bytes that every sample adds to the peak; `None` if this is not known."""
         known = [
             share.bytes_per_sample
             for share in self.peak.roles
@@ -319,7 +320,7 @@ class MemoryProfile(Record):
 
     @property
     def fixed_bytes(self) -> int | None:
-        """What the peak has whatever the batch size, cached and rounded bytes left out."""
+        """Bytes of the peak that do not depend on the batch size, without cache and rounding."""
         if self.bytes_per_sample is None:
             return None
         return sum(

@@ -1,4 +1,4 @@
-"""What was seen of a command that ran on a card that is not there."""
+"""What a rehearsal found out about a command, on a card that is not in the machine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = [
 class RehearsalEnd(str, enum.Enum):
     """How a rehearsal ended.
 
-    `SETTLED`: the peak no longer rose, and the command was ended. `FINISHED`: it ended by itself.
-    `OUT_OF_MEMORY`: it ended because memory ran out. `FAILED`: it ended for another reason, with an
-    exit code of its own. `INTERRUPTED`: the user ended it.
+    `SETTLED`: the peak no longer rose, and memfit ended the command. `FINISHED`: the command ended
+    by itself. `OUT_OF_MEMORY`: it ended because memory ran out. `FAILED`: it ended for another
+    reason, with its own exit code. `INTERRUPTED`: the user ended it.
     """
 
     SETTLED = "settled"
@@ -41,7 +41,7 @@ class RehearsalEnd(str, enum.Enum):
 
 
 class ReadKind(str, enum.Enum):
-    """What the host took from the device.
+    """What the host read from the device.
 
     `SIZE`: how many entries a result has, such as a mask's true ones. `DECISION`: whether a tensor
     is true. `NUMBER`: one number, as `.item()` does. `TENSOR`: a copy of a tensor.
@@ -55,12 +55,12 @@ class ReadKind(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HeldBytes(Record):
-    """The peaks of one device over a stretch of a script, in PyTorch's words.
+    """The peaks of one device over a part of a script, in PyTorch's terms.
 
     Args:
-        requested_bytes: What tensors and kernels asked for.
-        allocated_bytes: What the caching allocator handed out.
-        reserved_bytes: What it had taken from the device.
+        requested_bytes: The bytes that tensors and kernels asked for.
+        allocated_bytes: The bytes that the caching allocator handed out.
+        reserved_bytes: The bytes that it had taken from the device.
     """
 
     requested_bytes: int
@@ -68,7 +68,7 @@ class HeldBytes(Record):
     reserved_bytes: int
 
     def __or__(self, other: HeldBytes) -> HeldBytes:
-        """Return the peaks over both stretches."""
+        """Return the peaks over both parts."""
         return HeldBytes(
             requested_bytes=max(self.requested_bytes, other.requested_bytes),
             allocated_bytes=max(self.allocated_bytes, other.allocated_bytes),
@@ -78,13 +78,13 @@ class HeldBytes(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RehearsedStep(Record):
-    """One optimizer step, with everything since the one before.
+    """One optimizer step, with everything since the step before it.
 
     Args:
-        number: Which; the first is 1.
+        number: The number of the step; the first is 1.
         optimizer: The optimizer's class.
-        peak: What was held at most.
-        num_alloc_retries: Times the allocator had to give back its cache and ask again, in this
+        peak: The most bytes that were held.
+        num_alloc_retries: How often the allocator had to free its cache and try again, in this
             step.
     """
 
@@ -96,13 +96,13 @@ class RehearsedStep(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RehearsedPhase(Record):
-    """One kind of stretch of a script, wherever it came.
+    """One kind of phase of a script, wherever it ran.
 
     Args:
         name: `setup` (before the first call of a model), `data` (between an optimizer's step and
             the next call of a model), `forward` (with the loss), `backward`, `optimizer`, or
             `evaluation` (a model called without gradients).
-        peak: What was held at most in any of them.
+        peak: The most bytes that were held in any of these phases.
     """
 
     name: str
@@ -111,17 +111,17 @@ class RehearsedPhase(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRead(Record):
-    """A line that reads from the device what no kernel had computed: zeros.
+    """A line that reads values from the device. No kernel computed them, so they are zeros.
 
     Args:
-        line: The line of the script, as `file:line`; `None` where there is none.
-        library_line: The innermost line outside torch, where it is another.
+        line: The line of the script, as `file:line`; `None` if there is none.
+        library_line: The innermost line outside torch, if it is another line.
         kind: What was read.
-        phase: In which phase it was seen first.
-        num_reads: How often.
-        num_bytes: How much in all.
-        changes_course: The script goes another way by what is read, so that what it holds may be
-            different with real values.
+        phase: The phase of the first read.
+        num_reads: The number of reads.
+        num_bytes: The bytes of all reads.
+        changes_course: The script decides by these values what it does next. So with real values it
+            may need another amount of memory.
     """
 
     line: str | None
@@ -135,19 +135,20 @@ class DeviceRead(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage(Record):
-    """A request that found no room.
+    """A request for memory that failed.
 
     Args:
-        wanted_bytes: What the allocator asked the device for.
-        free_bytes: What the device had left.
-        line: The line of the script, as `file:line`; `None` where there is none.
+        wanted_bytes: The bytes that the allocator asked the device for.
+        free_bytes: The bytes that the device had left.
+        line: The line of the script, as `file:line`; `None` if there is none.
         library_line: The innermost line outside torch.
-        module: The module at work; in parentheses for what belongs to none; `None` where it is not
+        module: The running module; a name in parentheses if there was none; `None` if it is not
             known.
-        phase: In which phase.
-        step: In which optimizer step; the first is 1.
-        ended_script: The script did not go on after it. It does where it catches the error, or
-            where a library makes do with less: cuDNN has plans with smaller workspaces.
+        phase: The phase of the request.
+        step: The optimizer step of the request; the first is 1.
+        ended_script: The script ended with this error. A script can continue if it catches the
+            error, or if a library can work with less. For example, cuDNN has plans with smaller
+            workspaces.
         num_times: How often it happened in this place.
     """
 
@@ -165,7 +166,7 @@ class Shortage(Record):
 
     @property
     def missing_bytes(self) -> int:
-        """How much more the device should have had for this request."""
+        """How many more free bytes this request needed."""
         return max(0, self.wanted_bytes - self.free_bytes)
 
 
@@ -177,18 +178,18 @@ class RehearsedProcess(Record):
         process: Its process id.
         rank: Its rank; `None` where there is only one.
         num_ranks: How many ranks there are.
-        device_index: Which device, as the process counts them.
+        device_index: The device's index in the process.
         torch_version: The torch that ran.
-        peak: What it held at most.
-        num_alloc_retries: Times the allocator had to give back its cache and ask again.
+        peak: The most bytes that the process held.
+        num_alloc_retries: How often the allocator had to free its cache and try again.
         num_steps: Optimizer steps that ran to their end.
-        steps: The first of them, and those that needed more than any before.
+        steps: The first steps, and every step that needed more than all steps before it.
         phases: The kinds of phases that were seen.
-        reads: What it read from the device.
+        reads: What the process read from the device.
         shortages: Where memory ran out.
-        has_settled: It was ended because its peak no longer rose.
-        follows_modules: False where something was compiled: phases and modules are not known.
-        message: The message of the error that ended it, in its own words; `None` without one.
+        has_settled: memfit ended the process because its peak no longer rose.
+        follows_modules: False if something was compiled; then phases and modules are not known.
+        message: The original message of the error that ended it; `None` without an error.
     """
 
     process: int
@@ -208,25 +209,26 @@ class RehearsedProcess(Record):
     message: str | None
 
     def phase(self, name: str) -> RehearsedPhase | None:
-        """Return what a kind of phase held, if there was one."""
+        """Return the phase of one kind; `None` if there was none."""
         return next((phase for phase in self.phases if phase.name == name), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal(Record):
-    """A command on a card that is not there.
+    """A command, rehearsed on a card that is not in the machine.
 
     Args:
         command: The command's words.
         device: The card's name.
-        capacity: What the command's processes could use of each card.
-        context_bytes: What each process takes of the card beside the allocator; the catalogue's.
-        end: How it ended.
-        exit_code: What the command itself ended with; negative for a signal.
-        processes: Every process that used a device, by rank; none where none did.
-        notes: What else there is to say, each a sentence.
-        seconds: Wall time. It says nothing of the time on the card.
-        source: Rehearsed; measured only where the command ran on a GPU that was there.
+        capacity: The bytes of each card that the command's processes could use.
+        context_bytes: The bytes of the card that each process uses outside the allocator, from the
+            catalogue.
+        end: How the rehearsal ended.
+        exit_code: The command's own exit code; negative for a signal.
+        processes: Every process that used a device, by rank; empty if no process did.
+        notes: More remarks, each a sentence.
+        seconds: Wall time. The time on a real card would be different.
+        source: Rehearsed; measured only if the command ran on a real GPU.
     """
 
     command: tuple[str, ...]
@@ -244,37 +246,37 @@ class Rehearsal(Record):
 
     @property
     def subject(self) -> str:
-        """The command as it is typed."""
+        """The command as typed in a shell."""
         return shlex.join(self.command)
 
     @property
     def fits(self) -> bool:
-        """Whether memory sufficed until the rehearsal ended."""
+        """Whether memory was enough until the rehearsal ended."""
         return self.end is not RehearsalEnd.OUT_OF_MEMORY
 
     @property
     def largest(self) -> RehearsedProcess | None:
-        """The process that held most; `None` where none used a device."""
+        """The process that held the most bytes; `None` if no process used a device."""
         return max(self.processes, key=lambda process: process.peak.reserved_bytes, default=None)
 
     @property
     def peak(self) -> HeldBytes | None:
-        """What the process that needs most held; `None` where none used a device."""
+        """The peak of the process that held the most; `None` if no process used a device."""
         return None if self.largest is None else self.largest.peak
 
     @property
     def total_bytes(self) -> int | None:
-        """The same as the card sees it: reserved bytes, and the context."""
+        """The bytes of that peak on the card: reserved bytes and the context."""
         return None if self.peak is None else self.peak.reserved_bytes + self.context_bytes
 
     @property
     def is_trusted(self) -> bool:
-        """False where a line went another way than it would with real values."""
+        """False if some line may do something else with real values."""
         return not any(read.changes_course for process in self.processes for read in process.reads)
 
     @property
     def shortage(self) -> Shortage | None:
-        """The request that ended the script; `None` where none did."""
+        """The failed request that ended the script; `None` if there was none."""
         ends = (
             shortage
             for process in self.processes
@@ -285,7 +287,7 @@ class Rehearsal(Record):
 
     @property
     def message(self) -> str | None:
-        """The message of the error that ended it, a shortage's before any other's."""
+        """The message of the error that ended it; a shortage's message goes first."""
         told = [process.message for process in self.processes if process.message is not None]
         about_memory = [message for message in told if "out of memory" in message]
         return next(iter((*about_memory, *told)), None)
@@ -296,19 +298,20 @@ class CommandProbe(Record):
     """The largest batch size of a command that fits a card, with its proof.
 
     Args:
-        command: The command's words, with `{}` where the batch size goes.
+        command: The command's words, with `{}` in place of the batch size.
         device: The card's name.
-        source: Rehearsed, or measured on the GPU that is there.
-        capacity: What the command's processes could use of each card.
+        source: Rehearsed, or measured on this machine's GPU.
+        capacity: The bytes of each card that the command's processes could use.
         max_batch_size: The largest batch size that fits: the edge.
-        recommended_batch_size: Where to stand: no allocator retries, `headroom` kept free, a
-            multiple of `multiple_of`. `None` where no batch size keeps all three.
-        proved: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
-            ceiling.
+        recommended_batch_size: The batch size to train with. It has no allocator retries, keeps
+            `headroom` free, and is a multiple of `multiple_of`. `None` if no batch size does all
+            three.
+        proved: True: `max_batch_size + 1` was tried and ran out of memory. False: the search
+            stopped at its upper limit.
         headroom: The share of the capacity that the recommendation keeps free.
-        multiple_of: What the recommendation is a multiple of.
-        trials: Every trial, in the order they ran; each is a run of the command.
-        notes: What else there is to say, each a sentence.
+        multiple_of: The recommendation is a multiple of this.
+        trials: Every trial, in the order in which they ran; each is a run of the command.
+        notes: More remarks, each a sentence.
         seconds: Wall time of the whole probe.
     """
 
@@ -337,17 +340,17 @@ class CommandPlan(Record):
 
     Args:
         template: The command's words, with `{}` for the micro-batch and `{steps}`.
-        command: The same with both filled in: it was tried, and fitted with the headroom.
+        command: The same with both filled in. It was tried, and it fitted with the headroom.
         device: The card's name.
-        source: Rehearsed, or measured on the GPU that is there.
-        capacity: What the command's processes could use of each card.
+        source: Rehearsed, or measured on this machine's GPU.
+        capacity: The bytes of each card that the command's processes could use.
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them.
+        world_size: The number of ranks that share these samples.
         micro_batch_size: Samples in each micro-batch.
         accumulation_steps: Micro-batches before each optimizer step.
         headroom: The share of the capacity that is kept free.
-        trials: Every trial, in the order they ran.
-        seconds: Wall time of it all.
+        trials: Every trial, in the order in which they ran.
+        seconds: Wall time of the whole planning.
     """
 
     template: tuple[str, ...]

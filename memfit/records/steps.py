@@ -15,8 +15,8 @@ __all__ = ["Precision", "StepOptions"]
 class Precision(str, enum.Enum):
     """The precision of a training step.
 
-    `FP32` and `BF16` train weights of that type; `AMP_BF16` and `AMP_FP16` keep fp32 weights under
-    `torch.autocast`, the latter with a `GradScaler`. `AUTO` is chosen by the device.
+    `FP32` and `BF16` train weights of that type. `AMP_BF16` and `AMP_FP16` keep fp32 weights and
+    use `torch.autocast`. `AMP_FP16` also uses a `GradScaler`. With `AUTO` the device chooses.
     """
 
     FP32 = "fp32"
@@ -28,18 +28,18 @@ class Precision(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions(Record):
-    """What a training step is, besides its model and its batch size.
+    """The options of a training step, without its model and its batch size.
 
     Args:
-        precision: The arithmetic; `AUTO` until a device has chosen.
+        precision: The precision; `AUTO` until a device has chosen.
         optimizer: A name that `timm.optim.create_optimizer_v2` knows; `None` for a workload that
-            brings its own.
-        image_size: Height and width in pixels; `None` for the model's own.
-        num_classes: Size of the classifier; `None` for the model's own.
+            brings its own optimizer.
+        image_size: Height and width in pixels; `None` for the model's own size.
+        num_classes: Size of the classifier; `None` for the model's own size.
         channels_last: Weights and images in `torch.channels_last`.
         grad_checkpointing: Recompute activations in backward (`set_grad_checkpointing`).
-        accumulate: Two micro-batches before each optimizer step instead of one.
-        model_kwargs: Further arguments for `timm.create_model`, as pairs.
+        accumulate: Run two micro-batches before each optimizer step instead of one.
+        model_kwargs: More arguments for `timm.create_model`, as pairs.
     """
 
     precision: Precision = Precision.AUTO

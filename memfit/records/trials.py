@@ -1,4 +1,4 @@
-"""What was tried on a device, and the batch sizes that came of it."""
+"""Trials on a device, and the batch sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DeviceProcess(Record):
     Args:
         pid: Its process id.
         name: Its program's name.
-        used_bytes: What it holds on the device; `None` where the driver does not say.
+        used_bytes: The bytes that it holds on the device; `None` if the driver does not say.
     """
 
     pid: int
@@ -50,10 +50,10 @@ class Capacity(Record):
     """How many bytes this process may use on a device.
 
     Args:
-        usable_bytes: What a training step of this process may take.
-        total_bytes: What the device has in all.
+        usable_bytes: The bytes that a training step of this process may use.
+        total_bytes: All bytes of the device.
         origin: Where `usable_bytes` comes from, in a few words.
-        other_processes: Who else holds memory of the device.
+        other_processes: Other processes that hold memory of the device.
     """
 
     usable_bytes: int
@@ -63,11 +63,11 @@ class Capacity(Record):
 
 
 class Action(str, enum.Enum):
-    """What an event does, in the words of PyTorch's memory snapshots, and two of our own.
+    """What an event does. The names are those of PyTorch's memory snapshots, plus two of our own.
 
-    `USER_DEFINED` marks where a phase begins; its name is the event's origin. `TRY_ALLOC` is an
-    allocation that its caller can do without, such as a convolution's workspace:
-    where there is no room it takes another plan.
+    `USER_DEFINED` marks where a phase begins; the phase's name is the event's origin. `TRY_ALLOC`
+    is an allocation that may fail, such as a convolution's workspace. If there is no memory for it,
+    the caller chooses a plan that needs less.
 
     Source: `TraceEntry` in c10/cuda/CUDACachingAllocator.h and torch/cuda/_memory_viz.py.
     """
@@ -87,13 +87,14 @@ class Action(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event(Record):
-    """One thing that happened to a device's memory: the hinge between tracing and replaying.
+    """One change of a device's memory. Tracing writes events, and replaying reads them.
 
     Args:
         action: What happened.
-        id: Which allocation; unique in a stream, or an address that is reused after its free.
-        num_bytes: Bytes asked for (`ALLOC`), or of the segment.
-        origin: What caused it, such as an operation's name; empty where it is not known.
+        id: The allocation: a number that is unique in a stream, or an address. An address can be
+            used again after it was freed.
+        num_bytes: The requested bytes (`ALLOC`), or the bytes of the segment.
+        origin: The cause, such as an operation's name; empty if it is not known.
     """
 
     action: Action
@@ -104,25 +105,27 @@ class Event(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Trial(Record):
-    """One batch size, tried.
+    """A trial of one batch size.
 
     Args:
         batch_size: Samples in each micro-batch.
         outcome: Whether the step ran.
         source: Measured on a device, or simulated.
-        peak_requested_bytes: Peak of what tensors asked for; `None` where it is not known.
-        peak_allocated_bytes: Peak of what the allocator handed out; `None` where it is not known.
-        peak_reserved_bytes: Peak of what the process took of the device's capacity: the caching
-            allocator's reserved bytes on a GPU, resident bytes beyond the loaded process on a CPU.
-            After running out, the peak until then. `None` where it is not known.
-        num_alloc_retries: Times the allocator had to give back its cache and ask again.
+        peak_requested_bytes: Peak of the bytes that tensors asked for; `None` if it is not known.
+        peak_allocated_bytes: Peak of the bytes that the allocator handed out; `None` if it is not
+            known.
+        peak_reserved_bytes: Peak of the bytes that the process used of the device's capacity. On a
+            GPU these are the caching allocator's reserved bytes. On a CPU they are resident bytes
+            beyond the loaded process. If memory ran out, it is the peak until then. `None` if it is
+            not known.
+        num_alloc_retries: How often the allocator had to free its cache and try again.
         num_iterations: Optimizer steps that ran to their end.
-        step_seconds: Seconds of the last iteration; `None` where none ended.
+        step_seconds: Seconds of the last iteration; `None` if no iteration ended.
         num_micro_batches: Micro-batches in one iteration.
-        left_behind_bytes: What stayed allocated after cleaning; `None` where it is not known.
-        peak_grows: The peak still rose when the last iteration ended.
-        peak_varies: The step draws what it computes (LayerDrop), so its peak is random; the figures
-            are those of the most that it can compute, as far as its draws could be forced.
+        left_behind_bytes: Bytes that stayed allocated after cleaning; `None` if it is not known.
+        peak_grows: The peak still rose in the last iteration.
+        peak_varies: The step draws at random what it computes (LayerDrop), so its peak is random.
+            The figures are for the most that it can compute, as far as its draws could be forced.
         message: The first line of the error that ended the trial.
     """
 
@@ -144,7 +147,7 @@ class Trial(Record):
     _derived: ClassVar[tuple[str, ...]] = ("samples_per_second",)
 
     def __post_init__(self) -> None:
-        """Refuse what no trial can be."""
+        """Refuse values that no trial can have."""
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
         if self.step_seconds is not None and not (
@@ -173,23 +176,24 @@ class ProbeResult(Record):
         subject: The model's name.
         device: The device's name.
         source: Measured on the device, or simulated.
-        options: The training step, its precision chosen.
-        capacity: What the step may use, and who said so.
+        options: The training step, with its precision chosen.
+        capacity: The bytes that the step may use, and where that figure comes from.
         max_batch_size: The largest batch size that fits: the edge.
-        recommended_batch_size: Where to stand: no allocator retries, `headroom` kept free, a
-            multiple of `multiple_of`. `None` where no batch size keeps all three.
-        edge_found: `max_batch_size + 1` was tried and ran out; otherwise the search stopped at its
-            ceiling.
+        recommended_batch_size: The batch size to train with. It has no allocator retries, keeps
+            `headroom` free, and is a multiple of `multiple_of`. `None` if no batch size does all
+            three.
+        edge_found: True: `max_batch_size + 1` was tried and ran out of memory. False: the search
+            stopped at its upper limit.
         headroom: The share of the capacity that the recommendation keeps free.
-        multiple_of: What the recommendation is a multiple of.
-        trials: Every trial, in the order they ran.
-        environment: What the trials ran with that a training script has to be given for the
-            figures to hold, as NAME=value.
+        multiple_of: The recommendation is a multiple of this.
+        trials: Every trial, in the order in which they ran.
+        environment: Environment variables of the trials, as NAME=value. The figures are valid only
+            if the training script has them too.
         seconds: Wall time of the whole probe.
         torch_version: The torch that ran.
-        predictions: What the simulation of the device gave for the batch sizes that were tried;
-            empty where nothing was measured or nothing could be predicted.
-        remarks: What there is to say about the search, in sentences.
+        predictions: The results of simulating the device for the batch sizes that were tried; empty
+            if nothing was measured or nothing could be predicted.
+        remarks: Remarks about the search, in sentences.
     """
 
     subject: str
@@ -213,12 +217,12 @@ class ProbeResult(Record):
 
     @property
     def capacity_bytes(self) -> int:
-        """What the training step may use, in bytes."""
+        """The bytes that the training step may use."""
         return self.capacity.usable_bytes
 
     @property
     def proved(self) -> bool:
-        """Whether the edge was seen: found, and by steps that ran rather than by a simulation."""
+        """Whether the edge was found by steps that really ran, not by a simulation."""
         return self.edge_found and self.source is not Source.SIMULATED
 
     def trial_at(self, batch_size: int) -> Trial | None:
@@ -229,11 +233,11 @@ class ProbeResult(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SurveyAnswer(Record):
-    """What a GPU that is not there takes of a training step.
+    """The batch sizes of a training step on a GPU that is not in the machine.
 
     Args:
         gpu: The card's name.
-        result: The batch sizes; `None` where not even one sample fits.
+        result: The batch sizes; `None` if not even one sample fits.
         reason: Why there is no result.
         source: Simulated or rehearsed.
     """
@@ -244,7 +248,7 @@ class SurveyAnswer(Record):
     source: Source = Source.SIMULATED
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result, or what can be said of a card without one under the same keys."""
+        """Return the result as a dictionary; without one, the known facts under the same keys."""
         if self.result is not None:
             return self.result.to_dict()
         return {
@@ -259,13 +263,13 @@ class SurveyAnswer(Record):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Survey(Record):
-    """One training step on several GPUs that are not there.
+    """One training step on several GPUs that are not in the machine.
 
     Args:
         subject: The model's name.
         answers: One for each card.
         source: Simulated or rehearsed.
-        remarks: What there is to say about the choice of cards, in sentences.
+        remarks: Remarks about the choice of cards, in sentences.
     """
 
     subject: str
