@@ -1,7 +1,7 @@
-"""Thin bridges to other trainers: a plan in each one's own words.
+"""Small modules that write a plan for other trainers.
 
-Each module knows how one trainer counts (micro-batches or samples, per process or in all) and what
-it cannot express. Nothing here imports a trainer.
+Each module knows how one trainer counts (micro-batches or samples, per process or in total), and
+which plans it cannot express. Nothing here imports a trainer.
 """
 
 from __future__ import annotations
@@ -36,6 +36,6 @@ def lines_for(plan: Plan, trainer: str) -> str:
         trainer: A key of `TRAINERS`.
 
     Raises:
-        UsageError: The trainer takes equal parts only, and the plan has none near its own.
+        UsageError: The trainer takes equal parts only, and none are near the plan's parts.
     """
     return TRAINERS[trainer](plan)

@@ -1,8 +1,8 @@
 """A plan as a loop with Hugging Face Accelerate.
 
-Source: huggingface/accelerate, Accelerator(gradient_accumulation_steps=...): batches of a process's
-    loader before each optimizer step; `backward` divides every loss by that number. Its fp16 needs
-    a GPU.
+Source: huggingface/accelerate, Accelerator(gradient_accumulation_steps=...): the number of batches
+    of a process's loader before each optimizer step. `backward` divides every loss by that number.
+    Its fp16 needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def lines(plan: Plan) -> str:
     It expects `model`, `optimizer`, `loss_fn` and `dataset`.
 
     Raises:
-        UsageError: Accelerate takes no such parts, or has no such precision.
+        UsageError: Accelerate does not support such parts or such a precision.
     """
     refuse_on_cpu(plan, "Accelerate", Precision.AMP_FP16)
     parts = equal_parts(plan, "Accelerate")

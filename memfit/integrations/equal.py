@@ -1,7 +1,7 @@
-"""A plan for trainers that know one micro-batch size and one number of steps.
+"""A plan for trainers that take one micro-batch size and one number of steps.
 
-They take equal parts only, so uneven plans are cut again, into equal parts that are not much
-smaller, and the text says so; where there are none, the plan is refused rather than changed.
+They take equal parts only. So uneven plans are cut again into equal parts that are not much
+smaller, and a comment says so. If there are no such parts, the plan is refused.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from memfit.units import format_parts
 __all__ = ["EqualParts", "comment", "equal_parts", "headline"]
 
 _WIDTH = 96
-# Equal parts are chosen down to this share of the plan's micro-batch.
+# Equal parts are at least the plan's micro-batch divided by this number.
 _LEAST_SHARE = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EqualParts:
-    """What a trainer is told.
+    """The numbers for a trainer.
 
     Args:
         micro_batch_size: Samples in each micro-batch of each rank.
         accumulation_steps: Micro-batches in each optimizer step.
-        comments: What the text has to say besides, in sentences.
+        comments: Comments to print with the numbers, in sentences.
     """
 
     micro_batch_size: int
@@ -42,14 +42,14 @@ class EqualParts:
 
 
 def equal_parts(plan: Plan, trainer: str) -> EqualParts:
-    """Return the equal parts that a trainer can be told.
+    """Return equal parts for a trainer.
 
     Args:
         plan: The plan, of any parts.
-        trainer: What errors and comments call it.
+        trainer: The trainer's name in errors and comments.
 
     Raises:
-        UsageError: There are none near the plan's own.
+        UsageError: There are no equal parts near the plan's own.
     """
     if plan.is_even:
         return EqualParts(
@@ -84,7 +84,7 @@ def equal_parts(plan: Plan, trainer: str) -> EqualParts:
 
 
 def headline(plan: Plan, parts: EqualParts) -> str:
-    """Say in a comment what the numbers make, and where they come from."""
+    """Return a comment with the effective batch of the numbers, and their source."""
     ranks = f" x {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
         f"{plan.effective_batch_size} = {parts.accumulation_steps} x {parts.micro_batch_size}"
@@ -93,7 +93,7 @@ def headline(plan: Plan, parts: EqualParts) -> str:
 
 
 def comment(*sentences: str) -> str:
-    """Write sentences as comments that both Python and a shell skip."""
+    """Return sentences as comments for Python and for a shell."""
     return "\n".join(
         line
         for sentence in sentences

@@ -1,9 +1,10 @@
 """A plan as a fastai `Learner`.
 
 Source: fastai/fastai, fastai/callback/training.py: `GradientAccumulation(n_acc)` counts samples,
-    not batches, weighs each batch by its share of `n_acc`, and steps once that many were seen: so
-    only a batch size that divides `n_acc` makes steps of that size. What is left over when `fit`
-    ends stays in the gradients. fastai/callback/fp16.py: `MixedPrecision` autocasts on CUDA only.
+    not batches. It weighs each batch by its share of `n_acc`, and steps after `n_acc` samples. So
+    the batch size must divide `n_acc` to make steps of exactly that size. Samples left over when
+    `fit` ends stay in the gradients. fastai/callback/fp16.py: `MixedPrecision` autocasts on CUDA
+    only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def lines(plan: Plan) -> str:
     It expects `train`, `valid`, `model` and `loss_fn`.
 
     Raises:
-        UsageError: fastai takes no such parts, or has no such precision.
+        UsageError: fastai does not support such parts or such a precision.
     """
     refuse_on_cpu(plan, "fastai", Precision.AMP_BF16, Precision.AMP_FP16)
     if plan.options.precision is Precision.BF16:

@@ -1,8 +1,8 @@
 """A plan as arguments of a Lightning `Trainer`.
 
-Source: Lightning-AI/pytorch-lightning, Trainer(accumulate_grad_batches=...): batches of the loader
-    before each optimizer step; every loss is divided by that number, in a short last window too.
-    Its 16-mixed needs a GPU.
+Source: Lightning-AI/pytorch-lightning, Trainer(accumulate_grad_batches=...): the number of batches
+    of the loader before each optimizer step. Every loss is divided by that number, also in a short
+    last window. Its 16-mixed needs a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def lines(plan: Plan) -> str:
     They expect a `LightningModule` named `module`, and `dataset`.
 
     Raises:
-        UsageError: Lightning takes no such parts, or has no such precision.
+        UsageError: Lightning does not support such parts or such a precision.
     """
     refuse_on_cpu(plan, "Lightning", Precision.AMP_FP16)
     parts = equal_parts(plan, "Lightning")

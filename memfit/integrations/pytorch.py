@@ -83,7 +83,7 @@ def _accumulator(plan: Plan) -> str:
 
 
 def _by_hand(plan: Plan) -> str:
-    """Return the loop that `Accumulator` saves one from writing."""
+    """Return the loop that a user would write without `Accumulator`."""
     precision, num_ranks = plan.options.precision, plan.world_size
     is_scaled, has_ranks = precision is Precision.AMP_FP16, num_ranks > 1
     setup = ["device = next(model.parameters()).device"]
@@ -112,7 +112,7 @@ def _by_hand(plan: Plan) -> str:
 
 
 def _parts(plan: Plan) -> list[str]:
-    """Return how a batch is cut: as the plan does, and a short last one as evenly."""
+    """Return lines that cut a batch as in the plan; a short last batch is cut the same way."""
     size, share = plan.micro_batch_size, plan.share_of(0)
     by_size = [size] * (share // size) + [share % size] * (share % size > 0)
     if tuple(by_size) == plan.micro_batch_sizes:
@@ -124,7 +124,7 @@ def _parts(plan: Plan) -> list[str]:
 
 
 def _one_part(plan: Plan) -> list[str]:
-    """Return forward and backward of one micro-batch."""
+    """Return lines for forward and backward of one micro-batch."""
     precision, num_ranks = plan.options.precision, plan.world_size
     dtype = _AUTOCAST.get(precision)
     how = ["device"]
@@ -133,7 +133,7 @@ def _one_part(plan: Plan) -> list[str]:
     if are_images_channels_last(plan):
         how.append("memory_format=torch.channels_last")
     place = f"x_i.to({', '.join(how)})"
-    # DistributedDataParallel averages over the ranks what is to be summed.
+    # DistributedDataParallel averages gradients over the ranks; they have to be summed.
     averaged = f" * {num_ranks}" if num_ranks > 1 else ""
     passes = ["loss = loss_fn(model(x_i), y_i) * weight"]
     if dtype is not None:

@@ -1,7 +1,8 @@
-"""The options of a plan's training step, in lines of Python and in sentences.
+"""The options of a plan's training step, as lines of Python and as sentences.
 
-A plan fits because its step was tried with these options: what is emitted sets each of them, says
-it of an object that the user brings, or is refused.
+A plan fits because its step was tried with these options. For each option there are three ways. The
+emitted code sets it, a sentence tells the user that their own object must have it, or the plan is
+refused.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ def are_images_channels_last(plan: Plan) -> bool:
 
 
 def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimizer") -> list[str]:
-    """Say of the objects that the user brings what the plan was tried with.
+    """Return what the plan expects of the user's own objects.
 
     Args:
         plan: The plan.
-        model: What the emitted code calls the model.
-        optimizer: What it calls the optimizer; `None` where the code makes it.
+        model: The model's name in the emitted code.
+        optimizer: The optimizer's name in it; `None` if the code creates the optimizer.
 
     Returns:
-        Sentences; none where any such objects will do.
+        Sentences; empty if any objects will do.
     """
     options = plan.options
     said = []
@@ -56,11 +57,11 @@ def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimi
 
 
 def model_lines(plan: Plan, *, model: str = "model") -> list[str]:
-    """Return the lines that put a model into the state that the plan was tried in.
+    """Return the lines that prepare a model as it was when the plan was tried.
 
     Args:
         plan: The plan.
-        model: What the emitted code calls the model, or a module that holds it.
+        model: The name of the model, or of a module that contains it, in the emitted code.
     """
     options = plan.options
     lines = []
@@ -82,11 +83,11 @@ def refuse_on_cpu(plan: Plan, trainer: str, *precisions: Precision) -> None:
 
     Args:
         plan: The plan.
-        trainer: What the error calls the trainer.
-        *precisions: Those that it has on GPUs only.
+        trainer: The trainer's name in the error.
+        *precisions: The precisions that the trainer has on GPUs only.
 
     Raises:
-        UsageError: The plan is for a CPU, in one of them.
+        UsageError: The plan is for a CPU and has one of these precisions.
     """
     if is_on_cpu(plan) and plan.options.precision in precisions:
         raise UsageError(

@@ -1,7 +1,7 @@
 """A plan as a command line of timm's `train.py`.
 
 Source: huggingface/pytorch-image-models, train.py: `--batch-size` is a process's micro-batch, and
-    `--grad-accum-steps` how many make a step.
+    `--grad-accum-steps` is the number of micro-batches in a step.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """A plan as `TrainingArguments` of Hugging Face transformers.
 
 Source: huggingface/transformers, src/transformers/training_args.py:
-    `per_device_train_batch_size` is a device's micro-batch, `gradient_accumulation_steps` how many
-    make a step; `max_grad_norm` is 1.0 unless it is set, and a CPU is used where `use_cpu` is.
-    src/transformers/trainer.py, `get_batch_samples`: all micro-batches of a step are fetched, and
-    are on the device, before the first of them runs.
+    `per_device_train_batch_size` is a device's micro-batch. `gradient_accumulation_steps` is the
+    number of micro-batches in a step. `max_grad_norm` is 1.0 unless it is set. A CPU is used if
+    `use_cpu` is set.
+    src/transformers/trainer.py, `get_batch_samples`: all micro-batches of a step are loaded to the
+    device before the first of them runs.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 def lines(plan: Plan) -> str:
     """Return the arguments that carry the plan out.
 
-    They expect `model` where the plan converts it.
+    They expect `model` if the plan converts it.
 
     Raises:
-        UsageError: transformers takes no such parts, or has no such precision.
+        UsageError: transformers does not support such parts or such a precision.
     """
     refuse_on_cpu(plan, "transformers", Precision.AMP_FP16)
     parts = equal_parts(plan, "transformers")
@@ -62,7 +63,7 @@ def lines(plan: Plan) -> str:
         comments.append("Images of a batch are in torch.channels_last too: your data_collator.")
     if plan.world_size > 1:
         comments.append(f"Start it with: torchrun --nproc-per-node={plan.world_size} SCRIPT.")
-    # A model of transformers checkpoints as the argument says.
+    # An argument of transformers turns checkpointing on, so only these lines are needed.
     model = [line for line in model_lines(plan) if line.startswith("model.to(")]
     written = [
         comment(headline(plan, parts), *parts.comments, *comments),

@@ -1,7 +1,7 @@
-"""One search or one plan carried out on one backend, and what a changed step would make fit.
+"""Runs one search or one plan on one backend, and tries changes of the step.
 
-The order of trials is decided here; which batch size comes next is `memfit.search`'s decision, and
-how samples are cut into parts `memfit.partition`'s.
+This package decides the order of trials. `memfit.search` decides which batch size comes next, and
+`memfit.partition` how samples are cut into parts.
 """
 
 from __future__ import annotations

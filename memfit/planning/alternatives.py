@@ -1,7 +1,7 @@
-"""Single changes of a training step that need less memory, and what each would make fit.
+"""Single changes of a training step that need less memory, and what fits after each.
 
-There is one list of changes. `memfit plan --explore` plans with each of them, and the advice of
-`memfit profile` ranks them by the bytes that they free.
+There is one list of changes. `memfit plan --explore` plans with each of them. The advice of
+`memfit profile` sorts them by the bytes that they free.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from memfit.units import format_bytes
 __all__ = ["ChangeKind", "StepChange", "changes_of", "explore_on"]
 
 _SMALLER_IMAGE = (3, 4)
-# What patches and strides mostly come to, windows of 7 of them too; the first divisor is taken.
+# Usual products of patches and strides, also with windows of 7. The first divisor is taken.
 _IMAGE_UNITS = (32, 28, 16)
 _SMALL_CLASSIFIER = 10
 # Lion keeps one number for every parameter, and Adafactor one for every row and column.
@@ -33,7 +33,7 @@ _KEEP_ONE_NUMBER = frozenset(("momentum", "sgd", "sgdp", "sgdw", "nesterov", "li
 
 
 class ChangeKind(enum.Enum):
-    """What a change is about."""
+    """The kind of a change."""
 
     LAYOUT = "layout"
     FUSED_ATTENTION = "fused attention"
@@ -50,9 +50,9 @@ class StepChange:
     """A training step with one thing changed.
 
     Args:
-        kind: What the change is about.
+        kind: The kind of the change.
         title: The change, in a few words.
-        how: The option that makes it.
+        how: The option that makes the change.
         cost: What it costs, in a few words.
         step: The changed step.
         needs_fused_attention: Trace it while timm may use fused attention.
@@ -67,11 +67,11 @@ class StepChange:
 
 
 def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
-    """Yield single changes that can save memory, those that change training least first.
+    """Yield single changes that can save memory; those that affect training least come first.
 
     Args:
-        step: The step as it is, its precision chosen.
-        card: The card that it trains on, which decides what precisions there are.
+        step: The unchanged step, with its precision chosen.
+        card: The card to train on, which decides which precisions exist.
     """
     options = step.options
 
@@ -133,7 +133,7 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
 
 
 def _lighter_optimizer(step: TrainingStep) -> Iterator[StepChange]:
-    """Yield the step with an optimizer that keeps less for every parameter, if there is one."""
+    """Yield the step with an optimizer that keeps less state, if there is one."""
     now = step.options.optimizer
     if now is None or now == _NEXT_TO_NOTHING:
         return
@@ -153,7 +153,7 @@ def _lighter_optimizer(step: TrainingStep) -> Iterator[StepChange]:
 
 
 def _smaller_image(step: TrainingStep) -> Iterator[StepChange]:
-    """Yield the step with three quarters of a timm model's image, in sides that it takes."""
+    """Yield the step with images of about 3/4 of the side length, in a size the model takes."""
     if not isinstance(step.subject, str):
         return
     size = step.options.image_size or timm_models.image_size_of(step.subject)
@@ -186,15 +186,15 @@ def explore_on(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Exploration:
-    """Plan with the step as it is and with one change each.
+    """Plan with the unchanged step, and with each single change.
 
     Args:
         card: The card to simulate.
-        step: What to train, its precision chosen.
-        target: What to plan for.
-        progress: Called with the next change, the changes done and those in all.
+        step: The step to train, with its precision chosen.
+        target: The effective batch and the limits of the plan.
+        progress: Called with the next change, the number of changes done, and of all changes.
     """
-    # How many classes there are is decided by the data.
+    # The data decides the number of classes.
     changes = [c for c in changes_of(step, card) if c.kind is not ChangeKind.CLASSIFIER]
 
     def begins(what: str, done: int) -> None:
@@ -221,7 +221,7 @@ def explore_on(
 def _with_change(card: SimulatedGpu, change: StepChange, target: PlanTarget) -> Alternative:
     if not change.needs_fused_attention:
         return _planned(card, change.step, target, change=change.title, costs=change.cost)
-    # The step is the same to a cache of traces, so this one has a cache of its own.
+    # A cache of traces cannot tell this step from the unchanged one, so it has its own cache.
     with timm_models.fused_attention():
         own_cache = SimulatedBackend(card.gpu, memory_bytes=card.capacity().usable_bytes)
         return _planned(own_cache, change.step, target, change=change.title, costs=change.cost)

@@ -1,4 +1,4 @@
-"""One plan on one backend: what is tried, in which order, until the plan's own micro-batch fits."""
+"""One plan on one backend: tries sizes until the plan's own micro-batch fits."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from memfit.step.workload import TrainingStep
 
 __all__ = ["PlanTarget", "plan_on"]
 
-# Batch norm may refuse less.
+# Batch norm may refuse fewer samples.
 _FEWEST = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTarget:
-    """What is planned for, checked.
+    """The checked arguments of a plan.
 
     Args:
         effective_batch_size: Samples in each optimizer step, over all ranks.
-        world_size: Ranks that share them.
-        objective: What the plan aims at.
+        world_size: The number of ranks that share these samples.
+        objective: The aim of the plan.
         headroom: Share of the capacity to keep free.
-        multiple_of: What micro-batches are multiples of, one of a step excepted.
-        max_batch_size: The largest micro-batch of interest; `None` for any.
+        multiple_of: Every micro-batch except one of a step is a multiple of this.
+        max_batch_size: The largest micro-batch to consider; `None` for no limit.
     """
 
     effective_batch_size: int
@@ -52,10 +52,10 @@ class PlanTarget:
         multiple_of: int,
         max_batch_size: int | None,
     ) -> PlanTarget:
-        """Check what was asked for.
+        """Check the arguments.
 
         Raises:
-            UsageError: Something asked for cannot be.
+            UsageError: An argument is not valid.
         """
         samples, ranks = partition.check_target(effective_batch_size, world_size)
         unit, most = check_bounds(
@@ -77,20 +77,20 @@ class PlanTarget:
 
     @property
     def share(self) -> int:
-        """The samples that the first rank takes."""
+        """The samples of the first rank."""
         return partition.share_of(self.effective_batch_size, self.world_size)
 
     def part_of(self, num_steps: int) -> int:
-        """Return the most samples in a micro-batch of so many steps or more."""
+        """Return the most samples in a micro-batch if there are at least so many steps."""
         part = -(-self.share // num_steps)
         rounded = -(-part // self.multiple_of) * self.multiple_of
-        # Rounded up to the whole share, it would be no part.
+        # If rounding gives the whole share, the share would not be cut.
         part = rounded if rounded < self.share else part
         return min(part, self.max_batch_size or part)
 
     @property
     def bounds(self) -> SearchBounds:
-        """The bounds of the search for a micro-batch where two steps are too few."""
+        """The bounds of the search for a micro-batch if two steps are too few."""
         return SearchBounds(
             headroom=self.headroom,
             multiple_of=self.multiple_of,
@@ -108,13 +108,13 @@ def plan_on(
     """Plan on a backend, and close it.
 
     Args:
-        opened: Where trials run.
-        step: What to train; its precision may be left open.
-        target: What to plan for.
+        opened: The backend that runs trials.
+        step: The step to train; its precision may still be `AUTO`.
+        target: The effective batch and the limits of the plan.
         progress: Called with each trial when it has ended.
 
     Raises:
-        UsageError: The target has no such plan.
+        UsageError: No plan can meet the target.
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
     """
     accumulating = dataclasses.replace(
@@ -132,7 +132,7 @@ def plan_on(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Limits:
-    """The largest micro-batch that fits, and that keeps the headroom; `proved` if none larger."""
+    """The largest micro-batches that fit and that keep the headroom; `proved` at the edge."""
 
     largest: int
     recommended: int
@@ -140,7 +140,7 @@ class _Limits:
 
 
 class _Planner:
-    """A plan that is being made on one device."""
+    """Makes a plan on one device."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Planner:
                 if self._runs_smallest(step, parts, remarks):
                     return self._plan_of(step, trial, parts, limits, tuple(remarks))
                 continue
-            # Fits need not be monotone: the plan's own micro-batch has to be one that was seen to.
+            # A smaller micro-batch may fail where a larger one fits, so the plan's own is tried.
             largest = size - 1
         raise DoesNotFitError(
             f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
@@ -191,10 +191,10 @@ class _Planner:
     def _runs_smallest(
         self, step: TrainingStep, parts: partition.Parts, remarks: list[str]
     ) -> bool:
-        """Whether the step was seen to run with the smallest part; if not, ask for larger ones.
+        """Whether the step runs with the smallest part; if not, require larger parts.
 
         Raises:
-            UsageError: There are no larger ones.
+            UsageError: There are no larger parts.
         """
         target = self._target
         size = partition.smallest_of(
@@ -227,7 +227,7 @@ class _Planner:
         return True
 
     def _fits_whole(self, remarks: list[str]) -> bool:
-        """Whether a share fits in one step, with the headroom."""
+        """Whether the first rank's share fits in one step with the headroom."""
         target, share = self._target, self._target.share
         if share > (target.max_batch_size or share):
             return False
@@ -291,7 +291,7 @@ class _Planner:
         ]
 
     def _timed(self, largest: int) -> int:
-        """Try micro-batches whose speed is to be known; return the largest that fits well."""
+        """Try micro-batches to measure their speed; return the largest that keeps the headroom."""
         sizes = partition.sizes_to_time(largest, multiple_of=self._target.multiple_of)
         trials = [self._known(self._step, size) or self._run(self._step, size) for size in sizes]
         fitting = [t.batch_size for t in trials if search.has_headroom(t, self._limit_bytes)]

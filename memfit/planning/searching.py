@@ -1,4 +1,4 @@
-"""One search on one backend, with the backend's prediction as its hint where there is one."""
+"""One search on one backend; the backend's prediction, if any, is the hint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["SearchBounds", "check_bounds", "probe_on", "run_search", "run_trial"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SearchBounds:
-    """What a search has to respect.
+    """The limits of a search.
 
     Args:
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
-        multiple_of: What the recommendation is a multiple of, at least 1.
-        max_batch_size: Where the search ends; `None` for its own ceiling.
+        multiple_of: The recommendation is a multiple of this, at least 1.
+        max_batch_size: The largest batch size to try; `None` for the search's own limit.
 
     Raises:
-        UsageError: One of the figures is out of its range.
+        UsageError: A value is out of its range.
     """
 
     headroom: float
@@ -40,7 +40,7 @@ class SearchBounds:
     max_batch_size: int | None
 
     def __post_init__(self) -> None:
-        """Refuse what bounds no search."""
+        """Refuse values that are out of range."""
         multiple_of, max_batch_size = check_bounds(
             headroom=self.headroom,
             multiple_of=self.multiple_of,
@@ -53,13 +53,13 @@ class SearchBounds:
 def check_bounds(
     *, headroom: object, multiple_of: object, max_batch_size: object
 ) -> tuple[int, int | None]:
-    """Refuse figures that bound no search.
+    """Refuse values that are out of range.
 
     Returns:
-        `multiple_of` and `max_batch_size`, as the whole numbers that they are.
+        `multiple_of` and `max_batch_size`, as `int`.
 
     Raises:
-        UsageError: One of them is out of its range.
+        UsageError: A value is out of its range.
     """
     if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
         raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom!r}.")
@@ -77,9 +77,9 @@ def probe_on(
     """Search on a backend, and close it.
 
     Args:
-        opened: Where trials run.
-        step: What to train; its precision may be left open.
-        bounds: What the search has to respect.
+        opened: The backend that runs trials.
+        step: The step to train; its precision may still be `AUTO`.
+        bounds: The limits of the search.
         progress: Called with each trial when it has ended.
 
     Raises:
@@ -96,12 +96,12 @@ def run_search(
     *,
     progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
-    """Search on a backend that is entered.
+    """Search on a backend that is already open, and leave it open.
 
     Args:
-        backend: Where trials run.
-        step: What to train; its precision may be left open.
-        bounds: What the search has to respect.
+        backend: The backend that runs trials.
+        step: The step to train; its precision may still be `AUTO`.
+        bounds: The limits of the search.
         progress: Called with each trial when it has ended.
 
     Raises:
@@ -123,8 +123,8 @@ def run_search(
 
     capacity = backend.capacity()
     prediction = backend.prediction(step)
-    # The batch size that will be recommended goes first: where the prediction is right, it and the
-    # certificate are all there is to try.
+    # The batch size that will be recommended is tried first. If the prediction is right, only this
+    # one and the sizes that prove the edge have to be tried.
     expected = _expected_recommendation(prediction, capacity.usable_bytes, bounds)
     ceiling = bounds.max_batch_size or search.DEFAULT_CEILING
     while True:
@@ -186,12 +186,12 @@ def _data_ends(num_samples: int) -> str:
 
 
 def _check_data(step: TrainingStep, batch_size: int) -> None:
-    """Ask a user's function for as large a batch as can be had quickly, up to a simulated answer.
+    """Ask a user's function for a batch of the simulated size, or as large as can be had quickly.
 
-    A trace asks for a few samples only, so that the end of a data set would not show.
+    A trace asks for a few samples only, so it would not reach the end of a small data set.
 
     Raises:
-        DataEndedError: It has fewer samples.
+        DataEndedError: The data set has fewer samples.
     """
     subject = step.subject
     if not isinstance(subject, Workload) or subject.example_batch_size is not None:
@@ -207,7 +207,7 @@ def _check_data(step: TrainingStep, batch_size: int) -> None:
 def _expected_recommendation(
     prediction: Prediction, capacity_bytes: int, bounds: SearchBounds
 ) -> int | None:
-    """Return the batch size that the simulation of a device recommends, if there is one."""
+    """Return the batch size that the simulation of a device recommends, if any."""
     edge, simulated, step = prediction.batch_size, prediction.simulated, prediction.step
     if edge is None or simulated is None or step is None:
         return None
@@ -224,13 +224,13 @@ def _expected_recommendation(
 
 
 def run_trial(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
-    """Try a batch size; an image size that the model refuses is a user's mistake.
+    """Try a batch size; report an image size that the model refuses as a user's mistake.
 
     Args:
-        backend: Where to try it.
-        step: What to train, its precision chosen.
+        backend: The backend that runs the trial.
+        step: The step to train, with its precision chosen.
         batch_size: Samples in each micro-batch.
-        is_first: No other trial has shown yet that the step runs.
+        is_first: No earlier trial has shown that the step runs.
 
     Raises:
         UsageError: The model refuses images of the size that was asked for.
