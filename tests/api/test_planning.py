@@ -336,7 +336,7 @@ def test_a_workload_is_explored_untouched() -> None:
 
 
 def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU cannot be explored, because it has no model of card."""
+    """A GPU is explored by simulating its model of card; a CPU cannot be explored."""
 
     class Posing(SimulatedBackend):
         """Stands in for a real card."""

@@ -17,7 +17,7 @@ from memfit.units import MIB
 
 
 def proved(result: ProbeResult) -> bool:
-    """Return whether the largest size fitted in the last trial, and one more only ran out."""
+    """Return whether the largest size was tried and fitted, and one sample more ran out."""
     tried = [(trial.batch_size, trial.fits) for trial in result.trials]
     return (
         result.edge_found

@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> None:
 
 
 def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a folder inside it too; a command's own table and what is typed go first."""
+    """They count in subfolders too; a command's own table and typed options override them."""
     inside = tmp_path / "inside"
     inside.mkdir()
     monkeypatch.chdir(inside)
@@ -61,7 +61,7 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
 def test_mistakes_in_it_get_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str
 ) -> None:
-    """With the file's name."""
+    """The sentence has the file's name."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, text)
     result = run("gpus", "t4")
@@ -73,7 +73,7 @@ def test_mistakes_in_it_get_one_sentence(
 def test_a_project_without_the_table_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is said."""
+    """Nothing is printed about it."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "[tool.other]\nx = 1\n")
     assert "Defaults" not in run("gpus", "t4").stderr
@@ -85,7 +85,7 @@ def completed(words: list[str], typed: str) -> list[str]:
 
 
 def test_models_and_cards_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From timm once, and from the cache after that."""
+    """The names come from timm once, and then from the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "resnet50" in completed(["probe"], "resnet5")
     (kept,) = (tmp_path / "memfit").iterdir()

@@ -27,7 +27,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_a_plan_shows_its_parts_and_both_limits() -> None:
-    """Simulated where a GPU is named."""
+    """It is simulated if a GPU is named."""
     result = run(*SIMULATED, "--effective-batch", "9000")
     assert result.exit_code == 0, result.output
     assert "effective batch  9000" in result.stdout
@@ -38,7 +38,7 @@ def test_a_plan_shows_its_parts_and_both_limits() -> None:
 
 
 def test_a_plan_is_measured_on_the_cpu() -> None:
-    """Real steps under a limit."""
+    """Real steps run under a limit."""
     result = run(
         *("test_vit", "--device", "cpu", "--memory", "60MiB", "--image-size", "96"),
         *("--effective-batch", "64", "--json"),
@@ -50,7 +50,7 @@ def test_a_plan_is_measured_on_the_cpu() -> None:
 
 
 def test_what_is_emitted_is_all_there_is_on_standard_output() -> None:
-    """The report goes beside it, so that the lines can be piped."""
+    """The report goes to standard error, so that the lines can be piped."""
     result = run(*SIMULATED, "--effective-batch", "2000", "--emit", "timm")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("# 2000 = ")
@@ -59,7 +59,7 @@ def test_what_is_emitted_is_all_there_is_on_standard_output() -> None:
 
 
 def test_equal_parts_that_are_not_there_are_refused() -> None:
-    """Rather than another effective batch."""
+    """The effective batch is not changed instead."""
     limit = ("--max-batch-size", "30")
     result = run(*SIMULATED, *limit, "--effective-batch", "61", "--emit", "fastai")
     assert result.exit_code == 2
@@ -68,7 +68,7 @@ def test_equal_parts_that_are_not_there_are_refused() -> None:
 
 @pytest.fixture
 def exploration(monkeypatch: pytest.MonkeyPatch) -> Exploration:
-    """What `memfit.explore` would find; `tests/api/test_planning.py` runs it."""
+    """Return what `memfit.explore` would find; `tests/api/test_planning.py` runs it."""
     options = StepOptions(precision=Precision.FP32)
     found = Exploration(
         subject="test_vit",
@@ -92,7 +92,7 @@ def exploration(monkeypatch: pytest.MonkeyPatch) -> Exploration:
 
 @pytest.mark.usefixtures("exploration")
 def test_single_changes_are_explored() -> None:
-    """After the plan, in text and in JSON."""
+    """They come after the plan, in text and in JSON."""
     arguments = (*SIMULATED, "--effective-batch", "64", "--explore")
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -105,7 +105,7 @@ def test_single_changes_are_explored() -> None:
 
 @pytest.mark.usefixtures("exploration")
 def test_what_does_not_fit_is_explored_and_still_ends_with_3() -> None:
-    """The table first, then the sentence."""
+    """The table comes first, then the sentence."""
     tight = ("test_vit", "--gpu", "any", "--memory", "460MiB", "--effective-batch", "64")
     result = run(*tight, "--explore")
     assert result.exit_code == 3, result.output
@@ -132,7 +132,7 @@ SIMULATE = ("--engine", "simulate")
 
 
 def test_several_cards_come_in_one_table() -> None:
-    """All of it simulated."""
+    """All of them are simulated."""
     cards = ("--gpu", "3070", "--gpu", "h200")
     result = run("test_vit", *cards, "--effective-batch", "512", "--world-size", "2")
     assert result.exit_code == 0, result.output
@@ -160,7 +160,7 @@ def test_several_cards_come_in_one_table() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, plan measures")
 def test_without_a_gpu_common_ones_are_planned_for() -> None:
-    """A dozen cards from 8 to 141 GB."""
+    """They are a dozen cards from 8 to 141 GB."""
     result = run("test_vit", "--effective-batch", "64")
     assert result.exit_code == 0
     assert result.stdout.count("NVIDIA") + result.stdout.count("Tesla") == 12
@@ -184,7 +184,7 @@ def test_without_a_gpu_common_ones_are_planned_for() -> None:
     ],
 )
 def test_mistakes_get_one_sentence(arguments: tuple[str, ...], exit_code: int, says: str) -> None:
-    """No traceback."""
+    """There is no traceback."""
     result = run(*SIMULATED, *arguments)
     assert result.exit_code == exit_code, result.output
     assert says in result.stderr
@@ -192,7 +192,7 @@ def test_mistakes_get_one_sentence(arguments: tuple[str, ...], exit_code: int, s
 
 
 def test_exploring_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not after the plan was measured."""
+    """The error comes before the plan is measured."""
     monkeypatch.setattr("memfit.api.plan", lambda *_args, **_kwargs: pytest.fail("it planned"))
     result = run("test_vit", "--device", "cpu", "--effective-batch", "8", "--explore")
     assert result.exit_code == 2
@@ -203,7 +203,7 @@ def test_exploring_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_plan_has_a_page_a_picture_and_a_table_of_values(
     tmp_path: Path, cards: tuple[str, ...]
 ) -> None:
-    """For one card and for several, without exploring."""
+    """This holds for one card and for several, without exploring."""
     named = [part for card in cards for part in ("--gpu", card)]
     page, picture = tmp_path / "plan.html", tmp_path / "plan.svg"
     files = ("--html", str(page), "--plot", str(picture), "--csv")
@@ -219,7 +219,7 @@ def test_a_plan_has_a_page_a_picture_and_a_table_of_values(
 
 @pytest.mark.usefixtures("exploration")
 def test_a_page_shows_the_plan_and_what_was_explored(tmp_path: Path) -> None:
-    """Both in one."""
+    """One page has both."""
     path = tmp_path / "plan.html"
     result = run(*SIMULATED, "--effective-batch", "64", "--explore", "--html", str(path))
     assert result.exit_code == 0, result.output
@@ -231,7 +231,7 @@ def test_a_page_shows_the_plan_and_what_was_explored(tmp_path: Path) -> None:
 def test_a_plan_is_shown_before_what_else_would_fit_is_looked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is known much earlier."""
+    """The plan is known much earlier."""
 
     def interrupted(*_args: Any, **_kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -243,7 +243,7 @@ def test_a_plan_is_shown_before_what_else_would_fit_is_looked_for(
 
 
 def test_several_models_are_planned_for_one_after_another() -> None:
-    """And what is for one of them is refused."""
+    """Options that are for one model only are refused."""
     models = ("test_vit", "test_vit2", *SIMULATED[1:], "--effective-batch", "16")
     result = run(*models)
     assert result.exit_code == 0, result.output

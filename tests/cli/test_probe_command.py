@@ -28,7 +28,7 @@ def run(*arguments: str) -> Any:
 
 
 def test_a_probe_prints_both_numbers_and_its_proof() -> None:
-    """The edge, where to stand, and why."""
+    """It prints the edge, the recommendation, and the reasons."""
     result = run(*SMALL, "--max-batch-size", "200")
     assert result.exit_code == 0, result.output
     assert "resnet10t on CPU" in result.output
@@ -38,7 +38,7 @@ def test_a_probe_prints_both_numbers_and_its_proof() -> None:
 
 
 def test_json_is_all_that_is_printed() -> None:
-    """A script can read the output as it stands."""
+    """A script can read the whole output."""
     result = run(*SMALL, "--max-batch-size", "4", "--json", "--model-kwargs", "in_chans=1")
     printed = json.loads(result.stdout)
     assert printed.keys() == {"schema_version", "results"}
@@ -50,7 +50,7 @@ def test_json_is_all_that_is_printed() -> None:
 
 
 def test_json_of_several_cards_is_a_list_of_results() -> None:
-    """One for each card, with the same keys, also where not even one sample fits."""
+    """Each card has one result with the same keys, even if one sample does not fit."""
     result = run(
         "probe", "test_vit", "--gpu", "3090", "--gpu", "3090", "--memory", "330MiB", "--json"
     )
@@ -76,7 +76,7 @@ def test_json_of_several_cards_is_a_list_of_results() -> None:
 def test_mistakes_get_one_sentence_and_their_exit_code(
     arguments: list[str], exit_code: int, says: str
 ) -> None:
-    """What was wrong, the value, and what to do; never a traceback."""
+    """It says what was wrong, the value, and what to do; there is no traceback."""
     result = run("probe", "--device", "cpu", *arguments)
     assert result.exit_code == exit_code, result.output
     assert says in result.stderr
@@ -85,7 +85,7 @@ def test_mistakes_get_one_sentence_and_their_exit_code(
 
 
 def test_a_models_own_error_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its type and its first line, exit code 1, no traceback."""
+    """Its type and first line are shown, the exit code is 1, and there is no traceback."""
 
     def broken(*_: Any, **__: Any) -> None:
         error = RuntimeError("mat1 and mat2 shapes cannot be multiplied\nsecond line")
@@ -101,7 +101,7 @@ def test_a_models_own_error_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is memfit's own fault is not dressed up as the user's."""
+    """A fault of memfit's is not shown as a fault of the user's."""
 
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("bug")
@@ -111,7 +111,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shell's own exit code for an interrupt."""
+    """The exit code is the shell's own for an interrupt."""
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -123,7 +123,7 @@ def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_kwargs_are_python_literals_or_text() -> None:
-    """Numbers are numbers, and words are words."""
+    """Numbers become numbers, and words stay text."""
     pairs = ("a=1", "b=0.5", "c=True", "d=avg", "e=(1, 2)", "f=x=y")
     assert parse_model_kwargs(pairs) == {
         "a": 1,
@@ -150,7 +150,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_the_module_runs_as_a_program() -> None:
-    """`python -m memfit --version` is the installed one."""
+    """`python -m memfit --version` prints the installed version."""
     done = subprocess.run(
         [sys.executable, "-m", "memfit", "--version"], check=True, capture_output=True, text=True
     )
@@ -158,7 +158,7 @@ def test_the_module_runs_as_a_program() -> None:
 
 
 def test_the_public_names_are_all_there() -> None:
-    """Each name of the package can be fetched, and nothing else."""
+    """Each name of the package can be imported, and no other."""
     for name in memfit.__all__:
         assert getattr(memfit, name) is not None
     assert set(memfit.__all__) <= set(dir(memfit))
@@ -175,7 +175,7 @@ def test_torch_is_the_one_that_was_tested_or_newer() -> None:
 
 @pytest.mark.parametrize("cards", [("t4",), ("t4", "rtx3090")])
 def test_a_page(tmp_path: Path, cards: tuple[str, ...]) -> None:
-    """One card's trials, or several cards, are written as a page beside the table."""
+    """One card's trials, or several cards, are written to a page, beside the table."""
     path = tmp_path / "probe.html"
     named = [part for card in cards for part in ("--gpu", card)]
     step = ["test_vit.r160_in1k", "--image-size", "96"]
@@ -189,7 +189,7 @@ def test_a_page(tmp_path: Path, cards: tuple[str, ...]) -> None:
 
 
 def test_several_models_are_asked_about_one_after_another() -> None:
-    """In one list; what does not fit is said, and the others are answered."""
+    """One list has them all; a model that does not fit does not stop the others."""
     cards = ("--gpu", "any", "--memory", "540MiB", "--image-size", "96", "--max-batch-size", "4")
     result = run("probe", "test_vit", "resnet18", *cards, "--csv")
     assert result.exit_code == 3, result.output
@@ -205,7 +205,7 @@ def test_several_models_are_asked_about_one_after_another() -> None:
 
 
 def test_a_table_of_values_has_a_row_for_each_card() -> None:
-    """Those that do not fit too."""
+    """Cards that it does not fit have rows too."""
     cards = ("--gpu", "3090", "--gpu", "3060", "--memory", "330MiB", "--csv")
     result = run("probe", "test_vit", *cards)
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
@@ -218,7 +218,7 @@ def test_a_table_of_values_has_a_row_for_each_card() -> None:
 
 
 def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
-    """Of one card and of several; an unknown ending is refused before any work."""
+    """One card or several are drawn; an unknown ending is refused before any work."""
     step = ("test_vit", "--image-size", "96", "--max-batch-size", "4")
     one, several = tmp_path / "one.svg", tmp_path / "several.svg"
     assert run("probe", *step, "--gpu", "t4", "--plot", str(one)).exit_code == 0
@@ -236,7 +236,7 @@ def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, probe measures")
 def test_memory_without_a_card_is_one_card(tmp_path: Path) -> None:
-    """And it is said which, where and why."""
+    """The output says which card, where and why."""
     result = run("probe", "test_vit", "--memory", "2GiB", "--image-size", "96")
     assert result.exit_code == 0
     assert "There is no GPU here and none was named: simulating a card of 2048 MiB" in result.stderr
@@ -244,7 +244,7 @@ def test_memory_without_a_card_is_one_card(tmp_path: Path) -> None:
 
 
 def test_a_mistyped_card_is_refused_before_torch_is_imported() -> None:
-    """So at once."""
+    """So the error comes at once."""
     script = (
         "import sys, click.testing\n"
         "from memfit.cli import main\n"

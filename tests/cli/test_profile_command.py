@@ -74,7 +74,7 @@ def test_the_step_on_this_machine() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the step would run on the GPU")
 def test_without_a_gpu_one_is_simulated_and_said() -> None:
-    """Neither a card nor a device was named."""
+    """The command names neither a card nor a device."""
     result = run("--batch-size", "4")
     assert result.exit_code == 0
     assert "none was named: simulating an NVIDIA GeForce RTX 4090" in result.stderr
@@ -91,7 +91,7 @@ def test_without_a_gpu_one_is_simulated_and_said() -> None:
     ],
 )
 def test_mistakes_are_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
-    """They end with 2 before anything is traced."""
+    """The exit code is 2, and nothing is traced."""
     result = run("--batch-size", "8", "--gpu", "rtx3090", *arguments)
     assert result.exit_code == 2
     assert sentence in result.output
@@ -101,7 +101,7 @@ def test_mistakes_are_one_sentence(arguments: tuple[str, ...], sentence: str) ->
 def test_a_cpu_has_no_snapshot_and_says_so_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Before a step was recorded for it."""
+    """The error comes before a step is recorded."""
     monkeypatch.setattr(
         "memfit.api.profiling.profile_device", lambda *_args: pytest.fail("it recorded")
     )
@@ -114,5 +114,5 @@ def test_a_cpu_has_no_snapshot_and_says_so_at_once(
 
 
 def test_help_offers_memory_for_cards_only() -> None:
-    """What is recorded on a device has no limit."""
+    """A recording on a device has no limit."""
     assert "What each --gpu has" in " ".join(run("--help").output.split())

@@ -33,7 +33,7 @@ def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_output_at_once(tmp_path: Path) -> None:
-    """JSON, a page and a snapshot come from one run; what the script prints is beside them."""
+    """One run gives JSON, a page and a snapshot; the script's own output goes elsewhere."""
     page, snapshot = tmp_path / "out.html", tmp_path / "out.pickle"
     result = rehearse(
         "--gpu", "rtx3060", "--html", str(page), "--snapshot", str(snapshot), "--json", "--",
@@ -52,7 +52,7 @@ def test_every_output_at_once(tmp_path: Path) -> None:
 
 
 def test_cards_are_one_table_and_the_smallest_decides() -> None:
-    """3 where memory runs out on any of them."""
+    """The exit code is 3 if memory runs out on any of them."""
     result = rehearse(
         "--gpu", "rtx3060", "--gpu", "h100", "--", sys.executable, TRAINING, "3000", "3"
     )
@@ -81,7 +81,7 @@ def test_cards_are_one_table_and_the_smallest_decides() -> None:
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
-    """And exit code 2."""
+    """The exit code is 2."""
     result = CliRunner().invoke(main, ["rehearse", *arguments])
     assert result.exit_code == 2
     assert sentence in result.output
@@ -98,7 +98,7 @@ def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> N
     ],
 )
 def test_ranks_of_a_command(command: tuple[str, ...], expected: int) -> None:
-    """torchrun's ranks take a card each."""
+    """Each of torchrun's ranks takes its own card."""
     from memfit.cli.rehearse import ranks_of
 
     assert ranks_of(command) == expected

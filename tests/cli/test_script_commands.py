@@ -38,7 +38,7 @@ TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.p
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:
-    """And exit code 2, before anything runs."""
+    """The exit code is 2, and nothing runs."""
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert sentence in result.output
@@ -46,7 +46,7 @@ def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> N
 
 
 def test_a_plan_is_a_command_that_was_tried() -> None:
-    """Where the whole effective batch fits, one micro-batch is the plan."""
+    """If the whole effective batch fits, the plan is one micro-batch."""
     try:
         check_supported(find_gpu("rtx3060"))
     except MemfitError as error:

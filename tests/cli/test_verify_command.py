@@ -30,7 +30,7 @@ def test_equal_gradients_end_with_0() -> None:
 
 
 def test_a_model_that_mixes_ends_with_4_and_frozen_with_0() -> None:
-    """It names the layers, and what stops them."""
+    """It names the layers that mix, and what stops them."""
     result = run("test_resnet", *ON_CPU)
     assert result.exit_code == 4, result.output
     assert result.stdout.startswith("differs: test_resnet at 4 x 2, 15 layers mix samples; ")
@@ -41,7 +41,7 @@ def test_a_model_that_mixes_ends_with_4_and_frozen_with_0() -> None:
 
 
 def test_json_is_all_that_is_printed() -> None:
-    """And the exit code stays."""
+    """The exit code is the same as without it."""
     result = run("test_resnet", *ON_CPU, "--json", "--samples", "6")
     assert result.exit_code == 4
     (plain,) = json.loads(result.stdout)["results"]
@@ -62,7 +62,7 @@ def test_json_is_all_that_is_printed() -> None:
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:
-    """No traceback."""
+    """There is no traceback."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert says in result.output
@@ -70,14 +70,14 @@ def test_mistakes_get_one_sentence_and_exit_code_2(arguments: tuple[str, ...], s
 
 
 def test_a_model_s_own_error_is_one_sentence() -> None:
-    """Images too small for it."""
+    """Here the images are too small for the model."""
     result = run("test_resnet", *ON_CPU, "--model-kwargs", "in_chans=0")
     assert result.exit_code in {1, 2}
     assert "Traceback" not in result.output
 
 
 def test_the_public_function_takes_a_workload_and_a_loop() -> None:
-    """With the precision chosen for it."""
+    """The workload is the user's own, and the loop has a fault."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     batch = (torch.randn(12, 6), torch.randint(3, (12,)))
     workload = memfit.Workload(model, batch, nn.functional.cross_entropy, "sgd")
@@ -95,7 +95,7 @@ def test_the_public_function_takes_a_workload_and_a_loop() -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    """As for a probe."""
+    """The error is that of a probe."""
     result = run("test_vit", *SIZES, "--device", "tpu")
     assert result.exit_code == 2
     assert "'tpu' is not a device" in result.output

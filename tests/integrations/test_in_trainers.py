@@ -1,4 +1,4 @@
-"""What is emitted for each trainer runs in it, and trains with every option of the plan."""
+"""The emitted code runs in each trainer, and trains with every option of the plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 class Net(nn.Module):
-    """Convolution and classifier that note how they are trained."""
+    """A convolution and a classifier that record how they are trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
         self.dtypes: set[torch.dtype] = set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As timm's models have it."""
+        """Work as timm's models do."""
         self.is_checkpointing = enable
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class Counting(torch.optim.SGD):
     num_steps = 0
 
     def step(self, closure: Any = None) -> Any:
-        """Count, and do nothing else of its own."""
+        """Count the step and do nothing else."""
         self.num_steps += 1
         return super().step(closure)
 
@@ -101,7 +101,7 @@ def needs(module: str) -> Any:
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {"precision": Precision.AMP_BF16}])
 def test_accelerate(options: dict[str, Any]) -> None:
-    """A window of two batches for each step, in the plan's state."""
+    """Each step has a window of two batches, in the plan's precision and layout."""
     state = needs("accelerate.state")
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
@@ -110,7 +110,7 @@ def test_accelerate(options: dict[str, Any]) -> None:
     text = lines_for(planned(**options), "accelerate")
     run(text, model=net, optimizer=optimizer, loss_fn=F.cross_entropy, dataset=images())
     trained_as_planned(net, options)
-    # Five batches: two windows, and one of the one that is left at the loader's end.
+    # Five batches make two windows, and a third with the one batch left at the loader's end.
     assert optimizer.num_steps == 3
     if options.get("precision") is Precision.AMP_BF16:
         assert torch.bfloat16 in net.dtypes
@@ -142,7 +142,7 @@ def test_lightning(
             return F.cross_entropy(self.net(x), y)
 
         def configure_optimizers(self) -> Any:
-            """Return what counts."""
+            """Return the optimizer that counts."""
             return optimizer
 
     text = lines_for(planned(**options), "lightning")
@@ -157,7 +157,7 @@ def test_lightning(
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
 def test_fastai(options: dict[str, Any]) -> None:
-    """One step for eight samples, with the plan's optimizer, and nothing left after fit."""
+    """One step takes eight samples with the plan's optimizer; fit leaves nothing behind."""
     needs("fastai.vision.all")
     net = Net()
     data = images()
@@ -174,7 +174,7 @@ def test_fastai(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {"precision": Precision.AMP_BF16}])
 def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
-    """The arguments are taken, and a Trainer trains by them."""
+    """It takes the arguments, and a Trainer trains with them."""
     transformers = needs("transformers")
     state = needs("accelerate.state")
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -182,7 +182,7 @@ def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
     net = Net()
 
     class Wrapped(nn.Module):
-        """As transformers' own models: keywords in, loss and scores out."""
+        """Works like transformers' models: keywords in, loss and scores out."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -196,7 +196,7 @@ def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
             return {"loss": F.cross_entropy(scores, labels), "logits": scores}
 
         def gradient_checkpointing_enable(self, **_keywords: Any) -> None:
-            """As `PreTrainedModel` has it."""
+            """Work as `PreTrainedModel` does."""
             net.set_grad_checkpointing()
 
     model = Wrapped()
@@ -217,7 +217,7 @@ def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_timm_takes_every_flag() -> None:
-    """Nothing that train.py passes by itself is given to it again as a model's argument."""
+    """What train.py passes by itself is not given again as a model's argument."""
     given = {
         "drop_path_rate": 0.1,
         "drop_rate": 0.2,
@@ -242,20 +242,20 @@ def test_timm_takes_every_flag() -> None:
     ],
 )
 def test_what_a_trainer_lacks_on_a_cpu_is_refused(trainer: str, precision: Precision) -> None:
-    """It would train in another precision, or end in an error of its own."""
+    """The trainer would use another precision, or end with its own error."""
     with pytest.raises(UsageError, match=f"has no {precision.value} on a CPU"):
         lines_for(planned(precision=precision), trainer)
     assert lines_for(planned(device="NVIDIA L4", precision=precision), trainer)
 
 
 def test_fastai_trains_no_weights_in_bf16() -> None:
-    """Its own bookkeeping fails on their losses, on any device."""
+    """fastai's own bookkeeping fails on such losses, on any device."""
     with pytest.raises(UsageError, match="Plan with precision amp-bf16"):
         lines_for(planned(device="NVIDIA L4", precision=Precision.BF16), "fastai")
 
 
 def test_every_option_is_said_or_set() -> None:
-    """For each trainer, of each option."""
+    """This holds for each trainer and each option."""
     plan = planned(device="NVIDIA L4", **EVERYTHING)
     for trainer in TRAINERS:
         text = lines_for(plan, trainer)
@@ -265,6 +265,6 @@ def test_every_option_is_said_or_set() -> None:
 
 
 def test_the_trainers_of_the_extra_are_those_that_are_tested() -> None:
-    """So that a test that is skipped here runs where they are installed."""
+    """A test that is skipped here runs where the extra is installed."""
     for module in ("accelerate", "pytorch_lightning"):
         assert importlib.util.find_spec(module) is not None

@@ -1,4 +1,4 @@
-"""What is printed for each trainer carries the plan out, or says that it cannot."""
+"""The printed lines for each trainer carry the plan out, or say that they cannot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_options(plan: Plan, **options: Any) -> Plan:
 
 
 def numbers(text: str, trainer: str) -> tuple[int, int]:
-    """Read micro-batch and samples of a rank's step back from what was emitted."""
+    """Read the micro-batch and the samples of a rank's step from the emitted text."""
     patterns = {
         "timm": (r"--batch-size (\d+)", r"--grad-accum-steps (\d+)"),
         "lightning": (r"batch_size=(\d+)", r"accumulate_grad_batches=(\d+)"),
@@ -49,7 +49,7 @@ def numbers(text: str, trainer: str) -> tuple[int, int]:
 def test_the_effective_batch_is_never_changed_in_silence(
     samples: int, micro: int, ranks: int, trainer: str
 ) -> None:
-    """What is emitted multiplies to the plan's effective batch; otherwise it is refused."""
+    """The emitted numbers multiply to the plan's effective batch, or it is refused."""
     plan = plan_of(max(samples, ranks), micro, world_size=ranks)
     try:
         text = lines_for(plan, trainer)
@@ -78,14 +78,14 @@ def test_the_commands_are_those_of_the_command_line() -> None:
     ],
 )
 def test_plans_without_equal_parts_are_refused(plan: Plan, says: str) -> None:
-    """With the nearest that has some."""
+    """The message has the nearest plan with equal parts."""
     for trainer in EQUAL_ONLY:
         with pytest.raises(UsageError, match=says):
             lines_for(plan, trainer)
 
 
 def test_timm_gets_its_own_flags() -> None:
-    """Everything that the step's options say, and the ranks."""
+    """They cover all of the step's options, and the ranks."""
     plan = with_options(
         plan_of(256, 64, world_size=2),
         precision=Precision.AMP_BF16,
@@ -135,7 +135,7 @@ PRECISIONS = {
 def test_each_trainer_is_told_the_precision_and_its_code_compiles(
     precision: Precision, ranks: int
 ) -> None:
-    """In its own words; with several ranks it is told how to start them."""
+    """It is in the trainer's words; for several ranks the text says how to start them."""
     plan = dataclasses.replace(
         with_options(
             plan_of(64, 16, world_size=ranks),
@@ -192,7 +192,7 @@ def test_pytorchs_loops_run_as_they_are(precision: Precision, micro: int) -> Non
 
 
 def test_pytorchs_loops_for_ranks_count_over_all_of_them() -> None:
-    """Synchronised in the last micro-batch, weighted for gradients that are averaged."""
+    """They synchronise in the last micro-batch; weights fit gradients averaged over ranks."""
     text = lines_for(plan_of(64, 16, world_size=2), "pytorch")
     compile(text, "emitted", "exec")
     assert "batch_size=32, sampler=sampler" in text

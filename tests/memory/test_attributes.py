@@ -1,4 +1,4 @@
-"""What modules keep besides parameters and buffers, as it was."""
+"""Attributes that modules keep besides parameters and buffers are put back."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from memfit.memory.restore import preserved, rewound
 
 @dataclasses.dataclass(slots=True)
 class Statistics:
-    """A model's own record of what it has seen."""
+    """Something a model records about what it has seen."""
 
     total: float = 0.0
     seen: list[int] = dataclasses.field(default_factory=list)
 
 
 class Meter:
-    """A model's own object, and no dataclass."""
+    """An object of the model that is no dataclass."""
 
     __slots__ = ("__dict__", "count")
 
@@ -38,7 +38,7 @@ class Meter:
 
 
 class Keeper(nn.Module):
-    """Keeps whatever a model may keep outside parameters and buffers, and changes all of it."""
+    """Keeps all kinds of attributes outside parameters and buffers, and changes them all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def bits(value: Any) -> Any:
 
 
 def kept(model: nn.Module) -> dict[str, Any]:
-    """Return what a model keeps in attributes of its own, generators as their states."""
+    """Return the attributes that a model keeps, with generators as their states."""
     found: dict[str, Any] = {}
     for name, value in vars(model).items():
         if name in vars(nn.Module()):
@@ -137,7 +137,7 @@ def identities(model: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("bracket", [preserved, rewound])
 def test_what_a_model_keeps_is_put_back(bracket: Any) -> None:
-    """Containers, tensors, arrays, generators and own objects have their old content in place."""
+    """Containers, tensors, arrays, generators and objects get their old content in place."""
     model = Keeper()
     before, objects = kept(model), identities(model)
     with bracket(model):
@@ -150,7 +150,7 @@ def test_what_a_model_keeps_is_put_back(bracket: Any) -> None:
 
 
 def test_what_was_not_written_to_can_still_be_used_backward() -> None:
-    """Putting back writes only where bits differ: a graph that needs a kept tensor goes on."""
+    """Only changed bits are written, so a graph that needs a kept tensor still works."""
     model = Keeper()
     weight = torch.ones(2, requires_grad=True)
     product = (model.pair[0] * weight).sum()
@@ -160,7 +160,7 @@ def test_what_was_not_written_to_can_still_be_used_backward() -> None:
 
 
 def test_attributes_that_hold_other_libraries_are_left_alone() -> None:
-    """A lock or a random module is neither copied nor walked into."""
+    """A lock or a random module is not copied, and its contents are not searched."""
     model = nn.Linear(1, 1)
     lock, library = threading.Lock(), random
     vars(model).update(lock=lock, library=library)
@@ -171,7 +171,7 @@ def test_attributes_that_hold_other_libraries_are_left_alone() -> None:
 
 
 def test_verify_leaves_what_a_model_keeps() -> None:
-    """The public promise: as before, after a verification."""
+    """Users are promised this for a verification."""
     model = Keeper()
     workload = memfit.Workload(
         model,
@@ -185,7 +185,7 @@ def test_verify_leaves_what_a_model_keeps() -> None:
 
 
 def test_profile_on_a_cpu_leaves_what_a_model_keeps() -> None:
-    """The public promise: as before, after a profile of the user's own objects."""
+    """Users are promised this for a profile of their own objects."""
     model = Keeper()
     workload = memfit.Workload(
         model,

@@ -1,4 +1,4 @@
-"""The collector, paused and put back as it was."""
+"""Python's garbage collector is paused and put back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memfit.memory.collector import collector_paused, old_objects_set_aside
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("for_good", [True, False])
 def test_the_collector_is_put_back_as_it_was(enabled: bool, for_good: bool) -> None:
-    """Whatever it was, and whatever happens meanwhile."""
+    """This holds for any earlier state, and whatever happens in between."""
     was_enabled = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
@@ -42,7 +42,7 @@ def test_what_stays_joins_the_oldest_generation() -> None:
 
 
 def test_a_simulation_leaves_what_is_frozen() -> None:
-    """What a user has set aside stays set aside, and nothing is that was not."""
+    """Objects that a user froze stay frozen, and no others become frozen."""
     with old_objects_set_aside():
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
@@ -50,7 +50,7 @@ def test_a_simulation_leaves_what_is_frozen() -> None:
     try:
         frozen = gc.get_freeze_count()
         memfit.estimate("test_vit", 1, gpu="rtx3090")
-        # Frozen objects go as others do; none is set free to be walked again.
+        # Frozen objects die like others; none is unfrozen, which would make the collector walk it.
         assert gc.get_freeze_count() > 0.9 * frozen
     finally:
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Out of memory, recognised: every message that is known, and those that only look like it."""
+"""Out of memory is recognised: all known messages, and errors that only look like it."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ NOT_MEMORY = [
 
 @pytest.mark.parametrize("error", CERTAIN, ids=lambda error: str(error)[:40])
 def test_certain(error: Exception) -> None:
-    """The allocators' own words need no second look."""
+    """The allocators' own words need no further check."""
     assert classify(error) is Likelihood.CERTAIN
 
 
 @pytest.mark.parametrize("error", SUSPECTED, ids=lambda error: str(error)[:40])
 def test_suspected(error: Exception) -> None:
-    """Words that a real limit has too need one."""
+    """Words that libraries also use for other limits need a further check."""
     assert classify(error) is Likelihood.SUSPECTED
 
 
@@ -67,21 +67,21 @@ def test_not_memory(error: Exception) -> None:
 
 
 def test_every_signature_is_exercised() -> None:
-    """A message added to the table needs an example here."""
+    """Every message in the table needs an example here."""
     texts = [str(error) for error in (*CERTAIN, *SUSPECTED)]
     missing = {part for part, _ in SIGNATURES if not any(part in text for text in texts)}
     assert missing == {"HIP error: out of memory"}
 
 
 def test_real_errors_of_this_torch_are_recognised() -> None:
-    """The installed torch's own words, not only remembered ones."""
+    """These messages come from the installed torch itself."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert classify(caught.value) is Likelihood.CERTAIN
 
 
 def test_an_error_raised_from_one_about_memory_is_about_memory() -> None:
-    """Code that wraps an out-of-memory in its own exception is understood."""
+    """Code may wrap an out-of-memory in its own exception."""
 
     class TrainerError(Exception):
         pass
@@ -94,7 +94,7 @@ def test_an_error_raised_from_one_about_memory_is_about_memory() -> None:
 
 
 def test_a_bug_met_while_handling_one_is_a_bug() -> None:
-    """Only an explicit cause counts, not the context."""
+    """Only an explicit cause counts, and the context does not."""
     try:
         try:
             raise MemoryError
@@ -105,13 +105,13 @@ def test_a_bug_met_while_handling_one_is_a_bug() -> None:
 
 
 def test_last_words_are_classified() -> None:
-    """A dead process leaves text, no exception."""
+    """A dead process leaves text instead of an exception."""
     words = "terminate called after throwing an instance of 'std::bad_alloc'"
     assert classify_text(words) is Likelihood.CERTAIN
     assert classify_text("Segmentation fault") is Likelihood.NO
 
 
 def test_first_line() -> None:
-    """The first line says it; an empty message falls back to the type."""
+    """The first line is used; for an empty message the type is used."""
     assert first_line(RuntimeError("\n one \n two")) == "one"
     assert first_line(MemoryError()) == "MemoryError"

@@ -1,4 +1,4 @@
-"""A user's objects, bit for bit as they were."""
+"""A user's objects are put back bit for bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def everything(workload: Workload) -> dict[str, Any]:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two nestings are equal, tensors bit for bit."""
+    """Return whether two nestings are equal, with tensors compared bit for bit."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if type(left) is not type(right):
@@ -66,7 +66,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def wreck(workload: Workload, options: StepOptions) -> None:
-    """Do to the user's objects what trials do, and worse."""
+    """Change the user's objects as trials do, and more."""
     step = TrainingStep(subject=workload, options=options)
     prepared = step.prepare(CPU)
     prepared.begin()
@@ -96,7 +96,7 @@ OPTIONS = [
 def test_everything_is_put_back_however_it_ends(
     workload: Workload, options: StepOptions, ending: type[BaseException] | None
 ) -> None:
-    """After success, an error, Ctrl-C and an out-of-memory nothing differs by a bit."""
+    """Nothing differs by a bit after success, an error, Ctrl-C and an out-of-memory."""
     next(workload.model.parameters()).grad = None
     before = everything(workload)
     optimizer = workload.optimizer
@@ -119,7 +119,7 @@ def test_everything_is_put_back_however_it_ends(
 
 
 def test_the_check_above_can_fail(workload: Workload) -> None:
-    """Without the bracket the same steps are seen to change everything."""
+    """Without putting back, the same steps change everything, and the check sees it."""
     before = everything(workload)
     restore = torch.get_default_dtype()
     wreck(workload, OPTIONS[0])
@@ -133,7 +133,7 @@ def test_the_check_above_can_fail(workload: Workload) -> None:
 
 
 def test_an_empty_optimizer_is_empty_again() -> None:
-    """State that the trials created goes."""
+    """State that the trials created is removed."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     with preserved(model, optimizer=optimizer):
@@ -144,7 +144,7 @@ def test_an_empty_optimizer_is_empty_again() -> None:
 
 
 def test_a_buffer_that_was_replaced_is_the_same_tensor_again() -> None:
-    """Code that assigns a new buffer does not leave it behind."""
+    """If code assigns a new buffer, the old one comes back."""
     model = nn.BatchNorm1d(2)
     buffer = model.running_mean
     with preserved(model):
@@ -154,7 +154,7 @@ def test_a_buffer_that_was_replaced_is_the_same_tensor_again() -> None:
 
 
 def test_an_interrupt_while_putting_back_waits_until_it_is_done() -> None:
-    """Ctrl-C in the wrong moment leaves nothing half restored."""
+    """Ctrl-C at a bad moment never leaves objects half restored."""
     model = nn.Linear(3, 2)
     weight = model.weight.detach().clone()
 
@@ -183,7 +183,7 @@ def test_an_interrupt_while_putting_back_waits_until_it_is_done() -> None:
 
 
 def test_lazy_modules_are_refused() -> None:
-    """What has no values yet cannot be put back."""
+    """They have no values yet that could be put back."""
     with (
         pytest.raises(WorkloadError, match="run one batch through the model first"),
         preserved(nn.LazyLinear(3)),
@@ -192,7 +192,7 @@ def test_lazy_modules_are_refused() -> None:
 
 
 def test_releasing_the_cpu_leaves_nothing_to_count() -> None:
-    """A CPU does not count what tensors hold; collecting dead cycles is all there is."""
+    """A CPU does not count the bytes of tensors; only dead cycles are collected."""
     cycle: list[Any] = [torch.ones(10)]
     cycle.append(cycle)
     del cycle

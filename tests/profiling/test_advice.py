@@ -1,4 +1,4 @@
-"""What would free most, and batch size against memory, on simulated cards."""
+"""The changes that would free most, and batch size against memory, on simulated cards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def advice_for(step: TrainingStep, batch_size: int, gpu: Gpu = RTX3090) -> tuple
 
 
 def test_advice_is_what_the_changes_give() -> None:
-    """Each figure is the peak that the changed step has, and the best comes first."""
+    """Each figure is the peak of the changed step, and the best change comes first."""
     changes = advice_for(step_of(), 256)
     assert len(changes) == 3
     freed = [change.freed_bytes for change in changes]
@@ -47,7 +47,7 @@ def test_advice_is_what_the_changes_give() -> None:
 
 
 def test_what_is_on_is_not_advised() -> None:
-    """Nothing that the step has already, and no optimizer for a model without state."""
+    """Nothing that the step already has is advised, and no optimizer without state."""
     changes = advice_for(
         step_of(precision=Precision.BF16, grad_checkpointing=True, optimizer="sgd"), 32
     )
@@ -56,14 +56,14 @@ def test_what_is_on_is_not_advised() -> None:
 
 
 def test_a_card_without_bf16_is_advised_fp16() -> None:
-    """Precisions are those that the card has."""
+    """Only precisions that the card has are advised."""
     changes = advice_for(step_of(), 256, find_gpu("t4"))
     precisions = {change.how for change in changes if change.how.startswith("--precision")}
     assert precisions == {"--precision amp-fp16"}
 
 
 def test_a_model_without_the_switch_is_passed_over() -> None:
-    """A workload that cannot checkpoint gets what it can do."""
+    """A workload that cannot checkpoint gets other advice."""
     workload = Workload(
         nn.Sequential(nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2000)),
         (torch.randn(2, 2000),),
@@ -76,7 +76,7 @@ def test_a_model_without_the_switch_is_passed_over() -> None:
 
 
 def test_fused_attention_that_was_turned_off() -> None:
-    """Where timm was told not to use it, its effect is simulated and the switch put back."""
+    """If timm was told not to use it, its effect is simulated, and the switch is put back."""
     step = step_of(precision=Precision.BF16, image_size=(160, 160))
     set_fused_attn(enable=False)
     try:
@@ -89,7 +89,7 @@ def test_fused_attention_that_was_turned_off() -> None:
 
 
 def test_lines_meet_the_cards() -> None:
-    """Lines share their batch sizes, rise, and the largest batch is the probe's."""
+    """Lines share batch sizes and rise, and the largest batch is that of a probe."""
     traces = TraceCache()
     cards = [find_gpu("rtx3090", total_bytes=size * GIB) for size in (1, 2)]
     step = step_of()

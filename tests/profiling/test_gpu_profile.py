@@ -15,7 +15,7 @@ from memfit.records import Role
 
 @pytest.mark.gpu
 def test_a_recorded_history_is_explained(tmp_path: Path) -> None:
-    """Roles are known, the peak is the allocator's, and the advice is simulated for the card."""
+    """Roles are known, the peak is the allocator's, and advice is simulated for the card."""
     path = tmp_path / "out.pickle"
     profile = memfit.profile(
         "test_vit.r160_in1k", 16, device="cuda", precision="amp-bf16", snapshot=path
@@ -32,7 +32,7 @@ def test_a_recorded_history_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_the_simulation_agrees_with_the_history() -> None:
-    """Activations, which make up most of the peak, are the simulated ones within 5%."""
+    """Activations, most of the peak, are within 5% of the simulated ones."""
     options = {"precision": "amp-bf16", "image_size": 160}
     real = memfit.profile("test_vit.r160_in1k", 64, device="cuda", **options)  # type: ignore[arg-type]
     name = torch.cuda.get_device_name()

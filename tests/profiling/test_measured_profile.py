@@ -39,7 +39,7 @@ def measured(step: TrainingStep) -> MemoryProfile:
 
 
 def simulated(step: TrainingStep) -> Peak:
-    """The same step, traced with the kernels of a CPU."""
+    """Return the same step, traced with the kernels of a CPU."""
     options = TraceOptions(
         compute_capability=(8, 0),
         kernels=Kernels(compute_capability=(8, 0), allows_tf32=False),
@@ -61,7 +61,7 @@ def simulated(step: TrainingStep) -> Peak:
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": True}])
 def test_the_simulation_agrees_with_the_real_step(options: dict[str, object]) -> None:
-    """Peak within 1% and every role within 2% of what torch.profiler saw of the real step."""
+    """The peak is within 1% and every role within 2% of torch.profiler's figures."""
     real, model = measured(vit(**options)).peak, simulated(vit(**options))
     requested = model.allocated_bytes - model.bytes_of(Role.SLACK)
     assert requested == pytest.approx(real.total_bytes, rel=0.01)
@@ -71,7 +71,7 @@ def test_the_simulation_agrees_with_the_real_step(options: dict[str, object]) ->
 
 
 def test_a_measured_profile_is_explained() -> None:
-    """Roles and modules sum to the peak, and blocks know their module, operation and line."""
+    """Roles and modules sum to the peak; blocks know their module, operation and line."""
     profile = measured(vit(grad_checkpointing=True))
     assert profile.source is Source.MEASURED
     assert profile.peak.context_bytes == 0
@@ -85,21 +85,21 @@ def test_a_measured_profile_is_explained() -> None:
     assert "aten::empty" not in {block.operation for block in profile.blocks}
     assert {(block.source_line or "timm/").split("/")[0] for block in profile.blocks} == {"timm"}
     assert any(block.source_line for block in saved)
-    # Backward's temporaries are their modules', not the loss's.
+    # Backward's temporaries belong to their modules, not to the loss.
     begin = profile.timeline.phases[1].begin
     late = [b for b in profile.blocks if b.role is Role.TEMPORARIES and (b.born or 0) > begin]
     assert sum(block.module.startswith("blocks.") for block in late) > 10
 
 
 def test_mixed_precision_copies_on_the_cpu() -> None:
-    """Real autocast's copies of weights are found again."""
+    """Autocast's real copies of weights are recognised."""
     profile = measured(vit(precision=Precision.AMP_BF16))
     copies = [block for block in profile.blocks if block.role is Role.AUTOCAST_COPIES]
     assert {"blocks.0.attn.qkv", "head"} <= {block.module for block in copies}
 
 
 def test_a_users_objects_are_as_before(workload: Workload) -> None:
-    """The model, its gradients and the optimizer are put back; no hook is left."""
+    """The model, its gradients and the optimizer are put back, and no hook is left."""
     model: Any = workload.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -117,7 +117,7 @@ def test_a_users_objects_are_as_before(workload: Workload) -> None:
 
 
 def test_running_out_is_one_sentence(workload: Workload) -> None:
-    """An allocation that the machine refuses ends with what was tried and what to do."""
+    """If the machine refuses an allocation, the error says what was tried and what to do."""
     huge = Workload(
         workload.model,
         lambda samples: (torch.empty(samples, 3, 2**20, 2**20), torch.zeros(samples)),

@@ -26,7 +26,7 @@ STEP = TrainingStep(
 def test_pytorchs_viewer_reads_a_simulated_snapshot(
     monkeypatch: pytest.MonkeyPatch, settings: str
 ) -> None:
-    """Every view of torch.cuda._memory_viz takes it, and its figures are the profile's."""
+    """Every view of torch.cuda._memory_viz reads it, and shows the profile's figures."""
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", settings)
     profiled = profile_gpu(STEP, 4, RTX3090, keeps_history=True)
     profile, snapshot = profiled.profile, profiled.snapshot
@@ -46,7 +46,7 @@ def test_pytorchs_viewer_reads_a_simulated_snapshot(
 
 
 def test_the_history_agrees_with_its_own_segments() -> None:
-    """Replaying the events from nothing ends with the blocks that the segments have."""
+    """Replaying all events ends with the blocks that the segments have."""
     snapshot = profile_gpu(STEP, 4, RTX3090, keeps_history=True).snapshot
     assert snapshot is not None
     live: dict[int, int] = {}
@@ -70,7 +70,7 @@ def test_the_history_agrees_with_its_own_segments() -> None:
 
 
 def test_a_cpu_has_no_snapshot(tmp_path: Path) -> None:
-    """There is no caching allocator to take one of."""
+    """A CPU has no caching allocator."""
     with pytest.raises(UsageError, match="no caching allocator"):
         memfit.profile(
             "test_vit.r160_in1k",

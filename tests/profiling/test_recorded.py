@@ -1,4 +1,4 @@
-"""Recordings of real allocators, put together with what was noted while the step ran."""
+"""Recordings of real allocators are joined with notes that were taken during the step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHT, BATCH, SAVED, SCRATCH, GRADIENT = (MIB * number for number in (1, 10, 20
 
 
 def entry(time_us: int, action: str, address: int, size: int, **more: Any) -> dict[str, Any]:
-    """One entry of `device_traces`, as the docstring of `torch.cuda.memory._snapshot` has it."""
+    """Return an entry of `device_traces` as described in `torch.cuda.memory._snapshot`."""
     frames = [
         {"name": "conv2d", "filename": torch.nn.functional.__file__, "line": 1},
         {"name": "forward", "filename": "/home/me/net.py", "line": 7},
@@ -141,7 +141,7 @@ def test_a_gpus_history_becomes_a_profile() -> None:
 
 
 def test_recomputed_activations() -> None:
-    """What forward makes inside backward is an activation if it outlives the recomputation."""
+    """A block made by forward inside backward is an activation if it outlives recomputation."""
     history = [
         entry(127, "alloc", SAVED, MIB),
         entry(128, "alloc", SCRATCH, MIB),
@@ -174,7 +174,7 @@ def test_copies_are_known_by_their_size() -> None:
 
 
 def test_lines_beyond_memfit_are_not_the_steps() -> None:
-    """Whoever asked for the profile is outside it, and so are torch and Python."""
+    """The caller of the profile is not part of the step; torch and Python are not either."""
     inner = ((torch.nn.functional.__file__, 5), (contextlib.__file__, 6))
     asked = ((memfit.__file__, 1), ("/home/me/ask.py", 2))
     assert line_of((*inner, ("/home/me/net.py", 3), *asked)) == "net.py:3"

@@ -1,4 +1,4 @@
-"""Profiles of steps on GPUs that are not there."""
+"""Profiles of steps on simulated GPUs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def profile_of(
 
 
 def check_sums(profile: MemoryProfile) -> None:
-    """Assert that roles, modules and blocks all hold the peak, to the byte, at every moment."""
+    """Assert that roles, modules and blocks sum to the allocator's bytes at every moment."""
     peak = profile.peak
     assert sum(share.num_bytes for share in peak.roles) == peak.total_bytes
     assert sum(share.num_bytes for share in peak.modules) == peak.total_bytes
@@ -53,7 +53,7 @@ def check_sums(profile: MemoryProfile) -> None:
 
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[nn.Module, int]:
-    """A small network of linear layers, norms and activations, and its input's width."""
+    """Return a small network of linear layers, norms and activations, and its input's width."""
     widths = draw(st.lists(st.integers(1, 300), min_size=2, max_size=5))
     layers: list[nn.Module] = []
     for narrow, wide in itertools.pairwise(widths):
@@ -90,7 +90,7 @@ def test_random_networks_sum_to_the_byte(
     optimizer: type[torch.optim.Optimizer],
     accumulate: bool,
 ) -> None:
-    """Roles, modules and blocks hold the peak exactly, whatever is trained and how."""
+    """Roles, modules and blocks sum exactly to the peak, however the network is trained."""
     model, width = network
     workload = Workload(
         model,
@@ -120,7 +120,7 @@ def test_random_networks_sum_to_the_byte(
     ],
 )
 def test_the_peak_is_the_trials(subject: str, options: dict[str, Any]) -> None:
-    """A profile's peak is the one that probing the same batch size finds, and is all explained."""
+    """Probing the same batch size finds the same peak, and all of it is explained."""
     profile = profile_of(subject, **options)
     check_sums(profile)
     trial = SimulatedBackend(RTX3090).trial(step_of(subject, **options), 8)
@@ -130,7 +130,7 @@ def test_the_peak_is_the_trials(subject: str, options: dict[str, Any]) -> None:
 
 
 def test_watching_changes_nothing() -> None:
-    """The events are the same with a watcher and without, but for the marks of phases."""
+    """A watcher adds the marks of phases and changes no other event."""
     step = step_of(grad_checkpointing=True, accumulate=True)
     options = trace_options(RTX3090)
     plain = trace(step, options).schedule
@@ -148,7 +148,7 @@ def test_watching_changes_nothing() -> None:
 
 
 def test_roles_and_modules_of_a_small_network() -> None:
-    """Every byte of a network that can be counted by hand is where it belongs."""
+    """Every byte of a network that can be counted by hand has the right role and module."""
     model = nn.Sequential(nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 10))
     workload = Workload(
         model,
@@ -172,7 +172,7 @@ def test_roles_and_modules_of_a_small_network() -> None:
 
 
 def test_autocast_copies_and_gradients_are_told_apart() -> None:
-    """In mixed precision weights are copied in half their bits; at the end gradients are whole."""
+    """Mixed precision copies weights in half their bits; final gradients have all bits."""
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8))
     workload = Workload(
         model,
@@ -190,7 +190,7 @@ def test_autocast_copies_and_gradients_are_told_apart() -> None:
 
 
 def test_checkpointing_saves_activations_and_recomputes_them() -> None:
-    """What is recomputed in backward is an activation again, of the module that it is of."""
+    """Values recomputed in backward are activations again, of the module that made them."""
     whole, checkpointed = (profile_of(grad_checkpointing=flag) for flag in (False, True))
     assert checkpointed.peak.bytes_of(Role.ACTIVATIONS) < whole.peak.bytes_of(Role.ACTIVATIONS) / 2
     backward = next(p.begin for p in checkpointed.timeline.phases if p.name == "backward")
@@ -203,7 +203,7 @@ def test_checkpointing_saves_activations_and_recomputes_them() -> None:
 
 
 def test_lines_are_the_models_own() -> None:
-    """Blocks lead to timm's files, in backward through the forward that made the node."""
+    """Blocks lead to timm's files; in backward, to the forward line that made the node."""
     profile = profile_of()
     lines = {block.source_line for block in profile.blocks}
     assert all(line is None or line.startswith("timm/") for line in lines)
@@ -215,7 +215,7 @@ def test_lines_are_the_models_own() -> None:
 
 
 def test_a_table_that_the_model_makes_and_keeps_is_a_buffer() -> None:
-    """It is no activation, for no step gives it back."""
+    """It is no activation, because no step frees it."""
 
     class Lazy(nn.Linear):
         table: torch.Tensor | None = None
@@ -233,7 +233,7 @@ def test_a_table_that_the_model_makes_and_keeps_is_a_buffer() -> None:
 
 
 def test_an_optimizer_around_another() -> None:
-    """Lookahead leaves its state to the optimizer inside; its own comes with the sixth step."""
+    """Lookahead leaves its state to the inner optimizer; its own comes at the sixth step."""
     peak = profile_of(optimizer="lookahead_adamw").peak
     assert peak.bytes_of(Role.OPTIMIZER_STATE) == 2 * peak.bytes_of(Role.PARAMETERS)
 
@@ -254,7 +254,7 @@ def test_a_step_that_needs_values_is_one_sentence() -> None:
 
 
 def test_growth_predicts_another_batch_size() -> None:
-    """Bytes for every sample and fixed bytes give what tensors hold at the peak elsewhere."""
+    """Bytes per sample and fixed bytes give the bytes of tensors at the peak for other sizes."""
     here, there = profile_of(batch_size=32), profile_of(batch_size=48)
     assert here.bytes_per_sample is not None
     assert here.fixed_bytes is not None
@@ -265,7 +265,7 @@ def test_growth_predicts_another_batch_size() -> None:
 
 
 def test_what_does_not_fit_is_profiled_and_named() -> None:
-    """A batch beyond the card says what found no room and how much is missing."""
+    """The message says which allocation found no room and how much is missing."""
     small = dataclasses.replace(RTX3090, total_bytes=RTX3090.context_bytes + 60 * MIB)
     profile = profile_gpu(step_of(), 64, small).profile
     assert profile.outcome is Outcome.OUT_OF_MEMORY
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_profiled_and_named() -> None:
 
 
 def test_a_trace_is_shared() -> None:
-    """The trace of a profile serves the questions that follow it."""
+    """Later questions use the trace of the profile."""
     traces = TraceCache()
     step = step_of()
     profile = profile_gpu(step, 8, RTX3090, traces=traces).profile
@@ -288,7 +288,7 @@ def test_a_trace_is_shared() -> None:
 
 
 class Centres(nn.Module):
-    """A loss with weights of its own."""
+    """A loss with weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class Centres(nn.Module):
 
 
 def test_a_losss_parameters_are_parameters() -> None:
-    """Its weights, their gradients and their optimizer state, as the model's."""
+    """Its weights, their gradients and their state count like the model's."""
     model, loss = nn.Linear(8, 16), Centres()
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()])
     batch = (torch.randn(4, 8), torch.randint(1000, (4,)))

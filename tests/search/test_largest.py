@@ -407,7 +407,7 @@ def test_a_recommendation_needs_no_allocator_retries() -> None:
 
 @pytest.mark.parametrize("wrong", [{"headroom": 1.0}, {"headroom": -0.1}, {"multiple_of": 0}])
 def test_impossible_recommendations_are_refused(wrong: dict[str, float]) -> None:
-    """A headroom of 1, or multiples of 0, are the caller's mistake."""
+    """A headroom of 1 or below 0, or multiples of 0, are the caller's mistake."""
     device = Device(lambda b: b, 10)
     with pytest.raises(ValueError, match=next(iter(wrong))):
         recommended(device.trial, device.largest(), capacity_bytes=10, **wrong)  # type: ignore[arg-type]
@@ -422,7 +422,7 @@ def test_impossible_recommendations_are_refused(wrong: dict[str, float]) -> None
 def test_a_line_that_errs_upwards_costs_one_cheap_trial(
     fixed: int, per_sample: int, edge: int, bend: float
 ) -> None:
-    """If memory grows faster near the edge, the edge is tried, and the size below it."""
+    """If memory grows a little faster near the edge, the answer still takes few trials."""
 
     def bytes_of(n: int) -> int:
         return int(MIB * (fixed + per_sample * n * (1 + bend * n / edge)))

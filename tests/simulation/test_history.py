@@ -1,4 +1,4 @@
-"""Recorded histories, in PyTorch's format, beside the replay."""
+"""Recorded histories in PyTorch's format are compared with the replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memfit.units import MIB
 
 
 def entry(action: str, address: int, size: int, stream: int = 0) -> dict[str, Any]:
-    """One entry as `torch.cuda.memory._snapshot` has it."""
+    """Return one entry in the format of `torch.cuda.memory._snapshot`."""
     return {"action": action, "addr": address, "size": size, "stream": stream, "frames": []}
 
 
@@ -36,14 +36,14 @@ HISTORY = (
 
 
 def test_a_history_agrees_with_its_replay() -> None:
-    """The same segments are taken for the same requests."""
+    """Both take the same segments for the same requests."""
     events = events_of(read_history(HISTORY))
     assert [event.action for event in events].count(Action.ALLOC) == 4
     assert disagreement(events) is None
 
 
 def test_a_disagreement_is_located() -> None:
-    """Where the real allocator took another segment, that event is named."""
+    """The event at which the real allocator took another segment is named."""
     wrong = (*HISTORY[:6], entry("segment_alloc", 9000, 40 * MIB), *HISTORY[7:])
     found = disagreement(events_of(read_history(wrong)))
     assert found is not None
@@ -55,13 +55,13 @@ def test_a_disagreement_is_located() -> None:
 
 
 def test_one_stream_only() -> None:
-    """Pools are per stream, and the replay has one."""
+    """The allocator has a pool for each stream, and the replay has one pool."""
     with pytest.raises(UsageError, match="2 streams"):
         events_of(read_history((*HISTORY, entry("alloc", 5, 512, stream=7))))
 
 
 class Recording(DeviceMemory):
-    """A device that notes its segments as PyTorch does."""
+    """A device that records its segments as PyTorch does."""
 
     def __init__(self, capacity_bytes: float, history: list[dict[str, Any]], prefix: str) -> None:
         super().__init__(capacity_bytes)
@@ -89,7 +89,7 @@ class Recording(DeviceMemory):
 def test_a_synthetic_history_replays_under_pressure(
     expandable: bool, script: list[tuple[bool, int, int]]
 ) -> None:
-    """Segments taken, given back and taken again, in either kind, until nothing more fits."""
+    """Segments of both kinds are taken, freed and taken again, until nothing more fits."""
     options = AllocatorSettings(expandable_segments=expandable)
     history: list[dict[str, Any]] = []
     recorded = CachingAllocator(settings=options)

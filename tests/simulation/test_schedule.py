@@ -1,4 +1,4 @@
-"""Tapes: what they hold at any batch size, and when a replay has seen enough."""
+"""Tapes: what they hold at any batch size, and when a replay may end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step(events: list[Event], growth: list[int], *, fixed: int = 0) -> StepSched
 
 @st.composite
 def stretches(draw: st.DrawFn) -> tuple[list[Event], list[int]]:
-    """Allocations that grow by whatever they do, freed in any order, all of them in the end."""
+    """Return allocations of several growth rates that are freed in any order."""
     events: list[Event] = []
     growth: list[int] = []
     live: list[int] = []
@@ -61,7 +61,7 @@ def requested_peak(schedule: StepSchedule, batch_size: int) -> int:
 def test_tensors_bound_the_batch(
     stretch: tuple[list[Event], list[int]], room: int, fixed: int
 ) -> None:
-    """The batch size that tensors allow is the last whose peak of requested bytes has room."""
+    """It is the last batch size whose peak of requested bytes has room."""
     schedule = step(*stretch, fixed=fixed)
     found = schedule.largest_within(room)
     if not any(stretch[1]):
@@ -74,20 +74,20 @@ def test_tensors_bound_the_batch(
 
 
 def test_a_replay_ends_when_an_iteration_asks_nothing_of_the_device() -> None:
-    """The second iteration finds everything in the cache, so a third would be the same."""
+    """The second iteration finds all it needs in the cache, so a third would be the same."""
     schedule = step([alloc(1, 8 * MIB), free(1)], [MIB, 0])
     assert list(schedule.play(CachingAllocator(), 4)) == [12 * MIB, 12 * MIB]
 
 
 def test_a_replay_goes_on_while_the_peak_grows() -> None:
-    """At most six iterations, as a measured trial."""
+    """It has at most six iterations, like a measured trial."""
     leaking = step([alloc(1, 12 * MIB)], [0])
     peaks = list(leaking.play(CachingAllocator(), 1))
     assert peaks == [12 * MIB * count for count in range(1, 7)]
 
 
 def test_a_replay_that_always_asks_ends_when_two_peaks_agree() -> None:
-    """Here each iteration gives back its cache, so it never ends where it began."""
+    """Here each iteration gives back its cache, so it never ends in its first state."""
     emptied = Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0, origin="test")
     schedule = step([alloc(1, 30 * MIB), free(1), emptied], [0] * 3)
     assert list(schedule.play(CachingAllocator(), 1)) == [30 * MIB] * 3

@@ -1,4 +1,4 @@
-"""Iterations compared until they repeat: what a step keeps, and for how long."""
+"""Iterations are compared until they repeat: this shows what a step keeps, and how long."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def settled(step: Step) -> StepSchedule:
 
 
 def peak_and_rest(schedule: StepSchedule, batch_size: int) -> tuple[int, int]:
-    """Return the peak of what is held, and what is held after each of many iterations."""
+    """Return the peak of the held bytes, and the bytes held after each of many iterations."""
     allocator = CachingAllocator()
     for stretch in schedule._stretches(12):
         stretch.play(allocator, batch_size)
@@ -70,11 +70,11 @@ def peak_and_rest(schedule: StepSchedule, batch_size: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3])
 def test_what_is_kept_for_some_iterations_counts_once(length: int) -> None:
-    """A queue holds as many as it is long, however often the iteration is replayed."""
+    """A queue holds its own length of tensors, however often the iteration is replayed."""
     schedule = settled(Step(length))
     peak, held = peak_and_rest(schedule, 100)
     assert held == WEIGHTS + length * SAMPLE * 100
-    # Beside the batch, the new one comes before the oldest goes.
+    # Besides the batch: the new tensor is allocated before the oldest one is freed.
     assert peak == held + SAMPLE * 100 * (2 if length else 1)
     assert not schedule.grows(100, peak)
 
@@ -89,33 +89,33 @@ def test_what_is_kept_for_good_grows() -> None:
 
 
 def test_a_little_that_is_kept_is_no_growth() -> None:
-    """A loss in a list is no reason to warn."""
+    """A loss in a list is no reason for a warning."""
     schedule = settled(Step(None))
     assert not schedule.grows(1, 2000 * SAMPLE)
 
 
 def test_replays_until_the_end_where_it_grows() -> None:
-    """As a trial would: six iterations, though the allocator may not have to ask for more."""
+    """It takes six iterations, like a trial, even if the allocator needs no more memory."""
     allocator = CachingAllocator()
     assert len(list(settled(Step(None)).play(allocator, 1))) == 6
     assert len(list(settled(Step(1)).play(allocator, 1))) < 6
 
 
 def test_what_only_early_iterations_do_is_there_from_the_start() -> None:
-    """The first two are like no other; the two after them are alike."""
+    """The first two iterations are unlike any other; the next two are alike."""
     schedule = settled(Step(0, extra_at=(0, 1)))
     assert [event.num_bytes for event in schedule.setup.events] == [WEIGHTS, 7, 7]
     assert 7 not in [event.num_bytes for event in schedule.later.events]
 
 
 def test_iterations_that_never_repeat_are_an_error() -> None:
-    """Every second one does something else."""
+    """Here every second iteration does something else."""
     with pytest.raises(StreamsDifferError, match="No two of 6 iterations"):
         settled(Step(0, extra_at=(1, 3, 5)))
 
 
 def test_renamed_allocations_are_known_by_their_traced_id() -> None:
-    """So that what they are for can be looked up."""
+    """The traced id says what they are for."""
     schedule = settled(Step(2))
     traced = {event.id for event in schedule.later.events}
     for number in range(5):

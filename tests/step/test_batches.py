@@ -1,4 +1,4 @@
-"""Batches of any nesting, along their leading dimension."""
+"""Batches of any nesting are resized along their first dimension."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memfit.step.batches import batch_size_of, resized, to_device
 
 @given(st.integers(1, 9), st.integers(1, 30))
 def test_resizing_repeats_the_samples_in_order(size: int, wanted: int) -> None:
-    """Every tensor of any nesting gets the same rows; the rest stays as it is."""
+    """All tensors get the same rows; everything else does not change."""
     rows = torch.arange(size)
     batch: OrderedDict[str, Any] = OrderedDict(
         a=[rows, (rows * 2, "text")], b={"scale": torch.tensor(3.0)}, c=None

@@ -28,7 +28,7 @@ SINGLE: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_single_number_is_seen_and_forced(name: str) -> None:
-    """At one end it is below any probability, at the other above."""
+    """One end is below any probability, and the other is above."""
     draw = SINGLE[name]
     seen = Draws()
     with seen.watched():
@@ -41,7 +41,7 @@ def test_a_single_number_is_seen_and_forced(name: str) -> None:
 
 
 def test_choices_are_forced_to_the_first_and_the_last() -> None:
-    """Sizes of images, numbers of layers."""
+    """They choose sizes of images or numbers of layers."""
     draws = (
         lambda: random.choice([1, 2, 3]),
         lambda: random.randint(1, 3),
@@ -55,7 +55,7 @@ def test_choices_are_forced_to_the_first_and_the_last() -> None:
 
 
 def test_many_numbers_are_left_alone() -> None:
-    """Noise, dropout and masks decide nothing of the kind."""
+    """Noise, dropout and masks do not decide which layers run."""
     draws = Draws(HIGH)
     with draws.watched():
         drawn = (torch.rand(100), np.random.rand(100), np.random.uniform(0, 1, 100))
@@ -65,7 +65,7 @@ def test_many_numbers_are_left_alone() -> None:
 
 
 def test_everything_draws_as_before_afterwards() -> None:
-    """Also after an error."""
+    """This holds after an error too."""
     before = (random.random, random.choice, np.random.rand)
     with pytest.raises(RuntimeError, match="boom"), Draws(LOW).watched():
         raise RuntimeError("boom")

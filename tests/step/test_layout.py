@@ -1,4 +1,4 @@
-"""Where the samples of a batch are, in containers of every kind; what cannot be told is refused."""
+"""Samples are found in batches of every kind of container; unclear batches are refused."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from memfit.step.nesting import leaves_of
 
 
 class Encoding(collections.UserDict[str, Any]):
-    """As a tokenizer returns it."""
+    """Like a tokenizer's result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch with names, which checks what it is made of."""
+    """A batch whose parts have names, and which checks its parts."""
 
     ids: Any
     scale: float = 1.0
@@ -37,7 +37,7 @@ class Rows:
 
 
 class Pair(NamedTuple):
-    """A batch with names and places."""
+    """A batch whose parts have names and positions."""
 
     ids: Any
     labels: Any
@@ -84,7 +84,7 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
 
 
 def samples_of(part: Any) -> list[str]:
-    """Return something readable for each sample of one of the parts."""
+    """Return a readable value for each sample of one of the parts."""
     if isinstance(part, torch.Tensor) and part.is_sparse:
         return [str(int(row)) for row in part.to_dense().flatten()]
     if isinstance(part, (torch.Tensor, np.ndarray)):
@@ -93,7 +93,7 @@ def samples_of(part: Any) -> list[str]:
 
 
 def all_samples(batch: Any) -> list[list[str]]:
-    """Return what `samples_of` does for each part of a batch made of `PARTS` in `CONTAINERS`."""
+    """Return the result of `samples_of` for each part of a batch from `PARTS` in `CONTAINERS`."""
     found = []
     for holder in batch:
         inner = next(iter(holder.values())) if isinstance(holder, Mapping) else holder
@@ -118,7 +118,7 @@ def all_samples(batch: Any) -> list[list[str]]:
 def test_whatever_holds_samples_is_cut(
     made_of: list[tuple[str, str]], size: int, data: st.DataObject
 ) -> None:
-    """Tensors, arrays and lists in containers of every kind: each part has its own share."""
+    """Tensors, arrays and lists are cut in all containers; each part has its share."""
     batch = (
         *(CONTAINERS[container](PARTS[part](size)) for part, container in made_of),
         torch.arange(size),
@@ -136,7 +136,7 @@ def test_whatever_holds_samples_is_cut(
 
 
 def test_containers_keep_their_classes() -> None:
-    """A model that asks for attributes finds them; what is not per sample stays what it is."""
+    """Attributes are still there, and parts that are not per sample do not change."""
     batch: dict[str, Any] = {
         "rows": Rows(torch.arange(6)),
         "pair": Pair(torch.arange(6), ["a"] * 6),
@@ -157,7 +157,7 @@ def test_containers_keep_their_classes() -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_cut(layout: torch.layout) -> None:
-    """Both layouts: sample by sample."""
+    """Both layouts are cut sample by sample."""
     nested = torch.nested.nested_tensor(
         [torch.full((length, 2), float(length)) for length in (3, 1, 4, 1, 5)], layout=layout
     )
@@ -170,7 +170,7 @@ def test_nested_tensors_are_cut(layout: torch.layout) -> None:
 
 
 def test_packed_sequences_are_cut() -> None:
-    """By sequences, and not by the steps that they are packed into."""
+    """They are cut by sequences, and not by the time steps in which they are packed."""
     lengths = (2, 5, 3, 1)
     sequences = [torch.full((length, 2), float(length)) for length in lengths]
     batch = (pack_sequence(sequences, enforce_sorted=False), torch.tensor(lengths))
@@ -181,7 +181,7 @@ def test_packed_sequences_are_cut() -> None:
 
 
 def test_a_list_of_arguments_is_no_list_of_samples() -> None:
-    """Where the model or the loss takes a list one by one, it may have as many entries as rows."""
+    """It is a list of inputs or targets, and may have as many entries as there are rows."""
     batch = ([torch.zeros(2, 3), torch.ones(2, 3)], [torch.zeros(2), torch.ones(2)])
     layout = Layout.of(batch)
     assert layout.num_samples == 2
@@ -192,7 +192,7 @@ def test_a_list_of_arguments_is_no_list_of_samples() -> None:
 
 
 def test_a_list_of_samples_is_one_argument() -> None:
-    """Images of different sizes, or texts, in the place of the inputs."""
+    """Images of different sizes, or texts, are the inputs."""
     images = [torch.zeros(3, 8 + i, 8) for i in range(5)]
     for inputs in (images, ["a", "b", "c", "d", "e"]):
         layout = Layout.of((inputs, torch.arange(5)))
@@ -207,7 +207,7 @@ DETECTION = (
 
 
 def test_as_many_boxes_as_channels_are_refused() -> None:
-    """Six images of three channels with three boxes each are six samples or three."""
+    """Six images of three channels with three boxes each could be six samples or three."""
     with pytest.raises(WorkloadError, match=r"as 6 samples \(batch\[0\]\) or as 3 \(batch\[0\]\["):
         Layout.of(DETECTION, BatchRules(num_inputs=2))
     told = BatchRules(num_inputs=2, dims={"batch[0]": 0})
@@ -217,7 +217,7 @@ def test_as_many_boxes_as_channels_are_refused() -> None:
 
 
 def test_two_batches_tell_what_one_does_not() -> None:
-    """What grows with the batch size holds samples, along whatever dimension; the rest does not."""
+    """A part that grows with the batch size holds samples, in any dimension; others do not."""
 
     def make(size: int) -> Any:
         return {
@@ -244,7 +244,7 @@ GRAPH = (
 
 
 class Opaque:
-    """What a library of its own would hold samples in."""
+    """A container of samples that memfit does not know."""
 
     def __init__(self) -> None:
         self.boxes = torch.zeros(4, 2)
@@ -291,7 +291,7 @@ class Opaque:
     ],
 )
 def test_what_cannot_be_told_is_refused(batch: Any, says: str) -> None:
-    """One sentence: what does not fit, and what to give."""
+    """One sentence says what does not fit, and what to give."""
     with pytest.raises(WorkloadError, match=says):
         Layout.of(batch).certain()
 
@@ -324,7 +324,7 @@ def test_what_cannot_be_told_is_refused(batch: Any, says: str) -> None:
 def test_what_errors_advise_works(
     batch: Any, dims: dict[str | int, int | None], shapes: list[tuple[int, ...]]
 ) -> None:
-    """The same batches, cut as told."""
+    """The same batches are cut when the advice is followed."""
     layout = Layout.of(batch, BatchRules(dims=dims))
     layout.certain()
     tensors = [x for x in leaves_of(layout.take(batch, 0, 2)) if isinstance(x, torch.Tensor)]
@@ -332,7 +332,7 @@ def test_what_errors_advise_works(
 
 
 def test_a_function_of_the_users_cuts_what_slices_do_not() -> None:
-    """Graphs: the targets say how many there are, or a function counts them."""
+    """For graphs the targets give the number of samples, or a function counts them."""
 
     def cut(batch: Any, start: int, stop: int) -> Any:
         graphs, targets = batch
@@ -369,13 +369,13 @@ def test_a_function_of_the_users_cuts_what_slices_do_not() -> None:
     ],
 )
 def test_rules_that_say_nothing_are_refused(rules: dict[str, Any], says: str) -> None:
-    """With the nearest part, or what it has to be."""
+    """The message has the nearest part, or what the rule has to be."""
     with pytest.raises((UsageError, WorkloadError), match=says):
         Layout.of({"x": torch.zeros(4)}, BatchRules(**rules))
 
 
 def test_what_is_known_of_one_batch_holds_for_the_next() -> None:
-    """A short last batch that would be doubted by itself is cut as those before it."""
+    """A short last batch may be unclear alone; it is cut like those before it."""
 
     def batch(size: int) -> Any:
         return {"crops": [torch.zeros(size, 3)] * 3, "y": torch.zeros(size)}
@@ -391,7 +391,7 @@ def test_what_is_known_of_one_batch_holds_for_the_next() -> None:
 
 
 def test_one_sample_needs_no_cut() -> None:
-    """A last batch of one is doubtful in every part, and whole."""
+    """In a batch of one sample every part is unclear, but it is used whole."""
     batch = {"crops": [torch.zeros(1, 3)]}
     layout = Layout.of(batch)
     assert layout.num_samples == batch_size_of(batch) == 1

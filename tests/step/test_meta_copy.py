@@ -1,4 +1,4 @@
-"""Copies without values: whatever a model keeps, and wherever."""
+"""Copies without values, of everything that a model keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memfit.step.meta_copy import without_values
 
 
 class Net(nn.Module):
-    """Keeps what it is told to."""
+    """Keeps the objects it is told to keep."""
 
     def __init__(self, keep: Callable[[Net, torch.Tensor], None] | None = None) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("keep", [in_attribute, in_dictionary, in_tuple, in_deque])
 def test_an_activation_that_is_kept_is_copied(keep: Callable[[Net, torch.Tensor], None]) -> None:
-    """Part of a graph or not, and however deep it lies."""
+    """It may be part of a graph or not, and lie in any depth."""
     net = Net(keep)
     net(torch.randn(2, 4))
     copied = without_values(net)
@@ -84,7 +84,7 @@ def test_an_activation_that_is_kept_is_copied(keep: Callable[[Net, torch.Tensor]
     ],
 )
 def test_what_holds_no_tensors_is_copied(value: object) -> None:
-    """Locks are new, generators of numbers go on from where they were."""
+    """Locks are new, and generators of numbers go on from where they were."""
     net = Net()
     net.own = value
     assert type(without_values(net).own) is type(value)
@@ -92,7 +92,7 @@ def test_what_holds_no_tensors_is_copied(value: object) -> None:
 
 
 def test_a_generator_may_be_kept_and_not_used() -> None:
-    """It can be neither copied nor put back, so taking from it is refused and it is untouched."""
+    """It can neither be copied nor put back, so drawing from the copy is refused."""
     net = Net()
     net.rows = (number for number in range(3))
     copied = without_values(net)
@@ -102,7 +102,7 @@ def test_a_generator_may_be_kept_and_not_used() -> None:
 
 
 def test_hooks_write_into_the_copy() -> None:
-    """A hook closes over a dictionary or over the model, and the user's stay as they are."""
+    """A hook closes over a dictionary or the model, and the user's objects do not change."""
     net = Net()
     seen: dict[str, torch.Tensor] = {}
     net.own = {}
@@ -126,7 +126,7 @@ def closing(loss: nn.Module) -> Callable[..., torch.Tensor]:
 def test_a_loss_computes_with_copies_of_what_it_closes_over(
     wrap: Callable[[nn.Module], Callable[..., torch.Tensor]],
 ) -> None:
-    """A module with weights, in a closure or not, which the optimizer holds too."""
+    """This is a module with weights, in a closure or not; the optimizer holds them too."""
     net, loss = Net(), nn.Linear(4, 1)
     optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()])
     model, function, copied = without_values((net, wrap(loss), optimizer), optimizer=optimizer)
@@ -138,13 +138,13 @@ def test_a_loss_computes_with_copies_of_what_it_closes_over(
 
 
 def test_functions_without_tensors_are_shared() -> None:
-    """There is nothing to rebind."""
+    """They need no copy."""
     _, function = without_values((Net(), nn.functional.cross_entropy))
     assert function is nn.functional.cross_entropy
 
 
 def test_an_optimizers_state_is_copied() -> None:
-    """Moments lose their values; counters keep theirs, on the CPU."""
+    """Moments lose their values; counters keep them, on the CPU."""
     net = Net()
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.randn(2, 4)).sum().backward()
@@ -157,7 +157,7 @@ def test_an_optimizers_state_is_copied() -> None:
 
 
 def test_torch_copies_as_before_afterwards() -> None:
-    """What was replaced while copying is back, also after an error."""
+    """Functions that were replaced during the copy are put back, also after an error."""
     net = Net()
     net.own = object.__new__(type("Refuses", (), {"__reduce_ex__": _refuse}))
     with pytest.raises(NotSimulatedError, match=r"cannot be copied \(I am one"):
@@ -174,6 +174,6 @@ def _refuse(_self: object, _protocol: int) -> None:
 
 
 def test_lazy_modules_are_refused() -> None:
-    """They have no shape to copy."""
+    """They have no shape yet."""
     with pytest.raises(WorkloadError, match="'weight' of LazyLinear has no shape yet"):
         without_values(nn.LazyLinear(3))

@@ -1,4 +1,4 @@
-"""timm's models: which of them make no training step, and why."""
+"""Some timm models make no training step; the message says why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfit.records import Precision, StepOptions
 from memfit.step.timm_models import timm_parts
 
 META = torch.device("meta")
-# What `benchmarks/timm_models.py` could not trace, of all that this release of timm registers.
+# The models of this release of timm that `benchmarks/timm_models.py` could not trace.
 NOT_TRACED = json.loads((Path(__file__).parents[1] / "data" / "zoo-not-traced.json").read_text())
 
 
@@ -24,7 +24,7 @@ def options(num_classes: int | None = None) -> StepOptions:
 
 
 def test_what_of_timm_does_not_trace_is_less_than_a_hundredth() -> None:
-    """By the list that `benchmarks/timm_models.py` made; another release has another list."""
+    """The list is from `benchmarks/timm_models.py`; another release has another list."""
     if timm.__version__ != NOT_TRACED["timm"]:
         pytest.skip(f"the list was made with timm {NOT_TRACED['timm']}")
     names = timm.list_models()
@@ -34,7 +34,7 @@ def test_what_of_timm_does_not_trace_is_less_than_a_hundredth() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "gemma4_vit_167m_enc"])
 def test_an_encoder_is_refused_with_what_to_do(name: str) -> None:
-    """With classes asked for or not, it has none to train."""
+    """It has no classes to train, even if classes are asked for."""
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
     with pytest.raises(UsageError, match="no classifier of its own"):
@@ -45,28 +45,28 @@ def test_an_encoder_is_refused_with_what_to_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit"])
 def test_images_of_broken_patches_are_refused(name: str) -> None:
-    """Whether a model is built for one size or takes any."""
+    """This holds for models of one size and for models of any size."""
     asked = dataclasses.replace(options(10), image_size=(63, 64))
     with pytest.raises(UsageError, match=r"63 is not a multiple .* nearest is 48 or 64"):
         timm_parts(name, asked, META)
 
 
 def test_a_models_own_image_size_is_taken() -> None:
-    """Also where it is no multiple of its patches: the rest of the border is left out."""
+    """It may be no multiple of the patches; then the rest of the border is left out."""
     model, make_batch, _ = timm_parts("vit_so400m_patch14_siglip_gap_384", options(10), META)
     images, _ = make_batch(2)
     assert model.to(META)(images).shape == (2, 10)
 
 
 def test_feature_extractors_are_refused() -> None:
-    """They return maps, and no loss is known for those."""
+    """They return maps, and memfit knows no loss for them."""
     step = dataclasses.replace(options(), model_kwargs=(("features_only", True),))
     with pytest.raises(UsageError, match=r"features_only=True returns feature maps.*Workload"):
         timm_parts("test_resnet", step, META)
 
 
 def test_the_size_that_a_model_is_built_for_is_that_of_its_images() -> None:
-    """As a keyword of the model, with or without the option; both have to agree."""
+    """The keyword of the model may come with or without the option; both must agree."""
     step = dataclasses.replace(options(), model_kwargs=(("img_size", 64),))
     _, batch_of, _ = timm_parts("test_vit", step, META)
     assert batch_of(2)[0].shape == (2, 3, 64, 64)

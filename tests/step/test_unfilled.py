@@ -10,7 +10,7 @@ from memfit.step.unfilled import UnfilledWeights
 
 
 def test_large_weights_are_not_drawn_and_nothing_else_changes() -> None:
-    """Shapes, types and buffers are those of the model; no random number is drawn."""
+    """Shapes, types and buffers are the model's; no random number is drawn."""
     plain = timm.create_model("test_vit", num_classes=10)
     before = torch.get_rng_state()
     with UnfilledWeights():
@@ -27,7 +27,7 @@ def test_large_weights_are_not_drawn_and_nothing_else_changes() -> None:
 
 
 def test_small_tensors_and_whole_numbers_are_filled() -> None:
-    """They may be more than weights."""
+    """Such tensors may be something other than weights."""
     with UnfilledWeights():
         assert torch.zeros(10).uniform_(1, 2).min() >= 1
         assert torch.zeros(2**15, dtype=torch.long).add_(3).min() == 3

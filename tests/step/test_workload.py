@@ -1,4 +1,4 @@
-"""Training steps from names and from a user's own objects."""
+"""Training steps that are made from names and from a user's own objects."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_timm_models_train_in_every_way(options: dict[str, Any]) -> None:
 
 
 def test_options_reach_the_model() -> None:
-    """Precision, layout, classes and checkpointing are what was asked for."""
+    """The model has the precision, layout, classes and checkpointing that were asked for."""
     made = prepared("resnet10t", channels_last=True, num_classes=7, grad_checkpointing=True)
     weight = made.model.get_submodule("layer1.0.conv1").weight
     assert isinstance(weight, torch.Tensor)
@@ -83,7 +83,7 @@ def test_the_optimizer_has_its_state_after_one_step_also_when_the_scaler_skips_i
 
 
 def test_accumulated_micro_batches_weigh_like_one_batch() -> None:
-    """Two micro-batches of the same samples give the gradient of one."""
+    """Two micro-batches of the same samples give the gradient of one batch."""
     seen: list[torch.Tensor] = []
 
     class Recorder(torch.optim.SGD):
@@ -100,7 +100,7 @@ def test_accumulated_micro_batches_weigh_like_one_batch() -> None:
 
 
 class TwoInputs(nn.Module):
-    """A model of two inputs and two outputs."""
+    """A model with two inputs and two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ x, y = torch.randn(2, 4), torch.tensor([0, 1])
     ids=["nested", "lists", "keywords", "flat", "flat targets", "function"],
 )
 def test_batches_of_any_nesting_train(batch: Any, num_inputs: int) -> None:
-    """Several inputs and several targets, however they come, at any size."""
+    """They have several inputs and targets in many forms, at any size."""
     workload = Workload(TwoInputs(), batch, two_losses, torch.optim.SGD, num_inputs=num_inputs)
     made = prepared(workload)
     made.iterate(1)
@@ -167,7 +167,7 @@ class Listed(nn.Module):
 
 
 def test_a_function_may_return_what_no_slice_cuts() -> None:
-    """Graphs, a mask for all samples, and as many images as they have channels."""
+    """These are graphs, a mask for all samples, and as many images as channels."""
 
     class Graphs(nn.Linear):
         def forward(self, x: torch.Tensor, graph: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -193,7 +193,7 @@ def test_a_function_may_return_what_no_slice_cuts() -> None:
 
 
 def test_an_example_of_lists_makes_batches_of_any_size() -> None:
-    """One entry for each sample, over and over."""
+    """The lists have one entry for each sample; entries are repeated."""
     images = [torch.randn(3, 8, 8 + index) for index in range(4)]
     workload = Workload(
         Listed(), (images, torch.zeros(4, dtype=torch.long)), nn.functional.cross_entropy, "sgd"
@@ -205,7 +205,7 @@ def test_an_example_of_lists_makes_batches_of_any_size() -> None:
 
 
 def test_several_losses_are_added() -> None:
-    """As the `Accumulator` does."""
+    """The `Accumulator` adds them too."""
 
     def losses(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"ce": nn.functional.cross_entropy(outputs, targets), "l2": outputs.square().mean()}
@@ -239,7 +239,7 @@ def good(**changes: Any) -> Workload:
     ],
 )
 def test_impossible_workloads_are_refused_at_once(changes: dict[str, Any], says: str) -> None:
-    """A mistake is named where it is made, not in a trial."""
+    """The mistake is reported when the workload is made, not in a trial."""
     with pytest.raises(WorkloadError, match=says):
         good(**changes)
 
@@ -256,7 +256,7 @@ def test_impossible_workloads_are_refused_at_once(changes: dict[str, Any], says:
     ],
 )
 def test_impossible_steps_are_named_when_they_run(changes: dict[str, Any], says: str) -> None:
-    """What only shows when the step runs gets its sentence then."""
+    """Some mistakes show only when the step runs, and get their sentence then."""
     with pytest.raises(WorkloadError, match=says):
         prepared(good(**changes)).iterate(3 if "batch" in changes else 2)
 
@@ -272,7 +272,7 @@ def test_impossible_steps_are_named_when_they_run(changes: dict[str, Any], says:
     ],
 )
 def test_unknown_models_get_the_nearest_names(name: str, says: str) -> None:
-    """The message has the name that was given and those that were meant."""
+    """The message has the name that was given and the most similar names."""
     with pytest.raises(UnknownModelError, match=says):
         TrainingStep(subject=name, options=FP32)
 
@@ -303,19 +303,19 @@ def test_options_of_timm_models_do_not_pass_silently_for_a_workload() -> None:
 
 
 def test_a_workload_without_checkpointing_says_so() -> None:
-    """Checkpointing needs the model's own switch."""
+    """Checkpointing needs a switch of the model."""
     with pytest.raises(UsageError, match="no gradient checkpointing"):
         prepared(good(), grad_checkpointing=True)
 
 
 def test_a_step_needs_a_chosen_precision() -> None:
-    """What AUTO means is the device's to say."""
+    """Only the device can say what AUTO means."""
     with pytest.raises(ValueError, match="precision"):
         TrainingStep(subject=good(), options=StepOptions()).prepare(CPU)
 
 
 def test_what_a_step_raises_is_marked_as_its_own() -> None:
-    """The command line tells a model's error from a bug by this mark."""
+    """By this mark the command line tells a model's error from a bug."""
 
     def broken(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         raise KeyError("typo")
@@ -326,7 +326,7 @@ def test_what_a_step_raises_is_marked_as_its_own() -> None:
 
 
 def test_a_torchvision_of_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mismatch that breaks `import timm` becomes advice."""
+    """The message for this mismatch, which breaks `import timm`, says what to do."""
 
     class Broken:
         def find_spec(self, name: str, *_: object) -> None:
@@ -341,7 +341,7 @@ def test_a_torchvision_of_another_torch_is_explained(monkeypatch: pytest.MonkeyP
 
 
 def test_zero_gradients_leave_nothing_behind() -> None:
-    """Also where the optimizer refuses them: later gradients are as the model makes them."""
+    """Later gradients are right, even if the optimizer refuses zeros."""
     embedding = nn.Embedding(5, 2, sparse=True)
     optimizer = torch.optim.SparseAdam(embedding.parameters())
     workload = Workload(embedding, torch.tensor([1, 2]), lambda out: out.sum(), optimizer)

@@ -1,4 +1,4 @@
-"""What cannot make a training step gets one sentence that says what to give instead."""
+"""Objects that make no training step get one sentence that says what to give instead."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def workload(**parts: Any) -> memfit.Workload:
 
 
 class Learner:
-    """As fastai's: neither a module nor callable, with what a Workload is made of."""
+    """Like fastai's: neither a module nor callable, but it holds the parts of a Workload."""
 
     def __init__(self) -> None:
         self.model, self.dls, self.loss_func = nn.Linear(3, 1), None, nn.MSELoss()
@@ -42,7 +42,7 @@ class Learner:
 def test_a_bare_model_and_a_trainers_object_are_pointed_to_workload(
     subject: Any, says: str
 ) -> None:
-    """In every function, before anything runs."""
+    """Every function does it before anything runs."""
     for ask in (
         lambda: memfit.probe(subject),
         lambda: memfit.plan(subject, 8),
@@ -56,17 +56,17 @@ def test_a_bare_model_and_a_trainers_object_are_pointed_to_workload(
 
 
 def test_a_loader_is_no_batch() -> None:
-    """One of its batches is."""
+    """The message says to give one of its batches."""
     loader = DataLoader(TensorDataset(*BATCH))
     with pytest.raises(WorkloadError, match=r"is a DataLoader, .*: give one of them, next\(iter"):
         workload(batch=loader)
 
 
 def test_an_optimizers_wrapper_is_named_with_its_module() -> None:
-    """So that "not Optimizer" is no riddle, and what is inside it is pointed to."""
+    """The message makes "not Optimizer" clear, and points to the optimizer inside."""
 
     class Optimizer:
-        """As a trainer's own."""
+        """Like a trainer's own optimizer."""
 
         def __init__(self, inner: torch.optim.Optimizer) -> None:
             self.opt = inner
@@ -77,7 +77,7 @@ def test_an_optimizers_wrapper_is_named_with_its_module() -> None:
 
 
 def test_a_loss_class_is_not_taken_for_a_loss() -> None:
-    """Its instance is."""
+    """An instance of the class is a loss."""
     with pytest.raises(WorkloadError, match=r"the class CrossEntropyLoss, .*CrossEntropyLoss\(\)"):
         workload(loss=nn.CrossEntropyLoss)
     with pytest.raises(WorkloadError, match="must be a function, not int"):
@@ -85,7 +85,7 @@ def test_a_loss_class_is_not_taken_for_a_loss() -> None:
 
 
 def test_a_model_that_is_not_timms_is_pointed_elsewhere() -> None:
-    """A misspelt name of timm's is not."""
+    """A misspelt name of a timm model gets timm's nearest names."""
     with pytest.raises(UnknownModelError, match="memfit rehearse --gpu NAME"):
         timm_models.check_model_name("gpt2")
     with pytest.raises(UnknownModelError, match=r"did you mean resnet50[^.]*\?$"):
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_timms_is_pointed_elsewhere() -> None:
     ],
 )
 def test_numbers_that_are_none_are_refused(options: Any, says: str) -> None:
-    """Rather than calculated with."""
+    """They are not used in calculations."""
     with pytest.raises(UsageError, match=says):
         memfit.probe("test_vit", gpu="t4", **options)
     if "memory" not in options:
@@ -120,7 +120,7 @@ def test_numbers_that_are_none_are_refused(options: Any, says: str) -> None:
 def test_another_torchs_torchvision_is_one_sentence(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever way timm's import fails of it."""
+    """The import of timm can fail in several ways."""
     import builtins
 
     original = builtins.__import__

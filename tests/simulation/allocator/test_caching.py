@@ -1,4 +1,4 @@
-"""The replay of the caching allocator: its invariants, and the numbers its sources give."""
+"""The replay of the caching allocator: its invariants, and the figures of its sources."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ scripts = st.lists(st.tuples(st.booleans(), requests, st.integers(0, 2**16)), ma
 
 
 def free_blocks(allocator: CachingAllocator) -> list[tuple[int, int]]:
-    """(Address, size) of every free block."""
+    """Return address and size of every free block."""
     return [
         (block.address, block.size)
         for pool in (allocator._small, allocator._large)
@@ -66,7 +66,7 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
 def test_conserves_bytes(
     configuration: AllocatorSettings, script: list[tuple[bool, int, int]]
 ) -> None:
-    """Nothing overlaps or is lost, free neighbours are joined, and all comes back at the end."""
+    """No blocks overlap or are lost, free neighbours are joined, and in the end all are free."""
     capacity_bytes = 400 * MIB
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=configuration)
     live: list[int] = []
@@ -92,7 +92,7 @@ def test_conserves_bytes(
 @settings(max_examples=60, deadline=None)
 @given(script=scripts)
 def test_a_roomy_device_changes_nothing(script: list[tuple[bool, int, int]]) -> None:
-    """With more capacity than the peak, the course is that without a limit."""
+    """If the capacity is above the peak, all is as without a limit."""
 
     def run(capacity_bytes: int | None) -> CachingAllocator:
         allocator = CachingAllocator(capacity_bytes=capacity_bytes)
@@ -121,7 +121,7 @@ def test_a_roomy_device_changes_nothing(script: list[tuple[bool, int, int]]) -> 
     ],
 )
 def test_segments(num_bytes: int, reserved_bytes: int) -> None:
-    """Small requests share 2 MiB, medium ones 20 MiB, large ones have their own."""
+    """Small requests share 2 MiB, medium ones share 20 MiB, large ones get their own."""
     allocator = CachingAllocator()
     allocator.allocate(1, num_bytes)
     assert allocator.stats.reserved_bytes == reserved_bytes
@@ -136,7 +136,7 @@ def test_unsplit_rest_is_allocated_but_not_requested() -> None:
 
 
 def test_retry_gives_back_the_cache() -> None:
-    """A cached segment that is too small is given back to make room, and that is counted."""
+    """A cached segment that is too small is freed to make room, and that is counted."""
     allocator = CachingAllocator(capacity_bytes=100 * MIB)
     allocator.allocate(1, 60 * MIB)
     allocator.free(1)
@@ -146,7 +146,7 @@ def test_retry_gives_back_the_cache() -> None:
 
 
 def test_a_split_segment_is_not_given_back() -> None:
-    """Fragmentation: half a segment in use keeps all of it, and the device is full."""
+    """Half a segment in use keeps all of it, so the device is full: fragmentation."""
     allocator = CachingAllocator(capacity_bytes=100 * MIB)
     allocator.allocate(1, 60 * MIB)
     allocator.free(1)
@@ -168,7 +168,7 @@ def test_expandable_segments_do_not_fragment() -> None:
 
 
 def test_what_can_be_done_without_gives_nothing_back() -> None:
-    """An optional request does not empty the cache, and freeing what was refused is harmless."""
+    """An optional request does not empty the cache; freeing a refused one is harmless."""
     allocator = CachingAllocator(capacity_bytes=100 * MIB)
     allocator.allocate(1, 60 * MIB)
     allocator.free(1)
@@ -179,7 +179,7 @@ def test_what_can_be_done_without_gives_nothing_back() -> None:
 
 
 def test_max_split_size_withholds_oversize_blocks() -> None:
-    """A block of the split limit or more is not cut up for a smaller request."""
+    """A block at or above the split limit is not split for a smaller request."""
     allocator = CachingAllocator(settings=AllocatorSettings(max_split_size_bytes=64 * MIB))
     allocator.allocate(1, 100 * MIB)
     allocator.free(1)
@@ -190,7 +190,7 @@ def test_max_split_size_withholds_oversize_blocks() -> None:
 
 
 def test_garbage_collection_needs_a_cap() -> None:
-    """Unused segments go above the threshold, but only where the process capped itself."""
+    """Above the threshold unused segments are freed, but only if the process capped itself."""
 
     def reserved_bytes(*, is_capped: bool) -> int:
         allocator = CachingAllocator(
@@ -209,7 +209,7 @@ def test_garbage_collection_needs_a_cap() -> None:
 
 
 def test_replay_follows_events() -> None:
-    """Events of a stream are carried out in order; what is said of segments is computed anew."""
+    """Events of a stream run in order; segments in the events are computed again."""
     allocator = CachingAllocator()
     allocator.replay(
         (
@@ -235,7 +235,7 @@ def test_replay_follows_events() -> None:
     ],
 )
 def test_rounding(num_bytes: int, divisions: int, rounded: int) -> None:
-    """Up to 512 B, or to a division of the next power of two."""
+    """Sizes are rounded up to 512 B, or to a division of the next power of two."""
     configuration = AllocatorSettings(roundup_power2_divisions=(divisions,) * 16)
     assert round_request(num_bytes, configuration) == rounded
 

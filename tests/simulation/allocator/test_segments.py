@@ -1,4 +1,4 @@
-"""How the allocator's memory lies."""
+"""The layout of the allocator's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = st.integers(1, 50_000_000)
 def test_segments_are_what_is_reserved(
     is_expandable: bool, sizes: list[int], freed: set[int]
 ) -> None:
-    """Blocks fill their segments without gaps, and sums are the allocator's figures."""
+    """Blocks fill their segments without gaps, and the sums are the allocator's figures."""
     chosen = AllocatorSettings(expandable_segments=is_expandable)
     allocator = CachingAllocator(settings=chosen)
     for number, num_bytes in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""The allocator's options, as PyTorch's environment variables spell them."""
+"""The allocator's options are read from PyTorch's environment variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_reads_the_first_variable_that_is_set() -> None:
 
 
 def test_reads_all_that_changes_bytes() -> None:
-    """Every option, with spaces, a list, and options that only change how."""
+    """Every option is read, with spaces, a list, and options that do not change bytes."""
     text = (
         "max_split_size_mb: 100, garbage_collection_threshold:0.5,"
         "roundup_power2_divisions:[64:8,256:4,>:2], pinned_use_background_threads:True,"
@@ -55,6 +55,6 @@ def test_reads_all_that_changes_bytes() -> None:
     ],
 )
 def test_refuses_what_torch_refuses(text: str, sentence: str) -> None:
-    """With the value and what would be one."""
+    """The message has the value and a valid one."""
     with pytest.raises(UsageError, match=sentence):
         AllocatorSettings.parse(text)

@@ -1,4 +1,4 @@
-"""The choice of an attention kernel, and what each keeps."""
+"""The choice of an attention kernel, and the tensors that each one keeps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CUDNN, MATH = AttentionBackend.CUDNN, AttentionBackend.MATH
 def test_choice(
     capability: tuple[int, int], changes: dict[str, object], backend: AttentionBackend
 ) -> None:
-    """The gates of PyTorch's own choice."""
+    """The conditions are those of PyTorch's own choice."""
     call = dataclasses.replace(PLAIN, **changes)  # type: ignore[arg-type]
     assert choose(call, capability, prefers_cudnn=capability[0] == 9) is backend
 
@@ -61,7 +61,7 @@ def test_choice(
 @pytest.mark.parametrize("backend", list(AttentionBackend))
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_every_kernel_runs_on_meta_tensors(backend: AttentionBackend, has_mask: bool) -> None:
-    """Forward and backward, with the shape that was asked for."""
+    """Forward and backward give the expected shapes."""
     if backend is FLASH and has_mask:
         pytest.skip("flash attention takes no mask")
     query = torch.empty(2, 3, 10, 20, device="meta", dtype=torch.float16, requires_grad=True)
@@ -83,7 +83,7 @@ def test_every_kernel_runs_on_meta_tensors(backend: AttentionBackend, has_mask: 
 
 
 def test_describe() -> None:
-    """What is read off the tensors."""
+    """These facts are read from the tensors."""
     query = torch.empty(2, 4, 10, 16, device="meta")
     key = torch.empty(2, 2, 12, 16, device="meta")
     call = describe(query, key, key, mask=None, dropout=0.1, is_causal=True)

@@ -28,7 +28,7 @@ from memfit.simulation.tracing.workspace import Kernels
     ],
 )
 def test_policy_is_the_installed_torchs(macro: str, ours: frozenset[str]) -> None:
-    """The lists are those of the macros in the header that ships with torch."""
+    """The lists equal the macros in the header of the installed torch."""
     header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
     text = header.read_text()
     found = re.search(rf"#define {macro}\(_\)(.*?)\n\n", text, re.DOTALL)
@@ -44,7 +44,7 @@ def semantics(dtype: torch.dtype) -> tuple[CudaSemantics, autocast.CudaAutocast]
 
 
 def test_casts_as_cuda_does() -> None:
-    """Products in half, norms and losses in fp32, elementwise operations as they come."""
+    """Products run in half, norms and losses in fp32, other operations in their input type."""
     mode, cast = semantics(torch.bfloat16)
     layer = torch.nn.Linear(8, 8, device="meta")
     norm = torch.nn.LayerNorm(8, device="meta")
@@ -85,7 +85,7 @@ def test_casts_of_parameters_are_kept_until_it_ends() -> None:
 
 
 def test_fp16_softmax_reads_half_and_writes_float() -> None:
-    """For fp16 there is no converted copy of the input (for bf16 there is one)."""
+    """fp16 has no converted copy of the input; bf16 has one."""
     mode, cast = semantics(torch.float16)
     half = torch.empty(4, 8, device="meta", dtype=torch.float16, requires_grad=True)
     with autocast.functional_layer_open(), mode, cast.forward():
@@ -98,7 +98,7 @@ def test_fp16_softmax_reads_half_and_writes_float() -> None:
 
 
 def test_the_functional_layer_is_put_back() -> None:
-    """What was replaced is there again, also after an error."""
+    """Functions that were replaced are back, also after an error."""
     functional: Any = F
     before = functional.has_torch_function_unary
     with pytest.raises(RuntimeError, match="boom"), autocast.functional_layer_open():
@@ -107,7 +107,7 @@ def test_the_functional_layer_is_put_back() -> None:
 
 
 def test_attention_and_dropout_go_the_devices_way() -> None:
-    """Fused attention is chosen by the card, and dropout's mask is of booleans."""
+    """The card decides on fused attention, and dropout's mask has booleans."""
     mode, cast = semantics(torch.float16)
     query = torch.empty(2, 3, 10, 16, device="meta", requires_grad=True)
     with autocast.functional_layer_open(), mode, cast.forward():
@@ -119,7 +119,7 @@ def test_attention_and_dropout_go_the_devices_way() -> None:
 
 
 def test_only_mixed_precision_has_autocast() -> None:
-    """Other precisions compute in what the tensors are."""
+    """In other precisions operations use the types of the tensors."""
     for precision in (Precision.FP32, Precision.BF16, Precision.AMP_FP16):
         policy = MetaPrecision(precision)
         with policy.forward():

@@ -1,4 +1,4 @@
-"""Regions of autocast inside a model, on the traced step's own autocast."""
+"""Regions of autocast inside a model, in a traced step with its own autocast."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALF = torch.bfloat16
 
 @pytest.fixture
 def cast() -> Iterator[CudaAutocast]:
-    """Trace with bf16 autocast that is not entered yet."""
+    """Return a trace with bf16 autocast that is not entered yet."""
     made = CudaAutocast(HALF)
     mode = CudaSemantics(made, lambda _call: AttentionBackend.FLASH)
     with autocast.functional_layer_open(), regions_followed(made), mode:
@@ -41,7 +41,7 @@ def product(data: torch.Tensor) -> torch.dtype:
 def test_a_region_without_autocast_casts_nothing(
     cast: CudaAutocast, off: Callable[[torch.Tensor], torch.autocast]
 ) -> None:
-    """And after it all is as before."""
+    """After the region everything is as before."""
     data = torch.empty(4, 4, device="meta")
     with cast.forward():
         assert product(data) is HALF
@@ -66,7 +66,7 @@ def test_a_region_with_autocast_in_a_step_without(cast: CudaAutocast) -> None:
 
 
 def test_questions_are_answered_as_on_the_card(cast: CudaAutocast) -> None:
-    """For the card, for the device of a tensor, and for the CPU as always."""
+    """They are about the card, the device of a tensor, and the CPU."""
     with cast.forward():
         assert torch.is_autocast_enabled()
         assert torch.is_autocast_enabled("cuda")
@@ -97,7 +97,7 @@ def test_what_is_recomputed_is_cast_as_it_was(cast: CudaAutocast) -> None:
 
 
 def test_torchs_autocast_is_as_before_afterwards() -> None:
-    """Also after an error."""
+    """This holds after an error too."""
     before = (torch.autocast.__enter__, torch.is_autocast_enabled, torch.amp.is_autocast_available)
     with pytest.raises(RuntimeError, match="boom"), regions_followed(CudaAutocast(HALF)):
         raise RuntimeError("boom")

@@ -1,4 +1,4 @@
-"""Values of a batch in a trace: what is asked of them is answered, and what is not known is not."""
+"""Values of a batch in a trace: known ones are answered, and unknown ones are not guessed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def traced(model: nn.Module, batch: object) -> StepTrace:
 
 
 def known(function: Callable[[torch.Tensor], object]) -> object:
-    """Return what a function of a mask on the meta device gives."""
+    """Return the result of a function of a mask on the meta device."""
     values = KnownValues()
 
     def handle(func: object, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -62,12 +62,12 @@ def known(function: Callable[[torch.Tensor], object]) -> object:
     ],
 )
 def test_a_question_about_a_batch_is_answered(function: Callable[[torch.Tensor], object]) -> None:
-    """As the same function answers on the CPU."""
+    """The answer is that of the same function on the CPU."""
     assert known(function) == function(MASK)
 
 
 def test_writing_in_place_is_followed_through_views() -> None:
-    """Also through a view of a view."""
+    """This works through a view of a view too."""
 
     def function(mask: torch.Tensor) -> object:
         copied = mask.clone()
@@ -79,7 +79,7 @@ def test_writing_in_place_is_followed_through_views() -> None:
 
 
 def test_what_something_unknown_was_written_to_is_unknown() -> None:
-    """A view of it too."""
+    """A view of it is unknown too."""
 
     def function(mask: torch.Tensor) -> object:
         row = mask[0]
@@ -101,12 +101,12 @@ def test_what_something_unknown_was_written_to_is_unknown() -> None:
     ],
 )
 def test_training_is_finite(question: Callable[[torch.Tensor], torch.Tensor], answer: bool) -> None:
-    """Of values that are not known, that much is."""
+    """Unknown values are assumed to be finite."""
     assert known(lambda mask: bool(question(torch.randn(3, device=mask.device)))) is answer
 
 
 class Attends(nn.Module):
-    """Makes a large table only where a mask hides something."""
+    """Makes a large table only if a mask hides something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Attends(nn.Module):
 
 @pytest.mark.parametrize("padded_row", [None, 0, 6])
 def test_a_mask_decides_as_the_whole_batch_does(padded_row: int | None) -> None:
-    """One padded sample of seven is enough, wherever it stands."""
+    """One padded sample of seven is enough, at any position."""
     mask = torch.ones(7, 4, dtype=torch.long)
     if padded_row is not None:
         mask[padded_row, 2:] = 0
@@ -133,7 +133,7 @@ def test_a_mask_decides_as_the_whole_batch_does(padded_row: int | None) -> None:
 
 
 class Chooses(nn.Module):
-    """Computes with the rows that a mask chooses."""
+    """Computes with the rows that a mask selects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Chooses(nn.Module):
 
 
 def test_rows_that_a_mask_chooses_grow_as_in_the_batch() -> None:
-    """Three of eight samples: three eighths of any batch."""
+    """A mask that selects three of eight samples selects three eighths of any batch."""
     mask = torch.tensor([1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.bool)
     found = traced(Chooses(), {"data": torch.zeros(8, 4), "mask": mask})
     outputs = [e.num_bytes for e in found.schedule.later.at(80) if "addmm" in e.origin]
@@ -152,7 +152,7 @@ def test_rows_that_a_mask_chooses_grow_as_in_the_batch() -> None:
 
 
 class Routes(nn.Module):
-    """Chooses rows by what its weights make of them."""
+    """Selects rows by values that its weights compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,6 +164,6 @@ class Routes(nn.Module):
 
 
 def test_what_weights_decide_is_refused() -> None:
-    """With the module and the way out."""
+    """The message has the module, and says what to do instead."""
     with pytest.raises(NotSimulatedError, match=r"Routes needs the values.*memfit rehearse"):
         traced(Routes(), torch.zeros(4, 4))

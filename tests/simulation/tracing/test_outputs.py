@@ -1,4 +1,4 @@
-"""Outputs without PyTorch's meta functions: the same as with them."""
+"""Outputs without PyTorch's meta functions equal those with them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
 
 @pytest.mark.parametrize(("func", "args"), CASES, ids=lambda value: str(value)[:60])
 def test_outputs_are_pytorchs(func: Any, args: tuple[Any, ...]) -> None:
-    """Shape, type and strides, operation by operation, in plain cases and in others."""
+    """Shape, type and strides are equal for each operation, in plain and in other cases."""
     assert described(outputs(func, args, {})) == described(func(*args))
 
 

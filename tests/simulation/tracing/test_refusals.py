@@ -1,4 +1,4 @@
-"""What is said of a step that cannot be simulated, and whose errors are left alone."""
+"""What is said about a step that cannot be simulated; other errors are not changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memfit.simulation.tracing.refusals import explained, refuse_compiled, refus
 
 
 class Raises(nn.Module):
-    """Raises what it is told to, or does what it is given."""
+    """Raises a given exception, or calls a given function."""
 
     def __init__(self, what: Any) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ def run(what: Any) -> None:
     ],
 )
 def test_a_users_own_error_is_the_users(message: str) -> None:
-    """Whatever words it has."""
+    """The words of the error do not matter."""
     with pytest.raises(RuntimeError, match=message) as caught:
         run(RuntimeError(message))
     assert not isinstance(caught.value, NotSimulatedError)
 
 
 def test_torchs_error_about_anything_else_is_torchs() -> None:
-    """A wrong shape is no want of values."""
+    """A wrong shape has nothing to do with missing values."""
     with pytest.raises(RuntimeError, match=r"shape|size"):
         run(lambda data: data.view(2, 2))
 
@@ -65,13 +65,13 @@ def test_torchs_error_about_anything_else_is_torchs() -> None:
     ],
 )
 def test_a_need_for_values_names_the_module(what: Any) -> None:
-    """And says what else can be done."""
+    """It also says what else can be done."""
     with pytest.raises(NotSimulatedError, match=r"Net cannot .*Raises '0' needs.*memfit rehearse"):
         run(what)
 
 
 def test_a_tensor_of_the_cpu_has_a_reason_of_its_own() -> None:
-    """It would not run on a GPU either."""
+    """Such a step would not run on a GPU either."""
     with pytest.raises(NotSimulatedError, match=r"Raises '0' takes a tensor of the CPU beside"):
         run(lambda data: data + torch.zeros(3))
 
@@ -82,19 +82,19 @@ def net() -> nn.Sequential:
 
 @torch.compile
 def compiled_function(data: torch.Tensor) -> torch.Tensor:
-    """Is compiled when it is called, and it is not."""
+    """Would be compiled at its first call, but nothing calls it."""
     return data.sin()
 
 
 class CallsCompiled(nn.Linear):
-    """Calls what is compiled."""
+    """Calls a compiled function."""
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         return compiled_function(super().forward(data))
 
 
 class IsCompiled(nn.Linear):
-    """Has a forward that is compiled."""
+    """Has a compiled forward."""
 
     @torch.compile
     def forward(self, data: torch.Tensor) -> torch.Tensor:
@@ -129,14 +129,14 @@ def compiled_step() -> torch.optim.Optimizer:
     ],
 )
 def test_what_is_compiled_is_refused(part: Any, words: str) -> None:
-    """Wherever the compiled part is, with the way out."""
+    """The compiled part may be anywhere; the message says what to do."""
     with pytest.raises(NotSimulatedError, match=f"{words}.*memfit rehearse"):
         refuse_compiled(net(), part, name="Net")
 
 
 @pytest.mark.parametrize("name", ["SGD", "LBFGS", "SparseAdam", "Adafactor", "Adam"])
 def test_what_is_not_compiled_is_not_refused(name: str) -> None:
-    """Though torch marks its optimizers as never to be compiled."""
+    """torch marks its optimizers as never to be compiled, and that is no compiled part."""
     make = getattr(torch.optim, name)
     refuse_compiled(
         net(), nn.functional.cross_entropy, make(net().parameters(), lr=0.1), make, name="Net"
@@ -144,7 +144,7 @@ def test_what_is_not_compiled_is_not_refused(name: str) -> None:
 
 
 def test_sparse_gradients_are_refused() -> None:
-    """With the embedding's name; a dense one is none of them."""
+    """The message has the embedding's name; a dense embedding is not refused."""
     refuse_sparse(nn.Sequential(nn.Embedding(3, 2)), name="Net")
     with pytest.raises(NotSimulatedError, match=r"EmbeddingBag '0' makes sparse gradients"):
         refuse_sparse(nn.Sequential(nn.EmbeddingBag(3, 2, sparse=True)), name="Net")

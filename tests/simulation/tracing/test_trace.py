@@ -1,4 +1,4 @@
-"""Traced steps: against a real one on the CPU, against arithmetic, and what cannot be traced."""
+"""Traced steps are compared with a real step on the CPU and with arithmetic; some are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def requested_peak(schedule: StepSchedule, batch_size: int) -> int:
 
 
 class AttentionBlock(nn.Module):
-    """Residual branches, so that the engine sums gradients."""
+    """Has residual branches, so that the engine sums gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
 
 @contextlib.contextmanager
 def without_onednn() -> Iterator[None]:
-    """Its kernels repack tensors, which neither CUDA's nor the plain CPU's do."""
+    """Turn oneDNN off: its kernels repack tensors, unlike CUDA's and the plain CPU's."""
     was_enabled = torch._C._get_mkldnn_enabled()
     num_threads = torch.get_num_threads()
     # Each thread takes scratch of its own.
@@ -135,7 +135,7 @@ def real_allocations(step: TrainingStep) -> collections.Counter[int]:
 
 
 def test_counts_parameters_gradients_and_state() -> None:
-    """For AdamW without activations to speak of: weights, gradients, two moments, a temporary."""
+    """AdamW with few activations has weights, gradients, two moments and a temporary."""
     traced = trace(step_of(mlp()), options())
     num_bytes = 4 * (64 * 256 + 256 + 256 * 10 + 10)
     setup = sum(event.num_bytes for event in traced.schedule.setup.events)
@@ -144,14 +144,14 @@ def test_counts_parameters_gradients_and_state() -> None:
 
 
 def test_sizes_are_affine_in_the_batch() -> None:
-    """Extrapolated from two batch sizes, another one is as if traced there."""
+    """A size extrapolated from two batch sizes equals a trace at that size."""
     few = trace(step_of("test_vit"), options())
     peaks = [requested_peak(few.schedule, size) for size in (1000, 2000, 3000)]
     assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 0
 
 
 def test_is_the_same_every_time() -> None:
-    """The same step gives the same events, whatever garbage there is."""
+    """The same step gives the same events, whatever the collector has left."""
     first = trace(step_of("test_vit"), options())
     cycles = [[] for _ in range(1000)]  # type: ignore[var-annotated]
     for cycle in cycles:
@@ -162,7 +162,7 @@ def test_is_the_same_every_time() -> None:
 
 
 def test_leaves_the_users_objects_alone() -> None:
-    """No weight, gradient, optimizer state or flag of the user's changes, nor torch's switches."""
+    """The user's weights, gradients, optimizer state and flags stay, and torch's switches."""
     workload = mlp()
     model = workload.model
     optimizer = torch.optim.AdamW(model.parameters())
@@ -178,7 +178,7 @@ def test_leaves_the_users_objects_alone() -> None:
 
 
 def test_attention_written_out_keeps_its_probabilities() -> None:
-    """In fp32 as the softmax gave them, and in half as the second product takes them."""
+    """It keeps them in fp32 from the softmax, and in half precision for the second product."""
     step = step_of("test_vit", Precision.AMP_FP16)
     fused, own = (
         requested_peak(trace(step, options(has_fused_attention=kept)).schedule, 64)
@@ -191,7 +191,7 @@ def test_attention_written_out_keeps_its_probabilities() -> None:
 
 
 def test_shared_parameters_stay_shared() -> None:
-    """A tied weight counts once."""
+    """A tied weight is counted once."""
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
     model[1].weight = model[0].weight
     workload = Workload(model, torch.zeros(2, 32), lambda out: out.sum(), "sgd")
@@ -200,7 +200,7 @@ def test_shared_parameters_stay_shared() -> None:
 
 
 def test_gradient_checkpointing_keeps_less() -> None:
-    """Recomputed activations are not held, and recomputation is cast as the forward was."""
+    """Recomputed activations are not held, and recomputation casts as forward did."""
     plain = trace(step_of("test_vit", Precision.AMP_BF16), options())
     spared = trace(step_of("test_vit", Precision.AMP_BF16, grad_checkpointing=True), options())
     assert requested_peak(spared.schedule, 64) < 0.8 * requested_peak(plain.schedule, 64)
@@ -216,14 +216,14 @@ def test_accumulation_holds_gradients_beside_activations() -> None:
 
 
 def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
-    """As on CUDA, where foreach is the default."""
+    """This is as on CUDA, where foreach is the default."""
     one_by_one = trace(step_of("test_vit"), options(uses_foreach=False))
     together = trace(step_of("test_vit"), options())
     assert requested_peak(together.schedule, 1) > requested_peak(one_by_one.schedule, 1)
 
 
 def test_prefetched_batches_grow_with_the_batch() -> None:
-    """Two more batches, and one of bytes."""
+    """These are two more batches, and one in bytes."""
     plain = trace(step_of(mlp()), options())
     fetched = trace(step_of(mlp()), options(num_prefetched_batches=2, prefetches_as_uint8=True))
     sample = 4 * 64 + 8
@@ -234,14 +234,14 @@ def test_prefetched_batches_grow_with_the_batch() -> None:
 
 
 class ReadsValues(nn.Module):
-    """Branches on a value."""
+    """Branches on the value of a tensor."""
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         return data if data.sum().item() > 0 else -data
 
 
 def test_a_step_that_needs_values_is_a_sentence() -> None:
-    """It names the module and the operation, and what to do."""
+    """The sentence names the module and the operation, and says what to do."""
     model = nn.Sequential(nn.Linear(8, 8), ReadsValues())
     workload = Workload(model, torch.zeros(2, 8), lambda out: out.sum(), "sgd")
     with pytest.raises(UnsupportedError, match=r"ReadsValues '1' needs the values.*item"):
@@ -264,7 +264,7 @@ class GrowsOnce(nn.Module):
 
 
 def test_what_the_first_iteration_leaves_is_there_from_the_start() -> None:
-    """A lazily made buffer counts once."""
+    """A buffer that is made in the first forward is counted once."""
     workload = Workload(GrowsOnce(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
     traced: StepTrace = trace(step_of(workload), options())
     assert 4000 in [event.num_bytes for event in traced.schedule.setup.events]
@@ -302,7 +302,7 @@ class Keeps(nn.Module):
 
 @pytest.mark.parametrize("keeps_all", [False, True])
 def test_a_tensor_kept_from_one_iteration_to_the_next(keeps_all: bool) -> None:
-    """It counts once, however many iterations are replayed; kept for good, it grows."""
+    """The last one counts once in any number of replays; if all are kept, memory grows."""
     model = Keeps(keeps_all=keeps_all)
     schedule = trace(
         step_of(Workload(model, torch.zeros(2, 64), lambda out: out.sum(), "sgd")), options()
@@ -314,7 +314,7 @@ def test_a_tensor_kept_from_one_iteration_to_the_next(keeps_all: bool) -> None:
 
 
 def requested_after(schedule: StepSchedule, batch_size: int, num_iterations: int) -> int:
-    """Bytes that are held once so many iterations have ended."""
+    """Return the bytes that are held after this many iterations."""
     held: dict[int, int] = {}
     for event in schedule.at(batch_size, num_iterations=num_iterations):
         if event.action is Action.ALLOC:
@@ -326,7 +326,7 @@ def requested_after(schedule: StepSchedule, batch_size: int, num_iterations: int
 
 
 class Image(torch.Tensor):
-    """A tensor with functions of its own, as fastai's."""
+    """A tensor with its own functions, like fastai's."""
 
     @classmethod
     def __torch_function__(
@@ -362,7 +362,7 @@ STATES = {"fused AdamW": 2, "fused SGD": 1, "capturable Adam": 2, "RMSprop": 1}
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("is_made", [False, True])
 def test_torchs_optimizers_are_traced(name: str, is_made: bool) -> None:
-    """However they compute: their state is there from the second iteration on."""
+    """Their state is there from the second iteration on."""
     model = nn.Linear(300, 300, bias=False)
     make = OPTIMIZERS[name]
     optimizer = make(model.parameters()) if is_made else make
@@ -375,7 +375,7 @@ def test_torchs_optimizers_are_traced(name: str, is_made: bool) -> None:
 
 
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
-    """It would run the step as often as it likes."""
+    """It would run the step any number of times."""
     workload = Workload(
         nn.Linear(3, 3), torch.zeros(2, 3), lambda out: out.sum(), torch.optim.LBFGS
     )
@@ -384,7 +384,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
 
 
 def test_a_timm_optimizer_that_needs_a_gpu_is_named() -> None:
-    """Apex's is made on a GPU only."""
+    """Apex's optimizers can be made on a GPU only."""
     step = TrainingStep(
         subject="test_vit", options=StepOptions(precision=Precision.FP32, optimizer="fusedlamb")
     )
@@ -393,7 +393,7 @@ def test_a_timm_optimizer_that_needs_a_gpu_is_named() -> None:
 
 
 def test_a_losss_own_parameters_count() -> None:
-    """In a module, in a closure, and with the state of an optimizer that has stepped."""
+    """They may be in a module or a closure, with the state of an optimizer that has stepped."""
     model, centres = nn.Linear(8, 8), nn.Linear(8, 5000, bias=False)
     optimizer = torch.optim.Adam([*model.parameters(), *centres.parameters()])
     centres(model(torch.zeros(2, 8))).sum().backward()
@@ -405,7 +405,7 @@ def test_a_losss_own_parameters_count() -> None:
 
 
 class SkipsLayers(nn.Module):
-    """Runs each of its layers with a chance."""
+    """Runs each of its layers with some probability."""
 
     def __init__(self, chance: float, generator: random.Random | None = None) -> None:
         super().__init__()
@@ -427,7 +427,7 @@ def skipping(chance: float, generator: random.Random | None = None) -> StepTrace
 
 
 def test_a_step_that_draws_its_depth_is_traced_at_its_deepest() -> None:
-    """As if every layer were run, whatever the draws are; and it says that they decide."""
+    """All layers run, whatever is drawn, and the trace says that draws decide."""
     whole = skipping(1.1)
     assert not whole.peak_varies
     for seed in range(3):
@@ -438,7 +438,7 @@ def test_a_step_that_draws_its_depth_is_traced_at_its_deepest() -> None:
 
 
 class Alternates(nn.Module):
-    """Keeps its parity where nobody looks, and computes more in every second pass."""
+    """Keeps its parity in a hidden place, and computes more in every second pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -452,7 +452,7 @@ class Alternates(nn.Module):
 
 
 def test_a_generator_of_the_models_own_is_forced_too() -> None:
-    """And draws on as before afterwards."""
+    """Afterwards it draws as before."""
     generator = random.Random(6)  # noqa: S311 - as a model may have
     found = skipping(0.5, generator)
     assert found.peak_varies
@@ -462,7 +462,7 @@ def test_a_generator_of_the_models_own_is_forced_too() -> None:
 
 
 def test_iterations_that_never_repeat_are_refused() -> None:
-    """In a sentence, with the way out."""
+    """The sentence says what to do instead."""
     workload = Workload(Alternates(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
     with pytest.raises(NotSimulatedError, match=r"never repeat.*memfit rehearse"):
         trace(step_of(workload), options())
