@@ -99,6 +99,23 @@ def test_an_estimate_and_a_plan_are_rehearsed() -> None:
     assert plan.accumulation_steps > 1
 
 
+def test_what_a_loss_holds_is_on_the_card() -> None:
+    """Class weights in a module, in a closure, and beside an optimizer's own state."""
+    model = Perceptron()
+    weights = torch.ones(8)
+    batch = (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(batch[0]).sum().backward()
+    optimizer.step()
+    losses = (
+        nn.CrossEntropyLoss(weight=weights),
+        lambda x, y: nn.functional.cross_entropy(x, y, weight=weights),
+    )
+    for loss in losses:
+        workload = Workload(model, batch, loss, optimizer)
+        assert memfit.estimate(workload, 64, gpu="rtx3060", engine="rehearse").fits
+
+
 def test_weights_that_do_not_fit_are_said_with_what_they_need() -> None:
     """The message has what the smallest batch takes and what the card has."""
     with pytest.raises(DoesNotFitError) as caught:
