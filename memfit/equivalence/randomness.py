@@ -1,9 +1,9 @@
 """Random draws, replayed sample by sample.
 
-A batch that is cut draws other random numbers than the whole one, and dropout then looks like a
-difference that accumulation made. `Draws` notes what the full batch drew and gives each micro-batch
-its own samples' rows of it. Draws that a fused kernel makes inside itself cannot be replayed; the
-layers that make them are named, so that they can be switched off.
+A batch that is cut draws other random numbers than the whole batch. Then dropout looks like a
+difference caused by accumulation. `Draws` records what the full batch drew, and gives each
+micro-batch the rows of its own samples. Draws inside a fused kernel cannot be replayed. The layers
+with such draws are named, so that they can be switched off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Draws", "rolled_permutations", "seed_all"]
 
 _SEED = 20_221
 
-# What fills or returns a tensor with random numbers and nothing else.
+# Operators that return random numbers, or fill a tensor with them, and do nothing else.
 # Source: aten/src/ATen/native/native_functions.yaml, tag nondeterministic_seeded.
 _DRAWS = frozenset(
     (
@@ -41,7 +41,7 @@ _GOLDEN = 0.618_034  # multiples of it spread evenly between 0 and 1
 
 
 def seed_all() -> None:
-    """Seed Python, NumPy (where it is loaded), torch and every device."""
+    """Seed Python, NumPy (if it is loaded), torch and every device."""
     random.seed(_SEED)
     torch.manual_seed(_SEED)
     numpy = sys.modules.get("numpy")
@@ -51,9 +51,9 @@ def seed_all() -> None:
 
 @contextlib.contextmanager
 def rolled_permutations() -> Iterator[None]:
-    """Have every random permutation of the block move each element by one place.
+    """Make every random permutation in the block move each element by one place.
 
-    A permutation of three leaves them all in place in one of six cases, and hides what it does.
+    One of the six permutations of three elements changes nothing, and would hide that samples mix.
     """
 
     def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,16 +67,16 @@ def rolled_permutations() -> Iterator[None]:
 
 
 class Draws:
-    """Notes the random draws of a full batch and replays them for its parts.
+    """Records the random draws of a full batch and replays them for its parts.
 
-    It sees every operation, so it also notes which parameters are used, and whether any of it was
-    where gradients are followed.
+    It sees every operation. So it also records which parameters are used, and whether gradients
+    were enabled in any of these uses.
 
     Args:
-        model: Whose layers the draws are ascribed to.
+        model: The model; each draw is assigned to one of its layers.
         num_samples: Samples in the full batch.
-        held_fixed: Give every sample the same value instead, so that it does not matter whose a
-            draw is.
+        held_fixed: Give every sample the same value instead. Then it does not matter which sample a
+            draw belongs to.
     """
 
     def __init__(self, model: nn.Module, num_samples: int, *, held_fixed: bool = False) -> None:
@@ -92,12 +92,12 @@ class Draws:
         self.used: dict[int, bool] = collections.defaultdict(bool)
 
     def record(self, drawn: torch.Tensor, drawn_from: object) -> None:
-        """Take note of the next draw of the full batch, and of what it chose among."""
+        """Record the next draw of the full batch, and the range that it was drawn from."""
         self._recorded.append((drawn.clone(), drawn_from))
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Note what is drawn in the block."""
+        """Record the draws in the block."""
         self._recorded.clear()
         self._dims.clear()
         with self._mode(_Fixed(self) if self.held_fixed else _Recording(self)):
@@ -105,7 +105,7 @@ class Draws:
 
     @contextlib.contextmanager
     def replayed(self, start: int, stop: int) -> Iterator[None]:
-        """Give the block what samples `start` up to and without `stop` drew in the full batch."""
+        """Replay the full batch's draws for the samples from `start` up to but not `stop`."""
 
         def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
             return self._rows(index, shape, drawn_from, start, stop)
@@ -115,9 +115,9 @@ class Draws:
 
     @contextlib.contextmanager
     def replayed_in(self, order: torch.Tensor) -> Iterator[None]:
-        """Give the block the full batch's draws with its samples in another order.
+        """Replay the full batch's draws with its samples in another order.
 
-        Which dimension is the samples' shows when a part of the batch is replayed: do that first.
+        Replay a part of the batch first, because that shows which dimension counts the samples.
         """
 
         def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
@@ -135,7 +135,7 @@ class Draws:
     def _mode(self, mode: _Mode) -> Iterator[None]:
         with CallStack(self._model) as stack, dispatched(mode.handle):
             mode.stack = stack
-            # Decisions of Python and NumPy, such as skipping a layer, are the batch's as a whole.
+            # Python and NumPy draw for the batch as a whole, for example to skip a layer.
             seed_all()
             before = _host_states()
             yield
@@ -145,16 +145,16 @@ class Draws:
         if index >= len(self._recorded):
             return None
         drawn, same = self._recorded[index]
-        # A place in a larger batch is none in a smaller one.
+        # A position in a larger batch may not exist in a smaller one.
         return drawn if drawn_from == same else None
 
     def _rows(
         self, index: int, shape: torch.Size, drawn_from: object, start: int, stop: int
     ) -> torch.Tensor | None:
-        """Return the rows of a draw that belong to some samples; `None` where they cannot be told.
+        """Return the rows of a draw that belong to some samples; `None` if this cannot be told.
 
-        The dimension that changed its length is the samples'; it may hold several rows for each,
-        as windows and attention heads do.
+        The dimension that changed its length counts the samples. It may have several rows for each
+        sample, for example for windows and attention heads.
         """
         drawn = self._drawn(index, drawn_from)
         if drawn is None or drawn.shape == shape:
@@ -171,14 +171,14 @@ class Draws:
 
 
 class _Mode(abc.ABC):
-    """What recording and replaying share: which operators draw, and in which layer."""
+    """Shared by recording and replaying: finds operators that draw, and their layers."""
 
     def __init__(self, draws: Draws) -> None:
         self.draws = draws
         self.stack: CallStack | None = None
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator, or serve what it draws; note which parameters it uses."""
+        """Run an operator, or return its draw; record which parameters it uses."""
         for one in args:
             if isinstance(one, nn.Parameter):
                 self.draws.used[id(one)] |= torch.is_grad_enabled()
@@ -196,7 +196,7 @@ class _Mode(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve an operator that draws."""
+        """Return the result of an operator that draws."""
 
     @property
     def _layer(self) -> str:
@@ -235,7 +235,7 @@ class _Replaying(_Mode):
 
 
 class _Fixed(_Mode):
-    """Every element of a draw is one value, which depends on how many draws came before."""
+    """Gives all elements of a draw one value, which depends on the number of earlier draws."""
 
     def __init__(self, draws: Draws) -> None:
         super().__init__(draws)
@@ -248,7 +248,7 @@ class _Fixed(_Mode):
         given = _given(func, args, kwargs)
         name = schema_of(func).name.removeprefix("aten::").rstrip("_")
         if name == "randperm":
-            # Neighbours meet, as they would in any permutation but the one that changes nothing.
+            # Neighbours mix, as in any permutation except the one that changes nothing.
             drawn.copy_(torch.arange(drawn.numel(), device=drawn.device).roll(1))
         elif name.startswith(("bernoulli", "native_dropout")):
             drawn.fill_(1)
@@ -265,7 +265,7 @@ class _Fixed(_Mode):
             low, high = given.get("from", 0.0), given.get("to", 1.0)
             drawn.fill_(low + self._share * (high - low))
         elif drawn.numel():
-            drawn.fill_(1)  # what can be drawn of all others: a rate, a gap, a place
+            drawn.fill_(1)  # a value that all other distributions can give
         return _with_mask(out, drawn, args)
 
 
@@ -282,7 +282,7 @@ def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _drawn_from(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """Return what integers are drawn from: a draw among others is another draw."""
+    """Return the range that integers are drawn from; another range is another draw."""
     given = _given(func, args, kwargs)
     name = schema_of(func).name.removeprefix("aten::")
     if name == "multinomial":
@@ -301,7 +301,7 @@ def _host_states() -> tuple[object, ...]:
 
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that may draw does; fused attention does so only with dropout."""
+    """Whether a call of an operator draws; fused attention draws only with dropout."""
     given = _given(func, args, kwargs)
     if "dropout_p" in given:
         return bool(given["dropout_p"])

@@ -1,4 +1,4 @@
-"""Samples that tell something: all different, and weights that let every gradient through."""
+"""Prepares samples that all differ, and weights that let every gradient through."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ __all__ = ["Samples", "made_distinct", "moved_off_zero", "was_written_to"]
 
 _JITTER = 0.5
 _NEAR_ZERO = 1e-3
-_SPREAD = 0.02  # as timm and most of its kin initialise weights
+_SPREAD = 0.02  # the usual spread of initial weights, in timm and elsewhere
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """A batch that is cut, each part a copy of its own: a step may change its batch in place.
+    """A batch to cut. Each part is a new copy, because a step may change its batch in place.
 
     Args:
-        batch: The whole of it.
+        batch: The whole batch.
         layout: How it is cut.
-        split: From a batch to the model's inputs, and the loss's targets one by one.
+        split: A function of a batch; it returns the model's inputs, and the loss's targets one by
+            one.
     """
 
     batch: Any
@@ -41,7 +42,7 @@ class Samples:
         return self.layout.num_samples
 
     def part(self, start: int, stop: int) -> Any:
-        """Return the samples from `start` up to and without `stop`, as new tensors."""
+        """Return the samples from `start` up to but not including `stop`, as new tensors."""
         return batches.private_copy(self.layout.take(self.batch, start, stop))
 
     def of(self, start: int, stop: int) -> tuple[Any, tuple[Any, ...]]:
@@ -53,15 +54,15 @@ class Samples:
         return self._with(self.layout.take(self.batch, 0, num_samples), num_samples)
 
     def picked(self, rows: Sequence[int]) -> Samples:
-        """Return some of the samples, in an order of choice, each any number of times.
+        """Return some of the samples in any order; a sample may be taken several times.
 
         Raises:
-            WorkloadError: A function of the user's cuts the batch.
+            WorkloadError: The user's own function cuts the batch.
         """
         return self._with(self.layout.reordered(self.batch, list(rows)), len(rows))
 
     def changed(self, change: Callable[[Any], Any]) -> Samples:
-        """Return the samples as a function makes them of the batch."""
+        """Return the samples of the batch after a function changed it."""
         return dataclasses.replace(self, batch=change(self.batch))
 
     def _with(self, batch: Any, num_samples: int) -> Samples:
@@ -73,7 +74,7 @@ class Samples:
 
 
 def was_written_to(values: Any) -> bool:
-    """Whether any of some tensors, that were new, has been changed in place."""
+    """Whether any of some tensors was changed in place since it was created."""
     return any(
         isinstance(leaf, torch.Tensor) and not leaf.is_inference() and version_of(leaf) > 0
         for leaf in leaves_of(values)
@@ -81,17 +82,17 @@ def was_written_to(values: Any) -> bool:
 
 
 def made_distinct(samples: Samples) -> tuple[Samples, int]:
-    """Make samples that are copies of others different from them.
+    """Change samples that are copies of others, so that all samples differ.
 
-    An example batch that is smaller than the effective one is repeated to fill it, and in a batch
-    of copies nothing that mixes samples shows.
+    An example batch that is smaller than the effective batch is repeated to fill it. In a batch of
+    copies, mixing samples changes nothing, so it would not be found.
 
     Args:
-        samples: The batch; its inputs alone are changed.
+        samples: The batch. Only its inputs are changed.
 
     Returns:
-        The same, and how many samples were changed: numbers have noise added, integers are put in
-        another order within the sample.
+        The changed batch, and the number of changed samples. Floating-point values get noise;
+        integers are put in another order within the sample.
     """
     samples = samples.changed(batches.private_copy)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +100,7 @@ def made_distinct(samples: Samples) -> tuple[Samples, int]:
     first: set[int] = set()
     num_copies = 0
     for sample in range(samples.num_samples):
-        # Views of the batch; what all samples share is where the first one has it.
+        # These are views of the batch; a part that all samples share is the same memory.
         inputs = samples.split(samples.layout.take(samples.batch, sample, sample + 1))[0]
         leaves = [leaf for leaf in leaves_of(inputs) if _can_be_changed(leaf)]
         own = [leaf for leaf in leaves if leaf.data_ptr() not in first]
@@ -142,16 +143,17 @@ def _jittered(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def moved_off_zero(model: nn.Module) -> int:
-    """Give parameters at or near zero the spread of initial weights, and return how many.
+    """Give parameters at or near zero the spread of initial weights; return their number.
 
-    A last layer, a residual branch's gain or a layer scale that begins at zero lets no gradient
-    through to what is before it, and gradients that are zero are equal without proving anything.
+    Some models begin with zeros in the last layer, in the gain of a residual branch or in a layer
+    scale. Then no gradient reaches the layers before. Gradients that are zero are always equal, so
+    comparing them proves nothing.
 
     Args:
-        model: Changed in place.
+        model: The model, changed in place.
 
     Returns:
-        How many parameters were moved.
+        The number of changed parameters.
     """
     generator = torch.Generator().manual_seed(0)
     num_moved = 0

@@ -1,4 +1,4 @@
-"""Where a batch is cut into micro-batches."""
+"""Chooses how a batch is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ __all__ = ["bounded", "spans", "splits_of", "written"]
 def splits_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int, ...], ...]:
     """Return two ways of cutting an effective batch: evenly, and unevenly with a short last part.
 
-    No part is larger than the micro-batch, unless that is a single sample, and none is a single
-    sample where that can be avoided.
+    No part is larger than the micro-batch, unless the micro-batch is a single sample. No part is a
+    single sample if that can be avoided.
 
     Args:
         micro_batch_size: Samples in each micro-batch.
         accumulation_steps: Micro-batches in the effective batch.
 
     Returns:
-        The sizes of the micro-batches, evenly and unevenly; evenly alone for two of one sample.
+        The sizes of the micro-batches, evenly and unevenly. For two micro-batches of one sample,
+        only the even cut.
     """
     size, count = micro_batch_size, accumulation_steps
     even = (size,) * count
@@ -31,16 +32,16 @@ def splits_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int
 
 
 def bounded(micro_batch_size: int, accumulation_steps: int, samples: int | None) -> tuple[int, int]:
-    """Return a micro-batch size and a number of micro-batches of at most some samples in all.
+    """Return a micro-batch size and a number of micro-batches with a limited sum of samples.
 
     Args:
-        micro_batch_size: Samples in each micro-batch, as asked for.
-        accumulation_steps: Micro-batches, as asked for.
+        micro_batch_size: The requested number of samples in each micro-batch.
+        accumulation_steps: The requested number of micro-batches.
         samples: The most samples in all; `None` for no limit.
     """
     if samples is None or micro_batch_size * accumulation_steps <= samples:
         return micro_batch_size, accumulation_steps
-    # Fewer micro-batches rather than such of a single sample.
+    # Fewer micro-batches are better than micro-batches of a single sample.
     count = min(accumulation_steps, max(2, samples // 4))
     return min(micro_batch_size, max(1, samples // count)), count
 
@@ -54,7 +55,7 @@ def spans(cut: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def written(cut: Sequence[int]) -> str:
-    """Write a cut for people: `"4 x 8"`, or `"8 + 6 + 2"` where the parts differ."""
+    """Return a cut as text: `"4 x 8"`, or `"8 + 6 + 2"` if the parts differ."""
     if len(set(cut)) == 1:
         return str(cut[0]) if len(cut) == 1 else f"{len(cut)} x {cut[0]}"
     return " + ".join(str(size) for size in cut)

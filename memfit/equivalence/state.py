@@ -1,8 +1,8 @@
-"""The state that passes begin from, and what a forward pass makes of it.
+"""The state from which passes begin, and the changes that a forward pass makes to it.
 
-Two passes can be compared only if both begin from the same: parameters (a teacher that forward
-moves), buffers, attributes of every kind (queues, counters), random states, and what the loss
-function holds. Putting values back is `memfit.memory`'s.
+Two passes can be compared only if both begin from the same state. The state consists of parameters
+(forward may change a teacher's), buffers, attributes of every kind (queues, counters), random
+states, and objects that the loss function uses. `memfit.memory` restores the values.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def same_start(
     objects: Sequence[object], parameters: Iterable[torch.Tensor] = ()
 ) -> Iterator[Callable[[], None]]:
-    """Put back everything that a pass changes when the block ends.
+    """Restore everything that a pass changes, at the end of the block.
 
     Args:
-        objects: The model, and what the loss holds.
-        parameters: Whose gradients a pass accumulates.
+        objects: The model, and the objects that the loss uses.
+        parameters: The parameters whose gradients a pass accumulates.
 
     Yields:
-        What puts it back at once, gradients apart, for a pass that shall forget in between.
+        A function that restores everything except gradients at once, for use within a pass.
     """
     parameters = tuple(parameters)
     with as_they_are():
@@ -62,7 +62,7 @@ def same_start(
 
 
 def held_by(loss: Callable[..., Any], model: nn.Module) -> tuple[object, ...]:
-    """Return what a loss, and the code of a user's own layers, can keep from call to call.
+    """Return the objects in which a loss or a user's own layers can keep state between calls.
 
     Args:
         loss: A module, a function, a method or a partial of one.
@@ -98,10 +98,10 @@ def held_by(loss: Callable[..., Any], model: nn.Module) -> tuple[object, ...]:
 
 
 def _of_function(function: types.FunctionType) -> list[Any]:
-    """Return what a function finds in its closure, its defaults and the names of its module."""
+    """Return the objects in a function's closure, its defaults and its global names."""
     held = list(function.__defaults__ or ())
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # of a name that has no value yet
+        with contextlib.suppress(ValueError):  # the name has no value yet
             held.append(cell.cell_contents)
     names = function.__globals__
     held += [names[name] for name in function.__code__.co_names if name in names]
@@ -115,8 +115,8 @@ def changed_state(
 
     Args:
         model: The model.
-        loss: From outputs and targets to one number, or several.
-        run: Runs the pass.
+        loss: A function of outputs and targets; it returns one number, or several.
+        run: A function that runs the pass.
     """
 
     def state() -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The losses of a step: those that its loss function returns, and the summands of one number."""
+"""The losses of a step: those that the loss function returns, or the summands of one number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfit.step.runner import check_loss
 __all__ = ["Term", "named_losses", "summands"]
 
 _NUM_SUMMANDS = 32
-# What passes a gradient on unchanged, or times a number that the samples do not change.
+# Operations that pass a gradient on unchanged, or times a number independent of the samples.
 # Source: tools/autograd/derivatives.yaml.
 _LINEAR = (
     *("AddBackward", "SubBackward", "NegBackward", "MulBackward", "DivBackward", "StackBackward"),
@@ -27,12 +27,12 @@ _REDUCING = ("SumBackward", "MeanBackward")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One loss, or one summand of a loss, whose gradient can be asked for by itself.
+    """One loss, or one summand of a loss, whose gradient can be computed separately.
 
     Args:
-        name: What it is called.
-        value: Where its gradient begins.
-        factor: What that gradient is there; `None` for 1.
+        name: Its name.
+        value: The tensor from which backward starts.
+        factor: The gradient at that tensor; `None` for 1.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Term:
     factor: torch.Tensor | None = None
 
     def gradient(self, wanted: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the gradient in some tensors, with zeros where there is none."""
+        """Return the gradients of some tensors; zeros if a tensor has none."""
         if isinstance(self.value, torch.Tensor) and not self.value.requires_grad:
             return [torch.zeros_like(leaf) for leaf in wanted]
         found: Sequence[torch.Tensor | None] = torch.autograd.grad(
@@ -57,10 +57,10 @@ class Term:
 
 
 def named_losses(returned: Any) -> dict[str, torch.Tensor]:
-    """Return what a loss function returned by name: one number, or a nesting of several.
+    """Return the losses by name, from one number or a nesting of several.
 
     Raises:
-        WorkloadError: One of them is not one number, or none has a gradient.
+        WorkloadError: A loss is not one number, or no loss has a gradient.
     """
     if isinstance(returned, Mapping):
         losses = {str(key): loss for key, loss in returned.items()}
@@ -80,7 +80,7 @@ def named_losses(returned: Any) -> dict[str, torch.Tensor]:
 
 
 def summands(loss: torch.Tensor) -> tuple[Term, ...]:
-    """Return the terms that one number adds up, as its graph shows; itself where it adds none."""
+    """Return the summands of a loss, as its graph shows; without summands, the loss itself."""
     whole = (Term(name="loss", value=loss),)
     if not loss.requires_grad:
         return whole
@@ -111,7 +111,7 @@ def _adds(node: Node, inside: Sequence[tuple[Node, int]]) -> bool:
     if name.startswith(("MulBackward", "DivBackward")):
         return len(inside) == 1
     if name.startswith(_REDUCING):
-        # A sum over samples is a loss; one over losses that were put side by side is not.
+        # A sum over samples is one loss. A sum over stacked losses has several summands.
         return inside[0][0].name().startswith(("StackBackward", "CatBackward"))
     if name.startswith("CatBackward"):
         return all(inner.name().startswith(_LINEAR) for inner, _ in inside)

@@ -1,8 +1,8 @@
-"""The verification itself: which experiments run, on what, and in which order.
+"""The verification itself: which experiments run, on which batch, and in which order.
 
-In float64 on the CPU first, where whatever differs is wrong; then in the precision and on the
-device of training, where whatever differs by more than rounding is. It does not judge how well a
-model trains with the one or the other.
+The first round runs in float64 on the CPU, where every difference is an error. The next round runs
+in the precision and on the device of training, where a difference is an error if rounding does not
+explain it. The verification does not judge how well a model trains with or without accumulation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _CPU = torch.device("cpu")
 _FP64_SAMPLES = 8
 _FAULT_IN_TRAINING = {True: GradientFault.DETACHES, False: GradientFault.UNEXPLAINED}
 _NUM_LISTED_BUFFERS = 10
-_CLOSE = {True: 1e-9, False: 1e-5}  # what rounding moves in a layer, in float64 and in float32
+_CLOSE = {True: 1e-9, False: 1e-5}  # what rounding changes in a layer, in float64 and float32
 
 
 def verify(
@@ -66,25 +66,25 @@ def verify(
 ) -> Equivalence:
     """Compare the gradients of accumulated micro-batches with the full batch's.
 
-    The user's model, optimizer, gradients, random states and switches are as before afterwards.
+    Afterwards the user's model, optimizer, gradients, random states and switches are as before.
 
     Args:
-        step: What is trained; its precision chosen.
+        step: The step to verify, with its precision chosen.
         device: Where training will run.
         micro_batch_size: Samples in each micro-batch, at least 1.
         accumulation_steps: Micro-batches before each optimizer step, at least 2.
         samples: The most samples that any comparison runs on; `None` for 8 in float64 and the
             whole effective batch in the precision of training.
-        freeze_bn: Put the layers that are found to mix, and that stop when they are in evaluation
-            mode, in that mode before gradients are compared.
-        accumulate: The user's own accumulation loop, to be weighed as well.
-        progress: Told what runs next.
+        freeze_bn: Before gradients are compared, put layers that mix samples in evaluation mode, if
+            they do not mix in that mode.
+        accumulate: The user's own accumulation loop, to be checked as well.
+        progress: Is told what runs next.
 
     Returns:
-        The verdict and everything it rests on.
+        The verdict, with all results that it is based on.
 
     Raises:
-        UsageError: A number that cannot be.
+        UsageError: A number is not valid.
         WorkloadError: The model, batch and loss make no training step, or the loop trains nothing.
         DoesNotFitError: Not even a micro-batch fits the device.
     """
@@ -92,7 +92,7 @@ def verify(
     began = time.perf_counter()
     with preserved(*step.live_modules, optimizer=step.live_optimizer) as kept, _eager():
         subject = _Subject.of(step, micro_batch_size, accumulation_steps, samples)
-        # A model that came from a GPU leaves it for the time being.
+        # A model on a GPU is moved off it for the time of the proof.
         kept.release_replaced()
         work = PassCounter(progress)
         proof = _proven(subject, work, freeze=freeze_bn, accumulate=accumulate)
@@ -158,7 +158,7 @@ def _check_numbers(micro_batch_size: int, accumulation_steps: int, samples: int 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Subject:
-    """What is verified: the step's parts, one batch of different samples, and how to cut it."""
+    """What is verified: the step's parts, a batch of different samples, and its cuts."""
 
     step: TrainingStep
     parts: StepParts
@@ -178,7 +178,7 @@ class _Subject:
         samples: int | None,
     ) -> _Subject:
         seed_all()
-        # Weights as they are: the precision of training is applied when that is checked.
+        # Weights keep their type; the precision of training is applied in its own check.
         unrounded = dataclasses.replace(step.options, precision=Precision.FP32)
         parts = dataclasses.replace(step, options=unrounded).parts(_CPU)
         if isinstance(parts.loss, nn.Module):
@@ -223,7 +223,7 @@ class _Subject:
         precision: Precision | None,
         held_fixed: bool = False,
     ) -> tuple[CheckSetup, tuple[tuple[int, ...], ...]]:
-        """Return what runs at most some samples of a batch, and how these are cut."""
+        """Return a check of at most some samples of a batch, and the cuts of these samples."""
         size, count = bounded(self.micro_batch_size, self.accumulation_steps, samples)
         setup = CheckSetup(
             model=self.model,
@@ -237,7 +237,7 @@ class _Subject:
 
     @property
     def training_cuts(self) -> tuple[tuple[int, ...], ...]:
-        """How the batch is cut in the precision of training."""
+        """The cuts of the batch for the check in the precision of training."""
         return splits_of(*bounded(self.micro_batch_size, self.accumulation_steps, self.samples))
 
 
@@ -246,7 +246,7 @@ class _Subject:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Proof:
-    """What the experiments gave that the verdict rests on."""
+    """The results of the experiments that the verdict rests on."""
 
     weights: Weights
     compared: Compared
@@ -259,17 +259,17 @@ class _Proof:
 
     @property
     def in_eval(self) -> set[str]:
-        """Layers that were in evaluation mode, and have to be again."""
+        """The layers that were in evaluation mode, and must be in it again."""
         return {mixer.name for mixer in self.mixing_layers if mixer.frozen} | self.compared.off
 
 
 def _proven(
     subject: _Subject, work: PassCounter, *, freeze: bool, accumulate: AccumulationLoop | None
 ) -> _Proof:
-    """Run the experiments in float64, or in float32 where the step cannot be had in float64."""
+    """Run the experiments in float64, or in float32 if the step cannot run in float64."""
     few = subject.samples or _FP64_SAMPLES
     all_of_it = subject.effective_batch_size
-    # A model may take no batch but the one that it trains on.
+    # Some models take only the batch size that they train on.
     sizes = (few, all_of_it) if few < all_of_it else (few,)
     work.next("looking for layers that mix samples")
     with preserved(*subject.modules):
@@ -302,7 +302,7 @@ _Chosen = tuple[CheckSetup, tuple[tuple[int, ...], ...]]
 
 
 def _first_that_runs(setups: Sequence[_Chosen]) -> tuple[_Chosen | None, Exception | None]:
-    """Return the first batch that runs forward and backward, or else why the last does not."""
+    """Return the first batch that runs forward and backward, or the error of the last one."""
     error: Exception | None = None
     for chosen in setups:
         error = error_in(chosen[0])
@@ -335,7 +335,7 @@ def _experiments(
         compared, setup = compare(setup, cuts, weights, work, suspect_draws=not left, is_proof=True)
         with in_eval(model, compared.off):
             causes = find_causes(setup, compared, weights, left, work)
-        # In training, as many samples as the weights are known for.
+        # In training, only as many samples are used as the weights are known for.
         num_known = subject.samples
         try:
             weights = weights.plan((*cuts, *subject.training_cuts), whole)
@@ -373,13 +373,13 @@ def _experiments(
 def _mixing(
     model: nn.Module, samples: Samples, *, freeze: bool, close: float
 ) -> tuple[MixingLayer, ...]:
-    """Name the layers that mix, and say which of them evaluation mode stops."""
+    """Name the layers that mix, and tell which of them do not mix in evaluation mode."""
     try:
         found = mixing_layers(model, samples, close=close)
     except Exception as error:
         if oom.classify(error) is not oom.Likelihood.NO:
             raise
-        return ()  # the model takes none of the few samples that the search runs on
+        return ()  # the model does not run on the few samples of the search
     if not found:
         return ()
     with in_eval(model, {mixer.name for mixer in found}):
@@ -423,8 +423,8 @@ def _in_training(
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Run compiled models uncompiled: layers are watched one by one."""
-    # Importing the compiler takes seconds, and a model that was compiled has done so.
+    """Run compiled models without compilation, because single layers are watched."""
+    # The import takes seconds, and if a model was compiled, it was imported already.
     if "torch._dynamo" not in sys.modules:
         yield
         return

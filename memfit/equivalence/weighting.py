@@ -1,11 +1,11 @@
-"""What a loss averages over, found by cutting its batch.
+"""Finds out what a loss averages over, by cutting its batch.
 
-The gradient of the whole batch's loss is a weighted sum of the gradients of its parts' own losses,
-if the loss does not mix samples. The weights are measured: in the rows of the model's outputs where
-the loss is computed outside the model, and in the parameters where the model computes it itself.
-Then the count that gives those weights is looked for (`memfit.equivalence.counting`). Where no
-weights fit, the loss mixes; or it is one number that adds means over different things, and then its
-summands (`memfit.equivalence.terms`) are measured one by one.
+If the loss does not mix samples, the gradient of the whole batch's loss is a weighted sum of the
+gradients of the losses of its parts. The weights are measured. If the loss is computed outside the
+model, they are measured in the rows of the model's outputs; otherwise, in the parameters. Then
+`memfit.equivalence.counting` looks for a count that gives these weights. If no weights fit, the
+loss may be one number that adds means over different things. So its summands
+(`memfit.equivalence.terms`) are measured one by one. If they do not fit either, the loss mixes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Weights:
     """What the losses of a step average over.
 
     Args:
-        terms: Each loss and the rule that its measured weights follow; for one number that adds
-            different means, its summands.
-        counts: For each loss that is returned, what it counts.
+        terms: Each loss, and the rule that its measured weights follow. For one number that adds
+            different means: each of its summands.
+        counts: For each returned loss, what it counts.
         mixer: The loss, if it mixes samples.
         adds_different_means: The loss is one number, and its summands need different weights.
-        planned: Weights that were worked out before, by cut.
+        planned: Weights that were computed before, by cut.
     """
 
     terms: tuple[LossTerm, ...]
@@ -56,12 +56,12 @@ class Weights:
 
     @property
     def weighting(self) -> LossWeighting:
-        """The rule of all losses, if they have one."""
+        """The rule of all losses, if it is the same for all."""
         rules = {term.weighting for term in self.terms}
         return rules.pop() if len(rules) == 1 else LossWeighting.SEVERAL
 
     def of(self, cut: Sequence[int], samples: Samples) -> tuple[tuple[float, ...], ...]:
-        """Return for each micro-batch what each of its losses has to be multiplied by.
+        """Return for each micro-batch the factors of its losses.
 
         Args:
             cut: Samples in each micro-batch.
@@ -75,7 +75,7 @@ class Weights:
         return tuple(zip(*by_loss, strict=True))
 
     def plan(self, cuts: Iterable[tuple[int, ...]], samples: Samples) -> Weights:
-        """Work the weights of some cuts out now, from a batch as it was given."""
+        """Compute the weights of some cuts now, from the batch before anything changes it."""
         return dataclasses.replace(self, planned={cut: self.of(cut, samples) for cut in cuts})
 
 
@@ -85,21 +85,22 @@ def of_step(setup: CheckSetup, cut: Sequence[int], *, is_mixing: bool = False) -
     Args:
         setup: A step and its batch, on the CPU.
         cut: Samples in each micro-batch, not all the same.
-        is_mixing: Layers of the model mix samples, so that parameters tell nothing of the loss.
+        is_mixing: Layers of the model mix samples, so the parameters' gradients say nothing about
+            the loss.
 
     Returns:
-        The rules, and the loss where it mixes.
+        The rules, and the loss if it mixes.
     """
     outputs = outputs_of(setup)
     if outputs is not None:
-        # A loss may need more of the outputs than their values.
+        # The loss may need more than the values of the outputs, and fail.
         with contextlib.suppress(RuntimeError, TypeError, AttributeError):
             return _Finder(setup, tuple(cut), outputs).found(is_mixing=False)
     return _Finder(setup, tuple(cut), None).found(is_mixing=is_mixing)
 
 
 def in_parameters(setup: CheckSetup, cut: Sequence[int]) -> Weights:
-    """Find out the same from the gradients of the parameters, whatever the model returns."""
+    """Do the same as `of_step`, but always from the gradients of the parameters."""
     return _Finder(setup, tuple(cut), None).found(is_mixing=False)
 
 
@@ -113,7 +114,7 @@ class _Finder:
         self._close = 1e-7 if setup.precision is None else 1e-4
 
     def found(self, *, is_mixing: bool) -> Weights:
-        """Return the rule of each loss, and the loss where no weights fit."""
+        """Return the rule of each loss, and the loss if no weights fit."""
         measured = self._measures.of(self._cut, self._setup.samples, False)
         counts = [self._count_of(index, one, False) for index, one in enumerate(measured)]
         if None not in counts:
@@ -140,7 +141,7 @@ class _Finder:
         )
 
     def _count_of(self, index: int, measured: Measured, summed: bool) -> Count | None:
-        """Return what one loss averages over; `None` where no weights fit, or they mix."""
+        """Return what one loss averages over; `None` if no weights fit, or samples mix."""
         samples = self._setup.samples
         if not measured.unexplained <= self._close:
             return None
@@ -165,7 +166,7 @@ class _Finder:
         return shares is not None and measured.off(shares) <= self._close
 
     def _singles(self, index: int, summed: bool) -> Measured | None:
-        """Measure each sample as a part of its own, where the step takes single ones."""
+        """Measure each sample as a separate part, if the step takes single samples."""
         ones = (1,) * self._setup.num_samples
         try:
             return self._measures.of(ones, self._setup.samples, summed)[index]
@@ -175,8 +176,8 @@ class _Finder:
     def _unnamed(self, index: int, measured: Measured, summed: bool) -> Count | None:
         """Return measured weights as a rule, if they do not depend on the outputs or parameters.
 
-        A single number fits a gradient of one element whatever the loss does. A count of the batch
-        is the same for other outputs; what changes with them is no count.
+        For a gradient of one element a single factor always fits, whatever the loss does. A count
+        of the batch is the same for other outputs. A factor that changes with them is not a count.
         """
         samples = self._setup.samples
         again = self._measures.of(self._cut, samples, summed, moved=True)[index]
@@ -195,7 +196,7 @@ class _Finder:
         )
 
     def _nearest(self, measured: Measured) -> Count:
-        """Return the count that explains most, where something else mixes as well."""
+        """Return the count that explains the most, if something else mixes as well."""
         samples = self._setup.samples
         offs = [
             (measured.off(shares), count)
@@ -205,7 +206,7 @@ class _Finder:
         return min(offs, key=lambda pair: pair[0])[1]
 
     def _weights_of_classes(self) -> list[torch.Tensor]:
-        """Return what may be weights of classes: short vectors that the loss or the model keeps."""
+        """Return possible weights of classes: short vectors that the loss or the model keeps."""
         found: list[torch.Tensor] = []
         for holder in (*held_by(self._setup.loss, self._setup.model), self._setup.model):
             if isinstance(holder, nn.Module):

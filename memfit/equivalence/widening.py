@@ -1,9 +1,9 @@
-"""Float64 throughout a step, whatever types the model and the loss name in their code.
+"""Runs a whole step in float64, even if the model's or the loss's code names other types.
 
-Parameters and buffers are converted once. What forward, loss and backward make besides (zeros for a
-first hidden state, one-hot targets, masks, class weights that a function holds) is float32, because
-their code or torch's default says so. Here it becomes float64 as well, operation by operation: a
-type that is asked for is read as float64, and an operand that is narrower is converted.
+Parameters and buffers are converted once. Forward, loss and backward also create tensors: zeros for
+a first hidden state, one-hot targets, masks, class weights that a function holds. These are float32
+because the code or torch's default says so. This module makes them float64 in every operation. A
+requested type is replaced by float64, and a narrower operand is converted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def widen(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
-    """Have every operation of the block compute in float64."""
+    """Make every operation of the block compute in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -52,7 +52,7 @@ def in_float64() -> Iterator[None]:
 
 
 class _Kind(enum.Enum):
-    """What an operation does with what it is given."""
+    """What an operation does with its arguments."""
 
     WRITES = enum.auto()
     VIEWS = enum.auto()
@@ -70,7 +70,7 @@ def _kind_of(func: Any) -> _Kind:
 
 @contextlib.contextmanager
 def as_they_are() -> Iterator[None]:
-    """Leave the types of the block's operations as they are, for copies that are put back."""
+    """Do not change types in the block, for copies that are restored later."""
     before = _PAUSED.set(True)
     try:
         yield
@@ -82,7 +82,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _PAUSED.get():
         return func(*args, **kwargs)
     kind = _kind_of(func)
-    # A view has to stay one, so that what is written to it is not lost.
+    # A view has to stay a view, so that values written to it are not lost.
     convert = _wider if kind is _Kind.COMPUTES else _wider_type
     args = tuple(map(convert, args))
     if kwargs:
@@ -110,7 +110,7 @@ def _widened(value: torch.Tensor) -> torch.Tensor:
 
 
 def _as_written(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Give what is written into a tensor the tensor's own type: it keeps what it was given."""
+    """Convert values written into a tensor to its type, because the tensor keeps its type."""
     written = [
         value
         for argument, value in zip(schema_of(func).arguments, args, strict=False)
