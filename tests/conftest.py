@@ -1,4 +1,4 @@
-"""Small real parts that many tests train."""
+"""Small real objects that many tests train."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from memfit import Workload
 from memfit.cards import is_rehearsed
 
-# A card that is named is simulated here; the tests of the rehearsal ask for it.
+# Named cards are simulated here; the tests of the rehearsal ask for a rehearsal.
 os.environ["MEMFIT_ENGINE"] = "simulate"
-# The steps are small: a pool of threads would only wait for a busy machine.
+# The steps are small, so several threads would only wait for each other on a busy machine.
 torch.set_num_threads(1)
-# A shell lets what it runs in the background ignore interrupts, which some tests send.
+# Processes in the background of a shell ignore interrupts, but some tests send them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and what a rehearsed one cannot compute."""
+    """Skip tests that need a GPU if there is none, or values if the GPU is rehearsed."""
     for item in items:
         if "gpu" not in item.keywords:
             continue
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class SmallNet(nn.Module):
-    """A convolution, a batch norm, dropout and a classifier: everything that a step changes."""
+    """A convolution, a batch norm, dropout and a classifier: all that a step can change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SmallNet(nn.Module):
 
 
 def small_workload(image_size: int = 32) -> Workload:
-    """Return a batch-norm CNN with an optimizer that has taken a step."""
+    """Return a CNN with batch norm, and an optimizer that has taken a step."""
     torch.manual_seed(0)
     model = SmallNet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -64,5 +64,5 @@ def small_workload(image_size: int = 32) -> Workload:
 
 @pytest.fixture
 def workload() -> Workload:
-    """A batch-norm CNN with an optimizer that has taken a step."""
+    """Return a CNN with batch norm, and an optimizer that has taken a step."""
     return small_workload()

@@ -21,7 +21,7 @@ from memfit.units import GIB, MIB
     ],
 )
 def test_finds_by_any_name(name: str, found: str) -> None:
-    """The name as torch prints it, an alias, with spaces or without."""
+    """This may be the name as torch prints it or an alias, with spaces or without."""
     assert find_gpu(name).name == found
 
 
@@ -32,7 +32,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_memory_overrides_and_capacity_alone() -> None:
-    """A size replaces the catalogue's; `any` needs one."""
+    """A size replaces the catalogue's, and `any` needs a size."""
     assert find_gpu("3090", total_bytes=20 * GIB).total_bytes == 20 * GIB
     assert find_gpu("any", total_bytes=6 * GIB).total_bytes == 6 * GIB
     with pytest.raises(UsageError, match="give its size"):
@@ -42,7 +42,7 @@ def test_memory_overrides_and_capacity_alone() -> None:
 
 
 def test_every_card_is_whole() -> None:
-    """Each has a source, a plausible context, and a name of its own."""
+    """Each card has a source, a plausible context, and a unique name."""
     cards = catalogue()
     assert len({card.name for card in cards}) == len(cards)
     for card in cards:
@@ -55,7 +55,7 @@ def test_every_card_is_whole() -> None:
 
 
 def test_what_a_card_decides() -> None:
-    """bf16 from Ampere on, larger BLAS workspaces on Hopper."""
+    """From Ampere on there is bf16, and Hopper has larger BLAS workspaces."""
     assert not find_gpu("t4").has_bf16
     assert find_gpu("a100").has_bf16
     assert find_gpu("a100").blas_workspace_bytes == 8_519_680

@@ -1,4 +1,4 @@
-"""The examples run as they are, and what they train with is the full batch's gradient."""
+"""The examples run unmodified, and they train with the full batch's gradient."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested() -> None:
-    """None is left out below."""
+    """The lists below have all examples."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {*TRAINED, "road_to_the_top"}
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradients_are_the_full_batchs(name: str) -> None:
-    """In float64, in micro-batches of any size, a short last batch included."""
+    """This is in float64, for micro-batches of any size and a short last batch."""
     example = load(name)
 
     @settings(deadline=None, max_examples=6)
@@ -94,7 +94,7 @@ def test_road_to_the_top_comes_to_the_courses_steps(capsys: pytest.CaptureFixtur
     header, *rows, took = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", "px", "steps", "course", "peak", "of"]
     steps = {tuple(row.split()[:2]): row.split()[2] for row in rows}
-    # Borderline, and whatever it comes to is what is printed.
+    # This row is borderline, so it is marked, or it has two steps.
     borderline = next(row for row in rows if row.startswith("convnext_large ") and " 224 " in row)
     assert "(borderline)" in borderline or steps.pop(("convnext_large", "224")) == "2"
     steps.pop(("convnext_large", "224"), None)

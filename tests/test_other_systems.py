@@ -1,4 +1,4 @@
-"""What runs where there is no Linux: simulation, in a process that has only what Windows has."""
+"""Simulation runs without Linux, in a process that has only what Windows has."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WITHOUT_LINUX = """
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that believes to be on Windows."""
+    """Run code in a process that believes that it is on Windows."""
     program = textwrap.dedent(_WITHOUT_LINUX) + textwrap.dedent(code)
     return subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300
@@ -38,7 +38,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_simulation_needs_nothing_of_linux() -> None:
-    """An estimate, a plan, a profile of a card, a verification; a CPU's trials get a sentence."""
+    """An estimate, a plan, a profile and a verification run; a CPU's trials get a sentence."""
     ran = run(
         """
         import memfit

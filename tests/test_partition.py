@@ -28,7 +28,7 @@ UNITS = st.sampled_from([1, 2, 8, 12])
 
 @given(SAMPLES, LARGEST, UNITS)
 def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: int) -> None:
-    """The fewest parts, larger ones first, within one unit of each other but for one of them."""
+    """The parts are few and differ by at most one unit, except one; larger ones come first."""
     parts = cut(samples, largest, multiple_of=unit)
     usable = largest // unit * unit or largest
     assert sum(parts) == samples
@@ -46,7 +46,7 @@ def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: in
 def test_no_part_is_too_small_where_that_can_be(
     samples: int, largest: int, unit: int, smallest: int
 ) -> None:
-    """The multiple gives way, and the number of parts does not."""
+    """The multiple is given up before the number of parts."""
     parts = cut(samples, largest, multiple_of=unit, smallest=smallest)
     assert sum(parts) == samples
     assert len(parts) == len(cut(samples, largest, multiple_of=unit, smallest=1)) or (
@@ -71,13 +71,13 @@ def test_no_part_is_too_small_where_that_can_be(
 def test_parts_are_as_even_as_the_multiple_allows(
     samples: int, largest: int, unit: int, expected: tuple[int, ...]
 ) -> None:
-    """No last part of one sample, which batch norm may refuse, as long as another cut has none."""
+    """A last part of one sample, which batch norm may refuse, is avoided where possible."""
     assert cut(samples, largest, multiple_of=unit) == expected
 
 
 @given(SAMPLES, LARGEST, UNITS)
 def test_cutting_by_the_first_part_cuts_the_same(samples: int, largest: int, unit: int) -> None:
-    """A loop that knows only the micro-batch size makes the plan's own parts."""
+    """A loop that knows only the micro-batch size makes the plan's parts."""
     parts = cut(samples, largest, multiple_of=unit)
     assert cut(samples, parts[0], multiple_of=unit) == parts
 
@@ -86,7 +86,7 @@ def test_cutting_by_the_first_part_cuts_the_same(samples: int, largest: int, uni
 def test_the_largest_micro_batch_takes_the_fewest_steps(
     samples: int, ranks: int, whole: int, accumulating: int, unit: int
 ) -> None:
-    """One step where the share fits whole, else as few as the largest micro-batch allows."""
+    """If the share fits whole there is one step; else the largest micro-batch decides."""
     samples = max(samples, ranks)
     parts = split(
         samples,
@@ -108,7 +108,7 @@ def test_the_largest_micro_batch_takes_the_fewest_steps(
 
 @given(SAMPLES, st.integers(1, 16), LARGEST, UNITS)
 def test_even_parts_are_equal_or_refused(samples: int, ranks: int, largest: int, unit: int) -> None:
-    """Every part of every rank the same, and the effective batch the one asked for."""
+    """All parts of all ranks are equal, and sum to the requested effective batch."""
     samples = max(samples, ranks)
     try:
         parts = split(
@@ -137,7 +137,7 @@ def test_even_parts_are_equal_or_refused(samples: int, ranks: int, largest: int,
 def test_the_fastest_is_no_slower_than_the_fewest_steps(
     samples: int, largest: int, measured: dict[int, float]
 ) -> None:
-    """By what was measured, and never above the largest micro-batch."""
+    """This is by measured speeds, and never above the largest micro-batch."""
     speeds = [Speed(batch_size=size, samples_per_second=rate) for size, rate in measured.items()]
 
     def parts(objective: Objective) -> Parts:
@@ -153,7 +153,7 @@ def test_the_fastest_is_no_slower_than_the_fewest_steps(
 
 
 def test_a_smaller_micro_batch_can_be_the_fastest() -> None:
-    """A dip at the largest is avoided, and the gain is told; noise is no reason to change."""
+    """A slow largest size is avoided and the gain is reported; noise changes nothing."""
     dip = [
         Speed(batch_size=16, samples_per_second=100.0),
         Speed(batch_size=32, samples_per_second=60.0),
@@ -171,7 +171,7 @@ def test_a_smaller_micro_batch_can_be_the_fastest() -> None:
 
 
 def test_speeds_between_measured_ones_are_interpolated() -> None:
-    """Half way between, the speed is half way; below the smallest, the time is its."""
+    """Half way between two sizes the speed is half way; below the smallest its time is used."""
     speeds = [
         Speed(batch_size=10, samples_per_second=100.0),
         Speed(batch_size=30, samples_per_second=200.0),
@@ -219,7 +219,7 @@ def test_speeds_between_measured_ones_are_interpolated() -> None:
 def test_a_plan_says_why_its_parts_differ(
     arguments: dict[str, Any], sizes: tuple[int, ...], says: str
 ) -> None:
-    """Which parts, and what would be equal."""
+    """It says which parts differ, and which would be equal."""
     parts = split(**arguments)
     assert parts.sizes == sizes
     assert says in " ".join(parts.remarks)
@@ -240,7 +240,7 @@ def test_a_plan_says_why_its_parts_differ(
     ],
 )
 def test_targets_that_cannot_be_get_a_sentence(target: object, ranks: object, says: str) -> None:
-    """Before anything is tried."""
+    """They are refused before anything is tried."""
     with pytest.raises(UsageError, match=says):
         check_target(target, ranks)
 
@@ -273,13 +273,13 @@ def test_whole_numbers_of_any_kind_are_targets() -> None:
     ],
 )
 def test_what_has_no_plan_gets_a_sentence(arguments: dict[str, Any], says: str) -> None:
-    """With the nearest that has one."""
+    """The message has the nearest target that has a plan."""
     with pytest.raises(UsageError, match=says):
         split(**arguments)
 
 
 def test_halves_of_the_largest_are_timed() -> None:
-    """Each once, and in the multiples asked for."""
+    """Each size is timed once, in the multiples that were asked for."""
     assert sizes_to_time(100) == (100, 50, 25, 12)
     assert sizes_to_time(64, multiple_of=16) == (64, 32, 16)
     assert sizes_to_time(1) == (1,)

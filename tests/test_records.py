@@ -1,4 +1,4 @@
-"""The records: what they refuse, and what they become."""
+"""Records: the values that they refuse, and their plain form."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_samples_per_second_count_every_micro_batch() -> None:
 
 
 def test_json_has_no_number_that_is_not_finite() -> None:
-    """What is no number is missing."""
+    """A number that is not finite becomes null."""
     for value in (math.nan, math.inf, -math.inf):
         record = ParameterDifference(
             name="w", relative_error=value, bound=0.0, scale=value, scale_bound=0.0
@@ -69,7 +69,7 @@ def test_json_has_no_number_that_is_not_finite() -> None:
 
 
 def test_a_result_becomes_plain_json() -> None:
-    """Nested records, enums and tuples survive a round trip as plain values."""
+    """Nested records, enums and tuples become plain values and can be read back."""
     plain = json.loads(json.dumps(RESULT.to_dict()))
     assert plain == RESULT.to_dict()
     assert plain["schema_version"] == 1
@@ -82,7 +82,7 @@ def test_a_result_becomes_plain_json() -> None:
 
 
 def test_trials_are_found_by_batch_size() -> None:
-    """The last trial of a batch size counts."""
+    """If a batch size was tried twice, the last trial counts."""
     again = dataclasses.replace(TRIAL, outcome=Outcome.OUT_OF_MEMORY)
     result = dataclasses.replace(RESULT, trials=(TRIAL, again))
     assert result.trial_at(8) is again
@@ -90,13 +90,13 @@ def test_trials_are_found_by_batch_size() -> None:
 
 
 def test_records_cannot_be_changed() -> None:
-    """A record that travels stays what it was."""
+    """Nobody can change a record that was passed on."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         TRIAL.batch_size = 9  # type: ignore[misc]
 
 
 def test_impossible_records_are_refused() -> None:
-    """No trial of nothing, no time that did not pass, no classifier without classes."""
+    """These are trials of 0 samples, times that are not positive, no classes."""
     with pytest.raises(ValueError, match="batch_size"):
         dataclasses.replace(TRIAL, batch_size=0)
     with pytest.raises(ValueError, match="step_seconds"):

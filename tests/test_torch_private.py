@@ -1,4 +1,4 @@
-"""A release of torch that has dropped a private name: what still works, and what is said."""
+"""If a release of torch drops a private name: what still works, and what the message says."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def workload() -> memfit.Workload:
 
 
 def accumulate() -> None:
-    """Take an accumulated step as a training loop does."""
+    """Take an accumulated step, as a training loop does."""
     work = workload()
     assert isinstance(work.optimizer, torch.optim.Optimizer)
     memfit.Accumulator(work.model, work.optimizer, 2, loss=work.loss).step(work.batch)
@@ -76,7 +76,7 @@ COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
 
 
 def refusal_of(run: Callable[[], object]) -> str | None:
-    """Return the sentence that a command ends with; `None` if it comes to its end."""
+    """Return the sentence with which a command fails, or `None` if it succeeds."""
     try:
         run()
     except UnsupportedError as error:
@@ -85,13 +85,13 @@ def refusal_of(run: Callable[[], object]) -> str | None:
 
 
 def without_events(_profiler: object) -> Any:
-    """Look where a profiler has nothing."""
+    """Look for the events of a profiler that has none."""
     return _torch_private.memory_events(object())
 
 
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[str]], None]:
-    """Remove names, as memfit sees torch."""
+    """Remove names of torch from what memfit sees."""
     find, of = _torch_private._find, _torch_private._of
 
     def remove(names: set[str]) -> None:
@@ -115,7 +115,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[str]], None]:
 def test_a_command_works_without_the_names_that_it_does_not_need(
     command: str, without: Callable[[set[str]], None]
 ) -> None:
-    """All of them at once."""
+    """All of them are removed at once."""
     run, needed = COMMANDS[command]
     without(NEEDS.keys() - needed)
     run()
@@ -125,15 +125,15 @@ def test_a_command_works_without_the_names_that_it_does_not_need(
 def test_a_name_that_is_gone_gets_a_sentence(
     name: str, without: Callable[[set[str]], None]
 ) -> None:
-    """It names what is missing, what for, and what still works; it is no traceback of torch's."""
+    """It says what is missing, what needs it, and what still works; no torch traceback."""
     needing = [run for run, needed in COMMANDS.values() if name in needed]
     without({name})
     if not needing:
-        # What only a GPU has.
+        # These names are used on a GPU only.
         with pytest.raises(UnsupportedError, match="still works"):
             _torch_private._find(name)
         return
-    # Some releases come to the end without it; none may end otherwise.
+    # Some releases succeed without it; all others must fail with the sentence.
     messages = [message for run in needing if (message := refusal_of(run)) is not None]
     assert messages
     for message in messages:
@@ -158,7 +158,7 @@ def test_every_name_is_found_in_this_torch(name: str) -> None:
 
 
 def test_a_module_that_is_really_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after `del`: the module of trees, and a function of the autograd engine's."""
+    """The names are deleted: the module of trees, and a function of the autograd engine."""
     with monkeypatch.context() as patch:
         patch.delattr(torch.utils, "_pytree")
         patch.setitem(sys.modules, "torch.utils._pytree", None)
@@ -170,7 +170,7 @@ def test_a_module_that_is_really_gone_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_has_a_way_around_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copying many tensors at once is quicker than one by one, and no more."""
+    """Copying many tensors at once is only faster than one by one."""
     monkeypatch.delattr(torch, "_foreach_copy_")
     monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
     target = torch.zeros(2)
@@ -180,14 +180,14 @@ def test_what_has_a_way_around_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_operation_that_is_gone_gets_a_sentence() -> None:
-    """Or is never asked for, where only quick answers are kept for it."""
+    """If an operation is only a faster way, it is not asked for."""
     assert _torch_private.aten_if_there("no_such_operation.default") is None
     with pytest.raises(UnsupportedError, match=r"no torch\.ops\.aten\.no_such_operation"):
         _torch_private.aten("no_such_operation.default")
 
 
 def test_memfit_imports_no_private_name_of_torch() -> None:
-    """In a process in which the names that it once imported are gone, a CPU's commands run."""
+    """Without the names that were once imported, the commands of a CPU still run."""
     code = """
         import torch, torch.profiler, torch.optim
         import torch.profiler._memory_profiler, torch.cuda._utils, torch.utils._python_dispatch
@@ -223,7 +223,7 @@ def test_memfit_imports_no_private_name_of_torch() -> None:
 
 
 def test_no_other_module_imports_a_private_name_of_torch() -> None:
-    """What is fetched elsewhere would break at import; attributes are ruff's to find (SLF001)."""
+    """Such an import would break; ruff finds the attributes (SLF001)."""
     root = Path(memfit.__file__).parent
     found = []
     for path in root.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Sizes, read and written."""
+"""Sizes are read and written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from memfit.units import (
     ],
 )
 def test_sizes_are_read(text: str | float, expected: int) -> None:
-    """Binary and decimal units, any case, fractions and bare bytes."""
+    """They have binary or decimal units in any case, fractions, or no unit."""
     assert parse_bytes(text) == expected
 
 
@@ -57,7 +57,7 @@ def test_sizes_are_read(text: str | float, expected: int) -> None:
     ],
 )
 def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:
-    """The message has the value and, where a unit is near, the nearest size."""
+    """The message has the value and, if a unit is near, the nearest size."""
     with pytest.raises(UsageError, match=says) as caught:
         parse_bytes(text)
     assert repr(text) in str(caught.value)
@@ -65,7 +65,7 @@ def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:
 
 @given(st.integers(1, 2**50))
 def test_written_sizes_read_back_within_their_digits(num_bytes: int) -> None:
-    """What a report shows is the figure to within the digits shown."""
+    """The figure in a report is right to the digits that it shows."""
     assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.05)
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_image_size_gets_a_sentence(size: object) -> None:
 
 
 def test_parts_are_written_as_sums() -> None:
-    """Equal ones together."""
+    """Equal parts are written together."""
     assert format_parts((64,)) == "1 x 64"
     assert format_parts((32, 32)) == "2 x 32"
     assert format_parts((56, 44)) == "56 + 44"
@@ -111,7 +111,7 @@ def test_parts_are_written_as_sums() -> None:
 
 
 def test_counts_are_whole_numbers_of_any_type() -> None:
-    """As NumPy's are, and what is none gets a sentence."""
+    """NumPy's numbers count too; anything else gets a sentence."""
     assert parse_count("The batch size", np.int64(4)) == 4
     assert type(parse_count("The batch size", np.int64(4))) is int
     assert parse_count("The batch size", 4.0) == 4

@@ -1,4 +1,4 @@
-"""What all tests of equivalence share."""
+"""Shared by all tests of equivalence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small models are faster on one thread, and do not wait for others' on a busy machine."""
+    """Use one thread: small models are faster, and do not wait on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -47,7 +47,7 @@ def test_advice_is_what_the_changes_give() -> None:
 
 
 def test_what_is_on_is_not_advised() -> None:
-    """Nothing that the step already has is advised, and no optimizer without state."""
+    """A switch that the step already has is not advised."""
     changes = advice_for(
         step_of(precision=Precision.BF16, grad_checkpointing=True, optimizer="sgd"), 32
     )

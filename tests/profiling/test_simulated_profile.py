@@ -40,7 +40,7 @@ def profile_of(
 
 
 def check_sums(profile: MemoryProfile) -> None:
-    """Assert that roles, modules and blocks sum to the allocator's bytes at every moment."""
+    """Assert that roles and modules sum to the peak, and blocks to the allocated bytes."""
     peak = profile.peak
     assert sum(share.num_bytes for share in peak.roles) == peak.total_bytes
     assert sum(share.num_bytes for share in peak.modules) == peak.total_bytes

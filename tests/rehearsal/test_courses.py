@@ -1,4 +1,4 @@
-"""Whether a script goes another way by what it reads."""
+"""Whether the values that a script reads change its course."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUMBER, DECISION, TENSOR = ReadKind.NUMBER, ReadKind.DECISION, ReadKind.TENSOR
 
 
 def spot(path: Path, source: str, *, has_columns: bool = True) -> Spot:
-    """Write a source and return where its `READ` stands."""
+    """Write a source file and return the place of its `READ`."""
     path.write_text(source, encoding="utf-8")
     for number, line in enumerate(source.splitlines(), start=1):
         column = line.find("READ")
@@ -51,12 +51,12 @@ def spot(path: Path, source: str, *, has_columns: bool = True) -> Spot:
     ],
 )
 def test_by_its_source(tmp_path: Path, kind: ReadKind, source: str, expected: bool) -> None:
-    """What is shown changes nothing; a condition does, unless it asks if a value is finite."""
+    """Showing a value changes nothing; a condition does, unless it asks if a value is finite."""
     assert changes_course(kind, spot(tmp_path / "train.py", source)) is expected
 
 
 def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> None:
-    """So Python says for a tensor as condition."""
+    """Python gives this place for a tensor as a condition."""
     source = "READ (\n    flag\n    and (mask == 0).all()\n):\n    pass\n".replace("READ", "if")
     path = tmp_path / "train.py"
     path.write_text(source, encoding="utf-8")
@@ -68,14 +68,14 @@ def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> Non
 
 
 def test_without_columns_the_line_decides(tmp_path: Path) -> None:
-    """Python 3.10 knows only lines."""
+    """Python 3.10 knows lines only."""
     source = "if READ > 3:\n    pass\n"
     assert changes_course(NUMBER, spot(tmp_path / "a.py", source, has_columns=False))
     assert not changes_course(NUMBER, spot(tmp_path / "b.py", "print(READ)\n", has_columns=False))
 
 
 def test_without_a_source_the_kind_decides() -> None:
-    """A size is used; a number may only be shown."""
+    """A size is used in the course; a number may only be shown."""
     assert changes_course(ReadKind.SIZE, None)
     assert changes_course(DECISION, None)
     assert not changes_course(NUMBER, None)

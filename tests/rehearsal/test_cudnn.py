@@ -1,4 +1,4 @@
-"""cuDNN on a rehearsed card: its own plans and workspaces, and the same ones every time."""
+"""cuDNN on a rehearsed card chooses its plans and workspaces, and the same ones each time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ answer(
 def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
     rehearsed: Rehearsed,
 ) -> None:
-    """The bytes are those of a question that is put to cuDNN without torch, and differ by card."""
+    """cuDNN, asked without torch, says the same bytes; they differ by card."""
     seen = {}
     for name in ("T4", "H100"):
         workspaces = rehearsed(_CONVOLUTIONS, gpu=name)["workspaces"]
@@ -86,7 +86,7 @@ def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
 
 
 def test_a_benchmark_takes_the_same_plans_every_time(rehearsed: Rehearsed) -> None:
-    """No clock decides: two processes end with the same statistics of the allocator."""
+    """No clock decides, so two processes end with the same statistics of the allocator."""
     first = rehearsed(_BENCHMARK, gpu="RTX 3090")
     assert rehearsed(_BENCHMARK, gpu="RTX 3090") == first
 
@@ -108,7 +108,7 @@ def test_recurrent_layers_keep_what_cudnn_keeps(rehearsed: Rehearsed) -> None:
     (torch.version.cuda or "13") < "13", reason="cuDNN for CUDA 12 still knows these cards"
 )
 def test_cudnn_refuses_a_card_that_is_too_old_for_it(rehearsed: Rehearsed) -> None:
-    """CUDA 13 has nothing for Volta: cuDNN says so, in its own words."""
+    """CUDA 13 has nothing for Volta, and cuDNN says so in its own words."""
     snippet = """
     try:
         torch.nn.Conv2d(3, 8, 3).cuda()(torch.zeros(1, 3, 8, 8, device="cuda"))
@@ -126,7 +126,7 @@ _BOOLEAN, _INT64, _DOUBLE, _DESCRIPTOR = 2, 3, 5, 15
 
 
 class _Cudnn:
-    """The backend API by ctypes. The numbers are those of cudnn_graph.h."""
+    """The backend API, called by ctypes. The numbers are those of cudnn_graph.h."""
 
     def __init__(self) -> None:
         spec = importlib.util.find_spec("nvidia.cudnn")
@@ -136,7 +136,7 @@ class _Cudnn:
         self.library = ctypes.CDLL(str(folder / "lib" / "libcudnn.so.9"))
 
     def make(self, kind: int, *attributes: tuple[int, int, Sequence[object]]) -> ctypes.c_void_p:
-        """Make a descriptor with its attributes: a name, a type, values."""
+        """Make a descriptor with its attributes, which have a name, a type and values."""
         made = ctypes.c_void_p()
         self.check(self.library.cudnnBackendCreateDescriptor(kind, ctypes.byref(made)))
         for name, kind_of_value, values in attributes:

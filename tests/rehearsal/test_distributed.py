@@ -1,4 +1,4 @@
-"""NCCL on a rehearsed card: one rank alone of many, and ranks that each have a process."""
+"""NCCL on a rehearsed card: one rank of many alone, and ranks with a process each."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_one_rank_of_eight_passes_the_checks_of_ddp_and_fsdp(rehearsed: Rehearse
 
 
 def test_ranks_of_torchrun_each_rehearse_their_own_card(tmp_path: Path) -> None:
-    """Two processes meet by torchrun's store; one of them runs out, and the other does not."""
+    """Two processes meet through torchrun's store; only one of them runs out of memory."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(_RANK))
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""The seven examples, unmodified: what each would hold of a card, and that too much is said so."""
+"""The seven examples, unmodified: what each takes of a card, and that a shortage is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PYTHON = (sys.executable,)
 PINNED = "2.15.0"
 """The torch that the peaks are of; another may take a few bytes more or less."""
 
-# The peaks of the process that holds most, in bytes: requested, allocated, reserved.
+# The peaks of the process that holds the most, in bytes: requested, allocated, reserved.
 PEAKS = {
     "plain_pytorch": (305_771_352, 314_448_896, 358_612_992),
     "lightning_trainer": (798_047_084, 798_651_392, 962_592_768),
@@ -60,13 +60,13 @@ def result_of(child: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
 
 
 def test_every_example_is_tested() -> None:
-    """None is left out below."""
+    """The list below has all examples."""
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PEAKS)
 
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
-    """Its peak is known to the byte; too large a batch ends with 3 and torch's own message."""
+    """Its peak is known to the byte; a batch too large ends with 3 and torch's message."""
     needed = NEEDS.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install 'memfit[trainers]'")

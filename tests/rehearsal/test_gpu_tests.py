@@ -1,4 +1,4 @@
-"""The tests that need a GPU, run on a rehearsed one."""
+"""The tests that need a GPU run on a rehearsed card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_what_needs_a_gpu_passes_rehearsed() -> None:
-    """All of them but those marked `computes`, in one process; the reasons are in their marks."""
+    """All tests but those marked `computes` run in one process; their marks say why."""
     environment = {
         **os.environ,
         **rehearsed_environment(find_gpu("rtx3090"), num_gpus=2, environment=os.environ),

@@ -1,4 +1,4 @@
-"""Commands under a rehearsed card: what is seen of them, and that nothing of them changes."""
+"""Commands on a rehearsed card: what memfit sees of them, and that they do not change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CARD = find_gpu("rtx3060")
 
 @pytest.fixture(autouse=True)
 def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """After every test: no file of a report is left, and no process."""
+    """Check after every test that no file of a report and no process is left."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -68,13 +68,13 @@ def printed_peaks(text: str) -> list[int]:
 
 
 def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[str]) -> None:
-    """As by `sys.exit(0)`, and what it reads of its own peaks is what it would read unwatched."""
+    """It ends as by `sys.exit(0)`, and reads the same peaks as without the watch."""
     found = rehearse(TRAINING, "8", "1000", "reset")
     out, err = capfd.readouterr()
     assert (found.end, found.exit_code, err) == (RehearsalEnd.SETTLED, 0, "")
     assert found.source is Source.REHEARSED
     (process,) = found.processes
-    # The optimizer's state makes the second step the first of its height.
+    # The optimizer's state is there from the second step on, which is the first at this peak.
     first, second, *others = process.steps
     assert first.peak.allocated_bytes < second.peak.allocated_bytes
     assert all(step.peak == second.peak for step in others)
@@ -93,7 +93,7 @@ def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[st
 
 
 def test_a_whole_script_shows_its_evaluation() -> None:
-    """It ends by itself, here by `os._exit` with a code of its own."""
+    """It ends by itself, here by `os._exit` with its own code."""
     found = rehearse(TRAINING, "2", "6", "evaluate", "quit", is_whole=True)
     assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, 5)
     (process,) = found.processes
@@ -110,7 +110,7 @@ def test_a_whole_script_shows_its_evaluation() -> None:
 def test_a_script_that_fails_keeps_its_code(
     extra: str, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its output is its own, and what was seen until then is reported."""
+    """Its output does not change, and the report has what was seen until then."""
     found = rehearse(TRAINING, "2", "2", extra)
     assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, code)
     assert found.processes[0].num_steps == 2
@@ -123,7 +123,7 @@ def test_a_script_that_fails_keeps_its_code(
 
 
 def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[str]) -> None:
-    """The script ends with torch's own error, and what was missing is known."""
+    """The script ends with torch's own error, and the report says what was missing."""
     found = rehearse(TRAINING, "6000", "2")
     assert (found.end, found.exit_code) == (RehearsalEnd.OUT_OF_MEMORY, 1)
     shortage = found.shortage
@@ -143,18 +143,18 @@ def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[st
 
 
 def test_a_script_may_handle_a_shortage() -> None:
-    """Then it fits, and the shortage is told all the same."""
+    """Then the script fits, and the report has the shortage too."""
     found = rehearse(TRAINING, "5000", "4", "retry", is_whole=True)
     assert (found.end, found.exit_code) == (RehearsalEnd.FINISHED, 0)
     (process,) = found.processes
     assert process.num_steps == 4
-    # One place, every time the same request.
+    # It is one place with the same request each time.
     (shortage,) = process.shortages
     assert (shortage.num_times, shortage.ended_script) == (4, False)
 
 
 def test_reads_that_decide_are_told_from_reads_that_show() -> None:
-    """A mask as index and a condition change the course; a loss that is printed does not."""
+    """A mask as an index and a condition decide the course; a printed loss does not."""
     found = rehearse(TRAINING, "2", "3", "read", is_whole=True)
     text = Path(TRAINING).read_text("utf-8").splitlines()
     reads = {
@@ -175,12 +175,12 @@ def test_reads_that_decide_are_told_from_reads_that_show() -> None:
 
 
 def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture[str]) -> None:
-    """Spawned and forked ones, beside workers that only load data; with much output."""
+    """They are spawned or forked, beside workers that load data; they print much output."""
     found = rehearse(str(SCRIPTS / "processes.py"))
     out = capfd.readouterr().out
     assert (found.end, found.exit_code) == (RehearsalEnd.SETTLED, 0)
     held = sorted(process.peak.requested_bytes // MIB for process in found.processes)
-    # A weight and its gradient each.
+    # Each has a weight and its gradient.
     assert held == [32, 64, 128]
     assert "batch [0, 1, 2, 3]" in out
     assert "joined 0" in out
@@ -188,7 +188,7 @@ def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture
 
 
 def test_what_a_command_leaves_running_is_ended() -> None:
-    """Also what has a session of its own."""
+    """This includes processes with their own session."""
     before = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
     found = rehearse(TRAINING, "2", "1", "orphan")
     assert found.exit_code == 0
@@ -197,7 +197,7 @@ def test_what_a_command_leaves_running_is_ended() -> None:
 
 
 def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
-    """The command gets it as well, and what was seen until then is shown."""
+    """The command gets the interrupt too, and what was seen until then is shown."""
     environment()
     child = subprocess.Popen(
         [
@@ -221,7 +221,7 @@ def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
 
 
 def test_a_history_has_the_roles_of_a_step() -> None:
-    """Parameters, gradients, state and activations are told apart, and modules named."""
+    """Parameters, gradients, state and activations are distinguished; modules are named."""
     from memfit.profiling.rehearsed import recorded_step
     from memfit.records import Role
 
@@ -232,7 +232,7 @@ def test_a_history_has_the_roles_of_a_step() -> None:
     assert roles[Role.PARAMETERS] == 2 * MIB
     assert roles[Role.OPTIMIZER_STATE] >= 4 * MIB
     assert roles[Role.INPUTS] == 8 * MIB
-    # The first layer's result; that of the second has been used.
+    # This is the first layer's result; that of the second is freed already.
     assert roles[Role.ACTIVATIONS] == 8 * MIB + 4
     assert step.peak.phase == "backward"
     assert {"first", "second"} <= {share.module for share in step.peak.modules}
@@ -240,14 +240,14 @@ def test_a_history_has_the_roles_of_a_step() -> None:
 
 
 def test_a_command_without_the_card_is_said_so() -> None:
-    """It runs as it would, and nothing is claimed."""
+    """It runs normally, and the report claims nothing about it."""
     found = rehearse("-c", "print('hello')")
     assert (found.end, found.processes, found.peak) == (RehearsalEnd.FINISHED, (), None)
     assert any("No process of the command used the card" in note for note in found.notes)
 
 
 def test_commands_that_are_none_are_refused(tmp_path: Path) -> None:
-    """With what to write instead."""
+    """The message says what to write instead."""
     script = tmp_path / "train.py"
     script.touch()
     with pytest.raises(UsageError, match=r"write -- python .*train\.py"):
@@ -259,7 +259,7 @@ def test_commands_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_watch_is_not_seen_by_a_script(tmp_path: Path) -> None:
-    """The import path is as without it, and a `sitecustomize` of the user's own runs."""
+    """The import path is unchanged, and the user's own `sitecustomize` runs."""
     import json
 
     from memfit.rehearsal.run import _watched

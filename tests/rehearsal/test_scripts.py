@@ -34,7 +34,7 @@ COMMAND = (sys.executable, "train.py", "--batch-size", "{}", "--accumulate", "{s
 
 @dataclasses.dataclass
 class Runs:
-    """Runs of a command that takes so many bytes for each sample, and for accumulated gradients."""
+    """Runs of a command with a number of bytes for each sample and for accumulated gradients."""
 
     sample_bytes: int = 10 * MIB
     gradient_bytes: int = 100 * MIB
@@ -136,7 +136,7 @@ def test_a_batch_size_may_stand_in_an_override_or_a_variable(
 
 
 def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
-    """What takes no step shows nothing, and the answer says where it stopped."""
+    """A run without a step shows nothing, and the answer says where the search stopped."""
     runs.num_samples = 300
     found = probe_command(COMMAND[:4], BOUNDS)
     assert found.max_batch_size <= 300
@@ -146,7 +146,7 @@ def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
 
 
 def test_a_command_that_fails_ends_the_search(runs: Runs) -> None:
-    """With its last words."""
+    """The error has the command's last words."""
     runs.exit_code = 7
     with pytest.raises(StepCrashedError, match=r"exit code 7[^Z]*ValueError: two"):
         probe_command(COMMAND[:4], BOUNDS)
@@ -154,14 +154,14 @@ def test_a_command_that_fails_ends_the_search(runs: Runs) -> None:
 
 
 def test_what_fits_nowhere_is_said_so(runs: Runs) -> None:
-    """At the smallest batch."""
+    """The message is about the smallest batch."""
     runs.sample_bytes = 100 * CARD.total_bytes
     with pytest.raises(DoesNotFitError, match="even at batch size 1"):
         probe_command(COMMAND[:4], BOUNDS)
 
 
 def test_a_plan_adds_up_and_was_tried(runs: Runs) -> None:
-    """The largest equal part that fits beside the gradients that accumulation keeps."""
+    """It is the largest equal part that fits beside the accumulated gradients."""
     found = plan_command(COMMAND, 4096, BOUNDS, world_size=2)
     assert found.micro_batch_size * found.accumulation_steps * 2 == 4096
     assert (found.micro_batch_size, found.accumulation_steps) == (1024, 2)
@@ -180,7 +180,7 @@ def test_a_plan_adds_up_and_was_tried(runs: Runs) -> None:
     ],
 )
 def test_a_place_for_the_batch_size_is_needed(command: tuple[str, ...], sentence: str) -> None:
-    """What to write is said."""
+    """The message says what to write."""
     with pytest.raises(UsageError, match=sentence):
         probe_command(command, BOUNDS)
 
@@ -195,7 +195,7 @@ def test_a_plan_needs_both_places_and_an_equal_share(runs: Runs) -> None:
 
 
 def test_bounds_are_checked() -> None:
-    """Before anything runs."""
+    """They are checked before anything runs."""
     with pytest.raises(UsageError, match="headroom"):
         ScriptSearch(gpu=CARD, environment={}, headroom=1.0)
     with pytest.raises(UsageError, match="multiple_of"):

@@ -1,4 +1,4 @@
-"""A made-up profile, small enough to be read."""
+"""An invented profile that is small enough to be read."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ PROFILE = MemoryProfile(
 
 
 def with_many_events(num_events: int) -> MemoryProfile:
-    """Return a profile of as many events as a large model has."""
+    """Return a profile with as many events as a large model has."""
     half = num_events // 2
     blocks = tuple(
         MemoryBlock(

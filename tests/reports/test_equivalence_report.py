@@ -1,4 +1,4 @@
-"""A verification's report, from made-up records."""
+"""Tests of a verification's report, made from invented records."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def text(result: Equivalence, **changes: Any) -> str:
 
 
 def test_an_equal_model_s_report_in_full() -> None:
-    """The verdict in a line, the comparisons, the parameters."""
+    """It has the verdict in one line, the comparisons and the parameters."""
     assert text(EQUAL) == (
         "equal: vit_tiny at 8 x 4, to 2.0e-15 in float64\n"
         "\n"
@@ -115,7 +115,7 @@ def test_an_equal_model_s_report_in_full() -> None:
     ],
 )
 def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None:
-    """In its one line, which may wrap."""
+    """The cause is in the one line of the verdict, which may wrap."""
     assert line in " ".join(text(DIFFERS, **changes).splitlines()[:2])
 
 
@@ -128,13 +128,13 @@ def test_the_verdict_names_the_cause(changes: dict[str, Any], line: str) -> None
     ],
 )
 def test_every_fault_has_its_sentence(fault: GradientFault) -> None:
-    """What it is, and what to do."""
+    """The sentence says what the fault is and what to do."""
     with_it, without = text(DIFFERS, faults=(fault,)), text(DIFFERS)
     assert len(with_it.splitlines()) > len(without.splitlines())
 
 
 def test_the_counts_that_the_losses_average_over_are_said() -> None:
-    """As expressions of the batch, for each loss."""
+    """Each loss has an expression of the batch."""
     term = LossTerm(
         name="ce", weighting=LossWeighting.TARGETS, counts="(batch['labels'] != -100).sum()"
     )
@@ -154,7 +154,7 @@ def test_the_counts_that_the_losses_average_over_are_said() -> None:
 
 
 def test_float32_that_stands_in_is_said() -> None:
-    """In the headline, and with the reason."""
+    """The headline says it and gives the reason."""
     check = dataclasses.replace(PASSED, precision="fp32", worst_relative_error=3e-7)
     report = text(EQUAL, checks=(check,), single_precision="RuntimeError: no kernel")
     first = report.splitlines()[0]
@@ -163,7 +163,7 @@ def test_float32_that_stands_in_is_said() -> None:
 
 
 def test_a_screen_holds_the_report_of_a_large_model() -> None:
-    """However many layers mix and parameters differ."""
+    """The number of layers that mix and of parameters that differ does not matter."""
     many = dataclasses.replace(FAILED, worst=(LARGE,) * 20, num_parameters=900, num_differing=900)
     report = text(DIFFERS, checks=(many,) * 4, mixing_layers=(MIXER,) * 120)
     assert len(report.splitlines()) < 40
@@ -172,14 +172,14 @@ def test_a_screen_holds_the_report_of_a_large_model() -> None:
 
 
 def test_what_was_frozen_is_said() -> None:
-    """In the verdict and in the table."""
+    """The verdict and the table both say it."""
     report = text(EQUAL, mixing_layers=(dataclasses.replace(MIXER, frozen=True),))
     assert report.startswith("equal: vit_tiny at 8 x 4, 1 layer frozen, to 2.0e-15 in float64")
     assert "--freeze-bn" not in report
 
 
 def test_what_to_do_about_layers_that_mix() -> None:
-    """Freezing only where that helps."""
+    """Freezing is advised only where it helps."""
     report = text(DIFFERS, mixing_layers=(MIXER,), alternatives=("vit_gn",))
     assert "--freeze-bn" in report
     assert "timm has, unchecked: vit_gn." in report
@@ -191,7 +191,7 @@ def test_what_to_do_about_layers_that_mix() -> None:
 
 
 def test_a_detached_model_s_verdict() -> None:
-    """With what is cut off."""
+    """The verdict names what is cut off."""
     report = text(
         EQUAL, verdict=Verdict.DETACHED, detaching=("neck",), unreached=("a", "b", "c", "d", "e")
     )
@@ -199,13 +199,13 @@ def test_a_detached_model_s_verdict() -> None:
 
 
 def test_a_difference_of_single_samples_alone_is_pointed_out() -> None:
-    """The model is innocent then."""
+    """Then the model is not the cause."""
     single = dataclasses.replace(FAILED, cut=(2, 1, 1))
     assert "one sample differ" in text(DIFFERS, checks=(PASSED, single))
 
 
 def test_everything_that_was_done_to_the_run_is_said() -> None:
-    """Nothing is changed without a word."""
+    """No change to the run is left out."""
     report = text(
         EQUAL,
         checks=(dataclasses.replace(PASSED, message="The full batch of 32 does not fit."),),
@@ -235,7 +235,7 @@ def test_everything_that_was_done_to_the_run_is_said() -> None:
 
 @pytest.mark.parametrize("fault", LoopFault)
 def test_every_fault_of_a_loop_has_its_sentence(fault: LoopFault) -> None:
-    """Followed by the weights that were seen and the right ones."""
+    """After it come the weights that were found and the right ones."""
     window = LoopWindow(
         cut=(8, 4),
         weights=(0.5, 0.5),

@@ -1,4 +1,4 @@
-"""The catalogue's table: readable at 80 columns, with names that can be typed."""
+"""The table of the catalogue can be read at 80 columns, and its names can be typed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def text(cards: tuple[Gpu, ...], width: int) -> str:
 
 
 def test_a_line_each_at_80_columns() -> None:
-    """Only the longest names go on in a second line, and every short name is found again."""
+    """Only the longest names need a second line, and every short name finds its card."""
     lines = [line.rstrip() for line in text(catalogue(), 80).splitlines()]
     rows = lines[1 : lines.index("")]
     begun = [line for line in rows if not line.startswith(" ")]
@@ -33,7 +33,7 @@ def test_no_name_is_cut_where_there_is_room() -> None:
 
 
 def test_estimates_are_marked() -> None:
-    """A figure that no print of torch or process backs has a mark."""
+    """A figure without a print of torch or of a process behind it has a mark."""
     lines = dict(
         zip(
             (card.name for card in catalogue()),
@@ -46,7 +46,7 @@ def test_estimates_are_marked() -> None:
 
 
 def test_one_card_has_its_sources() -> None:
-    """Where each figure comes from, and what is left for training."""
+    """The text says where each figure comes from, and what is left for training."""
     card = find_gpu("3090")
     shown = text((card,), 100)
     assert "NVIDIA GeForce RTX 3090" in shown

@@ -15,7 +15,7 @@ from reports.profiles import PROFILE, with_many_events
 
 
 def test_an_svg_has_its_words_and_is_the_same_every_time(tmp_path: Path) -> None:
-    """Text stays text, and two drawings of one profile are one file."""
+    """Text stays text, and two drawings of one profile are identical files."""
     one, other = tmp_path / "one.svg", tmp_path / "other.svg"
     draw(PROFILE, one)
     draw(PROFILE, other)
@@ -28,21 +28,21 @@ def test_an_svg_has_its_words_and_is_the_same_every_time(tmp_path: Path) -> None
 
 
 def test_a_large_step_stays_small(tmp_path: Path) -> None:
-    """A picture of 20,000 events is no larger than a page can carry."""
+    """A picture of 20,000 events is small enough for a page."""
     path = tmp_path / "large.svg"
     draw(with_many_events(20_000), path)
     assert path.stat().st_size < 400_000
 
 
 def test_a_png_is_a_png(tmp_path: Path) -> None:
-    """The ending says the format."""
+    """The file's ending says the format."""
     path = tmp_path / "picture.png"
     draw(PROFILE, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_roles_over_time_sum_to_the_allocated_bytes() -> None:
-    """At every moment the areas stack up to what the allocator had handed out."""
+    """At every moment the areas sum to the bytes that the allocator handed out."""
     series = series_by_role(PROFILE)
     sums = tuple(sum(series[role][moment] for role in Role) for moment in range(8))
     assert sums == PROFILE.timeline.allocated_bytes
@@ -52,12 +52,12 @@ def test_roles_over_time_sum_to_the_allocated_bytes() -> None:
 
 @pytest.mark.parametrize("name", ["picture.gif", "picture"])
 def test_an_unknown_ending(name: str) -> None:
-    """It is refused with those that there are."""
+    """It is refused, and the message has the known endings."""
     with pytest.raises(UsageError, match=r"\.svg, \.png or \.pdf"):
         check_format(Path(name))
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    """An unwritable picture is one sentence."""
+    """If the picture cannot be written, the error is one sentence."""
     with pytest.raises(UsageError, match="cannot be written"):
         draw(PROFILE, tmp_path / "nowhere" / "picture.svg")

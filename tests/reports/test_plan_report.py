@@ -1,4 +1,4 @@
-"""Plans, surveys of plans and explorations as text, from made-up records."""
+"""Plans, surveys of plans and explorations as text, made from invented records."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def example() -> Plan:
 
 
 def test_a_plan_shows_its_parts_both_limits_and_why() -> None:
-    """The whole of it."""
+    """The whole text is compared."""
     assert text_of(render(example())) == (
         "net on cpu\n"
         "fp32 · accumulating\n"
@@ -74,7 +74,7 @@ def test_a_plan_shows_its_parts_both_limits_and_why() -> None:
 
 
 def test_ranks_and_a_limit_that_was_not_looked_for() -> None:
-    """What is the first rank's, and where no more was needed."""
+    """The text says what is for the first rank, and where larger sizes were not tried."""
     plan = dataclasses.replace(plan_of(10, 3, world_size=4), edge_found=False)
     text = text_of(render(plan))
     assert "10     samples a step, 4 ranks" in text
@@ -104,7 +104,7 @@ def test_a_survey_is_one_table() -> None:
 
 
 def test_an_exploration_shows_what_each_change_does() -> None:
-    """As it is first; what cannot be says why."""
+    """The unchanged step comes first; a change that is impossible says why."""
     options = StepOptions(precision=Precision.FP32)
     as_it_is = Alternative(change="", costs="", options=options, reason="it needs 9 GiB")
     leaner = Alternative(

@@ -1,4 +1,4 @@
-"""A probe's report, from made-up records."""
+"""Tests of a probe's report, made from invented records."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def text(result: object, width: int = 80) -> str:
 
 
 def test_the_whole_report() -> None:
-    """What a user of a plain terminal of 80 columns sees, to the letter."""
+    """The text is exactly what a user sees on a plain terminal of 80 columns."""
     expected = """\
 resnet50 on NVIDIA GeForce RTX 3090
 amp-bf16 · adamw
@@ -86,7 +86,7 @@ Measured in 4 trials (1 ran out) and 12.3 s with torch 2.11.0."""
 
 
 def test_what_there_is_to_say_is_said() -> None:
-    """Neighbours, leftovers, growth, the environment, and a search that was cut short."""
+    """Other processes, leftovers, growth, the environment, and a search that was cut short."""
     result = dataclasses.replace(
         RESULT,
         source=Source.SIMULATED,
@@ -129,7 +129,7 @@ def test_what_there_is_to_say_is_said() -> None:
 
 
 def test_a_simulation_is_not_timed() -> None:
-    """Nothing ran, so there are no columns for how fast it ran."""
+    """Nothing ran, so the table has no columns for speed."""
     trials = tuple(
         dataclasses.replace(trial, source=Source.SIMULATED, step_seconds=None)
         for trial in RESULT.trials
@@ -141,7 +141,7 @@ def test_a_simulation_is_not_timed() -> None:
 
 
 def test_what_ran_out_below_what_fits_is_said() -> None:
-    """Memory does not rise evenly with the batch, and the answer does not hide it."""
+    """Memory does not always grow with the batch, and the report says so."""
     holed = dataclasses.replace(
         RESULT, trials=(*RESULT.trials, trial(205, 23400, **FAILED)), recommended_batch_size=200
     )
@@ -151,7 +151,7 @@ def test_what_ran_out_below_what_fits_is_said() -> None:
 
 
 def test_what_was_tried_twice_is_listed_once() -> None:
-    """Where it ended as before; what ended otherwise is shown."""
+    """A repeated trial with another outcome is shown."""
     again = (*RESULT.trials, trial(212, 23300, num_alloc_retries=1))
     shown = text(render(dataclasses.replace(RESULT, trials=again)))
     assert shown.count("  212  fits") == 1
@@ -163,7 +163,7 @@ def test_what_was_tried_twice_is_listed_once() -> None:
 
 
 def test_a_simulation_proves_nothing() -> None:
-    """The edge was found, and no step of it ran."""
+    """The edge was found, but no step ran."""
     assert RESULT.proved
     simulated = dataclasses.replace(RESULT, source=Source.SIMULATED)
     assert simulated.edge_found

@@ -72,12 +72,12 @@ def printed(profile: MemoryProfile) -> str:
 
 
 def test_the_whole_report() -> None:
-    """Everything is there without colour, in 80 columns."""
+    """Everything can be read without colour, in 80 columns."""
     assert printed(PROFILE) == EXPECTED
 
 
 def test_long_names_keep_to_80_columns() -> None:
-    """Modules, operations and lines are cut rather than wrapped."""
+    """Modules, operations and lines are shortened and do not wrap."""
     blocks = tuple(
         dataclasses.replace(
             block, module="stages." * 12 + "conv", operation="x" * 60, source_line="a/" * 40
@@ -90,14 +90,14 @@ def test_long_names_keep_to_80_columns() -> None:
 
 
 def test_what_does_not_fit_says_so_first() -> None:
-    """The sentence is above the figures."""
+    """The sentence comes before the figures."""
     sentence = "It does not fit: 3 GiB more than there is."
     text = printed(dataclasses.replace(PROFILE, outcome=Outcome.OUT_OF_MEMORY, message=sentence))
     assert text.index(sentence) < text.index("Peak")
 
 
 def test_a_long_step_is_one_line() -> None:
-    """Thousands of events make a sparkline of 78 characters that shows the peak."""
+    """Thousands of events become a sparkline of 78 characters that shows the peak."""
     text = printed(with_many_events(20_000))
     (line,) = (line for line in text.splitlines() if "█" in line)
     assert len(line) == 78

@@ -1,4 +1,4 @@
-"""What is under way is shown once it takes time, where somebody looks, and then is gone."""
+"""Progress is shown if work takes time and somebody can see it; afterwards it is gone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text_of(bar: Progress) -> str:
 
 
 def test_stages_are_counted_and_trials_are_listed() -> None:
-    """What runs, how much of it is done, and what was tried so far."""
+    """It shows what runs, how much of it is done, and what was tried so far."""
     bar = Progress(terminal(), "probing net", quiet_seconds=0)
     assert "probing net, 0 s" in text_of(bar)
     bar.stage("Tesla T4", 3, 12)
@@ -42,21 +42,21 @@ def test_stages_are_counted_and_trials_are_listed() -> None:
     shown = text_of(bar)
     assert "Tesla T4, 3 of 12 done, 1 trial so far" in shown
     assert "900 MiB" in shown
-    # A trial that is not running is never said to run.
+    # The text never says that a trial runs when it does not.
     assert "running" not in shown
     bar.stage("NVIDIA L4", 4, 12)
     assert "900 MiB" not in text_of(bar)
 
 
 def test_what_is_quick_shows_nothing() -> None:
-    """Two seconds of silence."""
+    """For two seconds nothing is shown."""
     bar = Progress(terminal(), "probing net")
     bar.trial(TRIAL)
     assert text_of(bar).strip() == ""
 
 
 def test_a_terminal_shows_it_and_a_pipe_does_not() -> None:
-    """In a pipe, not even an empty line."""
+    """A pipe does not even get an empty line."""
     for console, is_shown in ((terminal(), True), (Console(file=io.StringIO()), False)):
         with Progress(console, "probing net", quiet_seconds=0):
             pass
@@ -65,7 +65,7 @@ def test_a_terminal_shows_it_and_a_pipe_does_not() -> None:
 
 
 def test_a_notebook_shows_it_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As HTML that replaces itself, and is empty at the end."""
+    """It is HTML that replaces itself, and is empty at the end."""
     shown: list[str] = []
 
     class Cell:

@@ -1,4 +1,4 @@
-"""Rehearsals as text and as pages, from made-up records."""
+"""Rehearsals as text and as pages, made from invented records."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def text(shown: RenderableType) -> str:
 
 
 def test_a_rehearsal_that_settled() -> None:
-    """The whole text."""
+    """The whole text is compared."""
     assert (
         text(render(REHEARSAL))
         == """
@@ -141,7 +141,7 @@ The CUDA context is the catalogue's figure. 1 process, 4.5 s, torch 2.15.0."""
 
 
 def test_a_shortage_says_where_and_how_much() -> None:
-    """Bytes, line, library, module and torch's own words."""
+    """It has bytes, line, library, module and torch's own words."""
     shown = text(render(RAN_OUT))
     assert (
         """
@@ -158,7 +158,7 @@ CUDA out of memory. Tried to allocate 600.00 MiB.
 
 
 def test_ranks_are_one_table() -> None:
-    """A line for each, with what became of it."""
+    """Each rank has a line that says how it ended."""
     ranks = tuple(
         dataclasses.replace(
             process, rank=rank, num_ranks=2, device_index=rank, peak=held(1000 + rank)
@@ -178,7 +178,7 @@ rank 1     1      5   1001 MiB   1002 MiB  1021 MiB        0  out of memory
 
 
 def test_several_cards_are_one_table() -> None:
-    """Each with what is left of it, or missing."""
+    """Each card has what is left of it, or what is missing."""
     shown = text(render_several((REHEARSAL, RAN_OUT)))
     rows = [line.split() for line in shown.splitlines() if line.startswith("NVIDIA GeForce")]
     assert rows[0][4:] == ["settled", "5", "1020", "MiB", "1220", "MiB", "10.8", "GiB"]
@@ -187,7 +187,7 @@ def test_several_cards_are_one_table() -> None:
 
 
 def test_doubts_are_plain() -> None:
-    """Only where a line went another way."""
+    """They are reported only for a line that took another way."""
     shown = dataclasses.replace(REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(READ,)),))
     assert (doubts(shown), shown.is_trusted) == (None, True)
     assert "Lines that read what no kernel computed (1 line, 5 reads)" in text(render(shown))
@@ -200,14 +200,14 @@ def test_doubts_are_plain() -> None:
 
 
 def test_places_are_short() -> None:
-    """From a package on, else the file's name."""
+    """They start at a package, or are the file's name."""
     assert short_line("/env/lib/python3.11/site-packages/timm/a.py:3") == "timm/a.py:3"
     assert short_line("/home/user/train.py:12") == "train.py:12"
     assert short_line(None) == "(unknown)"
 
 
 def test_a_record_is_plain_values() -> None:
-    """With what follows from its fields."""
+    """It also has the values that follow from its fields."""
     plain = RAN_OUT.to_dict()
     assert plain["source"] == "rehearsed"
     assert plain["fits"] is False

@@ -1,4 +1,4 @@
-"""A result in print is a short table, and in a notebook too."""
+"""A printed result is a short table, and so is one in a notebook."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RESULT = ProbeResult(
 
 
 def test_a_probe_is_four_lines() -> None:
-    """To the letter."""
+    """The text is compared exactly."""
     assert str(RESULT) == (
         "net on NVIDIA L4: amp-bf16, adamw\n"
         "largest      63  simulated: it fitted, and 64 ran out of memory\n"
@@ -57,7 +57,7 @@ def test_a_probe_is_four_lines() -> None:
 
 
 def test_every_result_is_short_in_print_and_a_table_in_a_notebook() -> None:
-    """Plans, surveys and trials; what does not fit says so."""
+    """These are plans, surveys and trials; what does not fit says so."""
     plan = dataclasses.replace(plan_of(64, 30), peak_reserved_bytes=GIB)
     survey = Survey(
         subject="net",
@@ -90,7 +90,7 @@ def test_every_result_is_short_in_print_and_a_table_in_a_notebook() -> None:
 
 
 def test_what_has_no_look_is_its_fields() -> None:
-    """As a dataclass is."""
+    """It prints like a dataclass."""
     options = StepOptions()
     assert str(options) == repr(options)
     assert options._repr_html_() is None

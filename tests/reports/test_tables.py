@@ -1,4 +1,4 @@
-"""Names are shown letter by letter, whatever rich makes of brackets."""
+"""Names are shown exactly, although rich reads brackets as markup."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reports.test_equivalence_report import DIFFERS
 
 
 def printed(shown: RenderableType) -> str:
-    """Return what a terminal would show."""
+    """Return the text that a terminal would show."""
     out = io.StringIO()
     Console(file=out, width=100).print(shown)
     return out.getvalue()
@@ -23,7 +23,7 @@ def printed(shown: RenderableType) -> str:
 
 @pytest.mark.parametrize("name", ["user[item]", "a[/b]", "[bold]x", "\\[x"])
 def test_a_name_with_brackets_is_shown(name: str) -> None:
-    """In a table, and in a report's."""
+    """It is shown in a table, and in a report's table."""
     table = plain_table("name")
     table.add_row(name)
     assert name in printed(table)
