@@ -1,4 +1,4 @@
-"""Collaborative filtering: ratings from two embeddings and two biases; no images anywhere.
+"""Collaborative filtering without images: ratings from two embeddings and two biases.
 
     python examples/collaborative_filtering.py
 
@@ -43,7 +43,7 @@ def make_model() -> nn.Module:
 
 
 def make_batch(num_samples: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return users and items, and how the ones rated the others."""
+    """Return users, items, and the rating of each item by its user."""
     users = torch.randint(NUM_USERS, (num_samples,))
     items = torch.randint(NUM_ITEMS, (num_samples,))
     return (users, items), torch.rand(num_samples) * HIGHEST

@@ -1,11 +1,11 @@
-"""Road to the Top, part 3: the accumulation steps of five architectures, before any of them runs.
+"""Road to the Top, part 3: the accumulation steps of five architectures, found without a run.
 
     python examples/road_to_the_top.py
 
 fast.ai's course (2022, lesson 7) trained these models on cards of 16,280 MiB in fp16 mixed
-precision with Adam, 10 classes and 64 samples in each optimizer step, and found by hand, one run
-after another, how many accumulation steps each needs. Here the steps are simulated. Attention is
-not fused, as it was not then.
+precision with Adam, 10 classes and 64 samples in each optimizer step. The course found the number of
+accumulation steps by hand, one run after another. Here the steps are simulated. Attention is not
+fused, because it was not fused in 2022.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import memfit
 from memfit.units import format_bytes
 
 EFFECTIVE_BATCH = 64
-# The model, its images, and the steps that the course came to.
+# The model, its images, and the accumulation steps that the course found.
 CONFIGURATIONS = (
     ("convnext_large", "224", "2"),
     ("convnext_large", "320x240", "2"),

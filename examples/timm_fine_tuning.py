@@ -1,9 +1,9 @@
-"""Fine-tune a timm model at an effective batch that does not fit at once.
+"""Fine-tune a timm model with an effective batch that does not fit whole.
 
     python examples/timm_fine_tuning.py
 
-Measures what fits a limit of 50 MiB on the CPU, plans 64 samples in each optimizer step, and trains
-on it. The weights are random and the images are noise, so that nothing has to be downloaded.
+The example measures what fits a limit of 50 MiB on the CPU, plans 64 samples for each optimizer
+step, and trains. The weights are random and the images are noise, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
         print(remark)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    # 160 samples: the last batch of the epoch has only 32, and is weighted by those.
+    # 160 samples: the last batch of the epoch has only 32, and its weights are right for 32.
     dataset = TensorDataset(*make_batch(160))
     loader = DataLoader(dataset, batch_size=EFFECTIVE_BATCH, shuffle=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(loader))

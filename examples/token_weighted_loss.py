@@ -1,10 +1,10 @@
-"""A loss that averages over tokens: sequences of different lengths, exactly.
+"""A loss that averages over tokens, with exact gradients for sequences of different lengths.
 
     python examples/token_weighted_loss.py
 
-A mean of the micro-batches' means is not the whole batch's mean as soon as they hold different
-numbers of tokens. The weight is a function that counts what the loss averages over. Here the loop
-is written out with `memfit.micro_batches`, beside `Accumulator`, and both give the same gradient.
+If micro-batches hold different numbers of tokens, the mean of their means is not the mean of the
+whole batch. So the weight is a function that counts what the loss averages over. The example has
+`Accumulator`, and the same loop with `memfit.micro_batches`. Both give the same gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import memfit
 
 NUM_WORDS, LENGTH, WIDTH = 50, 24, 32
 EFFECTIVE_BATCH = 30
-PADDING = -100  # what F.cross_entropy leaves out
+PADDING = -100  # the target that F.cross_entropy ignores
 
 
 class LanguageModel(nn.Module):
@@ -68,7 +68,7 @@ def weight(batch: Any) -> Any:
 
 
 def main() -> None:
-    """Plan, train a few steps, and compare with a loop of one's own."""
+    """Plan, train a few steps, and compare with a loop that is written out."""
     torch.manual_seed(0)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -1,9 +1,9 @@
-"""One model, two targets: 20 scores, of which 10 say what and 10 say which variety.
+"""One model, two targets: 20 scores, of which 10 are for a disease and 10 for a variety.
 
     python examples/two_targets.py
 
-The loss function returns two cross-entropies, and Accumulator adds them. Plans for a small card
-that is not there, and trains on the CPU.
+The loss function returns two cross-entropies, and Accumulator adds them. The example plans for a
+small simulated card, and trains on the CPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def loss(
 
 
 def total_loss(scores: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
-    """Return one number, as a workload has it."""
+    """Return the sum of both losses, because this workload wants one number."""
     return torch.stack(loss(scores, *targets)).sum()
 
 

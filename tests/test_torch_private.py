@@ -170,7 +170,7 @@ def test_a_module_that_is_really_gone_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_has_a_way_around_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copying many tensors at once is only faster than one by one."""
+    """For example, many tensors can also be copied one by one, only more slowly."""
     monkeypatch.delattr(torch, "_foreach_copy_")
     monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces", raising=False)
     target = torch.zeros(2)

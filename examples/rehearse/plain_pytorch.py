@@ -1,4 +1,4 @@
-"""Train a timm model with nothing but PyTorch: mixed precision, a validation after every epoch.
+"""Train a timm model with PyTorch alone: mixed precision, and a validation after each epoch.
 
 memfit rehearse --gpu "RTX 4090" -- python examples/rehearse/plain_pytorch.py --batch-size 128
 """

@@ -1,4 +1,4 @@
-"""When a trial has run long enough."""
+"""Tests of when a trial has run long enough."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adam_step() -> PreparedStep:
 
 
 def peaks(*reserved: float) -> Callable[[Callable[[], None]], Reading]:
-    """Return a measurement that reads these peaks one after the other, for ever the last."""
+    """Return a measurement that gives these peaks one after another, and then always the last."""
 
     def endless() -> Iterable[float]:
         yield from reserved
@@ -47,13 +47,13 @@ def peaks(*reserved: float) -> Callable[[Callable[[], None]], Reading]:
 
 
 def test_two_equal_peaks_are_enough() -> None:
-    """A step that needs the same twice has settled."""
+    """A step that needs the same memory twice has settled."""
     readings, grows = steady_readings(adam_step(), 1, peaks(MIB))
     assert (len(readings), grows) == (2, False)
 
 
 def test_growth_by_the_optimizer_state_is_expected() -> None:
-    """The state that the first step made is at the second peak, and explains it."""
+    """The first step makes the state, so the second peak is higher by the state."""
     state_bytes = 2 * (100 * 100 + 100) * 4
     readings, grows = steady_readings(adam_step(), 1, peaks(MIB, MIB + state_bytes))
     assert (len(readings), grows) == (2, False)
@@ -66,14 +66,14 @@ def test_growth_beyond_the_state_is_followed_until_it_ends() -> None:
 
 
 def test_a_peak_that_never_settles_is_reported() -> None:
-    """A step that leaks grows to the end."""
+    """A step that leaks grows until the end."""
     readings, grows = steady_readings(adam_step(), 1, peaks(*(2**i * MIB for i in range(20))))
     assert grows
     assert len(readings) == 6
 
 
 class SkipsLayers(nn.Module):
-    """Runs each of its layers with a chance of a half."""
+    """Runs each of its layers with a probability of one half."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class SkipsLayers(nn.Module):
 
 
 def test_a_step_that_draws_its_depth_is_run_at_its_deepest() -> None:
-    """And at its shallowest, because which end is which is not known; then it is said to vary."""
+    """Which end is deepest is unknown, so both are tried; the peak is said to vary."""
     model = SkipsLayers()
     workload = Workload(model, torch.ones(1, 4), lambda out: out.sum(), torch.optim.SGD)
     step = TrainingStep(subject=workload, options=StepOptions(precision=Precision.FP32))

@@ -1,4 +1,4 @@
-"""Trials on the CPU: real steps, real limits, real deaths."""
+"""Trials on the CPU, with real steps, real limits and processes that really die."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FP32 = StepOptions(precision=Precision.FP32)
 
 
 class Wide(nn.Module):
-    """Holds one mebibyte of activations per sample."""
+    """Holds one MiB of activations for each sample."""
 
     def __init__(self, then: Callable[[torch.Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def wide_step(then: Callable[[torch.Tensor], Any] | None = None) -> TrainingStep
 
 
 def test_a_step_fits_or_runs_out_by_its_bytes() -> None:
-    """What is reserved follows the batch, and the limit is where it ends."""
+    """The reserved bytes grow with the batch, and the limit is where it stops."""
     step = wide_step()
     with CpuBackend(memory_bytes=LIMIT) as backend:
         small, large, over = (backend.trial(step, n) for n in (10, 40, 400))
@@ -77,7 +77,7 @@ def test_a_step_fits_or_runs_out_by_its_bytes() -> None:
 
 
 def test_the_limit_holds_whatever_this_process_has_freed() -> None:
-    """glibc serves a thread from another's arena once the limit refuses it more of its own."""
+    """At the limit glibc serves a thread from the arena of another thread."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
@@ -99,7 +99,7 @@ def test_the_limit_holds_whatever_this_process_has_freed() -> None:
 
 
 def test_trials_repeat() -> None:
-    """Trials are forked from the same state, whatever came before; other threads may still race."""
+    """Trials are forked from the same state, whatever ran before; other threads may still race."""
     step = TrainingStep(
         subject="resnet10t",
         options=StepOptions(precision=Precision.FP32, optimizer="momentum", image_size=(64, 64)),
@@ -122,7 +122,7 @@ def test_the_users_own_objects_are_never_touched(workload: Workload) -> None:
 
 
 def test_a_users_error_comes_as_it_was_raised() -> None:
-    """Type, message and the place in the child."""
+    """It has its type, its message and the place in the child."""
 
     def typo(out: torch.Tensor) -> None:
         raise KeyError("labels")
@@ -137,7 +137,7 @@ def test_a_users_error_comes_as_it_was_raised() -> None:
 
 
 def test_an_error_that_cannot_travel_still_says_what_it_was() -> None:
-    """An exception that does not pickle keeps its type's name and its message."""
+    """An exception that cannot be pickled keeps the name of its type and its message."""
 
     def odd(out: torch.Tensor) -> None:
         class OddError(Exception):
@@ -153,7 +153,7 @@ def test_an_error_that_cannot_travel_still_says_what_it_was() -> None:
 
 
 def test_the_kernels_kill_is_out_of_memory() -> None:
-    """A process that is killed from outside ran out, and the next trial runs."""
+    """A process that is killed from outside ran out of memory, and the next trial runs."""
     step = wide_step(lambda out: os.kill(os.getpid(), 9 if out.shape[0] > 5 else 0))
     with CpuBackend(memory_bytes=LIMIT) as backend:
         assert backend.trial(step, 9).outcome is Outcome.OUT_OF_MEMORY
@@ -161,7 +161,7 @@ def test_the_kernels_kill_is_out_of_memory() -> None:
 
 
 def test_a_crash_is_an_error_with_its_last_words() -> None:
-    """A segmentation fault is the step's, and names where it happened."""
+    """A segmentation fault is the step's own error, and the message says where it was."""
     step = wide_step(lambda out: ctypes.string_at(0))
     died = pytest.raises(StepCrashedError, match="died of SIGSEGV at batch size 2")
     with CpuBackend(memory_bytes=LIMIT) as backend, died as caught:
@@ -171,7 +171,7 @@ def test_a_crash_is_an_error_with_its_last_words() -> None:
 
 
 def test_an_exit_that_claims_success_is_an_error_too() -> None:
-    """Nobody waits for a report that a finished process will not send."""
+    """memfit does not wait for a report from a process that has ended."""
     with (
         CpuBackend(memory_bytes=LIMIT) as backend,
         pytest.raises(StepCrashedError, match="exit code 0"),
@@ -180,7 +180,7 @@ def test_an_exit_that_claims_success_is_an_error_too() -> None:
 
 
 def test_an_exit_is_an_error_with_its_code() -> None:
-    """A step that ends its process did not run out."""
+    """A step that ends its process did not run out of memory."""
     with (
         CpuBackend(memory_bytes=LIMIT) as backend,
         pytest.raises(StepCrashedError, match="exit code 7"),
@@ -189,7 +189,7 @@ def test_an_exit_is_an_error_with_its_code() -> None:
 
 
 def test_a_crash_that_goes_away_with_more_room_was_memory() -> None:
-    """A library that does not check its allocations dies where it should have refused."""
+    """A library that does not check its allocations crashes and reports no error."""
     step = wide_step(lambda out: os._exit(1) if data_left() < 130 * MIB else None)
     with CpuBackend(memory_bytes=LIMIT) as backend:
         trial = backend.trial(step, 80)
@@ -199,7 +199,7 @@ def test_a_crash_that_goes_away_with_more_room_was_memory() -> None:
 
 
 def test_a_server_that_dies_while_it_builds_is_replaced() -> None:
-    """A model that takes its process down when it is converted ends the trial, not the backend."""
+    """If converting a model kills its process, the trial ends, and the backend goes on."""
 
     class Fragile(Wide):
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -213,7 +213,7 @@ def test_a_server_that_dies_while_it_builds_is_replaced() -> None:
 
 
 def test_last_words_about_memory_are_out_of_memory() -> None:
-    """C++ code that cannot get memory aborts with these words."""
+    """C++ code that gets no memory aborts with these words."""
 
     def abort(out: torch.Tensor) -> None:
         os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
@@ -232,7 +232,7 @@ def data_left() -> int:
 
 
 def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
-    """oneDNN's words are believed once the same step runs without the limit."""
+    """oneDNN's words count as memory if the same step runs without the limit."""
 
     def primitive(out: torch.Tensor) -> None:
         if data_left() < 130 * MIB:
@@ -250,7 +250,7 @@ def test_a_suspect_that_goes_away_with_more_room_was_memory() -> None:
 def test_where_there_is_no_more_room_half_the_batch_decides(
     monkeypatch: pytest.MonkeyPatch, is_full: bool
 ) -> None:
-    """A suspect is believed if the limit was nearly reached and half of the batch runs."""
+    """It was memory if the limit was nearly reached and half of the batch runs."""
     monkeypatch.setattr(cpu, "_room_bytes", lambda: LIMIT)
 
     def primitive(out: torch.Tensor) -> None:
@@ -268,7 +268,7 @@ def test_where_there_is_no_more_room_half_the_batch_decides(
 
 
 def test_a_suspect_that_stays_with_more_room_is_the_users_error() -> None:
-    """A library's real limit in the same words is raised, not searched around."""
+    """Another limit of a library in the same words is raised, and the search ends."""
 
     def limit(out: torch.Tensor) -> None:
         if out.shape[0] > 5:
@@ -282,7 +282,7 @@ def test_a_suspect_that_stays_with_more_room_is_the_users_error() -> None:
 
 
 def test_a_real_convolution_runs_out_whatever_its_library_says() -> None:
-    """oneDNN's own failures, as they come, are outcomes too."""
+    """oneDNN's real failures are outcomes too."""
     options = StepOptions(precision=Precision.FP32, optimizer="momentum", image_size=(96, 96))
     step = TrainingStep(subject="resnet10t", options=options)
     with CpuBackend(memory_bytes=LIMIT) as backend:
@@ -291,7 +291,7 @@ def test_a_real_convolution_runs_out_whatever_its_library_says() -> None:
 
 
 def test_a_model_that_cannot_be_built_says_so_at_every_trial() -> None:
-    """The server answers with the error that building it raised."""
+    """The server answers with the error from building it."""
     step = TrainingStep(
         subject="resnet10t",
         options=StepOptions(precision=Precision.FP32, model_kwargs=(("foo", 1),)),
@@ -303,21 +303,21 @@ def test_a_model_that_cannot_be_built_says_so_at_every_trial() -> None:
 
 
 def test_a_step_that_has_no_scalar_loss_says_so() -> None:
-    """memfit's own errors travel as well."""
+    """memfit's own errors come from the child too."""
     workload = Workload(nn.Linear(2, 2), torch.ones(2, 2), lambda out: out, torch.optim.SGD)
     with CpuBackend(memory_bytes=LIMIT) as backend, pytest.raises(WorkloadError, match="shape"):
         backend.trial(TrainingStep(subject=workload, options=FP32), 2)
 
 
 def test_what_a_step_prints_stays_out_of_the_way(capfd: pytest.CaptureFixture[str]) -> None:
-    """A model that prints does not spoil `--json`."""
+    """A model that prints does not break the output of `--json`."""
     with CpuBackend(memory_bytes=LIMIT) as backend:
         assert backend.trial(wide_step(lambda out: print("noise", out.shape)), 2).fits  # noqa: T201
     assert capfd.readouterr().out == ""
 
 
 def test_leaving_ends_every_process() -> None:
-    """Nothing is left running or waiting to be reaped, whatever state a trial is in."""
+    """No process is left running or unreaped, in any state of a trial."""
 
     def children() -> set[int]:
         return {child.pid for child in psutil.Process().children(recursive=True)}
@@ -342,7 +342,7 @@ def test_leaving_ends_every_process() -> None:
 
 
 def test_steps_run_in_a_process_that_has_used_its_thread_pool() -> None:
-    """OpenMP's pool does not survive a fork; the trial does not wait for it."""
+    """OpenMP's pool does not survive a fork, and the trial does not wait for it."""
     torch.set_num_threads(2)
     torch.ones(2**22).add_(1)
     with CpuBackend(memory_bytes=LIMIT) as backend:
@@ -352,7 +352,7 @@ def test_steps_run_in_a_process_that_has_used_its_thread_pool() -> None:
 
 
 def test_the_default_limit_is_what_the_machine_leaves() -> None:
-    """Less the headroom, and it says who said so."""
+    """The headroom is subtracted, and the limit says where it comes from."""
     available = psutil.virtual_memory().available
     capacity = CpuBackend(headroom=0.5).capacity()
     assert 0 < capacity.usable_bytes <= 0.55 * available
@@ -360,13 +360,13 @@ def test_the_default_limit_is_what_the_machine_leaves() -> None:
 
 
 def test_a_limit_beyond_the_machine_is_refused() -> None:
-    """More than there is would measure the swap, or the kernel's patience."""
+    """Such a trial would measure swap, or how long the kernel waits before it kills."""
     with pytest.raises(UsageError, match="more than this machine has left"):
         CpuBackend(memory_bytes=2**50)
 
 
 def test_needed_bytes_are_measured_where_there_is_room() -> None:
-    """What did not fit is tried once more with all that the machine has."""
+    """A step that did not fit is tried again with all the memory of the machine."""
     with CpuBackend(memory_bytes=60 * MIB) as backend:
         step = wide_step()
         assert not backend.trial(step, 100).fits
@@ -376,7 +376,7 @@ def test_needed_bytes_are_measured_where_there_is_room() -> None:
 
 
 def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where mapping beyond the limit succeeds, no trial would mean anything."""
+    """If mapping beyond the limit succeeds, trials would show nothing."""
     monkeypatch.setattr(limits, "limit_data", lambda num_bytes: None)
     with pytest.raises(UnsupportedError, match="this kernel ignores it"):
         CpuBackend(memory_bytes=LIMIT)
@@ -386,7 +386,7 @@ def test_a_system_without_limits_gets_a_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_engine_that_cannot_fork_is_explained() -> None:
-    """PyTorch's own words about fork become advice."""
+    """PyTorch's own message about fork becomes advice."""
     error = RuntimeError(
         "Unable to handle autograd's threading in combination with fork-based multiprocessing."
     )
@@ -402,7 +402,7 @@ def write(folder: Path, **files: str) -> None:
 
 
 def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
-    """Every level that limits counts, droppable file pages do not, and `max` is no limit."""
+    """Each level with a limit counts, droppable file pages do not, and `max` is no limit."""
     membership = tmp_path / "cgroup"
     membership.write_text("4:cpu:/x\n3:memory:/job\n0::/a/b\n")
     write(tmp_path / "a/b", memory__max="max", memory__current="5", memory__stat="inactive_file 1")
@@ -418,13 +418,13 @@ def test_control_groups_of_both_versions_are_read(tmp_path: Path) -> None:
 
 
 def test_the_tightest_limit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's limit is the machine's, for this process."""
+    """For this process, a container's limit is the limit of the machine."""
     monkeypatch.setattr(machine, "_control_groups", lambda: [(1000, 400), (2**60, 0)])
     assert machine.memory_left() == (600, "memory left in this control group")
 
 
 def test_the_backend_is_chosen_by_the_device() -> None:
-    """The CPU's is the one for `cpu`, and for no device where there is no GPU."""
+    """`cpu` gets the CPU's backend, and so does no device where there is no GPU."""
     with open_backend("cpu", memory_bytes=LIMIT) as backend:
         assert isinstance(backend, CpuBackend)
         assert backend.device_name.startswith("CPU (")
@@ -432,7 +432,7 @@ def test_the_backend_is_chosen_by_the_device() -> None:
 
 
 def test_a_lock_that_another_thread_holds_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is never released in a fork: the trial is ended with where it waits, and not for ever."""
+    """A fork never gets it, so the trial is ended, and the error says where it waits."""
     monkeypatch.setattr(server, "_STALLED_SECONDS", 2.0)
     lock, is_held, may_end = threading.Lock(), threading.Event(), threading.Event()
 
@@ -461,7 +461,7 @@ def test_a_lock_that_another_thread_holds_ends_the_trial(monkeypatch: pytest.Mon
 
 
 def test_a_process_that_ignores_its_childrens_ends_gets_answers() -> None:
-    """As under some supervisors: the system then throws away how children ended."""
+    """Under some supervisors the system throws away how children ended."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with CpuBackend(memory_bytes=LIMIT) as backend:
@@ -477,13 +477,13 @@ def test_a_process_that_ignores_its_childrens_ends_gets_answers() -> None:
 def test_a_trial_killed_after_its_answer_leaves_no_second_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The next trial gets its own answer, and not what became of the last."""
+    """The next trial gets its own answer and not the end of the last one."""
     dumps = pickle.dumps
 
     def killed_afterwards(answer: Any) -> bytes:
         text: bytes = dumps(answer)
         if isinstance(answer, tuple) and answer[1].trial.batch_size == 3:
-            # As between any two lines: what is to be told is made, and the process is no more.
+            # The kill comes between two lines: the report is made, but not sent yet.
             os.kill(os.getpid(), signal.SIGKILL)
         return text
 
@@ -495,7 +495,7 @@ def test_a_trial_killed_after_its_answer_leaves_no_second_one(
 
 
 def test_a_trial_killed_before_it_was_asked_for_is_forked_again() -> None:
-    """Nobody has waited for it, so nobody is told."""
+    """Nobody has waited for it, so no error is reported."""
     with CpuBackend(memory_bytes=LIMIT) as backend:
         step = wide_step()
         assert backend.trial(step, 2).fits
@@ -509,7 +509,7 @@ def test_a_trial_killed_before_it_was_asked_for_is_forked_again() -> None:
 
 
 def test_a_server_that_is_gone_is_replaced_before_the_next_trial() -> None:
-    """A request that no process took is asked of a new one."""
+    """If no process took a request, a new process gets it."""
     with CpuBackend(memory_bytes=LIMIT) as backend:
         step = wide_step()
         assert backend.trial(step, 2).fits

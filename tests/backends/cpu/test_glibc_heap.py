@@ -1,4 +1,4 @@
-"""glibc's heap, and what trials ask of it."""
+"""glibc's heap, and the settings that trials need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from memfit.units import MIB
 def test_a_heap_that_the_user_tuned_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_tuned: bool
 ) -> None:
-    """Then nothing needs setting for training either."""
+    """Then training needs no setting either."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert glibc_heap.is_heap_tuned() is is_tuned
@@ -35,7 +35,7 @@ def test_a_heap_that_the_user_tuned_is_left_alone(
 
 
 def test_a_filled_heap_has_no_holes() -> None:
-    """What is asked for next comes from new memory, whatever was freed before by which thread."""
+    """The next request gets new memory, whatever any thread has freed before."""
     script = (
         "import ctypes, threading\n"
         "from memfit.backends.cpu import glibc_heap\n"
@@ -59,14 +59,14 @@ def test_a_filled_heap_has_no_holes() -> None:
 
 
 def test_a_heap_that_maps_what_it_is_asked_for_can_be_filled() -> None:
-    """A threshold below what holes are filled with: the arena does not grow then."""
+    """The arena does not grow if the threshold is below the size that fills holes."""
     script = "from memfit.backends.cpu import glibc_heap; glibc_heap.fill_heap()"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=60)
 
 
 def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
-    """It does not show in glibc's figures, which would never change."""
+    """glibc's figures do not show it and would never change."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.mallinfo2.restype = glibc_heap._HeapInfo
@@ -83,7 +83,7 @@ def test_an_allocator_that_is_not_glibcs_is_left_alone() -> None:
 
 
 def test_a_filled_heap_grows_by_what_is_asked_for() -> None:
-    """Where another arena's heap is nearly full, glibc sets 128 MiB aside for the next."""
+    """If another arena's heap is nearly full, glibc reserves 128 MiB for the next one."""
     script = (
         "import ctypes, os, sys, threading\n"
         "from memfit.backends.cpu import glibc_heap\n"

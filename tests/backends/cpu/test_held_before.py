@@ -1,4 +1,4 @@
-"""What a process has already when a search begins: a user's objects, and compiled kernels."""
+"""What a process holds when a search begins: a user's objects, and compiled kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FP32 = StepOptions(precision=Precision.FP32)
 
 
 def own_step() -> Workload:
-    """Return the step that memfit makes of the name, from objects of one's own."""
+    """Return the step that memfit makes for the name, from the user's own objects."""
     model = timm.create_model(MODEL)
     model.train()
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.01)
@@ -33,7 +33,7 @@ def own_step() -> Workload:
 
 
 def peak_bytes(step: TrainingStep) -> int:
-    """Return what a step of two samples reserves."""
+    """Return the bytes that a step of two samples reserves."""
     with CpuBackend(memory_bytes=400 * MIB) as backend:
         trial = backend.trial(step, 2)
     assert trial.peak_reserved_bytes is not None
@@ -41,7 +41,7 @@ def peak_bytes(step: TrainingStep) -> int:
 
 
 def test_own_objects_need_what_the_same_model_needs_by_name() -> None:
-    """Weights, gradients and state that exist already count, before training and after it."""
+    """Existing weights, gradients and state count, before training and after it."""
     by_name = peak_bytes(
         TrainingStep(
             subject=MODEL,
@@ -61,7 +61,7 @@ def test_own_objects_need_what_the_same_model_needs_by_name() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_compiled_kernels_are_forgotten() -> None:
-    """A trial compiles its own, as a fresh process does, whatever this one has run."""
+    """A trial compiles its own kernels, like a fresh process, whatever ran before."""
     before = compiled_bytes()
     for width in range(20, 28):
         layer = nn.Conv2d(4, 8, 3)
@@ -74,7 +74,7 @@ def test_compiled_kernels_are_forgotten() -> None:
 
 
 def test_large_blocks_are_whole_pages() -> None:
-    """As glibc takes them from the system; small ones lie in its heap."""
+    """glibc takes them from the system like this; small ones are in its heap."""
     assert block_bytes(1000) == 1000
     assert block_bytes(128 * KIB) == 132 * KIB
     assert block_bytes(MIB - 64) == MIB
