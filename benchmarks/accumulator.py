@@ -2,10 +2,10 @@
 
     python benchmarks/accumulator.py
 
-The same optimizer steps of vit_tiny at 64 px on the CPU, in turn in one process: by hand, and by
-Accumulator with and without recovery. Prints the ratio of the medians, in seconds of the
-processor, which other processes on the machine do not add to; the last column, the loop by hand
-against itself, is the noise.
+One process takes the same optimizer steps of vit_tiny at 64 px on the CPU in turn: by hand, and by
+Accumulator with and without recovery. Prints the ratio of the medians. The seconds are those of the
+processor, so other processes on the machine do not add to them. The last column compares the loop
+by hand with itself, so it shows the noise.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
         loops = loops_of(name, image_size, arguments.micro)
         seconds: dict[str, list[float]] = {how: [] for how in loops}
         for step in range(arguments.steps + 3):
-            # In another order each time: a step may leave the cache warm for the next.
+            # The order changes each time, because a step may leave the cache warm for the next.
             for how in random.sample(list(loops), len(loops)):
                 start = time.process_time()
                 loops[how](images, classes)

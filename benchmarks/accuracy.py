@@ -3,10 +3,10 @@
     python benchmarks/accuracy.py --data FOLDER [--sample N] [--seed S] [--jobs J] [--json FILE]
                                   [--rows FILE]
 
-FOLDER holds `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted) and
+FOLDER has `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted) and
 `timm-train-a100-40gb.csv` (peak memory of a process). docs/accuracy.md says where they come from
-and how to read what this prints. Nothing is downloaded. With --rows, a line of JSON is written for
-each row as soon as it is known, and a run that was interrupted goes on where it stopped.
+and how to read the output. Nothing is downloaded. With --rows, a line of JSON is written for each
+row as soon as it is known. A run that was interrupted then goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RTX_3090_CONTEXT_MIB = 1687
 # :4096:2:16:8 came later; torch 1.12's workspaces are 4 MiB (pytorch/pytorch#86167).
 RTX_3090_BLAS_BYTES = 4 * MIB
 A100_BLAS_BYTES = 8_519_680
-# The old models' heads: today's configuration of some names has no classes.
+# The heads of old models: today some of these names have no classes in their configuration.
 NUM_CLASSES = 1000
 _CHANGED_SHARE = 0.08
 _JUMP_SHARE = 1.5
@@ -240,7 +240,7 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
     predicted = LADDER[rung] if rung < len(LADDER) else 0
 
     def share(batch_size: str) -> float:
-        """What tensors hold at their peak, as a share of the capacity."""
+        """Return the bytes of tensors at their peak, as a share of the capacity."""
         stats = _replay(trace, int(batch_size), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
         return stats.peak_allocated_bytes / capacity
 
@@ -273,7 +273,7 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
 
 
 def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Print how often the rung is right; rows without a failing size are counted apart."""
+    """Print how often the rung is right; rows without a failing size are counted separately."""
     print("RTX 3090 ladder: torch 1.12, AMP fp16, SGD with momentum, cudnn.benchmark")
     _print_errors(rows)
     known = [row for row in rows if "error" not in row]
@@ -426,7 +426,7 @@ def _peak_reason(row: dict[str, Any], rows: list[dict[str, Any]], constant: floa
 
 
 def _ended_early(row: dict[str, Any], constant: float) -> bool:
-    """Whether a run held less than half of what a step's tensors take."""
+    """Return whether a run held less than half of what a step's tensors take."""
     measured = float(row["measured_peak_mib"])
     return bool(measured < constant + 0.5 * (row["predicted_mib"] - constant))
 

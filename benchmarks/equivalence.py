@@ -2,8 +2,8 @@
 
     python benchmarks/equivalence.py [MODEL ...]
 
-One small model of each family, weights as `timm.create_model(pretrained=False)` makes them, runs
-as it trains in fp32; and once more in bf16 autocast, with what mixes samples frozen. The table
+One small model of each family, with weights from `timm.create_model(pretrained=False)`, runs as it
+trains in fp32. Then it runs in bf16 autocast, with the layers that mix samples frozen. The table
 goes to the standard output, each row when it is done.
 """
 
@@ -98,7 +98,7 @@ HEADER = (
 
 def main() -> None:
     """Print the table for the families asked for, or for all."""
-    torch.set_num_threads(1)  # small models: more threads would wait for each other
+    torch.set_num_threads(1)  # the models are small: more threads would wait for each other
     wanted = set(sys.argv[1:])
     print(
         f"{platform.machine()}, {torch.get_num_threads()} CPU thread, torch {torch.__version__}, "

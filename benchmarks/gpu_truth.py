@@ -1,11 +1,11 @@
-"""The simulation beside a GPU that is there: one command, under eight minutes.
+"""Compare the simulation with a real GPU: one command, under eight minutes.
 
     python benchmarks/gpu_truth.py [--minutes 8] [--record tests/data] [--json FILE]
 
 For a dozen timm models, in fp32, amp-bf16 and channels-last, under caps of 8, 24 and 80 GiB: the
-real search, what was predicted for it, peaks at three batch sizes, trials and seconds. With
-`--record`, allocator histories of three steps as fixtures whose replay must take the same segments.
-Prints the versions that it ran with; stops in time and says what it left out.
+real search, its prediction, peaks at three batch sizes, trials and seconds. With `--record`, it
+keeps allocator histories of three steps as fixtures. Their replay must take the same segments.
+Prints the versions that it ran with. Stops in time, and says what it left out.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
     )
     if arguments.record is not None:
         for model in RECORDED:
-            # In a process of its own, so that the history starts with an empty allocator.
+            # This needs a new process, so that the history starts with an empty allocator.
             path = arguments.record / f"history-{model}.json.gz"
             subprocess.run([sys.executable, __file__, "--history", model, str(path)], check=True)
     rows = compare(end)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def compare(end: float) -> list[dict[str, Any]]:
-    """Run the real search wherever there is time left.
+    """Run real searches as long as time is left.
 
     Args:
         end: When to stop, by `time.monotonic`.
@@ -93,7 +93,7 @@ def compare(end: float) -> list[dict[str, Any]]:
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     rows: list[dict[str, Any]] = []
     left_out = 0
-    # Every model once before any twice: setting and cap move on from model to model.
+    # Each model runs once before any runs twice; the setting and the cap change with each model.
     for turn, (index, model) in itertools.product(range(9), enumerate(MODELS)):
         setting, cap = divmod((turn + index) % 9, 3)
         precision, channels_last = SETTINGS[setting]

@@ -1,9 +1,9 @@
-"""What glibc's heap does to the memory of a training step, and what fixing its threshold costs.
+"""How glibc's heap changes the memory of a training step, and what fixing its threshold costs.
 
     python benchmarks/heap.py
 
-The same steps in fresh processes: glibc as it comes, and with its mmap threshold fixed at the value
-it starts with. Prints the peaks' spread over the runs, and the ratio of the times.
+The same steps run in fresh processes: with unchanged glibc, and with its mmap threshold fixed at
+the value it starts with. Prints the spread of the peaks over the runs, and the ratio of the times.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
     print("| model | px | batch | peak as it comes, MiB | peak fixed, MiB | time, fixed / not |")
     print("|---|---|---|---|---|---|")
     for case in CASES:
-        # One of each in turn, so that whatever else the machine does meets both.
+        # The two take turns, so that other work on the machine slows both.
         pairs = [(in_process(case, {}), in_process(case, FIXED)) for _ in range(arguments.runs)]
         loose = [pair[0]["peak_mib"] for pair in pairs]
         fixed = [pair[1]["peak_mib"] for pair in pairs]

@@ -1,7 +1,7 @@
 """The figures and pictures of docs/profile.md: `python benchmarks/memory_profiles.py`.
 
-Writes the pictures to docs/images, and prints the reports, how far the simulation is from what
-torch.profiler sees of real steps on this CPU, and how long a profile takes in a fresh process.
+Writes the pictures to docs/images. Prints the reports, the difference between the simulation and
+what torch.profiler sees of real steps on this CPU, and how long a profile takes in a fresh process.
 """
 
 from __future__ import annotations

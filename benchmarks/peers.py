@@ -1,13 +1,13 @@
-"""memfit beside the tools people have: the same model, the same limit, each in its own process.
+"""Compare memfit with other tools: the same model, the same limit, each in its own process.
 
     python benchmarks/peers.py                      # ResNet-18 on the CPU under 1500 MiB
     python benchmarks/peers.py --device cuda --memory-mib 8192
 
-On a CPU the limit is RLIMIT_DATA, set beyond what the process holds once its tool is imported. On a
-GPU it is a cap on the caching allocator. Every process on the CPU gets the same environment, with
-glibc's mmap threshold fixed, so that there is one true answer for all of them (`heap.py` shows what
-happens without); `--default-heap` leaves it out. The true largest is checked apart from every tool:
-plain steps in a fresh process for each batch size.
+On a CPU the limit is RLIMIT_DATA, in addition to what the process holds after it has imported its
+tool. On a GPU it is a cap on the caching allocator. Every process on the CPU gets the same
+environment with glibc's mmap threshold fixed, so that all have one true answer (`heap.py` shows
+what happens without it). `--default-heap` leaves the threshold alone. The true largest size is
+found without any tool: by plain steps in a fresh process for each batch size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEADY_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 @dataclasses.dataclass
 class Task:
-    """One model under one limit, and what trying it has seen."""
+    """One model under one limit, with the results of its trials."""
 
     model: str
     image_size: int
@@ -49,14 +49,14 @@ class Task:
     sizes: list[int] = dataclasses.field(default_factory=list)
 
     def limit(self) -> None:
-        """Let this process have so much more memory and no more."""
+        """Limit this process to this much more memory than it has."""
         import torch
 
         if self.device != "cpu":
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(self.memory_mib * MIB / total)
             return
-        # The thread pool and what torch imports late belong to the loaded process.
+        # The thread pool and late imports of torch belong to the loaded process.
         torch.ones(torch.get_num_threads() * MIB).add_(1)
         weight = torch.nn.Parameter(torch.ones(1))
         weight.sum().backward()
@@ -223,7 +223,7 @@ def run_batch_finder(task: Task) -> tuple[Any, Callable[[], int | None]]:
 
 
 def run_tool(tool: str, task: Task) -> dict[str, Any]:
-    """Run one tool in this process and say what came of it."""
+    """Run one tool in this process and return the result."""
     warnings.filterwarnings("ignore")
     import timm  # noqa: F401
     import torch
@@ -268,7 +268,7 @@ def run_tool(tool: str, task: Task) -> dict[str, Any]:
 
 
 def try_plainly(task: Task, size: int) -> dict[str, Any]:
-    """Try one batch size in this process, with nothing of any tool."""
+    """Try one batch size in this process, without any tool."""
     import timm  # noqa: F401
 
     task.limit()
@@ -280,7 +280,7 @@ def try_plainly(task: Task, size: int) -> dict[str, Any]:
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return what every tool gets."""
+    """Return the environment that every tool gets."""
     steady = arguments.device == "cpu" and not arguments.default_heap
     return {**os.environ, **(STEADY_HEAP if steady else {})}
 
@@ -300,7 +300,7 @@ def in_process(arguments: argparse.Namespace, *extra: str) -> dict[str, Any]:
         str(arguments.memory_mib),
         *extra,
     ]
-    # Lightning leaves a checkpoint where it runs, if it crashes.
+    # If Lightning crashes, it leaves a checkpoint in its folder.
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             command,

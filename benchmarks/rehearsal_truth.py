@@ -1,4 +1,4 @@
-"""The peaks of real training steps beside rehearsed ones of the same card, in one command.
+"""Compare the peaks of real training steps with rehearsed ones of the same card, in one command.
 
 On a machine with a GPU, each side runs in a process of its own: one on the GPU, one rehearsed as
 that card. Requested bytes have to agree to the byte, and reserved bytes to a segment. Differences
@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _card(named: str | None) -> tuple[Any, bool]:
-    """Return the card to rehearse, and whether it is the one that is here."""
+    """Return the card to rehearse, and whether it is the real one of this machine."""
     from memfit.cards import find_gpu, gpu_like
 
     if named is not None:

@@ -1,12 +1,12 @@
-"""How long a simulated answer takes, and what it holds.
+"""How long a simulated answer takes, and how much memory.
 
     python benchmarks/speed.py [MODEL ...]
 
-For each model, a dozen simulated cards in a fresh process on one core: wall-clock seconds and peak
-resident bytes of all of it, imports included; and the process's own seconds after imports for the
-twelve cards, for one alone (its trace included), and for each further one that shares the trace
-(the median); then the wall-clock seconds of the example that plans a course's six configurations,
-on every core. `benchmarks/zoo.py` has how tracing and replaying grow with a model's operations.
+For each model, a fresh process on one core simulates a dozen cards. Prints wall-clock seconds and
+peak resident bytes of all of it, imports included. Prints the process's own seconds after imports:
+for the twelve cards, for one alone (with its trace), and for each further one that shares the trace
+(the median). Then prints the wall-clock seconds of the example that plans a course's six
+configurations, on all cores. `benchmarks/zoo.py` shows how tracing and replaying grow with a model.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def survey(model: str) -> dict[str, float]:
     from memfit.step.workload import TrainingStep
 
     torch.set_num_threads(1)
-    # Small, so that what torch and timm import when they are first used is imported.
+    # A small model first, so that torch and timm do their late imports here.
     memfit.survey("test_vit", gpus=("rtx3090",))
     start = time.process_time()
     memfit.survey(model)

@@ -1,11 +1,11 @@
-"""Trace every model that timm registers: how many trace, what fails and why, and what it costs.
+"""Trace every model that timm registers: how many trace, which fail and why, and the cost.
 
-    python benchmarks/timm_models.py --results FILE [--sample N] [--seed S] [--match PATTERN]
+    python benchmarks/zoo.py --results FILE [--sample N] [--seed S] [--match PATTERN]
 
-One training step each, in mixed precision with AdamW on a simulated Ampere card, in one process on
-one core. FILE gets a line of JSON for each model as it ends, so a run that was interrupted goes on
-where it stopped; with every model in it, the command only prints the table. Seconds are the
-process's own. A model without a classifier of its own gets one with 1000 classes.
+Each model has one training step in mixed precision with AdamW on a simulated Ampere card. One
+process on one core traces them all. FILE gets a line of JSON for each model as it ends, so a run
+that was interrupted goes on where it stopped. If FILE has all models, the command only prints the
+table. Seconds are the process's own. A model without a classifier gets one with 1000 classes.
 """
 
 from __future__ import annotations

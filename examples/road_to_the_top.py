@@ -3,8 +3,8 @@
     python examples/road_to_the_top.py
 
 fast.ai's course (2022, lesson 7) trained these models on cards of 16,280 MiB in fp16 mixed
-precision with Adam, 10 classes and 64 samples in each optimizer step. The course found the number of
-accumulation steps by hand, one run after another. Here the steps are simulated. Attention is not
+precision with Adam, 10 classes and 64 samples in each optimizer step. The course found the number
+of accumulation steps by hand, one run after another. Here the steps are simulated. Attention is not
 fused, because it was not fused in 2022.
 """
 
