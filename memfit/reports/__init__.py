@@ -1,1 +1,1 @@
-"""Finished records, made into what people look at. Nothing here measures or decides."""
+"""Shows finished records to people: text, tables, pictures and pages. It measures nothing."""

@@ -1,4 +1,4 @@
-"""A verification's result for the terminal."""
+"""Shows a verification's result in the terminal."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def render(result: Equivalence) -> RenderableType:
     """Lay out a verification's result.
 
     Args:
-        result: What was found.
+        result: The verification's result.
 
     Returns:
-        Something for `rich.console.Console.print`: the verdict in a line, the comparisons, the
-        parameters that differ most, what mixes samples, and what to do about it.
+        An object for `rich.console.Console.print`. It shows the verdict in one line, the
+        comparisons, the parameters that differ most, what mixes samples, and what to do about it.
     """
     parts: list[RenderableType] = [_verdict(result), "", _checks(result)]
     worst = _worst_check(result)
@@ -167,7 +167,7 @@ def _checks(result: Equivalence) -> Table:
 
 
 def _worst_check(result: Equivalence) -> GradientCheck | None:
-    """Return the first comparison that failed, or else the last: that of training."""
+    """Return the first comparison that failed; if none failed, the last, which is training's."""
     with_parameters = [check for check in result.checks if check.worst]
     failed = [check for check in with_parameters if not check.passed]
     if failed:
@@ -320,7 +320,7 @@ def _notes(result: Equivalence) -> list[str]:
 
 
 def _weights(result: Equivalence) -> list[str]:
-    """Say what each micro-batch's loss has to be weighted by."""
+    """Return sentences about the weight that each micro-batch's loss needs."""
     if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
         return []
     if result.weighting is LossWeighting.SEVERAL:

@@ -1,4 +1,4 @@
-"""What single changes of a training step would make fit, as a page."""
+"""A page that shows what would fit after single changes of a training step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["page", "panels"]
 
 
 def page(exploration: Exploration) -> str:
-    """Return an exploration as one HTML document, to be opened offline.
+    """Return an exploration as one HTML document, which needs no network.
 
     Args:
-        exploration: What was found.
+        exploration: The exploration.
     """
     everything = (exploration.baseline, *exploration.alternatives)
     best = max(everything, key=lambda each: each.recommended_micro_batch_size or 0)
@@ -43,10 +43,10 @@ def page(exploration: Exploration) -> str:
 
 
 def panels(exploration: Exploration) -> tuple[Panel, ...]:
-    """Return what the page shows of an exploration, for pages that show more.
+    """Return the panels of an exploration, also for pages that show more.
 
     Args:
-        exploration: What was found.
+        exploration: The exploration.
     """
     everything = (exploration.baseline, *exploration.alternatives)
     return (_sizes(everything), _peaks(exploration, everything))

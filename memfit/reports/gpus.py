@@ -1,4 +1,4 @@
-"""The catalogue of GPUs for the terminal."""
+"""Shows the catalogue of GPUs in the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ESTIMATED = "~"
 
 
 def render(cards: tuple[Gpu, ...]) -> RenderableType:
-    """Lay out cards: a line each, or all that is known of a single one.
+    """Lay out cards: one line for each card, or all known facts for a single card.
 
     Args:
-        cards: What to list.
+        cards: The cards to list.
     """
     return _details(cards[0]) if len(cards) == 1 else _list(cards)
 

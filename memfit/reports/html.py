@@ -1,7 +1,7 @@
-"""Pages that are one file: charts by plotly.js, tables, and no request to anywhere.
+"""Pages in a single file: charts by plotly.js, and tables. A page makes no network requests.
 
-A page is panels. A panel's chart comes with what it shows in words and, where it can be one, as a
-table. What is drawn is decided by whoever makes the panels; drawing it is `page/page.js`.
+A page consists of panels. Every chart has a description in words and, if possible, a table with the
+same data. The code that makes the panels decides what is drawn. `page/page.js` draws it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Panel:
 
     Args:
         key: Its anchor.
-        kind: What `page.js` draws it as: `figure` (a plotly figure: `traces` and `layout`),
-            `timeline` or `table`.
+        kind: How `page.js` draws it: `figure` (a plotly figure: `traces` and `layout`), `timeline`
+            or `table`.
         title: Its heading.
         note: What it shows and how to read it, in a sentence or two.
-        data: What is drawn.
-        alternative: What the chart says, for who cannot see it; empty for a table.
-        header: Names of the columns of the same as a table.
-        rows: Its rows; empty where there is no such table.
+        data: The data to draw.
+        alternative: The chart in words, for readers who cannot see it; empty for a table.
+        header: Names of the columns of a table with the same data.
+        rows: The rows of that table; empty if there is no such table.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Page:
         facts: Names and values that are shown beside it.
         panels: Its parts.
         footer: Where the figures come from.
-        warning: What must not be overlooked; `None` for nothing.
+        warning: A warning that must not be overlooked; `None` without a warning.
     """
 
     title: str
@@ -69,11 +69,11 @@ def render(page: Page) -> str:
     """Return a page as one HTML document.
 
     Args:
-        page: What it shows.
+        page: The contents of the page.
     """
     from plotly.offline import get_plotlyjs
 
-    # What is not escaped is memfit's own and plotly's.
+    # Text that is not escaped is memfit's own or plotly's.
     return _template().render(
         page=page,
         css=Markup(_source("page.css")),  # noqa: S704 - see above
@@ -94,11 +94,11 @@ def line_chart(
     """Return the data of a panel with lines through points.
 
     Args:
-        lines: By name, the points' two coordinates.
-        x_title: What is along.
-        y_title: What is up.
-        colours: Of lines, by name; the others take plotly's.
-        layout: What else plotly's layout says.
+        lines: By name, the horizontal and vertical coordinates of the points.
+        x_title: The title of the horizontal axis.
+        y_title: The title of the vertical axis.
+        colours: Colours of lines, by name; other lines have plotly's colours.
+        layout: More settings for plotly's layout.
     """
     traces = [
         {
@@ -121,10 +121,10 @@ def level(
     """Return a shape for a chart's layout: a dotted line across it, such as a capacity.
 
     Args:
-        height: Where, in units of the chart's vertical axis.
-        text: What it is.
-        place: Where on the line that stands: `"start"`, `"middle"` or `"end"`.
-        colour: The line's; by default a quiet one.
+        height: The position, in units of the chart's vertical axis.
+        text: The label of the line.
+        place: The label's place on the line: `"start"`, `"middle"` or `"end"`.
+        colour: The line's colour; by default a quiet one.
     """
     return {
         "type": "line",
@@ -141,11 +141,11 @@ def level(
 def bar_chart(bars: Mapping[str, tuple[list[str], list[float]]], *, title: str) -> dict[str, Any]:
     """Return the data of a panel with groups of bars, one below the other, the first at the top.
 
-    Names stand beside their bars, so that they are whole however many there are, and on a phone.
+    Names are beside their bars, so that they are not cut off if there are many, or on a phone.
 
     Args:
         bars: By series, the names of the groups and the lengths.
-        title: What is along.
+        title: The title of the horizontal axis.
     """
     num_groups = max((len(names) for names, _ in bars.values()), default=0)
     return {
@@ -176,11 +176,11 @@ def _count(length: float) -> str:
 
 
 def upright(place: float, text: str) -> dict[str, Any]:
-    """Return a shape for a chart's layout: a dotted line up it, such as a capacity of bars.
+    """Return a shape for a chart's layout: a vertical dotted line, such as a capacity of bars.
 
     Args:
-        place: Where, in units of the chart's horizontal axis.
-        text: What it is.
+        place: The position, in units of the chart's horizontal axis.
+        text: The label of the line.
     """
     return {
         "type": "line",

@@ -1,4 +1,4 @@
-"""The main picture of a memory profile, for papers and READMEs."""
+"""Draws the main picture of a memory profile, for papers and READMEs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _FORMATS = (".svg", ".png", ".pdf")
 _SIZE_INCHES = (9.5, 4.0)
 _DOTS_PER_INCH = 200
 _MAX_POINTS = 160
-# Of the width: a phase that is narrower has no label, which the next one's would cover.
+# A phase narrower than this share of the width has no label, because labels would overlap.
 _LABEL_SHARE = 0.09
 _NOT_OVER_TIME = (Role.FRAGMENTATION, Role.CONTEXT)
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file whose ending is no format of pictures.
+    """Refuse a file whose ending is not a known picture format.
 
     Raises:
-        UsageError: With the endings that there are.
+        UsageError: The ending is unknown; the message lists the known endings.
     """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(
@@ -40,11 +40,11 @@ def check_format(path: Path) -> None:
 
 
 def draw(profile: MemoryProfile, path: Path) -> None:
-    """Write a profile's timeline by role, its peak marked.
+    """Write a profile's timeline by role, with its peak marked.
 
     Args:
-        profile: What was found.
-        path: Where to; its ending says the format.
+        profile: The profile.
+        path: The file to write; its ending chooses the format.
 
     Raises:
         UsageError: The file cannot be written, or its ending is unknown.
@@ -56,8 +56,8 @@ def save(path: Path, paint: Callable[[Axes], None]) -> None:
     """Write a picture.
 
     Args:
-        path: Where to; its ending says the format.
-        paint: Draws on the picture's only axes.
+        path: The file to write; its ending chooses the format.
+        paint: A function that draws on the picture's only axes.
 
     Raises:
         UsageError: The file cannot be written, or its ending is unknown.
@@ -66,7 +66,7 @@ def save(path: Path, paint: Callable[[Axes], None]) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # The same record gives the same file, and its text stays text.
+    # With these settings the same record gives the same file, and text stays text.
     with mpl.rc_context({"svg.hashsalt": "memfit", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
         paint(figure.subplots())
@@ -90,7 +90,7 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
         linewidth=0,
         step="post",
     )
-    # Without a caching allocator what is in use is all there is.
+    # Without a caching allocator, reserved and allocated bytes are the same.
     if timeline.reserved_bytes != timeline.allocated_bytes:
         axes.step(
             moments,
@@ -121,7 +121,7 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    # Outside, where it hides no moment.
+    # The legend is outside of the axes, so that it hides no part of the chart.
     axes.figure.legend(
         handles[::-1],
         labels[::-1],
@@ -133,10 +133,10 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
 
 
 def series_by_role(profile: MemoryProfile) -> dict[Role, list[int]]:
-    """Return what every role holds at every moment; together, the allocated bytes.
+    """Return the bytes of every role at every moment; they add up to the allocated bytes.
 
     Args:
-        profile: What was found.
+        profile: The profile.
     """
     count = len(profile.timeline.allocated_bytes)
     series = {role: [0] * (count + 1) for role in Role}
@@ -155,7 +155,7 @@ def series_by_role(profile: MemoryProfile) -> dict[Role, list[int]]:
 
 
 def _moments(values: tuple[int, ...]) -> list[int]:
-    """Return the moments to draw: from every stretch the one that holds most."""
+    """Return the moments to draw: from each part of the timeline the one with the most bytes."""
     width = min(_MAX_POINTS, len(values))
     edges = [round(index * len(values) / width) for index in range(width + 1)]
     return [

@@ -1,4 +1,4 @@
-"""The main picture of a probe or a plan: batch sizes against memory, or one bar for each card."""
+"""Draws the main picture of a probe or a plan: memory by batch size, or a bar for each card."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GIB_FROM = 4 * GIB
 
 
 def draw_probe(found: ProbeResult | Survey, path: Path) -> None:
-    """Write every trial's batch size against its peak, or what each card takes.
+    """Write a picture of every trial's peak by batch size, or of each card's batch size.
 
     Args:
-        found: What was found.
-        path: Where to; its ending says the format.
+        found: The probe's or survey's result.
+        path: The file to write; its ending chooses the format.
 
     Raises:
         UsageError: The file cannot be written, or its ending is unknown.
@@ -51,11 +51,11 @@ def draw_probe(found: ProbeResult | Survey, path: Path) -> None:
 
 
 def draw_plan(found: Plan | PlanSurvey, path: Path) -> None:
-    """Write a plan's trials and its own micro-batch, or what each card makes of the batch.
+    """Write a picture of a plan's trials and its own micro-batch, or of each card's plan.
 
     Args:
-        found: What was found.
-        path: Where to; its ending says the format.
+        found: The plan, or the plans of several cards.
+        path: The file to write; its ending chooses the format.
 
     Raises:
         UsageError: The file cannot be written, or its ending is unknown.

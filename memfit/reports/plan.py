@@ -1,4 +1,4 @@
-"""A plan, plans for several GPUs, and what else would fit, for the terminal."""
+"""Shows a plan, plans for several GPUs, and what else would fit, in the terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
 
 
 def render(plan: Plan) -> RenderableType:
-    """Lay out a plan: what ran where, the trials, the parts, both limits and the remarks.
+    """Lay out a plan: the step and device, trials, micro-batches, both limits and remarks.
 
     Args:
         plan: The plan.
 
     Returns:
-        Something for `rich.console.Console.print`.
+        An object for `rich.console.Console.print`.
     """
     return Group(
         heading(plan),
@@ -75,7 +75,7 @@ def _answers(plan: Plan) -> Table:
 
 
 def render_survey(survey: PlanSurvey) -> RenderableType:
-    """Lay out what each card makes of an effective batch.
+    """Lay out the plan of each card for an effective batch.
 
     Args:
         survey: The plans.
@@ -118,10 +118,10 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
 
 
 def render_exploration(exploration: Exploration) -> RenderableType:
-    """Lay out what single changes of the step make fit, all of it simulated.
+    """Lay out what would fit after single changes of the step. All of it is simulated.
 
     Args:
-        exploration: What was found.
+        exploration: The exploration.
     """
     table = plain_table()
     table.add_column("change (simulated)")
@@ -151,7 +151,7 @@ def render_exploration(exploration: Exploration) -> RenderableType:
 
 
 def alternative_cells(alternative: Alternative) -> tuple[str, ...]:
-    """Return what a change makes fit: its name, the micro-batch, the plan, the peak, the cost."""
+    """Return a change's cells: its name, the micro-batch, the plan, the peak and the cost."""
     change = alternative.change or "as it is"
     if not alternative.micro_batch_sizes:
         return change, "none", "", "", alternative.reason or ""

@@ -1,4 +1,4 @@
-"""A plan, or plans for several cards, as a page."""
+"""A page that shows a plan, or plans for several cards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["page", "survey_page"]
 
 
 def page(plan: Plan) -> str:
-    """Return a plan as one HTML document, to be opened offline.
+    """Return a plan as one HTML document, which needs no network.
 
     Args:
-        plan: What was found; what else would fit is shown too where it was explored.
+        plan: The plan. Its exploration is shown too, if it has one.
     """
     parts = format_parts(plan.micro_batch_sizes)
     ranks = f" over {plan.world_size} ranks" if plan.world_size > 1 else ""
@@ -58,10 +58,10 @@ def page(plan: Plan) -> str:
 
 
 def survey_page(survey: PlanSurvey) -> str:
-    """Return what several cards make of an effective batch, as one HTML document.
+    """Return the plans of several cards for an effective batch, as one HTML document.
 
     Args:
-        survey: What was found.
+        survey: The plans.
     """
     fitting = [answer.plan for answer in survey.answers if answer.plan is not None]
     names = [plan.device for plan in fitting]

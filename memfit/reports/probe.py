@@ -1,4 +1,4 @@
-"""A probe's result for the terminal."""
+"""Shows a probe's result in the terminal."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def render(result: ProbeResult) -> RenderableType:
     """Lay out a probe's result.
 
     Args:
-        result: What was found.
+        result: The probe's result.
 
     Returns:
-        Something for `rich.console.Console.print`: what ran where, the trials, the two numbers and
-        what there is to say about them.
+        An object for `rich.console.Console.print`. It shows the step and the device, the trials,
+        the largest and the recommended batch size, and remarks.
     """
     parts: list[RenderableType] = [
         heading(result),
@@ -55,7 +55,7 @@ def render(result: ProbeResult) -> RenderableType:
 
 
 def heading(result: ProbeResult | Plan) -> Text:
-    """Say what ran where, and what it could use."""
+    """Return a line with the step, the device, and the memory that the step could use."""
     return Text.assemble(
         (result.subject, "bold"),
         f" on {result.device}\n",
@@ -73,7 +73,7 @@ def _holds(process: DeviceProcess) -> str:
 
 
 def step_words(options: StepOptions) -> list[str]:
-    """Say what a training step is, in a few words each."""
+    """Return the options of a training step, in a few words each."""
     words = [options.precision.value]
     if options.optimizer is not None:
         words.append(options.optimizer)
@@ -91,11 +91,11 @@ def step_words(options: StepOptions) -> list[str]:
 
 
 def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:
-    """Lay out trials, each beside its prediction where there are any."""
+    """Lay out trials, each beside its prediction, if there are predictions."""
     trials = once_each(trials)
     has_kinds = len({trial.num_micro_batches for trial in trials}) > 1
     predicted = {trial.batch_size: trial for trial in predictions}
-    # Nothing runs in a simulation, so nothing is timed.
+    # In a simulation nothing runs, so there are no times.
     is_timed = not trials or any(trial.source is Source.MEASURED for trial in trials)
     table = plain_table()
     table.add_column("batch", justify="right")
@@ -125,7 +125,7 @@ def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) 
 
 
 def once_each(trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """Return the trials without those that were done again and ended as before."""
+    """Return the trials without repeated trials that had the same outcome."""
     last = {
         (trial.batch_size, trial.num_micro_batches, trial.outcome): index
         for index, trial in enumerate(trials)
@@ -152,10 +152,10 @@ def _answers(result: ProbeResult) -> Table:
 
 
 def why_largest(result: ProbeResult) -> str:
-    """Say what makes the largest batch size the largest, and what else ran out below it.
+    """Say why the largest batch size is the largest, and which smaller sizes ran out.
 
     Args:
-        result: What was found.
+        result: The probe's result.
     """
     best = result.max_batch_size
     said = (
@@ -170,10 +170,10 @@ def why_largest(result: ProbeResult) -> str:
 
 
 def why_recommended(result: ProbeResult) -> str:
-    """Say what keeps the recommendation below the largest batch size.
+    """Say why the recommendation is below the largest batch size.
 
     Args:
-        result: What was found.
+        result: The probe's result.
     """
     stand = result.recommended_batch_size
     rule = f"{result.headroom:.0%} kept free" + (
@@ -187,7 +187,7 @@ def why_recommended(result: ProbeResult) -> str:
 
 
 def trial_notes(result: ProbeResult | Plan) -> list[str]:
-    """Say what there is to say about trials: at the end, how they were had."""
+    """Return notes about trials; the last note says how they were made."""
     said = [] if isinstance(result, Plan) else list(result.remarks)
     if result.environment:
         said.append(
@@ -239,13 +239,13 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
 
 
 def _sizes(batch_sizes: list[int]) -> str:
-    """Name one batch size, or the range of several."""
+    """Return one batch size, or the range of several, as text."""
     low, high = min(batch_sizes), max(batch_sizes)
     return f"Batch size {low}" if low == high else f"Batch sizes from {low} to {high}"
 
 
 def _holes(trials: tuple[Trial, ...]) -> list[int]:
-    """Return the batch sizes that ran out below one that fits, in the same kind of step."""
+    """Return the batch sizes that ran out although a larger one fits, in the same kind of step."""
     fits: dict[int, int] = {}
     for trial in trials:
         if trial.fits:

@@ -1,4 +1,4 @@
-"""A probe's result, or a survey of cards, as a page."""
+"""A page that shows a probe's result, or a survey of cards."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
 
 
 def page(result: ProbeResult) -> str:
-    """Return a probe's result as one HTML document, to be opened offline.
+    """Return a probe's result as one HTML document, which needs no network.
 
     Args:
-        result: What was found.
+        result: The probe's result.
     """
     stand = result.recommended_batch_size
     panels = [
@@ -60,10 +60,10 @@ def page(result: ProbeResult) -> str:
 
 
 def survey_page(survey: Survey) -> str:
-    """Return what several cards that are not there take, as one HTML document.
+    """Return a survey of cards that are not in the machine, as one HTML document.
 
     Args:
-        survey: What was found.
+        survey: The survey.
     """
     fitting = [answer.result for answer in survey.answers if answer.result is not None]
     names = [result.device for result in fitting]
@@ -111,13 +111,13 @@ def memory_panel(
     largest: str,
     predictions: tuple[Trial, ...] = (),
 ) -> Panel:
-    """Return the panel of batch sizes against memory.
+    """Return the panel of memory by batch size.
 
     Args:
-        trials: What was tried.
-        usable_bytes: The line that none may cross.
-        largest: What came of it, in a few words.
-        predictions: What the simulation of the device gave for the same batch sizes.
+        trials: The trials.
+        usable_bytes: The usable memory, drawn as a line.
+        largest: The result, in a few words.
+        predictions: The results of simulating the device for the same batch sizes.
     """
     unit, unit_name = (GIB, "GiB") if usable_bytes >= 4 * GIB else (MIB, "MiB")
     lines: dict[str, tuple[list[float], list[float]]] = {}
@@ -135,7 +135,7 @@ def memory_panel(
             lines[name] = ([float(size) for size, _ in points], [peak for _, peak in points])
     peaks = [peak for _, heights in lines.values() for peak in heights]
     usable = usable_bytes / unit
-    # From zero, so that heights compare, and with room for what the limit is called.
+    # The axis begins at zero, so that heights compare, and has room for the limit's label.
     y_axis = {
         "title": {"text": f"{unit_name} at the peak"},
         "range": [0, 1.12 * max([usable, *peaks])],
@@ -186,11 +186,11 @@ def _throughput(result: ProbeResult) -> Panel:
 
 
 def trials_panel(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Panel:
-    """Return the table of all trials, without columns that say nothing.
+    """Return the table of all trials, without empty columns.
 
     Args:
-        trials: What was tried.
-        predictions: What the simulation of the device gave for the same batch sizes.
+        trials: The trials.
+        predictions: The results of simulating the device for the same batch sizes.
     """
     predicted = {trial.batch_size: trial for trial in predictions}
     names = ("batch size", "outcome", "peak", "predicted", "retries", "s/step", "samples/s")
@@ -215,7 +215,7 @@ def _said(cell: Any) -> bool:
 
 def _cells(trial: Trial, prediction: Trial | None) -> list[Any]:
     guess = None if prediction is None else prediction.peak_reserved_bytes
-    # What one that ran out did before is no measure of the batch size.
+    # The speed of a trial before it ran out of memory says nothing about its batch size.
     seconds = trial.step_seconds if trial.fits else None
     speed = trial.samples_per_second if trial.fits else None
     return [

@@ -1,4 +1,4 @@
-"""A memory profile for the terminal: 80 columns, readable without colour."""
+"""Shows a memory profile in the terminal, in 80 columns, readable without colour."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def render(profile: MemoryProfile) -> RenderableType:
     """Lay out a profile.
 
     Args:
-        profile: What was found.
+        profile: The profile.
 
     Returns:
-        Something for `rich.console.Console.print`: the peak by role, the step over time, the
-        modules, the largest blocks, the cards and the advice.
+        An object for `rich.console.Console.print`. It shows the peak by role, the step over time,
+        the modules, the largest blocks, the cards and the advice.
     """
     parts: list[RenderableType] = [_heading(profile)]
     if profile.message is not None:
@@ -87,7 +87,7 @@ def _peak_line(profile: MemoryProfile) -> Text:
 
 
 def _bar(profile: MemoryProfile) -> Text:
-    """One letter for every 78th of the peak."""
+    """Return a bar with one letter for every 78th of the peak."""
     total = profile.peak.total_bytes
     bar = Text()
     edge = filled = 0
@@ -163,7 +163,7 @@ def _share(num_bytes: int, total: int) -> str:
 
 
 def _blocks(profile: MemoryProfile) -> Table:
-    """The blocks of the peak, those of one line and operation together."""
+    """Return the blocks of the peak; blocks of one line and operation are added up."""
     groups: dict[tuple[Role, str, str], list[int]] = defaultdict(list)
     for block in profile.blocks_at_peak():
         key = (block.role, short_operation(block.operation), block.source_line or block.module)

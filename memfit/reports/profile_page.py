@@ -1,4 +1,4 @@
-"""A memory profile as a page."""
+"""A page that shows a memory profile."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["blocks_panel", "page", "step_panels"]
 
 _ROLES = tuple(Role)
 _NUM_MODULE_ROWS = 60
-# What would be narrower than a pixel is drawn together.
+# Parts that would be narrower than a pixel are drawn together.
 _LEAST_SHARE = 0.001
 _GIB_FROM = 10_000 * MIB
 _CARD_COLOURS = ("#1f77b4", "#e07b18", "#2c9a4b", "#8d62c4", "#c2503f", "#6b6f76")
-# One after another, so that the labels of limits that are close do not cover each other.
+# Limits take these places in turn, so that labels of close limits do not overlap.
 _LABEL_PLACES = ("start", "end", "middle")
-# How far the lines of batch size against memory are drawn beyond the largest that fits.
+# The lines of memory by batch size end at this multiple of the largest size that fits.
 _BEYOND = 1.25
 
 
 def page(profile: MemoryProfile) -> str:
-    """Return a profile as one HTML document, to be opened offline.
+    """Return a profile as one HTML document, which needs no network.
 
     Args:
-        profile: What was found.
+        profile: The profile.
     """
     peak = profile.peak
     largest = max(peak.roles, key=lambda share: share.num_bytes)
@@ -71,7 +71,7 @@ def page(profile: MemoryProfile) -> str:
 
 
 def step_panels(step: MemoryProfile | RecordedStep) -> list[Panel]:
-    """Return what shows a step over time and at its peak; `blocks_panel` belongs to them.
+    """Return the panels of a step over time and at its peak; they need `blocks_panel` too.
 
     Args:
         step: The step.
@@ -253,7 +253,7 @@ def _modules(profile: MemoryProfile | RecordedStep) -> Panel:
 
 
 def _unit_of(num_bytes: int) -> tuple[int, str]:
-    """Return the unit in which an axis up to so many bytes has short numbers."""
+    """Return the unit that gives an axis up to so many bytes short numbers."""
     return (GIB, "GiB") if num_bytes >= _GIB_FROM else (MIB, "MiB")
 
 
@@ -264,7 +264,7 @@ def _by_bytes(node: ModuleNode) -> int:
 def _walk(
     node: ModuleNode, parent: ModuleNode | None, *, least: float
 ) -> list[tuple[ModuleNode, ModuleNode | None]]:
-    """Return a module and those inside it with their parents, the small ones as one."""
+    """Return a module and the modules inside it, with their parents; small ones are merged."""
     shown = [child for child in node.largest if child.num_bytes >= least]
     small = sum(child.num_bytes for child in node.largest[len(shown) :])
     if small and shown:
@@ -304,7 +304,7 @@ def _cards(profile: MemoryProfile) -> Panel:
     y_axis = {"title": {"text": "GiB of the card"}, "range": [0, 1.15 * highest]}
     layout: dict[str, Any] = {"shapes": shapes, "yaxis": y_axis}
     if edges and profile.batch_size > _BEYOND * max(size for size, _ in edges):
-        # A batch that is far too large would squeeze what fits into a corner.
+        # With a much too large batch, the sizes that fit would be squeezed into a corner.
         layout["xaxis"] = {
             "title": {"text": "batch size"},
             "range": [0, _BEYOND * max(size for size, _ in edges)],
@@ -394,7 +394,7 @@ def _advice(profile: MemoryProfile) -> Panel:
 
 
 def blocks_panel() -> Panel:
-    """Return the table of every allocation; it reads what the panel of the timeline brings."""
+    """Return the table of every allocation; it uses the data of the timeline's panel."""
     names = ("bytes", "role", "module", "operation", "line", "for every sample", "phase")
     return Panel(
         key="blocks",

@@ -1,4 +1,4 @@
-"""What is under way: a search's trials or a question's stages, in a terminal or a notebook."""
+"""Shows progress in a terminal or a notebook: the trials of a search, or stages of work."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _BAR_WIDTH = 40
 
 
 class Progress:
-    """Shows what is under way, once it has taken two seconds, and is gone when it has ended.
+    """Shows what runs after the first two seconds, and removes it at the end.
 
-    Nothing is shown where nobody looks: a file, a pipe, a log.
+    Nothing is shown if the output is a file, a pipe or a log.
 
     Args:
-        console: Where it is shown; a notebook's cell is found by itself.
-        what: What is under way before anything was heard.
-        quiet_seconds: How long nothing is shown.
+        console: The console for the output; a notebook's cell is found automatically.
+        what: The text to show before the first trial or stage.
+        quiet_seconds: The time in which nothing is shown.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Progress:
         self._lock = threading.Lock()
 
     def trial(self, trial: Trial) -> None:
-        """Take note of a trial that has ended."""
+        """Record a trial that has ended."""
         with self._lock:
             self._trials = [*self._trials, trial][-_NUM_TRIALS:]
             self._num_trials += 1
         self._update_cell()
 
     def stage(self, what: str, done: int, total: int) -> None:
-        """Take note of what is next.
+        """Record the stage that begins.
 
         Args:
-            what: What runs now.
-            done: How many stages have ended.
-            total: How many there are.
+            what: The stage, in a few words.
+            done: The number of stages that have ended.
+            total: The number of all stages.
         """
         with self._lock:
             if (what, done) != (self._what, self._done):
@@ -80,7 +80,7 @@ class Progress:
         self._update_cell()
 
     def __enter__(self) -> Self:
-        """Begin to show it."""
+        """Start to show progress."""
         self._begin = time.monotonic()
         if self._console.is_jupyter:
             from IPython.display import HTML, display
@@ -97,7 +97,7 @@ class Progress:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Take it away."""
+        """Remove the progress display."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -106,7 +106,7 @@ class Progress:
             self._cell = None
 
     def __rich__(self) -> ConsoleRenderable:
-        """Return the bar or the sign of life, and the trials so far."""
+        """Return the bar or a moving sign, and the trials so far."""
         took = time.monotonic() - self._begin
         if took < self._quiet_seconds:
             return Text("")
@@ -123,7 +123,7 @@ class Progress:
             return Group(trial_table(tuple(self._trials)), line)
 
     def _words(self, took: float) -> str:
-        """Say what runs, what has ended, and how long it took."""
+        """Return text about what runs, what has ended, and the time taken."""
         said = [self._what] if self._what else []
         if self._total is not None:
             said.append(f"{self._done} of {self._total} done")

@@ -1,4 +1,4 @@
-"""A rehearsal for the terminal: what a command would hold on a card, or where it would run out."""
+"""Shows a rehearsal in the terminal: the peak of a command, or where memory would run out."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def render(rehearsal: Rehearsal) -> RenderableType:
     """Lay out one rehearsal.
 
     Args:
-        rehearsal: What was seen.
+        rehearsal: The rehearsal.
 
     Returns:
-        Something for `rich.console.Console.print`: the peak or the shortage, steps, phases, ranks,
-        and what the figures leave out.
+        An object for `rich.console.Console.print`. It shows the peak or the shortage, steps,
+        phases, ranks, and what the figures do not include.
     """
     parts: list[RenderableType] = ["", _heading(rehearsal), ""]
     parts += _answer(rehearsal)
@@ -96,7 +96,7 @@ def render_probe(found: CommandProbe) -> RenderableType:
     """Lay out the batch sizes of a command.
 
     Args:
-        found: What was found.
+        found: The result of the probe.
     """
     best, stand = found.max_batch_size, found.recommended_batch_size
     proof = (
@@ -120,7 +120,7 @@ def render_plan(found: CommandPlan) -> RenderableType:
     """Lay out an effective batch size as a command.
 
     Args:
-        found: What was found.
+        found: The plan.
     """
     parts = f"{found.micro_batch_size} x {found.accumulation_steps}" + (
         f" x {found.world_size} ranks" if found.world_size > 1 else ""
@@ -155,7 +155,7 @@ def _in_trials(found: CommandProbe | CommandPlan) -> str:
 
 
 def doubts(rehearsal: Rehearsal) -> str | None:
-    """Say why the figures are not to be trusted; `None` where nothing is known against them."""
+    """Say why the figures may be wrong; `None` if there is no known reason."""
     lines = {
         short_line(read.library_line or read.line)
         for process in rehearsal.processes
@@ -173,7 +173,7 @@ def doubts(rehearsal: Rehearsal) -> str | None:
 
 
 def short_line(place: str | None) -> str:
-    """Return a line's place as short as it can be told: from the working folder or a package on."""
+    """Return a line's short path, relative to the working folder or to a package."""
     path, _, number = (place or "").rpartition(":")
     if not path:
         return "(unknown)"
@@ -312,7 +312,7 @@ def _phases(process: RehearsedProcess) -> Table:
 
 
 def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
-    # Ranks run the same lines.
+    # All ranks run the same lines, so one rank's reads are enough.
     reads = next((process.reads for process in rehearsal.processes if process.reads), ())
     if not reads:
         return

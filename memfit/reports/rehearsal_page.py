@@ -1,4 +1,4 @@
-"""A rehearsal as a page: the peak, and the recorded step that has it."""
+"""A page that shows a rehearsal: the peak, and the recorded step with this peak."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["page"]
 
 
 def page(rehearsal: Rehearsal, step: RecordedStep) -> str:
-    """Return a rehearsal as one HTML document, to be opened offline.
+    """Return a rehearsal as one HTML document, which needs no network.
 
     Args:
-        rehearsal: What was seen.
-        step: The step that was recorded: the one that needs most, or that ran out.
+        rehearsal: The rehearsal.
+        step: The recorded step: the step that needs the most memory, or that ran out of it.
     """
     largest = max(step.peak.roles, key=lambda share: share.num_bytes)
     where = "the script" if step.number == 0 else f"optimizer step {step.number}"

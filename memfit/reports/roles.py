@@ -1,4 +1,4 @@
-"""How reports call roles of memory, and what they paint them with."""
+"""Names and colours of memory roles in reports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RoleStyle:
 
     Args:
         label: Its name in a legend.
-        letter: What stands for it where there is no colour; no other role's.
-        colour: As `#rrggbb`; told apart on light and on dark ground.
+        letter: Its letter where colours are not available; each role has another letter.
+        colour: As `#rrggbb`; easy to tell apart on a light and on a dark background.
     """
 
     label: str
@@ -43,13 +43,13 @@ STYLES = {
 
 @dataclasses.dataclass(slots=True)
 class ModuleNode:
-    """A module with those inside it.
+    """A module with the modules inside it.
 
     Args:
         name: Its own name.
-        path: Its path from the model; empty for the whole.
-        num_bytes: What it and those inside it hold.
-        children: Those inside it, by name.
+        path: Its path from the model; empty for the whole model.
+        num_bytes: The bytes of this module and of the modules inside it.
+        children: The modules directly inside it, by name.
     """
 
     name: str
@@ -59,18 +59,18 @@ class ModuleNode:
 
     @property
     def largest(self) -> list[ModuleNode]:
-        """The children, the largest first."""
+        """The modules inside it, the largest first."""
         return sorted(self.children.values(), key=lambda child: -child.num_bytes)
 
 
 def module_tree(shares: Iterable[tuple[str, int]]) -> ModuleNode:
-    """Add what modules hold up along their paths.
+    """Add up the bytes of modules along their paths.
 
     Args:
         shares: Paths such as `layer1.0.conv2`, and bytes; a path in parentheses stays whole.
 
     Returns:
-        The whole.
+        The node of the whole model.
     """
     root = ModuleNode("all", "")
     for path, num_bytes in shares:

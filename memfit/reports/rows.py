@@ -1,4 +1,4 @@
-"""Results as rows of plain values, for tables of comma-separated values."""
+"""Turns results into rows of plain values, for tables of comma-separated values."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _PLAN = (
 
 
 def probe_rows(found: Iterable[ProbeResult | Survey]) -> list[Sequence[object]]:
-    """Return a row for every model and card; what is not known is left empty.
+    """Return a row for every model and card; unknown values are empty.
 
     Args:
-        found: Results of single cards and surveys of several.
+        found: Results of single cards, and surveys of several cards.
 
     Returns:
         The names of the columns, and the rows.
@@ -69,10 +69,10 @@ def probe_rows(found: Iterable[ProbeResult | Survey]) -> list[Sequence[object]]:
 
 
 def plan_rows(found: Iterable[Plan | PlanSurvey]) -> list[Sequence[object]]:
-    """Return a row for every model and card; what is not known is left empty.
+    """Return a row for every model and card; unknown values are empty.
 
     Args:
-        found: Plans for single cards and surveys of several.
+        found: Plans for single cards, and surveys of several cards.
 
     Returns:
         The names of the columns, and the rows.

@@ -1,4 +1,4 @@
-"""Results in a few lines: what `print` shows, and a notebook."""
+"""Results in a few lines, as `print` and a notebook show them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Short:
     """A result in a few lines.
 
     Args:
-        title: What it is about.
+        title: The subject of the result.
         header: Names of the columns; empty for a table of names and values.
         rows: The cells.
         note: Where the figures come from.
@@ -42,7 +42,7 @@ def short(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> Short:
     """Return a result in a few lines.
 
     Args:
-        record: What was found.
+        record: The result.
     """
     if isinstance(record, ProbeResult):
         return _probe(record)
@@ -59,7 +59,7 @@ def as_text(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
     """Return a result as the lines that `print` shows.
 
     Args:
-        record: What was found.
+        record: The result.
     """
     shown = short(record)
     table = plain_table(*shown.header, has_header=bool(shown.header))
@@ -76,7 +76,7 @@ def as_html(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
     """Return a result as the table that a notebook shows.
 
     Args:
-        record: What was found.
+        record: The result.
     """
     shown = short(record)
 
@@ -94,7 +94,7 @@ def as_html(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
 
 
 def register() -> None:
-    """Let results look like this in print and in notebooks."""
+    """Use these forms when results are printed or shown in notebooks."""
     for kind in (ProbeResult, Plan, Survey, PlanSurvey, Trial):
         register_look(kind, as_text=as_text, as_html=as_html)
 

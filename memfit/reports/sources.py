@@ -1,4 +1,4 @@
-"""How reports say where a figure comes from."""
+"""The words that reports use for the source of a figure."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def how_it_was_had(source: Source) -> str:
 
 
 def no_gpu_took_part(source: Source) -> str:
-    """Return the sentence that says so, for figures of cards that were not there."""
+    """Return a sentence that says that no GPU was used, for figures of absent cards."""
     return f"{_HOW[source]}: {_WHO_RAN[source]}."

@@ -1,4 +1,4 @@
-"""A survey of GPUs that are not there, for the terminal."""
+"""Shows a survey of GPUs that are not in the machine, in the terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["render"]
 
 
 def render(survey: Survey) -> RenderableType:
-    """Lay out what each card takes: batch sizes, peak and what is left.
+    """Lay out the result of each card: batch sizes, peak and the memory left.
 
     Args:
-        survey: What was found.
+        survey: The survey.
     """
     table = plain_table()
     table.add_column(f"GPU ({survey.source.value})")

@@ -1,4 +1,4 @@
-"""Tables for the terminal, in which a name is shown as it is."""
+"""Tables for the terminal that show names unchanged."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["plain_table"]
 
 
 class _PlainTable(Table):
-    """A table whose cells are text, where rich would read `[item]` as markup and leave it out."""
+    """A table with plain text in its cells. Rich would read `[item]` as markup and drop it."""
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
-        """Add a row; cells that are strings are shown letter by letter."""
+        """Add a row; cells that are strings are shown unchanged."""
         shown = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
         super().add_row(*shown, **options)
 
 
 def plain_table(*columns: str, has_header: bool = True) -> Table:
-    """Return a table without lines, as every report has.
+    """Return a table without lines, as in every report.
 
     Args:
         *columns: Names of columns that are aligned to the left.
-        has_header: The names of the columns are shown.
+        has_header: Show the names of the columns.
     """
     table = _PlainTable(
         box=None,
