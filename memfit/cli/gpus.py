@@ -14,9 +14,9 @@ __all__ = ["gpus"]
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def gpus(*, name: str | None, as_json: bool) -> None:
-    """List the GPUs that `memfit probe --gpu` knows, with their memory and where it is known from.
+    """List the GPUs that `memfit probe --gpu` knows, with their memory and its source.
 
-    With NAME, only that one.
+    With NAME, show only that GPU.
     """
     from memfit.cards import catalogue, find_gpu
     from memfit.reports.gpus import render

@@ -99,12 +99,12 @@ def plan(
 ) -> None:
     """Turn an effective batch size into micro-batches of MODEL that fit.
 
-    MODEL is the name of a timm model; several are planned for one after another. The parts add up
-    to the effective batch exactly. Real steps run on the device, or with --gpu on a card that is
-    rehearsed or simulated; the plan's own micro-batch is among those that were tried, and fitted
-    with the headroom. Without a GPU here, and with none named, common cards are simulated.
+    MODEL is the name of a timm model. Several models are planned one after another. The
+    micro-batches add up exactly to the effective batch. Real steps run on the device; with --gpu,
+    the card is rehearsed or simulated. The plan's own micro-batch was tried, and it fitted with the
+    headroom. On a machine without a GPU, and without --gpu, common cards are simulated.
 
-    A command of your own stands after two dashes, with {} for the micro-batch and {steps}:
+    Write your own command after two dashes, with {} for the micro-batch and {steps}:
 
         memfit plan --effective-batch 1024 -- python train.py --batch-size {} --steps {steps}
     """

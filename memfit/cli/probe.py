@@ -55,14 +55,14 @@ def probe(
 ) -> None:
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
 
-    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224; several are asked
-    about one after another. Real steps run on the device; the answer fitted, and one sample more
-    ran out of memory. With --gpu the card need not be there: torch's own CUDA software runs and its
-    kernels do nothing (rehearsed), or the step's allocations are replayed on a model of the card
-    (simulated). The answer says which. Without a GPU here, and with none named, common cards are
-    simulated.
+    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224. Several models are
+    tried one after another. Real steps run on the device: the answer fitted, and one sample more
+    ran out of memory. With --gpu, this machine does not need that card. Either torch's own CUDA
+    software runs and its kernels do nothing (rehearsed), or the step's allocations are replayed on
+    a model of the card (simulated). The answer says which. On a machine without a GPU, and without
+    --gpu, common cards are simulated.
 
-    A command of your own stands after two dashes, with {} in place of the batch size:
+    Write your own command after two dashes, with {} in place of the batch size:
 
         memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """

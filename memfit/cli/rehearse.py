@@ -74,14 +74,14 @@ def rehearse(
     snapshot: Path | None,
     as_json: bool,
 ) -> None:
-    """Run COMMAND as it is on a GPU that is not there, and say what it would hold of its memory.
+    """Run COMMAND unchanged for a GPU that is not in this machine, and show the memory it needs.
 
-    PyTorch's own CUDA software runs, its kernels do nothing. Write the command after two dashes:
+    PyTorch's own CUDA software runs, but its kernels do nothing. Write COMMAND after two dashes:
 
         memfit rehearse --gpu "RTX 4090" -- python train.py --batch-size 128
 
-    The command ends when its peak has settled. Ends with 3 if memory ran out, and with the
-    command's own exit code if it failed by itself.
+    memfit ends the command when its peak no longer rises. The exit code is 3 if memory ran out. If
+    the command failed for another reason, it is the command's own exit code.
     """
     from memfit.cards import find_gpu
     from memfit.rehearsal.activate import rehearsed_environment

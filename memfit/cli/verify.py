@@ -56,9 +56,9 @@ def verify(
 ) -> None:
     """Prove that MODEL's accumulated gradients equal the full batch's, or say what differs.
 
-    MODEL is the name of a timm model. Gradients are compared in float64 on the CPU first, then in
-    the precision and on the device of training; layers that mix samples are found by experiment.
-    Ends with 0 if the gradients are equal, and with 4 if they are not.
+    MODEL is the name of a timm model. Gradients are compared first in float64 on the CPU, then in
+    the precision and on the device of training. Experiments find the layers that mix samples. The
+    exit code is 0 if the gradients are equal, and 4 if they are not.
     """
     from memfit import api
     from memfit.reports.equivalence import render

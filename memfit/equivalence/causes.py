@@ -54,7 +54,7 @@ def find_causes(
         compared: The comparison of its gradients.
         weights: What its losses average over.
         mixing: Layers that are known to mix and are not frozen.
-        work: Is told what runs next.
+        work: The counter that is told what runs next.
 
     Returns:
         The causes; empty if gradients are equal.

@@ -59,7 +59,7 @@ class Measured:
 def outputs_of(setup: CheckSetup) -> Any | None:
     """Return the model's outputs, if all of them have samples in their first dimension."""
     size = setup.num_samples
-    for count in (size, *((size // 2,) if size >= 4 else ())):  # noqa: PLR2004 - no single ones
+    for count in (size, *((size // 2,) if size >= 4 else ())):  # noqa: PLR2004 - no single samples
         inputs, _ = setup.samples.of(0, count)
         with same_start(setup.holders), setup.draws.recorded():
             outputs = pytree.tree_leaves(call_model(setup.model, inputs))

@@ -139,7 +139,7 @@ def compare(
         bench: The step to run.
         cuts: How its batch is cut.
         weights: What the loss averages over.
-        work: Is told what runs next.
+        work: The counter that is told what runs next.
         suspect_draws: No other reason is known why gradients could differ. If they differ, draws
             may have been replayed for the wrong samples.
         is_proof: The verdict rests on this precision, so every check runs.

@@ -25,7 +25,7 @@ def splits_of(micro_batch_size: int, accumulation_steps: int) -> tuple[tuple[int
     even = (size,) * count
     if size == 1:
         return (even,) if count == 2 else (even, (2, *even[2:]))  # noqa: PLR2004 - a pair
-    if size == 3:  # noqa: PLR2004 - threes and twos, for a part of one sample is a case of its own
+    if size == 3:  # noqa: PLR2004 - threes and twos: one sample is a special case
         return even, (*even[2:], 2, 2, 2)
     last = 1 if size < 4 else max(2, size // 3)  # noqa: PLR2004 - a short last one of 2 needs 4
     return even, (size, size - last, *even[2:], last)

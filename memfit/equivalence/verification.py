@@ -78,7 +78,7 @@ def verify(
         freeze_bn: Before gradients are compared, put layers that mix samples in evaluation mode, if
             they do not mix in that mode.
         accumulate: The user's own accumulation loop, to be checked as well.
-        progress: Is told what runs next.
+        progress: A function that is told what runs next.
 
     Returns:
         The verdict, with all results that it is based on.
@@ -147,12 +147,12 @@ def verify(
 def _check_numbers(micro_batch_size: int, accumulation_steps: int, samples: int | None) -> None:
     if micro_batch_size < 1:
         raise UsageError(f"The micro-batch size must be at least 1, not {micro_batch_size}.")
-    if accumulation_steps < 2:  # noqa: PLR2004 - one is no accumulation
+    if accumulation_steps < 2:  # noqa: PLR2004 - one step is no accumulation
         raise UsageError(
             f"The accumulation steps must be at least 2, not {accumulation_steps}: a single "
             "micro-batch is the full batch."
         )
-    if samples is not None and samples < 2:  # noqa: PLR2004 - one cannot be cut
+    if samples is not None and samples < 2:  # noqa: PLR2004 - one sample cannot be cut
         raise UsageError(f"samples must be at least 2, not {samples}: one cannot be cut.")
 
 

@@ -176,8 +176,8 @@ class RehearsedProcess(Record):
 
     Args:
         process: Its process id.
-        rank: Its rank; `None` where there is only one.
-        num_ranks: How many ranks there are.
+        rank: Its rank; `None` if there is only one rank.
+        num_ranks: The number of ranks.
         device_index: The device's index in the process.
         torch_version: The torch that ran.
         peak: The most bytes that the process held.
