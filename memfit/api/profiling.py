@@ -65,7 +65,7 @@ def profile(
         device: Where to run the step and record its allocations, as for `probe`. On a machine
             without a GPU a card is simulated by default: a GeForce RTX 4090, or a card with
             `memory`.
-        gpu: A card to simulate instead, as for `probe`.
+        gpu: A card to rehearse or simulate instead, as for `probe`.
         compared: More cards to simulate, for the chart of memory by batch size.
         memory: The memory of each simulated card, instead of the catalogue's value.
         engine: As in `probe`. A step that does not fit is simulated, to show what it needs.

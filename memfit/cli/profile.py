@@ -58,10 +58,10 @@ def profile(
 ) -> None:
     """Show what holds the memory of a training step of MODEL, at its peak and over time.
 
-    MODEL is the name of a timm model. With --gpu nothing runs: the step's allocations are replayed
-    on a model of the first card, and every card's batch size is drawn against its memory.
-    With --device the step runs there and its allocations are recorded; so it does on a GPU that is
-    there. Ends with 0 if the batch fits, and with 3 if it does not.
+    MODEL is the name of a timm model. With --gpu, the first card is rehearsed or simulated, and a
+    chart shows memory by batch size for every card. With --device, or on a machine with a GPU, the
+    step runs on the device and its allocations are recorded. The exit code is 0 if the batch fits,
+    and 3 if it does not.
     """
     check_writable(html, plot, snapshot)
     check_picture(plot)
