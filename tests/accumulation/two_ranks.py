@@ -2,8 +2,8 @@
 
     python two_ranks.py RANK FOLDER
 
-Each case below runs on both ranks, meets the other in every collective, and checks what it is left
-with. A rank that waits for one that does not come ends with the process group's timeout.
+Each case below runs on both ranks. The ranks meet in every collective, and each checks its results.
+If one rank does not come, the other ends with the process group's timeout.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BOUND = 1e-10
 
 
 class Net(nn.Module):
-    """Mixes no samples; a part of it is used by one rank alone, and a part by none."""
+    """Mixes no samples; one rank alone uses one part of it, and no rank uses another part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores of shape (samples, 4)."""
-        # Each rank's samples say whose they are.
+        # Each sample says which rank it belongs to.
         scores: torch.Tensor = self.body(x)
         return scores + self.first_ranks(x) if x[0, 0] > 0 else scores
 
 
 def data(sizes: tuple[int, int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Any]:
-    """Return each rank's batch, and all of it."""
+    """Return the batch of each rank, and the whole batch."""
     torch.manual_seed(5)
     shares = []
     for rank, size in enumerate(sizes):
@@ -72,7 +72,7 @@ def data(sizes: tuple[int, int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]
 
 
 def mean_over_all(model: Net, shares: list[Any], *, over: str) -> torch.Tensor:
-    """Return the loss of the whole effective batch, in one process."""
+    """Return the loss of the whole effective batch, computed in one process."""
     outputs = torch.cat([model(x) for x, _ in shares])
     targets = torch.cat([y for _, y in shares])
     if over == "targets":
@@ -116,7 +116,7 @@ WEIGHTS: dict[str, Any] = {
 
 
 def gradients_are_the_whole_batchs() -> None:
-    """Uneven shares and counts, parameters that one rank or none uses, with recovery or without."""
+    """Shares and counts are uneven, and one rank or none uses a part; recovery is on or off."""
     for recover in (True, False):
         for over, weight in WEIGHTS.items():
             torch.manual_seed(0)
@@ -139,7 +139,7 @@ def gradients_are_the_whole_batchs() -> None:
 
 
 def one_that_runs_out_takes_the_other_along() -> None:
-    """In forward or backward, of the first or the last micro-batch."""
+    """It runs out in forward or backward, in the first or the last micro-batch."""
     for failing, where in ((0, "forward"), (1, "forward"), (1, "backward"), (2, "backward")):
         torch.manual_seed(0)
         reference = Net().double()
@@ -165,7 +165,7 @@ def one_that_runs_out_takes_the_other_along() -> None:
 
 
 def everything_is_as_if_it_had_not_run_out() -> None:
-    """Buffers that ranks share and random states too: bit for bit, over several steps."""
+    """This includes shared buffers and random states, bit for bit, over several steps."""
     finals = []
     for micro, calls in ((8, {1} if RANK == 1 else set()), (4, set())):
         torch.manual_seed(RANK)
@@ -186,7 +186,7 @@ def everything_is_as_if_it_had_not_run_out() -> None:
         finals.append([*model.state_dict().values(), torch.get_rng_state()])
         assert_same_on_both(list(model.parameters()))
         assert accumulator.micro_batch_size == 4
-        # As after any synchronised step, the next forward shares the first rank's buffers.
+        # After any synchronised step, the next forward shares the first rank's buffers.
         assert ddp.require_forward_param_sync
     assert all(torch.equal(one, other) for one, other in zip(*finals, strict=True))
 
@@ -208,7 +208,7 @@ def raises(kind: type[Exception], says: str) -> Iterator[None]:
 
 
 def a_failure_on_one_rank_ends_the_step_on_both() -> None:
-    """A bug, a batch that is none, memory that no micro-batch is small enough for; then go on."""
+    """It is a bug, a wrong batch, or too little memory for any micro-batch; then both go on."""
     model = together(Net().double())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     shares, _ = data((6, 6))
@@ -236,7 +236,7 @@ def a_failure_on_one_rank_ends_the_step_on_both() -> None:
 
 
 def nothing_to_average_over_is_said_on_both() -> None:
-    """The weight of all ranks together is 0."""
+    """The weights of all ranks sum to 0."""
     model = together(Net().double())
     accumulator = Accumulator(
         model,
@@ -250,7 +250,7 @@ def nothing_to_average_over_is_said_on_both() -> None:
 
 
 def ranks_without_targets_take_part() -> None:
-    """In the last micro-batch, or in all: the other rank waits for its gradients all the same."""
+    """The other rank waits for their gradients, if the last micro-batch or all lack targets."""
     for recover in (True, False):
         for num_valid in (0, 3):
             torch.manual_seed(0)
@@ -282,7 +282,7 @@ def whole_loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.T
 
 
 def gradients_are_summed_in_buckets() -> None:
-    """Larger than a bucket, of other strides, of other types."""
+    """They are larger than a bucket, or have other strides or types."""
     ranks._BUCKET_BYTES = 64
     try:
         torch.manual_seed(0)
@@ -306,7 +306,7 @@ def gradients_are_summed_in_buckets() -> None:
 
 
 def only_the_last_micro_batch_is_synchronised() -> None:
-    """Without recovery the model sums gradients, once in a step; with it, this does."""
+    """Without recovery the model sums gradients once in a step; with it the Accumulator does."""
     for recover, expected in ((False, [False, False, True]), (True, [False] * 3)):
         seen: list[bool] = []
         model = together(nn.Linear(5, 4).double())
@@ -328,7 +328,7 @@ def only_the_last_micro_batch_is_synchronised() -> None:
 
 
 def a_plan_splits_for_a_loop_of_ones_own() -> None:
-    """Weights are for gradients that are averaged over the ranks, and count over both."""
+    """Weights count over both ranks, and fit gradients that are averaged over the ranks."""
     torch.manual_seed(0)
     reference = nn.Linear(5, 4).double()
     model = together(copy.deepcopy(reference))
@@ -371,7 +371,7 @@ CASES = (
 def main() -> None:
     """Run every case, and say which passed."""
     torch.set_num_threads(1)
-    gc.freeze()  # what torch has loaded need not be searched after each attempt that ran out
+    gc.freeze()  # the collector need not search what torch has loaded after each failed attempt
     meeting = Path(sys.argv[2], "meeting").as_uri()
     distributed.init_process_group(
         "gloo", init_method=meeting, rank=RANK, world_size=2, timeout=TIMEOUT

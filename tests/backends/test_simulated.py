@@ -140,9 +140,9 @@ def test_an_answer_is_the_same_in_another_process() -> None:
 
 
 def test_a_conv_nets_search_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workspaces come and go with the room there is, and the hint knows, for it was replayed.
+    """Workspaces depend on the free room, and the hint knows this because it was replayed.
 
-    Three trials prove the edge; those that follow look for where to stand.
+    Three trials prove the edge; the trials after them look for the recommendation.
     """
     found: list[search.Found] = []
     original = search.find_largest
@@ -227,9 +227,9 @@ def test_a_users_workload_is_simulated_untouched() -> None:
     ],
 )
 def test_the_courses_case(model: str, image_size: str, fits_at_64: bool) -> None:
-    """On 16,280 MiB in fp16 with Adam and 10 classes: what fitted at 32 and not at 64.
+    """On 16,280 MiB in fp16 with Adam and 10 classes, some models fitted at 32 and not at 64.
 
-    Found by hand on real cards in 2022, before attention was fused.
+    The course found this by hand on real cards in 2022, before attention was fused.
     """
     set_fused_attn(False)
     try:

@@ -159,9 +159,9 @@ def test_recomputed_activations() -> None:
 
 
 def test_copies_are_known_by_their_size() -> None:
-    """In forward a block as large as a module's weight in half its bits is autocast's copy.
+    """In forward, a block of half the size of a module's weight is autocast's copy.
 
-    What is left when the step has ended is the model's own.
+    A block that is left when the step has ended belongs to the model.
     """
     history = [entry(120, "alloc", SAVED, MIB), entry(121, "alloc", SCRATCH, 2 * MIB)]
     notes = Notes(

@@ -1,6 +1,6 @@
-"""The batch size of a command: which runs are made, and what is said where they say little.
+"""The batch size of a command: which runs are made, and what memfit says if they show little.
 
-The runs are arithmetic here. `test_run.py` has real ones.
+These runs are only computed. `test_run.py` has real runs.
 """
 
 from __future__ import annotations

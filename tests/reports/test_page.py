@@ -82,7 +82,7 @@ PANELS = ("timeline", "roles", "modules", "cards", "advice", "blocks")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium whose console and network are recorded."""
+    """Start headless Chromium, and record its console and network."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -115,7 +115,7 @@ def shown(browser: Any, text: str, folder: Path) -> Any:
 
 
 def requests(browser: Any) -> list[str]:
-    """Return the addresses that were asked for since the last call."""
+    """Return the addresses that were requested since the last call."""
     messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     return [
         message["params"]["request"]["url"]
@@ -126,11 +126,11 @@ def requests(browser: Any) -> list[str]:
 
 @needs_browser
 def test_every_panel_is_drawn_without_errors_or_requests(browser: Any, tmp_path: Path) -> None:
-    """The console stays empty, nothing but the file is asked for, each chart has its shapes."""
+    """The console stays empty, only the file is loaded, and each chart has its shapes."""
     requests(browser)
     drawn = opened(browser, PROFILE, tmp_path)
     assert drawn.get_log("browser") == []
-    # Nor does any button offer to send the data away.
+    # No button offers to send the data away.
     buttons = drawn.execute_script(
         "return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"
     )
@@ -179,7 +179,7 @@ def test_pointing_at_a_moment_shows_what_lives_there(browser: Any, tmp_path: Pat
 
 @needs_browser
 def test_zooming(browser: Any, tmp_path: Path) -> None:
-    """A phase's button shows that phase, at full resolution where there are many events."""
+    """A phase's button shows that phase, in full resolution if there are many events."""
     from selenium.webdriver.common.by import By
 
     drawn = opened(browser, with_many_events(20_000), tmp_path)
@@ -271,7 +271,7 @@ def test_everything_is_reached_by_keyboard(browser: Any, tmp_path: Path) -> None
 
 @needs_browser
 def test_dark_and_light(browser: Any, tmp_path: Path) -> None:
-    """The ground and the charts' text follow the system's scheme."""
+    """The background and the charts' text follow the system's scheme."""
 
     def seen(scheme: str) -> tuple[str, str]:
         browser.execute_cdp_cmd(
@@ -313,7 +313,7 @@ def test_a_probes_page(browser: Any, tmp_path: Path) -> None:
 
 @needs_browser
 def test_a_surveys_page(browser: Any, tmp_path: Path) -> None:
-    """Every card has its bars, and one that takes nothing says so."""
+    """Every card has its bars; a card on which nothing fits says so."""
     survey = Survey(
         subject="net",
         answers=(
@@ -329,7 +329,7 @@ def test_a_surveys_page(browser: Any, tmp_path: Path) -> None:
 
 @needs_browser
 def test_an_explorations_page(browser: Any, tmp_path: Path) -> None:
-    """Each change has its bar, what does not fit says so, and the best is named."""
+    """Each change has its bar, a change that does not fit says so, and the best is named."""
     options = StepOptions(precision=Precision.FP32)
     exploration = Exploration(
         subject="net",
@@ -360,7 +360,7 @@ def test_an_explorations_page(browser: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("evil", ["</script><script>alert(1)</script>", "<!--<script>"])
 def test_names_cannot_break_out_of_the_page(evil: str) -> None:
-    """A module called like markup stays text: what would end a script, and what would hide it."""
+    """A module named like markup stays text, even if it could end a script or hide it."""
     blocks = tuple(dataclasses.replace(block, module=evil) for block in PROFILE.blocks)
     text = page(dataclasses.replace(PROFILE, subject=evil, blocks=blocks))
     assert evil not in text

@@ -13,7 +13,7 @@ MIB = 1 << 20
 
 
 def train(rank: int, mebibytes: int) -> None:
-    """Take a step with so much memory for the gradient."""
+    """Take a step whose gradient needs this much memory."""
     weight = nn.Parameter(torch.ones((rank + 1) * mebibytes * MIB // 4, device="cuda"))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     for _ in range(8):

@@ -1,6 +1,6 @@
-"""Trains a product of two layers: no library of NVIDIA's is called.
+"""Trains a product of two layers, without any library of NVIDIA.
 
-Its arguments: samples, steps, and what to do besides.
+Its arguments: samples, steps, and what else to do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Scale(nn.Module):
 
 
 class Net(nn.Module):
-    """Two of them."""
+    """Two layers that scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def say_peak() -> None:
-    """Print what the script itself sees."""
+    """Print the peaks that the script itself reads."""
     print("peak", torch.cuda.max_memory_allocated(), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Recurrent layers: what cuDNN keeps, and what a traced step of them is made of."""
+"""Recurrent layers: the bytes that cuDNN keeps, and the parts of their traced steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS, FEATURES, HIDDEN = 7, 12, 16
 def test_bytes_are_those_that_cudnn_asked_for(
     name: str, num_gates: int, reserve: int, workspace: int
 ) -> None:
-    """As printed in pytorch/pytorch#2895."""
+    """The figures were printed in pytorch/pytorch#2895."""
     recurrence = Recurrence(
         mode=RECURRENT[name],
         steps=250,
@@ -39,7 +39,7 @@ def test_bytes_are_those_that_cudnn_asked_for(
 
 
 class Tagger(nn.Module):
-    """A recurrent layer and a classifier on its last output."""
+    """A recurrent layer, and a classifier on its last output."""
 
     def __init__(self, kind: type[nn.RNNBase], **options: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def traced(model: nn.Module, precision: Precision = Precision.FP32) -> StepTrace
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.AMP_FP16])
 def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: Precision) -> None:
-    """One forward and one backward, whatever the number of time steps."""
+    """It has one forward and one backward for any number of time steps."""
     events = traced(Tagger(kind, bidirectional=True), precision).schedule.later.events
     origins = {event.origin for event in events if event.action is Action.ALLOC}
     assert "aten._cudnn_rnn.default" in origins
@@ -76,7 +76,7 @@ def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: 
 
 
 def test_keeps_the_reserve_until_backward() -> None:
-    """Four gates and a cell's state, in the precision of autocast."""
+    """These are four gates and a cell's state, in the precision of autocast."""
     for precision, item in ((Precision.FP32, 4), (Precision.AMP_BF16, 2)):
         events = list(traced(Tagger(nn.LSTM), precision).schedule.later.at(32))
         kept = 5 * STEPS * 32 * HIDDEN * item
@@ -91,9 +91,9 @@ def test_keeps_the_reserve_until_backward() -> None:
 
 
 def test_every_weight_gets_a_gradient() -> None:
-    """What the first iteration leaves is a momentum for each.
+    """The first iteration leaves a momentum for each weight.
 
-    Where it does not go as the later ones do, as with torch 2.8, that is there from the start.
+    If it differs from later iterations (torch 2.8), the momentum is there from the start.
     """
     model = Tagger(nn.GRU)
     schedule = traced(model).schedule

@@ -81,10 +81,10 @@ def residual() -> Workload:
     [("test_vit", {51200, 614400}), (mlp("sgd"), set()), (residual(), set())],
 )
 def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[int]) -> None:
-    """Size by size, the allocations that PyTorch's profiler records on the CPU.
+    """A trace has the allocations, size by size, that PyTorch's profiler records on the CPU.
 
-    The CPU's convolution of the patches unfolds the images and copies its output, which CUDA's
-    does not; below 512 B, where the CUDA allocator sees one size, helpers on the CPU differ.
+    On the CPU, unlike CUDA, the convolution of the patches unfolds the images and copies its
+    output. Small helpers differ below 512 B, where the CUDA allocator has only one size.
     """
     was_fused = bool(set_fused_attn.__globals__["_USE_FUSED_ATTN"])
     set_fused_attn(False)
