@@ -291,7 +291,7 @@ class Accumulator:
         if not weighted and not is_needed:
             return torch.zeros((), device=self._device, dtype=losses[0].dtype)
         if not weighted:
-            # Such a loss is NaN, also after times 0. The model's outputs times 0 are 0.
+            # Such a loss is NaN, and NaN times 0 is NaN. Outputs times 0 are 0.
             leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
             weighted = [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()

@@ -187,7 +187,7 @@ class DistributedRanks:
         tensor = torch.tensor(message, dtype=torch.int64, device=self._device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self._group)
         size, ran_out, failed, *has_gradient = tensor.tolist()
-        # The model's next forward, for example in an evaluation, shares buffers as usual.
+        # The model's own next forward, for example in an evaluation, shares buffers again.
         self._model.require_forward_param_sync = True
         self._has_gradient = [bool(has) for has in has_gradient]
         return AttemptOutcome(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))

@@ -88,8 +88,8 @@ def probe(
 ) -> ProbeResult | Survey:
     """Find the largest batch size of a training step that fits a device, and prove it.
 
-    The user's model, optimizer, gradients, random states and switches are as before when this
-    returns, raises or is interrupted.
+    When this returns, raises or is interrupted, the user's model, optimizer, gradients, random
+    states and switches are the same as before.
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.

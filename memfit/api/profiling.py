@@ -56,8 +56,8 @@ def profile(
 ) -> MemoryProfile:
     """Find what uses the memory of a training step, at its peak and at every moment.
 
-    The user's model, optimizer, gradients, random states and switches are as before when this
-    returns, raises or is interrupted.
+    When this returns, raises or is interrupted, the user's model, optimizer, gradients, random
+    states and switches are the same as before.
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.

@@ -36,8 +36,8 @@ def verify(
 ) -> Equivalence:
     """Prove that accumulated gradients equal the full batch's, or name what makes them differ.
 
-    The user's model, optimizer, gradients, random states and switches are as before when this
-    returns, raises or is interrupted.
+    When this returns, raises or is interrupted, the user's model, optimizer, gradients, random
+    states and switches are the same as before.
 
     Args:
         subject: A timm model's name, or a `Workload` of the user's own objects.

@@ -155,7 +155,7 @@ def gradients(
 ) -> Gradients:
     """Accumulate the gradients of micro-batches as a training loop does.
 
-    Afterwards the state is as before, and the parameters' `.grad` is None.
+    Afterwards the state is the same as before, and the parameters' `.grad` is None.
 
     Args:
         bench: The step to run.

@@ -66,7 +66,8 @@ def verify(
 ) -> Equivalence:
     """Compare the gradients of accumulated micro-batches with the full batch's.
 
-    Afterwards the user's model, optimizer, gradients, random states and switches are as before.
+    Afterwards the user's model, optimizer, gradients, random states and switches are the same as
+    before.
 
     Args:
         step: The step to verify, with its precision chosen.

@@ -17,7 +17,7 @@ class Objective(str, enum.Enum):
     """The aim of a plan.
 
     `LARGEST`: the fewest accumulation steps. `FASTEST`: the most samples per second, as measured.
-    `EVEN`: equal parts only, and of those the largest.
+    `EVEN`: the largest parts that are all equal.
     """
 
     LARGEST = "largest"
