@@ -89,7 +89,7 @@ def test_examples_run(name: str, first: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_road_to_the_top_comes_to_the_courses_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    """2 for the transformers and convnext_large at 320x240, 1 for convnext_small."""
+    """2 steps for the transformers and convnext_large at 320x240, 1 for convnext_small."""
     load("road_to_the_top").main()
     header, *rows, took = capsys.readouterr().out.splitlines()
     assert header.split() == ["model", "px", "steps", "course", "peak", "of"]

@@ -1,4 +1,4 @@
-"""Plans as arithmetic: exact sums, fewest steps, no silent change of the effective batch."""
+"""Plans as arithmetic: exact sums, fewest steps, an effective batch that never changes."""
 
 from __future__ import annotations
 

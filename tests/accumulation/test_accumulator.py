@@ -209,7 +209,7 @@ def test_the_norm_is_clipped_once_and_after_accumulation() -> None:
 
 
 class CountingScaler(torch.amp.GradScaler):
-    """Notes the scale of each loss, and how often gradients are unscaled and steps taken."""
+    """Records the scale of each loss, and counts unscalings and steps."""
 
     def __init__(self) -> None:
         super().__init__("cpu", init_scale=1024.0)
@@ -233,7 +233,7 @@ class CountingScaler(torch.amp.GradScaler):
 
 
 def test_a_step_has_one_scale_and_one_unscaling() -> None:
-    """Every micro-batch scaled alike, unscaled before clipping, stepped and updated once."""
+    """All micro-batches have the same scale; gradients are unscaled before clipping, once."""
     torch.set_default_dtype(torch.float32)
     model = small_model()
     optimizer = sgd(model)

@@ -1,4 +1,4 @@
-"""Two processes that train together: no hang, and the same gradients on both."""
+"""Two processes train together: neither hangs, and both have the same gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What two ranks print, and what they raise."""
+    """Return what two ranks print, with their errors."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     ranks = [
@@ -48,6 +48,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_agree(outputs: list[str], case: str) -> None:
-    """Each case of `two_ranks.py`, which says what it checks."""
+    """Each case is in `two_ranks.py`, which says what it checks."""
     for output in outputs:
         assert f"passed {case}\n" in output, output

@@ -85,7 +85,7 @@ def test_any_micro_batch_may_run_out(failing: int, where: str, has_scaler: bool)
 
 @pytest.mark.parametrize("failing", range(8))
 def test_a_later_step_may_run_out(failing: int) -> None:
-    """Steps before it keep their micro-batches; those after it have the smaller ones."""
+    """Earlier steps keep their micro-batches; later steps have the smaller ones."""
     failed, accumulator = trained(4, Failing({failing}, out_of_memory, "backward"))
 
     seeded()
@@ -113,7 +113,7 @@ def test_it_is_cut_until_it_fits() -> None:
 def test_the_new_size_is_kept_logged_once_and_put_back_when_asked(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One line for each change, with the error's first line."""
+    """Each change logs one line with the error's first line."""
     with caplog.at_level(logging.WARNING, logger="memfit"):
         _, accumulator = trained(16, Failing({0}, out_of_memory, "forward"))
     messages = [record.getMessage() for record in caplog.records]

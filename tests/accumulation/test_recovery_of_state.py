@@ -77,7 +77,7 @@ def replaced(slow: nn.Parameter, fast: nn.Parameter) -> None:
 
 
 class Codebook(nn.Module):
-    """Replaces a parameter of its own in each forward pass, as VQ-VAEs do."""
+    """Replaces one of its parameters in each forward pass, as VQ-VAEs do."""
 
     def __init__(self) -> None:
         super().__init__()

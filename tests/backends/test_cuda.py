@@ -37,7 +37,7 @@ class Card:
     samples: list[int] = dataclasses.field(default_factory=list)
 
     def step(self, num_samples: int) -> None:
-        """Take a mebibyte a sample, or fail as the card's libraries would."""
+        """Take one MiB for each sample, or fail like the libraries of a card."""
         self.samples.append(num_samples)
         wanted = num_samples * MIB
         room = min(self.free_bytes, int(self.total_bytes * self.fraction))
@@ -252,14 +252,14 @@ class Nvml:
     """A made-up driver's library: one GPU, one MIG slice, three processes."""
 
     class NVMLError(Exception):
-        """As the library's."""
+        """Stands in for the library's error."""
 
     def __init__(self, known: str, *, starts: bool = True) -> None:
         self.known = known
         self.starts = starts
 
     def nvmlInit(self) -> None:  # noqa: N802 - the library's name
-        """Start, or not."""
+        """Start, or fail."""
         if not self.starts:
             raise self.NVMLError
 
@@ -267,7 +267,7 @@ class Nvml:
         """Stop."""
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        """Know one identifier."""
+        """Return the handle of the one known identifier."""
         if uuid != self.known:
             raise self.NVMLError
         return uuid

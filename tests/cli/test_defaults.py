@@ -1,4 +1,4 @@
-"""Defaults from pyproject.toml, and what the shell completes."""
+"""Defaults from pyproject.toml, and completion in the shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models with something wrong with them, for the tests of equivalence."""
+"""Small models with a fault, for the tests of equivalence."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def token_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class TokenModel(nn.Module):
-    """Class scores of shape (samples, tokens, classes) for integers of shape (samples, tokens)."""
+    """Gives scores (samples, tokens, classes) for integers of shape (samples, tokens)."""
 
     def __init__(self) -> None:
         super().__init__()

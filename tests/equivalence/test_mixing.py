@@ -18,7 +18,7 @@ from memfit.step.batches import Layout
 
 
 def samples_of(*shape: int) -> Samples:
-    """Random inputs of a shape per sample."""
+    """Return random inputs with this shape per sample."""
     torch.manual_seed(0)
     inputs = torch.randn(NUM_SAMPLES, *shape, dtype=torch.float64)
     layout = Layout.of(inputs, num_samples=NUM_SAMPLES)
@@ -26,12 +26,12 @@ def samples_of(*shape: int) -> Samples:
 
 
 def mixers_of(model: nn.Module, *shape: int) -> list[str]:
-    """Names of the layers that mix, for random inputs of a shape per sample."""
+    """Return the names of the layers that mix, for random inputs with this shape per sample."""
     return [mixer.name for mixer in mixing_layers(model.double(), samples_of(*shape))]
 
 
 class HeadsFirst(nn.Module):
-    """Lays out heads before samples, (heads x samples, width), and mixes nothing."""
+    """Puts heads before samples, (heads x samples, width), and mixes no samples."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ def fp64_error(result: Equivalence) -> float:
 
 
 class MixedUp(nn.Module):
-    """Mixup as published, by a random permutation of the batch."""
+    """Mixup as it was published, by a random permutation of the batch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -46,14 +46,14 @@ class Rolled(nn.Module):
 
 
 def triplets(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
-    """Each sample with its neighbours as positive and negative."""
+    """Compare each sample with its neighbours as positive and negative."""
     near = (outputs - outputs.roll(1, 0)).square().sum(1)
     far = (outputs - outputs.roll(2, 0)).square().sum(1)
     return F.relu(near - far + 1).mean()
 
 
 def pairs(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
-    """Samples two by two; one that is left over counts nothing."""
+    """Compare samples two by two; a sample that is left over counts nothing."""
     half = len(outputs) // 2
     distance: torch.Tensor = (outputs[0 : 2 * half : 2] - outputs[1::2]).square().mean()
     return distance if half else outputs.sum() * 0

@@ -61,7 +61,7 @@ class DroppedAttention(nn.Module):
     "layer", [nn.Dropout(0.3), DropPath(0.4), Noise(), FunctionalDropout(), FusedDropout()]
 )
 def test_draws_are_replayed_sample_by_sample(layer: nn.Module) -> None:
-    """Dropout, stochastic depth and noise are no difference."""
+    """Dropout, stochastic depth and noise are not reported as differences."""
     result = check(mlp(layer))
     assert result.verdict is Verdict.EQUAL
     assert result.replayed == ("2",)

@@ -46,7 +46,7 @@ def test_a_loop_that_cannot_be_called_is_refused(loop: Any, message: str) -> Non
 
 
 class Structured(nn.Module):
-    """Inputs by name, a recurrent layer, nested outputs and a sparse gradient."""
+    """Has inputs by name, a recurrent layer, nested outputs and a sparse gradient."""
 
     def __init__(self) -> None:
         super().__init__()

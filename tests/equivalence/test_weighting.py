@@ -48,7 +48,7 @@ class Inside(Scaled):
 
 
 def scores(num_samples: int, *shape: int) -> torch.Tensor:
-    """Random class scores of shape (num_samples, *shape, NUM_CLASSES)."""
+    """Return random class scores of shape (num_samples, *shape, NUM_CLASSES)."""
     torch.manual_seed(0)
     return torch.randn(num_samples, *shape, NUM_CLASSES, dtype=torch.float64)
 
@@ -78,7 +78,7 @@ def found(
 @settings(max_examples=20, deadline=None)
 @given(CUTS)
 def test_a_mean_over_samples(cut: list[int]) -> None:
-    """Each micro-batch counts by its samples."""
+    """The weight of each micro-batch is its share of the samples."""
     total = sum(cut)
     weights, samples = found(
         F.cross_entropy, (scores(total), torch.randint(NUM_CLASSES, (total,))), cut
@@ -90,7 +90,7 @@ def test_a_mean_over_samples(cut: list[int]) -> None:
 @settings(max_examples=10, deadline=None)
 @given(CUTS, st.booleans())
 def test_a_mean_over_valid_targets(cut: list[int], inside: bool) -> None:
-    """Each micro-batch counts by the targets that are not ignored."""
+    """The weight of each micro-batch is its share of the targets that are not ignored."""
     total = sum(cut)
     _, targets = sentences(total)
     weights, samples = found(token_loss, (scores(total, 8), targets), cut, inside=inside)
@@ -145,7 +145,7 @@ def test_a_mask_that_is_averaged_over(inside: bool) -> None:
 
 
 def test_a_sum() -> None:
-    """Every micro-batch counts once."""
+    """The weight of every micro-batch is 1."""
 
     def summed(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(outputs, targets, reduction="sum")
@@ -208,7 +208,7 @@ def two_batches() -> tuple[torch.Tensor, ...]:
 
 
 def test_several_losses_that_average_over_different_things() -> None:
-    """Each has its own weights."""
+    """Each loss has its own weights."""
     weights, _ = found(two_means, two_batches(), UNEVEN)
     assert weights.weighting is LossWeighting.SEVERAL
     assert [(t.name, t.weighting, t.counts) for t in weights.terms] == [

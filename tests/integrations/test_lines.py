@@ -65,7 +65,7 @@ def test_the_effective_batch_is_never_changed_in_silence(
 
 
 def test_the_commands_are_those_of_the_command_line() -> None:
-    """Every trainer has its lines."""
+    """Every trainer that the command line knows has its lines."""
     assert tuple(TRAINERS) == _TRAINERS
 
 

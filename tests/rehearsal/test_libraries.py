@@ -1,4 +1,4 @@
-"""Libraries on a rehearsed card, beside cuDNN: solvers, transforms, the profiler, NVML, Triton."""
+"""Other libraries on a rehearsed card: solvers, transforms, the profiler, NVML, Triton."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ EDGE = (CARD.usable_bytes - 500 * MIB) // (10 * MIB)
 
 
 def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
-    """One more sample was tried and ran out."""
+    """One sample more was tried and ran out."""
     found = probe_command(COMMAND[:4], BOUNDS)
     assert (found.max_batch_size, found.proved) == (EDGE, True)
     assert found.source is Source.REHEARSED
@@ -122,7 +122,7 @@ def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
 def test_a_batch_size_may_stand_in_an_override_or_a_variable(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `key=value`, as `NAME={}` before the program, or set for memfit itself."""
+    """It may be `key=value`, `NAME={}` before the program, or a variable set for memfit."""
     probe_command((sys.executable, "train.py", "data.batch={}"), BOUNDS)
     assert runs.seen[0][0][2] == "data.batch=2"
     assert runs.seen[0][1] == {"CARD": "1"}

@@ -1,5 +1,5 @@
 # ruff: noqa: S311 - what is drawn is tested
-"""Single numbers that a step draws on the host: seen, and forced to the ends of their range."""
+"""Single numbers that a step draws on the host are seen and forced to both ends."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SAMPLES, STEPS, *EXTRAS = sys.argv[1:]
 
 
 class Scale(nn.Module):
-    """Multiplies by a weight for each number."""
+    """Multiplies each number by its own weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -209,7 +209,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 
 def test_accumulation_holds_gradients_beside_activations() -> None:
-    """Two micro-batches before a step need more than one."""
+    """Two micro-batches before a step need more memory than one."""
     one = trace(step_of("test_vit"), options())
     two = trace(step_of("test_vit", accumulate=True), options())
     assert requested_peak(two.schedule, 8) > requested_peak(one.schedule, 8)
@@ -272,7 +272,7 @@ def test_what_the_first_iteration_leaves_is_there_from_the_start() -> None:
 
 
 def test_convolutions_take_workspaces_by_layout() -> None:
-    """Contiguous half tensors are transposed; channels-last ones are not."""
+    """Contiguous half-precision tensors are transposed; channels-last ones are not."""
 
     def workspaces(channels_last: bool) -> int:
         step = step_of("test_resnet", Precision.AMP_FP16, channels_last=channels_last)
