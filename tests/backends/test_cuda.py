@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,11 +124,14 @@ class Asking(nn.Module):
     def __init__(self, card: Card) -> None:
         super().__init__()
         self.linear = nn.Linear(2, 2)
-        self.card = card
+        # A weak one, so that the card is not put back with what the model keeps.
+        self.card = weakref.ref(card)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return scores of shape (samples, 2)."""
-        self.card.step(x.shape[0])
+        card = self.card()
+        assert card is not None
+        card.step(x.shape[0])
         scores: torch.Tensor = self.linear(x)
         return scores
 
