@@ -379,7 +379,7 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     workload = Workload(
         nn.Linear(3, 3), torch.zeros(2, 3), lambda out: out.sum(), torch.optim.LBFGS
     )
-    with pytest.raises(WorkloadError, match="LBFGS runs the step again"):
+    with pytest.raises(WorkloadError, match="LBFGS runs forward and backward again"):
         trace(step_of(workload), options())
 
 
