@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             reason = "needs a CUDA device; tests/rehearsal/test_gpu_tests.py rehearses one"
             item.add_marker(pytest.mark.skip(reason=reason))
+        elif is_rehearsed() and "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="a rehearsal runs others like it"))
         elif is_rehearsed() and "computes" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs values that no kernel has computed"))
 

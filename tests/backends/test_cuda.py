@@ -118,6 +118,15 @@ class _Nothing:
         pass
 
 
+# Each search takes seconds of a CPU, rehearsed or not: a rehearsal runs these of the twelve.
+REHEARSED = (
+    ("resnet18", "fp32"),
+    ("vit_tiny_patch16_224", "amp-bf16"),
+    ("resnet18", "bf16"),
+)
+LONG = pytest.mark.long
+
+
 class Asking(nn.Module):
     """Asks the card for room at every forward."""
 
@@ -319,8 +328,14 @@ def trials_of(result: Any, batch_size: int) -> list[Trial]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
-@pytest.mark.parametrize("precision", ["fp32", "amp-bf16", "amp-fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, precision, marks=() if (name, precision) in REHEARSED else LONG)
+        for name in ("resnet18", "vit_tiny_patch16_224", "convnext_atto")
+        for precision in ("fp32", "amp-bf16", "amp-fp16", "bf16")
+    ],
+)
 def test_real_cards_give_an_answer_with_its_certificate(
     name: str, precision: str, clean_gpu: Callable[[], int]
 ) -> None:
