@@ -11,7 +11,7 @@ from memfit.search.largest import Found, TrialFunction
 __all__ = ["Recommended", "has_headroom", "limit_of", "recommended"]
 
 # A recommendation is looked for to this part of itself.
-_CLOSE = 25
+_CLOSE = 22
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_what_needs_a_gpu_passes_rehearsed() -> None:
-    """All tests but those marked `computes` run in one process; their marks say why."""
+    """All tests but those marked `computes` or `long` run in one process; the marks say why."""
     environment = {
         **os.environ,
         **rehearsed_environment(find_gpu("rtx3090"), num_gpus=2, environment=os.environ),
@@ -35,4 +35,4 @@ def test_what_needs_a_gpu_passes_rehearsed() -> None:
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 15
+    assert int(passed[1]) >= 7

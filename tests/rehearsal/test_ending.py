@@ -1,0 +1,37 @@
+"""A rehearsed process ends with its own status, whatever its libraries' threads do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from memfit.cards import find_gpu
+from memfit.errors import UnsupportedError
+from memfit.rehearsal.activate import rehearsed_environment
+
+ENDS_IN_TERMINATE = """
+import ctypes, sys
+terminate = ctypes.CDLL("libstdc++.so.6")._ZSt9terminatev
+ctypes.CDLL(None).__cxa_atexit(terminate, None, None)
+print("done", flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_thread_that_is_left_at_the_end_changes_nothing() -> None:
+    """C++ ends a process with a thread left by std::terminate; the status was given before."""
+    try:
+        added = rehearsed_environment(find_gpu("rtx3060"), environment=os.environ)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    run = subprocess.run(
+        [sys.executable, "-c", ENDS_IN_TERMINATE],
+        env={**os.environ, **added},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (3, "done\n", "")
