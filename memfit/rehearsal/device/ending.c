@@ -17,8 +17,9 @@ static void leave(void) { _exit(exit_status); }
 API __attribute__((noreturn)) void exit(int status) {
   exit_status = status;
   /* std::set_terminate, where the process has libstdc++. */
-  void *(*set_terminate)(void (*)(void));
-  *(void **)&set_terminate = dlsym(RTLD_DEFAULT, "_ZSt13set_terminatePFvvE");
+  void *library = dlopen("libstdc++.so.6", RTLD_LAZY | RTLD_NOLOAD);
+  void *(*set_terminate)(void (*)(void)) = NULL;
+  if (library) *(void **)&set_terminate = dlsym(library, "_ZSt13set_terminatePFvvE");
   if (set_terminate) set_terminate(leave);
   void (*real_exit)(int);
   *(void **)&real_exit = dlsym(RTLD_NEXT, "exit");
