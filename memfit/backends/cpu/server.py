@@ -18,6 +18,7 @@ import psutil
 
 from memfit.backends.cpu.limits import exit_code_of, fork
 from memfit.backends.cpu.trials import LOST, Report, Request, serve
+from memfit.backends.crossing import ChildTraceback
 from memfit.errors import StepCrashedError
 from memfit.memory import oom
 from memfit.records import Outcome, Source, Trial
@@ -31,13 +32,6 @@ _STALLED_SECONDS: Final = 60.0
 
 class LostError(Exception):
     """The server ended before it took the request, or before it answered it."""
-
-
-class _ChildTraceback(Exception):  # noqa: N818 - the cause of an error, not one itself
-    """Where an error happened in the child, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 class Server:
@@ -77,7 +71,7 @@ class Server:
         text, report = answer
         assert isinstance(report, Report)
         if text is not None and report.error is not None:
-            report.error.__cause__ = _ChildTraceback(text)
+            report.error.__cause__ = ChildTraceback(text)
         return report
 
     def kill(self) -> None:

@@ -32,8 +32,9 @@ from memfit.backends.cpu.limits import (
     prepare_to_fork,
     status_bytes,
 )
+from memfit.backends.crossing import portable
 from memfit.backends.readings import Reading, steady_readings
-from memfit.errors import StepCrashedError, UnsupportedError
+from memfit.errors import UnsupportedError
 from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.records import Outcome, Source, Trial
@@ -84,15 +85,6 @@ class _Reached(enum.IntEnum):
     CLOSED = 4
 
 
-def _portable(error: BaseException) -> BaseException:
-    """Return the error in a form that survives the way to the parent."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    except Exception:  # noqa: BLE001 - a user's exception may fail to pickle in any way
-        return StepCrashedError(f"The training step raised {type(error).__name__}: {error}")
-    return error
-
-
 # --- the server -----------------------------------------------------------------------------------
 
 
@@ -129,7 +121,7 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
         built = step.prepare(_CPU)
         held = _held_by(step)
     except Exception as error:  # noqa: BLE001 - the user's model is built here; sent, not swallowed
-        failure = (traceback.format_exc(), Report(error=_portable(error)))
+        failure = (traceback.format_exc(), Report(error=portable(error)))
     release(_CPU)
     gc.freeze()
     if step.live_modules:
@@ -246,10 +238,10 @@ def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[st
         message = oom.first_line(error)
         text = traceback.format_exc()
         if verdict is oom.Likelihood.NO:
-            return text, Report(error=_portable(_explained(error)))
+            return text, Report(error=portable(_explained(error)))
         trial = meter.trial(request.batch_size, prepared, message=message, grows=False)
         if verdict is oom.Likelihood.SUSPECTED and message not in request.confirmed:
-            return text, Report(trial=trial, error=_portable(error), suspect=message)
+            return text, Report(trial=trial, error=portable(error), suspect=message)
         return None, Report(trial=trial)
     trial = meter.trial(request.batch_size, prepared, message=None, grows=grows)
     return None, Report(trial=trial)
