@@ -163,7 +163,7 @@ def _trace(task: Task) -> Any:
     from memfit.simulation.tracing.semantics import MetaPrecision
     from memfit.simulation.tracing.trace import TraceOptions
     from memfit.simulation.tracing.workspace import Kernels
-    from memfit.step.workload import TrainingStep
+    from memfit.step.training_step import TrainingStep
 
     torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)

@@ -19,7 +19,7 @@ import torch
 
 from memfit.equivalence import verify
 from memfit.records import Equivalence, Precision, StepOptions
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 MICRO_BATCH_SIZE = 4
 ACCUMULATION_STEPS = 2

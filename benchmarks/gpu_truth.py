@@ -156,7 +156,7 @@ def record(model: str, path: Path) -> None:
     from memfit._torch_private import allocator_snapshot, recorded_history
     from memfit.records import Precision, StepOptions
     from memfit.simulation.history import disagreement, events_of, read_history
-    from memfit.step.workload import TrainingStep
+    from memfit.step.training_step import TrainingStep
 
     step = TrainingStep(
         subject=model, options=StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")

@@ -30,7 +30,7 @@ from memfit.records import Peak, Precision, Role, StepOptions
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.tracing.trace import TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 BATCH_SIZE = 8

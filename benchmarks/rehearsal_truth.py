@@ -140,7 +140,7 @@ def _run_setting(model: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
 
     from memfit.memory.release import release
     from memfit.records import Precision, StepOptions
-    from memfit.step.workload import TrainingStep
+    from memfit.step.training_step import TrainingStep
 
     options = dict(setting)
     is_compiled = options.pop("compiled", False)

@@ -85,9 +85,9 @@ def survey(model: str) -> dict[str, float]:
     import memfit
     from memfit.backends.simulated import SimulatedBackend, TraceCache
     from memfit.cards import COMMON_GPUS, find_gpu
-    from memfit.planning import SearchBounds, probe_on
+    from memfit.planning import SearchOptions, probe_on
     from memfit.records import Precision, StepOptions
-    from memfit.step.workload import TrainingStep
+    from memfit.step.training_step import TrainingStep
 
     torch.set_num_threads(1)
     # A small model first, so that torch and timm do their late imports here.
@@ -97,7 +97,7 @@ def survey(model: str) -> dict[str, float]:
     whole = time.process_time() - start
     options = StepOptions(precision=Precision.AMP_BF16, optimizer="adamw")
     step = TrainingStep(subject=model, options=options)
-    bounds = SearchBounds(headroom=0.05, multiple_of=1, max_batch_size=None)
+    bounds = SearchOptions()
     traces = TraceCache()
     seconds = []
     for gpu in (find_gpu(name) for name in COMMON_GPUS):

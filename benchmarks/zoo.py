@@ -82,7 +82,7 @@ def traced(name: str) -> dict[str, Any]:
     from memfit.simulation.allocator.caching import CachingAllocator
     from memfit.simulation.tracing.trace import TraceOptions
     from memfit.simulation.tracing.workspace import Kernels
-    from memfit.step.workload import TrainingStep
+    from memfit.step.training_step import TrainingStep
 
     config = timm.models.get_pretrained_cfg(name)
     has_classes = config is None or config.num_classes > 0

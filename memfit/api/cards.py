@@ -14,7 +14,7 @@ from memfit.cards import ANY_GPU, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Engine, Source
 from memfit.rehearsal.activate import rehearsed_environment
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -6,16 +6,16 @@ import dataclasses
 
 from typing_extensions import Unpack
 
+from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.cards import simulated
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.api.steps import own_device
 from memfit.backends import SimulatedGpu, open_backend, with_precision
 from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, explore_on
 from memfit.records import Exploration, Objective
 from memfit.step.workload import Workload
-from memfit.units import parse_bytes
 
 __all__ = ["explore"]
 
@@ -28,12 +28,8 @@ def explore(
     objective: str | Objective = Objective.LARGEST,
     device: str | None = None,
     gpu: str | None = None,
-    memory: str | float | None = None,
-    headroom: float = 0.05,
-    multiple_of: int = 1,
-    max_batch_size: int | None = None,
     progress: StageProgress = "bar",
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SearchKeywords],
 ) -> Exploration:
     """Simulate what would fit after single changes of a training step.
 
@@ -45,13 +41,10 @@ def explore(
         device: A GPU of this machine. The simulated card has its name and memory. Default: the
             workload's own GPU, or the first GPU.
         gpu: A card of the catalogue instead.
-        memory: The memory of the catalogue's card, or what the step may use of this machine's GPU.
-        headroom: As in `plan`.
-        multiple_of: As in `plan`.
-        max_batch_size: As in `plan`.
         progress: `"bar"`, `None`, or a function. It is called with the next change, the number of
             changes done, and the number of all changes.
-        **options: As in `probe`.
+        **options: As in `plan`. `memory` is the memory of the catalogue's card, or what the step
+            may use of this machine's GPU. Every change is simulated, whatever the engine.
 
     Returns:
         The unchanged step, and the step with each change. The changes that affect training least
@@ -60,25 +53,19 @@ def explore(
     Raises:
         UsageError: An argument is not valid, or there is no GPU to simulate.
     """
+    asked = Asked.of(subject, **options)
     target = PlanTarget.of(
-        effective_batch_size,
-        world_size=world_size,
-        objective=objective,
-        headroom=headroom,
-        multiple_of=multiple_of,
-        max_batch_size=max_batch_size,
+        effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
     if target.objective is Objective.FASTEST:
         target = dataclasses.replace(target, objective=Objective.LARGEST)
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    described = describe(subject, **options)
     card = (
-        _counterpart(own_device(subject, device), memory_bytes)
+        _counterpart(own_device(subject, device), asked.memory_bytes)
         if gpu is None
-        else simulated(gpu, memory_bytes, TraceCache())
+        else simulated(gpu, asked.memory_bytes, TraceCache())
     )
-    with watched(f"exploring {described.name}", stages=progress) as watching:
-        return explore_on(card, with_precision(described, card), target, progress=watching.stage)
+    with watched(f"exploring {asked.step.name}", stages=progress) as watching:
+        return explore_on(card, with_precision(asked.step, card), target, progress=watching.stage)
 
 
 def _counterpart(device: str | None, memory_bytes: int | None) -> SimulatedGpu:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 from typing_extensions import Unpack
 
-from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
-from memfit.api.probing import on_each_card, remarks_on
+from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
-from memfit.api.steps import StepKeywords, cards_instead, describe, own_device
-from memfit.backends import open_backend
-from memfit.cards import ANY_GPU, COMMON_GPUS
+from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
-from memfit.records import Engine, Objective, Plan, PlanAnswer, PlanSurvey
-from memfit.step.workload import TrainingStep, Workload
-from memfit.units import parse_bytes
+from memfit.records import Objective, Plan, PlanAnswer, PlanSurvey
+from memfit.step.workload import Workload
 
 __all__ = ["plan", "survey_plans"]
 
@@ -27,27 +23,17 @@ _NO_SECONDS = (
 )
 
 
-class PlanKeywords(StepKeywords, total=False):
+class PlanKeywords(SearchKeywords, total=False):
     """The options of `plan` other than the device; they give its overloads their types.
 
     Args:
         world_size: As in `plan`.
         objective: As in `plan`.
-        memory: As in `plan`.
-        engine: As in `plan`.
-        headroom: As in `plan`.
-        multiple_of: As in `plan`.
-        max_batch_size: As in `plan`.
         progress: As in `plan`.
     """
 
     world_size: int
     objective: str | Objective
-    memory: str | float | None
-    engine: str | Engine
-    headroom: float
-    multiple_of: int
-    max_batch_size: int | None
     progress: TrialProgress
 
 
@@ -92,13 +78,8 @@ def plan(
     objective: str | Objective = Objective.LARGEST,
     device: str | None = None,
     gpu: str | None = None,
-    memory: str | float | None = None,
-    engine: str | Engine = Engine.AUTO,
-    headroom: float = 0.05,
-    multiple_of: int = 1,
-    max_batch_size: int | None = None,
     progress: TrialProgress = "bar",
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SearchKeywords],
 ) -> Plan | PlanSurvey:
     """Turn an effective batch size into micro-batches that fit and add up to it exactly.
 
@@ -114,13 +95,10 @@ def plan(
             measured, `"even"` for equal parts only.
         device: As in `probe`.
         gpu: As in `probe`.
-        memory: As in `probe`.
-        engine: As in `probe`.
-        headroom: Share of the capacity to keep free, from 0 to below 1.
-        multiple_of: Every micro-batch except the last of a step is a multiple of this.
-        max_batch_size: The largest micro-batch to consider.
         progress: As in `probe`.
-        **options: As in `probe`.
+        **options: The search and the step, as in `probe`. `headroom` is kept free by every trial of
+            the plan. Every micro-batch except the last of a step is a multiple of `multiple_of`.
+            `max_batch_size` is the largest micro-batch to consider.
 
     Returns:
         The plan, which `Accumulator` can carry out. On a machine without a GPU, without `device`,
@@ -131,34 +109,19 @@ def plan(
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
         UnsupportedError: This system cannot run such a trial.
     """
+    asked = Asked.of(subject, **options)
     target = PlanTarget.of(
-        effective_batch_size,
-        world_size=world_size,
-        objective=objective,
-        headroom=headroom,
-        multiple_of=multiple_of,
-        max_batch_size=max_batch_size,
+        effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
-    step = describe(subject, **options)
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    instead = cards_instead(subject, device=device, gpu=gpu, memory=memory)
-    if gpu is not None and device is not None:
-        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+    instead = asked.cards_instead(device, gpu)
     if (gpu is not None or instead) and target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
-    with watched(f"planning for {step.name}", trials=progress) as watching:
+    with watched(f"planning for {asked.step.name}", trials=progress) as watching:
         if len(instead) > 1:
-            return _surveyed(
-                step, instead, memory=None, engine=engine, target=target, watching=watching
-            )
-        for name in (gpu,) if gpu is not None else instead:
-            with Cards(engine_of(engine)) as cards:
-                card = cards.open(name, memory_bytes, step)
-                return plan_on(card, step, target, progress=watching.trial)
-        backend = open_backend(
-            own_device(subject, device), memory_bytes=memory_bytes, headroom=headroom
+            return _surveyed(asked, instead, target, watching)
+        return asked.on_one(
+            _planning(asked, target, watching), device=device, gpu=instead[0] if instead else gpu
         )
-        return plan_on(backend, step, target, progress=watching.trial)
 
 
 def survey_plans(
@@ -168,13 +131,8 @@ def survey_plans(
     gpus: Sequence[str] | None = None,
     world_size: int = 1,
     objective: str | Objective = Objective.LARGEST,
-    memory: str | float | None = None,
-    engine: str | Engine = Engine.AUTO,
-    headroom: float = 0.05,
-    multiple_of: int = 1,
-    max_batch_size: int | None = None,
     progress: StageProgress = "bar",
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SearchKeywords],
 ) -> PlanSurvey:
     """Plan for several GPUs that are not in this machine.
 
@@ -186,13 +144,8 @@ def survey_plans(
         gpus: As in `survey`.
         world_size: As in `plan`.
         objective: As in `plan`, without `"fastest"`.
-        memory: The memory of each card, instead of the catalogue's value.
-        engine: As in `probe`; `"auto"` simulates.
-        headroom: As in `plan`.
-        multiple_of: As in `plan`.
-        max_batch_size: As in `plan`.
         progress: As in `survey`.
-        **options: As in `probe`; with precision `"auto"`, each card uses its own.
+        **options: As in `survey` and `plan`.
 
     Returns:
         An answer for each card, in the order of `gpus`.
@@ -201,51 +154,34 @@ def survey_plans(
         UsageError: An argument is not valid.
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
+    asked = Asked.of(subject, **options)
     target = PlanTarget.of(
-        effective_batch_size,
-        world_size=world_size,
-        objective=objective,
-        headroom=headroom,
-        multiple_of=multiple_of,
-        max_batch_size=max_batch_size,
+        effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)
-    step = describe(subject, **options)
-    names = tuple(gpus) if gpus else (COMMON_GPUS if memory is None else (ANY_GPU,))
-    with watched(f"planning for {step.name}", stages=progress) as watching:
-        return _surveyed(
-            step, names, memory=memory, engine=engine, target=target, watching=watching
-        )
+    with watched(f"planning for {asked.step.name}", stages=progress) as watching:
+        return _surveyed(asked, asked.cards_named(gpus), target, watching)
+
+
+def _planning(asked: Asked, target: PlanTarget, watching: Watching) -> Callable[[Backend], Plan]:
+    return lambda card: plan_on(card, asked.step, target, progress=watching.trial)
 
 
 def _surveyed(
-    step: TrainingStep,
-    names: Sequence[str],
-    *,
-    memory: str | float | None,
-    engine: str | Engine,
-    target: PlanTarget,
-    watching: Watching,
+    asked: Asked, gpus: Sequence[str], target: PlanTarget, watching: Watching
 ) -> PlanSurvey:
     """Plan for several cards."""
-    chosen = engine_for_several(engine)
-    answers = on_each_card(
-        names,
-        memory,
-        chosen,
-        step,
-        lambda card: plan_on(card, step, target, progress=watching.trial),
-        progress=watching.stage,
-    )
+    source = asked.source_for_several
+    answers = asked.on_each(gpus, _planning(asked, target, watching), progress=watching.stage)
     return PlanSurvey(
-        subject=step.name,
+        subject=asked.step.name,
         effective_batch_size=target.effective_batch_size,
         world_size=target.world_size,
         answers=tuple(
-            PlanAnswer(gpu=gpu, plan=found, reason=reason, source=source_of(chosen))
-            for gpu, found, reason in answers
+            PlanAnswer(gpu=answer.gpu, plan=answer.found, reason=answer.reason, source=source)
+            for answer in answers
         ),
-        source=source_of(chosen),
-        remarks=remarks_on(names),
+        source=source,
+        remarks=asked.remarks_on(gpus),
     )

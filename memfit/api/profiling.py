@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from typing_extensions import Unpack
 
+from memfit.api.asking import check_place
 from memfit.api.cards import Cards, engine_of
 from memfit.api.progress import StageProgress, watched
 from memfit.api.steps import StepKeywords, cards_instead, describe, own_device
@@ -30,7 +31,8 @@ from memfit.profiling import (
 )
 from memfit.records import Engine, MemoryProfile, Source
 from memfit.step.refusals import check_subject
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 from memfit.units import parse_bytes, parse_count
 
 __all__ = ["DEFAULT_GPU", "profile"]
@@ -86,8 +88,7 @@ def profile(
             cannot record it.
     """
     batch_size = parse_count("The batch size", batch_size)
-    if gpu is not None and device is not None:
-        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
+    check_place(device, gpu)
     start = time.perf_counter()
     check_subject(subject, Workload)
     if gpu is None and (instead := cards_instead(subject, device=device, gpu=gpu, memory=memory)):

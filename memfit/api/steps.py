@@ -13,7 +13,8 @@ from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions
 from memfit.step.refusals import check_subject
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 from memfit.units import parse_image_size
 
 __all__ = [
@@ -29,7 +30,9 @@ _DEFAULT_OPTIMIZER = "adamw"
 
 
 class StepKeywords(TypedDict, total=False):
-    """The options of a training step that every public function takes.
+    """The options of a training step, which every public function takes by keyword.
+
+    `describe` checks them and makes them a `StepOptions`.
 
     Args:
         precision: `"fp32"`, `"amp-bf16"`, `"amp-fp16"`, `"bf16"`, or `"auto"` (the default): mixed

@@ -23,8 +23,8 @@ from memfit.memory.release import release
 from memfit.memory.restore import preserved
 from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
 from memfit.step.runner import PreparedStep
+from memfit.step.training_step import TrainingStep
 from memfit.step.unfilled import UnfilledWeights
-from memfit.step.workload import TrainingStep
 from memfit.units import format_bytes
 
 __all__ = ["CudaBackend"]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from memfit.cards import Gpu
 from memfit.records import Capacity, Precision, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["Backend", "Prediction", "SimulatedGpu", "predicted", "with_precision"]
 

@@ -36,7 +36,7 @@ from memfit.simulation.tracing.trace import (
 )
 from memfit.simulation.tracing.workspace import Kernels
 from memfit.step.draws import ENDS, Draws
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
 __all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]

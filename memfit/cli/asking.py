@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from memfit.cards import find_gpu
+from memfit.cli.options import Given
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import PlanSurvey, Record, Survey
 from memfit.reports.progress import Progress
@@ -23,15 +24,13 @@ __all__ = ["ask_each", "cards_for", "check_single", "refuse_unfit", "under_way"]
 _Found = TypeVar("_Found")
 
 
-def cards_for(*, device: str | None, gpus: tuple[str, ...], memory: str | None) -> tuple[str, ...]:
+def cards_for(given: Given) -> tuple[str, ...]:
     """Return the cards to try, and tell the user if none was named.
 
     Names and sizes are checked before torch is imported, which takes seconds.
 
     Args:
-        device: The device that the user named, if any.
-        gpus: The cards that the user named.
-        memory: The memory of the cards, if given.
+        given: The options that the user gave.
 
     Returns:
         Names of the catalogue; empty if a device is measured.
@@ -39,14 +38,14 @@ def cards_for(*, device: str | None, gpus: tuple[str, ...], memory: str | None) 
     Raises:
         UsageError: There is no such card, or the size is not valid.
     """
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    for name in gpus:
+    memory_bytes = None if given.memory is None else parse_bytes(given.memory)
+    for name in given.gpus:
         find_gpu(name, total_bytes=memory_bytes)
-    if gpus or device is not None:
-        return gpus
+    if given.gpus or given.device is not None:
+        return given.gpus
     from memfit import api
 
-    cards = api.default_gpus(memory)
+    cards = api.default_gpus(given.memory)
     if len(cards) == 1 and memory_bytes is not None:
         click.echo(
             "There is no GPU here and none was named: simulating a card of "

@@ -1,8 +1,12 @@
-"""Options that several commands share. Commands pass them on to the public functions."""
+"""Options that several commands share: one decorator adds them, and one record has their values.
+
+Commands pass the values on to the public functions, which check them.
+"""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +17,7 @@ from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
 from memfit.records import Engine, Precision
 
-__all__ = [
-    "device_options",
-    "models_argument",
-    "parse_model_kwargs",
-    "profile_device_options",
-    "search_options",
-    "step_options",
-]
+__all__ = ["Given", "models_argument", "parse_model_kwargs", "shared_options"]
 
 _Command = Callable[..., Any]
 _Options = Mapping[str, Callable[[_Command], _Command]]
@@ -111,35 +108,83 @@ _SEARCH_OPTIONS: _Options = {
 }
 
 
-def profile_device_options(command: _Command) -> _Command:
-    """Give `profile` the same options; its `memory` is the card's, because it has no limit."""
-    memory = click.option(
+# `profile` has no limit of memory, so there the option is the card's.
+_MEMORY_OF_CARDS: _Options = {
+    "memory": click.option(
         "--memory",
         metavar="SIZE",
         help="What each --gpu has, such as 8GiB, in place of the catalogue's figure.",
     )
-    return _added({**_DEVICE_OPTIONS, "memory": memory}, command)
+}
+_DEVICE_ONLY: _Options = {
+    "device": click.option(
+        "--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one."
+    )
+}
 
 
-def device_options(command: _Command) -> _Command:
-    """Give a command the options `device`, `gpus`, `engine` and `memory`."""
-    return _added(_DEVICE_OPTIONS, command)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What the user gave for the step, its place and the search.
+
+    Args:
+        device: The device of this machine, if one was named.
+        gpus: The cards that were named.
+        memory: What the step may use, or what the cards have.
+        place: The options that say where the step is tried, beside `device` and `gpus`, as keyword
+            arguments of the public functions.
+        step: The options of the step, likewise.
+        search: The options of the search, likewise.
+    """
+
+    device: str | None
+    gpus: tuple[str, ...]
+    memory: str | None
+    place: Mapping[str, Any]
+    step: Mapping[str, Any]
+    search: Mapping[str, Any]
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the public functions, without `device` and the cards."""
+        return {**self.place, **self.search, **self.step}
 
 
-def search_options(command: _Command) -> _Command:
-    """Give a command the options of the search, as a dictionary named `search`."""
-    return _added(_SEARCH_OPTIONS, _gathering("search", _SEARCH_OPTIONS, command))
+def shared_options(
+    *, searches: bool = True, has_cards: bool = True
+) -> Callable[[_Command], _Command]:
+    """Give a command the options of a step and its place; it gets them as `given`, a `Given`.
 
+    Args:
+        searches: The command searches, so it also has the options of a search.
+        has_cards: The command can try cards that are not in this machine.
+    """
+    place = _DEVICE_OPTIONS if has_cards else _DEVICE_ONLY
+    if not searches and has_cards:
+        place = {**place, **_MEMORY_OF_CARDS}
+    search = _SEARCH_OPTIONS if searches else {}
 
-def step_options(command: _Command) -> _Command:
-    """Give a command the options of a training step, as a dictionary named `step`."""
+    def add(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def gathering(**others: Any) -> Any:
+            def taken(options: _Options) -> dict[str, Any]:
+                return {name: others.pop(name) for name in options}
 
-    @functools.wraps(command)
-    def reading(*, step: dict[str, Any], **others: Any) -> Any:
-        kwargs = parse_model_kwargs(step["model_kwargs"])
-        return command(step={**step, "model_kwargs": kwargs}, **others)
+            where, step, bounds = taken(place), taken(_STEP_OPTIONS), taken(search)
+            step["model_kwargs"] = parse_model_kwargs(step["model_kwargs"])
+            given = Given(
+                device=where.pop("device"),
+                gpus=where.pop("gpus", ()),
+                memory=where.get("memory"),
+                place=where,
+                step=step,
+                search=bounds,
+            )
+            return command(given=given, **others)
 
-    return _added(_STEP_OPTIONS, _gathering("step", _STEP_OPTIONS, reading))
+        return _added({**place, **_STEP_OPTIONS, **search}, gathering)
+
+    return add
 
 
 def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -164,19 +209,6 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             arguments[key] = text
     return arguments
-
-
-def _gathering(
-    parameter: str, options: _Options, command: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Pass the values of several options to a command as one dictionary."""
-
-    @functools.wraps(command)
-    def gathered(**given: Any) -> Any:
-        values = {name: given.pop(name) for name in options}
-        return command(**{parameter: values}, **given)
-
-    return gathered
 
 
 def _added(options: _Options, command: _Command) -> _Command:

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import device_options, models_argument, search_options, step_options
+from memfit.cli.options import Given, models_argument, shared_options
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -73,9 +73,7 @@ def _as_typed(text: str) -> int | float | str:
     type=click.Choice(_TRAINERS),
     help="Print what to paste or run for this trainer; the rest goes to standard error.",
 )
-@device_options
-@step_options
-@search_options
+@shared_options()
 @html_option
 @plot_option
 @format_options
@@ -87,12 +85,7 @@ def plan(
     objective: str,
     explore: bool,
     trainer: str | None,
-    device: str | None,
-    gpus: tuple[str, ...],
-    engine: str,
-    memory: str | None,
-    step: dict[str, Any],
-    search: dict[str, Any],
+    given: Given,
     html: Path | None,
     plot: Path | None,
     output: Format,
@@ -112,19 +105,17 @@ def plan(
         plan_script(
             models,
             effective_batch_size,
+            given,
             world_size=world_size,
-            gpus=gpus,
-            memory=memory,
-            search=search,
             as_json=output is Format.JSON,
         )
         return
-    _check_together(trainer=trainer, output=output, explore=explore, device=device)
+    _check_together(trainer=trainer, output=output, explore=explore, device=given.device)
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
-    cards = cards_for(device=device, gpus=gpus, memory=memory)
-    is_survey = device is None and len(cards) > 1
+    cards = cards_for(given)
+    is_survey = given.device is None and len(cards) > 1
     if is_survey and (explore or trainer):
         option = "--explore" if explore else "--emit"
         raise UsageError(f"{option} is for one device: give one --gpu, as in --gpu {_A_CARD}.")
@@ -133,27 +124,24 @@ def plan(
     target: dict[str, Any] = {
         "world_size": world_size,
         "objective": objective,
-        "memory": memory,
-        **search,
-        **step,
+        **given.keywords,
     }
     shown = _Shown(trainer=trainer, output=output)
 
     def ask(model: str) -> Plan | PlanSurvey:
         with under_way(f"planning for {model}") as bar:
-            asked = {"engine": engine, **target}
             if is_survey:
                 return api.survey_plans(
-                    model, effective_batch_size, gpus=cards, progress=bar.stage, **asked
+                    model, effective_batch_size, gpus=cards, progress=bar.stage, **target
                 )
             card = cards[0] if cards else None
             return api.plan(
                 model,
                 effective_batch_size,
-                device=device,
+                device=given.device,
                 gpu=card,
                 progress=bar.trial,
-                **asked,
+                **target,
             )
 
     def explored() -> Exploration:
@@ -162,7 +150,7 @@ def plan(
             return api.explore(
                 models[0],
                 effective_batch_size,
-                device=device,
+                device=given.device,
                 gpu=card,
                 progress=bar.stage,
                 **target,

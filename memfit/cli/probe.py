@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import device_options, models_argument, search_options, step_options
+from memfit.cli.options import Given, models_argument, shared_options
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -32,23 +32,16 @@ __all__ = ["probe"]
 
 @click.command(short_help="Find the largest batch size that fits a device.")
 @models_argument
-@device_options
-@step_options
+@shared_options()
 @click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
-@search_options
 @html_option
 @plot_option
 @format_options
 def probe(
     *,
     models: tuple[str, ...],
-    device: str | None,
-    gpus: tuple[str, ...],
-    engine: str,
-    memory: str | None,
-    step: dict[str, Any],
+    given: Given,
     accumulate: bool,
-    search: dict[str, Any],
     html: Path | None,
     plot: Path | None,
     output: Format,
@@ -67,28 +60,22 @@ def probe(
         memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """
     if is_script(models):
-        probe_script(models, gpus=gpus, memory=memory, search=search, as_json=output is Format.JSON)
+        probe_script(models, given, as_json=output is Format.JSON)
         return
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot)
-    cards = cards_for(device=device, gpus=gpus, memory=memory)
+    cards = cards_for(given)
     from memfit import api
 
-    asked = {
-        "memory": memory,
-        "engine": engine,
-        "accumulate": accumulate,
-        **search,
-        **step,
-    }
+    asked: dict[str, Any] = {"accumulate": accumulate, **given.keywords}
 
     def ask(model: str) -> ProbeResult | Survey:
         with under_way(f"probing {model}") as bar:
-            if device is None and len(cards) > 1:
+            if given.device is None and len(cards) > 1:
                 return api.survey(model, gpus=cards, progress=bar.stage, **asked)
             card = cards[0] if cards else None
-            return api.probe(model, device=device, gpu=card, progress=bar.trial, **asked)
+            return api.probe(model, device=given.device, gpu=card, progress=bar.trial, **asked)
 
     found: list[ProbeResult | Survey] = []
     try:

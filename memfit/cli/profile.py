@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
 from memfit.cli.asking import cards_for, under_way
 from memfit.cli.completion import complete_models
-from memfit.cli.options import profile_device_options, step_options
+from memfit.cli.options import Given, shared_options
 from memfit.cli.output import (
     OUTPUT,
     check_picture,
@@ -29,8 +28,7 @@ __all__ = ["profile"]
 @click.command(short_help="Show what holds the memory of a training step.")
 @click.argument("model", shell_complete=complete_models)
 @click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
-@profile_device_options
-@step_options
+@shared_options(searches=False)
 @click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
 @html_option
 @plot_option
@@ -45,11 +43,7 @@ def profile(
     *,
     model: str,
     batch_size: int,
-    device: str | None,
-    gpus: tuple[str, ...],
-    engine: str,
-    memory: str | None,
-    step: dict[str, Any],
+    given: Given,
     accumulate: bool,
     html: Path | None,
     plot: Path | None,
@@ -65,11 +59,11 @@ def profile(
     """
     check_writable(html, plot, snapshot)
     check_picture(plot)
-    cards = cards_for(device=device, gpus=gpus, memory=memory)
+    cards = cards_for(given)
     from memfit import api
     from memfit.reports.profile import render
 
-    if len(cards) > 1 and not gpus:
+    if len(cards) > 1 and not given.gpus:
         cards = (api.DEFAULT_GPU,)
         click.echo(
             f"There is no GPU here and none was named: simulating an {api.DEFAULT_GPU}. "
@@ -80,15 +74,13 @@ def profile(
         found = api.profile(
             model,
             batch_size,
-            device=device,
+            device=given.device,
             gpu=cards[0] if cards else None,
             compared=cards[1:],
-            memory=memory,
-            engine=engine,
             accumulate=accumulate,
             snapshot=snapshot,
             progress=bar.stage,
-            **step,
+            **given.keywords,
         )
     if html is not None:
         from memfit.reports.profile_page import page

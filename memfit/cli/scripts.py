@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from memfit.cli.asking import under_way
+from memfit.cli.options import Given
 from memfit.cli.output import print_json
 from memfit.cli.rehearse import ranks_of
 from memfit.errors import UsageError
@@ -31,13 +32,13 @@ def is_script(words: tuple[str, ...]) -> bool:
     return has_place or (len(words) > 1 and shutil.which(words[0]) is not None)
 
 
-def probe_script(words: tuple[str, ...], *, as_json: bool, **bounds: Any) -> None:
+def probe_script(words: tuple[str, ...], given: Given, *, as_json: bool) -> None:
     """Find the largest batch size of a command.
 
     Args:
         words: The command's words.
+        given: The options that the user gave.
         as_json: Print JSON.
-        **bounds: `gpus`, `memory`, and the options of the search.
     """
     from memfit.rehearsal.scripts import Progress, ScriptSearch, probe_command
     from memfit.reports.rehearsal import render_probe
@@ -47,25 +48,25 @@ def probe_script(words: tuple[str, ...], *, as_json: bool, **bounds: Any) -> Non
     def run(search: ScriptSearch, progress: Progress) -> CommandProbe:
         return probe_command(words, search, progress=progress)
 
-    _show(_on_cards(words, run, **bounds), render_probe, as_json=as_json)
+    _show(_on_cards(words, run, given), render_probe, as_json=as_json)
 
 
 def plan_script(
     words: tuple[str, ...],
     effective_batch_size: Any,
+    given: Given,
     *,
     world_size: int,
     as_json: bool,
-    **bounds: Any,
 ) -> None:
     """Turn an effective batch size into a command with micro-batches that fit.
 
     Args:
         words: The command's words.
         effective_batch_size: Samples in each optimizer step.
+        given: The options that the user gave.
         world_size: The number of ranks that share these samples.
         as_json: Print JSON.
-        **bounds: `gpus`, `memory`, and the options of the search.
     """
     from memfit.rehearsal.scripts import Progress, ScriptSearch, plan_command
     from memfit.reports.rehearsal import render_plan
@@ -77,26 +78,23 @@ def plan_script(
             words, effective_batch_size, search, world_size=world_size, progress=progress
         )
 
-    _show(_on_cards(words, run, **bounds), render_plan, as_json=as_json)
+    _show(_on_cards(words, run, given), render_plan, as_json=as_json)
 
 
 def _on_cards(
     words: tuple[str, ...],
     run: Callable[..., Any],
-    *,
-    gpus: tuple[str, ...],
-    memory: str | None,
-    search: dict[str, Any],
+    given: Given,
 ) -> Iterator[Any]:
     """Yield the result for one card after another, or for this machine's GPU."""
     from memfit.cards import Gpu, find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
     from memfit.rehearsal.scripts import ScriptSearch
 
-    if memory is not None and not gpus:
+    if given.memory is not None and not given.gpus:
         raise UsageError("--memory is what a card of --gpu has: name one, or `any`.")
-    total_bytes = None if memory is None else parse_bytes(memory)
-    cards: list[Gpu | None] = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
+    total_bytes = None if given.memory is None else parse_bytes(given.memory)
+    cards: list[Gpu | None] = [find_gpu(name, total_bytes=total_bytes) for name in given.gpus]
     for card in cards or [None]:
         environment = (
             {}
@@ -104,7 +102,7 @@ def _on_cards(
             else rehearsed_environment(card, num_gpus=ranks_of(words), environment=os.environ)
         )
         with under_way("running the command") as bar:
-            found = run(ScriptSearch(gpu=card, environment=environment, **search), bar.trial)
+            found = run(ScriptSearch(gpu=card, environment=environment, **given.search), bar.trial)
         yield found
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 from rich.console import Console
 
 from memfit.cli.asking import under_way
 from memfit.cli.completion import complete_models
-from memfit.cli.options import step_options
+from memfit.cli.options import Given, shared_options
 from memfit.cli.output import print_json
 
 __all__ = ["verify"]
@@ -29,8 +28,7 @@ _DIFFERS = 4
     required=True,
     help="Micro-batches before each optimizer step.",
 )
-@click.option("--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one.")
-@step_options
+@shared_options(searches=False, has_cards=False)
 @click.option(
     "--samples",
     type=int,
@@ -48,8 +46,7 @@ def verify(
     model: str,
     micro_batch_size: int,
     accumulation_steps: int,
-    device: str | None,
-    step: dict[str, Any],
+    given: Given,
     samples: int | None,
     freeze_bn: bool,
     as_json: bool,
@@ -68,11 +65,11 @@ def verify(
             model,
             micro_batch_size=micro_batch_size,
             accumulation_steps=accumulation_steps,
-            device=device,
+            device=given.device,
             samples=samples,
             freeze_bn=freeze_bn,
             progress=bar.stage,
-            **step,
+            **given.keywords,
         )
     if as_json:
         print_json([result])

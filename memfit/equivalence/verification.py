@@ -42,7 +42,7 @@ from memfit.records import (
     Verdict,
 )
 from memfit.step import batches
-from memfit.step.workload import StepParts, TrainingStep
+from memfit.step.training_step import StepParts, TrainingStep
 
 __all__ = ["verify"]
 

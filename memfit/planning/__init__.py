@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from memfit.planning.alternatives import ChangeKind, StepChange, changes_of, explore_on
 from memfit.planning.planner import PlanTarget, plan_on
-from memfit.planning.searching import SearchBounds, check_bounds, probe_on, run_search
+from memfit.planning.searching import SearchOptions, probe_on, run_search
 
 __all__ = [
     "ChangeKind",
     "PlanTarget",
-    "SearchBounds",
+    "SearchOptions",
     "StepChange",
     "changes_of",
-    "check_bounds",
     "explore_on",
     "plan_on",
     "probe_on",

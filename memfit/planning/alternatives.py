@@ -16,7 +16,8 @@ from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.planning.planner import PlanTarget, plan_on
 from memfit.records import Alternative, Exploration, Precision
 from memfit.step import timm_models
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 from memfit.units import format_bytes
 
 __all__ = ["ChangeKind", "StepChange", "changes_of", "explore_on"]

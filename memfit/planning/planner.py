@@ -11,9 +11,9 @@ import torch
 from memfit import partition, search
 from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.planning.searching import SearchBounds, check_bounds, run_search, run_trial
+from memfit.planning.searching import SearchOptions, run_search, run_trial
 from memfit.records import Objective, Plan, ProbeResult, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["PlanTarget", "plan_on"]
 
@@ -29,28 +29,23 @@ class PlanTarget:
         effective_batch_size: Samples in each optimizer step, over all ranks.
         world_size: The number of ranks that share these samples.
         objective: The aim of the plan.
-        headroom: Share of the capacity to keep free.
-        multiple_of: Every micro-batch except one of a step is a multiple of this.
-        max_batch_size: The largest micro-batch to consider; `None` for no limit.
+        search: How micro-batches are searched. Every micro-batch except one of a step is a multiple
+            of its `multiple_of`.
     """
 
     effective_batch_size: int
     world_size: int
     objective: Objective
-    headroom: float
-    multiple_of: int
-    max_batch_size: int | None
+    search: SearchOptions
 
     @classmethod
     def of(
         cls,
         effective_batch_size: object,
+        search: SearchOptions,
         *,
-        world_size: object,
-        objective: str | Objective,
-        headroom: float,
-        multiple_of: int,
-        max_batch_size: int | None,
+        world_size: object = 1,
+        objective: str | Objective = Objective.LARGEST,
     ) -> PlanTarget:
         """Check the arguments.
 
@@ -58,9 +53,6 @@ class PlanTarget:
             UsageError: An argument is not valid.
         """
         samples, ranks = partition.check_target(effective_batch_size, world_size)
-        unit, most = check_bounds(
-            headroom=headroom, multiple_of=multiple_of, max_batch_size=max_batch_size
-        )
         known = [choice.value for choice in Objective]
         if objective not in known:
             raise UsageError(
@@ -70,9 +62,7 @@ class PlanTarget:
             effective_batch_size=samples,
             world_size=ranks,
             objective=Objective(objective),
-            headroom=headroom,
-            multiple_of=unit,
-            max_batch_size=most,
+            search=search,
         )
 
     @property
@@ -83,19 +73,15 @@ class PlanTarget:
     def part_of(self, num_steps: int) -> int:
         """Return the most samples in a micro-batch if there are at least so many steps."""
         part = -(-self.share // num_steps)
-        rounded = -(-part // self.multiple_of) * self.multiple_of
+        rounded = -(-part // self.search.multiple_of) * self.search.multiple_of
         # If rounding gives the whole share, the share would not be cut.
         part = rounded if rounded < self.share else part
-        return min(part, self.max_batch_size or part)
+        return min(part, self.search.max_batch_size or part)
 
     @property
-    def bounds(self) -> SearchBounds:
-        """The bounds of the search for a micro-batch if two steps are too few."""
-        return SearchBounds(
-            headroom=self.headroom,
-            multiple_of=self.multiple_of,
-            max_batch_size=self.part_of(3),
-        )
+    def search_below(self) -> SearchOptions:
+        """The options of the search for a micro-batch if two steps are too few."""
+        return dataclasses.replace(self.search, max_batch_size=self.part_of(3))
 
 
 def plan_on(
@@ -158,7 +144,7 @@ class _Planner:
         self._progress = progress
         self._trials: list[Trial] = []
         self._capacity = backend.capacity()
-        self._limit_bytes = search.limit_of(self._capacity.usable_bytes, target.headroom)
+        self._limit_bytes = search.limit_of(self._capacity.usable_bytes, target.search.headroom)
         self._smallest = _FEWEST
         self._refused: Exception | None = None
 
@@ -201,7 +187,7 @@ class _Planner:
             parts.sizes,
             target.effective_batch_size,
             world_size=target.world_size,
-            multiple_of=target.multiple_of,
+            multiple_of=target.search.multiple_of,
             smallest=self._smallest,
         )
         if size < self._smallest and self._refused is not None:
@@ -228,15 +214,15 @@ class _Planner:
 
     def _fits_whole(self, remarks: list[str]) -> bool:
         """Whether the first rank's share fits in one step with the headroom."""
-        target, share = self._target, self._target.share
-        if share > (target.max_batch_size or share):
+        options, share = self._target.search, self._target.share
+        if share > (options.max_batch_size or share):
             return False
         trial = self._run(self._whole_step, share)
         if search.has_headroom(trial, self._limit_bytes):
             return True
         if trial.fits:
             remarks.append(
-                f"{share} samples do fit in one step, but leave less than {target.headroom:.0%} "
+                f"{share} samples do fit in one step, but leave less than {options.headroom:.0%} "
                 "free or need allocator retries."
             )
         return False
@@ -247,7 +233,9 @@ class _Planner:
         trial = self._run(self._step, half)
         if search.has_headroom(trial, self._limit_bytes):
             return _Limits(largest=half, recommended=half, proved=False)
-        result = run_search(self._backend, self._step, self._target.bounds, progress=self._note)
+        result = run_search(
+            self._backend, self._step, self._target.search_below, progress=self._note
+        )
         remarks += result.remarks
         return _Limits(
             largest=result.max_batch_size,
@@ -257,12 +245,13 @@ class _Planner:
 
     def _recommended(self, result: ProbeResult) -> int:
         """Return the largest micro-batch that keeps the headroom."""
-        target, largest = self._target, result.recommended_batch_size
+        options, largest = self._target.search, result.recommended_batch_size
         if largest is None:
-            unit = f" that is a multiple of {target.multiple_of}" if target.multiple_of > 1 else ""
+            multiple = options.multiple_of
+            unit = f" that is a multiple of {multiple}" if multiple > 1 else ""
             raise DoesNotFitError(
-                f"{self._step.name} fits, but no micro-batch{unit} leaves {target.headroom:.0%} of "
-                "the memory free without allocator retries: the largest that fits at all is "
+                f"{self._step.name} fits, but no micro-batch{unit} leaves {options.headroom:.0%} "
+                "of the memory free without allocator retries: the largest that fits at all is "
                 f"{result.max_batch_size}; ask for less headroom."
             )
         return largest
@@ -275,7 +264,7 @@ class _Planner:
             largest_whole=largest_whole,
             largest_accumulating=largest_accumulating,
             objective=target.objective,
-            multiple_of=target.multiple_of,
+            multiple_of=target.search.multiple_of,
             smallest=self._smallest,
             speeds=self._speeds(),
         )
@@ -292,7 +281,7 @@ class _Planner:
 
     def _timed(self, largest: int) -> int:
         """Try micro-batches to measure their speed; return the largest that keeps the headroom."""
-        sizes = partition.sizes_to_time(largest, multiple_of=self._target.multiple_of)
+        sizes = partition.sizes_to_time(largest, multiple_of=self._target.search.multiple_of)
         trials = [self._known(self._step, size) or self._run(self._step, size) for size in sizes]
         fitting = [t.batch_size for t in trials if search.has_headroom(t, self._limit_bytes)]
         return max(fitting, default=0)
@@ -334,9 +323,9 @@ class _Planner:
             world_size=target.world_size,
             objective=target.objective,
             micro_batch_sizes=parts.sizes,
-            multiple_of=target.multiple_of,
+            multiple_of=target.search.multiple_of,
             smallest_micro_batch_size=self._smallest,
-            headroom=target.headroom,
+            headroom=target.search.headroom,
             max_micro_batch_size=limits.largest,
             edge_found=limits.proved,
             recommended_micro_batch_size=limits.recommended,

@@ -14,17 +14,18 @@ from memfit.errors import DataEndedError, DoesNotFitError, UsageError
 from memfit.memory.restore import save_random_states
 from memfit.records import ProbeResult, Source, Trial
 from memfit.step.made_batches import bytes_of
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 from memfit.units import MIB, format_bytes, parse_count
 
 _QUICK_BYTES = 16 * MIB
 
-__all__ = ["SearchBounds", "check_bounds", "probe_on", "run_search", "run_trial"]
+__all__ = ["SearchOptions", "probe_on", "run_search", "run_trial"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SearchBounds:
-    """The limits of a search.
+class SearchOptions:
+    """The options of a search.
 
     Args:
         headroom: Share of the capacity that the recommendation keeps free, from 0 to below 1.
@@ -35,42 +36,25 @@ class SearchBounds:
         UsageError: A value is out of its range.
     """
 
-    headroom: float
-    multiple_of: int
-    max_batch_size: int | None
+    headroom: float = 0.05
+    multiple_of: int = 1
+    max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that are out of range."""
-        multiple_of, max_batch_size = check_bounds(
-            headroom=self.headroom,
-            multiple_of=self.multiple_of,
-            max_batch_size=self.max_batch_size,
-        )
-        object.__setattr__(self, "multiple_of", multiple_of)
-        object.__setattr__(self, "max_batch_size", max_batch_size)
-
-
-def check_bounds(
-    *, headroom: object, multiple_of: object, max_batch_size: object
-) -> tuple[int, int | None]:
-    """Refuse values that are out of range.
-
-    Returns:
-        `multiple_of` and `max_batch_size`, as `int`.
-
-    Raises:
-        UsageError: A value is out of its range.
-    """
-    if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
-        raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom!r}.")
-    most = None if max_batch_size is None else parse_count("max_batch_size", max_batch_size)
-    return parse_count("multiple_of", multiple_of), most
+        """Refuse values that are out of range, and make integers of numbers such as NumPy's."""
+        headroom: object = self.headroom
+        if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+            raise UsageError(f"The headroom must be at least 0 and below 1, not {headroom!r}.")
+        most = self.max_batch_size
+        most = None if most is None else parse_count("max_batch_size", most)
+        object.__setattr__(self, "max_batch_size", most)
+        object.__setattr__(self, "multiple_of", parse_count("multiple_of", self.multiple_of))
 
 
 def probe_on(
     opened: Backend,
     step: TrainingStep,
-    bounds: SearchBounds,
+    options: SearchOptions,
     *,
     progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
@@ -79,20 +63,20 @@ def probe_on(
     Args:
         opened: The backend that runs trials.
         step: The step to train; its precision may still be `AUTO`.
-        bounds: The limits of the search.
+        options: The options of the search.
         progress: Called with each trial when it has ended.
 
     Raises:
         DoesNotFitError: Not even the smallest batch fits.
     """
     with opened as backend:
-        return run_search(backend, step, bounds, progress=progress)
+        return run_search(backend, step, options, progress=progress)
 
 
 def run_search(
     backend: Backend,
     step: TrainingStep,
-    bounds: SearchBounds,
+    options: SearchOptions,
     *,
     progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
@@ -101,7 +85,7 @@ def run_search(
     Args:
         backend: The backend that runs trials.
         step: The step to train; its precision may still be `AUTO`.
-        bounds: The limits of the search.
+        options: The options of the search.
         progress: Called with each trial when it has ended.
 
     Raises:
@@ -125,8 +109,8 @@ def run_search(
     prediction = backend.prediction(step)
     # The batch size that will be recommended is tried first. If the prediction is right, only this
     # one and the sizes that prove the edge have to be tried.
-    expected = _expected_recommendation(prediction, capacity.usable_bytes, bounds)
-    ceiling = bounds.max_batch_size or search.DEFAULT_CEILING
+    expected = _expected_recommendation(prediction, capacity.usable_bytes, options)
+    ceiling = options.max_batch_size or search.DEFAULT_CEILING
     while True:
         try:
             is_near = expected is not None and expected <= ceiling
@@ -154,8 +138,8 @@ def run_search(
         trial,
         found,
         capacity_bytes=capacity.usable_bytes,
-        headroom=bounds.headroom,
-        multiple_of=bounds.multiple_of,
+        headroom=options.headroom,
+        multiple_of=options.multiple_of,
         has_retries=backend.has_retries,
     )
     return ProbeResult(
@@ -167,8 +151,8 @@ def run_search(
         max_batch_size=found.batch_size,
         recommended_batch_size=recommended.batch_size,
         edge_found=found.proved,
-        headroom=bounds.headroom,
-        multiple_of=bounds.multiple_of,
+        headroom=options.headroom,
+        multiple_of=options.multiple_of,
         trials=tuple(trials),
         environment=backend.environment,
         seconds=time.perf_counter() - start,
@@ -205,20 +189,20 @@ def _check_data(step: TrainingStep, batch_size: int) -> None:
 
 
 def _expected_recommendation(
-    prediction: Prediction, capacity_bytes: int, bounds: SearchBounds
+    prediction: Prediction, capacity_bytes: int, options: SearchOptions
 ) -> int | None:
     """Return the batch size that the simulation of a device recommends, if any."""
     edge, simulated, step = prediction.batch_size, prediction.simulated, prediction.step
     if edge is None or simulated is None or step is None:
         return None
-    edge = min(edge, bounds.max_batch_size or search.DEFAULT_CEILING)
+    edge = min(edge, options.max_batch_size or search.DEFAULT_CEILING)
     known = (simulated.trial(step, edge),)
     return search.recommended(
         lambda size: simulated.trial(step, size),
         search.Found(batch_size=edge, proved=False, trials=known),
         capacity_bytes=capacity_bytes,
-        headroom=bounds.headroom,
-        multiple_of=bounds.multiple_of,
+        headroom=options.headroom,
+        multiple_of=options.multiple_of,
         has_retries=simulated.has_retries,
     ).batch_size
 

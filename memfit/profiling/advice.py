@@ -11,7 +11,7 @@ from memfit.errors import MemfitError
 from memfit.planning import ChangeKind, StepChange, changes_of
 from memfit.records import Change, MemoryProfile, Role
 from memfit.step import timm_models
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["advise"]
 

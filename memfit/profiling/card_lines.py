@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memfit import search
 from memfit.backends.simulated import SimulatedBackend
 from memfit.records import CardLine, Outcome, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["card_lines"]
 

@@ -40,7 +40,7 @@ from memfit.records import (
 )
 from memfit.simulation.history import Resident, read_history, read_residents
 from memfit.step.runner import PreparedStep
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
 __all__ = ["profile_current_gpu", "profile_device"]

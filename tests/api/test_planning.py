@@ -15,9 +15,9 @@ from memfit.api import exploring
 from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.planning import planner
+from memfit.planning import SearchOptions, planner
 from memfit.records import Objective, Outcome, Precision, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 MODEL = "test_vit"
 SMALL: dict[str, Any] = {"gpu": "any", "memory": "1GiB", "image_size": 96}
@@ -354,6 +354,4 @@ def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.Monkey
 def test_the_target_is_checked_before_anything_is_built() -> None:
     """The mistake is reported at once."""
     with pytest.raises(UsageError, match="whole number"):
-        planner.PlanTarget.of(
-            "64", world_size=1, objective="even", headroom=0, multiple_of=1, max_batch_size=None
-        )
+        planner.PlanTarget.of("64", SearchOptions(), objective="even")

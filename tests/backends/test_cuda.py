@@ -17,7 +17,7 @@ from memfit.backends import cuda, open_backend
 from memfit.backends.cuda import CudaBackend
 from memfit.errors import DoesNotFitError, UnknownDeviceError, UsageError
 from memfit.records import DeviceProcess, Outcome, Precision, StepOptions, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import GIB, MIB
 
 FP32 = StepOptions(precision=Precision.FP32)

@@ -12,7 +12,7 @@ from memfit import Workload
 from memfit.backends.readings import Reading, steady_readings
 from memfit.records import Precision, StepOptions
 from memfit.step.runner import PreparedStep
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 MIB = 2**20
 

@@ -16,7 +16,8 @@ from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Source, StepOptions
 from memfit.rehearsal.activate import check_supported
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 try:
     check_supported(find_gpu("rtx3060"))

@@ -24,7 +24,7 @@ from memfit.cli import main
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Precision, Source, StepOptions
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import GIB, KIB, MIB
 
 MODEL = "test_vit"

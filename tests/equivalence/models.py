@@ -10,7 +10,8 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 
 from memfit.equivalence import AccumulationLoop, verify
 from memfit.records import Equivalence, Precision, StepOptions
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 WIDTH = 12
 NUM_CLASSES = 5

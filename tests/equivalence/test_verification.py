@@ -24,7 +24,7 @@ from equivalence.models import (
 from equivalence.test_weighting import contrastive
 from memfit.equivalence import verify
 from memfit.records import MixesIn, Precision, StepOptions, Verdict
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,8 @@ from equivalence.models import (
 from memfit.equivalence import verify
 from memfit.errors import DoesNotFitError, UsageError, WorkloadError
 from memfit.records import LossWeighting, Precision, StepOptions, Verdict
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 CPU = torch.device("cpu")
 

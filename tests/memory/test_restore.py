@@ -18,7 +18,7 @@ from memfit.errors import WorkloadError
 from memfit.memory.release import release
 from memfit.memory.restore import preserved
 from memfit.records import Precision, StepOptions
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 

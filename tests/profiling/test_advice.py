@@ -13,7 +13,7 @@ from memfit.backends.simulated import SimulatedBackend, TraceCache
 from memfit.cards import Gpu, find_gpu
 from memfit.profiling import advise, card_lines, profile_gpu
 from memfit.records import Change
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import GIB
 
 RTX3090 = find_gpu("rtx3090")

@@ -19,7 +19,7 @@ from memfit.records import MemoryProfile, Peak, Role
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.tracing.trace import TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 8

@@ -13,7 +13,7 @@ from memfit import Precision, StepOptions
 from memfit.cards import find_gpu
 from memfit.errors import UsageError
 from memfit.profiling import profile_gpu
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 RTX3090 = find_gpu("rtx3090")
 STEP = TrainingStep(

@@ -18,7 +18,7 @@ from memfit.cards import find_gpu
 from memfit.profiling import profile_gpu
 from memfit.profiling.attribution import Attribution
 from memfit.records import Action, MemoryProfile, Outcome, Role
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import MIB
 
 RTX3090 = find_gpu("rtx3090")

@@ -14,7 +14,7 @@ from memfit import Workload
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step.runner import PreparedStep
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 FP32 = StepOptions(precision=Precision.FP32)

@@ -21,7 +21,7 @@ from memfit.backends.cpu.trials import Report, Request
 from memfit.backends.protocol import Prediction
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError
 from memfit.records import Capacity, Precision, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
 __all__ = ["CpuBackend"]

@@ -22,7 +22,7 @@ from memfit.backends.crossing import ChildTraceback
 from memfit.errors import StepCrashedError
 from memfit.memory import oom
 from memfit.records import Outcome, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["LostError", "Server", "ran_out"]
 

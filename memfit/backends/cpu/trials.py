@@ -39,7 +39,7 @@ from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.records import Outcome, Source, Trial
 from memfit.step.runner import PreparedStep
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import MIB
 
 __all__ = ["LOST", "Report", "Request", "serve"]

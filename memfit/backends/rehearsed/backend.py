@@ -18,7 +18,7 @@ from memfit.backends.rehearsed.server import Answer, Call, End, Open
 from memfit.cards import Gpu
 from memfit.errors import StepCrashedError
 from memfit.records import Capacity, Precision, Source, Trial
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import TIB, format_bytes
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import nn
 
 from memfit._torch_private import pytree
 from memfit.errors import UnsupportedError
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 
 __all__ = ["packed", "unpacked"]
 

@@ -25,7 +25,7 @@ from memfit.backends.cpu import limits, machine, server, trials
 from memfit.backends.cpu.backend import CpuBackend
 from memfit.errors import StepCrashedError, UnsupportedError, UsageError, WorkloadError
 from memfit.records import Outcome, Precision, StepOptions
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import MIB
 
 LIMIT = 200 * MIB

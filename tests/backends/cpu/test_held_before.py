@@ -15,7 +15,7 @@ from memfit.backends.cpu.backend import CpuBackend
 from memfit.backends.cpu.glibc_heap import block_bytes
 from memfit.backends.cpu.kernel_cache import compiled_bytes, forget_kernels
 from memfit.records import Precision, StepOptions
-from memfit.step.workload import TrainingStep
+from memfit.step.training_step import TrainingStep
 from memfit.units import KIB, MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="trials on a CPU need Linux")

@@ -15,7 +15,8 @@ from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 META = torch.device("meta")
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])

@@ -11,7 +11,8 @@ from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.recurrent import RECURRENT, Recurrence
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 STEPS, FEATURES, HIDDEN = 7, 12, 16
 

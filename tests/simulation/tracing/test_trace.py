@@ -22,7 +22,8 @@ from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.workload import TrainingStep, Workload
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
 
 
 def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> TraceOptions:

@@ -1,0 +1,202 @@
+"""What a caller asks for: a step, a place and a search, checked and in one record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from typing_extensions import Unpack
+
+from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
+from memfit.api.steps import StepKeywords, cards_instead, default_gpus, describe, own_device
+from memfit.backends import Backend, open_backend
+from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
+from memfit.errors import DoesNotFitError, UsageError
+from memfit.planning import SearchOptions
+from memfit.records import Engine, Source
+from memfit.step.training_step import TrainingStep
+from memfit.step.workload import Workload
+from memfit.units import parse_bytes
+
+__all__ = ["Answer", "Asked", "SearchKeywords", "check_place"]
+
+_Found = TypeVar("_Found")
+_NO_GPU = (
+    "There is no GPU here and none was named, so common cards were simulated; device='cpu' "
+    "(--device cpu) measures on the CPU."
+)
+
+
+class SearchKeywords(StepKeywords, total=False):
+    """The options of every function that searches, by keyword, after those of the step.
+
+    Args:
+        memory: What the step may use: bytes, or text such as `"8GiB"`. It is the card's memory for
+            a card that is not in this machine.
+        engine: How a card that is not in this machine is tried: `"rehearse"`, `"simulate"`, or
+            `"auto"` (the default).
+        headroom: Share of the capacity that the recommendation keeps free; by default 0.05.
+        multiple_of: The recommendation is a multiple of this; by default 1.
+        max_batch_size: The largest batch size that is tried; by default 65,536.
+    """
+
+    memory: str | float | None
+    engine: str | Engine
+    headroom: float
+    multiple_of: int
+    max_batch_size: int | None
+
+
+_SEARCH_ONLY = ("headroom", "multiple_of", "max_batch_size")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What was found for one of several cards.
+
+    Args:
+        gpu: The card's name.
+        found: The result; `None` if nothing fits.
+        reason: The reason if nothing fits.
+    """
+
+    gpu: str
+    found: Any
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A step, where to try it, and how to search.
+
+    Args:
+        step: The step; its precision may still be `AUTO`.
+        search: The options of the search.
+        memory_bytes: What the step may use, or the card's memory; `None` if it was not given.
+        engine: How a card that is not in this machine is tried.
+    """
+
+    step: TrainingStep
+    search: SearchOptions
+    memory_bytes: int | None
+    engine: str | Engine
+
+    @classmethod
+    def of(
+        cls,
+        subject: str | Workload,
+        *,
+        accumulate: bool = False,
+        **options: Unpack[SearchKeywords],
+    ) -> Asked:
+        """Check the options that a caller gave.
+
+        Args:
+            subject: A timm model's name, or a workload.
+            accumulate: Run two micro-batches before each optimizer step instead of one.
+            **options: The options of the step and of the search.
+
+        Raises:
+            UsageError: An option is not valid.
+        """
+        given: dict[str, Any] = dict(options)
+        searched = {name: given.pop(name) for name in _SEARCH_ONLY if name in given}
+        memory, engine = given.pop("memory", None), given.pop("engine", Engine.AUTO)
+        return cls(
+            step=describe(subject, accumulate=accumulate, **given),
+            search=SearchOptions(**searched),
+            memory_bytes=None if memory is None else parse_bytes(memory),
+            engine=engine,
+        )
+
+    @property
+    def source_for_several(self) -> Source:
+        """Where the figures of several cards come from."""
+        return source_of(engine_for_several(self.engine))
+
+    def cards_instead(self, device: str | None, gpu: str | None) -> tuple[str, ...]:
+        """Return the cards to try if the caller named no card and no device.
+
+        Raises:
+            UsageError: The caller named both, or a workload's model is on the wrong device.
+        """
+        check_place(device, gpu)
+        return cards_instead(self.step.subject, device=device, gpu=gpu, memory=self.memory_bytes)
+
+    def cards_named(self, gpus: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the cards that the caller named, or those to try by default."""
+        if gpus:
+            return tuple(gpus)
+        return COMMON_GPUS if self.memory_bytes is None else (ANY_GPU,)
+
+    def on_one(
+        self, ask: Callable[[Backend], _Found], *, device: str | None, gpu: str | None
+    ) -> _Found:
+        """Run a task on one device or card.
+
+        Args:
+            ask: The task; it closes the backend.
+            device: The device that the caller named, if any.
+            gpu: The card that is tried; `None` for a device of this machine.
+
+        Raises:
+            UsageError: There is no such device or card.
+        """
+        if gpu is not None:
+            with Cards(engine_of(self.engine)) as cards:
+                return ask(cards.open(gpu, self.memory_bytes, self.step))
+        return ask(
+            open_backend(
+                own_device(self.step.subject, device),
+                memory_bytes=self.memory_bytes,
+                headroom=self.search.headroom,
+            )
+        )
+
+    def on_each(
+        self,
+        gpus: Sequence[str],
+        ask: Callable[[Backend], Any],
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> list[Answer]:
+        """Run the same task on several cards that are not in this machine; they share traces.
+
+        Args:
+            gpus: Names of the catalogue. All are looked up before the first card is tried.
+            ask: The task that runs on each card; it closes the backend.
+            progress: Called with the next card's name, the number of cards done, and of all cards.
+
+        Raises:
+            UsageError: There is no such card.
+        """
+        found = [find_gpu(name, total_bytes=self.memory_bytes) for name in gpus]
+        answers = []
+        with Cards(engine_for_several(self.engine)) as cards:
+            for done, (name, card) in enumerate(zip(gpus, found, strict=True)):
+                if progress is not None:
+                    progress(card.name, done, len(gpus))
+                opened = cards.open(name, self.memory_bytes, self.step)
+                result, reason = None, None
+                try:
+                    result = ask(opened)
+                except DoesNotFitError as error:
+                    reason = str(error)
+                answers.append(Answer(gpu=opened.device_name, found=result, reason=reason))
+        return answers
+
+    @staticmethod
+    def remarks_on(gpus: Sequence[str]) -> tuple[str, ...]:
+        """Return remarks for the case that no GPU was found and common cards were tried instead."""
+        return (_NO_GPU,) if tuple(gpus) == default_gpus() else ()
+
+
+def check_place(device: str | None, gpu: str | None) -> None:
+    """Refuse a device and a card at once.
+
+    Raises:
+        UsageError: Both were given.
+    """
+    if gpu is not None and device is not None:
+        raise UsageError(f"Give a device ({device}) or a GPU to simulate ({gpu}), not both.")
