@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 from memfit import Accumulator
-from memfit.step.runner import call_model, split_batch
+from memfit.step.calling import call_model, split_batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAINED = ("timm_fine_tuning", "two_targets", "collaborative_filtering", "token_weighted_loss")

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from memfit import partition
 from memfit._torch_private import pytree
 from memfit.accumulation.arguments import (
+    check_optimizer,
     check_ranks,
     check_scheduler,
     device_of,
@@ -37,8 +38,8 @@ from memfit.memory.release import release
 from memfit.records import Plan, Precision
 from memfit.step import batches
 from memfit.step.batches import BatchRules, Layout
-from memfit.step.closures import check_steps_alone
-from memfit.step.runner import autocast, call_model, split_batch
+from memfit.step.calling import call_model, split_batch
+from memfit.step.runner import autocast
 
 __all__ = ["Accumulator"]
 
@@ -112,7 +113,7 @@ class Accumulator:
         self._terms = LossTerms(weight)
         self._rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
         self._layout: Layout | None = None
-        check_steps_alone(optimizer)
+        check_optimizer(optimizer)
         check_scheduler(scheduler)
         self._scheduler = scheduler
         if clip_grad_norm is not None and not clip_grad_norm > 0:

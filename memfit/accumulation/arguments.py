@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from memfit.accumulation.ranks import Ranks
 from memfit.errors import UsageError
 from memfit.records import Plan, PlanSurvey, Precision, StepOptions
-from memfit.step.closures import required_arguments
+from memfit.step.closures import check_steps_alone, required_arguments
 
-__all__ = ["check_ranks", "check_scheduler", "device_of", "read_plan", "with_precision"]
+__all__ = ["check_optimizer", "check_ranks", "check_scheduler", "device_of", "read_plan", "with_precision"]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -36,6 +38,24 @@ def check_ranks(plan: Plan, ranks: Ranks) -> None:
             f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
             f"those of {seen}: plan with world_size={seen}{wrap}."
         )
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what is no single optimizer that steps on the gradients that are there.
+
+    Raises:
+        UsageError: The value has no parameter groups or no `step`.
+        WorkloadError: The optimizer's step needs a closure.
+    """
+    if not (hasattr(optimizer, "param_groups") and callable(getattr(optimizer, "step", None))):
+        several = ""
+        if isinstance(optimizer, (list, tuple, dict)):
+            several = " (several optimizers need a loop of your own, over memfit.micro_batches)"
+        raise UsageError(
+            f"The optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}"
+            f"{several}."
+        )
+    check_steps_alone(cast("Optimizer", optimizer))
 
 
 def check_scheduler(scheduler: object) -> None:

@@ -14,7 +14,7 @@ from memfit.equivalence.mixing import layer_name, with_values
 from memfit.equivalence.randomness import seed_all
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import same_start
-from memfit.step.runner import call_model
+from memfit.step.calling import call_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -19,7 +19,8 @@ from memfit.equivalence.terms import named_losses
 from memfit.errors import MemfitError, WorkloadError
 from memfit.memory import oom
 from memfit.records import Precision
-from memfit.step.runner import autocast, call_model, users_code
+from memfit.step.calling import call_model, users_code
+from memfit.step.runner import autocast
 
 __all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "error_in", "gradients"]
 

@@ -24,7 +24,7 @@ from memfit.equivalence.splits import spans
 from memfit.equivalence.state import held_by, same_start
 from memfit.equivalence.terms import Term, named_losses, summands
 from memfit.step import batches
-from memfit.step.runner import call_model
+from memfit.step.calling import call_model
 
 __all__ = ["Measured", "Measures", "outputs_of"]
 

@@ -26,7 +26,7 @@ from memfit.equivalence.randomness import rolled_permutations, seed_all
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import same_start
 from memfit.records import MixesIn, MixingLayer
-from memfit.step.runner import call_model
+from memfit.step.calling import call_model
 
 __all__ = ["NUM_SAMPLES", "layer_name", "mixing_gradients", "mixing_layers", "with_values"]
 

@@ -121,7 +121,7 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     if unknown is not None:
         path, name = unknown
         return (
-            f"It cannot be told where a {name} ({path}) has its samples: give "
+            f"It cannot be told where {path}, of the class {name}, has its samples: give "
             f"{told(path, None)} if it belongs to all of them, or {_CUT}."
         )
     parts = list(_parts_of(batch, ROOT, rules.by_path(batch)))

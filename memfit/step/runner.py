@@ -1,8 +1,8 @@
 """Runs the iterations of a training step on its device.
 
 `memfit.step.workload` describes a step and builds it. An iteration runs micro-batches forward and
-backward, takes the optimizer's step, and zeroes the gradients. Errors that a user's own code raises
-are marked.
+backward, takes the optimizer's step, and zeroes the gradients. `memfit.step.calling` calls the
+model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
 from memfit.records import Precision
+from memfit.step.calling import call_model, users_code
 from memfit.step.draws import Draws
 
 __all__ = [
@@ -27,10 +28,7 @@ __all__ = [
     "PreparedStep",
     "added",
     "autocast",
-    "call_model",
     "check_loss",
-    "split_batch",
-    "users_code",
 ]
 
 _AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
@@ -286,57 +284,6 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
     elif isinstance(value, Mapping):
         yield from _tensors_in(tuple(value.values()))
-
-
-@contextlib.contextmanager
-def users_code() -> Iterator[None]:
-    """Mark errors of the user's step, so that `memfit.cli` can tell them from bugs of memfit."""
-    try:
-        yield
-    except Exception as error:
-        error.raised_in_step = True  # type: ignore[attr-defined]
-        raise
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model with a mapping by its keys, a tuple or list one by one, or any other value."""
-    with users_code():
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        if isinstance(inputs, (tuple, list)):
-            return model(*inputs)
-        return model(inputs)
-
-
-def split_batch(
-    batch: Any,
-    *,
-    num_inputs: int = 1,
-    is_one_each: Callable[[int], bool] = lambda _index: False,
-) -> tuple[Any, tuple[Any, ...]]:
-    """Split a batch into the model's inputs and the loss's targets.
-
-    Args:
-        batch: A tuple or list of inputs and targets. Any other value is all inputs.
-        num_inputs: The number of leading elements of a tuple or list that are inputs.
-        is_one_each: Whether an element is a list with one entry for each sample. Such a list is one
-            argument. Other lists are lists of arguments.
-
-    Returns:
-        The inputs, and the targets one by one.
-    """
-    if not isinstance(batch, (tuple, list)):
-        return batch, ()
-    inputs, targets = batch[:num_inputs], tuple(batch[num_inputs:])
-    if _is_list(targets) and not is_one_each(num_inputs):
-        targets = tuple(targets[0])
-    if num_inputs == 1 and not (_is_list(inputs) and is_one_each(0)):
-        return inputs[0], targets
-    return tuple(inputs), targets
-
-
-def _is_list(elements: tuple[Any, ...] | list[Any]) -> bool:
-    return len(elements) == 1 and isinstance(elements[0], (tuple, list))
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:

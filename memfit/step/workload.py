@@ -19,10 +19,10 @@ from memfit.errors import DataEndedError, WorkloadError
 from memfit.step import refusals
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout
+from memfit.step.calling import split_batch
 from memfit.step.closures import check_steps_alone
 from memfit.step.made_batches import check_made
 from memfit.step.meta_copy import without_values
-from memfit.step.runner import split_batch
 
 __all__ = ["OptimizerFactory", "Workload"]
 
@@ -38,9 +38,9 @@ class Workload:
     Args:
         model: Any module, in training mode.
         batch: An example batch `(inputs, targets)` of any nesting, whose tensors have the shape
-            (samples, ...); or a function of the batch size that returns one. Inputs that are a
-            tuple or list are passed to the model one by one, a dictionary by its keys. A batch that
-            is one dictionary or one tensor has no targets.
+            (samples, ...); or a function of the batch size that returns one. Inputs in a tuple
+            or list are passed one by one, a dictionary by its keys; if `forward` takes one argument
+            instead, it gets the whole. A batch that is one dictionary or tensor has no targets.
         loss: A function `loss(outputs, targets)` that returns one number, or several numbers (a
             tuple, list or dictionary) that are added. Targets that are a tuple or list are passed
             one by one. Without targets, the call is `loss(outputs)`.

@@ -142,6 +142,52 @@ def test_batches_of_any_nesting_train(batch: Any, num_inputs: int) -> None:
     made.iterate(5)
 
 
+class Whole(nn.Module):
+    """Takes one argument: a list of crops, a dictionary or a packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, given: Any) -> torch.Tensor:
+        """Return scores of shape (samples, 3)."""
+        if isinstance(given, PackedSequence):
+            padded, lengths = nn.utils.rnn.pad_packed_sequence(given, batch_first=True)
+            return self.linear(padded.sum(1) / lengths[:, None])
+        parts = given.values() if isinstance(given, dict) else given
+        return torch.stack([self.linear(part) for part in parts]).mean(0)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [[x, x, x], {"left": x, "right": x}, nn.utils.rnn.pack_sequence([x, x[:1]])],
+    ids=["list", "dictionary", "packed"],
+)
+def test_a_model_that_takes_one_argument_gets_the_whole(inputs: Any) -> None:
+    """A list of crops, a dictionary and a packed sequence are not spread over arguments."""
+    workload = Workload(Whole(), (inputs, y), nn.functional.cross_entropy, "sgd")
+    prepared(workload).iterate(2)
+
+
+def test_a_state_of_another_batch_size_is_named() -> None:
+    """A recurrent model that keeps its last hidden state cannot take a batch of another size."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.kept = nn.LSTM(4, 3, batch_first=True), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out, kept = self.rnn(x[:, None], self.kept)
+            self.kept = tuple(state.detach() for state in kept)
+            return out[:, 0]
+
+    made = prepared(Workload(Keeping(), (x, y), nn.functional.cross_entropy, "sgd"))
+    made.iterate(2)
+    with pytest.raises(WorkloadError, match=r"Keeping keeps 'kept' .* \(1, 2, 3\).* has 3 samples"):
+        made.iterate(3)
+
+
 def test_a_batch_without_targets_trains() -> None:
     """A model that returns its own loss takes a dictionary and needs no targets."""
 
