@@ -14,7 +14,14 @@ from memfit.errors import UsageError
 from memfit.records import Plan, PlanSurvey, Precision, StepOptions
 from memfit.step.closures import check_steps_alone, required_arguments
 
-__all__ = ["check_optimizer", "check_ranks", "check_scheduler", "device_of", "read_plan", "with_precision"]
+__all__ = [
+    "check_optimizer",
+    "check_ranks",
+    "check_scheduler",
+    "device_of",
+    "read_plan",
+    "with_precision",
+]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -278,7 +278,7 @@ class Opaque:
         ),
         (
             {"x": torch.zeros(4), "o": Opaque()},
-            r"where a Opaque \(batch\['o'\]\) has its samples: give batch_dims=",
+            r"where batch\['o'\], of the class Opaque, has its samples: give batch_dims=",
         ),
         (
             {"crops": [torch.zeros(8, 3), torch.zeros(8, 3)]},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from memfit import Workload
 from memfit.errors import UnknownModelError, UnsupportedError, UsageError, WorkloadError
