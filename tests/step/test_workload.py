@@ -150,7 +150,7 @@ class Whole(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 3)
 
-    def forward(self, given: Any) -> torch.Tensor:
+    def forward(self, given: Any) -> Any:
         """Return scores of shape (samples, 3)."""
         if isinstance(given, PackedSequence):
             padded, lengths = nn.utils.rnn.pad_packed_sequence(given, batch_first=True)
@@ -176,9 +176,10 @@ def test_a_state_of_another_batch_size_is_named() -> None:
     class Keeping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.rnn, self.kept = nn.LSTM(4, 3, batch_first=True), None
+            self.rnn = nn.LSTM(4, 3, batch_first=True)
+            self.kept: tuple[torch.Tensor, ...] | None = None
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             out, kept = self.rnn(x[:, None], self.kept)
             self.kept = tuple(state.detach() for state in kept)
             return out[:, 0]
