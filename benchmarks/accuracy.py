@@ -180,7 +180,8 @@ def _trace(task: Task) -> Any:
             num_classes=NUM_CLASSES if config is not None and config.num_classes == 0 else None,
         ),
     )
-    kernels = Kernels(compute_capability=capability)
+    # Torch of those days kept the BLAS workspaces that `_replay` allocates.
+    kernels = Kernels(compute_capability=capability, torch_release=(2, 0))
     if is_ladder:
         # timm's benchmark.py with torch 1.12: one tensor at a time in SGD, gradients zeroed in
         # place, backward called inside autocast, attention written out.

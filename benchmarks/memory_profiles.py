@@ -133,7 +133,7 @@ def _simulated(step: TrainingStep) -> Peak:
     attribution = Attribution()
     options = TraceOptions(
         compute_capability=(8, 0),
-        kernels=Kernels(compute_capability=(8, 0), allows_tf32=False),
+        kernels=Kernels(compute_capability=(8, 0), allows_tf32=False, torch_release=(2, 8)),
         uses_foreach=False,
         cudnn_benchmark=False,
     )

@@ -16,7 +16,7 @@ from importlib import resources
 
 from memfit.errors import UsageError
 from memfit.records import Record
-from memfit.units import MIB
+from memfit.units import GIB, MIB
 
 __all__ = [
     "ANY_GPU",
@@ -26,6 +26,7 @@ __all__ = [
     "catalogue",
     "find_gpu",
     "gpu_like",
+    "gpu_with",
     "is_rehearsed",
 ]
 
@@ -59,6 +60,11 @@ Source: bands through public measurements, see `Gpu.context_bytes`.
 _WORKSPACE_BYTES = 8_519_680  # :4096:2:16:8
 _WORKSPACE_LARGE_BYTES = 32 * MIB
 _WORKSPACE_GFX94_BYTES = 128 * MIB
+_LARGE_ON_BLACKWELL = (2, 12)
+_NEWEST = (2, 15)
+_TURING = (7, 5)
+_SMALL_AMPERE = ((8, 6), (8, 7), (8, 9))
+_SMALL_BLACKWELL = (12,)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +118,34 @@ class Gpu(Record):
         return self.compute_capability >= (8, 0)
 
     @property
-    def blas_workspace_bytes(self) -> int:
-        """What each BLAS handle keeps.
+    def threads_per_multiprocessor(self) -> int:
+        """How many threads a multiprocessor runs at once.
 
-        Source: `getChosenWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB from
-            compute capability 9.0, 10.x and 12.x on, and on ROCm (128 MiB on gfx94x and gfx95x).
+        Source: NVIDIA's CUDA C++ programming guide, technical specifications per compute
+            capability. AMD's compute units run 2048.
+        """
+        capability = self.compute_capability
+        if self.vendor == "AMD":
+            return 2048
+        if capability == _TURING:
+            return 1024
+        return 1536 if capability in _SMALL_AMPERE or capability[0] in _SMALL_BLACKWELL else 2048
+
+    def blas_workspace_bytes(self, torch_release: tuple[int, int] = _NEWEST) -> int:
+        """Return the bytes of a BLAS workspace.
+
+        Args:
+            torch_release: The major and minor version of torch.
+
+        Source: `getChosenWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp; 32 MiB on
+            Hopper, on Blackwell since torch 2.12 (pytorch/pytorch#175344), and on ROCm (128 MiB on
+            gfx94x and gfx95x).
         """
         if self.vendor == "AMD":
             is_large = self.architecture.startswith(("gfx94", "gfx95"))
             return _WORKSPACE_GFX94_BYTES if is_large else _WORKSPACE_LARGE_BYTES
-        is_large = self.compute_capability[0] in (9, 10, 12)
-        return _WORKSPACE_LARGE_BYTES if is_large else _WORKSPACE_BYTES
+        large = (9, 10, 12) if torch_release >= _LARGE_ON_BLACKWELL else (9,)
+        return _WORKSPACE_LARGE_BYTES if self.compute_capability[0] in large else _WORKSPACE_BYTES
 
 
 @functools.cache
@@ -190,6 +213,12 @@ def gpu_like(name: str, *, total_bytes: int) -> Gpu:
     if gpu is None:
         return dataclasses.replace(_of_size(total_bytes), name=name)
     return dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
+
+
+def gpu_with(compute_capability: tuple[int, int]) -> Gpu:
+    """Return a card of which only the compute capability is known."""
+    major, minor = compute_capability
+    return dataclasses.replace(_of_size(1024 * GIB), architecture=f"{major}.{minor}")
 
 
 def _named(name: str) -> Gpu:

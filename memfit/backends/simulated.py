@@ -24,8 +24,10 @@ from memfit.simulation.allocator.caching import (
     CachingAllocator,
 )
 from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
+from memfit.simulation.tracing.scratch import WORKSPACES_BY_CALL, torch_release
 from memfit.simulation.tracing.semantics import META, MetaPrecision
 from memfit.simulation.tracing.trace import (
     StepDrawsError,
@@ -39,10 +41,10 @@ from memfit.step.draws import ENDS, Draws
 from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
-__all__ = ["BLAS_HANDLES", "SimulatedBackend", "TraceCache", "trace", "trace_options"]
+__all__ = ["SimulatedBackend", "TraceCache", "kept_workspaces", "trace", "trace_options"]
 
-BLAS_HANDLES = (-1_000_001, -1_000_002)
-"""Ids of their workspaces: forward runs in the caller's thread and backward in one of its own."""
+# Ids of their workspaces: forward runs in the caller's thread and backward in one of its own.
+_BLAS_HANDLES = (-1_000_001, -1_000_002)
 # The search for a step's edge begins this part below the batch size that its tensors allow.
 _FRAGMENTS_SHARE = 64
 # Samples of a batch function that stand for a batch, where a step asks for values.
@@ -119,7 +121,20 @@ def trace_options(gpu: Gpu) -> TraceOptions:
         kernels=Kernels(compute_capability=capability),
         prefers_cudnn_attention=torch.__version__ >= _PREFERS_CUDNN,
         cudnn_benchmark=False,
+        gpu=gpu,
     )
+
+
+def kept_workspaces(gpu: Gpu) -> dict[int, int]:
+    """Return the workspaces that BLAS handles keep, as bytes by the id of an allocation.
+
+    Since torch 2.15 a product takes its workspace for the call, and none is kept, except on ROCm
+    (`memfit.simulation.tracing.scratch`).
+    """
+    release = torch_release()
+    if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
+        return {}
+    return dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,13 +154,20 @@ class _Traced:
         step: What was traced.
         options: What decided the trace besides.
         trace: The trace.
-        replays: By batch size, workspace of each BLAS handle, and capacity.
+        replays: By card, batch size and capacity.
     """
 
     step: TrainingStep
     options: TraceOptions
     trace: StepTrace
-    replays: dict[tuple[int, int, int | None], _Replay] = dataclasses.field(default_factory=dict)
+    replays: dict[tuple[Gpu, int, int | None], _Replay] = dataclasses.field(default_factory=dict)
+    _schedules: dict[Gpu, StepSchedule] = dataclasses.field(default_factory=dict)
+
+    def schedule_on(self, gpu: Gpu) -> StepSchedule:
+        """Return the schedule with the scratch memory of a card."""
+        if gpu not in self._schedules:
+            self._schedules[gpu] = self.trace.schedule.on(gpu)
+        return self._schedules[gpu]
 
     def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
         """Whether another card would have made the same trace."""
@@ -282,8 +304,9 @@ class SimulatedBackend:
         """
         replay = self._replay(step, batch_size, self.capacity().usable_bytes)
         stats, peaks, fits = replay.stats, replay.peaks, replay.message is None
-        traced = self._traces.find(step, self._gpu).trace
-        grows = traced.schedule.grows(batch_size, stats.peak_reserved_bytes)
+        found = self._traces.find(step, self._gpu)
+        traced = found.trace
+        grows = found.schedule_on(self._gpu).grows(batch_size, stats.peak_reserved_bytes)
         return Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
@@ -334,7 +357,7 @@ class SimulatedBackend:
             Samples; `None` where the step does not grow, or nothing fits.
         """
         limit = self.capacity().usable_bytes
-        room = limit - len(BLAS_HANDLES) * self._gpu.blas_workspace_bytes
+        room = limit - sum(kept_workspaces(self._gpu).values())
         trace = self._traces.find(step, self._gpu).trace
         most = trace.schedule.largest_within(room)
         if most is None:
@@ -356,17 +379,16 @@ class SimulatedBackend:
 
     def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> _Replay:
         traced = self._traces.find(step, self._gpu)
-        workspace_bytes = self._gpu.blas_workspace_bytes
-        key = (batch_size, workspace_bytes, capacity_bytes)
+        key = (self._gpu, batch_size, capacity_bytes)
         if key not in traced.replays:
             allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
             peaks: list[int] = []
             message = None
             try:
                 with collector_paused():
-                    for handle in BLAS_HANDLES:
-                        allocator.allocate(handle, workspace_bytes)
-                    peaks.extend(traced.trace.schedule.play(allocator, batch_size))
+                    for handle, num_bytes in kept_workspaces(self._gpu).items():
+                        allocator.allocate(handle, num_bytes)
+                    peaks.extend(traced.schedule_on(self._gpu).play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)

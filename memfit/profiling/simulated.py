@@ -8,9 +8,9 @@ import time
 import torch
 
 from memfit.backends.simulated import (
-    BLAS_HANDLES,
     SimulatedBackend,
     TraceCache,
+    kept_workspaces,
     trace,
     trace_options,
 )
@@ -57,10 +57,10 @@ def profile_gpu(
 
     def run(capacity_bytes: int | None) -> Replay | ReplayOutOfMemory:
         return replay(
-            traced.schedule,
+            traced.schedule.on(gpu),
             batch_size,
             purpose=attribution.purpose,
-            workspaces=dict.fromkeys(BLAS_HANDLES, gpu.blas_workspace_bytes),
+            workspaces=kept_workspaces(gpu),
             settings=settings,
             capacity_bytes=capacity_bytes,
             keeps_history=keeps_history,

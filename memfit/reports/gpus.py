@@ -64,7 +64,9 @@ def _details(card: Gpu) -> RenderableType:
     )
     table.add_row("for training", format_bytes(card.usable_bytes), "memory less the process")
     table.add_row(
-        "BLAS workspace", format_bytes(card.blas_workspace_bytes), "of each of two threads"
+        "BLAS workspace",
+        format_bytes(card.blas_workspace_bytes()),
+        "of each product; kept by two threads before torch 2.15",
     )
     vendor = "compute capability" if card.vendor == "NVIDIA" else "AMD"
     table.add_row("architecture", card.architecture, vendor)

@@ -10,11 +10,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from memfit.cards import Gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.needs import Need, NeedEvent
 
-__all__ = ["Schedule", "StepSchedule", "StreamsDifferError", "id_in_iteration", "traced_id"]
+__all__ = [
+    "Schedule",
+    "StepSchedule",
+    "StreamsDifferError",
+    "grown",
+    "id_in_iteration",
+    "traced_id",
+]
 
 _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
@@ -45,6 +54,9 @@ class StreamsDifferError(MemfitError):
     """Two batch sizes made different events, so other batch sizes cannot be derived from them."""
 
 
+_Line = tuple[Action, int, int, float, Event]
+"""An event in the form that a replay reads fastest, with what a sample adds to its bytes."""
+
 Player = Callable[[Event, int, float], None]
 """Carries out an event, given the bytes that it asks for and the bytes that a sample adds."""
 
@@ -59,14 +71,19 @@ class Schedule:
         batch_size: Samples that `events` was recorded with.
         outliving: Allocations that are still there when the stretch ends, by their ids. The number
             says how many repetitions later the stretch frees them; 0 for never.
+        gpu: The card that decides the size of what is a `Need`. It is there if any event is one.
     """
 
     events: tuple[Event, ...]
     growth_bytes: tuple[float, ...]
     batch_size: int
     outliving: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    _program: tuple[tuple[Action, int, int, float, Event], ...] = dataclasses.field(
-        init=False, repr=False, compare=False
+    gpu: Gpu | None = None
+    _program: tuple[_Line, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    # The position of every need, and of its free.
+    _needs: tuple[tuple[int, int], ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _sizes: dict[Need, int] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -76,6 +93,17 @@ class Schedule:
             for event, growth in zip(self.events, self.growth_bytes, strict=True)
         )
         object.__setattr__(self, "_program", program)
+        frees = {e.id: at for at, e in enumerate(self.events) if e.action is _FREE_COMPLETED}
+        needs = tuple(
+            (at, frees[event.id])
+            for at, event in enumerate(self.events)
+            if isinstance(event, NeedEvent)
+        )
+        object.__setattr__(self, "_needs", needs)
+
+    def on(self, gpu: Gpu) -> Schedule:
+        """Return this schedule with the sizes that a card decides."""
+        return dataclasses.replace(self, gpu=gpu) if self._needs and gpu != self.gpu else self
 
     @classmethod
     def fixed(cls, events: Sequence[Event]) -> Schedule:
@@ -102,13 +130,10 @@ class Schedule:
                 f"{batch_sizes[1]}."
             )
         samples = batch_sizes[1] - batch_sizes[0]
-        growth = (
-            (other.num_bytes - event.num_bytes) / samples
-            for event, other in zip(events, others, strict=True)
-        )
+        pairs = [grown(*pair, samples) for pair in zip(events, others, strict=True)]
         return cls(
-            events=tuple(events),
-            growth_bytes=tuple(int(g) if g == int(g) else g for g in growth),
+            events=tuple(event for event, _ in pairs),
+            growth_bytes=tuple(growth for _, growth in pairs),
             batch_size=batch_sizes[0],
         )
 
@@ -166,9 +191,32 @@ class Schedule:
     def at(self, batch_size: int) -> Iterator[Event]:
         """Yield the events as they would be at a batch size."""
         more = batch_size - self.batch_size
-        for _, _, num_bytes, growth, event in self._program:
+        for _, _, num_bytes, growth, event in self._program_at(batch_size):
             asked = int(num_bytes + growth * more) if growth else num_bytes
-            yield dataclasses.replace(event, num_bytes=max(0, asked)) if growth else event
+            if asked != event.num_bytes:
+                yield dataclasses.replace(event, num_bytes=max(0, asked))
+            else:
+                yield event
+
+    def _program_at(self, batch_size: int) -> Sequence[_Line]:
+        """Return the program with the size of every need. What needs nothing is left out."""
+        if not self._needs:
+            return self._program
+        assert self.gpu is not None, "a schedule with needs is replayed on a card"
+        program: list[_Line | None] = list(self._program)
+        sizes, more = self._sizes, batch_size - self.batch_size
+        for at, freed in self._needs:
+            event = self.events[at]
+            assert isinstance(event, NeedEvent)
+            need = event.need_after(more)
+            num_bytes = sizes.get(need)
+            if num_bytes is None:
+                num_bytes = sizes[need] = need.on(self.gpu)
+            if num_bytes:
+                program[at] = (event.action, event.id, num_bytes, 0, event)
+            else:
+                program[at] = program[freed] = None
+        return [line for line in program if line is not None]
 
     def play(
         self, allocator: CachingAllocator, batch_size: int, *, player: Player | None = None
@@ -182,7 +230,7 @@ class Schedule:
         """
         more = batch_size - self.batch_size
         allocate, free = allocator.allocate, allocator.free
-        for action, number, num_bytes, growth, event in self._program:
+        for action, number, num_bytes, growth, event in self._program_at(batch_size):
             asked = int(num_bytes + growth * more) if growth else num_bytes
             if player is not None:
                 player(event, asked, growth)
@@ -193,6 +241,24 @@ class Schedule:
                 free(number)
             else:
                 allocator.carry_out(action, number, asked)
+
+
+def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
+    """Return an event with what it grows by, seen from the same event at another batch size.
+
+    Args:
+        event: The event.
+        other: The same event.
+        samples: How many samples more `other` has.
+
+    Returns:
+        The event, and the bytes that each further sample adds. They are 0 for a `NeedEvent`, which
+        knows its growth itself.
+    """
+    if isinstance(event, NeedEvent):
+        return event.grown_like(other, samples), 0
+    growth = (other.num_bytes - event.num_bytes) / samples
+    return event, int(growth) if growth == int(growth) else growth
 
 
 def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:
@@ -230,6 +296,13 @@ class StepSchedule:
     def __post_init__(self) -> None:
         """Find the moments that can be the peak of some batch size."""
         object.__setattr__(self, "_lines", self._tensor_lines())
+
+    def on(self, gpu: Gpu) -> StepSchedule:
+        """Return this step with the sizes that a card decides."""
+        first, later = self.first.on(gpu), self.later.on(gpu)
+        if first is self.first and later is self.later:
+            return self
+        return dataclasses.replace(self, first=first, later=later)
 
     def at(self, batch_size: int, *, num_iterations: int = _NUM_ITERATIONS) -> Iterator[Event]:
         """Yield all events of a training run's beginning.

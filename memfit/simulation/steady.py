@@ -14,7 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memfit.records import Action, Event
-from memfit.simulation.schedule import Schedule, StepSchedule, StreamsDifferError, id_in_iteration
+from memfit.simulation.schedule import (
+    Schedule,
+    StepSchedule,
+    StreamsDifferError,
+    grown,
+    id_in_iteration,
+)
 
 __all__ = ["Iteration", "settle"]
 
@@ -159,9 +165,10 @@ class _Steps:
             if event.action is _FREE and made_in != self._last:
                 named = dataclasses.replace(event, id=made[at].id)
                 lags[named.id] = self._last - made_in
-            events.append(named)
-            grown = (event.num_bytes - other.num_bytes) / samples
-            growth.append(int(grown) if grown == int(grown) else grown)
+            # The earlier iteration is compared, so its samples count the other way.
+            kept, grows_by = grown(named, other, -samples)
+            events.append(kept)
+            growth.append(grows_by)
         return Schedule(
             events=tuple(events),
             growth_bytes=tuple(growth),

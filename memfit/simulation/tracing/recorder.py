@@ -17,17 +17,27 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from memfit._torch_private import aten, dispatched, graph_task, num_owners, storage_id
+from memfit._torch_private import (
+    aten,
+    aten_if_there,
+    dispatched,
+    graph_task,
+    num_owners,
+    storage_id,
+)
 from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
+from memfit.simulation.needs import NeedEvent
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
+from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
-from memfit.simulation.tracing.workspace import Kernels, Workspace
+from memfit.simulation.tracing.workspace import Kernels
 
 __all__ = ["PLANS_TRIED", "Recorder", "Watcher"]
 
 PLANS_TRIED: Final = "cudnn.benchmark"
 _ADD: Final = "add.Tensor"
+_WRITTEN_IN_BACKWARD: Final = ("index_put.default", "index_add.default", "scatter_add.default")
 
 
 class Watcher(Protocol):
@@ -67,6 +77,7 @@ class Recorder:
         self.num_operations = 0
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
+        self._written_in_backward = {aten_if_there(name) for name in _WRITTEN_IN_BACKWARD} - {None}
         self._known = KnownValues()
         self._is_closed = False
         self._residents: list[Event] = []
@@ -80,18 +91,36 @@ class Recorder:
         if func is self._add and self._accumulates_in_place(*args):
             return args[0]
         result = self._known.answer(func, args, kwargs)
+        if result is NOTHING and func in self._written_in_backward and _is_backward():
+            # Under a dispatch mode, autograd writes these gradients to a new tensor. Without one it
+            # writes to the zeros that it has just made (`index_backward` and others in
+            # torch/csrc/autograd/FunctionsManual.cpp: areAnyTensorSubclassLike).
+            result = args[0]
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
-        if isinstance(result, torch.Tensor):
-            self._see(result, func, args)
-        elif isinstance(result, (tuple, list)):
-            for output in result:
-                if isinstance(output, torch.Tensor):
-                    self._see(output, func, args)
-        for workspace in self._kernels.workspaces(func, args, result):
-            self._take(workspace)
+        self._play(self._kernels.script(func, args, result), func, args, result)
         return result
+
+    def _play(self, script: Script, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Write down what a kernel takes and gives back, and its outputs."""
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        taken: dict[str, int] = {}
+        for line in script:
+            if isinstance(line, Make):
+                made = [outputs[index] for index in line.indices] if line.indices else outputs
+                for output in made:
+                    if isinstance(output, torch.Tensor):
+                        self._see(output, func, args)
+            elif isinstance(line, Drop):
+                for name in line.names:
+                    self._give_back(taken.pop(name, None))
+            else:
+                number = self._take(line)
+                if number is not None:
+                    taken[line.name] = number
+        for number in reversed(taken.values()):
+            self._give_back(number)
 
     def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
         """Whether the autograd engine would sum these two gradients in place.
@@ -101,7 +130,7 @@ class Recorder:
 
         Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
-        if graph_task() == -1 or torch.is_grad_enabled():
+        if not _is_backward():
             return False
         return (
             isinstance(more, torch.Tensor)
@@ -143,6 +172,10 @@ class Recorder:
     def cut(self) -> list[Event]:
         """Free unreachable reference cycles, and return the events since the last cut."""
         gc.collect()
+        return self.take()
+
+    def take(self) -> list[Event]:
+        """Return the events since they were last taken."""
         events, self._events = self._events, []
         return events
 
@@ -187,20 +220,35 @@ class Recorder:
         if watcher is not None:
             watcher.allocated(number, tensor, args)
 
-    def _take(self, workspace: Workspace) -> None:
+    def _take(self, workspace: Workspace) -> int | None:
         if workspace.plan is not None and workspace.plan not in self._tried_plans:
             self._tried_plans.add(workspace.plan)
             # Trying cuDNN's plans ends with an emptied cache (run_single_conv in
             # aten/src/ATen/native/cudnn/Conv_v8.cpp).
             self._write(Action.EMPTY_CACHE, 0, 0, PLANS_TRIED)
-        if not workspace.num_bytes:
-            return
+        if not workspace.num_bytes and workspace.need is None:
+            return None
         number = self._take_id()
         action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
-        self._write(action, number, workspace.num_bytes, workspace.name)
+        if workspace.need is None:
+            self._write(action, number, workspace.num_bytes, workspace.name)
+        else:
+            self._events.append(
+                NeedEvent(
+                    action=action,
+                    id=number,
+                    num_bytes=0,
+                    origin=workspace.name,
+                    need=workspace.need,
+                )
+            )
         if self._watcher is not None:
             self._watcher.took_workspace(number)
-        self._write(Action.FREE_COMPLETED, number, 0, "")
+        return number
+
+    def _give_back(self, number: int | None) -> None:
+        if number is not None:
+            self._write(Action.FREE_COMPLETED, number, 0, "")
 
     def _take_id(self) -> int:
         self._next_id += 1
@@ -208,6 +256,11 @@ class Recorder:
 
     def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
         self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+def _is_backward() -> bool:
+    """Whether the autograd engine runs, and not a segment that is computed again."""
+    return graph_task() != -1 and not torch.is_grad_enabled()
 
 
 def _sole_owner() -> tuple[int, int]:

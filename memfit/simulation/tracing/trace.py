@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from memfit._torch_private import dispatched, pytree
+from memfit.cards import Gpu, gpu_with
 from memfit.errors import MemfitError
 from memfit.memory.collector import old_objects_set_aside
 from memfit.records import Action, Event
@@ -54,10 +55,13 @@ class TraceOptions:
         num_prefetched_batches: The number of batches on the device besides the current one.
         prefetches_as_uint8: Whether the loader copies images as bytes and converts them on the
             device. Then one batch of bytes is on the device too.
+        gpu: The card, which decides the size of some scratch memory; `None` for a card of which
+            only the compute capability is known. `StepSchedule.on` changes it.
     """
 
     compute_capability: tuple[int, int]
     kernels: Kernels
+    gpu: Gpu | None = None
     prefers_cudnn_attention: bool = False
     has_fused_attention: bool = True
     uses_foreach: bool = True
@@ -176,7 +180,7 @@ def trace_step(
         stack.enter_context(dispatched(recorder.handle))
         schedule = _record(prepared, recorder, options, batch_sizes, draws)
     return StepTrace(
-        schedule=schedule,
+        schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
         attention=tuple(semantics.attention.items()),
         num_operations=recorder.num_operations,
         depends_on_batch=recorder.num_answers > 0,

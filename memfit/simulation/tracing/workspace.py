@@ -1,8 +1,8 @@
 """The memory that kernels take from the allocator besides the tensors that an operation returns.
 
-Every term has a name and a source. No term is fitted to a model. Three terms are left out, because
-they are small or not known: the scratch memory of reductions, the reserve of batch norm, and the
-plans that cuDNN tries and does not keep.
+Every term has a name and a source. No term is fitted to a model. Convolutions and recurrent layers
+are here. `memfit.simulation.tracing.scratch` has the other operations. Left out are the plans that
+cuDNN tries and does not keep.
 """
 
 from __future__ import annotations
@@ -16,33 +16,14 @@ import torch
 from memfit._torch_private import aten_if_there
 from memfit.simulation.tracing.outputs import outputs
 from memfit.simulation.tracing.recurrent import Recurrence, recur_backward, with_reserve
+from memfit.simulation.tracing.scratch import scratch_of, torch_release
+from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 _TENSOR_CORES_HALF: Final = (7, 0)
 _TENSOR_CORES_TF32: Final = (8, 0)
-_FLASH_ROWS: Final = 128
-_FLASH_HEAD_DIMS: Final = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Workspace:
-    """Memory that a kernel takes while it runs.
-
-    Args:
-        name: What the memory is for.
-        num_bytes: Its size; 0 for a call that takes none.
-        is_needed: Whether the kernel needs it. If not, another kernel is used when there is no
-            room.
-        plan: The key under which cuDNN keeps its choice of an algorithm; `None` if there is no
-            choice.
-    """
-
-    name: str
-    num_bytes: int
-    is_needed: bool
-    plan: tuple[Any, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +33,12 @@ class Kernels:
     Args:
         compute_capability: The compute capability of the card, such as (8, 6).
         allows_tf32: Whether fp32 convolutions may use tensor cores, which is PyTorch's default.
+        torch_release: The major and minor version of torch.
     """
 
     compute_capability: tuple[int, int]
     allows_tf32: bool = True
+    torch_release: tuple[int, int] = dataclasses.field(default_factory=torch_release)
 
     def like(self, other: Kernels) -> bool:
         """Whether the two take the same workspaces."""
@@ -84,14 +67,26 @@ class Kernels:
             return recur_backward(args)
         return outputs(func, args, kwargs)
 
-    def workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
-        """Return the workspaces of an operation's kernels, one after another.
+    def script(self, func: Any, args: tuple[Any, ...], result: Any) -> Script:
+        """Return what an operation takes and gives back, in order.
 
         Args:
             func: The operation.
             args: Its positional arguments.
             result: The result of the operation.
         """
+        known = scratch_of(func)
+        if known is not None:
+            return known(self, args, result)
+        taken = self._workspaces(func, args, result)
+        if not taken:
+            return ALONE
+        script: Script = (OUTPUTS,)
+        for workspace in taken:
+            script += (workspace, Drop.of(workspace.name))
+        return script
+
+    def _workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
         if func is aten_if_there("convolution.default"):
             return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
         if func is aten_if_there("convolution_backward.default"):
@@ -101,10 +96,6 @@ class Kernels:
                 for kind, gradient in (("data", result[0]), ("filter", result[1]))
                 if gradient is not None
             )
-        if func is aten_if_there("_scaled_dot_product_flash_attention_backward.default"):
-            return (_flash_backward(args[1]),)
-        if func is aten_if_there("_scaled_dot_product_efficient_attention_backward.default"):
-            return (_efficient_backward(args[1]),)
         if func is aten_if_there("_cudnn_rnn.default"):
             return (_recurrent(args[1], args[6:14], args[0]),)
         if func is aten_if_there("_cudnn_rnn_backward.default"):
@@ -153,29 +144,6 @@ class Kernels:
         return Workspace(name="convolution", num_bytes=num_bytes, is_needed=False, plan=plan)
 
 
-def _flash_backward(query: torch.Tensor) -> Workspace:
-    """Return the query's gradient in fp32 and a scalar for each row, padded to the kernel's tiles.
-
-    Source: `mha_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
-    """
-    samples, heads, num_rows, head_dim = query.shape
-    rows = samples * heads * _ceil(num_rows, _FLASH_ROWS)
-    num_bytes = 4 * rows * (_ceil(head_dim, _FLASH_HEAD_DIMS) + 1)
-    return Workspace(name="flash attention backward", num_bytes=num_bytes, is_needed=True)
-
-
-def _efficient_backward(query: torch.Tensor) -> Workspace:
-    """Return an fp32 scalar for each row, and for half inputs the query's fp32 gradient (a bound).
-
-    Source: `_efficient_attention_backward` in
-        aten/src/ATen/native/transformers/cuda/attention_backward.cu.
-    """
-    samples, heads, num_rows, head_dim = query.shape
-    columns = 1 + (head_dim if query.dtype in _HALF else 0)
-    num_bytes = 4 * samples * heads * _ceil(num_rows, 32) * columns
-    return Workspace(name="efficient attention backward", num_bytes=num_bytes, is_needed=True)
-
-
 def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
     """Return cuDNN's workspace, and the copies with time steps first if samples come first.
 
@@ -185,10 +153,6 @@ def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
     if options[4]:
         num_bytes += sum(t.numel() * t.element_size() for t in tensors)
     return Workspace(name="recurrent layer", num_bytes=num_bytes, is_needed=True)
-
-
-def _ceil(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

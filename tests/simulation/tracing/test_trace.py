@@ -27,9 +27,10 @@ from memfit.step.workload import Workload
 
 
 def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> TraceOptions:
+    """Return the options of a torch whose BLAS workspaces do not belong to the step."""
     return TraceOptions(
         compute_capability=capability,
-        kernels=Kernels(compute_capability=capability),
+        kernels=Kernels(compute_capability=capability, torch_release=(2, 8)),
         **changes,  # type: ignore[arg-type]
     )
 
@@ -85,7 +86,8 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
     """A trace has the allocations, size by size, that PyTorch's profiler records on the CPU.
 
     On the CPU, unlike CUDA, the convolution of the patches unfolds the images and copies its
-    output. Small helpers differ below 512 B, where the CUDA allocator has only one size.
+    output. Small helpers differ below 512 B, where the CUDA allocator has only one size. The
+    scratch memory of CUDA's kernels has names of its own, and is left out.
     """
     was_fused = bool(set_fused_attn.__globals__["_USE_FUSED_ATTN"])
     set_fused_attn(False)
@@ -102,7 +104,9 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
     simulated = collections.Counter(
         event.num_bytes
         for event in traced.schedule.later.at(2)
-        if event.action is Action.ALLOC and event.num_bytes > 512
+        if event.action is Action.ALLOC
+        and event.num_bytes > 512
+        and event.origin.startswith("aten.")
     )
     assert simulated - real == collections.Counter()
     assert set(real - simulated) == cpu_only
@@ -145,10 +149,11 @@ def test_counts_parameters_gradients_and_state() -> None:
 
 
 def test_sizes_are_affine_in_the_batch() -> None:
-    """A size extrapolated from two batch sizes equals a trace at that size."""
+    """Every further sample adds the same, but for the scratch memory of kernels."""
     few = trace(step_of("test_vit"), options())
     peaks = [requested_peak(few.schedule, size) for size in (1000, 2000, 3000)]
-    assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 0
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.01)
+    assert peaks[1] > peaks[0]
 
 
 def test_is_the_same_every_time() -> None:

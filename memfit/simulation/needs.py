@@ -1,0 +1,70 @@
+"""Memory whose size is known only for a card and a batch size.
+
+Most of a step's requests grow by the same bytes with every sample, on every card. Some do not. The
+scratch memory of a reduction depends on the card's multiprocessors, and a BLAS workspace on its
+architecture. Such a request is recorded as a `Need`. Its size is found when the step is replayed.
+This module does not use torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from memfit.cards import Gpu
+from memfit.records import Event
+
+__all__ = ["Need", "NeedEvent"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """How many bytes a kernel asks for, as a rule and what the rule depends on.
+
+    Args:
+        rule: A function from a card and the numbers to bytes. 0 means that nothing is asked for.
+        numbers: What the size depends on besides the card, such as the sizes of a tensor. Each
+            grows evenly with the batch size, but the bytes may not.
+    """
+
+    rule: Callable[..., int]
+    numbers: tuple[int, ...] = ()
+
+    def on(self, gpu: Gpu) -> int:
+        """Return the bytes that are asked for on a card."""
+        return self.rule(gpu, *self.numbers)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NeedEvent(Event):
+    """An allocation whose size is found when it is replayed.
+
+    Args:
+        need: The need at the batch size of the recording.
+        growth: How much each number of the need grows with every further sample.
+    """
+
+    need: Need
+    growth: tuple[float, ...] = ()
+
+    def grown_like(self, other: Event, samples: int) -> NeedEvent:
+        """Return this event with the growth that a second recording shows.
+
+        Args:
+            other: The same event at another batch size.
+            samples: How many samples more `other` has.
+        """
+        assert isinstance(other, NeedEvent)
+        pairs = zip(self.need.numbers, other.need.numbers, strict=True)
+        growth = tuple((theirs - own) / samples for own, theirs in pairs)
+        return dataclasses.replace(self, growth=growth)
+
+    def need_after(self, samples: int) -> Need:
+        """Return the need with so many samples more than in the recording."""
+        if not any(self.growth):
+            return self.need
+        numbers = tuple(
+            int(number + grown * samples)
+            for number, grown in zip(self.need.numbers, self.growth, strict=True)
+        )
+        return dataclasses.replace(self.need, numbers=numbers)

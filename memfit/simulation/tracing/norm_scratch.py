@@ -1,0 +1,189 @@
+"""What normalizations take from the allocator besides their outputs.
+
+Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm_kernel.cu, Normalization.cu and
+    Normalization.cuh.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+
+from memfit.cards import Gpu
+from memfit.simulation.needs import Need
+from memfit.simulation.tracing.reductions import scratch_of_rows
+from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Make, Script, Workspace
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "group_norm",
+    "group_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
+]
+
+_WARP: Final = 32
+_MANY_ROWS: Final = 64 * 1024
+_MOST_BLOCKS: Final = 64 * 1024 // 2
+_ROWS_OF_A_BLOCK: Final = 32
+_HALF: Final = (torch.float16, torch.bfloat16)
+
+
+def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """An input that is not contiguous is copied for the call."""
+    copy = _copy("contiguous input", args[0])
+    return (*copy, OUTPUTS) if copy else ALONE
+
+
+def layer_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """Gradient and input are copied if not contiguous, and many rows are summed in two passes."""
+    gradient, data, shape = args[:3]
+    weight, wanted = args[5], args[-1]
+    num_columns = math.prod(shape)
+    num_rows = data.numel() // max(num_columns, 1)
+    script: Script = (*_copy("contiguous input", data), OUTPUTS)
+    script += _copy("contiguous gradient", gradient)
+    if weight is not None:
+        numbers = (num_rows, num_columns, weight.element_size())
+        names = ("weight's parts", "bias's parts")
+        wanted_names = [
+            name for name, is_wanted in zip(names, wanted[1:], strict=True) if is_wanted
+        ]
+        script += tuple(
+            Workspace(name=name, need=Need(rule=_parts_bytes, numbers=numbers))
+            for name in wanted_names
+        )
+        for name in wanted_names:
+            total = f"sum of {name}"
+            need = Need(rule=_sum_of_parts_bytes, numbers=numbers)
+            script += (Workspace(name=total, need=need), Drop.of(total))
+    return script
+
+
+def _num_parts(gpu: Gpu, num_rows: int, num_columns: int) -> int:
+    """Return how many rows of partial gradients the kernel writes; 0 if it needs none."""
+    if num_rows <= _MANY_ROWS or num_columns // _WARP >= gpu.multiprocessors // 2:
+        return 0
+    num_blocks_x = -(-num_columns // _WARP)
+    return min(_MOST_BLOCKS // num_blocks_x, -(-num_rows // _ROWS_OF_A_BLOCK))
+
+
+def _parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+    return _num_parts(gpu, num_rows, num_columns) * num_columns * item_bytes
+
+
+def _sum_of_parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+    num_parts = _num_parts(gpu, num_rows, num_columns)
+    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes) if num_parts else 0
+
+
+def group_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """Mean and deviation in fp32 for half inputs, and a scale and a shift for each channel."""
+    data, _, _, samples, channels, _, num_groups = args[:7]
+    copy = _copy("input in its own layout", data) if not _is_dense(data) else ()
+    script: Script = (*copy, OUTPUTS)
+    if data.dtype in _HALF:
+        script += _each(("mean in fp32", "deviation in fp32"), 4 * samples * num_groups)
+    return script + _each(("scale", "shift"), 4 * samples * channels)
+
+
+def group_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """Two sums for each channel, and factors for each group and channel."""
+    data, samples, channels, num_groups = args[1], args[5], args[6], args[8]
+    per_channel, per_group = 4 * samples * channels, 4 * samples * num_groups
+    script: Script = (
+        OUTPUTS,
+        *_each(("sums of the gradient", "sums of the gradient x input"), per_channel),
+        *_each(("factors of a group", "shifts of a group"), per_group),
+    )
+    is_last = data.ndim == 4 and not data.is_contiguous()  # noqa: PLR2004
+    if not is_last:
+        script += (Workspace(name="factors of a channel", num_bytes=per_channel),)
+    return (*script, Drop.of("shifts of a group", "factors of a group"))
+
+
+def batch_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """Without training there is nothing to save. PyTorch's own kernels stage NHWC's sums."""
+    data, training = args[0], args[5]
+    if not training:
+        return ALONE if data.dtype is torch.bfloat16 else (Make((0,)),)
+    if _is_own_channels_last(data):
+        return (OUTPUTS, *_staging(data, 4))
+    return ALONE
+
+
+def batch_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+    """PyTorch's own kernels reduce first, and then compute the input's gradient."""
+    data, training = args[1], args[7]
+    if not _is_own_channels_last(data) and training:
+        return ALONE
+    if data.ndim != 4 or data.is_contiguous():  # noqa: PLR2004
+        return ALONE
+    sums = _each(("sum of gradients", "sum of gradients x input"), 4 * data.shape[1])
+    staging = _staging(data, 2)
+    return (*sums, Make((1, 2)), *staging, Drop.of("semaphores", "staging"), OUTPUTS)
+
+
+def _is_own_channels_last(data: torch.Tensor) -> bool:
+    """Whether batch norm runs in PyTorch's own kernels on an NHWC input; cuDNN has no bf16.
+
+    Source: `_batch_norm_impl_index` in aten/src/ATen/native/Normalization.cpp.
+    """
+    return (
+        data.dtype is torch.bfloat16
+        and data.ndim == 4  # noqa: PLR2004
+        and not data.is_contiguous()
+        and data.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _staging(data: torch.Tensor, num_values: int) -> Script:
+    """Return what a reduction over many blocks of an NHWC tensor takes."""
+    channels = data.shape[1]
+    rows = data.numel() // max(channels, 1)
+    numbers = (rows, channels, num_values)
+    return (
+        Workspace(name="staging", need=Need(rule=_staging_bytes, numbers=numbers)),
+        Workspace(name="semaphores", need=Need(rule=_semaphore_bytes, numbers=numbers)),
+    )
+
+
+def _staging_bytes(_gpu: Gpu, rows: int, channels: int, num_values: int) -> int:
+    _, grid_y = _grid(rows, channels)
+    return 4 * num_values * channels * grid_y if grid_y > 1 else 0
+
+
+def _semaphore_bytes(_gpu: Gpu, rows: int, channels: int, _num_values: int) -> int:
+    grid_x, grid_y = _grid(rows, channels)
+    return 4 * grid_x if grid_y > 1 else 0
+
+
+def _grid(rows: int, channels: int) -> tuple[int, int]:
+    """Return the grid of blocks; `flexible_launch_configs` in Normalization.cuh."""
+    width = min(_power_of_two(channels), 32)
+    height = min(_power_of_two(-(-rows // 16)), 512 // width)
+    if width * height != 512:  # noqa: PLR2004
+        width = min(_power_of_two(channels), 512 // height)
+    grid_y = min(-(-rows // (height * 16)), 128)
+    return -(-channels // width), grid_y if grid_y >= 8 else 1  # noqa: PLR2004
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def _each(names: tuple[str, ...], num_bytes: int) -> tuple[Workspace, ...]:
+    return tuple(Workspace(name=name, num_bytes=num_bytes) for name in names)
+
+
+def _copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
+    if tensor.is_contiguous():
+        return ()
+    return (Workspace(name=name, num_bytes=tensor.numel() * tensor.element_size()),)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)

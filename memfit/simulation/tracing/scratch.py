@@ -1,0 +1,260 @@
+"""What operations take from the allocator besides their outputs, and when.
+
+Each function returns the script of one operation. Its source is the host code of PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import torch
+
+from memfit._torch_private import aten_if_there
+from memfit.cards import Gpu
+from memfit.simulation.needs import Need
+from memfit.simulation.tracing.attention_scratch import (
+    efficient_backward,
+    efficient_forward,
+    flash_backward,
+)
+from memfit.simulation.tracing.norm_scratch import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from memfit.simulation.tracing.reductions import reduction
+from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Make, Script, Workspace
+
+__all__ = ["WORKSPACES_BY_CALL", "scratch_of", "torch_release"]
+
+WORKSPACES_BY_CALL: Final = (2, 15)
+"""The release of torch since which a product takes its BLAS workspace for the call."""
+
+_HALF: Final = (torch.float16, torch.bfloat16)
+_MIB: Final = 1024**2
+_FEW_INDICES: Final = 3072
+_LT_WORKSPACE_BYTES: Final = _MIB
+
+
+class Release(Protocol):
+    """What the scripts ask of the kernels: torch's release."""
+
+    @property
+    def torch_release(self) -> tuple[int, int]:
+        """The major and minor version of torch."""
+
+
+_Rule = Callable[[Release, tuple[Any, ...], Any], Script]
+
+
+def torch_release() -> tuple[int, int]:
+    """Return the major and minor version of the torch that is installed."""
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+def scratch_of(func: Any) -> _Rule | None:
+    """Return the function that knows the script of an operation, if there is one."""
+    return _rules().get(func)
+
+
+@functools.cache
+def _rules() -> dict[Any, _Rule]:
+    found = {aten_if_there(name): rule for name, rule in _RULES.items()}
+    found.pop(None, None)
+    return found
+
+
+# --- matrix products ----------------------------------------------------------------------------
+
+
+def _product(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Copy matrices that BLAS cannot read as they are, and take the workspace of the call.
+
+    Before torch 2.15, each BLAS handle keeps its workspace. `memfit.backends.simulated` has those.
+
+    Source: `getCurrentCUDABlasHandleWithWorkspace` in aten/src/ATen/cuda/CublasHandlePool.cpp
+        (pytorch/pytorch#194311), and `prepare_matrix_for_cublas` in
+        aten/src/ATen/native/cuda/Blas.cpp.
+    """
+    operands = [tensor for tensor in args[-2:] if isinstance(tensor, torch.Tensor)]
+    copies: Script = tuple(
+        Workspace(
+            name=f"copy of operand {number}", num_bytes=tensor.numel() * tensor.element_size()
+        )
+        for number, tensor in enumerate(operands)
+        if tensor.ndim > 1 and not _is_readable(tensor)
+    )
+    if kernels.torch_release < WORKSPACES_BY_CALL:
+        return (OUTPUTS, *copies)
+    return (OUTPUTS, *copies, Workspace(name="BLAS workspace", need=Need(rule=_blas)))
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether BLAS reads the matrices of a tensor as rows or as columns."""
+    rows, columns = tensor.shape[-2:]
+    row_stride, column_stride = tensor.stride()[-2:]
+    return (column_stride == 1 and row_stride >= max(1, columns)) or (
+        row_stride == 1 and column_stride >= max(1, rows)
+    )
+
+
+def _blas(gpu: Gpu) -> int:
+    """Return the workspace of a product. On ROCm, handles keep theirs."""
+    return 0 if gpu.vendor == "AMD" else gpu.blas_workspace_bytes()
+
+
+def _lt(gpu: Gpu) -> int:
+    return 0 if gpu.vendor == "AMD" else _LT_WORKSPACE_BYTES
+
+
+def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
+    """Take cuBLASLt's workspace for a product with a bias, which is added in the same kernel.
+
+    Source: `addmm_out_cuda_impl` in aten/src/ATen/native/cuda/Blas.cpp, and
+        `parseCUDABlasLtWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp (1 MiB).
+    """
+    bias, left, right = args[:3]
+    is_fused = (
+        (bias.ndim == 1 or left.dtype in _HALF)
+        and bias.is_contiguous()
+        and min(right.shape) > 1
+        and len(args) == 3  # noqa: PLR2004
+    )
+    script = _product(kernels, (left, right), result)
+    if not is_fused or kernels.torch_release < WORKSPACES_BY_CALL:
+        return script
+    return (*script[:-1], Workspace(name="cuBLASLt workspace", need=Need(rule=_lt)))
+
+
+# --- reductions ---------------------------------------------------------------------------------
+
+
+def _sum(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `sum_kernel_cuda` in aten/src/ATen/native/cuda/ReduceSumProdKernel.cu."""
+    data, dims = args[0], (args[1] if len(args) > 1 else None)
+    vector = 8 if data.element_size() == 2 else 4  # noqa: PLR2004
+    return reduction(data, dims or (), input_vector=vector)
+
+
+def _mean(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `mean_kernel_cuda` in aten/src/ATen/native/cuda/ReduceMomentKernel.cu."""
+    return reduction(args[0], (args[1] if len(args) > 1 else None) or ())
+
+
+# --- others -------------------------------------------------------------------------------------
+
+
+def _softmax_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Take the product of gradient and output.
+
+    Source: `softmax_backward_cuda_out` in aten/src/ATen/native/cuda/SoftMax.cu.
+    """
+    gradient = args[0]
+    num_bytes = gradient.numel() * gradient.element_size()
+    return (OUTPUTS, Workspace(name="gradient x output", num_bytes=num_bytes))
+
+
+def _dropout(_kernels: Release, _args: tuple[Any, ...], _result: Any) -> Script:
+    """Make the mask first. Source: `dropout_cuda` in aten/src/ATen/native/cuda/Dropout.cu."""
+    return (Make((1,)), OUTPUTS)
+
+
+def _roll(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Roll one dimension after another.
+
+    Source: `roll_common` in aten/src/ATen/native/TensorTransformations.h.
+    """
+    data, shifts = args[:2]
+    num_bytes = data.numel() * data.element_size()
+    script: Script = ()
+    for number in range(1, len(shifts) if isinstance(shifts, (list, tuple)) else 1):
+        script += (Workspace(name=f"roll {number}", num_bytes=num_bytes),)
+        if number > 1:
+            script += (Drop.of(f"roll {number - 1}"),)
+    return (*script, OUTPUTS)
+
+
+def _copies_input(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Copy an input that is not contiguous, after the output was made."""
+    return (OUTPUTS, *_copy("contiguous input", args[0]))
+
+
+def _index_put(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Sort the positions to which values are added: two copies of them, and their order.
+
+    The temporary memory of the sort itself, below 100 KiB, is left out.
+
+    Source: `index_put_with_sort_kernel` in aten/src/ATen/native/cuda/Indexing.cu.
+    """
+    indices, accumulates = args[1], len(args) > 3 and args[3]  # noqa: PLR2004
+    if not accumulates:
+        return ALONE
+    shapes = [index.shape for index in indices if index is not None]
+    num_bytes = 8 * math.prod(torch.broadcast_shapes(*shapes))
+    names = ("wrapped positions", "linear positions", "sorted positions", "order", "sorted order")
+    first, *others = (Workspace(name=name, num_bytes=num_bytes) for name in names)
+    return (OUTPUTS, first, others[0], Drop.of(first.name), *others[1:])
+
+
+def _embedding_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Sort the indices, if there are many.
+
+    Left out is the number of partial sums, which depends on the values of the indices.
+
+    Source: `embedding_dense_backward_cuda` in aten/src/ATen/native/cuda/Embedding.cu.
+    """
+    indices = args[1]
+    if indices.numel() <= _FEW_INDICES:
+        return ALONE
+    num_bytes = indices.numel() * indices.element_size()
+    names = ("sorted indices", "order", "range")
+    sort = (Workspace(name=name, num_bytes=num_bytes) for name in names)
+    return (*sort, Drop.of("range"), OUTPUTS)
+
+
+def _copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
+    if tensor.is_contiguous():
+        return ()
+    return (Workspace(name=name, num_bytes=tensor.numel() * tensor.element_size()),)
+
+
+_RULES: Final[dict[str, _Rule]] = {
+    "mm.default": _product,
+    "bmm.default": _product,
+    "baddbmm.default": _product,
+    "addmm.default": _product_and_sum,
+    "addmv.default": _product,
+    "mv.default": _product,
+    "dot.default": _product,
+    "sum.default": _sum,
+    "sum.dim_IntList": _sum,
+    "mean.default": _mean,
+    "mean.dim": _mean,
+    "_scaled_dot_product_flash_attention_backward.default": flash_backward,
+    "_scaled_dot_product_efficient_attention.default": efficient_forward,
+    "_scaled_dot_product_efficient_attention_backward.default": efficient_backward,
+    "native_layer_norm.default": layer_norm,
+    "native_layer_norm_backward.default": layer_norm_backward,
+    "native_group_norm.default": group_norm,
+    "native_group_norm_backward.default": group_norm_backward,
+    "native_batch_norm.default": batch_norm,
+    "native_batch_norm_backward.default": batch_norm_backward,
+    "_softmax_backward_data.default": _softmax_backward,
+    "native_dropout.default": _dropout,
+    "roll.default": _roll,
+    "reflection_pad2d.default": _copies_input,
+    "_upsample_bicubic2d_aa.default": _copies_input,
+    "index_put.default": _index_put,
+    "index_put_.default": _index_put,
+    "_index_put_impl_.default": _index_put,
+    "embedding_dense_backward.default": _embedding_backward,
+}

@@ -1,0 +1,64 @@
+"""What a kernel takes from the allocator and gives back, in order.
+
+An operation on meta tensors shows only its outputs. A kernel may take scratch memory before them,
+between them and after them. A script says in which order. `memfit.simulation.tracing.recorder`
+writes it down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+from memfit.simulation.needs import Need
+
+__all__ = ["ALONE", "OUTPUTS", "Drop", "Make", "Script", "Workspace"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Memory that a kernel takes while it runs. It is given back when the operation ends.
+
+    Args:
+        name: What the memory is for.
+        num_bytes: Its size; 0 for a call that takes none.
+        need: Its size, if it depends on the card or does not grow evenly with the batch size.
+        is_needed: Whether the kernel needs it. If not, another kernel is used when there is no
+            room.
+        plan: The key under which cuDNN keeps its choice of an algorithm; `None` if there is no
+            choice.
+    """
+
+    name: str
+    num_bytes: int = 0
+    need: Need | None = None
+    is_needed: bool = True
+    plan: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drop:
+    """The workspaces of these names are given back."""
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, *names: str) -> Drop:
+        """Return a drop of workspaces, in this order."""
+        return cls(names)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Make:
+    """These outputs are allocated, by their index in the result."""
+
+    indices: tuple[int, ...]
+
+
+OUTPUTS: Final = Make(())
+"""All outputs that were not made before are allocated, in the order of the result."""
+
+Script = tuple["Workspace | Drop | Make", ...]
+
+ALONE: Final[Script] = (OUTPUTS,)
+"""The script of a kernel that takes nothing besides its outputs."""

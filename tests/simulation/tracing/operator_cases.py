@@ -1,0 +1,224 @@
+"""Operators whose requests to the allocator are compared with torch's own, in a rehearsed process.
+
+Each case yields where a new stretch of it begins. `python operator_cases.py FILE` runs all of them
+on the rehearsed card of its process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+Case = Callable[[torch.device], Iterator[None]]
+
+# The size of a tensor that marks where a stretch begins. No case makes another one of it.
+_MARK_BYTES = 12345
+_LAST = torch.channels_last
+_HALF = torch.bfloat16
+
+
+_POOLS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda images: F.max_pool2d(images, 3, 2, 1),
+    lambda images: F.adaptive_avg_pool2d(images, 4),
+    lambda images: F.interpolate(images, scale_factor=2.0, mode="bilinear"),
+    lambda images: F.pad(images, (1, 1, 1, 1), mode="reflect"),
+)
+
+
+def leaf(device: torch.device, *shape: int, **options: Any) -> torch.Tensor:
+    """Return a tensor without values that requires a gradient."""
+    layout = options.pop("layout", torch.contiguous_format)
+    tensor = torch.empty(*shape, device=device, **options)
+    return tensor.to(memory_format=layout).requires_grad_()
+
+
+def backward(output: torch.Tensor) -> None:
+    """Run backward from any gradient."""
+    output.backward(torch.empty_like(output))
+
+
+def sums(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Sum and average along rows, columns and the channels of both layouts."""
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+        ((1576, 192), (0,)),
+        ((8, 197, 192), (0, 1)),
+        ((8, 192, 14, 14), (0, 2, 3)),
+        ((33, 77), (0,)),
+        ((100_000,), (0,)),
+        ((512, 30_001), (1,)),
+    ]
+    for shape, dims in shapes:
+        data = torch.empty(shape, device=device, dtype=dtype)
+        yield
+        data.sum(dims)
+        yield
+        data.mean(dims, keepdim=True)
+    data = torch.empty(8, 192, 14, 14, device=device, dtype=dtype).to(memory_format=_LAST)
+    yield
+    data.sum((0, 2, 3))
+
+
+def products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Multiply with a bias, without one, in batches, and with matrices that have to be copied."""
+    left = torch.empty(64, 128, device=device, dtype=dtype)
+    right = torch.empty(128, 256, device=device, dtype=dtype)
+    bias = torch.empty(256, device=device, dtype=dtype)
+    many = torch.empty(4, 64, 128, device=device, dtype=dtype)
+    others = torch.empty(4, 128, 32, device=device, dtype=dtype)
+    yield
+    left @ right
+    yield
+    torch.addmm(bias, left, right)
+    yield
+    torch.bmm(many, others)
+    yield
+    F.linear(left, right.t().contiguous(), bias)
+    yield
+    left[:, ::2] @ right[::2]
+    yield
+    torch.addmm(torch.empty(64, 256, device=device, dtype=dtype), left, right)
+
+
+def attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Attend with narrow and wide heads, a mask, and one tensor for query, key and value."""
+    for head_dim, is_masked in ((64, False), (64, True), (80, True), (192, True)):
+        query, key, value = (leaf(device, 2, 3, 150, head_dim, dtype=dtype) for _ in range(3))
+        mask = leaf(device, 1, 1, 150, 152, dtype=dtype)[..., :150] if is_masked else None
+        yield
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        yield
+        backward(output)
+    packed = leaf(device, 2, 50, 3 * 3 * 64, dtype=dtype)
+    yield
+    query, key, value = packed.reshape(2, 50, 3, 3, 64).permute(2, 0, 3, 1, 4).unbind(0)
+    output = F.scaled_dot_product_attention(query, key, value)
+    yield
+    backward(output.transpose(1, 2).reshape(2, 50, 192))
+
+
+def norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Normalize layers of other layouts, groups, and batches large enough for many blocks."""
+    weight, bias = leaf(device, 96, dtype=dtype), leaf(device, 96, dtype=dtype)
+    tokens = leaf(device, 8, 96, 49, dtype=dtype)
+    yield
+    output = F.layer_norm(tokens.transpose(1, 2), (96,), weight, bias)
+    yield
+    backward(output)
+    for layout in (torch.contiguous_format, _LAST):
+        images = leaf(device, 8, 96, 56, 56, dtype=dtype, layout=layout)
+        norm = nn.BatchNorm2d(96).to(device)
+        yield
+        output = F.group_norm(images, 8, weight, bias)
+        yield
+        backward(output)
+        yield
+        output = norm(images)
+        yield
+        backward(output)
+
+
+def others(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Softmax, dropout, rolls, gathers and pools."""
+    data = leaf(device, 8, 30, 64, dtype=dtype)
+    yield
+    output = F.softmax(data, -1)
+    yield
+    backward(output)
+    yield
+    F.dropout(data, 0.1)
+    yield
+    output = torch.roll(data, (1, 2), (1, 2))
+    yield
+    backward(output)
+    index = torch.empty(8, 30, 64, device=device, dtype=torch.long)
+    yield
+    backward(data.gather(1, index))
+    for layout in (torch.contiguous_format, _LAST):
+        images = leaf(device, 8, 64, 15, 15, dtype=dtype, layout=layout)
+        for pool in _POOLS:
+            yield
+            output = pool(images)
+            yield
+            backward(output)
+
+
+def optimizers(device: torch.device, _dtype: torch.dtype) -> Iterator[None]:
+    """Lists of tensors, in the first step and in the second."""
+    for name in ("AdamW", "SGD", "RMSprop"):
+        parameters = [leaf(device, 300, 300), leaf(device, 300), leaf(device, 64, 3, 7, 7)]
+        optimizer = getattr(torch.optim, name)(parameters, lr=0.1, weight_decay=0.01)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            yield
+            optimizer.step()
+            yield
+            optimizer.zero_grad()
+        del optimizer
+
+
+CASES = {
+    f"{case.__name__} {str(dtype).rpartition('.')[2]}": (case, dtype)
+    for case in (sums, products, attention, norms, others, optimizers)
+    for dtype in (torch.float32, _HALF)
+}
+
+
+def run(name: str, device: torch.device, mark: Callable[[], object]) -> None:
+    """Run a case, and mark where each stretch of it begins and where the last one ends."""
+    case, dtype = CASES[name]
+    steps = case(device, dtype)
+    mark()
+    for _ in steps:
+        mark()
+    mark()
+
+
+def recorded() -> dict[str, list[list[tuple[int, int]]]]:
+    """Run all cases on the rehearsed card, and return what each stretch asked for and gave back."""
+    device = torch.device("cuda")
+    memory: Any = torch.cuda.memory
+    torch.zeros(1, device=device)
+    found = {}
+    for name in CASES:
+        memory._record_memory_history(max_entries=10**6, context=None)
+        run(name, device, lambda: torch.empty(_MARK_BYTES, dtype=torch.uint8, device=device))
+        entries = memory._snapshot()["device_traces"][0]
+        memory._record_memory_history(enabled=None)
+        gc.collect()
+        found[name] = _stretches(entries)
+    return found
+
+
+def _stretches(entries: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
+    stretches: list[list[tuple[int, int]]] = []
+    marked = None
+    sizes: dict[int, int] = {}
+    for entry in entries:
+        action, address, num_bytes = entry["action"], entry["addr"], entry["size"]
+        if action == "alloc" and num_bytes == _MARK_BYTES:
+            stretches.append([])
+            marked = address
+        elif action == "free_completed" and address == marked:
+            marked = None
+        elif action == "alloc":
+            sizes[address] = num_bytes
+            stretches[-1].append((1, num_bytes))
+        elif action == "free_completed" and address in sizes:
+            stretches[-1].append((-1, sizes.pop(address)))
+    return stretches
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(recorded()))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,105 @@
+"""What operators take from the allocator is what torch's own CUDA code takes, in the same order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operator_cases import CASES, run
+
+from memfit._torch_private import dispatched
+from memfit.backends.simulated import trace_options
+from memfit.cards import Gpu, find_gpu
+from memfit.errors import MemfitError
+from memfit.records import Action, Event, Precision
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.simulation.needs import NeedEvent
+from memfit.simulation.tracing.autocast import functional_layer_open
+from memfit.simulation.tracing.recorder import Recorder
+from memfit.simulation.tracing.reductions import reduction
+from memfit.simulation.tracing.scripts import Workspace
+from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
+
+CARD = "RTX 3090"
+Stretches = list[list[tuple[int, int]]]
+# The allocator rounds every request up to this.
+GRANULARITY_BYTES = 512
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stretches]:
+    """Return what all cases ask for on the rehearsed card."""
+    try:
+        added = rehearsed_environment(find_gpu(CARD), environment=os.environ)
+    except MemfitError as error:
+        pytest.skip(str(error))
+    file = tmp_path_factory.mktemp("operators") / "recorded.json"
+    script = Path(__file__).with_name("operator_cases.py")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(file)],
+        env={**os.environ, **added},
+        check=True,
+        timeout=120,
+    )
+    found: dict[str, Stretches] = json.loads(file.read_text())
+    return found
+
+
+def simulated(name: str, gpu: Gpu) -> Stretches:
+    """Return what a case asks for in a trace."""
+    options = trace_options(gpu)
+    recorder = Recorder(options.kernels, None)
+    stretches: list[list[Event]] = []
+    semantics = CudaSemantics(MetaPrecision(Precision.FP32).autocast, options.choose_attention)
+    with contextlib.ExitStack() as stack:
+        stack.callback(recorder.close)
+        stack.enter_context(foreach_on_meta(enabled=True))
+        stack.enter_context(functional_layer_open())
+        stack.enter_context(semantics)
+        stack.enter_context(dispatched(recorder.handle))
+        run(name, torch.device("meta"), lambda: stretches.append(recorder.take()))
+    sizes: dict[int, int] = {}
+    found: Stretches = []
+    # The events of a stretch are taken where the next one begins.
+    for events in (*stretches[1:], []):
+        found.append([])
+        for event in events:
+            if event.action is Action.FREE_COMPLETED:
+                if num_bytes := sizes.pop(event.id, 0):
+                    found[-1].append((-1, num_bytes))
+            elif num_bytes := _bytes_of(event, gpu):
+                sizes[event.id] = num_bytes
+                found[-1].append((1, num_bytes))
+    return found
+
+
+def _bytes_of(event: Event, gpu: Gpu) -> int:
+    return event.need.on(gpu) if isinstance(event, NeedEvent) else event.num_bytes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_asks_for_what_torch_asks_for(name: str, real: dict[str, Stretches]) -> None:
+    """Every request and every free of every stretch is the same, to the allocator's rounding."""
+    rounded = [
+        [
+            [(sign, -(-num_bytes // GRANULARITY_BYTES)) for sign, num_bytes in stretch]
+            for stretch in side
+        ]
+        for side in (simulated(name, find_gpu(CARD)), real[name])
+    ]
+    assert rounded[0][:-1] == rounded[1][:-1]
+
+
+@pytest.mark.parametrize(("gpu", "num_blocks"), [("t4", 80), ("rtx3090", 246), ("h100", 489)])
+def test_a_reduction_follows_the_card(gpu: str, num_blocks: int) -> None:
+    """A long sum is shared by as many blocks as a card runs at once, or as it has work for."""
+    script = reduction(torch.empty(4_000_000, device="meta"), ())
+    (buffer,) = (line for line in script if isinstance(line, Workspace) and "sums" in line.name)
+    assert buffer.need is not None
+    assert buffer.need.on(find_gpu(gpu)) == 4 * num_blocks
