@@ -14,10 +14,16 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten_if_there
+from memfit.simulation.tracing.convolutions import (
+    backward_outputs,
+    backward_script,
+    forward_script,
+    layout_of,
+)
 from memfit.simulation.tracing.outputs import outputs
 from memfit.simulation.tracing.recurrent import Recurrence, recur_backward, with_reserve
 from memfit.simulation.tracing.scratch import scratch_of, torch_release
-from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Script, Workspace
+from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]
 
@@ -55,12 +61,11 @@ class Kernels:
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and give its outputs the layout that they have on CUDA."""
         if func is aten_if_there("convolution_backward.default"):
-            return _convolution_backward(*args)
-        if func is aten_if_there("convolution.default") and _is_channels_last(args[1]):
-            # cuDNN computes in NHWC if either of the two is NHWC. The meta device looks only at the
-            # input.
+            return backward_outputs(args[1], args[2], args[3], args[-1])
+        if func is aten_if_there("convolution.default"):
+            # The meta device does not always choose the layout that cuDNN computes in.
             result = func(*args, **kwargs)
-            return torch.empty_like(result, memory_format=torch.channels_last)
+            return result.contiguous(memory_format=layout_of(args[0], args[1]))
         if func is aten_if_there("_cudnn_rnn.default"):
             return with_reserve(args, func(*args, **kwargs))
         if func is aten_if_there("_cudnn_rnn_backward.default"):
@@ -78,29 +83,15 @@ class Kernels:
         known = scratch_of(func)
         if known is not None:
             return known(self, args, result)
-        taken = self._workspaces(func, args, result)
-        if not taken:
-            return ALONE
-        script: Script = (OUTPUTS,)
-        for workspace in taken:
-            script += (workspace, Drop.of(workspace.name))
-        return script
-
-    def _workspaces(self, func: Any, args: tuple[Any, ...], result: Any) -> tuple[Workspace, ...]:
         if func is aten_if_there("convolution.default"):
-            return (self._convolution("forward", (args[0], args[1], result), args[3:9]),)
+            return forward_script(args, result, self._convolution)
         if func is aten_if_there("convolution_backward.default"):
-            tensors = (args[1], args[2], args[0])
-            return tuple(
-                self._convolution(kind, tensors, args[4:10])
-                for kind, gradient in (("data", result[0]), ("filter", result[1]))
-                if gradient is not None
-            )
+            return backward_script(args, result, self._convolution)
         if func is aten_if_there("_cudnn_rnn.default"):
-            return (_recurrent(args[1], args[6:14], args[0]),)
+            return (OUTPUTS, _recurrent(args[1], args[6:14], args[0]))
         if func is aten_if_there("_cudnn_rnn_backward.default"):
-            return (_recurrent(args[1], args[10:18], args[0], args[6]),)
-        return ()
+            return (OUTPUTS, _recurrent(args[1], args[10:18], args[0], args[6]))
+        return ALONE
 
     def _convolution(
         self, kind: str, tensors: tuple[torch.Tensor, ...], parameters: Any
@@ -126,10 +117,7 @@ class Kernels:
         is_depthwise = groups > 1 and groups == data.shape[1]
         if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
             return Workspace(name="convolution", num_bytes=0, is_needed=False)
-        is_last = data.is_contiguous(memory_format=torch.channels_last)
-        if not is_last and _is_channels_last(weight):
-            num_bytes = data.numel() * data.element_size()
-            return Workspace(name="input in NHWC", num_bytes=num_bytes, is_needed=True)
+        is_last = layout_of(data, weight) is torch.channels_last
         plan = (kind, tuple(data.shape[1:]), tuple(weight.shape), repr(geometry), groups)
         half, tf32 = self._tensor_cores
         transposes = not is_last and (
@@ -153,34 +141,3 @@ def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
     if options[4]:
         num_bytes += sum(t.numel() * t.element_size() for t in tensors)
     return Workspace(name="recurrent layer", num_bytes=num_bytes, is_needed=True)
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether the strides are channels-last.
-
-    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
-    """
-    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
-        return False
-    _, channels, height, width = tensor.shape
-    return tensor.stride() != (channels * height * width, height * width, width, 1)
-
-
-def _convolution_backward(
-    gradient: torch.Tensor, data: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of a convolution in cuDNN's layouts.
-
-    The weight's gradient has the layout of the weight.
-
-    The meta device would return a contiguous gradient for a channels-last weight. Autograd would
-    then copy it.
-    """
-    bias_sizes, needed = rest[0], rest[-1]
-    is_last = data.ndim == 4 and any(_is_channels_last(t) for t in (gradient, data, weight))  # noqa: PLR2004
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
-    return (
-        torch.empty_like(data, memory_format=memory_format) if needed[0] else None,
-        torch.empty_like(weight) if needed[1] else None,
-        weight.new_empty(bias_sizes) if needed[2] else None,
-    )

@@ -126,6 +126,20 @@ def norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         backward(output)
 
 
+def depthwise(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Convolve each channel, and give gradients of both layouts back."""
+    data = leaf(device, 8, 96, 16, 16, dtype=dtype)
+    weight, bias = leaf(device, 96, 1, 7, 7, dtype=dtype), leaf(device, 96, dtype=dtype)
+    yield
+    output = F.conv2d(data, weight, bias, padding=3, groups=96)
+    yield
+    backward(output)
+    yield
+    output = F.conv2d(data, weight, bias, padding=3, groups=96)
+    yield
+    output.permute(0, 2, 3, 1).backward(torch.empty(8, 16, 16, 96, device=device, dtype=dtype))
+
+
 def others(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Softmax, dropout, rolls, gathers and pools."""
     data = leaf(device, 8, 30, 64, dtype=dtype)
@@ -168,7 +182,7 @@ def optimizers(device: torch.device, _dtype: torch.dtype) -> Iterator[None]:
 
 CASES = {
     f"{case.__name__} {str(dtype).rpartition('.')[2]}": (case, dtype)
-    for case in (sums, products, attention, norms, others, optimizers)
+    for case in (sums, products, attention, norms, depthwise, others, optimizers)
     for dtype in (torch.float32, _HALF)
 }
 

@@ -1,0 +1,146 @@
+"""What a convolution makes, copies and sums besides the workspaces of its kernels.
+
+A depthwise convolution of contiguous tensors runs in PyTorch's own kernels, and all others run in
+cuDNN. cuDNN computes in one layout, so what has another is copied for the call. The gradient of the
+bias is a sum over the gradient of the output.
+
+Source: aten/src/ATen/native/Convolution.cpp, aten/src/ATen/native/cudnn/ConvShared.cpp and
+    aten/src/ATen/native/cuda/DepthwiseConv2d.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memfit.simulation.tracing.reductions import reduction_scratch
+from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
+
+__all__ = [
+    "backward_outputs",
+    "backward_script",
+    "forward_script",
+    "is_channels_last",
+    "is_depthwise",
+    "layout_of",
+]
+
+_HALF_VECTOR = 8
+_VECTOR = 4
+
+
+def is_depthwise(data: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether PyTorch's own depthwise kernels run, which read contiguous tensors only."""
+    return (
+        groups > 1
+        and groups == data.shape[1]
+        and weight.shape[0] % groups == 0
+        and data.ndim == 4  # noqa: PLR2004 - (N, C, H, W)
+        and not _computes_in_nhwc(data, weight)
+    )
+
+
+def forward_script(
+    args: tuple[Any, ...], result: torch.Tensor, workspace: Callable[..., Workspace]
+) -> Script:
+    """Return what a convolution takes.
+
+    Args:
+        args: The arguments of `aten::convolution`.
+        result: Its output.
+        workspace: Returns the workspace of a kernel; see `Kernels`.
+    """
+    data, weight = args[:2]
+    if is_depthwise(data, weight, args[8]):
+        return (*_copied("input", data, data, weight), OUTPUTS)
+    return (
+        OUTPUTS,
+        *_copied("weight", weight, data, weight),
+        *_copied("input", data, data, weight),
+        workspace("forward", (data, weight, result), args[3:9]),
+    )
+
+
+def backward_script(
+    args: tuple[Any, ...], result: tuple[Any, ...], workspace: Callable[..., Workspace]
+) -> Script:
+    """Return what the gradients of a convolution take.
+
+    Args:
+        args: The arguments of `aten::convolution_backward`.
+        result: Its outputs.
+        workspace: Returns the workspace of a kernel; see `Kernels`.
+    """
+    gradient, data, weight = args[:3]
+    to_data, to_filter, to_bias = (output is not None for output in result)
+    copies = _copied("input", data, data, weight) if to_filter else ()
+    copies += _copied("gradient", gradient, data, weight)
+    script: Script = copies
+    if is_depthwise(data, weight, args[9]):
+        script += tuple(Make((index,)) for index in (1, 0) if (to_data, to_filter)[index])
+    else:
+        if to_data:
+            copy = _copied("weight", weight, data, weight)
+            taken = workspace("data", (data, weight, gradient), args[4:10])
+            names = (taken.name, *(line.name for line in copy))
+            script += (Make((0,)), *copy, taken, Drop(names))
+        if to_filter:
+            taken = workspace("filter", (data, weight, gradient), args[4:10])
+            script += (Make((1,)), taken, Drop.of(taken.name))
+    script += (Drop(tuple(copy.name for copy in reversed(copies))),)
+    if to_bias:
+        dims = (0, *range(2, gradient.ndim))
+        vector = _HALF_VECTOR if gradient.element_size() == 2 else _VECTOR  # noqa: PLR2004
+        script += (Make((2,)), *reduction_scratch(gradient, dims, input_vector=vector))
+    return script
+
+
+def backward_outputs(
+    data: torch.Tensor, weight: torch.Tensor, bias_sizes: Any, needed: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of a convolution in cuDNN's layout.
+
+    The meta device would look at the gradient's layout, too.
+    """
+    memory_format = layout_of(data, weight)
+    return (
+        torch.empty_like(data, memory_format=memory_format) if needed[0] else None,
+        torch.empty_like(weight, memory_format=memory_format) if needed[1] else None,
+        weight.new_empty(bias_sizes) if needed[2] else None,
+    )
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether the strides are channels-last.
+
+    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
+    """
+    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
+        return False
+    _, channels, height, width = tensor.shape
+    return tensor.stride() != (channels * height * width, height * width, width, 1)
+
+
+def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether cuDNN computes in NHWC: if either of the two is NHWC.
+
+    Source: `cudnn_conv_suggest_memory_format` in aten/src/ATen/native/ConvUtils.h.
+    """
+    return is_channels_last(data) or is_channels_last(weight)
+
+
+def layout_of(data: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """Return the layout in which a convolution computes."""
+    return torch.channels_last if _computes_in_nhwc(data, weight) else torch.contiguous_format
+
+
+def _copied(
+    name: str, tensor: torch.Tensor, data: torch.Tensor, weight: torch.Tensor
+) -> tuple[Workspace, ...]:
+    """Return the copy of a tensor whose layout is not the convolution's."""
+    if tensor.is_contiguous(memory_format=layout_of(data, weight)):
+        return ()
+    num_bytes = tensor.numel() * tensor.element_size()
+    return (Workspace(name=f"{name} in the convolution's layout", num_bytes=num_bytes),)
