@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     )
     from memfit.records import (
         Capacity,
+        Choice,
+        ChoiceRow,
         DeviceProcess,
         Equivalence,
         Exploration,
@@ -49,11 +51,14 @@ if TYPE_CHECKING:
         StepOptions,
         Survey,
         SurveyAnswer,
+        Sweep,
+        SweepRow,
         Trial,
         Verdict,
     )
     from memfit.rehearsal.activate import rehearse
     from memfit.step.workload import Workload
+    from memfit.sweeping import choose, sweep
 
 # Torch takes seconds to import, so each name is fetched when it is first used.
 _HOMES = {
@@ -82,6 +87,8 @@ _HOMES = {
     ),
     "memfit.records": (
         "Capacity",
+        "Choice",
+        "ChoiceRow",
         "DeviceProcess",
         "Equivalence",
         "Exploration",
@@ -102,17 +109,22 @@ _HOMES = {
         "StepOptions",
         "Survey",
         "SurveyAnswer",
+        "Sweep",
+        "SweepRow",
         "Trial",
         "Verdict",
     ),
     "memfit.rehearsal.activate": ("rehearse",),
     "memfit.step.workload": ("Workload",),
+    "memfit.sweeping": ("choose", "sweep"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Accumulator",
     "Capacity",
+    "Choice",
+    "ChoiceRow",
     "DataEndedError",
     "DeviceProcess",
     "DoesNotFitError",
@@ -139,6 +151,8 @@ __all__ = [
     "StepOptions",
     "Survey",
     "SurveyAnswer",
+    "Sweep",
+    "SweepRow",
     "Trial",
     "UnknownDeviceError",
     "UnknownModelError",
@@ -148,6 +162,7 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "__version__",
+    "choose",
     "estimate",
     "explore",
     "micro_batches",
@@ -157,6 +172,7 @@ __all__ = [
     "rehearse",
     "survey",
     "survey_plans",
+    "sweep",
     "verify",
 ]
 

@@ -95,18 +95,22 @@ def _end(sentence: str, exit_code: int) -> NoReturn:
 
 
 def _register() -> None:
+    from memfit.cli.choose import choose
     from memfit.cli.gpus import gpus
     from memfit.cli.plan import plan
     from memfit.cli.probe import probe
     from memfit.cli.profile import profile
     from memfit.cli.rehearse import rehearse
+    from memfit.cli.sweep import sweep
     from memfit.cli.verify import verify
 
+    main.add_command(choose)
     main.add_command(gpus)
     main.add_command(plan)
     main.add_command(probe)
     main.add_command(profile)
     main.add_command(rehearse)
+    main.add_command(sweep)
     main.add_command(verify)
 
 

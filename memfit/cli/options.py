@@ -108,6 +108,8 @@ _SEARCH_OPTIONS: _Options = {
 }
 
 
+# A sweep takes lists of these.
+_SWEPT = ("precision", "optimizer", "image_size")
 # `profile` has no limit of memory, so there the option is the card's.
 _MEMORY_OF_CARDS: _Options = {
     "memory": click.option(
@@ -151,15 +153,24 @@ class Given:
 
 
 def shared_options(
-    *, searches: bool = True, has_cards: bool = True
+    *,
+    searches: bool = True,
+    has_cards: bool = True,
+    has_device: bool = True,
+    swept: bool = False,
 ) -> Callable[[_Command], _Command]:
     """Give a command the options of a step and its place; it gets them as `given`, a `Given`.
 
     Args:
         searches: The command searches, so it also has the options of a search.
         has_cards: The command can try cards that are not in this machine.
+        has_device: The command can try a device of this machine.
+        swept: The command takes several cards, and lists of some options, which it adds itself.
     """
     place = _DEVICE_OPTIONS if has_cards else _DEVICE_ONLY
+    if swept or not has_device:
+        place = {name: option for name, option in place.items() if name != "device"}
+    steps = {n: option for n, option in _STEP_OPTIONS.items() if not (swept and n in _SWEPT)}
     if not searches and has_cards:
         place = {**place, **_MEMORY_OF_CARDS}
     search = _SEARCH_OPTIONS if searches else {}
@@ -170,10 +181,10 @@ def shared_options(
             def taken(options: _Options) -> dict[str, Any]:
                 return {name: others.pop(name) for name in options}
 
-            where, step, bounds = taken(place), taken(_STEP_OPTIONS), taken(search)
+            where, step, bounds = taken(place), taken(steps), taken(search)
             step["model_kwargs"] = parse_model_kwargs(step["model_kwargs"])
             given = Given(
-                device=where.pop("device"),
+                device=where.pop("device", None),
                 gpus=where.pop("gpus", ()),
                 memory=where.get("memory"),
                 place=where,
@@ -182,7 +193,7 @@ def shared_options(
             )
             return command(given=given, **others)
 
-        return _added({**place, **_STEP_OPTIONS, **search}, gathering)
+        return _added({**place, **steps, **search}, gathering)
 
     return add
 

@@ -64,6 +64,12 @@ from memfit.records.steps import (
     Precision,
     StepOptions,
 )
+from memfit.records.sweeps import (
+    Choice,
+    ChoiceRow,
+    Sweep,
+    SweepRow,
+)
 from memfit.records.trials import (
     Action,
     Capacity,
@@ -84,6 +90,8 @@ __all__ = [
     "Capacity",
     "CardLine",
     "Change",
+    "Choice",
+    "ChoiceRow",
     "CommandPlan",
     "CommandProbe",
     "DeviceProcess",
@@ -129,6 +137,8 @@ __all__ = [
     "StepOptions",
     "Survey",
     "SurveyAnswer",
+    "Sweep",
+    "SweepRow",
     "Timeline",
     "Trial",
     "Verdict",

@@ -15,7 +15,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-__all__ = ["Page", "Panel", "bar_chart", "level", "line_chart", "render"]
+__all__ = ["Page", "Panel", "bar_chart", "level", "line_chart", "render", "source_of"]
+
+_BASIC = {"scatter", "bar", "pie"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +73,12 @@ def render(page: Page) -> str:
     Args:
         page: The contents of the page.
     """
-    from plotly.offline import get_plotlyjs
-
     # Text that is not escaped is memfit's own or plotly's.
     return _template().render(
         page=page,
-        css=Markup(_source("page.css")),  # noqa: S704 - see above
-        script=Markup(_source("page.js")),  # noqa: S704 - see above
-        plotly=Markup(get_plotlyjs()),  # noqa: S704 - see above
+        css=Markup(source_of("page.css")),  # noqa: S704 - see above
+        script=Markup(source_of("page.js")),  # noqa: S704 - see above
+        plotly=Markup(_plotly(page)),  # noqa: S704 - see above
         data={panel.key: panel.data for panel in page.panels},
     )
 
@@ -194,7 +194,30 @@ def upright(place: float, text: str) -> dict[str, Any]:
     }
 
 
-def _source(name: str) -> str:
+def _plotly(page: Page) -> str:
+    """Return plotly.js: the whole of it only if a chart needs more than lines and bars.
+
+    The small bundle is plotly.js-basic-dist-min of npm, of the version that plotly for Python has.
+    """
+    kinds = {
+        trace.get("type", "scatter")
+        for panel in page.panels
+        for trace in panel.data.get("traces", ())
+    }
+    if kinds <= _BASIC:
+        return source_of("plotly-basic.min.js")
+    from plotly.offline import get_plotlyjs
+
+    everything: str = get_plotlyjs()
+    return everything
+
+
+def source_of(name: str) -> str:
+    """Return a file of the folder `page`.
+
+    Args:
+        name: The file's name.
+    """
     return resources.files(__package__).joinpath("page").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -204,4 +227,4 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.from_string(_source("page.html.j2"))
+    return environment.from_string(source_of("page.html.j2"))

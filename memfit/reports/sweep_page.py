@@ -1,0 +1,118 @@
+"""The page of a sweep: accuracy against the largest batch, filters, and a table that sorts.
+
+The page is one file, and makes no network requests. Its data is held by column, so that all of timm
+on a dozen cards stays small. `page/sweep.js` draws it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from memfit.accuracies import accuracy_source, best_of
+from memfit.records import StepOptions, Sweep, SweepRow
+from memfit.reports.html import source_of
+from memfit.reports.probe import step_words
+
+__all__ = ["page"]
+
+_Key = tuple[str, StepOptions]
+
+
+def page(sweep: Sweep) -> str:
+    """Return a sweep as one HTML document.
+
+    Args:
+        sweep: The sweep.
+    """
+    data = _data(sweep)
+    models = len(set(data["model"]))
+    # Text that is not escaped is memfit's own or plotly's.
+    return _template().render(
+        title="Which model fits which card",
+        lead=_lead(sweep, models),
+        footer=(
+            f"memfit, {sweep.source.value} with torch {sweep.torch_version} and timm "
+            f"{sweep.timm_version}. {accuracy_source()}"
+        ),
+        css=Markup(source_of("page.css") + source_of("sweep.css")),  # noqa: S704 - see above
+        script=Markup(source_of("sweep.js")),  # noqa: S704 - see above
+        plotly=Markup(source_of("plotly-basic.min.js")),  # noqa: S704 - see above
+        data=data,
+    )
+
+
+def _lead(sweep: Sweep, num_models: int) -> str:
+    cards = f"{len(sweep.gpus)} card{'s' * (len(sweep.gpus) > 1)}"
+    lead = f"{num_models} model{'s' * (num_models != 1)} on {cards}. Nothing was measured."
+    return lead if sweep.is_complete else f"{lead} The sweep was interrupted: models are missing."
+
+
+def _data(sweep: Sweep) -> dict[str, Any]:
+    """Return the page's data by column; what depends on the card is a list for each card."""
+    by_step: dict[_Key, dict[str, SweepRow]] = {}
+    # On another card, `auto` is another precision, so a step is known by what was asked for.
+    for row in sweep.rows:
+        by_step.setdefault(_key(row), {})[row.device] = row
+    firsts = [next(iter(rows.values())) for rows in by_step.values()]
+    accuracies = [best_of(row.model) for row in firsts]
+    steps = [_step_name(row.options) for row in firsts]
+    names = sorted(set(steps))
+
+    def of_cards(field: str) -> list[list[int | None]]:
+        return [
+            [getattr(rows[gpu], field) if gpu in rows else None for rows in by_step.values()]
+            for gpu in sweep.gpus
+        ]
+
+    return {
+        "cards": list(sweep.gpus),
+        "steps": names,
+        "model": [row.model for row in firsts],
+        "family": [row.family for row in firsts],
+        "step": [names.index(step) for step in steps],
+        "size": [list(row.options.image_size or ()) for row in firsts],
+        "options": [_command_options(row.options) for row in firsts],
+        "parameters": [row.num_parameters for row in firsts],
+        "flops": [row.forward_flops for row in firsts],
+        "top1": [None if known is None else known.top1_percent for known in accuracies],
+        "reason": [row.reason for row in firsts],
+        "largest": of_cards("max_batch_size"),
+        "recommended": of_cards("recommended_batch_size"),
+        "peak": of_cards("peak_bytes"),
+        "sample": of_cards("bytes_per_sample"),
+    }
+
+
+def _key(row: SweepRow) -> _Key:
+    return row.model, row.options
+
+
+def _step_name(options: StepOptions) -> str:
+    return ", ".join(step_words(options))
+
+
+def _command_options(options: StepOptions) -> str:
+    """Return the options of `memfit plan` that make the same step."""
+    words = [f"--precision {options.precision.value}"]
+    if options.optimizer not in (None, "adamw"):
+        words.append(f"--optimizer {options.optimizer}")
+    if options.image_size is not None:
+        words.append(f"--image-size {'x'.join(map(str, options.image_size))}")
+    if options.num_classes is not None:
+        words.append(f"--num-classes {options.num_classes}")
+    words += ["--channels-last"] * options.channels_last
+    words += ["--grad-checkpointing"] * options.grad_checkpointing
+    return " ".join(words)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.from_string(source_of("sweep.html.j2"))

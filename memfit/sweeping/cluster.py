@@ -1,0 +1,138 @@
+"""The same tasks on a Ray cluster: a node that is lost costs time, and no answer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from memfit.errors import UnsupportedError, UsageError
+from memfit.sweeping.workers import Task
+
+__all__ = ["RayPool", "check_versions"]
+
+_RETRIES = 5
+_NODE_SECONDS = 120
+# So many tasks are with the cluster at a time, for each of its cores.
+_TASKS_EACH = 4
+
+
+class RayPool:
+    """A Ray cluster that runs tasks.
+
+    A task whose worker or node is lost runs again somewhere else. Each task is answered once.
+
+    Args:
+        address: `"auto"` for the cluster that this machine belongs to, or its address.
+        versions: The versions of this process; every node must have the same.
+
+    Raises:
+        UnsupportedError: Ray is not installed, or nodes have other versions.
+        UsageError: There is no cluster at the address.
+    """
+
+    def __init__(self, address: str, versions: Mapping[str, str]) -> None:
+        try:
+            self._ray: Any = importlib.import_module("ray")
+        except ImportError as error:
+            raise UnsupportedError(
+                "Sweeps on a cluster need Ray, which is not installed: pip install 'memfit[sweep]'."
+            ) from error
+        if not self._ray.is_initialized():
+            try:
+                self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UsageError(
+                    f"There is no Ray cluster at {address!r}: {str(error).partition(chr(10))[0]} "
+                    "Start one with `ray start --head`."
+                ) from error
+        check_versions(self._versions_by_node(), versions)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Any, Any]]:
+        """Run tasks, and yield each with its answer as soon as it is known.
+
+        Args:
+            tasks: The tasks. They can be pickled.
+        """
+        ray = self._ray
+        remote = ray.remote(num_cpus=1, max_retries=_RETRIES, retry_exceptions=False)(_run)
+        waiting = list(reversed(tasks))
+        running: dict[Any, Task] = {}
+        try:
+            while waiting or running:
+                room = _TASKS_EACH * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                while waiting and len(running) < room:
+                    task = waiting.pop()
+                    running[remote.remote(task)] = task
+                done, _ = ray.wait(list(running), num_returns=1)
+                for reference in done:
+                    task = running.pop(reference)
+                    try:
+                        answer = ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        answer = task.failed(
+                            f"The cluster lost the task {_RETRIES + 1} times: "
+                            f"{str(error).strip().partition(chr(10))[0]}"
+                        )
+                    yield task, answer
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+
+    def _versions_by_node(self) -> dict[str, dict[str, str]]:
+        """Ask every node which versions it has."""
+        ray = self._ray
+        pinned = importlib.import_module("ray.util.scheduling_strategies")
+        asked = {}
+        for node in ray.nodes():
+            if node["Alive"] and node["Resources"].get("CPU"):
+                strategy = pinned.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                where = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
+                ask = ray.remote(num_cpus=1, scheduling_strategy=strategy)(_versions)
+                asked[where] = ask.remote()
+        if not asked:
+            raise UnsupportedError("The Ray cluster has no node with a CPU to run tasks on.")
+        found: dict[str, dict[str, str]] = {}
+        for where, reference in asked.items():
+            try:
+                found[where] = ray.get(reference, timeout=_NODE_SECONDS)
+            except ray.exceptions.RayError as error:  # noqa: PERF203 - every node is asked
+                first = str(error).strip().rpartition("\n")[2]
+                found[where] = {"memfit": f"not usable ({first})"}
+        return found
+
+
+def check_versions(found: Mapping[str, Mapping[str, str]], here: Mapping[str, str]) -> None:
+    """Refuse a cluster whose nodes have other versions than this process.
+
+    Args:
+        found: The versions by package, by node.
+        here: The versions of this process.
+
+    Raises:
+        UnsupportedError: A node has another version; the message lists every such node.
+    """
+    other = {node: each for node, each in found.items() if dict(each) != dict(here)}
+    if other:
+        lines = [f"  {node}: {_listed(each)}" for node, each in sorted(other.items())]
+        raise UnsupportedError(
+            "The figures of a sweep depend on the versions, and the cluster has several. Here: "
+            f"{_listed(here)}. {len(other)} of {len(found)} nodes differ:\n" + "\n".join(lines)
+        )
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _run(task: Task) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    return task.run()
+
+
+def _versions() -> dict[str, str]:
+    from memfit.sweeping.tasks import versions
+
+    return versions()

@@ -1,0 +1,201 @@
+"""One task of a sweep: a training step on all cards, answered in whatever process runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import memfit
+from memfit.api.asking import Answer, Asked
+from memfit.api.cards import engine_for_several, source_of
+from memfit.backends import Backend
+from memfit.cards import find_gpu
+from memfit.errors import MemfitError
+from memfit.planning import run_search
+from memfit.records import ProbeResult, StepOptions, SweepRow, Trial
+from memfit.step.runner import call_model
+from memfit.step.timm_models import import_timm
+from memfit.step.training_step import TrainingStep
+from memfit.sweeping.selection import family_of
+
+__all__ = ["Facts", "SweepTask", "facts_of", "first_line", "versions"]
+
+# Batch norm may refuse a single sample.
+_COUNTED_SAMPLES = 2
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a sweep's figures, by package."""
+    return {
+        "memfit": memfit.__version__,
+        "torch": torch.__version__,
+        "timm": import_timm().__version__,
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a model without a card.
+
+    Args:
+        num_parameters: Its parameters.
+        forward_flops: Operations of one sample's forward pass; `None` if they cannot be counted.
+        has_batch_norm: Whether a layer normalises over the samples of a micro-batch.
+    """
+
+    num_parameters: int
+    forward_flops: int | None
+    has_batch_norm: bool
+
+
+def facts_of(step: TrainingStep) -> Facts:
+    """Build a model without weights, and count.
+
+    Args:
+        step: The training step.
+
+    Raises:
+        UsageError: timm cannot build the model.
+    """
+    prepared = step.prepare(torch.device("meta"))
+    model = prepared.model
+    flops = None
+    # Some models need values in their forward pass. Their operations are not counted.
+    with contextlib.suppress(Exception), torch.no_grad():
+        inputs, _ = prepared.make_batch(_COUNTED_SAMPLES)
+        inputs = inputs.to(next(model.parameters()).dtype)
+        with FlopCounterMode(display=False) as counter:
+            call_model(model, inputs)
+        flops = counter.get_total_flops() // _COUNTED_SAMPLES
+    return Facts(
+        num_parameters=sum(weight.numel() for weight in model.parameters()),
+        forward_flops=flops,
+        has_batch_norm=any(isinstance(module, _BATCH_NORMS) for module in model.modules()),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SweepTask:
+    """One training step, and the cards to try it on.
+
+    Args:
+        model: The model's name.
+        gpus: Names of the catalogue.
+        options: The step, the search and the engine, as keyword arguments of `memfit.survey`.
+    """
+
+    model: str
+    gpus: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """A text that is the same for equal tasks, in every process."""
+        asked = [type(self).__name__, self.model, self.gpus, sorted(self.options.items())]
+        return hashlib.sha256(json.dumps(asked, default=repr).encode()).hexdigest()[:20]
+
+    def run(self) -> tuple[SweepRow, ...]:
+        """Return a row for each card; a failure is a row with its reason."""
+        try:
+            asked = Asked.of(self.model, **self.options)
+            facts = facts_of(asked.step)
+            answers = asked.on_each(self.gpus, lambda card: _probed(card, asked))
+        except MemfitError as error:
+            return self.failed(str(error))
+        except Exception as error:  # noqa: BLE001 - timm's code ran; one model must not end a sweep
+            return self.failed(first_line(error))
+        return tuple(self._row(asked, facts, answer) for answer in answers)
+
+    def failed(self, reason: str) -> tuple[SweepRow, ...]:
+        """Return a row for each card that says why there are no figures.
+
+        Args:
+            reason: The reason, in a sentence.
+        """
+        try:
+            options = Asked.of(self.model, **self.options).step.options
+        except MemfitError:
+            options = StepOptions()
+        memory_bytes = self.options.get("memory")
+        return tuple(
+            SweepRow(
+                model=self.model,
+                family=family_of(self.model),
+                device=find_gpu(gpu, total_bytes=memory_bytes).name,
+                source=source_of(engine_for_several(self.options.get("engine", "auto"))),
+                options=options,
+                reason=reason,
+            )
+            for gpu in self.gpus
+        )
+
+    def _row(self, asked: Asked, facts: Facts, answer: Answer) -> SweepRow:
+        row = SweepRow(
+            model=self.model,
+            family=family_of(self.model),
+            device=answer.gpu,
+            source=asked.source_for_several,
+            options=asked.step.options,
+            num_parameters=facts.num_parameters,
+            forward_flops=facts.forward_flops,
+            reason=answer.reason,
+        )
+        if answer.found is None:
+            return row
+        result, added = answer.found
+        return dataclasses.replace(
+            row,
+            options=result.options,
+            capacity_bytes=result.capacity.usable_bytes,
+            max_batch_size=result.max_batch_size,
+            recommended_batch_size=result.recommended_batch_size,
+            edge_found=result.edge_found,
+            peak_bytes=_peak_bytes(result),
+            bytes_per_sample=added,
+        )
+
+
+def _probed(opened: Backend, asked: Asked) -> tuple[ProbeResult, int | None]:
+    """Search on a card, and return what a sample adds too."""
+    with opened as backend:
+        result = run_search(backend, asked.step, asked.search)
+        fits = {trial.batch_size: trial for trial in result.trials if trial.fits}
+        most = result.max_batch_size
+        if len(fits) == 1 and most > 1:
+            step = dataclasses.replace(asked.step, options=result.options)
+            half = backend.trial(step, most // 2)
+            fits[half.batch_size] = half
+        return result, _bytes_per_sample(list(fits.values()))
+
+
+def _bytes_per_sample(fits: list[Trial]) -> int | None:
+    """Return how the bytes that tensors ask for grow between the two sizes farthest apart."""
+    known = [
+        (trial.batch_size, trial.peak_requested_bytes)
+        for trial in fits
+        if trial.peak_requested_bytes is not None
+    ]
+    if len(known) < 2:  # noqa: PLR2004 - a slope needs two points
+        return None
+    (fewest, low), (most, high) = min(known), max(known)
+    return (high - low) // (most - fewest)
+
+
+def _peak_bytes(result: ProbeResult) -> int | None:
+    trial = result.trial_at(result.recommended_batch_size or result.max_batch_size)
+    return None if trial is None else trial.peak_reserved_bytes
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error that is not memfit's as one line: its class and its first sentence."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

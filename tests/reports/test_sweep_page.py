@@ -1,0 +1,141 @@
+"""The page of a sweep, in a real browser without a network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+from memfit.cards import COMMON_GPUS
+from memfit.records import Sweep
+from memfit.reports.sweep_page import page
+from reports.test_page import browser, needs_browser
+from reports.test_sweep_report import FAILED, ROW, SWEEP
+
+__all__ = ["browser"]
+
+MOST_BYTES = 3_000_000
+MOST_MILLISECONDS = 2000
+PHONE, DESKTOP = 390, 1400
+
+
+def all_of_timm() -> Sweep:
+    """Return a sweep of the size of all of timm, with figures that are made up."""
+    rows = tuple(
+        dataclasses.replace(
+            ROW,
+            model=name,
+            family=name.partition("_")[0],
+            device=gpu,
+            max_batch_size=None if number % 40 == 0 else 1 + number * (1 + place),
+            num_parameters=10_000 * (1 + number),
+        )
+        for number, name in enumerate(timm.list_models())
+        for place, gpu in enumerate(COMMON_GPUS)
+    )
+    return dataclasses.replace(SWEEP, rows=rows, gpus=COMMON_GPUS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "zoo.html"
+    path.write_text(page(all_of_timm()), encoding="utf-8")
+    return path
+
+
+def opened(browser: Any, path: Path, width: int = DESKTOP) -> Any:
+    sized = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sized)
+    browser.get(path.as_uri())
+    return browser
+
+
+def names(browser: Any) -> list[str]:
+    script = "return [...document.querySelectorAll('#body td button')].map((b) => b.textContent)"
+    found: list[str] = browser.execute_script(script)
+    return found
+
+
+def put(browser: Any, key: str, value: str) -> None:
+    browser.execute_script(
+        "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+        "field.dispatchEvent(new Event('input', {bubbles: true}))",
+        key,
+        value,
+    )
+
+
+def test_all_of_timm_is_small(written: Path) -> None:
+    """One file, under 3 MB, that asks nothing of a network."""
+    text = written.read_text(encoding="utf-8")
+    assert len(text.encode()) < MOST_BYTES
+    assert "default-src 'none'" in text
+
+
+@needs_browser
+def test_it_opens_fast_filters_and_sorts(browser: Any, written: Path) -> None:
+    """Search, the filters, the columns and the command of a model."""
+    drawn = opened(browser, written)
+    assert int(drawn.execute_script("return document.body.dataset.drawn")) < 5 * MOST_MILLISECONDS
+    points = "return document.querySelectorAll('#scatter .point').length"
+    everything = drawn.execute_script(points)
+    assert everything > 500
+    put(drawn, "search", "convnext tiny")
+    assert names(drawn)
+    assert all("convnext" in name and "tiny" in name for name in names(drawn))
+    assert 0 < drawn.execute_script(points) < everything
+    put(drawn, "search", "")
+    put(drawn, "parameters", "5000000")
+    few = int(
+        drawn.execute_script("return document.getElementById('count').textContent").split()[2]
+    )
+    assert few == 500
+    put(drawn, "parameters", "")
+    by_name = "document.querySelector('#head button').click()"
+    drawn.execute_script(by_name)
+    assert names(drawn) == sorted(names(drawn))
+    assert names(drawn)[0] == timm.list_models()[0]
+    drawn.execute_script("document.querySelector('#body button').click()")
+    command = drawn.execute_script("return document.getElementById('command').textContent")
+    assert command.startswith(f"memfit plan {timm.list_models()[0]} --gpu ")
+    assert "--precision amp-fp16" in command
+    assert drawn.get_log("browser") == []
+
+
+@needs_browser
+def test_the_card_changes_the_figures(browser: Any, written: Path) -> None:
+    """The table shows the batch sizes of the chosen card."""
+    drawn = opened(browser, written)
+    put(drawn, "search", "resnet18")
+    cell = "return document.querySelector('#body td.number:nth-of-type(4)').textContent"
+    small = int(drawn.execute_script(cell))
+    put(drawn, "card", str(len(COMMON_GPUS) - 1))
+    assert int(drawn.execute_script(cell)) == 1 + (small - 1) * len(COMMON_GPUS)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_nothing_is_wider_than_the_screen(browser: Any, written: Path, width: int) -> None:
+    """The table scrolls in its own frame."""
+    drawn = opened(browser, written, width)
+    assert drawn.execute_script("return document.documentElement.scrollWidth") <= width
+    wide = (
+        "return [...document.querySelectorAll('.filters *, #legend *, h1, h2, .note')]"
+        ".filter((e) => e.getBoundingClientRect().right > innerWidth).length"
+    )
+    assert drawn.execute_script(wide) == 0
+
+
+@needs_browser
+def test_a_sweep_in_which_nothing_fits(browser: Any, tmp_path: Path) -> None:
+    """The page opens, and says so."""
+    path = tmp_path / "none.html"
+    path.write_text(page(dataclasses.replace(SWEEP, rows=(FAILED,))), encoding="utf-8")
+    drawn = opened(browser, path)
+    assert (
+        drawn.execute_script("return document.getElementById('count').textContent") == "0 of 1 fit"
+    )
+    assert drawn.get_log("browser") == []

@@ -1,0 +1,70 @@
+"""Sweeps on a Ray cluster: what is lost with a node is done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from memfit.errors import UnsupportedError
+from memfit.records import SweepRow
+from memfit.sweeping.cluster import RayPool, check_versions
+from memfit.sweeping.tasks import SweepTask, versions
+
+HERE = {"memfit": "1", "torch": "2.15.0", "timm": "1.0.31"}
+
+
+def test_a_mixed_cluster_is_refused() -> None:
+    """The message lists the nodes that differ, and their versions."""
+    other = {**HERE, "torch": "2.14.1"}
+    check_versions({"a": HERE, "b": dict(HERE)}, HERE)
+    with pytest.raises(UnsupportedError) as caught:
+        check_versions({"a": HERE, "b": other, "c": other}, HERE)
+    message = str(caught.value)
+    assert "2 of 3 nodes differ" in message
+    assert "b: memfit 1, torch 2.14.1" in message
+    assert "a:" not in message
+
+
+class Slow(SweepTask):
+    """A step that takes a while, and says where it ran."""
+
+    def run(self) -> tuple[SweepRow, ...]:
+        time.sleep(0.5)
+        (row,) = self.failed("slow")
+        return (row,)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes on this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    yield made
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lost_node_loses_no_answer(cluster: Any) -> None:
+    """A node is killed in the middle: every answer is there at the end, and none twice."""
+    pool = RayPool(cluster.address, versions())
+    tasks = [
+        Slow(model="test_vit", gpus=("t4",), options={"precision": "fp32", "num_classes": number})
+        for number in range(1, 19)
+    ]
+    answered = []
+    for task, rows in pool.run(tasks):
+        answered.append((task.key, rows[0].options.num_classes))
+        if len(answered) == 4:
+            cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+    assert sorted(answered) == sorted((task.key, task.options["num_classes"]) for task in tasks)
