@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.console import Console
 
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, shared_options
 from memfit.cli.output import Format, format_options, print_csv, print_json
-from memfit.cli.sweeping import interrupted, on_each_row, pool_options
+from memfit.cli.sweeping import interrupted, on_each_row, pool_options, wide_console
 from memfit.errors import UsageError
 
 __all__ = ["choose"]
@@ -79,6 +78,6 @@ def choose(
     elif output is Format.CSV:
         print_csv(choice_rows(found))
     else:
-        Console().print(render_choice(found))
+        wide_console().print(render_choice(found))
     if not found.is_complete:
         interrupted()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, shared_options
@@ -20,7 +19,7 @@ from memfit.cli.output import (
     print_json,
     write,
 )
-from memfit.cli.sweeping import interrupted, on_each_row, pool_options, write_parquet
+from memfit.cli.sweeping import interrupted, on_each_row, pool_options, wide_console, write_parquet
 from memfit.errors import DoesNotFitError
 from memfit.records import Precision, Sweep
 
@@ -128,7 +127,7 @@ def sweep(
     elif output is Format.CSV:
         print_csv(sweep_rows(found.rows))
     else:
-        Console().print(render(found, order=order, min_batch_size=min_batch, top=top))
+        wide_console().print(render(found, order=order, min_batch_size=min_batch, top=top))
     if parquet is not None:
         write_parquet(sweep_rows(found.rows), parquet)
     if html is not None:

@@ -16,7 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from memfit.cli.output import OUTPUT, check_writable
 from memfit.errors import UnsupportedError, UsageError
 
-__all__ = ["Shown", "on_each_row", "pool_options", "write_parquet"]
+__all__ = ["Shown", "interrupted", "on_each_row", "pool_options", "wide_console", "write_parquet"]
+
+_WIDTH = 160
+_INTERRUPTED = 130
+
+
+def wide_console() -> Console:
+    """Return a console for a table of many columns: a file or a pipe has no width of its own."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def pool_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,4 +141,4 @@ def write_parquet(rows: Sequence[Sequence[object]] | None, path: Path) -> None:
 def interrupted() -> None:
     """End with the exit code of an interruption."""
     click.echo("memfit: interrupted; the same command goes on where it stopped.", err=True)
-    sys.exit(130)
+    sys.exit(_INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
@@ -121,13 +122,14 @@ def render(
     steps = {row.options for row in sweep.rows if row.max_batch_size is not None}
     has_steps = len({tuple(step_words(options)) for options in steps}) > 1
     has_devices = len(sweep.gpus) > 1
-    table = plain_table("model")
+    table = plain_table()
+    table.add_column("model", no_wrap=True)
     if has_devices:
-        table.add_column("card", no_wrap=True)
+        table.add_column("card")
     if has_steps:
         table.add_column("step")
     for name in ("top-1", "largest", "recommended", "peak", "a sample", "parameters", "forward"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for row in shown:
         middle = [row.device] if has_devices else []
         middle += [", ".join(step_words(row.options))] if has_steps else []
@@ -302,11 +304,12 @@ def render_choice(choice: Choice) -> RenderableType:
         choice: The choice.
     """
     fits = [row for row in choice.rows if row.micro_batch_sizes]
-    table = plain_table("model")
+    table = plain_table()
+    table.add_column("model", no_wrap=True)
     for name in ("image", "top-1", "plan", "peak", "parameters"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     table.add_column("accumulation")
-    table.add_column("with checkpointing", justify="right", no_wrap=True)
+    table.add_column("with checkpointing", justify="right")
     for row in fits:
         table.add_row(
             row.model,
@@ -324,7 +327,9 @@ def render_choice(choice: Choice) -> RenderableType:
     ]
     unfit = (row for row in choice.rows if not row.micro_batch_sizes)
     parts.extend(Text(f"  {row.model}: {row.reason}") for row in unfit)
-    step = ", ".join(step_words(fits[0].options)) if fits else ""
+    # Each model has its own image size, which is in its line.
+    own = dataclasses.replace(fits[0].options, image_size=None) if fits else None
+    step = ", ".join(step_words(own)) if own is not None else ""
     source = fits[0].source.value if fits else ""
     first = f"{choice.num_tried} of {choice.num_known} models were tried, {source}: {step}."
     if not choice.is_complete:

@@ -21,7 +21,7 @@ from memfit.cards import find_gpu
 from memfit.errors import MemfitError
 from memfit.planning import run_search
 from memfit.records import ProbeResult, StepOptions, SweepRow, Trial
-from memfit.step.runner import call_model
+from memfit.step.calling import call_model
 from memfit.step.timm_models import import_timm
 from memfit.step.training_step import TrainingStep
 from memfit.sweeping.selection import family_of
