@@ -6,19 +6,27 @@ Each cause is tested separately, so that a step with two causes has both named. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 
+import torch
+
 from memfit.equivalence.comparison import ceiling_of, check
+from memfit.equivalence.counting import SAMPLES
 from memfit.equivalence.gradient_flow import stateful_layers
 from memfit.equivalence.gradients import CheckSetup, Gradients, gradients
+from memfit.equivalence.halves import layers_that_see_the_cut
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients
 from memfit.equivalence.passes import Compared, PassCounter
 from memfit.equivalence.state import changed_state, same_start
 from memfit.equivalence.weighting import Weights, in_parameters
-from memfit.records import GradientFault, MixesIn, MixingLayer
+from memfit.records import GradientFault, LossWeighting, MixesIn, MixingLayer
 
-__all__ = ["Causes", "find_causes"]
+__all__ = ["Causes", "error_by_samples", "find_causes"]
+
+_CLOSE = {True: 1e-9, False: 1e-5}  # what rounding changes in a layer, in float64 and float32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +39,8 @@ class Causes:
         stateful: Layers that return a different result when they are called again.
         carried: Parameters, buffers and attributes that forward changes.
         detaching: Layers that cut gradients off in some passes and not in others.
+        weights: What the loss averages over, if the parameters' gradients show something else than
+            the outputs' (a penalty on the weights); else `None`.
     """
 
     faults: tuple[GradientFault, ...] = ()
@@ -38,6 +48,7 @@ class Causes:
     stateful: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     detaching: tuple[str, ...] = ()
+    weights: Weights | None = None
 
 
 def find_causes(
@@ -80,9 +91,16 @@ def find_causes(
     }
     faults = [fault for fault, is_so in seen.items() if is_so]
     found: tuple[MixingLayer, ...] = ()
+    inside = None
     if not faults:
-        found = _mixing_besides(setup, compared)
-        faults += [GradientFault.MIXES_SAMPLES] if found else []
+        found = _mixing_besides(setup)
+    if not faults and not found:
+        inside = in_parameters(setup, compared.accumulated_cut)
+        found = () if inside.mixer is None else (inside.mixer,)
+        if inside.adds_different_means:
+            faults.append(GradientFault.ADDS_DIFFERENT_MEANS)
+    if found:
+        faults.append(GradientFault.MIXES_SAMPLES)
     if compared.drawn_by_host and set(faults) <= {GradientFault.DEPENDS_ON_ORDER}:
         # Python and NumPy draw by position, so in another order samples get other draws.
         faults.append(GradientFault.DRAWS_NOT_REPLAYED)
@@ -94,7 +112,42 @@ def find_causes(
         stateful=stateful,
         carried=carried,
         detaching=compared.detaching_at_times if GradientFault.DETACHES in faults else (),
+        weights=inside if GradientFault.ADDS_DIFFERENT_MEANS in faults else None,
     )
+
+
+def error_by_samples(setup: CheckSetup, compared: Compared, weights: Weights) -> float | None:
+    """Return how far gradients are off if each micro-batch's loss weighs as its samples do.
+
+    Args:
+        setup: The step that was run.
+        compared: The comparison of its gradients.
+        weights: What its losses average over.
+
+    Returns:
+        The norm of the difference of all gradients, relative to the norm of the full batch's;
+        `None` if samples are the right weights, or if nothing can be compared.
+    """
+    cut = compared.accumulated_cut
+    by_samples = SAMPLES.shares(cut, setup.samples)
+    right = weights.of(cut, setup.samples)
+    assert by_samples is not None
+    if all(rule is LossWeighting.SAMPLES for rule in weights.rules) or len(cut) == 1:
+        return None
+    # A part that counts nothing has no mean. Its loss is left out here.
+    given = [
+        tuple(share if weight else 0.0 for weight in of_part)
+        for share, of_part in zip(by_samples, right, strict=True)
+    ]
+    other = gradients(setup, cut, weights=given)
+    apart = whole = 0.0
+    for name, reference in compared.reference.values.items():
+        value = other.values[name]
+        if reference is None or value is None:
+            continue
+        apart += float(torch.linalg.vector_norm(value - reference)) ** 2
+        whole += float(torch.linalg.vector_norm(reference)) ** 2
+    return math.sqrt(apart / whole) if whole else None
 
 
 def _hidden_by_draws(compared: Compared, mixing: Sequence[MixingLayer]) -> bool:
@@ -117,7 +170,20 @@ def _forgetting_helps(setup: CheckSetup, compared: Compared, weights: Weights) -
     """Whether accumulated gradients change when each micro-batch begins from the same state."""
     cut = compared.accumulated_cut
     forgetful = gradients(setup, cut, weights=weights.of(cut, setup.samples), forgets=True)
-    return _differ(setup, compared.accumulated, forgetful, cut)
+    if _differ(setup, compared.accumulated, forgetful, cut):
+        return True
+    # The same parts in the same order round alike. So a difference above the bound is no rounding,
+    # even if it is far below the ceiling.
+    again = check(
+        setup,
+        forgetful,
+        compared.accumulated,
+        shuffled=None,
+        reference_cut=cut,
+        cut=cut,
+        is_proof=True,
+    )
+    return not again.passed and not compared.passed
 
 
 def _repeats(setup: CheckSetup, compared: Compared) -> bool:
@@ -130,10 +196,13 @@ def _repeats(setup: CheckSetup, compared: Compared) -> bool:
     return not _differ(setup, compared.reference, again, whole)
 
 
-def _mixing_besides(setup: CheckSetup, compared: Compared) -> tuple[MixingLayer, ...]:
-    """Look for mixing in backward alone, or in a loss that the model computes inside itself."""
+def _mixing_besides(setup: CheckSetup) -> tuple[MixingLayer, ...]:
+    """Look for mixing in backward alone, and for layers that see where the batch was cut."""
     found = mixing_gradients(setup.model, setup.samples.first(NUM_SAMPLES))
     if found:
         return found
-    mixer = in_parameters(setup, compared.accumulated_cut).mixer
-    return () if mixer is None else (mixer,)
+    close = _CLOSE[setup.precision is None]
+    # The user's own function may cut this batch, and the model may not take its halves.
+    with contextlib.suppress(Exception):
+        return layers_that_see_the_cut(setup.model, setup.samples, close=close)
+    return ()

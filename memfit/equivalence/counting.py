@@ -49,13 +49,20 @@ class Count:
         weighting: The kind of count.
         of: A function of a part of the batch and its number of samples; it returns the count.
         text: The count as an expression of the batch; `None` if it has no name.
+        at_least_one: The loss divides by 1 if there is nothing to count, as detection losses do.
         measured: For a rule without a count: a function that measures the factors for a cut.
     """
 
     weighting: LossWeighting
     of: Callable[[Any, int], float]
     text: str | None = None
+    at_least_one: bool = False
     measured: Callable[[Sequence[int], Samples], tuple[float, ...]] | None = None
+
+    def clamped(self) -> Count:
+        """Return the count of a loss that divides by 1 if there is nothing to count."""
+        text = None if self.text is None else f"{self.text}.clamp(min=1)"
+        return dataclasses.replace(self, text=text, at_least_one=True)
 
     def shares(self, cut: Sequence[int], samples: Samples) -> tuple[float, ...] | None:
         """Return the factor for the loss of each micro-batch.
@@ -73,6 +80,8 @@ class Count:
         if self.weighting is LossWeighting.SUM:
             return tuple(counts)
         total = sum(counts)
+        if self.at_least_one:
+            return tuple(max(1.0, count) / max(1.0, total) for count in counts)
         return tuple(count / total for count in counts) if total else None
 
 

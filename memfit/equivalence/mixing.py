@@ -28,7 +28,15 @@ from memfit.equivalence.state import same_start
 from memfit.records import MixesIn, MixingLayer
 from memfit.step.calling import call_model
 
-__all__ = ["NUM_SAMPLES", "layer_name", "mixing_gradients", "mixing_layers", "with_values"]
+__all__ = [
+    "NUM_SAMPLES",
+    "MixingSearch",
+    "ValuePlace",
+    "layer_name",
+    "mixing_gradients",
+    "mixing_layers",
+    "with_values",
+]
 
 NUM_SAMPLES = 4
 """Samples that the experiments need: three that run, and one that takes the place of others."""
@@ -38,7 +46,8 @@ _SIZES = ((3, 4), (2, 4), (4, 8))  # some models take only even numbers
 # In layers that do not mix, the elements of an unchanged sample are the same bit for bit.
 _MOVED = 1e-9
 
-_Key = tuple[str, int, str, int]  # layer, its call, input or output, index of the tensor
+ValuePlace = tuple[str, int, str, int]
+"""A layer, the number of its call, input or output, and the index of the tensor."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,13 +118,13 @@ class _Try:
 
 def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLayer, ...]:
     longer = _shapes(model, one.all_inputs)
-    before: dict[_Key, torch.Tensor] = {}
+    before: dict[ValuePlace, torch.Tensor] = {}
 
-    def note(_maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
+    def note(_maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         before[key] = leaf.detach().clone()
         return leaf
 
-    _MixingSearch(note).run(model, one.inputs())
+    MixingSearch(note).run(model, one.inputs())
     first = _suspects(one, 0, before, longer, close)
     if not first:
         return ()
@@ -153,22 +162,30 @@ def _rms(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
 
 
-class _MixingSearch:
+class MixingSearch:
     """One run of a model in which a visitor sees every value that layers pass on.
 
     Args:
         visit: Called with the layer that made a value, the value's place, and the value. It may
             return another value instead. A layer made its outputs. The inputs of a layer were made
             by the layer around it.
+        is_repeating: Visit a value again if a layer passes it on unchanged.
     """
 
-    def __init__(self, visit: Callable[[str, _Key, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        visit: Callable[[str, ValuePlace, torch.Tensor], torch.Tensor],
+        *,
+        is_repeating: bool = False,
+    ) -> None:
         self._visit = visit
+        self._is_repeating = is_repeating
         self._calls: dict[str, int] = {}
         self._around: list[str] = []
         self._last: list[tuple[torch.Tensor, int]] = []
 
     def run(self, model: nn.Module, inputs: Any) -> None:
+        """Run the model on inputs."""
         handles = []
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
@@ -213,6 +230,8 @@ class _MixingSearch:
 
     def _was_last(self, leaf: torch.Tensor) -> bool:
         """Whether a value is the unchanged output of the last layer, which was visited already."""
+        if self._is_repeating:
+            return False
         return any(leaf is tensor and version_of(leaf) == version for tensor, version in self._last)
 
 
@@ -220,27 +239,27 @@ def _is_numbers(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _shapes(model: nn.Module, inputs: Any) -> dict[_Key, torch.Size]:
-    shapes: dict[_Key, torch.Size] = {}
+def _shapes(model: nn.Module, inputs: Any) -> dict[ValuePlace, torch.Size]:
+    shapes: dict[ValuePlace, torch.Size] = {}
 
-    def note(_maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
+    def note(_maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         shapes[key] = leaf.shape
         return leaf
 
-    _MixingSearch(note).run(model, inputs)
+    MixingSearch(note).run(model, inputs)
     return shapes
 
 
 def _suspects(
     one: _Try,
     sample: int,
-    before: dict[_Key, torch.Tensor],
-    longer: dict[_Key, torch.Size],
+    before: dict[ValuePlace, torch.Tensor],
+    longer: dict[ValuePlace, torch.Size],
     close: float,
-) -> dict[_Key, _Suspect]:
-    found: dict[_Key, _Suspect] = {}
+) -> dict[ValuePlace, _Suspect]:
+    found: dict[ValuePlace, _Suspect] = {}
 
-    def compare(maker: str, key: _Key, leaf: torch.Tensor) -> torch.Tensor:
+    def compare(maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         old = before.get(key)
         if old is None or old.shape != leaf.shape or leaf.ndim == 0:
             # If the data decides which layers run, there may be no value to compare with. A single
@@ -257,7 +276,7 @@ def _suspects(
         found[key] = _Suspect(maker, foreign / norm, seen - old)
         return with_values(leaf, others)
 
-    _MixingSearch(compare).run(one.model, one.inputs(changed=sample))
+    MixingSearch(compare).run(one.model, one.inputs(changed=sample))
     return found
 
 

@@ -2,7 +2,8 @@
 
 Two passes can be compared only if both begin from the same state. The state consists of parameters
 (forward may change a teacher's), buffers, attributes of every kind (queues, counters), random
-states, and objects that the loss function uses. `memfit.memory` restores the values.
+states, objects that the loss function uses, and variables that the code writes. `memfit.memory`
+restores the values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from memfit.equivalence.variables import Variable, own_classes, variables_of
 from memfit.equivalence.widening import as_they_are
 from memfit.memory.attributes import save_contents
 from memfit.memory.restore import save_random_states
@@ -24,6 +26,7 @@ from memfit.memory.restore import save_random_states
 __all__ = ["changed_state", "held_by", "same_start"]
 
 _KEPT = (nn.Module, torch.Tensor, list, dict, deque, set)
+_FUNCTIONS = (functools.partial, types.MethodType, types.FunctionType)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -41,24 +44,38 @@ def same_start(
         A function that restores everything except gradients at once, for use within a pass.
     """
     parameters = tuple(parameters)
+    variables = [(one, one.read()) for one in _variables(objects)]
     with as_they_are():
         put_back = save_contents(cast("Sequence[nn.Module]", objects))
         put_random_back = save_random_states()
 
-    def restore() -> None:
-        gradients = [(parameter, parameter.grad) for parameter in parameters]
+    def put_all_back() -> None:
+        for variable, value in variables:
+            if variable.read() is not value:
+                variable.write(value)
         with as_they_are():
             put_back()
             put_random_back()
+
+    def restore() -> None:
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
+        put_all_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
 
     try:
         yield restore
     finally:
-        with as_they_are():
-            put_back()
-            put_random_back()
+        put_all_back()
+
+
+def _variables(objects: Sequence[object]) -> Iterator[Variable]:
+    modules = [one for one in objects if isinstance(one, nn.Module)]
+    classes = dict.fromkeys(kind for module in modules for kind in own_classes(module))
+    functions = [one for one in objects if isinstance(one, types.FunctionType)]
+    for kind in classes:
+        functions += (one for one in vars(kind).values() if isinstance(one, types.FunctionType))
+    return variables_of(dict.fromkeys(functions), classes)
 
 
 def held_by(loss: Callable[..., Any], model: nn.Module) -> tuple[object, ...]:
@@ -67,33 +84,38 @@ def held_by(loss: Callable[..., Any], model: nn.Module) -> tuple[object, ...]:
     Args:
         loss: A module, a function, a method or a partial of one.
         model: The model.
+
+    Returns:
+        Modules, tensors and containers; and functions, whose variables may change.
     """
-    functions: list[Any] = [loss]
-    for kind in dict.fromkeys(map(type, model.modules())):
-        forward = getattr(kind, "forward", None)
-        if forward is not None and not kind.__module__.startswith("torch."):
-            functions.append(forward)
+    layers = [model, loss] if isinstance(loss, nn.Module) else [model]
+    kinds = dict.fromkeys(kind for layer in layers for kind in own_classes(layer))
+    left: list[tuple[Any, bool]] = [(loss, True)]
+    for kind in kinds:
+        values = [value for name, value in vars(kind).items() if not name.startswith("__")]
+        left += ((value, True) for value in values if isinstance(value, types.FunctionType))
+        left += ((value, False) for value in values if isinstance(value, _KEPT))
     found: dict[int, object] = {}
-    while functions:
-        function = functions.pop()
-        if isinstance(function, functools.partial):
-            functions.append(function.func)
-            held: list[Any] = [*function.args, *function.keywords.values()]
-        elif isinstance(function, types.MethodType):
-            functions.append(function.__func__)
-            found[id(function.__self__)] = function.__self__
-            held = []
-        elif isinstance(function, types.FunctionType):
-            held = _of_function(function)
+    while left:
+        value, is_outer = left.pop()
+        if id(value) in found:
+            continue
+        if isinstance(value, functools.partial):
+            held = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            held = [value.__func__, value.__self__]
+        elif isinstance(value, types.FunctionType):
+            found[id(value)] = value
+            held = _of_function(value)
         else:
-            found[id(function)] = function
-            held = []
-        for value in held:
-            if isinstance(value, _KEPT):
-                found[id(value)] = value
-            elif isinstance(value, types.FunctionType) and value is not function:
-                held_too = (one for one in _of_function(value) if isinstance(one, _KEPT))
-                found |= {id(one): one for one in held_too}
+            found[id(value)] = value
+            continue
+        for inner in held:
+            # A function's own functions are followed, and the functions of those are not.
+            if is_outer and isinstance(inner, _FUNCTIONS):
+                left.append((inner, inner is getattr(value, "func", None)))
+            elif isinstance(inner, _KEPT) or inner is getattr(value, "__self__", None):
+                left.append((inner, False))
     return tuple(found.values())
 
 
@@ -126,6 +148,8 @@ def changed_state(
                 yield from ((f"loss.{name}", value) for name, value in _named_state(held))
             elif isinstance(held, _KEPT) and held is not model:
                 yield f"a {type(held).__name__} that the loss or a layer keeps", held
+        for variable in _variables((model, *held_by(loss, model))):
+            yield variable.name, variable.read()
 
     before = {name: _copied(value) for name, value in state()}
     run()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from memfit.equivalence import loops, weighting
-from memfit.equivalence.causes import Causes, find_causes
+from memfit.equivalence.causes import Causes, error_by_samples, find_causes
 from memfit.equivalence.counting import UnseenClassError
 from memfit.equivalence.gradient_flow import cut_off as layers_cut_off
 from memfit.equivalence.gradients import CheckSetup, error_in
@@ -118,8 +118,9 @@ def verify(
         accumulation_steps=accumulation_steps,
         options=step.options,
         device=_device_name(device),
-        weighting=proof.weights.weighting,
-        terms=proof.weights.terms,
+        weighting=(causes.weights or proof.weights).weighting,
+        terms=(causes.weights or proof.weights).terms,
+        off_by_samples=proof.off_by_samples,
         checks=checks,
         faults=faults,
         order_error=compared.order_error,
@@ -255,6 +256,7 @@ class _Proof:
     mixing_layers: tuple[MixingLayer, ...]
     single_precision: str | None
     num_known: int | None
+    off_by_samples: float | None
     loop: tuple[LoopWindow, ...]
     loop_faults: tuple[LoopFault, ...]
 
@@ -336,6 +338,7 @@ def _experiments(
         compared, setup = compare(setup, cuts, weights, work, suspect_draws=not left, is_proof=True)
         with in_eval(model, compared.off):
             causes = find_causes(setup, compared, weights, left, work)
+            off_by_samples = error_by_samples(setup, compared, weights)
         # In training, only as many samples are used as the weights are known for.
         num_known = subject.samples
         try:
@@ -366,6 +369,7 @@ def _experiments(
         mixing_layers=(*mixing, *causes.mixing_layers),
         single_precision=None,
         num_known=num_known,
+        off_by_samples=off_by_samples,
         loop=loop,
         loop_faults=faults,
     )

@@ -55,10 +55,14 @@ class Weights:
     )
 
     @property
+    def rules(self) -> frozenset[LossWeighting]:
+        """The rules of the losses, each once."""
+        return frozenset(term.weighting for term in self.terms)
+
+    @property
     def weighting(self) -> LossWeighting:
         """The rule of all losses, if it is the same for all."""
-        rules = {term.weighting for term in self.terms}
-        return rules.pop() if len(rules) == 1 else LossWeighting.SEVERAL
+        return next(iter(self.rules)) if len(self.rules) == 1 else LossWeighting.SEVERAL
 
     def of(self, cut: Sequence[int], samples: Samples) -> tuple[tuple[float, ...], ...]:
         """Return for each micro-batch the factors of its losses.
@@ -154,7 +158,8 @@ class _Finder:
         named = list(candidates(samples, self._weights_of_classes()))
         if singles is not None and singles.unexplained <= self._close:
             named += of_classes(samples, (1,) * samples.num_samples, singles.fit)
-        for count in named:
+        targets = [one for one in named if one.weighting is LossWeighting.TARGETS]
+        for count in (*named, *(one.clamped() for one in targets)):
             if self._fits(count, self._cut, measured) and (
                 singles is None or self._fits(count, (1,) * samples.num_samples, singles)
             ):

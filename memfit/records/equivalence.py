@@ -266,6 +266,8 @@ class Equivalence(Record):
         weighting: What the loss averages over.
         terms: The same for each of the losses. For one loss that adds different means, for each of
             its summands.
+        off_by_samples: How far the gradient is off if each micro-batch's loss has the weight
+            n_i / N instead, relative to the full batch's; `None` if that is the right weight.
         checks: Every comparison: fp64 first, then the precision of training.
         faults: Why gradients differ, as found by experiments; empty if they are equal.
         order_error: How much the full batch's gradient changes when its samples are in another
@@ -302,6 +304,7 @@ class Equivalence(Record):
     device: str
     weighting: LossWeighting
     terms: tuple[LossTerm, ...] = ()
+    off_by_samples: float | None = None
     checks: tuple[GradientCheck, ...]
     faults: tuple[GradientFault, ...] = ()
     order_error: float | None = None

@@ -27,6 +27,7 @@ __all__ = ["render"]
 _NUM_PARAMETERS = 5
 _NUM_MIXERS = 8
 _NUM_NAMES = 4
+_ONE_PERCENT = 0.01
 
 _WEIGHTINGS = {
     LossWeighting.SAMPLES: "The loss averages over samples: weight each micro-batch's by n_i / N.",
@@ -35,8 +36,17 @@ _WEIGHTINGS = {
     LossWeighting.SUM: "The loss is a sum: add the micro-batches' up as they are.",
     LossWeighting.CLASSES: "The loss averages over weights of classes: weight each micro-batch's "
     "by its share of their sum.",
-    LossWeighting.MEASURED: "The loss averages over something that the batch does not show; the "
-    "weights were read off its gradients.",
+    LossWeighting.MEASURED: "The weights were measured from the loss's gradients, and no count "
+    "in the batch gives them: return the loss as a sum, divided by a number for the whole batch, "
+    "and give the Accumulator weight='sum'.",
+}
+
+_HEADLINES = {
+    LossWeighting.TARGETS: ", weighted by valid targets",
+    LossWeighting.SUM: ", added up as a sum",
+    LossWeighting.CLASSES: ", weighted by the weights of classes",
+    LossWeighting.SEVERAL: ", with a weight for each loss",
+    LossWeighting.MEASURED: ", with the weights that were measured",
 }
 
 _CAUSES = {
@@ -115,7 +125,10 @@ def _verdict(result: Equivalence) -> Text:
         if result.single_precision is not None:
             rests_on, name = ("fp32", "float32, because float64 cannot be had")
         error = _number(result.worst_relative_error(rests_on) or 0.0)
-        return Text.assemble(("equal", "bold green"), f"{what}{how}, to {error} in {name}")
+        weighted = _HEADLINES.get(result.weighting, "")
+        return Text.assemble(
+            ("equal", "bold green"), f"{what}{how}, to {error} in {name}{weighted}"
+        )
     if result.verdict is Verdict.DETACHED:
         cut_off = _counted(len(result.unreached), "parameter")
         return Text.assemble(
@@ -241,6 +254,10 @@ def _advice(result: Equivalence) -> list[str]:
             "Freeze what mixes (.eval() on those layers), and check that with --freeze-bn; or "
             "larger micro-batches; or accept the difference, whose size you now know."
         )
+    elif layers and all(mixer.stops_in_eval is None for mixer in layers):
+        lines.append(
+            "Compute it for each sample alone, or accept the difference, whose size you now know."
+        )
     elif layers:
         lines.append(
             "Evaluation mode does not stop all of it: use normalisation within each sample, or "
@@ -323,13 +340,19 @@ def _weights(result: Equivalence) -> list[str]:
     """Return sentences about the weight that each micro-batch's loss needs."""
     if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
         return []
+    instead = []
+    if result.off_by_samples is not None:
+        instead.append(
+            "With the weight n_i / N instead, which is the Accumulator's default, the gradient of "
+            f"this batch is off by {_share(result.off_by_samples)}."
+        )
     if result.weighting is LossWeighting.SEVERAL:
         of_each = ", ".join(f"{term.name}: {_count(term)}" for term in result.terms)
-        return [f"The losses average over different things: {of_each}."]
+        return [f"The losses average over different things: {of_each}.", *instead]
     line = _WEIGHTINGS[result.weighting]
     counts = {term.counts for term in result.terms}
     named = counts.pop() if len(counts) == 1 else None
-    return [line if named is None else f"{line} What counts is {named}."]
+    return [line if named is None else f"{line} What counts is {named}.", *instead]
 
 
 def _count(term: LossTerm) -> str:
@@ -350,6 +373,10 @@ def _cut(cut: tuple[int, ...]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if value >= _ONE_PERCENT else _number(value)
 
 
 def _counted(count: int, noun: str) -> str:
