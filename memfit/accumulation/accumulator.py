@@ -31,6 +31,7 @@ from memfit.accumulation.arguments import (
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
+from memfit.accumulation.uncounted import check_counted
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
 from memfit.memory import oom
@@ -161,7 +162,8 @@ class Accumulator:
             The loss of the whole effective batch, over all ranks: one number, detached.
 
         Raises:
-            WorkloadError: The batch has no batch size, or the loss is not one number.
+            WorkloadError: The batch has no batch size, the loss is not one number, or it is NaN
+                because a micro-batch has no valid target.
             DoesNotFitError: Not even a micro-batch of one sample fits. Buffers and random states
                 are as before the step, and `.grad` is None.
             RankFailedError: The step failed on another rank.
@@ -195,6 +197,7 @@ class Accumulator:
                 part = self._backward(micro_batch, shares[index], cut_up.layout, is_needed=is_last)
             loss = part if loss is None else loss + part
         assert loss is not None
+        self._check_counted(loss, cut_up)
         return loss / self._ranks.world_size
 
     def _backward_all_recovering(self, batch: Any, start: StepStart) -> torch.Tensor:
@@ -235,6 +238,7 @@ class Accumulator:
                     for micro_batch, weights in zip(cut_up.micro_batches, shares, strict=True):
                         part = self._backward(micro_batch, weights, cut_up.layout)
                         loss = part if loss is None else loss + part
+                self._check_counted(loss, cut_up)
                 self._ranks.prepare()
         size = self._size
         if trouble.next_size is not None:
@@ -314,6 +318,10 @@ class Accumulator:
             sizes=sizes,
             counts=self._terms.counts(micro_batches, sizes),
         )
+
+    def _check_counted(self, loss: torch.Tensor | None, cut_up: _Cut) -> None:
+        if loss is not None and "samples" in self._terms.weights:
+            check_counted(loss, cut_up.micro_batches, is_awaited=self.scaler is not None)
 
     def _totals(self, cut_up: _Cut | None) -> list[float]:
         if cut_up is None:

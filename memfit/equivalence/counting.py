@@ -105,9 +105,11 @@ def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count
         if len(values) in (1, num_samples) and all(value.ndim > 0 for value in values)
     }
     integers = {path: values for path, values in tensors.items() if _is_integer(values[0])}
-    for path, values in integers.items():
-        for value in _maybe_ignored(values):
-            yield from _shifted(path, values, f"{{}} != {value}", functools.partial(_is_not, value))
+    marks = [(path, value) for path, found in integers.items() for value in _maybe_ignored(found)]
+    # Labels that are marked as usual come before masks and tokens that happen to count the same.
+    for path, value in sorted(marks, key=lambda mark: mark[1] not in _IGNORED):
+        is_not = functools.partial(_is_not, value)
+        yield from _shifted(path, integers[path], f"{{}} != {value}", is_not)
     for path, values in tensors.items():
         yield from _of_masks(path, values)
     for path, values in tensors.items():

@@ -12,7 +12,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from memfit.equivalence.mixing import MixingSearch, ValuePlace, layer_name, with_values
+from memfit.equivalence.mixing import (
+    MixingSearch,
+    ValuePlace,
+    is_unseen,
+    layer_name,
+    with_values,
+)
 from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples
 from memfit.records import MixesIn, MixingLayer
@@ -33,35 +39,14 @@ def layers_that_see_the_cut(
     Returns:
         The layers, in order of first appearance.
     """
-    size, half = samples.num_samples, samples.num_samples // 2
-    draws = Draws(model, size)
-    before: dict[ValuePlace, torch.Tensor] = {}
-    found: dict[str, float] = {}
-
-    def note(_maker: str, place: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
-        before[place] = leaf.detach().clone()
-        return leaf
-
-    def compare(start: int, stop: int) -> None:
-        def visit(maker: str, place: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
-            old = before.get(place)
-            rows = None if old is None else _rows(old, leaf, start, stop, size)
-            if rows is None:
-                return leaf
-            norm = float(torch.linalg.vector_norm(rows)) or 1.0
-            moved = float(torch.linalg.vector_norm(leaf.detach() - rows)) / norm
-            if not moved > close:
-                return leaf
-            found[maker] = max(found.get(maker, 0.0), moved)
-            return with_values(leaf, rows)
-
-        with draws.replayed(start, stop):
-            MixingSearch(visit, is_repeating=True).run(model, samples.of(start, stop)[0])
-
-    with draws.recorded():
-        MixingSearch(note, is_repeating=True).run(model, samples.of(0, size)[0])
-    compare(0, half)
-    compare(half, size)
+    search = _Search(model, samples, close)
+    found = search.found(frozenset())
+    inside = frozenset(maker for maker, (_, is_inside) in found.items() if is_inside)
+    if inside:
+        # A layer that sorts samples by their values, and puts them back, is judged by its outputs.
+        by_outputs = search.found(inside)
+        kept = {maker: one for maker, one in found.items() if maker not in inside}
+        found = kept | {maker: one for maker, one in by_outputs.items() if maker in inside}
     modules = dict(model.named_modules())
     return tuple(
         MixingLayer(
@@ -70,9 +55,68 @@ def layers_that_see_the_cut(
             mixes_in=MixesIn.FORWARD,
             moved=moved,
         )
-        for name, moved in found.items()
-        if name not in draws.drawing
+        for name, (moved, _) in found.items()
+        if name not in search.drawing
     )
+
+
+class _Search:
+    """Runs a batch whole and in halves, and compares the values that layers pass on."""
+
+    def __init__(self, model: nn.Module, samples: Samples, close: float) -> None:
+        self._model = model
+        self._samples = samples
+        self._close = close
+        self._draws = Draws(model, samples.num_samples)
+        self._before: dict[ValuePlace, torch.Tensor] = {}
+
+    @property
+    def drawing(self) -> dict[str, None]:
+        """The layers that draw random numbers."""
+        return self._draws.drawing
+
+    def found(self, unseen: frozenset[str]) -> dict[str, tuple[float, bool]]:
+        """Return the layers whose values changed, how far, and whether between inner layers.
+
+        Args:
+            unseen: Layers that are judged by their outputs alone.
+        """
+        size, half = self._samples.num_samples, self._samples.num_samples // 2
+
+        def note(_maker: str, place: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
+            self._before[place] = leaf.detach().clone()
+            return leaf
+
+        with self._draws.recorded():
+            search = MixingSearch(note, is_repeating=True)
+            search.run(self._model, self._samples.of(0, size)[0])
+        return self._in_part(0, half, unseen) | self._in_part(half, size, unseen)
+
+    def _in_part(
+        self, start: int, stop: int, unseen: frozenset[str]
+    ) -> dict[str, tuple[float, bool]]:
+        found: dict[str, tuple[float, bool]] = {}
+
+        def visit(maker: str, place: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
+            old = self._before.get(place)
+            if old is None or is_unseen(maker, place, unseen):
+                return leaf
+            rows = _rows(old, leaf, start, stop, self._samples.num_samples)
+            if rows is None:
+                return leaf
+            norm = float(torch.linalg.vector_norm(rows)) or 1.0
+            moved = float(torch.linalg.vector_norm(leaf.detach() - rows)) / norm
+            if not moved > self._close:
+                return leaf
+            so_far, is_inside = found.get(maker, (0.0, False))
+            found[maker] = max(so_far, moved), is_inside or place[2] == "in"
+            return with_values(leaf, rows)
+
+        with self._draws.replayed(start, stop):
+            MixingSearch(visit, is_repeating=True).run(
+                self._model, self._samples.of(start, stop)[0]
+            )
+        return found
 
 
 def _rows(

@@ -32,6 +32,7 @@ __all__ = [
     "NUM_SAMPLES",
     "MixingSearch",
     "ValuePlace",
+    "is_unseen",
     "layer_name",
     "mixing_gradients",
     "mixing_layers",
@@ -124,21 +125,16 @@ def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLay
         before[key] = leaf.detach().clone()
         return leaf
 
-    MixingSearch(note).run(model, one.inputs())
-    first = _suspects(one, 0, before, longer, close)
-    if not first:
-        return ()
-    second = _suspects(one, 1, before, longer, close)
-    found: dict[str, float] = {}
-    for key, suspect in first.items():
-        other = second.get(key)
-        if other is None:
-            continue
-        shared = torch.minimum(suspect.difference.abs(), other.difference.abs())
-        if float(shared.max()) <= close * _rms(before[key]):
-            continue
-        moved = max(suspect.moved, other.moved)
-        found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
+    MixingSearch(note, is_repeating=True).run(model, one.inputs())
+    run = _Run(before=before, longer=longer, close=close)
+    found, inside = _found(one, run)
+    if inside:
+        # Some layers sort samples by their values, and put them back: a mixture of experts. So a
+        # layer that seems to mix between the layers in it is judged once more, by its outputs.
+        by_outputs, _ = _found(one, dataclasses.replace(run, unseen=inside))
+        found = {name: moved for name, moved in found.items() if name not in inside} | {
+            name: moved for name, moved in by_outputs.items() if name in inside
+        }
     modules = dict(model.named_modules())
     return tuple(
         MixingLayer(
@@ -149,6 +145,54 @@ def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLay
         )
         for name, moved in found.items()
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What one experiment compares with.
+
+    Args:
+        before: The values of the unchanged batch.
+        longer: The shapes of the values of a larger batch.
+        close: The largest change that counts as rounding.
+        unseen: Layers that are judged by their outputs alone.
+    """
+
+    before: dict[ValuePlace, torch.Tensor]
+    longer: dict[ValuePlace, torch.Size]
+    close: float
+    unseen: frozenset[str] = frozenset()
+
+
+def _found(one: _Try, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
+    """Return the layers that mix, and those of them that seem to do so between inner layers."""
+    first = _suspects(one, 0, run)
+    second = _suspects(one, 1, run) if first else {}
+    found: dict[str, float] = {}
+    for key, suspect in first.items():
+        other = second.get(key)
+        if other is None:
+            continue
+        shared = torch.minimum(suspect.difference.abs(), other.difference.abs())
+        if float(shared.max()) <= run.close * _rms(run.before[key]):
+            continue
+        moved = max(suspect.moved, other.moved)
+        found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
+    within = {seen.layer for key, seen in (*first.items(), *second.items()) if key[2] == "in"}
+    inside = (layer for layer in found if any(_is_in(one, layer) for one in within))
+    return found, frozenset(inside)
+
+
+def _is_in(layer: str, outer: str) -> bool:
+    return layer == outer or layer.startswith(f"{outer}." if outer else "")
+
+
+def is_unseen(maker: str, place: ValuePlace, unseen: frozenset[str]) -> bool:
+    """Whether a value is inside a layer that is judged by its outputs alone."""
+    layer, _, way, _ = place
+    if way == "in" and maker in unseen:
+        return True
+    return any(layer != one and _is_in(layer, one) for one in unseen)
 
 
 def with_values(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -246,37 +290,33 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[ValuePlace, torch.Size]:
         shapes[key] = leaf.shape
         return leaf
 
-    MixingSearch(note).run(model, inputs)
+    MixingSearch(note, is_repeating=True).run(model, inputs)
     return shapes
 
 
-def _suspects(
-    one: _Try,
-    sample: int,
-    before: dict[ValuePlace, torch.Tensor],
-    longer: dict[ValuePlace, torch.Size],
-    close: float,
-) -> dict[ValuePlace, _Suspect]:
+def _suspects(one: _Try, sample: int, run: _Run) -> dict[ValuePlace, _Suspect]:
     found: dict[ValuePlace, _Suspect] = {}
 
     def compare(maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
-        old = before.get(key)
+        old = run.before.get(key)
+        if is_unseen(maker, key, run.unseen):
+            return leaf
         if old is None or old.shape != leaf.shape or leaf.ndim == 0:
             # If the data decides which layers run, there may be no value to compare with. A single
             # number belongs to no sample. If a later layer combines it with samples, that mixes.
             return leaf
         others, seen = old.clone(), leaf.detach()
-        own = one.own_rows(others, longer.get(key), sample)
+        own = one.own_rows(others, run.longer.get(key), sample)
         if own is not None:
-            own.copy_(one.own_rows(seen, longer.get(key), sample))  # type: ignore[arg-type]
+            own.copy_(one.own_rows(seen, run.longer.get(key), sample))  # type: ignore[arg-type]
         foreign = float(torch.linalg.vector_norm(seen - others))
         norm = float(torch.linalg.vector_norm(old)) or 1.0
-        if not foreign > close * norm:
+        if not foreign > run.close * norm:
             return leaf
         found[key] = _Suspect(maker, foreign / norm, seen - old)
         return with_values(leaf, others)
 
-    MixingSearch(compare).run(one.model, one.inputs(changed=sample))
+    MixingSearch(compare, is_repeating=bool(run.unseen)).run(one.model, one.inputs(changed=sample))
     return found
 
 

@@ -127,3 +127,23 @@ def test_mixing_in_backward_alone() -> None:
     assert mixing_layers(model, samples) == ()
     (mixer,) = mixing_gradients(model, samples)
     assert (mixer.name, mixer.mixes_in) == ("2", MixesIn.BACKWARD)
+
+
+class Sorting(nn.Module):
+    """Sorts samples by a value, as a mixture of experts does, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = x[:, 0].argsort()
+        result: torch.Tensor = self.inner(x[order])[order.argsort()]
+        return result
+
+
+def test_a_layer_that_sorts_samples_and_puts_them_back_mixes_nothing() -> None:
+    """Its inner layers get other rows, and its outputs do not mix."""
+    assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Sorting()), WIDTH) == []
+    mixing = nn.Sequential(Sorting(), nn.BatchNorm1d(WIDTH), Sorting())
+    assert mixers_of(mixing, WIDTH) == ["1"]
