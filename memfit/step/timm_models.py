@@ -229,6 +229,11 @@ def _created(name: str, options: StepOptions) -> nn.Module:
     kwargs = dict(options.model_kwargs)
     if options.num_classes is not None:
         kwargs["num_classes"] = options.num_classes
+    if kwargs.pop("pretrained", False):
+        raise UsageError(
+            f"memfit builds {name} with random weights, which take as many bytes, and downloads "
+            "nothing: leave out pretrained=True."
+        )
     config = timm.models.get_pretrained_cfg(name)
     if options.image_size is not None and config is not None and config.fixed_input_size:
         # Only models that are built for one image size take this. Other models take any size.
@@ -238,6 +243,11 @@ def _created(name: str, options: StepOptions) -> nn.Module:
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
         asked = f" with {given}" if given else ""
+        if "img_size" in kwargs and "'img_size'" in str(error):
+            raise UsageError(
+                f"{name} is built without an image size, and takes images of any: give image_size "
+                "(--image-size) instead of img_size."
+            ) from error
         raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
     return model
 

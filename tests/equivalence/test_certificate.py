@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,43 @@ class Growing(nn.Module):
         return x * kept.clone()
 
 
+class Divided(nn.Module):
+    """Divides by the largest value of the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.detach().abs().max()
+
+
+class CountingInItsClass(nn.Module):
+    """Counts its calls in an attribute of the class."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return x * (1 + 0.1 * self.calls)
+
+
+class Sorting(nn.Module):
+    """Sorts samples, computes with them, and puts them back: that mixes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = x[:, 0].argsort()
+        result: torch.Tensor = self.inner(x[order])[order.argsort()]
+        return result
+
+
+class HostDrawn(nn.Module):
+    """Multiplies by a number that Python draws."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (0.5 + random.random())  # noqa: S311 - of a layer
+
+
 class InPlace(nn.Module):
     """Normalises its batch in place."""
 
@@ -94,6 +132,10 @@ PIECES: dict[str, Callable[[], nn.Module]] = {
     "queue": lambda: Growing("queue"),
     "buffer": lambda: Growing("buffer"),
     "parameter": lambda: Growing("parameter"),
+    "divided": Divided,
+    "class": CountingInItsClass,
+    "sorting": Sorting,
+    "drawn by Python": HostDrawn,
     "batch norm": lambda: nn.BatchNorm1d(WIDTH),
     "layer norm": lambda: nn.LayerNorm(WIDTH),
 }
@@ -132,6 +174,26 @@ def _ranked(o: torch.Tensor, _y: torch.Tensor, _w: torch.Tensor) -> torch.Tensor
     return F.softplus(o[:-1, 0] - o[1:, 0]).mean()
 
 
+class Centred(nn.Module):
+    """A loss that keeps a running mean of the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(NUM_CLASSES))
+        self.mean: torch.Tensor
+
+    def forward(self, o: torch.Tensor, y: torch.Tensor, _w: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(o - self.mean.to(o.dtype), y.clamp(min=0))
+        self.mean = 0.9 * self.mean + 0.1 * o.detach().mean(0).to(self.mean.dtype)
+        return loss
+
+
+def _detected(o: torch.Tensor, y: torch.Tensor, _w: torch.Tensor) -> torch.Tensor:
+    wanted = F.one_hot(y.clamp(min=0), NUM_CLASSES).to(o.dtype)
+    total = F.binary_cross_entropy_with_logits(o, wanted, reduction="sum")
+    return total / (y > 0).sum().clamp(min=1)
+
+
 def _contrasted(o: torch.Tensor, _y: torch.Tensor, _w: torch.Tensor) -> torch.Tensor:
     unit = F.normalize(o)
     return F.cross_entropy(3 * unit @ unit.T, torch.arange(len(o)))
@@ -156,6 +218,8 @@ LOSSES: dict[str, tuple[Callable[..., Any], tuple[Callable[..., float] | None, .
     "summed": (_summed, (_size,)),
     "ranked": (_ranked, (_size,)),
     "contrasted": (_contrasted, (_size,)),
+    "centred": (Centred(), (_size,)),
+    "detected": (_detected, (lambda y, _w: float((y > 0).sum().clamp(min=1)),)),
 }
 ORDERED = {"roll", "place", "ranked"}
 
@@ -172,7 +236,8 @@ def by_hand(
 ) -> torch.Tensor:
     """Return the accumulated gradient in float64, with each loss times its share."""
     loss, counts = LOSSES[name]
-    model = copy.deepcopy(model).double()
+    loss, model = copy.deepcopy(loss), copy.deepcopy(model).double()
+    CountingInItsClass.calls = 0
     for module in model.modules():
         if isinstance(module, (nn.Dropout, Noisy)):
             module.forward = lambda x: x  # type: ignore[method-assign]
@@ -183,6 +248,7 @@ def by_hand(
     for size in cut:
         part = slice(start, start + size)
         start += size
+        random.seed(0)  # drawn for the batch as a whole: each part gets the same number
         returned = loss(model(x[part].clone()), y[part], w[part])
         losses = list(returned.values()) if isinstance(returned, dict) else [returned]
         for one, count in zip(losses, counts, strict=True):

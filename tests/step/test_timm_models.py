@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -62,6 +63,20 @@ def test_feature_extractors_are_refused() -> None:
     """They return maps, and memfit knows no loss for them."""
     step = dataclasses.replace(options(), model_kwargs=(("features_only", True),))
     with pytest.raises(UsageError, match=r"features_only=True returns feature maps.*Workload"):
+        timm_parts("test_resnet", step, META)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "message"),
+    [
+        ("pretrained", True, r"random weights.*leave out pretrained=True"),
+        ("img_size", 64, r"takes images of any: give image_size"),
+    ],
+)
+def test_keywords_that_memfit_has_another_way_for(keyword: str, value: Any, message: str) -> None:
+    """Weights are random, and a model without a size of its own takes images of any size."""
+    step = dataclasses.replace(options(), model_kwargs=((keyword, value),))
+    with pytest.raises(UsageError, match=message):
         timm_parts("test_resnet", step, META)
 
 
