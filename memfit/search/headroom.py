@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from memfit.records import Trial
 from memfit.search import extrapolate
@@ -62,6 +63,7 @@ def recommended(
         trial,
         found,
         limit_bytes=limit_of(capacity_bytes, headroom),
+        headroom=headroom,
         multiple_of=multiple_of,
         has_retries=has_retries,
     )
@@ -77,10 +79,12 @@ class _Walk:
         found: Found,
         *,
         limit_bytes: int,
+        headroom: float,
         multiple_of: int,
         has_retries: bool,
     ) -> None:
         self._trial = trial
+        self._headroom = headroom
         self._edge = found.batch_size or 0
         self._known = list(found.trials)
         self._limit_bytes = limit_bytes
@@ -94,17 +98,31 @@ class _Walk:
         if failed is not None:
             # A larger batch size needs retries too.
             upper = min(upper, failed - max(1, failed // 50))
+            if best is None:
+                upper = min(upper, self._below_retries(failed))
         while (upper := self._multiple(upper)) > 0:
-            if best is not None and _is_close(best, upper):
-                return best
             candidate = max(self._expected(upper), best or 0)
+            if best is not None and _is_close(best, min(upper, candidate)):
+                return best
             if self._fits_well(candidate):
-                return candidate if failed is None else self._between(candidate, failed)
+                if failed is None or _is_close(candidate, self._expected(failed - 1)):
+                    return candidate
+                return self._between(candidate, failed)
             # Below the edge there can be a wide zone in which every batch size needs retries, so
             # each failure doubles the next step down.
             failed, num_failed = candidate, num_failed + 1
             upper = candidate - max(1, (candidate << num_failed) // 100)
+            if self._least_retried() == candidate:
+                upper = min(upper, self._below_retries(candidate))
         return best
+
+    def _below_retries(self, retried: int) -> int:
+        """Return the largest batch size that can keep the headroom below one that needs retries.
+
+        What needs retries needs more than the capacity. Each sample adds at most its share of
+        that, so the headroom is at least the same share of the samples.
+        """
+        return retried - max(1, math.ceil(retried * self._headroom))
 
     def _expected(self, upper: int) -> int:
         """Return where the bytes say that the headroom begins, `upper` at most."""
