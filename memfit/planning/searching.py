@@ -114,11 +114,16 @@ def run_search(
     while True:
         try:
             is_near = expected is not None and expected <= ceiling
+            first = (
+                _first_trials(trial, prediction, expected, capacity.usable_bytes, options)
+                if is_near and expected is not None
+                else ()
+            )
             found = search.find_largest(
                 trial,
                 capacity_bytes=capacity.usable_bytes,
                 hint=None if remarks else prediction.batch_size,
-                known=(trial(expected),) if is_near and expected is not None else (),
+                known=first,
                 ceiling=ceiling,
                 has_retries=backend.has_retries,
             )
@@ -141,6 +146,7 @@ def run_search(
         headroom=options.headroom,
         multiple_of=options.multiple_of,
         has_retries=backend.has_retries,
+        accepts_close=bool(first),
     )
     return ProbeResult(
         subject=step.name,
@@ -186,6 +192,37 @@ def _check_data(step: TrainingStep, batch_size: int) -> None:
         subject.batch_of(max(1, min(batch_size, _QUICK_BYTES // sample_bytes)))
     finally:
         restore()
+
+
+def _first_trials(
+    trial: Callable[[int], Trial],
+    prediction: Prediction,
+    expected: int,
+    capacity_bytes: int,
+    options: SearchOptions,
+) -> tuple[Trial, ...]:
+    """Try what is expected to be recommended, and once more where the prediction was too low.
+
+    The second batch size is the one that would be recommended if every prediction were wrong by the
+    same factor as the first. With allocator retries, the factor is at least what the trial shows.
+    """
+    first = trial(expected)
+    simulated, step = prediction.simulated, prediction.step
+    limit_bytes = search.limit_of(capacity_bytes, options.headroom)
+    if search.has_headroom(first, limit_bytes) or simulated is None or step is None:
+        return (first,)
+    seen = first.peak_reserved_bytes or 0
+    if first.num_alloc_retries or not first.fits:
+        # It needs more than there is, wherever its peak was when the cache was given back.
+        seen = capacity_bytes
+    guessed = simulated.trial(step, expected).peak_reserved_bytes or seen
+    if guessed >= seen:
+        return (first,)
+    scaled_bytes = capacity_bytes * guessed // seen
+    second = _expected_recommendation(prediction, scaled_bytes, options)
+    if second is None or second >= expected:
+        return (first,)
+    return (first, trial(second))
 
 
 def _expected_recommendation(

@@ -36,6 +36,7 @@ def recommended(
     headroom: float = 0.05,
     multiple_of: int = 1,
     has_retries: bool = True,
+    accepts_close: bool = False,
 ) -> Recommended:
     """Find the batch size to train with: below the edge, with some memory kept free.
 
@@ -47,6 +48,8 @@ def recommended(
         multiple_of: What the batch size has to be a multiple of, at least 1.
         has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
             a batch size between two that fitted is not tried again.
+        accepts_close: Whether a batch size that was tried is good enough if the bytes allow hardly
+            more. It saves a trial where a prediction chose that batch size.
 
     Returns:
         A batch size that fits without allocator retries within the capacity less the headroom, and
@@ -66,6 +69,7 @@ def recommended(
         headroom=headroom,
         multiple_of=multiple_of,
         has_retries=has_retries,
+        accepts_close=accepts_close,
     )
     return Recommended(batch_size=walk.batch_size(), trials=tuple(walk.extra))
 
@@ -82,8 +86,10 @@ class _Walk:
         headroom: float,
         multiple_of: int,
         has_retries: bool,
+        accepts_close: bool,
     ) -> None:
         self._trial = trial
+        self._accepts_close = accepts_close
         self._headroom = headroom
         self._edge = found.batch_size or 0
         self._known = list(found.trials)
@@ -102,10 +108,14 @@ class _Walk:
                 upper = min(upper, self._below_retries(failed))
         while (upper := self._multiple(upper)) > 0:
             candidate = max(self._expected(upper), best or 0)
-            if best is not None and _is_close(best, min(upper, candidate)):
+            most = min(upper, candidate) if self._accepts_close else upper
+            is_enough = self._accepts_close or failed is not None
+            if best is not None and (best >= most or (is_enough and _is_close(best, most))):
                 return best
             if self._fits_well(candidate):
-                if failed is None or _is_close(candidate, self._expected(failed - 1)):
+                if failed is None:
+                    return candidate
+                if self._accepts_close and _is_close(candidate, self._expected(failed - 1)):
                     return candidate
                 return self._between(candidate, failed)
             # Below the edge there can be a wide zone in which every batch size needs retries, so
