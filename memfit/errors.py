@@ -10,6 +10,7 @@ errors of a user's own model or loss are not here either. They are raised as the
     │   └── WorkloadError           2  a model, batch, loss or optimizer that makes no training step
     │       └── DataEndedError  2  a function of the batch size has fewer samples
     ├── DoesNotFitError             3  not even the smallest batch fits
+    ├── PeakGrewError               5  a peak is higher than the one that was kept
     ├── UnsupportedError            1  this system cannot run such a trial
     │   └── NotSimulatedError       1  a step that can be run, and not simulated
     ├── StepCrashedError            1  the training step took its process down
@@ -25,6 +26,7 @@ __all__ = [
     "DoesNotFitError",
     "MemfitError",
     "NotSimulatedError",
+    "PeakGrewError",
     "RankFailedError",
     "StepCrashedError",
     "UnknownDeviceError",
@@ -86,6 +88,12 @@ class DoesNotFitError(MemfitError):
     def __init__(self, message: str, *, needed_bytes: int | None = None) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
+
+
+class PeakGrewError(MemfitError):
+    """The peak of a step is higher than the one that was kept, by more than the tolerance."""
+
+    exit_code: ClassVar[int] = 5
 
 
 class UnsupportedError(MemfitError):

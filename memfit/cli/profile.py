@@ -20,7 +20,8 @@ from memfit.cli.output import (
     print_json,
     write,
 )
-from memfit.errors import DoesNotFitError
+from memfit.errors import DoesNotFitError, PeakGrewError
+from memfit.records import MemoryProfile
 
 __all__ = ["profile"]
 
@@ -38,6 +39,19 @@ __all__ = ["profile"]
     metavar="FILE",
     help="Write the allocator's history for PyTorch's viewer (pytorch.org/memory_viz).",
 )
+@click.option(
+    "--baseline",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Compare with the peak kept in FILE: exit code 5 if it grew. Without one, keep this one.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=0.01,
+    show_default=True,
+    help="The share by which the peak may be above the baseline.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile(
     *,
@@ -48,6 +62,8 @@ def profile(
     html: Path | None,
     plot: Path | None,
     snapshot: Path | None,
+    baseline: Path | None,
+    tolerance: float,
     as_json: bool,
 ) -> None:
     """Show what holds the memory of a training step of MODEL, at its peak and over time.
@@ -55,9 +71,9 @@ def profile(
     MODEL is the name of a timm model. With --gpu, the first card is rehearsed or simulated, and a
     chart shows memory by batch size for every card. With --device, or on a machine with a GPU, the
     step runs on the device and its allocations are recorded. The exit code is 0 if the batch fits,
-    and 3 if it does not.
+    3 if it does not, and 5 if its peak is above the baseline.
     """
-    check_writable(html, plot, snapshot)
+    check_writable(html, plot, snapshot, baseline)
     check_picture(plot)
     cards = cards_for(given)
     from memfit import api
@@ -94,5 +110,31 @@ def profile(
         print_json([found])
     else:
         Console().print(render(found))
+    if baseline is not None:
+        _compare(found, baseline, tolerance)
     if found.message is not None:
         sys.exit(DoesNotFitError.exit_code)
+
+
+def _compare(found: MemoryProfile, path: Path, tolerance: float) -> None:
+    """Compare a profile with the peak that is kept, or keep it if there is none.
+
+    Raises:
+        PeakGrewError: The peak is higher.
+    """
+    from memfit.profiling.baselines import Baselines, growth_words
+    from memfit.reports.probe import step_words
+
+    where = f"{found.subject} at batch size {found.batch_size} on {found.device}"
+    name = ", ".join([where, *step_words(found.options)])
+    kept = Baselines(path)
+    source, version = found.source, found.torch_version
+    if name not in kept:
+        kept.keep(name, found.peak, source=source, torch_version=version)
+        click.echo(f"The peak is kept in {path}.", err=True)
+        return
+    growth = kept.compare(
+        name, found.peak, tolerance=tolerance, source=source, torch_version=version
+    )
+    if growth.has_grown:
+        raise PeakGrewError(growth_words(growth))

@@ -12,6 +12,10 @@ from memfit.records.base import (
     Record,
     Source,
 )
+from memfit.records.baselines import (
+    GrownShare,
+    Growth,
+)
 from memfit.records.equivalence import (
     BufferDrift,
     Equivalence,
@@ -102,6 +106,8 @@ __all__ = [
     "Exploration",
     "GradientCheck",
     "GradientFault",
+    "GrownShare",
+    "Growth",
     "HeldBytes",
     "LoopFault",
     "LoopWindow",

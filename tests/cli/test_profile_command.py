@@ -116,3 +116,23 @@ def test_a_cpu_has_no_snapshot_and_says_so_at_once(
 def test_help_offers_memory_for_cards_only() -> None:
     """A recording on a device has no limit."""
     assert "What each --gpu has" in " ".join(run("--help").output.split())
+
+
+def test_a_peak_above_the_baseline_ends_with_code_5(tmp_path: Path) -> None:
+    """The first run keeps the peak; an equal one passes; a lower one that is kept fails."""
+    baseline = tmp_path / "peaks.json"
+    step = ("test_vit", "--batch-size", "8", "--precision", "fp32")
+    asked = ("profile", *step, "--gpu", "t4", "--engine", "simulate", "--baseline", str(baseline))
+    first = CliRunner().invoke(main, [*asked])
+    assert first.exit_code == 0, first.output
+    assert "is kept in" in first.stderr
+    assert CliRunner().invoke(main, [*asked]).exit_code == 0
+    kept = json.loads(baseline.read_text())
+    (peak,) = kept["peaks"].values()
+    peak["total_bytes"] //= 2
+    name = next(key for key in peak["shares"] if key.startswith("blocks.0.mlp.fc1 "))
+    peak["shares"][name] //= 2
+    baseline.write_text(json.dumps(kept))
+    grown = CliRunner().invoke(main, [*asked])
+    assert grown.exit_code == 5
+    assert "blocks.0.mlp.fc1" in grown.stderr
