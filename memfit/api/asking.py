@@ -9,14 +9,21 @@ from typing import Any, TypeVar
 from typing_extensions import Unpack
 
 from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
-from memfit.api.steps import StepKeywords, cards_instead, default_gpus, describe, own_device
+from memfit.api.steps import (
+    Subject,
+    SubjectKeywords,
+    cards_instead,
+    default_gpus,
+    describe,
+    own_device,
+    taken,
+)
 from memfit.backends import Backend, open_backend
 from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchOptions
 from memfit.records import Engine, Source
 from memfit.step.training_step import TrainingStep
-from memfit.step.workload import Workload
 from memfit.units import parse_bytes
 
 __all__ = ["Answer", "Asked", "SearchKeywords", "check_place"]
@@ -28,7 +35,7 @@ _NO_GPU = (
 )
 
 
-class SearchKeywords(StepKeywords, total=False):
+class SearchKeywords(SubjectKeywords, total=False):
     """The options of every function that searches, by keyword, after those of the step.
 
     Args:
@@ -85,16 +92,18 @@ class Asked:
     @classmethod
     def of(
         cls,
-        subject: str | Workload,
+        subject: Subject,
         *,
         accumulate: bool = False,
+        samples_per_step: int | None = None,
         **options: Unpack[SearchKeywords],
     ) -> Asked:
         """Check the options that a caller gave.
 
         Args:
-            subject: A timm model's name, or a workload.
+            subject: A timm model's name, a workload, or a trainer's own object.
             accumulate: Run two micro-batches before each optimizer step instead of one.
+            samples_per_step: Samples of one rank in an optimizer step, if that is planned.
             **options: The options of the step and of the search.
 
         Raises:
@@ -103,8 +112,9 @@ class Asked:
         given: dict[str, Any] = dict(options)
         searched = {name: given.pop(name) for name in _SEARCH_ONLY if name in given}
         memory, engine = given.pop("memory", None), given.pop("engine", Engine.AUTO)
+        made, step_options = taken(subject, given, samples_per_step=samples_per_step)
         return cls(
-            step=describe(subject, accumulate=accumulate, **given),
+            step=describe(made, accumulate=accumulate, **step_options),
             search=SearchOptions(**searched),
             memory_bytes=None if memory is None else parse_bytes(memory),
             engine=engine,

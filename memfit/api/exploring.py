@@ -9,19 +9,18 @@ from typing_extensions import Unpack
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.cards import simulated
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import own_device
+from memfit.api.steps import Subject, own_device
 from memfit.backends import SimulatedGpu, open_backend, with_precision
 from memfit.backends.simulated import TraceCache
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, explore_on
 from memfit.records import Exploration, Objective
-from memfit.step.workload import Workload
 
 __all__ = ["explore"]
 
 
 def explore(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     world_size: int = 1,
@@ -34,7 +33,7 @@ def explore(
     """Simulate what would fit after single changes of a training step.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not changed.
+        subject: As in `plan`; it is not changed.
         effective_batch_size: As in `plan`.
         world_size: As in `plan`.
         objective: As in `plan`, without `"fastest"`.
@@ -60,7 +59,7 @@ def explore(
     if target.objective is Objective.FASTEST:
         target = dataclasses.replace(target, objective=Objective.LARGEST)
     card = (
-        _counterpart(own_device(subject, device), asked.memory_bytes)
+        _counterpart(own_device(asked.step.subject, device), asked.memory_bytes)
         if gpu is None
         else simulated(gpu, asked.memory_bytes, TraceCache())
     )

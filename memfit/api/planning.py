@@ -7,13 +7,14 @@ from typing import overload
 
 from typing_extensions import Unpack
 
+from memfit import partition
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
+from memfit.api.steps import Subject
 from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
 from memfit.records import Objective, Plan, PlanAnswer, PlanSurvey
-from memfit.step.workload import Workload
 
 __all__ = ["plan", "survey_plans"]
 
@@ -39,7 +40,7 @@ class PlanKeywords(SearchKeywords, total=False):
 
 @overload
 def plan(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     device: str,
@@ -50,7 +51,7 @@ def plan(
 
 @overload
 def plan(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     device: None = None,
@@ -61,7 +62,7 @@ def plan(
 
 @overload
 def plan(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     device: str | None = None,
@@ -71,7 +72,7 @@ def plan(
 
 
 def plan(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     world_size: int = 1,
@@ -88,7 +89,8 @@ def plan(
     searched. The plan's own micro-batch is always one of those that were tried.
 
     Args:
-        subject: A timm model's name, or a `Workload` of the user's own objects.
+        subject: A timm model's name, a `Workload` of the user's own objects, a fastai `Learner`, a
+            `LightningModule`, or a transformers `Trainer`.
         effective_batch_size: Samples in each optimizer step, over all ranks.
         world_size: The number of ranks that share these samples, each on a device of this kind.
         objective: `"largest"` for the fewest steps, `"fastest"` for the most samples per second as
@@ -109,7 +111,8 @@ def plan(
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
         UnsupportedError: This system cannot run such a trial.
     """
-    asked = Asked.of(subject, **options)
+    share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
+    asked = Asked.of(subject, samples_per_step=share, **options)
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
@@ -125,7 +128,7 @@ def plan(
 
 
 def survey_plans(
-    subject: str | Workload,
+    subject: Subject,
     effective_batch_size: int,
     *,
     gpus: Sequence[str] | None = None,
@@ -139,7 +142,7 @@ def survey_plans(
     They are simulated from as few traces as possible, unless the engine is `"rehearse"`.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not changed.
+        subject: As in `plan`; it is not changed.
         effective_batch_size: As in `plan`.
         gpus: As in `survey`.
         world_size: As in `plan`.
@@ -154,7 +157,8 @@ def survey_plans(
         UsageError: An argument is not valid.
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
-    asked = Asked.of(subject, **options)
+    share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
+    asked = Asked.of(subject, samples_per_step=share, **options)
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )

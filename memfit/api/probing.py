@@ -9,11 +9,10 @@ from typing_extensions import Unpack
 
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
-from memfit.api.steps import StepKeywords
+from memfit.api.steps import Subject, SubjectKeywords
 from memfit.backends import Backend, with_precision
 from memfit.planning import probe_on
 from memfit.records import Engine, ProbeResult, Survey, SurveyAnswer, Trial
-from memfit.step.workload import Workload
 from memfit.units import parse_count
 
 __all__ = ["ProbeKeywords", "estimate", "probe", "survey"]
@@ -33,19 +32,19 @@ class ProbeKeywords(SearchKeywords, total=False):
 
 @overload
 def probe(
-    subject: str | Workload, *, device: str, gpu: None = None, **options: Unpack[ProbeKeywords]
+    subject: Subject, *, device: str, gpu: None = None, **options: Unpack[ProbeKeywords]
 ) -> ProbeResult: ...
 
 
 @overload
 def probe(
-    subject: str | Workload, *, device: None = None, gpu: str, **options: Unpack[ProbeKeywords]
+    subject: Subject, *, device: None = None, gpu: str, **options: Unpack[ProbeKeywords]
 ) -> ProbeResult: ...
 
 
 @overload
 def probe(
-    subject: str | Workload,
+    subject: Subject,
     *,
     device: str | None = None,
     gpu: str | None = None,
@@ -54,7 +53,7 @@ def probe(
 
 
 def probe(
-    subject: str | Workload,
+    subject: Subject,
     *,
     device: str | None = None,
     gpu: str | None = None,
@@ -68,7 +67,8 @@ def probe(
     states and switches are the same as before.
 
     Args:
-        subject: A timm model's name, or a `Workload` of the user's own objects.
+        subject: A timm model's name, a `Workload` of the user's own objects, a fastai `Learner`, a
+            `LightningModule`, or a transformers `Trainer`.
         device: `"cuda"`, `"cuda:1"` or `"cpu"`. Default: the workload's own GPU; for a model's
             name, the first GPU. On a machine without a GPU, common cards are simulated by default.
         gpu: A card that is not in this machine, by its name in the catalogue (`"rtx3090"`), or
@@ -93,7 +93,8 @@ def probe(
             mixed precision on a GPU, `"fp32"` on a CPU), `optimizer` (a name that timm knows; a
             workload brings its own), and for a timm model `image_size` (pixels, or height and
             width), `num_classes`, `channels_last`, `grad_checkpointing` and `model_kwargs` (for
-            `timm.create_model`).
+            `timm.create_model`). A trainer's own object has its own precision. A `LightningModule`
+            also takes `datamodule` (a `LightningDataModule` or a loader) and `trainer`.
 
     Returns:
         The largest batch size, the recommended batch size, and every trial. On a machine without a
@@ -116,7 +117,7 @@ def probe(
 
 
 def survey(
-    subject: str | Workload,
+    subject: Subject,
     *,
     gpus: Sequence[str] | None = None,
     accumulate: bool = False,
@@ -128,7 +129,7 @@ def survey(
     They are simulated from as few traces as possible, unless the engine is `"rehearse"`.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not changed.
+        subject: As in `probe`; it is not changed.
         gpus: Names of the catalogue. Default: a short list of common cards; with `memory`, one card
             with that much memory.
         accumulate: As in `probe`.
@@ -169,19 +170,19 @@ def _surveyed(asked: Asked, gpus: Sequence[str], watching: Watching) -> Survey:
 
 
 def estimate(
-    subject: str | Workload,
+    subject: Subject,
     batch_size: int,
     *,
     gpu: str,
     memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SubjectKeywords],
 ) -> Trial:
     """Try one batch size of a training step on a GPU that is not in this machine.
 
     Args:
-        subject: A timm model's name, or a `Workload`, which is not changed.
+        subject: As in `probe`; it is not changed.
         batch_size: Samples in each micro-batch, at least 1.
         gpu: A name of the catalogue, such as `"rtx3090"`; or `"any"` with `memory`, for a card of
             which only the memory is known.

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from memfit.api.asking import check_place
 from memfit.api.cards import Cards, engine_of
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import StepKeywords, cards_instead, describe, own_device
+from memfit.api.steps import Subject, SubjectKeywords, cards_instead, describe, own_device, taken
 from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
 from memfit.backends.cpu.machine import UnlimitedCpu
 from memfit.backends.simulated import SimulatedBackend, TraceCache
@@ -43,7 +43,7 @@ _STAGES = ("the step", "batch size against memory", "what would lower the peak")
 
 
 def profile(
-    subject: str | Workload,
+    subject: Subject,
     batch_size: int,
     *,
     device: str | None = None,
@@ -54,7 +54,7 @@ def profile(
     accumulate: bool = False,
     snapshot: str | Path | None = None,
     progress: StageProgress = "bar",
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SubjectKeywords],
 ) -> MemoryProfile:
     """Find what uses the memory of a training step, at its peak and at every moment.
 
@@ -62,7 +62,7 @@ def profile(
     states and switches are the same as before.
 
     Args:
-        subject: A timm model's name, or a `Workload` of the user's own objects.
+        subject: As for `probe`.
         batch_size: Samples in each micro-batch, at least 1.
         device: Where to run the step and record its allocations, as for `probe`. On a machine
             without a GPU a card is simulated by default: a GeForce RTX 4090, or a card with
@@ -90,6 +90,7 @@ def profile(
     batch_size = parse_count("The batch size", batch_size)
     check_place(device, gpu)
     start = time.perf_counter()
+    subject, step_options = taken(subject, options)
     check_subject(subject, Workload)
     if gpu is None and (instead := cards_instead(subject, device=device, gpu=gpu, memory=memory)):
         gpu = instead[0] if len(instead) == 1 else DEFAULT_GPU
@@ -101,7 +102,7 @@ def profile(
             "A CPU has no caching allocator, so there is no snapshot to write: profile on a GPU or "
             "simulate one."
         )
-    described = describe(subject, accumulate=accumulate, **options)
+    described = describe(subject, accumulate=accumulate, **step_options)
     with watched(f"profiling {described.name}", stages=progress) as watching:
 
         def begins(done: int) -> None:

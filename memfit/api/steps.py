@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from memfit.backends import device_of
 from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
+from memfit.integrations.objects import Subject, subject_of
 from memfit.records import Precision, StepOptions
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
@@ -19,11 +20,14 @@ from memfit.units import parse_image_size
 
 __all__ = [
     "StepKeywords",
+    "Subject",
+    "SubjectKeywords",
     "cards_instead",
     "default_gpus",
     "describe",
     "has_gpu",
     "own_device",
+    "taken",
 ]
 
 _DEFAULT_OPTIMIZER = "adamw"
@@ -54,6 +58,45 @@ class StepKeywords(TypedDict, total=False):
     model_kwargs: Mapping[str, Any] | None
 
 
+class SubjectKeywords(StepKeywords, total=False):
+    """The options of a training step, and what belongs to a trainer's own object.
+
+    Args:
+        datamodule: For a `LightningModule`: its `LightningDataModule`, or a loader. Default: the
+            module's own `train_dataloader`.
+        trainer: For a `LightningModule`: the `Trainer`, whose precision is taken.
+    """
+
+    datamodule: Any
+    trainer: Any
+
+
+def taken(
+    subject: Subject, options: SubjectKeywords, *, samples_per_step: int | None = None
+) -> tuple[str | Workload, StepKeywords]:
+    """Turn a trainer's own object into a workload.
+
+    Args:
+        subject: A timm model's name, a workload, or a trainer's own object.
+        options: The caller's options.
+        samples_per_step: Samples of one rank in an optimizer step, if that is planned.
+
+    Returns:
+        The subject, and the options of the step alone.
+
+    Raises:
+        UsageError: An option does not belong to the subject.
+    """
+    options = options.copy()
+    made = subject_of(
+        subject,
+        datamodule=options.pop("datamodule", None),
+        trainer=options.pop("trainer", None),
+        samples_per_step=samples_per_step,
+    )
+    return made, options
+
+
 def describe(
     subject: str | Workload, *, accumulate: bool = False, **options: Unpack[StepKeywords]
 ) -> TrainingStep:
@@ -81,13 +124,13 @@ def describe(
     return TrainingStep(
         subject=subject,
         options=StepOptions(
-            precision=_precision(options.get("precision", Precision.AUTO)),
+            precision=_precision(subject, options.get("precision", Precision.AUTO)),
             optimizer=_optimizer(subject, options.get("optimizer", _DEFAULT_OPTIMIZER)),
             image_size=None if image_size is None else parse_image_size(image_size),
             num_classes=options.get("num_classes"),
             channels_last=options.get("channels_last", False),
             grad_checkpointing=options.get("grad_checkpointing", False),
-            accumulate=accumulate,
+            accumulate=accumulate or (not isinstance(subject, str) and subject.accumulates),
             model_kwargs=tuple((options.get("model_kwargs") or {}).items()),
         ),
     )
@@ -171,7 +214,9 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _precision(precision: str | Precision) -> Precision:
+def _precision(subject: str | Workload, precision: str | Precision) -> Precision:
+    if precision == Precision.AUTO.value and not isinstance(subject, str):
+        precision = subject.own_precision
     try:
         return Precision(precision)
     except ValueError:

@@ -117,6 +117,10 @@ class Workload:
         """The name in reports."""
         return type(self.model).__name__
 
+    # A trainer's own object says more about its step. A user's workload leaves both to the options.
+    own_precision = Precision.AUTO
+    accumulates = False
+
     @property
     def example_batch_size(self) -> int | None:
         """The number of samples in the example batch; `None` if a function makes batches."""

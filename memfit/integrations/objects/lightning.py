@@ -1,0 +1,219 @@
+"""A `LightningModule` as a workload.
+
+The step is the module's own `training_step`. Lightning keeps the gradients of the last step until
+the next forward pass has ended, so a trial does too.
+
+Source: Lightning-AI/pytorch-lightning, src/lightning/pytorch/loops/optimization/automatic.py
+    (`Closure.closure`: forward, zero_grad, backward).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.errors import UnsupportedError, UsageError, WorkloadError
+from memfit.integrations.objects.step import (
+    TrainersStep,
+    TrainersWorkload,
+    drawn_batch,
+    step_of,
+)
+from memfit.records import Precision
+
+__all__ = ["StandInTrainer", "attached", "optimizer_in", "precision_of", "workload_of_module"]
+
+_PRECISIONS = {
+    "32-true": Precision.FP32,
+    "bf16-mixed": Precision.AMP_BF16,
+    "16-mixed": Precision.AMP_FP16,
+    "bf16-true": Precision.BF16,
+}
+
+
+def workload_of_module(
+    module: Any, *, datamodule: Any = None, trainer: Any = None
+) -> TrainersWorkload:
+    """Return the training step of a `LightningModule`.
+
+    Args:
+        module: The module, which is not changed.
+        datamodule: A `LightningDataModule` or a loader; `None` for the module's own loader.
+        trainer: The `Trainer` that it is trained with, for its precision; `None` for Lightning's
+            defaults.
+
+    Raises:
+        UsageError: There is no data, or a wrong argument.
+        UnsupportedError: The module or the trainer does what a trial cannot.
+    """
+    if not module.automatic_optimization:
+        raise UnsupportedError(
+            f"{type(module).__name__} steps its optimizers itself (automatic_optimization is "
+            "False), so memfit does not see the step: rehearse the script instead, memfit rehearse "
+            "--gpu NAME -- python train.py."
+        )
+    if trainer is not None and not hasattr(trainer, "accumulate_grad_batches"):
+        raise UsageError(f"trainer is a Lightning Trainer, not {type(trainer).__name__}.")
+    precision = precision_of(trainer)
+    batch = drawn_batch(lambda: next(iter(_loader(module, datamodule))))
+    step = _ModulesStep(module, StandInTrainer(trainer))
+    return step_of(step, batch, _OptimizerOf(step), precision=precision)
+
+
+def precision_of(trainer: Any) -> Precision:
+    """Return the precision that a Lightning trainer is set to.
+
+    Raises:
+        UnsupportedError: memfit has no such precision.
+    """
+    name = "32-true" if trainer is None else str(trainer.precision)
+    if name not in _PRECISIONS:
+        raise UnsupportedError(
+            f"memfit has no trials in Lightning's precision {name!r}; it has "
+            f"{', '.join(_PRECISIONS)}. Rehearse the script instead: memfit rehearse --gpu NAME -- "
+            "python train.py."
+        )
+    return _PRECISIONS[name]
+
+
+def _loader(module: Any, datamodule: Any) -> Any:
+    if datamodule is None:
+        try:
+            loader = module.train_dataloader()
+        except Exception as error:
+            raise UsageError(
+                f"{type(module).__name__} has no train_dataloader of its own: give datamodule=, a "
+                "LightningDataModule or a loader."
+            ) from error
+    elif hasattr(datamodule, "train_dataloader"):
+        # `setup` sets attributes. They are set on a copy.
+        data = copy.copy(datamodule)
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.train_dataloader()
+    else:
+        loader = datamodule
+    if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, list, tuple)):
+        raise UsageError(
+            f"datamodule is a LightningDataModule or one loader, not {type(loader).__name__}."
+        )
+    return loader
+
+
+class StandInTrainer:
+    """What a module may ask its trainer for in a trial.
+
+    Args:
+        trainer: The real trainer; `None` for Lightning's defaults.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self.max_epochs = getattr(trainer, "max_epochs", None) or 1
+        self.max_steps = getattr(trainer, "max_steps", -1)
+        self.accumulate_grad_batches = getattr(trainer, "accumulate_grad_batches", 1)
+        self.precision = getattr(trainer, "precision", "32-true")
+        self.world_size = getattr(trainer, "world_size", 1)
+        self.num_devices = getattr(trainer, "num_devices", 1)
+        self.global_rank = self.local_rank = self.node_rank = 0
+        # Schedules need a number of steps; a trial's memory does not depend on it.
+        self.estimated_stepping_batches = self.max_steps if self.max_steps > 0 else 1000
+        self.num_training_batches = 1000
+        self.current_epoch = self.global_step = 0
+        self.training, self.sanity_checking, self.validating = True, False, False
+        self.is_global_zero = True
+        self.callbacks: list[Any] = []
+        self.loggers: list[Any] = []
+        self.logger = None
+
+
+def _logs_nothing(*_values: Any, **_options: Any) -> None:
+    """Stand in for `log` and `log_dict`."""
+
+
+@contextlib.contextmanager
+def attached(module: Any, trainer: StandInTrainer) -> Iterator[None]:
+    """Give a module a trainer that only answers, and let it log nothing."""
+    own = vars(module)
+    before = {name: own[name] for name in ("_trainer", "log", "log_dict") if name in own}
+    module._trainer = trainer  # noqa: SLF001 - the setter takes Lightning's own trainer only
+    own.update(log=_logs_nothing, log_dict=_logs_nothing)
+    try:
+        yield
+    finally:
+        for name in ("_trainer", "log", "log_dict"):
+            own.pop(name, None)
+        own.update(before)
+
+
+def optimizer_in(configured: Any, name: str) -> torch.optim.Optimizer:
+    """Return the one optimizer in what `configure_optimizers` returned.
+
+    Raises:
+        UnsupportedError: There are none, or several.
+    """
+    found = configured
+    if isinstance(found, (list, tuple)) and len(found) == 2 and isinstance(found[0], (list, tuple)):  # noqa: PLR2004 - optimizers and schedulers
+        found = found[0]
+    if isinstance(found, (list, tuple)) and len(found) == 1:
+        found = found[0]
+    if isinstance(found, Mapping):
+        found = found["optimizer"]
+    if not isinstance(found, torch.optim.Optimizer):
+        raise UnsupportedError(
+            f"{name}.configure_optimizers returned {type(found).__name__}, and a trial takes one "
+            "torch optimizer: rehearse the script instead, memfit rehearse --gpu NAME -- python "
+            "train.py."
+        )
+    return found
+
+
+class _OptimizerOf:
+    def __init__(self, step: _ModulesStep) -> None:
+        self._step = step
+
+    def __call__(self, _parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return self._step.make_optimizer()
+
+
+class _ModulesStep(TrainersStep):
+    def __init__(self, module: Any, trainer: StandInTrainer) -> None:
+        super().__init__(module)
+        self._trainer = trainer
+        self._begins_step = True
+
+    def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
+        del held
+        module: Any = self.model
+        with attached(module, self._trainer):
+            batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
+            loss = module.training_step(batch, 0)
+        if isinstance(loss, Mapping):
+            loss = loss.get("loss")
+        if not isinstance(loss, torch.Tensor):
+            raise WorkloadError(
+                f"{type(module).__name__}.training_step must return the loss, or a dictionary with "
+                f"'loss', not {type(loss).__name__}."
+            )
+        if self._begins_step:
+            self._begins_step = False
+            module.zero_grad()
+        return loss
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return the module's own optimizer, which leaves gradients where they are."""
+        module: Any = self.model
+        self._begins_step = True
+        with attached(module, self._trainer):
+            optimizer = optimizer_in(module.configure_optimizers(), type(module).__name__)
+        optimizer.zero_grad = self._keep_gradients  # type: ignore[method-assign]
+        return optimizer
+
+    def _keep_gradients(self, set_to_none: bool = True) -> None:
+        """Stand in for `zero_grad`: the next forward pass drops the gradients."""
+        del set_to_none
+        self._begins_step = True

@@ -1,0 +1,209 @@
+"""A trainer's training step as a workload: one module that takes a batch and returns the loss.
+
+Each trainer has a subclass of `TrainersStep`, which computes what the trainer computes before
+backward, and keeps what the trainer keeps on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from memfit.errors import WorkloadError
+from memfit.memory.restore import save_random_states
+from memfit.records import Precision
+from memfit.step.batches import BatchRules, Layout, private_copy, to_device
+from memfit.step.nesting import map_leaves
+from memfit.step.workload import Workload
+
+__all__ = [
+    "HeldSamples",
+    "TrainersStep",
+    "TrainersWorkload",
+    "as_it_is",
+    "drawn_batch",
+    "precision_of_weights",
+    "step_of",
+]
+
+_CPU = torch.device("cpu")
+
+
+class TrainersStep(nn.Module):
+    """What a trainer computes before backward.
+
+    Args:
+        model: The trainer's model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._kept: tuple[Any, ...] = ()
+
+    def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            batch: What the trainer's loader yields.
+            held: Other samples that the trainer has on the device at the same time.
+        """
+        raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients and everything else that the trainer keeps from one step to the next.
+
+        Trials call this at their beginning and at their end. Between steps, the optimizer clears
+        the gradients.
+        """
+        self._kept = ()
+        super().zero_grad(set_to_none)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainersWorkload(Workload):
+    """The training step of a trainer's own object.
+
+    Args:
+        own_precision: The precision that the trainer is set to.
+        accumulates: The step always accumulates.
+    """
+
+    own_precision: Precision = dataclasses.field(default=Precision.FP32, kw_only=True)
+    accumulates: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        """The name of the trainer's model in reports."""
+        assert isinstance(self.model, TrainersStep)
+        return type(self.model.model).__name__
+
+    def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return what the trainer's step is called with; it has the targets too."""
+        return (dict(batch) if isinstance(self.batch, _Batches) else {"batch": batch}), ()
+
+
+def step_of(
+    step: TrainersStep,
+    example: Any,
+    optimizer: Any,
+    *,
+    precision: Precision,
+    accumulates: bool = False,
+    held_samples: HeldSamples | None = None,
+) -> TrainersWorkload:
+    """Return the workload of a trainer's step.
+
+    Args:
+        step: What the trainer computes before backward.
+        example: A batch of the trainer's loader, on any device.
+        optimizer: The trainer's optimizer, or a function that makes one.
+        precision: The precision that the trainer is set to.
+        accumulates: The step always accumulates.
+        held_samples: The samples that the trainer has on the device beside a micro-batch.
+
+    Raises:
+        WorkloadError: It cannot be told where the batch has its samples.
+    """
+    batch = map_leaves(_plain, to_device(example, _CPU))
+    return TrainersWorkload(
+        model=step,
+        batch=batch if held_samples is None else _Batches(batch, held_samples),
+        loss=as_it_is,
+        optimizer=optimizer,
+        own_precision=precision,
+        accumulates=accumulates,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeldSamples:
+    """How many samples a trainer has on the device beside a micro-batch.
+
+    Args:
+        in_all: The samples of a whole optimizer step, micro-batch included; `None` if they are a
+            multiple of the micro-batch.
+        num_micro_batches: The micro-batches that are on the device together.
+    """
+
+    in_all: int | None = None
+    num_micro_batches: int = 1
+
+    def beside(self, batch_size: int) -> int:
+        """Return the samples beside a micro-batch of a given size."""
+        in_all = batch_size * self.num_micro_batches if self.in_all is None else self.in_all
+        return max(in_all - batch_size, 0)
+
+
+class _Batches:
+    """Makes batches of any size, with the other samples that are on the device."""
+
+    def __init__(self, example: Any, held: HeldSamples) -> None:
+        self._example = example
+        self._layout = Layout.of(example, BatchRules())
+        self._layout.certain()
+        self._held = held
+
+    def __call__(self, batch_size: int) -> dict[str, Any]:
+        made = {"batch": self._layout.resized(self._example, batch_size)}
+        beside = self._held.beside(batch_size)
+        if beside:
+            made["held"] = self._layout.resized(self._example, beside)
+        return made
+
+
+def as_it_is(loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss that the step computed."""
+    return loss
+
+
+def _plain(leaf: Any) -> Any:
+    """Return a tensor without its subclass, because fastai's images are subclasses of Tensor."""
+    if isinstance(leaf, torch.Tensor) and type(leaf) is not torch.Tensor:
+        return leaf.detach().as_subclass(torch.Tensor)
+    return leaf
+
+
+@contextlib.contextmanager
+def _put_back(objects: tuple[Any, ...]) -> Iterator[None]:
+    restore_random = save_random_states()
+    before = [(one, dict(vars(one))) for one in objects]
+    try:
+        yield
+    finally:
+        for one, attributes in before:
+            vars(one).clear()
+            vars(one).update(attributes)
+        restore_random()
+
+
+def drawn_batch(draw: Callable[[], Any], *objects: Any) -> Any:
+    """Return a batch, and leave the random states and the objects that make it as they were.
+
+    Args:
+        draw: A function that returns a batch.
+        *objects: Objects whose attributes are put back.
+
+    Raises:
+        WorkloadError: There is no batch.
+    """
+    with _put_back(objects):
+        try:
+            return private_copy(draw())
+        except StopIteration:
+            raise WorkloadError(
+                "The trainer's loader has no batch: its data has fewer samples than one batch."
+            ) from None
+
+
+def precision_of_weights(model: nn.Module) -> Precision:
+    """Return the precision of a model that a trainer runs without autocast."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    if floating and all(parameter.dtype is torch.bfloat16 for parameter in floating):
+        return Precision.BF16
+    return Precision.FP32

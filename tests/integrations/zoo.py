@@ -1,0 +1,209 @@
+"""Tiny objects of each trainer, and functions that train with them for a few steps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
+from torch.utils.data import DataLoader, TensorDataset
+
+IMAGE_SIZE, NUM_CLASSES = 64, 5
+
+
+class Net(nn.Module):
+    """A few convolutions, whose activations are most of a step's memory."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.ReLU(),
+        )
+        # Enough weights that their gradients and the optimizer's state matter.
+        self.head = nn.Sequential(nn.Linear(width, 2048), nn.ReLU(), nn.Linear(2048, 2048))
+        self.out = nn.Linear(2048, NUM_CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, classes) for images of shape (samples, 3, H, W)."""
+        scores: torch.Tensor = self.out(self.head(self.body(images).mean((2, 3))))
+        return scores
+
+
+def images(num_samples: int) -> TensorDataset:
+    """Return a data set of images and classes."""
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(num_samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        torch.randint(NUM_CLASSES, (num_samples,), generator=generator),
+    )
+
+
+def learner(
+    batch_size: int = 4, *, num_batches: int = 4, device: str = "cpu", **options: Any
+) -> Any:
+    """Return a fastai Learner."""
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+
+    data = images(batch_size * num_batches)
+    dls = DataLoaders.from_dsets(data, data, bs=batch_size, device=torch.device(device))
+    torch.manual_seed(0)
+    model = options.pop("model", None) or Net()
+    learn = Learner(dls, model.to(device), loss_func=nn.CrossEntropyLoss(), **options)
+    learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__ == "ProgressCallback"])
+    return learn
+
+
+def train_fastai(batch_size: int, *, precision: str = "fp32") -> None:
+    """Fit a learner on the GPU, without validation."""
+    from fastai.callback import fp16  # noqa: F401 - adds to_bf16
+
+    learn = learner(batch_size, device="cuda")
+    if precision == "amp-bf16":
+        learn.to_bf16()
+    learn._do_epoch_validate = lambda *_: None
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, lr=0.1)
+
+
+def lightning_module(**options: Any) -> Any:
+    """Return a LightningModule."""
+    import pytorch_lightning as pl
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        """A user's module, which logs and has a schedule."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = options.get("model") or Net()
+
+        def training_step(self, batch: Any, _index: int) -> Any:
+            """Return the loss of a batch of images and classes."""
+            x, y = batch
+            loss = F.cross_entropy(self.net(x), y)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            """Return an optimizer, and a schedule that asks the trainer for its steps."""
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
+
+    return Module()
+
+
+def lightning_trainer(accelerator: str = "cpu", **options: Any) -> Any:
+    """Return a quiet Trainer."""
+    import pytorch_lightning as pl
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        **{"max_epochs": 1, "enable_model_summary": False, **quiet, **options},
+    )
+
+
+def train_lightning(batch_size: int, *, precision: str = "fp32") -> None:
+    """Fit a module on the GPU."""
+    names = {"fp32": "32-true", "amp-bf16": "bf16-mixed"}
+    trainer = lightning_trainer("gpu", max_steps=4, precision=names[precision])
+    trainer.fit(lightning_module(), DataLoader(images(4 * batch_size), batch_size=batch_size))
+
+
+class Wrapped(nn.Module):
+    """Works like transformers' models: keywords in, loss and scores out."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = net or Net()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the loss of images of shape (samples, 3, H, W) and the scores."""
+        scores = self.net(x)
+        return {"loss": F.cross_entropy(scores, labels), "logits": scores}
+
+
+def transformers_trainer(
+    batch_size: int = 4,
+    *,
+    num_samples: int | None = None,
+    device: str = "cpu",
+    kind: Any = None,
+    model: nn.Module | None = None,
+    **arguments: Any,
+) -> Any:
+    """Return a transformers Trainer."""
+    import transformers
+
+    data = images(num_samples or 4 * batch_size)
+    rows = [{"x": x, "labels": y} for x, y in zip(*data.tensors, strict=True)]
+    quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    options = transformers.TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        per_device_train_batch_size=batch_size,
+        num_train_epochs=1,
+        use_cpu=device == "cpu",
+        logging_strategy="no",
+        **quiet,
+        **arguments,
+    )
+    return (kind or transformers.Trainer)(
+        model=model or Wrapped(), args=options, train_dataset=rows
+    )
+
+
+def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments: Any) -> None:
+    """Train with a Trainer on the GPU."""
+    transformers_trainer(
+        batch_size, device="cuda", bf16=precision == "amp-bf16", **arguments
+    ).train()
+
+
+def trains(_backend: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
+    """Whether a trainer trains with a batch size on this process's GPU, or runs out of memory."""
+    reset_accelerate()
+    train = {
+        "fastai": train_fastai,
+        "lightning": train_lightning,
+        "transformers": train_transformers,
+    }[name]
+    try:
+        with warnings.catch_warnings(), open_output():
+            warnings.simplefilter("ignore")
+            train(batch_size, **options)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
+
+
+def open_output() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which trainers print nothing."""
+    return contextlib.redirect_stdout(tempfile.TemporaryFile("w"))
+
+
+def reset_accelerate() -> None:
+    """Forget the state that Accelerate shares between its objects."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
