@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from typing_extensions import Unpack
 
@@ -112,7 +112,9 @@ class Asked:
         given: dict[str, Any] = dict(options)
         searched = {name: given.pop(name) for name in _SEARCH_ONLY if name in given}
         memory, engine = given.pop("memory", None), given.pop("engine", Engine.AUTO)
-        made, step_options = taken(subject, given, samples_per_step=samples_per_step)
+        made, step_options = taken(
+            subject, cast("SubjectKeywords", given), samples_per_step=samples_per_step
+        )
         return cls(
             step=describe(made, accumulate=accumulate, **step_options),
             search=SearchOptions(**searched),

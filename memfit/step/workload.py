@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memfit.errors import DataEndedError, WorkloadError
+from memfit.records import Precision
 from memfit.step import refusals
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout

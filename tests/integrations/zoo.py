@@ -51,6 +51,7 @@ def learner(
     batch_size: int = 4, *, num_batches: int = 4, device: str = "cpu", **options: Any
 ) -> Any:
     """Return a fastai Learner."""
+    from fastai.callback import fp16  # noqa: F401 - adds to_bf16
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
 
@@ -65,8 +66,6 @@ def learner(
 
 def train_fastai(batch_size: int, *, precision: str = "fp32") -> None:
     """Fit a learner on the GPU, without validation."""
-    from fastai.callback import fp16  # noqa: F401 - adds to_bf16
-
     learn = learner(batch_size, device="cuda")
     if precision == "amp-bf16":
         learn.to_bf16()
@@ -79,7 +78,7 @@ def lightning_module(**options: Any) -> Any:
     """Return a LightningModule."""
     import pytorch_lightning as pl
 
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+    class Module(pl.LightningModule):  # type: ignore[misc]
         """A user's module, which logs and has a schedule."""
 
         def __init__(self) -> None:

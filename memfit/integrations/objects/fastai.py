@@ -1,6 +1,6 @@
 """A fastai `Learner` as a workload.
 
-The step is that of `Learner._do_one_batch`: the predictions and the loss of a batch stay on the
+The step is that of `Learner._do_one_batch`: a batch, its predictions and its loss stay on the
 device until the next batch has its own, and gradients are filled with zeros instead of dropped.
 Callbacks of the learner are not run, but mixed precision, `GradientClip` and frozen batch norm
 (`BnFreeze`) are followed.
@@ -24,6 +24,7 @@ from memfit.integrations.objects.step import (
     TrainersStep,
     TrainersWorkload,
     drawn_batch,
+    made_real,
     precision_of_weights,
     step_of,
 )
@@ -59,7 +60,6 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
         tuple(batch),
         _OptimizerOf(step, learn),
         precision=precision_of(learn),
-        accumulates=True,
         held_samples=None if samples_per_step is None else HeldSamples(in_all=samples_per_step),
     )
 
@@ -112,14 +112,14 @@ class _LearnersStep(TrainersStep):
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         inputs, targets = batch[: self._num_inputs], batch[self._num_inputs :]
-        # The batch before this one is gone by now, and its predictions are not.
-        self._kept = self._kept[:2]
+        # The batch before this one is still there: in fastai it waits for Python's collector of
+        # cycles, in every second step at least.
         self._set_modes()
         predictions = self.model(*inputs)
         if self._is_mixed:
             predictions = map_leaves(_as_float32, predictions)
         loss: torch.Tensor = self._loss(predictions, *targets)
-        self._kept = (predictions, (loss, loss.clone()), batch, held)
+        self._kept = (predictions, (loss, loss.clone()), batch, made_real(held))
         return loss
 
     def _set_modes(self) -> None:

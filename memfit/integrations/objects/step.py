@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from memfit.errors import WorkloadError
 from memfit.memory.restore import save_random_states
 from memfit.records import Precision
 from memfit.step.batches import BatchRules, Layout, private_copy, to_device
-from memfit.step.nesting import map_leaves
+from memfit.step.nesting import leaves_of, map_leaves
 from memfit.step.workload import Workload
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "TrainersWorkload",
     "as_it_is",
     "drawn_batch",
+    "made_real",
     "precision_of_weights",
     "step_of",
 ]
@@ -141,7 +143,10 @@ class HeldSamples:
 
 
 class _Batches:
-    """Makes batches of any size, with the other samples that are on the device."""
+    """Makes batches of any size, with the other samples that are on the device.
+
+    The other samples are one sample seen many times, so that they take no host memory.
+    """
 
     def __init__(self, example: Any, held: HeldSamples) -> None:
         self._example = example
@@ -153,8 +158,34 @@ class _Batches:
         made = {"batch": self._layout.resized(self._example, batch_size)}
         beside = self._held.beside(batch_size)
         if beside:
-            made["held"] = self._layout.resized(self._example, beside)
+            one, two = (self._layout.resized(self._example, size) for size in (1, 2))
+            made["held"] = _seen_often(one, two, beside)
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the batch on the CPU, also where a step travels to a process with a card."""
+        return {**vars(self), "_example": pickle.dumps(self._example)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` returned."""
+        vars(self).update(state)
+        self._example = pickle.loads(state["_example"])  # noqa: S301 - our own bytes
+
+
+def _seen_often(one: Any, two: Any, num_samples: int) -> list[torch.Tensor]:
+    """Return the tensors of a batch of one sample, expanded where a batch of two is larger."""
+    expanded = []
+    for single, double in zip(leaves_of(one), leaves_of(two), strict=True):
+        if isinstance(single, torch.Tensor):
+            grows = zip(single.shape, double.shape, strict=True)
+            shape = [size if size == other else num_samples for size, other in grows]
+            expanded.append(single.expand(shape))
+    return expanded
+
+
+def made_real(held: Any) -> Any:
+    """Give expanded tensors memory of their own. On a GPU they have it since they were copied."""
+    return None if held is None else map_leaves(torch.Tensor.contiguous, held)
 
 
 def as_it_is(loss: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from memfit.integrations.objects.step import (
     TrainersStep,
     TrainersWorkload,
     drawn_batch,
+    made_real,
     precision_of_weights,
     step_of,
 )
@@ -69,7 +70,7 @@ def workload_of_trainer(trainer: Any, *, samples_per_step: int | None = None) ->
     accelerator, arguments = trainer.accelerator, trainer.args
     loaders = list(accelerator._dataloaders)  # noqa: SLF001 - prepare() adds to it
     try:
-        batch = drawn_batch(lambda: next(iter(trainer.get_train_dataloader())))
+        batch = drawn_batch(lambda: next(iter(trainer.get_train_dataloader())), trainer)
     finally:
         accelerator._dataloaders[:] = loaders  # noqa: SLF001 - as above
     num_steps = int(arguments.gradient_accumulation_steps)
@@ -120,12 +121,13 @@ class _TrainersOwnStep(TrainersStep):
             {name: None for name in _LEFT_BEHIND if name in vars(self._trainer)}
         )
         self._trainer.accelerator = _NoAccelerator()
+        self._trainer.gather_function = None
         self._is_mixed = bool(trainer.args.bf16 or trainer.args.fp16)
         self._checkpointing = _checkpointing_of(trainer.args)
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         # All micro-batches of a step stay until those of the next step are there.
-        self._kept = (batch, held)
+        self._kept = (batch, made_real(held))
         self.model.train()
         self._checkpoint()
         model = _Float32Outputs(self.model) if self._is_mixed else self.model

@@ -1,0 +1,1 @@
+"""Tests of what trainers are given, with the trainers themselves."""

@@ -1,0 +1,181 @@
+"""Trainers' own objects are workloads: their batch sizes are those that the trainers train with."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import memfit
+from integrations import zoo
+from memfit.backends.rehearsed import RehearsalServers
+from memfit.cards import find_gpu
+from memfit.errors import UnsupportedError, UsageError, WorkloadError
+from memfit.integrations.objects import subject_of
+from memfit.records import Precision
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.units import parse_bytes
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+CARDS = [("rtx3060", "1GiB"), ("a100-40gb", "2GiB")]
+
+
+def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, dict[str, Any]]:
+    """Return a trainer's own object, and what is given beside it."""
+    is_mixed = precision is Precision.AMP_BF16
+    if name == "fastai":
+        learn = zoo.learner()
+        return (learn.to_bf16() if is_mixed else learn), {}
+    if name == "lightning":
+        trainer = zoo.lightning_trainer(precision="bf16-mixed" if is_mixed else "32-true")
+        loader = DataLoader(zoo.images(8), batch_size=4)
+        return zoo.lightning_module(), {"datamodule": loader, "trainer": trainer}
+    zoo.reset_accelerate()
+    return zoo.transformers_trainer(bf16=is_mixed), {}
+
+
+TRAINERS = ("fastai", "lightning", "transformers")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[RehearsalServers]:
+    """Return the process in which trainers train on cards that are not there."""
+    with RehearsalServers(lambda card: rehearsed_environment(card, environment=os.environ)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("card", "memory"), CARDS)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_named_batch_size_trains_and_one_more_sample_does_not(
+    servers: RehearsalServers, name: str, card: str, memory: str
+) -> None:
+    """The trainer's own loop runs on the same card, rehearsed; importing it takes seconds."""
+    made, beside = subject(name)
+    found = memfit.probe(made, gpu=card, memory=memory, engine="rehearse", progress=None, **beside)
+    gpu = find_gpu(card, total_bytes=parse_bytes(memory))
+    servers.open(gpu)
+    trained = [
+        servers.call("integrations.zoo:trains", None, name, batch_size, {})
+        for batch_size in (found.max_batch_size, found.max_batch_size + 1)
+    ]
+    servers.close()
+    assert trained == [True, False]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.AMP_BF16])
+def test_a_simulation_knows_the_trainers_precision(name: str, precision: Precision) -> None:
+    """It is shown as chosen, and mixed precision lets larger batches fit."""
+    made, beside = subject(name, precision=precision)
+    found = memfit.probe(made, gpu="rtx3060", memory="1GiB", progress=None, **beside)
+    assert found.options.precision is precision
+    low, high = (400, 520) if precision is Precision.FP32 else (480, 900)
+    assert low < found.max_batch_size < high
+    assert found.subject == ("Wrapped" if name == "transformers" else type_name(name))
+
+
+def type_name(name: str) -> str:
+    return {"fastai": "Net", "lightning": "Module"}[name]
+
+
+def bits_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_everything_is_put_back_after_trials_on_the_cpu(name: str) -> None:
+    """Weights, modes, gradients, generators and the objects' attributes are as before."""
+    made, beside = subject(name)
+    model = made if name == "lightning" else made.model
+    model.eval()
+    before, random = bits_of(model), torch.get_rng_state()
+    attributes = {key: copy.copy(value) for key, value in vars(made).items() if is_simple(value)}
+    names = set(vars(made))
+    found = memfit.probe(
+        made, device="cpu", memory="400MiB", max_batch_size=8, progress=None, **beside
+    )
+    assert found.max_batch_size == 8
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not model.training
+    assert all(torch.equal(value, before[key]) for key, value in bits_of(model).items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert set(vars(made)) == names
+    assert {key: vars(made)[key] for key in attributes} == attributes
+
+
+def is_simple(value: object) -> bool:
+    return isinstance(value, (int, float, str, bool, type(None)))
+
+
+def test_a_planned_step_has_all_its_samples_on_the_device() -> None:
+    """transformers puts them there, so they leave less room for a micro-batch."""
+    made, _ = subject("transformers")
+    card = {"gpu": "rtx3060", "memory": "1GiB", "progress": None}
+    plan = memfit.plan(made, 4096, **card)
+    found = memfit.probe(made, accumulate=True, **card)
+    # 4,096 images of 48 KiB are 192 MiB.
+    assert plan.max_micro_batch_size < 0.85 * found.max_batch_size
+
+
+def test_a_learners_phases_have_their_own_batch_sizes() -> None:
+    """A frozen body needs no gradients and keeps no activations."""
+    learn = zoo.learner(splitter=lambda net: [list(net.body.parameters()), [*net.out.parameters()]])
+    sizes = []
+    for phase in (learn.freeze, learn.unfreeze):
+        phase()
+        found = memfit.probe(learn, gpu="rtx3060", memory="1GiB", progress=None)
+        sizes.append(found.max_batch_size)
+    assert sizes[0] > 1.5 * sizes[1]
+
+
+def test_the_other_functions_take_them_too() -> None:
+    """One trial, and a profile, in a simulation."""
+    made, beside = subject("lightning")
+    trial = memfit.estimate(made, 8, gpu="rtx3060", engine="simulate", **beside)
+    assert trial.fits
+    profile = memfit.profile(made, 8, gpu="rtx3060", engine="simulate", progress=None, **beside)
+    assert profile.batch_size == 8
+
+
+def test_what_a_trial_cannot_run_is_refused_in_a_sentence() -> None:
+    """The sentence says what to do instead."""
+    from fastai.callback.mixup import MixUp
+
+    learn = zoo.learner(cbs=MixUp())
+    with pytest.raises(UnsupportedError, match=r"MixUp changes what a step .* memfit rehearse"):
+        memfit.probe(learn, gpu="rtx3060")
+    module = zoo.lightning_module()
+    with pytest.raises(UsageError, match=r"no train_dataloader of its own: give datamodule="):
+        memfit.probe(module, gpu="rtx3060")
+    module.automatic_optimization = False
+    with pytest.raises(UnsupportedError, match="steps its optimizers itself"):
+        memfit.probe(module, gpu="rtx3060")
+    with pytest.raises(UsageError, match="datamodule is for a LightningModule, not for 'resnet18'"):
+        memfit.probe("resnet18", gpu="rtx3060", datamodule=object())
+    made, beside = subject("lightning")
+    with pytest.raises(UsageError, match="trainer is a Lightning Trainer, not int"):
+        memfit.probe(made, gpu="rtx3060", datamodule=beside["datamodule"], trainer=3)
+    with pytest.raises(UnsupportedError, match="no trials in Lightning's precision '64-true'"):
+        trainer = zoo.lightning_trainer(precision="64-true")
+        memfit.probe(made, gpu="rtx3060", datamodule=beside["datamodule"], trainer=trainer)
+    with pytest.raises(WorkloadError, match="fewer samples than one batch"):
+        memfit.probe(made, gpu="rtx3060", datamodule=DataLoader(zoo.images(2), 4, drop_last=True))
+
+
+def test_other_objects_are_left_as_they_are() -> None:
+    """A class that is only named like a trainer's is not one."""
+
+    class Trainer:
+        pass
+
+    one = Trainer()
+    assert subject_of(one) is one
+    assert subject_of("resnet18") == "resnet18"
+    gc.collect()
