@@ -319,6 +319,7 @@ class SimulatedBackend:
             num_micro_batches=step.num_micro_batches,
             peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
             peak_varies=traced.peak_varies,
+            is_approximate=self._gpu.vendor != "NVIDIA",
             message=replay.message,
         )
 

@@ -126,6 +126,8 @@ class Trial(Record):
         peak_grows: The peak still rose in the last iteration.
         peak_varies: The step draws at random what it computes (LayerDrop), so its peak is random.
             The figures are for the most that it can compute, as far as its draws could be forced.
+        is_approximate: The card was simulated with another vendor's kernels, as AMD's cards are
+            with NVIDIA's. The outcome of a batch size near the edge may be another on the card.
         message: The first line of the error that ended the trial.
     """
 
@@ -142,6 +144,7 @@ class Trial(Record):
     left_behind_bytes: int | None = None
     peak_grows: bool = False
     peak_varies: bool = False
+    is_approximate: bool = False
     message: str | None = None
 
     _derived: ClassVar[tuple[str, ...]] = ("samples_per_second",)
@@ -213,7 +216,7 @@ class ProbeResult(Record):
     predictions: tuple[Trial, ...] = ()
     remarks: tuple[str, ...] = ()
 
-    _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes", "proved")
+    _derived: ClassVar[tuple[str, ...]] = ("capacity_bytes", "proved", "is_approximate")
 
     @property
     def capacity_bytes(self) -> int:
@@ -224,6 +227,11 @@ class ProbeResult(Record):
     def proved(self) -> bool:
         """Whether the edge was found by steps that really ran, not by a simulation."""
         return self.edge_found and self.source is not Source.SIMULATED
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether the edge is near the card's and not exactly it; see `Trial.is_approximate`."""
+        return any(trial.is_approximate for trial in self.trials)
 
     def trial_at(self, batch_size: int) -> Trial | None:
         """Return the last trial of a batch size, or `None` if it was not tried."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from memfit.records import Capacity, Plan, PlanSurvey, ProbeResult, Source, Survey, Trial
 from memfit.reports.picture import save
+from memfit.reports.sources import about
 from memfit.units import GIB, MIB, format_bytes, format_parts
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def draw_probe(found: ProbeResult | Survey, path: Path) -> None:
         (
             answer.gpu,
             0 if answer.result is None else answer.result.recommended_batch_size or 0,
-            "does not fit" if answer.result is None else f"largest {answer.result.max_batch_size}",
+            "does not fit" if answer.result is None else _largest(answer.result),
         )
         for answer in found.answers
     ]
@@ -151,3 +152,7 @@ def _bars(axes: Axes, bars: list[tuple[str, int, str]], *, title: str, x_label: 
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _largest(result: ProbeResult) -> str:
+    return f"largest {about(result.max_batch_size, result.trials)}"

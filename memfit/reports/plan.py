@@ -8,7 +8,7 @@ from rich.text import Text
 
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, step_words, trial_notes, trial_table
-from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.sources import about, no_gpu_took_part
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -61,7 +61,11 @@ def _answers(plan: Plan) -> Table:
         )
     edge = plan.max_micro_batch_size
     if plan.edge_found:
-        table.add_row("largest", str(edge), f"micro-batch that fits: {edge + 1} ran out of memory")
+        table.add_row(
+            "largest",
+            about(edge, plan.trials),
+            f"micro-batch that fits: {edge + 1} ran out of memory",
+        )
         table.add_row(
             "recommended",
             str(plan.recommended_micro_batch_size),

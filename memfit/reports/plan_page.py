@@ -7,7 +7,7 @@ from memfit.reports import exploration_page
 from memfit.reports.html import Page, Panel, bar_chart, render
 from memfit.reports.probe import step_words, trial_notes
 from memfit.reports.probe_page import memory_panel, trials_panel
-from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.sources import about, no_gpu_took_part
 from memfit.units import format_bytes, format_parts
 
 __all__ = ["page", "survey_page"]
@@ -22,8 +22,8 @@ def page(plan: Plan) -> str:
     parts = format_parts(plan.micro_batch_sizes)
     ranks = f" over {plan.world_size} ranks" if plan.world_size > 1 else ""
     peak = plan.peak_reserved_bytes
-    edge = plan.max_micro_batch_size
-    most = str(edge) if plan.edge_found else f"at least {edge}"
+    edge = about(plan.max_micro_batch_size, plan.trials)
+    most = edge if plan.edge_found else f"at least {edge}"
     panels = [
         memory_panel(
             plan.trials,

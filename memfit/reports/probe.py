@@ -14,6 +14,7 @@ from memfit.records import (
     StepOptions,
     Trial,
 )
+from memfit.reports.sources import about, said_of_kernels
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
@@ -141,7 +142,8 @@ def _predicted(trial: Trial | None) -> str:
 
 def _answers(result: ProbeResult) -> Table:
     table = plain_table(has_header=False)
-    table.add_row("largest", Text(str(result.max_batch_size), "bold"), why_largest(result))
+    largest = about(result.max_batch_size, result.trials)
+    table.add_row("largest", Text(largest, "bold"), why_largest(result))
     stand = result.recommended_batch_size
     table.add_row(
         "recommended",
@@ -158,11 +160,12 @@ def why_largest(result: ProbeResult) -> str:
         result: The probe's result.
     """
     best = result.max_batch_size
-    said = (
-        f"it fitted, and {best + 1} ran out of memory"
-        if result.edge_found
-        else "where the search was told to stop; more may fit (--max-batch-size)"
-    )
+    if not result.edge_found:
+        said = "where the search was told to stop; more may fit (--max-batch-size)"
+    elif result.is_approximate:
+        said = f"{best} fitted and {best + 1} ran out, with NVIDIA's kernels in place of AMD's"
+    else:
+        said = f"it fitted, and {best + 1} ran out of memory"
     holes = _holes(result.trials)
     if holes:
         said += f"; below it {', '.join(map(str, holes))} ran out too"
@@ -226,6 +229,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             "The step draws what it computes (LayerDrop, stochastic depth by whole blocks), so its "
             "memory is random: the figures are for the most that it can draw."
         )
+    said += said_of_kernels(result.trials)
     again = len(result.trials) - len(once_each(result.trials))
     took = sum(trial.fits for trial in result.trials)
     versions = f"torch {result.torch_version}"

@@ -7,7 +7,7 @@ from typing import Any
 from memfit.records import ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
 from memfit.reports.probe import once_each, step_words, trial_notes, why_recommended
-from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
 from memfit.units import GIB, MIB, format_bytes
 
 __all__ = ["memory_panel", "page", "survey_page", "trials_panel"]
@@ -22,12 +22,13 @@ def page(result: ProbeResult) -> str:
         result: The probe's result.
     """
     stand = result.recommended_batch_size
+    largest = about(result.max_batch_size, result.trials)
     panels = [
         memory_panel(
             result.trials,
             usable_bytes=result.capacity_bytes,
             predictions=result.predictions,
-            largest=f"the largest that fits is {result.max_batch_size}",
+            largest=f"the largest that fits is {largest}",
         )
     ]
     if any(trial.samples_per_second for trial in result.trials):
@@ -43,11 +44,11 @@ def page(result: ProbeResult) -> str:
             title=f"{result.subject}: the largest batch size",
             lead=(
                 f"Train with {stand if stand is not None else 'none that keeps the headroom'}; the "
-                f"largest that fits is {result.max_batch_size} ({proof})."
+                f"largest that fits is {largest} ({proof})."
             ),
             facts=(
                 ("Recommended", "none" if stand is None else str(stand)),
-                ("Largest", str(result.max_batch_size)),
+                ("Largest", largest),
                 ("Device", result.device),
                 ("Usable", format_bytes(result.capacity_bytes)),
                 ("Step", ", ".join(step_words(result.options))),
@@ -71,12 +72,13 @@ def survey_page(survey: Survey) -> str:
         "recommended": (names, [float(result.recommended_batch_size or 0) for result in fitting]),
         "largest": (names, [float(result.max_batch_size) for result in fitting]),
     }
+    trials = [trial for result in fitting for trial in result.trials]
     rows = tuple((answer.gpu, *_answer_cells(answer.result)) for answer in survey.answers)
     panel = Panel(
         key="cards",
         kind="figure",
         title="Batch size by card",
-        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks)),
+        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials))),
         data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{name}: {', '.join(cells)}" for name, *cells in rows),
         header=("GPU", "precision", "recommended", "largest"),
@@ -100,7 +102,7 @@ def _answer_cells(result: ProbeResult | None) -> tuple[str, str, str]:
     return (
         result.options.precision.value,
         "none" if stand is None else str(stand),
-        str(result.max_batch_size),
+        about(result.max_batch_size, result.trials),
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from memfit.records import Plan, PlanSurvey, ProbeResult, Survey, Trial
 from memfit.records.looks import register_look
 from memfit.reports.probe import step_words, why_largest, why_recommended
-from memfit.reports.sources import how_it_was_had, no_gpu_took_part
+from memfit.reports.sources import about, how_it_was_had, no_gpu_took_part, said_of_kernels
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -104,7 +104,7 @@ def _probe(result: ProbeResult) -> Short:
     return Short(
         title=f"{result.subject} on {result.device}: {', '.join(step_words(result.options))}",
         rows=(
-            ("largest", str(result.max_batch_size), why_largest(result)),
+            ("largest", about(result.max_batch_size, result.trials), why_largest(result)),
             ("recommended", "none" if stand is None else str(stand), why_recommended(result)),
         ),
         note=(
@@ -117,11 +117,11 @@ def _probe(result: ProbeResult) -> Short:
 def _plan(plan: Plan) -> Short:
     ranks = f" over {plan.world_size} ranks" if plan.world_size > 1 else ""
     peak = plan.peak_reserved_bytes
-    edge = plan.max_micro_batch_size
+    edge = about(plan.max_micro_batch_size, plan.trials)
     rows = [
         ("plan", format_parts(plan.micro_batch_sizes)),
         ("steps", str(plan.accumulation_steps)),
-        ("largest micro-batch", str(edge) if plan.edge_found else f"at least {edge}"),
+        ("largest micro-batch", edge if plan.edge_found else f"at least {edge}"),
     ]
     if peak is not None:
         usable = format_bytes(plan.capacity.usable_bytes)
@@ -136,6 +136,7 @@ def _plan(plan: Plan) -> Short:
 
 def _survey(survey: Survey) -> Short:
     rows = []
+    trials = [t for answer in survey.answers if answer.result for t in answer.result.trials]
     for answer in survey.answers:
         result = answer.result
         if result is None:
@@ -146,7 +147,7 @@ def _survey(survey: Survey) -> Short:
             (
                 answer.gpu,
                 result.options.precision.value,
-                str(result.max_batch_size),
+                about(result.max_batch_size, result.trials),
                 "none" if stand is None else str(stand),
             )
         )
@@ -154,7 +155,7 @@ def _survey(survey: Survey) -> Short:
         title=survey.subject,
         header=("GPU", "precision", "largest", "recommended"),
         rows=tuple(rows),
-        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks)),
+        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials))),
     )
 
 

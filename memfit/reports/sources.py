@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from memfit.records import Source
+from collections.abc import Iterable
 
-__all__ = ["how_it_was_had", "no_gpu_took_part"]
+from memfit.records import Source, Trial
+
+__all__ = ["about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels"]
 
 _HOW = {
     Source.MEASURED: "Measured",
@@ -15,6 +17,10 @@ _WHO_RAN = {
     Source.REHEARSED: "torch's own CUDA software ran, and no GPU took part",
     Source.SIMULATED: "no GPU took part",
 }
+_OTHER_KERNELS = (
+    "AMD's cards are simulated with the scratch memory of NVIDIA's kernels: the largest batch "
+    "size is near, not exact."
+)
 
 
 def how_it_was_had(source: Source) -> str:
@@ -25,3 +31,22 @@ def how_it_was_had(source: Source) -> str:
 def no_gpu_took_part(source: Source) -> str:
     """Return a sentence that says that no GPU was used, for figures of absent cards."""
     return f"{_HOW[source]}: {_WHO_RAN[source]}."
+
+
+def about(number: int, trials: Iterable[Trial]) -> str:
+    """Return a batch size as text, with `about` before it if trials say that it is not exact.
+
+    Args:
+        number: The batch size.
+        trials: The trials that it comes from.
+    """
+    return f"about {number}" if any(trial.is_approximate for trial in trials) else str(number)
+
+
+def said_of_kernels(trials: Iterable[Trial]) -> tuple[str, ...]:
+    """Return a sentence if the trials used another vendor's kernels, else nothing.
+
+    Args:
+        trials: The trials of a result.
+    """
+    return (_OTHER_KERNELS,) if any(trial.is_approximate for trial in trials) else ()

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
-from memfit.reports.sources import no_gpu_took_part
+from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
@@ -31,8 +31,9 @@ def render(survey: Survey) -> RenderableType:
             table.add_row(answer.gpu, "", Text("does not fit", "red"))
         else:
             table.add_row(answer.gpu, *_cells(answer.result))
+    trials = [t for answer in survey.answers if answer.result for t in answer.result.trials]
     note = (
-        " ".join((no_gpu_took_part(survey.source), *survey.remarks))
+        " ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials)))
         + " The peak and what is left are those of the recommended batch size."
     )
     return Group(Text(survey.subject, "bold"), "", table, "", Text(note))
@@ -44,7 +45,7 @@ def _cells(result: ProbeResult) -> tuple[str | Text, ...]:
     peak = None if trial is None else trial.peak_reserved_bytes
     return (
         result.options.precision.value,
-        Text(str(result.max_batch_size), "bold"),
+        Text(about(result.max_batch_size, result.trials), "bold"),
         Text("none" if stand is None else str(stand), "bold green"),
         "" if peak is None else format_bytes(peak),
         "" if peak is None else format_bytes(result.capacity_bytes - peak),

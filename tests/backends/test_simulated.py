@@ -49,6 +49,12 @@ def test_an_answer_is_proved_and_says_simulated() -> None:
     assert result.to_dict()["source"] == "simulated"
 
 
+def test_an_amd_card_is_not_exact() -> None:
+    """AMD's cards are simulated with NVIDIA's kernels, and each trial says so."""
+    assert memfit.estimate(MODEL, 8, gpu="mi300x").is_approximate
+    assert not memfit.estimate(MODEL, 8, gpu="rtx3070").is_approximate
+
+
 def test_an_estimate_is_one_trial() -> None:
     """It grows with the batch, and runs out where the card does."""
     small = memfit.estimate(MODEL, 8, gpu="any", memory="2GiB")

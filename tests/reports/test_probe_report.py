@@ -15,9 +15,14 @@ from memfit.records import (
     ProbeResult,
     Source,
     StepOptions,
+    Survey,
+    SurveyAnswer,
     Trial,
 )
+from memfit.reports import probe_page
 from memfit.reports.probe import render
+from memfit.reports.short import as_text
+from memfit.reports.survey import render as render_survey
 from memfit.units import GIB, MIB
 
 
@@ -168,3 +173,28 @@ def test_a_simulation_proves_nothing() -> None:
     simulated = dataclasses.replace(RESULT, source=Source.SIMULATED)
     assert simulated.edge_found
     assert simulated.to_dict()["proved"] is False
+
+
+def test_another_vendors_kernels_give_no_exact_edge() -> None:
+    """The edge of an AMD card is `about` so many samples, and the report says why."""
+    exact = dataclasses.replace(RESULT, source=Source.SIMULATED)
+    near = dataclasses.replace(
+        exact, trials=tuple(dataclasses.replace(t, is_approximate=True) for t in exact.trials)
+    )
+    survey = Survey(subject="resnet50", answers=(SurveyAnswer(gpu="AMD card", result=near),))
+    shown = text(render(near), width=200)
+    assert "about 212  simulated: 212 fitted and 213 ran out, with NVIDIA's kernels" in shown
+    for rendered in (
+        shown,
+        text(render_survey(survey), width=200),
+        str(as_text(near)),
+        as_text(survey),
+        probe_page.page(near),
+        probe_page.survey_page(survey),
+    ):
+        assert "about 212" in rendered
+        assert "it fitted" not in rendered
+    assert "NVIDIA's kernels: the largest batch size is near" in text(render_survey(survey), 200)
+    assert near.to_dict()["is_approximate"] is True
+    assert exact.to_dict()["is_approximate"] is False
+    assert "about" not in text(render(exact))
