@@ -57,6 +57,18 @@ _CONTEXT_BANDS = ((48, 165), (99, 280), (10_000, 450))
 
 Source: bands through public measurements, see `Gpu.context_bytes`.
 """
+_CONTEXT_RANGES = {
+    165: (120, 210),
+    280: (220, 340),
+    450: (400, 510),
+    600: (520, 680),
+    660: (600, 720),
+}
+"""For each estimate in MiB, the least and the most that NVIDIA's cards of that kind held.
+
+Source: out-of-memory messages in public issues, of torch 2.0 and later with one process: what the
+    process has, less what the allocator reserved. Bands of one to four samples each.
+"""
 _WORKSPACE_BYTES = 8_519_680  # :4096:2:16:8
 _WORKSPACE_LARGE_BYTES = 32 * MIB
 _WORKSPACE_GFX94_BYTES = 128 * MIB
@@ -96,6 +108,17 @@ class Gpu(Record):
     context_bytes: int
     context_origin: str
     source: str
+
+    @property
+    def context_range_bytes(self) -> tuple[int, int] | None:
+        """The least and the most that processes on similar cards held, if `context_bytes` is such.
+
+        `None` if the card itself was measured, and for AMD's cards, of which none was measured.
+        """
+        if self.context_origin != "band" or self.vendor != "NVIDIA":
+            return None
+        least, most = _CONTEXT_RANGES[self.context_bytes // MIB]
+        return least * MIB, most * MIB
 
     @property
     def usable_bytes(self) -> int:

@@ -54,6 +54,15 @@ def test_every_card_is_whole() -> None:
     assert {find_gpu(name).name for name in COMMON_GPUS} == set(COMMON_GPUS)
 
 
+def test_estimated_contexts_lie_in_their_range() -> None:
+    """Only an estimate from NVIDIA's cards has a range, and the estimate is inside it."""
+    for card in catalogue():
+        held = card.context_range_bytes
+        assert (held is None) == (card.context_origin != "band" or card.vendor == "AMD")
+        assert held is None or held[0] < card.context_bytes < held[1]
+    assert find_gpu("any", total_bytes=8 * GIB).context_range_bytes is not None
+
+
 def test_what_a_card_decides() -> None:
     """From Ampere on there is bf16. BLAS workspaces depend on the card and on torch's release."""
     assert not find_gpu("t4").has_bf16

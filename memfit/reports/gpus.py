@@ -55,12 +55,11 @@ def _details(card: Gpu) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column()
-    context = card.context_origin
     table.add_row("memory", format_bytes(card.total_bytes), f"{card.total_origin}: {card.source}")
     table.add_row(
         "process",
         format_bytes(card.context_bytes),
-        "estimated from similar cards" if context == "band" else context,
+        _context_origin(card),
     )
     table.add_row("for training", format_bytes(card.usable_bytes), "memory less the process")
     table.add_row(
@@ -72,3 +71,13 @@ def _details(card: Gpu) -> RenderableType:
     table.add_row("architecture", card.architecture, vendor)
     names = Text("also: " + ", ".join(card.aliases), "dim") if card.aliases else Text("")
     return Group(Text(card.name, "bold"), names, "", table)
+
+
+def _context_origin(card: Gpu) -> str:
+    if card.context_origin != "band":
+        return card.context_origin
+    held = card.context_range_bytes
+    if held is None:
+        return "estimated from NVIDIA's cards of similar size; none of AMD's was measured"
+    least, most = map(format_bytes, held)
+    return f"estimated: processes on similar cards held {least} to {most}"

@@ -45,6 +45,12 @@ def test_estimates_are_marked() -> None:
     assert lines["NVIDIA A2"].count("~") == 2
 
 
+def test_an_estimate_has_a_range() -> None:
+    """The text says how much similar cards held, and that no AMD card was measured."""
+    assert "processes on similar cards held 520 MiB to 680 MiB" in text((find_gpu("h100"),), 120)
+    assert "none of AMD's was measured" in text((find_gpu("mi300x"),), 120)
+
+
 def test_one_card_has_its_sources() -> None:
     """The text says where each figure comes from, and what is left for training."""
     card = find_gpu("3090")
