@@ -211,7 +211,7 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
     """
     if _key(name) == ANY_GPU:
         if total_bytes is None:
-            raise UsageError("The GPU 'any' has no memory of its own: give its size, as in 6GiB.")
+            raise UsageError("The GPU 'any' has no memory size of its own. Give one, such as 6GiB.")
         gpu = _of_size(total_bytes)
     else:
         gpu = _named(name)
@@ -219,8 +219,8 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
             gpu = dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
     if gpu.usable_bytes <= 0:
         raise UsageError(
-            f"{total_bytes} bytes are less than the process itself takes on {gpu.name} "
-            f"({gpu.context_bytes} bytes): give more."
+            f"{total_bytes} bytes are less than a process without tensors takes on "
+            f"{gpu.name} ({gpu.context_bytes} bytes). Give more."
         )
     return gpu
 

@@ -112,9 +112,10 @@ class NotSimulatedError(UnsupportedError):
             reason: Why, as a clause.
         """
         return cls(
-            f"{subject} cannot be simulated: {reason}. Rehearse it (--engine rehearse, or a script "
-            "as it is: memfit rehearse --gpu NAME -- python SCRIPT), which needs no GPU, or try it "
-            "on a device (--device)."
+            f"{subject} cannot be simulated: {reason}. Rehearse it instead, which "
+            "needs no GPU: give --engine rehearse, or run your script with memfit "
+            "rehearse --gpu NAME -- python SCRIPT. Or measure on a device "
+            "(--device)."
         )
 
 

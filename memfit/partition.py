@@ -82,8 +82,8 @@ def check_target(effective_batch_size: object, world_size: object = 1) -> tuple[
     ranks = parse_count("The world size", world_size)
     if samples < ranks:
         raise UsageError(
-            f"An effective batch of {samples} cannot be shared by {ranks} ranks: each needs at "
-            f"least one sample, so give at least {ranks}."
+            f"An effective batch of {samples} cannot be shared by {ranks} ranks, "
+            f"because each rank needs at least one sample. Give at least {ranks}."
         )
     return samples, ranks
 
@@ -183,19 +183,21 @@ def split(
         if objective is Objective.EVEN:
             below = effective_batch_size // world_size * world_size
             raise UsageError(
-                f"{effective_batch_size} samples are no equal shares for {world_size} ranks; the "
-                f"nearest effective batch sizes that are: {below} and {below + world_size}."
+                f"{effective_batch_size} samples cannot be shared equally by "
+                f"{world_size} ranks. The nearest effective batch sizes that can: "
+                f"{below} and {below + world_size}."
             )
         remarks.append(
-            f"{effective_batch_size} samples are no equal shares for {world_size} ranks: "
-            f"{_ranks(uneven_ranks, 'take')} {share} and the others {share - 1}, each sample "
-            "weighted alike."
+            f"{effective_batch_size} samples cannot be shared equally by "
+            f"{world_size} ranks: {_ranks(uneven_ranks, 'take')} {share} and the "
+            f"others {share - 1}, each sample weighted alike."
         )
     if objective is Objective.FASTEST:
         if not speeds:
             raise UsageError(
-                "Nothing was measured, so nothing is known to be fastest: a simulation has bytes "
-                "and no seconds. Plan for the largest micro-batch, or on a device that is there."
+                "Nothing was measured, so memfit does not know what is fastest. A card "
+                "that is not here has no real seconds. Plan for the largest "
+                "micro-batch, or plan on a device that is here."
             )
         sizes, why = _fastest(
             share,
@@ -252,8 +254,9 @@ def too_small(effective_batch_size: int, world_size: int, largest: int, part: in
     below = effective_batch_size // step * step
     near = f"{below} or {below + step}" if below else f"{below + step}"
     return (
-        f"An effective batch of {effective_batch_size} has no parts of at most {largest} without "
-        f"one of {part}, and the step does not run with that: plan for {near}"
+        f"An effective batch of {effective_batch_size} cannot be cut into parts "
+        f"of at most {largest} without a part of {part}, and the step does not "
+        f"run with such a part. Plan for {near}"
     )
 
 
@@ -277,13 +280,16 @@ def _even(share: int, largest: int, multiple_of: int) -> tuple[tuple[int, ...], 
     near = _nearest_even(share, largest, multiple_of)
     if part is None:
         raise UsageError(
-            f"{share} samples have no equal parts of at most {largest} that are multiples of "
-            f"{multiple_of}; {near} would."
+            f"{share} samples cannot be cut into equal parts of at most {largest} "
+            f"that are multiples of {multiple_of}. {near} would."
         )
     if part * _FAR_BELOW > largest:
         return (part,) * (share // part), []
     return (part,) * (share // part), [
-        f"The equal parts of {share} nearest to {largest} have {part}; {near} would do better."
+        (
+            f"The equal parts of {share} nearest to {largest} are of size {part}. "
+            f"{near} samples can be cut better."
+        )
     ]
 
 
@@ -314,12 +320,12 @@ def _uneven(share: int, sizes: tuple[int, ...], multiple_of: int) -> list[str]:
     odd = [size for size in sizes if size % multiple_of]
     if len(odd) > 1:
         remarks.append(
-            f"With parts that are multiples of {multiple_of} the last one would be too small, so "
-            "they are not."
+            f"If the parts were multiples of {multiple_of}, the last one would be "
+            "too small. So they are not."
         )
     elif odd:
         which = "One part" if len(sizes) > 1 else "The whole batch"
-        remarks.append(f"{which}, {odd[0]}, is no multiple of {multiple_of}.")
+        remarks.append(f"{which}, {odd[0]}, is not a multiple of {multiple_of}.")
     return remarks
 
 
@@ -347,10 +353,11 @@ def _fastest(
         if seconds < best_seconds * (1 - _TIMING_NOISE):
             best, best_seconds = sizes, seconds
     if best is fewest:
-        return best, "The fewest steps are the fastest, as far as was measured."
+        return best, ("The plan with the fewest micro-batches was the fastest that was measured.")
     gain = _seconds(fewest, speeds) / best_seconds - 1
     return best, (
-        f"Micro-batches of {best[0]} train {gain:.0%} faster than the fewest steps, of {fewest[0]}."
+        f"Micro-batches of {best[0]} train {gain:.0%} faster than the fewest "
+        f"micro-batches, of {fewest[0]}."
     )
 
 

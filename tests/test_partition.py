@@ -160,14 +160,16 @@ def test_a_smaller_micro_batch_can_be_the_fastest() -> None:
     ]
     parts = split(64, largest_accumulating=32, objective=Objective.FASTEST, speeds=dip)
     assert parts.sizes == (16,) * 4
-    assert "67% faster than the fewest steps, of 32" in parts.remarks[0]
+    assert "67% faster than the fewest micro-batches, of 32" in parts.remarks[0]
     noise = [
         Speed(batch_size=16, samples_per_second=101.0),
         Speed(batch_size=32, samples_per_second=100.0),
     ]
     parts = split(64, largest_accumulating=32, objective=Objective.FASTEST, speeds=noise)
     assert parts.sizes == (32, 32)
-    assert parts.remarks == ("The fewest steps are the fastest, as far as was measured.",)
+    assert parts.remarks == (
+        "The plan with the fewest micro-batches was the fastest that was measured.",
+    )
 
 
 def test_speeds_between_measured_ones_are_interpolated() -> None:
@@ -197,17 +199,23 @@ def test_speeds_between_measured_ones_are_interpolated() -> None:
         (
             {"effective_batch_size": 61, "largest_accumulating": 30, "objective": Objective.EVEN},
             (1,) * 61,
-            "The equal parts of 61 nearest to 30 have 1; 60 (3 x 20) would do better.",
+            (
+                "The equal parts of 61 nearest to 30 are of size 1. 60 (3 x 20) samples can be cut "
+                "better."
+            ),
         ),
         (
             {"effective_batch_size": 100, "largest_whole": 100, "multiple_of": 8},
             (100,),
-            "The whole batch, 100, is no multiple of 8.",
+            "The whole batch, 100, is not a multiple of 8.",
         ),
         (
             {"effective_batch_size": 10, "world_size": 4, "largest_whole": 3},
             (3,),
-            "10 samples are no equal shares for 4 ranks: the first 2 ranks take 3 and the others 2",
+            (
+                "10 samples cannot be shared equally by 4 ranks: the first 2 ranks take 3 and the "
+                "others 2"
+            ),
         ),
         (
             {"effective_batch_size": 9, "world_size": 4, "largest_whole": 3},
@@ -235,7 +243,11 @@ def test_a_plan_says_why_its_parts_differ(
         (float("nan"), 1, "must be a whole number, not nan"),
         (float("inf"), 1, "must be a whole number, not inf"),
         (True, 1, "must be a whole number, not True"),
-        (3, 4, "cannot be shared by 4 ranks: each needs at least one sample, so give at least 4"),
+        (
+            3,
+            4,
+            "shared by 4 ranks, because each rank needs at least one sample. Give at least 4",
+        ),
         (64, 0, "world size must be at least 1, not 0"),
     ],
 )
@@ -255,7 +267,7 @@ def test_whole_numbers_of_any_kind_are_targets() -> None:
     [
         (
             {"effective_batch_size": 10, "world_size": 4, "objective": Objective.EVEN},
-            "no equal shares for 4 ranks; the nearest effective batch sizes that are: 8 and 12",
+            "equally by 4 ranks. The nearest effective batch sizes that can: 8 and 12",
         ),
         (
             {
@@ -264,11 +276,11 @@ def test_whole_numbers_of_any_kind_are_targets() -> None:
                 "multiple_of": 8,
                 "objective": Objective.EVEN,
             },
-            r"no equal parts of at most 60 that are multiples of 8; 96 \(2 x 48\) would",
+            r"cut into equal parts of at most 60 that are multiples of 8\. 96 \(2 x 48\)",
         ),
         (
             {"effective_batch_size": 8, "objective": Objective.FASTEST},
-            "a simulation has bytes and no seconds",
+            "has no real seconds",
         ),
     ],
 )

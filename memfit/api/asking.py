@@ -30,8 +30,8 @@ __all__ = ["Answer", "Asked", "SearchKeywords", "check_place"]
 
 _Found = TypeVar("_Found")
 _NO_GPU = (
-    "There is no GPU here and none was named, so common cards were simulated; device='cpu' "
-    "(--device cpu) measures on the CPU."
+    "There is no GPU here and none was named, so common cards were "
+    "simulated. To measure on the CPU, give device='cpu' (--device cpu)."
 )
 
 

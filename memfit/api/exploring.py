@@ -73,7 +73,7 @@ def _counterpart(device: str | None, memory_bytes: int | None) -> SimulatedGpu:
         card = backend.simulated_counterpart()
     if card is None:
         raise UsageError(
-            "What else would fit is simulated, and only GPUs can be: give gpu, a name of `memfit "
-            "gpus`."
+            "Other changes are tried by simulation, and only GPUs can be "
+            "simulated. Give gpu, a name that `memfit gpus` lists."
         )
     return card

@@ -19,8 +19,9 @@ from memfit.records import Objective, Plan, PlanAnswer, PlanSurvey
 __all__ = ["plan", "survey_plans"]
 
 _NO_SECONDS = (
-    "What is fastest is measured, and a simulation has no seconds: leave the GPU's name out and "
-    "plan on the device that is there, or plan for the largest micro-batch."
+    "The fastest plan has to be measured, and a card that is not here has "
+    "no real seconds. Plan on a device that is here (without a GPU's "
+    "name), or plan for the largest micro-batch."
 )
 
 

@@ -95,12 +95,15 @@ def profile(
     if gpu is None and (instead := cards_instead(subject, device=device, gpu=gpu, memory=memory)):
         gpu = instead[0] if len(instead) == 1 else DEFAULT_GPU
     if gpu is None and memory is not None:
-        raise UsageError("memory is for a simulated card (gpu): a step is recorded with all of it.")
+        raise UsageError(
+            "memory is for a card that is not here (gpu). On a device that is "
+            "here, a profile may use all of its memory."
+        )
     place = None if gpu is not None else device_of(own_device(subject, device))
     if place is not None and place.type == "cpu" and snapshot is not None:
         raise UsageError(
-            "A CPU has no caching allocator, so there is no snapshot to write: profile on a GPU or "
-            "simulate one."
+            "A CPU has no caching allocator, so there is no snapshot to write. "
+            "Profile on a GPU, or name one with --gpu."
         )
     described = describe(subject, accumulate=accumulate, **step_options)
     with watched(f"profiling {described.name}", stages=progress) as watching:

@@ -154,8 +154,8 @@ def own_device(subject: str | Workload, device: str | None) -> str | None:
     own = subject.device
     if device is not None and device_of(device).type != own.type:
         raise UsageError(
-            f"The model is on {own}, and the trials were asked for on {device}: move the model "
-            "first, and make the optimizer after that."
+            f"The model is on {own}, but the trials were asked for on {device}. "
+            "Move the model first, and then make the optimizer."
         )
     return device or str(own)
 
@@ -203,8 +203,9 @@ def cards_instead(
         return default_gpus(memory)
     if not isinstance(subject, str) and subject.device.type == "cpu":
         raise UsageError(
-            "The model is on the CPU, and there is a GPU: move the model there first and make the "
-            "optimizer after that, or give device='cpu' to measure on the CPU."
+            "The model is on the CPU, but this machine has a GPU. Move the model "
+            "to the GPU first, and then make the optimizer. Or give device='cpu' "
+            "to measure on the CPU."
         )
     return ()
 
@@ -228,5 +229,7 @@ def _optimizer(subject: str | Workload, optimizer: str) -> str | None:
     if isinstance(subject, str):
         return optimizer
     if optimizer != _DEFAULT_OPTIMIZER:
-        raise UsageError(f"A workload brings its own optimizer; {optimizer!r} was given beside it.")
+        raise UsageError(
+            f"A workload brings its own optimizer; {optimizer!r} was given as well. Leave it out."
+        )
     return subject.optimizer if isinstance(subject.optimizer, str) else None

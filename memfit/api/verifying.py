@@ -95,7 +95,8 @@ def _check_loop(accumulate: AccumulationLoop) -> None:
     """
     if not callable(accumulate):
         raise UsageError(
-            f"accumulate is a function of {', '.join(_LOOP_ARGUMENTS)}, not {accumulate!r}."
+            f"accumulate must be a function that takes {', '.join(_LOOP_ARGUMENTS)}, "
+            f"not {accumulate!r}."
         )
     try:
         signature = inspect.signature(accumulate)
@@ -106,6 +107,6 @@ def _check_loop(accumulate: AccumulationLoop) -> None:
     except TypeError as error:
         name = getattr(accumulate, "__name__", type(accumulate).__name__)
         raise UsageError(
-            f"accumulate is called with {', '.join(_LOOP_ARGUMENTS)}, and {name}{signature} takes "
-            f"others: {error}."
+            f"accumulate is called with {', '.join(_LOOP_ARGUMENTS)}, but {name}{signature} "
+            f"takes other arguments: {error}."
         ) from error

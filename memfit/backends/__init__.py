@@ -46,8 +46,9 @@ def open_backend(
         return CudaBackend(chosen, memory_bytes=memory_bytes, counterpart=simulated_counterpart)
     if sys.platform != "linux":
         raise UnsupportedError(
-            "Trials on a CPU need Linux, whose memory limit (RLIMIT_DATA) they run under, and "
-            f"this is {sys.platform}: run memfit in Linux, or in a Linux container."
+            "Trials on a CPU need Linux, because they run under its memory limit "
+            f"(RLIMIT_DATA), but this is {sys.platform}. Run memfit on Linux or in "
+            "a Linux container."
         )
     from memfit.backends.cpu.backend import CpuBackend
 

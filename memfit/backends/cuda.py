@@ -326,8 +326,8 @@ def _capacity(device: torch.device, memory_bytes: int | None) -> Capacity:
     elif memory_bytes > left_bytes:
         held = "".join(f"; {other.name} (pid {other.pid}) is on it too" for other in others)
         raise UsageError(
-            f"A cap of {format_bytes(memory_bytes)} is more than {device} has free: at most "
-            f"{format_bytes(left_bytes)}{held}."
+            f"A cap of {format_bytes(memory_bytes)} is more than {device} has free. "
+            f"Give at most {format_bytes(left_bytes)}{held}."
         )
     else:
         usable_bytes, origin = memory_bytes, "the cap that was asked for"

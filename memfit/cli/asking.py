@@ -48,8 +48,9 @@ def cards_for(given: Given) -> tuple[str, ...]:
     cards = api.default_gpus(given.memory)
     if len(cards) == 1 and memory_bytes is not None:
         click.echo(
-            "There is no GPU here and none was named: simulating a card of "
-            f"{format_bytes(memory_bytes)}. --device cpu measures on the CPU.",
+            "There is no GPU here and none was named, so memfit simulates a card "
+            f"of {format_bytes(memory_bytes)}. To measure on the CPU, give --device "
+            "cpu.",
             err=True,
         )
     return cards
@@ -67,7 +68,7 @@ def check_single(models: Sequence[str], **files: object) -> None:
     """
     for option, given in files.items():
         if given and len(models) > 1:
-            raise UsageError(f"--{option} shows one model, and there are {len(models)}: give one.")
+            raise UsageError(f"--{option} shows one model, but {len(models)} were given. Give one.")
 
 
 def ask_each(models: Sequence[str], ask: Callable[[str], _Found]) -> Iterator[_Found]:

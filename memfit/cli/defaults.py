@@ -67,7 +67,9 @@ def defaults_of(
         known |= parameters.keys()
         own = table.get(name, {})
         if not isinstance(own, dict):
-            raise UsageError(f"{path}: [tool.memfit] {name} is a command, so it has to be a table.")
+            raise UsageError(
+                f"{path}: [tool.memfit] {name} is the name of a command, so it must be a table."
+            )
         for key in own:
             _check(path, key, parameters.keys(), f"tool.memfit.{name}")
         values = {**{key: shared[key] for key in shared if key in parameters}, **own}

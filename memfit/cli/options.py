@@ -33,34 +33,47 @@ _STEP_OPTIONS: _Options = {
         "precision",
         type=click.Choice([choice.value for choice in Precision]),
         default=Precision.AUTO.value,
-        help="Arithmetic; auto is amp-bf16 or amp-fp16 on a GPU and fp32 on a CPU.",
+        help=(
+            "Precision of the arithmetic. auto is amp-bf16 or amp-fp16 on a GPU, and fp32 on a CPU."
+        ),
     ),
     "optimizer": click.option(
-        "--optimizer", default="adamw", show_default=True, help="Any optimizer name timm knows."
+        "--optimizer",
+        default="adamw",
+        show_default=True,
+        help="The name of an optimizer that timm knows.",
     ),
     "image_size": click.option(
-        "--image-size", metavar="PIXELS", help="224, or 320x240 for height and width."
+        "--image-size",
+        metavar="PIXELS",
+        help="Image size in pixels, such as 224, or 320x240 for height and width.",
     ),
-    "num_classes": click.option("--num-classes", type=int, help="Size of the classifier."),
+    "num_classes": click.option(
+        "--num-classes", type=int, help="Number of classes of the classifier."
+    ),
     "channels_last": click.option(
         "--channels-last", is_flag=True, help="Train in the channels_last layout."
     ),
     "grad_checkpointing": click.option(
-        "--grad-checkpointing", is_flag=True, help="Recompute activations in backward."
+        "--grad-checkpointing",
+        is_flag=True,
+        help=("Gradient checkpointing: do not keep activations, compute them again in backward."),
     ),
     "model_kwargs": click.option(
         "--model-kwargs",
         multiple=True,
         metavar="KEY=VALUE",
-        help="A further argument for timm.create_model; may be repeated.",
+        help="One more argument for timm.create_model. May be repeated.",
     ),
 }
 
 _DEVICE_OPTIONS: _Options = {
     "device": click.option(
         "--device",
-        help="cuda, cuda:1 or cpu; by default a GPU if there is one, else common GPUs are "
-        "simulated.",
+        help=(
+            "cuda, cuda:1 or cpu. The default is a GPU if there is one. If there "
+            "is none, common GPUs are simulated."
+        ),
     ),
     "gpus": click.option(
         "--gpu",
@@ -68,22 +81,30 @@ _DEVICE_OPTIONS: _Options = {
         multiple=True,
         metavar="NAME",
         shell_complete=complete_gpus,
-        help="A GPU that need not be here (see `memfit gpus`), or `any` with --memory; may be "
-        "repeated.",
+        help=(
+            "A GPU, which need not be here (see `memfit gpus`), or `any` with "
+            "--memory. May be repeated."
+        ),
     ),
     "engine": click.option(
         "--engine",
         type=click.Choice([choice.value for choice in Engine]),
         default=Engine.AUTO.value,
         show_default=True,
-        help="How a --gpu is tried: auto rehearses one card where that is possible and simulates "
-        "several.",
+        help=(
+            "How a --gpu is tried. auto rehearses a single card where that is "
+            "possible, and simulates several."
+        ),
     ),
     "memory": click.option(
         "--memory",
         metavar="SIZE",
-        help="What training may use, such as 8GiB: a cap on the GPU's allocator, or a limit beyond "
-        "the loaded process on a CPU. What the card has, for a simulated one.",
+        help=(
+            "Memory that training may use, such as 8GiB. On a GPU it caps "
+            "PyTorch's allocator. On a CPU it is a limit on what a trial takes "
+            "beyond the loaded process. With --gpu it is the memory that the card "
+            "has."
+        ),
     ),
 }
 
@@ -93,17 +114,17 @@ _SEARCH_OPTIONS: _Options = {
         type=float,
         default=0.05,
         show_default=True,
-        help="Share of the memory that the recommendation keeps free.",
+        help="Share of the memory that the recommended batch size keeps free.",
     ),
     "multiple_of": click.option(
         "--multiple-of",
         type=int,
         default=1,
         show_default=True,
-        help="Recommend a multiple of this.",
+        help="Recommend a batch size that is a multiple of this number.",
     ),
     "max_batch_size": click.option(
-        "--max-batch-size", type=int, help="Stop searching here.  [default: 65536]"
+        "--max-batch-size", type=int, help="The largest batch size to try.  [default: 65536]"
     ),
 }
 
@@ -115,12 +136,12 @@ _MEMORY_OF_CARDS: _Options = {
     "memory": click.option(
         "--memory",
         metavar="SIZE",
-        help="What each --gpu has, such as 8GiB, in place of the catalogue's figure.",
+        help=("Memory that each --gpu has, such as 8GiB, instead of the catalogue's figure."),
     )
 }
 _DEVICE_ONLY: _Options = {
     "device": click.option(
-        "--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one."
+        "--device", help="cuda, cuda:1 or cpu. The default is a GPU if there is one."
     )
 }
 
@@ -214,7 +235,9 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise UsageError(f"{pair!r} is no KEY=VALUE pair; write, say, drop_path_rate=0.1.")
+            raise UsageError(
+                f"{pair!r} is not of the form KEY=VALUE. Write, for example, drop_path_rate=0.1."
+            )
         try:
             arguments[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

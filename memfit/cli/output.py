@@ -34,11 +34,14 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 """A file that a command writes, as the type of an option."""
 
 html_option = click.option(
-    "--html", type=OUTPUT, metavar="FILE", help="Write a page to look at in a browser, offline."
+    "--html", type=OUTPUT, metavar="FILE", help="Write a page for the browser. It needs no network."
 )
 
 plot_option = click.option(
-    "--plot", type=OUTPUT, metavar="FILE", help="Write the main picture; .svg, .png or .pdf."
+    "--plot",
+    type=OUTPUT,
+    metavar="FILE",
+    help="Write the main picture. The file ends in .svg, .png or .pdf.",
 )
 
 
@@ -60,7 +63,9 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def formatted(*, as_json: bool, as_csv: bool, **given: Any) -> Any:
         if as_json and as_csv:
-            raise UsageError("Give --json or --csv, not both: each is all that is printed.")
+            raise UsageError(
+                "Give --json or --csv, not both. With either, nothing else is printed."
+            )
         output = Format.JSON if as_json else Format.CSV if as_csv else Format.TEXT
         return command(output=output, **given)
 

@@ -54,24 +54,35 @@ def _as_typed(text: str) -> int | float | str:
     type=_as_typed,
     required=True,
     metavar="SAMPLES",
-    help="Samples in each optimizer step, over all ranks.",
+    help="Samples in each optimizer step, over all ranks together.",
 )
-@click.option("--world-size", type=int, default=1, show_default=True, help="Ranks that share them.")
+@click.option(
+    "--world-size",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Number of ranks that share these samples.",
+)
 @click.option(
     "--objective",
     type=click.Choice([choice.value for choice in Objective]),
     default=Objective.LARGEST.value,
     show_default=True,
-    help="The fewest steps, the most samples per second as measured, or equal parts only.",
+    help=(
+        "largest: the fewest micro-batches. fastest: the most samples per "
+        "second, as measured. even: micro-batches of equal size only."
+    ),
 )
 @click.option(
-    "--explore", is_flag=True, help="Simulate what one change of the step would make fit."
+    "--explore",
+    is_flag=True,
+    help=("Simulate changes of the step, one at a time, and show how much more would fit."),
 )
 @click.option(
     "--emit",
     "trainer",
     type=click.Choice(_TRAINERS),
-    help="Print what to paste or run for this trainer; the rest goes to standard error.",
+    help=("Print the lines to paste or run for this trainer. The report goes to standard error."),
 )
 @shared_options()
 @html_option
@@ -118,7 +129,7 @@ def plan(
     is_survey = given.device is None and len(cards) > 1
     if is_survey and (explore or trainer):
         option = "--explore" if explore else "--emit"
-        raise UsageError(f"{option} is for one device: give one --gpu, as in --gpu {_A_CARD}.")
+        raise UsageError(f"{option} is for one device. Give one --gpu, such as --gpu {_A_CARD}.")
     from memfit import api
 
     target: dict[str, Any] = {
@@ -172,11 +183,13 @@ def _check_together(
 ) -> None:
     """Refuse options that exclude each other."""
     if trainer and output is not Format.TEXT:
-        raise UsageError(f"Give --emit or --{output.value}, not both: each is all that is printed.")
+        raise UsageError(
+            f"Give --emit or --{output.value}, not both. With either, nothing else is printed."
+        )
     if explore and device is not None and device.partition(":")[0] == "cpu":
         raise UsageError(
-            "What else would fit is simulated, and only GPUs can be: give --explore with --gpu, or "
-            "with --device cuda."
+            "--explore tries changes by simulation, and only GPUs can be "
+            "simulated. Give it with --gpu, or with --device cuda."
         )
 
 

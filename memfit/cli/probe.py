@@ -33,7 +33,11 @@ __all__ = ["probe"]
 @click.command(short_help="Find the largest batch size that fits a device.")
 @models_argument
 @shared_options()
-@click.option("--accumulate", is_flag=True, help="Probe the micro-batch of accumulated steps.")
+@click.option(
+    "--accumulate",
+    is_flag=True,
+    help="Find the largest micro-batch of a step that accumulates gradients.",
+)
 @html_option
 @plot_option
 @format_options

@@ -30,7 +30,11 @@ __all__ = ["profile"]
 @click.argument("model", shell_complete=complete_models)
 @click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
 @shared_options(searches=False)
-@click.option("--accumulate", is_flag=True, help="Two micro-batches before the optimizer's step.")
+@click.option(
+    "--accumulate",
+    is_flag=True,
+    help="Accumulate: run two micro-batches before the optimizer's step.",
+)
 @html_option
 @plot_option
 @click.option(
@@ -82,8 +86,8 @@ def profile(
     if len(cards) > 1 and not given.gpus:
         cards = (api.DEFAULT_GPU,)
         click.echo(
-            f"There is no GPU here and none was named: simulating an {api.DEFAULT_GPU}. "
-            "--device cpu measures on the CPU.",
+            "There is no GPU here and none was named, so memfit simulates an "
+            f"{api.DEFAULT_GPU}. To measure on the CPU, give --device cpu.",
             err=True,
         )
     with under_way(f"profiling {model}") as bar:

@@ -32,13 +32,16 @@ _RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
     "gpus",
     multiple=True,
     metavar="NAME",
-    help="The card (see `memfit gpus`), or `any` with --memory; may be repeated.",
+    help="The card (see `memfit gpus`), or `any` with --memory. May be repeated.",
 )
-@click.option("--memory", metavar="SIZE", help="What each card has, such as 16GiB.")
+@click.option("--memory", metavar="SIZE", help="Memory that each card has, such as 16GiB.")
 @click.option(
     "--num-gpus",
     type=int,
-    help="How many of the card the command sees.  [default: torchrun's --nproc-per-node, else 1]",
+    help=(
+        "Number of such cards that the command sees.  [default: torchrun's "
+        "--nproc-per-node, else 1]"
+    ),
 )
 @click.option(
     "--steps",
@@ -46,9 +49,9 @@ _RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
-    help="End when the peak has not risen over so many optimizer steps.",
+    help=("End the command when the peak has not risen for this many optimizer steps."),
 )
-@click.option("--whole", is_flag=True, help="Let the command run to its own end.")
+@click.option("--whole", is_flag=True, help="Let the command run to its end.")
 @html_option
 @click.option(
     "--snapshot",
@@ -92,9 +95,11 @@ def rehearse(
 
     check_writable(html, snapshot)
     if not gpus:
-        raise UsageError("Name the card with --gpu, such as --gpu rtx4090; see `memfit gpus`.")
+        raise UsageError(
+            "Name the card with --gpu, such as --gpu rtx4090. `memfit gpus` lists them."
+        )
     if len(gpus) > 1 and (html is not None or snapshot is not None):
-        raise UsageError("--html and --snapshot show one card: give one --gpu.")
+        raise UsageError("--html and --snapshot show one card. Give one --gpu.")
     total_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
     count = num_gpus or ranks_of(command)

@@ -92,7 +92,10 @@ def _on_cards(
     from memfit.rehearsal.scripts import ScriptSearch
 
     if given.memory is not None and not given.gpus:
-        raise UsageError("--memory is what a card of --gpu has: name one, or `any`.")
+        raise UsageError(
+            "--memory says how much memory a card of --gpu has. Name a card with "
+            "--gpu, or give --gpu any."
+        )
     total_bytes = None if given.memory is None else parse_bytes(given.memory)
     cards: list[Gpu | None] = [find_gpu(name, total_bytes=total_bytes) for name in given.gpus]
     for card in cards or [None]:
@@ -122,6 +125,6 @@ def _refuse_others(words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
         is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         if is_given and name not in allowed:
             raise UsageError(
-                f"{parameter.opts[0]} is not for a command of your own: {words[0]!r} has its own "
-                "options."
+                f"{parameter.opts[0]} cannot be given with a command after --: "
+                f"{words[0]!r} has its own options."
             )

@@ -32,13 +32,15 @@ _DIFFERS = 4
 @click.option(
     "--samples",
     type=int,
-    help="The most samples that any comparison runs on.  [default: 8 in float64, all in the "
-    "precision of training]",
+    help=(
+        "The largest number of samples in any comparison.  [default: 8 in "
+        "float64, all in the precision of training]"
+    ),
 )
 @click.option(
     "--freeze-bn",
     is_flag=True,
-    help="Freeze the layers that are found to mix samples, where evaluation mode stops them.",
+    help=("Freeze the layers that mix samples (evaluation mode), if that stops the mixing."),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def verify(

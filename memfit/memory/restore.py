@@ -120,8 +120,8 @@ def _refuse_lazy(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise WorkloadError(
-                f"{name!r} of {type(module).__name__} has no shape yet (a lazy module): run one "
-                "batch through the model first."
+                f"{name!r} of {type(module).__name__} has no shape yet, because its "
+                "module is lazy. Run one batch through the model first."
             )
 
 

@@ -84,15 +84,15 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
             kind=ChangeKind.LAYOUT,
             title="channels last",
             how="--channels-last",
-            cost="none known; convolutions in half precision get faster",
+            cost="nothing known. Convolutions in half precision become faster",
             step=changed(channels_last=True),
         )
     if isinstance(step.subject, str) and not timm_models.uses_fused_attention():
         yield StepChange(
             kind=ChangeKind.FUSED_ATTENTION,
-            title="fused attention, which timm was told not to use",
+            title="fused attention, which timm's settings turn off here",
             how="TIMM_FUSED_ATTN=1",
-            cost="none known; attention gets faster",
+            cost="nothing known. Attention becomes faster",
             step=step,
             needs_fused_attention=True,
         )
@@ -102,7 +102,7 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
             kind=ChangeKind.PRECISION,
             title=f"mixed precision ({mixed.value})",
             how=f"--precision {mixed.value}",
-            cost="activations in half the bits; weights stay in fp32",
+            cost="activations have half the bits; weights stay in fp32",
             step=changed(precision=mixed),
         )
     if not options.grad_checkpointing:
@@ -126,9 +126,9 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
     if isinstance(step.subject, str) and (options.num_classes or 0) != _SMALL_CLASSIFIER:
         yield StepChange(
             kind=ChangeKind.CLASSIFIER,
-            title=f"{_SMALL_CLASSIFIER} classes, if that is all there are",
+            title=f"{_SMALL_CLASSIFIER} classes, if your data has no more",
             how=f"--num-classes {_SMALL_CLASSIFIER}",
-            cost="only for data with so few classes",
+            cost="works only if the data has so few classes",
             step=changed(num_classes=_SMALL_CLASSIFIER),
         )
 
@@ -146,7 +146,7 @@ def _lighter_optimizer(step: TrainingStep) -> Iterator[StepChange]:
         kind=ChangeKind.OPTIMIZER,
         title=f"optimizer {lighter}",
         how=f"--optimizer {lighter}",
-        cost="another optimizer: its learning rate has to be found anew",
+        cost="another optimizer, which needs another learning rate",
         step=TrainingStep(
             subject=subject, options=dataclasses.replace(step.options, optimizer=lighter)
         ),
@@ -173,7 +173,7 @@ def _smaller_image(step: TrainingStep) -> Iterator[StepChange]:
         kind=ChangeKind.IMAGE_SIZE,
         title=f"image {height}x{width}",
         how=f"--image-size {height}x{width}",
-        cost="other images: accuracy changes",
+        cost="smaller images, so accuracy changes",
         step=dataclasses.replace(
             step, options=dataclasses.replace(step.options, image_size=(height, width))
         ),

@@ -170,8 +170,9 @@ class _Planner:
             # A smaller micro-batch may fail where a larger one fits, so the plan's own is tried.
             largest = size - 1
         raise DoesNotFitError(
-            f"{self._step.name} fits in micro-batches larger than the plan's and not in those: its "
-            "memory is not steady enough to plan with."
+            f"{self._step.name} fits in larger micro-batches than the plan's but "
+            "not in the plan's own. Its memory differs too much from trial to "
+            "trial to make a plan."
         )
 
     def _runs_smallest(
@@ -200,7 +201,8 @@ class _Planner:
         if self._trials[-1].source is Source.SIMULATED:
             if size < _FEWEST:
                 remarks.append(
-                    "A part has one sample, which batch norm may refuse: a simulation does not see."
+                    "One part has a single sample. Batch norm may refuse a single sample, "
+                    "and a simulation does not see that."
                 )
             return True
         try:
@@ -250,9 +252,10 @@ class _Planner:
             multiple = options.multiple_of
             unit = f" that is a multiple of {multiple}" if multiple > 1 else ""
             raise DoesNotFitError(
-                f"{self._step.name} fits, but no micro-batch{unit} leaves {options.headroom:.0%} "
-                "of the memory free without allocator retries: the largest that fits at all is "
-                f"{result.max_batch_size}; ask for less headroom."
+                f"{self._step.name} fits, but no micro-batch{unit} leaves "
+                f"{options.headroom:.0%} of the memory free without allocator retries. "
+                f"The largest that fits at all is {result.max_batch_size}. Ask for less "
+                "headroom."
             )
         return largest
 

@@ -170,8 +170,9 @@ def run_search(
 
 def _data_ends(num_samples: int) -> str:
     return (
-        f"The data ends at {num_samples} samples, so larger batches were not tried: give "
-        f"max_batch_size={num_samples} to say so, or a function that repeats them."
+        f"The data ends at {num_samples} samples, so larger batches were not "
+        f"tried. If that is intended, give max_batch_size={num_samples}. If "
+        "not, give a function that repeats the samples."
     )
 
 

@@ -71,8 +71,9 @@ def no_such_answer(kind: str, name: str) -> str:
         name: The attribute that was asked for.
     """
     return (
-        f"{kind!r} has no {name!r}: it holds one answer for each of several GPUs, in .answers. For "
-        "a single answer give gpu=..., or device='cpu' to measure on the CPU."
+        f"{kind!r} has no {name!r}, because it holds one answer for each of "
+        "several GPUs. They are in .answers. For a single answer give gpu=..., "
+        "or device='cpu' to measure on the CPU."
     )
 
 

@@ -69,10 +69,10 @@ def test_no_part_is_smaller_than_what_the_step_runs_with() -> None:
     found = memfit.plan(workload, 17, max_batch_size=8, multiple_of=8, **on_cpu)
     assert found.micro_batch_sizes == (6, 6, 5)
     assert min(trial.batch_size for trial in found.trials) <= 5
-    assert "With parts that are multiples of 8 the last one would be too small" in found.remarks[-1]
+    assert "If the parts were multiples of 8, the last one would be too small" in found.remarks[-1]
     says = (
-        r"batch of 9 has no parts of at most 2 without one of 1, and the step does not run with "
-        r"that: plan for 8 or 10 \(Expected more than 1 value"
+        r"batch of 9 cannot be cut into parts of at most 2 without a part of 1, and .* such a "
+        r"part\. Plan for 8 or 10 \(Expected more than 1 value"
     )
     with pytest.raises(UsageError, match=says):
         memfit.plan(workload, 9, max_batch_size=2, **on_cpu)
@@ -80,7 +80,7 @@ def test_no_part_is_smaller_than_what_the_step_runs_with() -> None:
 
 def test_a_simulated_part_of_one_sample_is_remarked_upon() -> None:
     """A simulation does not know whether such a part runs."""
-    assert "A part has one sample" in plan(9, max_batch_size=2).remarks[0]
+    assert "One part has a single sample" in plan(9, max_batch_size=2).remarks[0]
 
 
 def test_what_does_not_fit_whole_accumulates() -> None:
@@ -117,7 +117,7 @@ def test_ranks_share() -> None:
     assert plan(256, world_size=4).micro_batch_sizes == (64,)
     uneven = plan(30, world_size=4)
     assert uneven.micro_batch_sizes == (8,)
-    assert "30 samples are no equal shares for 4 ranks" in uneven.remarks[0]
+    assert "30 samples cannot be shared equally by 4 ranks" in uneven.remarks[0]
 
 
 def test_multiples_and_equal_parts() -> None:
@@ -148,7 +148,7 @@ def test_a_single_sample_without_headroom_is_refused(monkeypatch: pytest.MonkeyP
         return dataclasses.replace(trial, num_alloc_retries=1)
 
     monkeypatch.setattr(SimulatedBackend, "trial", whole_steps_are_tight)
-    with pytest.raises(DoesNotFitError, match="memory is not steady enough"):
+    with pytest.raises(DoesNotFitError, match="memory differs too much"):
         plan(1)
 
 
@@ -215,14 +215,14 @@ def test_fits_that_are_not_monotone_are_planned_around(monkeypatch: pytest.Monke
     [
         (0, {}, UsageError, "effective batch size must be at least 1, not 0"),
         (64.5, {}, UsageError, "must be a whole number, not 64.5"),
-        (3, {"world_size": 4}, UsageError, "needs at least one sample, so give at least 4"),
+        (3, {"world_size": 4}, UsageError, "needs at least one sample. Give at least 4"),
         (64, {"objective": "cheapest"}, UsageError, "choose one of largest, fastest, even"),
-        (64, {"objective": "fastest"}, UsageError, "a simulation has no seconds"),
+        (64, {"objective": "fastest"}, UsageError, "has no real seconds"),
         (64, {"device": "cpu"}, UsageError, "not both"),
         (64, {"headroom": 1.0}, UsageError, "headroom"),
         (64, {"multiple_of": 0}, UsageError, "multiple_of"),
         (4000, {"memory": "460MiB"}, DoesNotFitError, "does not fit even at batch size 1"),
-        (4000, {"headroom": 0.999}, DoesNotFitError, "ask for less headroom"),
+        (4000, {"headroom": 0.999}, DoesNotFitError, "Ask for less headroom"),
         (4000, {"multiple_of": 1500}, DoesNotFitError, "that is a multiple of 1500"),
     ],
 )
@@ -248,7 +248,7 @@ def test_several_cards_are_planned_for_at_once() -> None:
     little = memfit.survey_plans("resnet18", 512, gpus=("t4", "h200"), memory="800MiB")
     assert [answer.plan is None for answer in little.answers] == [False, True]
     assert "does not fit" in (little.answers[1].reason or "")
-    with pytest.raises(UsageError, match="a simulation has no seconds"):
+    with pytest.raises(UsageError, match="has no real seconds"):
         memfit.survey_plans(MODEL, 512, objective="fastest")
 
 
@@ -347,7 +347,7 @@ def test_a_gpu_that_is_there_is_explored_by_its_model(monkeypatch: pytest.Monkey
     assert exploration.device == "NVIDIA GeForce RTX 3090"
     assert exploration.capacity.usable_bytes == 2**30
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="only GPUs can be: give gpu"):
+    with pytest.raises(UsageError, match=r"only GPUs can be simulated\. Give gpu"):
         memfit.explore(MODEL, 64, device="cpu")
 
 

@@ -192,7 +192,7 @@ def test_images_that_a_model_cannot_take_are_named(monkeypatch: pytest.MonkeyPat
 
 def test_a_workloads_device_and_optimizer_are_its_own(workload: Workload) -> None:
     """An option that contradicts the user's objects is refused."""
-    reason = "move the model first" if torch.cuda.is_available() else "There is no GPU for 'cuda'"
+    reason = "Move the model first" if torch.cuda.is_available() else "There is no GPU for 'cuda'"
     with pytest.raises(UsageError, match=reason):
         memfit.probe(workload, device="cuda")
     with pytest.raises(UsageError, match="brings its own optimizer"):

@@ -43,8 +43,8 @@ def test_the_search_ends_where_the_data_does(where: dict[str, Any]) -> None:
     assert (result.max_batch_size, result.proved) == (40, False)
     assert result.recommended_batch_size == 40
     (remark,) = result.remarks
-    assert remark.startswith("The data ends at 40 samples, so larger batches were not tried: give ")
-    assert remark.endswith("max_batch_size=40 to say so, or a function that repeats them.")
+    assert remark.startswith("The data ends at 40 samples, so larger batches were not tried. If ")
+    assert remark.endswith("max_batch_size=40. If not, give a function that repeats the samples.")
     sizes = [trial.batch_size for trial in result.trials]
     assert len(sizes) == len(set(sizes))
 

@@ -94,7 +94,7 @@ def test_what_several_cards_do_not_have_points_to_what_they_have() -> None:
 def test_a_model_on_the_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user probably forgot to move it."""
     monkeypatch.setattr(steps, "has_gpu", lambda: True)
-    with pytest.raises(UsageError, match="move the model there first"):
+    with pytest.raises(UsageError, match="Move the model to the GPU first"):
         memfit.probe(small_workload())
     with pytest.raises(UsageError, match="device='cpu'"):
         memfit.plan(small_workload(), 8)

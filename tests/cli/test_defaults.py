@@ -54,7 +54,7 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ('[tool.memfit]\nprecisoin = "fp32"\n', "no option 'precisoin'; did you mean precision?"),
         ("[tool.memfit.probe]\neffective-batch = 3\n", "[tool.memfit.probe] has no option"),
-        ("[tool.memfit]\nprobe = 3\n", "probe is a command, so it has to be a table"),
+        ("[tool.memfit]\nprobe = 3\n", "probe is the name of a command, so it must be a table"),
         ("[tool.memfit\n", "cannot be read"),
     ],
 )

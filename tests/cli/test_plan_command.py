@@ -172,9 +172,9 @@ def test_without_a_gpu_common_ones_are_planned_for() -> None:
         (("--effective-batch", "0"), 2, "at least 1, not 0"),
         (("--effective-batch", "64.5"), 2, "must be a whole number, not 64.5"),
         (("--effective-batch", "many"), 2, "must be a whole number, not 'many'"),
-        (("--effective-batch", "3", "--world-size", "4"), 2, "give at least 4"),
+        (("--effective-batch", "3", "--world-size", "4"), 2, "Give at least 4"),
         (("--effective-batch", "64", "--world-size", "0"), 2, "world size must be at least 1"),
-        (("--effective-batch", "64", "--objective", "fastest"), 2, "a simulation has no seconds"),
+        (("--effective-batch", "64", "--objective", "fastest"), 2, "has no real seconds"),
         (("--effective-batch", "64", "--objective", "best"), 2, "'best' is not one of"),
         (("--effective-batch", "64", "--emit", "keras"), 2, "'keras' is not one of"),
         (("--effective-batch", "64", "--emit", "timm", "--json"), 2, "--emit or --json, not both"),
@@ -196,7 +196,7 @@ def test_exploring_a_cpu_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("memfit.api.plan", lambda *_args, **_kwargs: pytest.fail("it planned"))
     result = run("test_vit", "--device", "cpu", "--effective-batch", "8", "--explore")
     assert result.exit_code == 2
-    assert "only GPUs can be: give --explore with --gpu" in result.stderr
+    assert "only GPUs can be simulated. Give it with --gpu" in result.stderr
 
 
 @pytest.mark.parametrize("cards", [("t4",), ("t4", "l4")])
@@ -250,4 +250,4 @@ def test_several_models_are_planned_for_one_after_another() -> None:
     assert result.stdout.count("effective batch  16") == 2
     refused = run(*models, "--emit", "timm")
     assert refused.exit_code == 2
-    assert "--emit shows one model, and there are 2" in refused.stderr
+    assert "--emit shows one model, but 2 were given" in refused.stderr

@@ -231,7 +231,7 @@ def test_pictures_are_drawn_or_refused(tmp_path: Path) -> None:
     assert "no ending of a picture" in refused.stderr
     two = run("probe", "test_vit", "resnet18", "--gpu", "t4", "--plot", str(one))
     assert two.exit_code == 2
-    assert "--plot shows one model, and there are 2" in two.stderr
+    assert "--plot shows one model, but 2 were given" in two.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, probe measures")
@@ -239,7 +239,10 @@ def test_memory_without_a_card_is_one_card(tmp_path: Path) -> None:
     """The output says which card, where and why."""
     result = run("probe", "test_vit", "--memory", "2GiB", "--image-size", "96")
     assert result.exit_code == 0
-    assert "There is no GPU here and none was named: simulating a card of 2048 MiB" in result.stderr
+    assert (
+        "There is no GPU here and none was named, so memfit simulates a card of 2048 MiB"
+        in result.stderr
+    )
     assert "test_vit on any GPU" in result.stdout
 
 

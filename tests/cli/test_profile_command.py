@@ -77,7 +77,7 @@ def test_without_a_gpu_one_is_simulated_and_said() -> None:
     """The command names neither a card nor a device."""
     result = run("--batch-size", "4")
     assert result.exit_code == 0
-    assert "none was named: simulating an NVIDIA GeForce RTX 4090" in result.stderr
+    assert "none was named, so memfit simulates an NVIDIA GeForce RTX 4090" in result.stderr
     assert "on NVIDIA GeForce RTX 4090, 4 samples" in result.stdout
 
 
@@ -115,7 +115,7 @@ def test_a_cpu_has_no_snapshot_and_says_so_at_once(
 
 def test_help_offers_memory_for_cards_only() -> None:
     """A recording on a device has no limit."""
-    assert "What each --gpu has" in " ".join(run("--help").output.split())
+    assert "Memory that each --gpu has" in " ".join(run("--help").output.split())
 
 
 def test_a_peak_above_the_baseline_ends_with_code_5(tmp_path: Path) -> None:

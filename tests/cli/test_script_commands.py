@@ -24,16 +24,19 @@ TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.p
         (("probe", "--gpu", "t4", "--", "python", "train.py"), "has no {} for the batch size"),
         (
             ("probe", "--gpu", "t4", "--precision", "fp32", "--", "python", "t.py", "{}"),
-            "--precision is not for a command of your own",
+            "--precision cannot be given with a command after --",
         ),
-        (("probe", "--memory", "8GiB", "--", "python", "t.py", "{}"), "--memory is what a card"),
+        (
+            ("probe", "--memory", "8GiB", "--", "python", "t.py", "{}"),
+            "--memory says how much memory a card",
+        ),
         (
             ("plan", "--effective-batch", "64", "--gpu", "t4", "--", "python", "t.py", "{}"),
             "has no {steps} for the accumulation steps",
         ),
         (
             ("plan", "--effective-batch", "64", "--explore", "--", "python", "{}", "{steps}"),
-            "--explore is not for a command of your own",
+            "--explore cannot be given with a command after --",
         ),
     ],
 )

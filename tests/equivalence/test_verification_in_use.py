@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
     ("loop", "message"),
     [
         (lambda model, loss: None, r"called with model, micro_batches, loss, optimizer, and <lam"),
-        (3, "a function of model, micro_batches, loss, optimizer, not 3"),
+        (3, "a function that takes model, micro_batches, loss, optimizer, not 3"),
     ],
 )
 def test_a_loop_that_cannot_be_called_is_refused(loop: Any, message: str) -> None:

@@ -185,7 +185,7 @@ def test_an_interrupt_while_putting_back_waits_until_it_is_done() -> None:
 def test_lazy_modules_are_refused() -> None:
     """They have no values yet that could be put back."""
     with (
-        pytest.raises(WorkloadError, match="run one batch through the model first"),
+        pytest.raises(WorkloadError, match="Run one batch through the model first"),
         preserved(nn.LazyLinear(3)),
     ):
         pytest.fail("entered")

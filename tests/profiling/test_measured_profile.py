@@ -133,7 +133,7 @@ def test_running_out_is_one_sentence(workload: Workload) -> None:
     [
         ({"batch_size": 0}, "at least 1, not 0"),
         ({"batch_size": 1, "device": "cpu", "gpu": "t4"}, "not both"),
-        ({"batch_size": 1, "device": "cpu", "memory": "8GiB"}, "for a simulated card"),
+        ({"batch_size": 1, "device": "cpu", "memory": "8GiB"}, "for a card that is not here"),
     ],
 )
 def test_what_cannot_be_asked(arguments: dict[str, object], sentence: str) -> None:

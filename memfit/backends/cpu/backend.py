@@ -53,8 +53,8 @@ class CpuBackend:
     def __init__(self, *, memory_bytes: int | None = None, headroom: float = 0.05) -> None:
         if not limit_works():
             raise UnsupportedError(
-                "Trials on a CPU need a memory limit that is enforced (RLIMIT_DATA), and here it "
-                "is not: this kernel ignores it."
+                "Trials on a CPU need a memory limit that the system enforces "
+                "(RLIMIT_DATA), but this kernel ignores it."
             )
         left_bytes, origin = memory_left()
         total_bytes = psutil.virtual_memory().total
@@ -63,8 +63,8 @@ class CpuBackend:
             origin = f"{origin}, less {headroom:.0%}"
         elif memory_bytes > left_bytes:
             raise UsageError(
-                f"A limit of {format_bytes(memory_bytes)} is more than this machine has left: at "
-                f"most {format_bytes(left_bytes)} ({origin})."
+                f"A limit of {format_bytes(memory_bytes)} is more than this machine has "
+                f"left. Give at most {format_bytes(left_bytes)} ({origin})."
             )
         else:
             usable_bytes, origin = memory_bytes, "the limit that was asked for"
@@ -166,8 +166,9 @@ class CpuBackend:
                 if server.is_dead:
                     self.__exit__()
         raise StepCrashedError(
-            f"The process that runs trials was ended from outside {_MOST_SERVERS} times before it "
-            f"had an answer for batch size {batch_size}."
+            f"Another program ended the process that runs trials {_MOST_SERVERS} "
+            "times, each time before there was an answer for batch size "
+            f"{batch_size}."
         )
 
     def _server_for(self, step: TrainingStep) -> Server:

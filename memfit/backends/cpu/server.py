@@ -136,10 +136,11 @@ def _stalled(request: Request, written: str) -> Report:
     where = f" ({words})" if words else ""
     return Report(
         error=StepCrashedError(
-            f"The training step did nothing for {_STALLED_SECONDS:.0f} s at batch size "
-            f"{request.batch_size}{where}. A trial runs in a fork of this process, without its "
-            "other threads: a lock that one of them held is never released there. End such threads "
-            "first, or run memfit in a process of its own."
+            f"The training step did nothing for {_STALLED_SECONDS:.0f} s at batch "
+            f"size {request.batch_size}{where}. A trial runs in a fork of this "
+            "process, and a fork does not have the other threads. If one of them "
+            "held a lock, the lock is never released there. End such threads "
+            "first, or run memfit in its own process."
         )
     )
 

@@ -250,8 +250,9 @@ def _try(prepared: PreparedStep, request: Request, model: Footprint) -> tuple[st
 def _explained(error: Exception) -> Exception:
     if "autograd's threading in combination with fork" in str(error):
         return UnsupportedError(
-            "This process has already run a backward pass with a GPU in sight, and PyTorch cannot "
-            "run one in a fork of it: probe the CPU before that, or in a fresh process."
+            "This process has already run a backward pass while it could see a "
+            "GPU. After that, PyTorch cannot run backward in a fork of it. Probe "
+            "the CPU before the first backward pass, or in a new process."
         )
     return error
 

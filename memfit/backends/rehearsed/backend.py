@@ -161,7 +161,7 @@ class RehearsalServers:
         code = None if process is None else process.poll()
         self.__exit__()
         return StepCrashedError(
-            "The process that rehearses has ended in the middle of a step"
+            "The process that rehearses the step ended in the middle of it"
             + (f" with code {code}." if code is not None else ".")
         )
 
