@@ -84,8 +84,8 @@ def parse_bytes(size: str | float) -> int:
     if not unit and num_bytes < MIB:
         likely = "GiB" if num_bytes < KIB else "MiB"
         raise UsageError(
-            f"{size!r} without a unit is {num_bytes} bytes, too few to be meant: did you mean "
-            f"'{num_bytes}{likely}'?"
+            f"{size!r} without a unit means {num_bytes} bytes, which is too little. "
+            f"Did you mean '{num_bytes}{likely}'?"
         )
     return num_bytes
 

@@ -35,7 +35,7 @@ def test_memory_overrides_and_capacity_alone() -> None:
     """A size replaces the catalogue's, and `any` needs a size."""
     assert find_gpu("3090", total_bytes=20 * GIB).total_bytes == 20 * GIB
     assert find_gpu("any", total_bytes=6 * GIB).total_bytes == 6 * GIB
-    with pytest.raises(UsageError, match="give its size"):
+    with pytest.raises(UsageError, match="no memory size of its own"):
         find_gpu("any")
     with pytest.raises(UsageError, match="less than a process without tensors"):
         find_gpu("3090", total_bytes=100 * MIB)

@@ -52,8 +52,8 @@ def test_sizes_are_read(text: str | float, expected: int) -> None:
         (8.5, "write a whole number of bytes"),
         (float("nan"), "write a whole number of bytes"),
         (True, "write a whole number of bytes"),
-        ("16", "is 16 bytes, too few to be meant: did you mean '16GiB'"),
-        (8192, "did you mean '8192MiB'"),
+        ("16", "means 16 bytes, which is too little. Did you mean '16GiB'"),
+        (8192, "Did you mean '8192MiB'"),
     ],
 )
 def test_what_is_no_size_gets_a_sentence(text: str | int, says: str) -> None:

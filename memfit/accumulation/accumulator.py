@@ -372,7 +372,10 @@ class Accumulator:
         if size < self._size:
             if self._ranks.is_first:
                 _log.warning(
-                    "micro-batches of %d are cut to %d from here on: %s", self._size, size, why
+                    "From now on, micro-batches of %d samples are cut to %d: %s",
+                    self._size,
+                    size,
+                    why,
                 )
             self._size = size
 

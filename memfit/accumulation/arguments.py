@@ -32,7 +32,7 @@ def device_of(model: nn.Module) -> torch.device:
     """
     parameter = next(model.parameters(), None)
     if parameter is None:
-        raise UsageError(f"{type(model).__name__} has no parameters: there is nothing to train.")
+        raise UsageError(f"{type(model).__name__} has no parameters, so there is nothing to train.")
     return parameter.device
 
 
@@ -42,8 +42,8 @@ def check_ranks(plan: Plan, ranks: Ranks) -> None:
     if planned != seen:
         wrap = ", or wrap the model in DistributedDataParallel" if seen == 1 else ""
         raise UsageError(
-            f"The plan is for {planned} rank{'s' * (planned > 1)}, and the model's gradients are "
-            f"those of {seen}: plan with world_size={seen}{wrap}."
+            f"The plan is for {planned} rank{'s' * (planned > 1)}, but the model's "
+            f"gradients come from {seen}. Plan with world_size={seen}{wrap}."
         )
 
 
@@ -85,8 +85,9 @@ def check_scheduler(scheduler: object) -> None:
     else:
         call = f"step({', '.join(needed)}) where it is known, such as after each evaluation"
     raise UsageError(
-        f"{name}.step needs {' and '.join(needed)}, which Accumulator does not know: give "
-        f"Accumulator no scheduler, and call the scheduler's own {call}."
+        f"{name}.step needs {' and '.join(needed)}, which Accumulator does not "
+        "know. Do not give this scheduler to Accumulator. Call it yourself: "
+        f"{call}."
     )
 
 
@@ -96,8 +97,9 @@ def read_plan(plan: object) -> tuple[int, int, StepOptions]:
         return plan.micro_batch_size, plan.multiple_of, plan.options
     if isinstance(plan, PlanSurvey):
         raise UsageError(
-            f"There is a plan for each of {len(plan.answers)} GPUs here, and training takes one: "
-            "plan again with gpu=... or device=..., or give one answer's plan."
+            f"This result has a plan for each of {len(plan.answers)} GPUs, but "
+            "training needs one plan. Plan again with gpu=... or device=..., or "
+            "give the plan of one answer."
         )
     if isinstance(plan, bool) or not isinstance(plan, int):
         raise UsageError(

@@ -204,7 +204,7 @@ class DistributedRanks:
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse:
                 raise WorkloadError(
-                    "Sparse gradients are summed over ranks by the model alone: give recover=False."
+                    "Only the model itself can sum sparse gradients over ranks. Give recover=False."
                 )
 
     def reduce(self) -> None:
@@ -310,9 +310,9 @@ def ranks_of(model: nn.Module) -> Ranks:
         return DistributedRanks(inner)
     if distributed.is_available() and distributed.is_initialized() and _is_sharded(model):
         raise UnsupportedError(
-            "The model's parameters are sharded over ranks (FSDP), and Accumulator carries out "
-            "steps of DistributedDataParallel models only: use memfit.micro_batches in a loop of "
-            "your own."
+            "The model's parameters are sharded over ranks (FSDP), but Accumulator "
+            "works with DistributedDataParallel models only. Use "
+            "memfit.micro_batches in your own loop."
         )
     return SingleRank()
 

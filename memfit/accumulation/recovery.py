@@ -114,8 +114,8 @@ class StepStart:
         if lost:
             self._known = {**(self._known or {}), **{id(p): p for p in lost}}
             _log.warning(
-                "forward moved %d parameters that it had not moved before, and the step is done "
-                "again with them as they are now",
+                "Forward changed %d parameters that it had not changed before. The "
+                "step is done again with the changed values",
                 len(lost),
             )
 

@@ -34,8 +34,8 @@ def check_weight(weight: object) -> None:
     """
     if not callable(weight) and weight not in ("samples", "sum"):
         raise UsageError(
-            f"A weight is 'samples', 'sum' or a function that counts what the loss of a batch "
-            f"averages over, not {weight!r}."
+            "weight must be 'samples', 'sum' or a function that counts what the "
+            f"loss of a batch averages over, not {weight!r}."
         )
 
 
@@ -105,7 +105,7 @@ def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[flo
         return [1.0] * len(counts)
     if total == 0:
         raise WorkloadError(
-            "The weight of the whole batch is 0: its loss has nothing to average over."
+            "The weight of the whole batch is 0, so its loss has nothing to average over."
         )
     return [count / total for count in counts]
 
@@ -177,8 +177,8 @@ class LossTerms:
         if isinstance(returned, Mapping):
             if self._keys is not None and set(returned) != set(self._keys):
                 raise WorkloadError(
-                    f"The losses are {', '.join(map(repr, returned))}, and the weights are for "
-                    f"{', '.join(map(repr, self._keys))}."
+                    f"The losses are {', '.join(map(repr, returned))}, but the weights are "
+                    f"for {', '.join(map(repr, self._keys))}."
                 )
             losses = [returned[key] for key in self._keys or returned]
         elif isinstance(returned, (tuple, list)):

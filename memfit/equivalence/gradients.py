@@ -121,8 +121,8 @@ class CheckSetup:
         """
         if not bool(torch.isfinite(loss.detach()).all()):
             raise WorkloadError(
-                f"The loss is {loss.item()} in {self.precision_name}, so there are no gradients to "
-                "compare: check the model's weights and the example batch."
+                f"The loss is {loss.item()} in {self.precision_name}, so there are no "
+                "gradients to compare. Check the model's weights and the example batch."
             )
 
     def reordered(self, order: torch.Tensor) -> CheckSetup:

@@ -141,8 +141,8 @@ class _Weighing:
         self.clear()
         if not optimizer.seen and not left.any():
             raise WorkloadError(
-                "The accumulation loop left no gradient and took no optimizer step: it has to "
-                "train the model that it is given."
+                "The accumulation loop left no gradient and took no optimizer step. It "
+                "must train the model that it is given."
             )
         return _SeenWindow(steps=tuple(seen / scale for seen in optimizer.seen), left=left / scale)
 

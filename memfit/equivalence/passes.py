@@ -196,15 +196,15 @@ def _compare_once(
     if reference is None:
         release(bench.device)
         message = (
-            f"The full batch of {bench.num_samples} does not fit {bench.device}: two ways to cut "
-            "it are compared instead."
+            f"The full batch of {bench.num_samples} does not fit {bench.device}, so "
+            "two ways to cut it are compared instead."
         )
         reference_cut, cuts = cuts[0], cuts[1:]
         reference = _unless_out_of_memory(run, reference_cut)
     if reference is None:
         raise DoesNotFitError(
-            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}: give a smaller "
-            "one."
+            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}. "
+            "Give a smaller one."
         )
     others: dict[tuple[int, ...], Gradients] = {}
     with DetachWatch(bench.model) as watch:

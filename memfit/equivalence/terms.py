@@ -74,7 +74,7 @@ def named_losses(returned: Any) -> dict[str, torch.Tensor]:
             check_loss(loss)
     if not any(loss.requires_grad for loss in losses.values()):
         raise WorkloadError(
-            "None of the losses has a gradient: they do not depend on the parameters."
+            "None of the losses has a gradient, because none depends on the parameters."
         )
     return {name: loss.reshape(()) for name, loss in losses.items()}
 

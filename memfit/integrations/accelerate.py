@@ -27,7 +27,10 @@ def lines(plan: Plan) -> str:
     refuse_on_cpu(plan, "Accelerate", Precision.AMP_FP16)
     parts = equal_parts(plan, "Accelerate")
     comments = [
-        "A last window of fewer batches is divided by gradient_accumulation_steps all the same."
+        (
+            "If the last window has fewer batches, Accelerate still divides by "
+            "gradient_accumulation_steps."
+        )
     ]
     if plan.world_size > 1:
         comments.append(

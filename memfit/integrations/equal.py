@@ -61,8 +61,9 @@ def equal_parts(plan: Plan, trainer: str) -> EqualParts:
     if total % ranks:
         below = total // ranks * ranks
         raise UsageError(
-            f"{trainer} gives each rank the same, and {total} samples are no equal shares for "
-            f"{ranks} ranks: plan for {below} or {below + ranks}, or emit pytorch."
+            f"{trainer} gives each rank the same number of samples, and {total} "
+            f"samples cannot be shared equally by {ranks} ranks. Plan for {below} "
+            f"or {below + ranks}, or emit pytorch."
         )
     share = total // ranks
     part = equal_part(share, plan.micro_batch_size, multiple_of=plan.multiple_of)
@@ -71,8 +72,8 @@ def equal_parts(plan: Plan, trainer: str) -> EqualParts:
         near = share // steps // plan.multiple_of * plan.multiple_of * steps * ranks
         instead = f"plan for {near}, or emit pytorch" if near else "emit pytorch"
         raise UsageError(
-            f"{trainer} takes equal parts only, and {share} has none near {plan.micro_batch_size}: "
-            f"{instead}."
+            f"{trainer} takes equal parts only, and {share} samples have no equal "
+            f"parts near {plan.micro_batch_size}: {instead}."
         )
     planned = format_parts(plan.micro_batch_sizes)
     instead = f"{share // part} x {part} in place of the plan's {planned}"

@@ -38,8 +38,9 @@ def lines(plan: Plan) -> str:
     comments = [
         *brought(plan, optimizer=None),
         (
-            "n_acc counts samples. Those left over in an epoch are part of the next step; those "
-            "left over at the end of fit are dropped, which fastai itself does not do."
+            "n_acc counts samples. Samples left over in an epoch go into the next "
+            "step. Samples left over at the end of fit are dropped. fastai itself "
+            "does not drop them."
         ),
     ]
     if plan.world_size > 1:

@@ -35,8 +35,9 @@ def lines(plan: Plan) -> str:
     comments = [
         *brought(plan, model="module's model", optimizer="What configure_optimizers returns"),
         (
-            "A last window of fewer batches is divided by accumulate_grad_batches all the same: "
-            "its gradient is too small unless their number divides the loader's."
+            "If the last window has fewer batches, Lightning still divides by "
+            "accumulate_grad_batches, and the gradient is too small. It is right "
+            "if this number divides the number of batches."
         ),
     ]
     if plan.options.channels_last:

@@ -37,9 +37,9 @@ def _loader(plan: Plan) -> str:
     rest = plan.effective_batch_size % plan.world_size
     uneven = (
         (
-            f"The first {rest} of {plan.world_size} ranks take {share} samples of each step and "
-            f"the others {share - 1}: a DistributedSampler deals out equally, so bring one of "
-            "your own."
+            f"The first {rest} of {plan.world_size} ranks take {share} samples of "
+            f"each step and the others {share - 1}. A DistributedSampler gives each "
+            "rank the same number, so write your own sampler."
         ),
     ) * bool(rest)
     size = f"{share} - (distributed.get_rank() >= {rest})" if rest else str(share)

@@ -38,14 +38,12 @@ def lines(plan: Plan) -> str:
         f"gradient_accumulation_steps={parts.accumulation_steps}",
         "max_grad_norm=1.0",
     ]
-    comments.append(
-        "max_grad_norm=1.0 is what transformers clips to unless it is told; 0 turns it off."
-    )
+    comments.append("transformers clips to max_grad_norm=1.0 by default; 0 turns clipping off.")
     if parts.accumulation_steps > 1:
         comments.append(
-            f"transformers holds the inputs of all {parts.accumulation_steps} micro-batches of a "
-            f"step on the device at once: leave room for {parts.accumulation_steps - 1} more than "
-            "the plan's trials had."
+            f"transformers holds the inputs of all {parts.accumulation_steps} "
+            "micro-batches of a step on the device at once. Leave room for "
+            f"{parts.accumulation_steps - 1} more than the plan's trials had."
         )
     if options.precision in _PRECISIONS:
         arguments.append(_PRECISIONS[options.precision])

@@ -118,7 +118,7 @@ class Attribution:
             role = Role.INPUTS
         elif is_forward and self._is_cast_parameter(tensor, args):
             role = Role.AUTOCAST_COPIES
-        module, line = self._whence(phase.name)
+        module, line = self._place_of(phase.name)
         self._notes[block_id] = _Note(
             module=BATCH if phase.is_making_batch else module,
             source_line=line,
@@ -131,7 +131,7 @@ class Attribution:
         """Take note of a kernel's workspace."""
         assert self._phases is not None
         phase = self._phases.current
-        module, line = self._whence("" if phase is None else phase.name)
+        module, line = self._place_of("" if phase is None else phase.name)
         self._notes[block_id] = _Note(
             module=module, source_line=line, phase=0, role=Role.WORKSPACES
         )
@@ -147,7 +147,7 @@ class Attribution:
         is_kept = phase.name == BACKWARD and note.is_forward and not torch.is_grad_enabled()
         note.outlives_phase = is_kept
 
-    def _whence(self, phase: str) -> tuple[str, str | None]:
+    def _place_of(self, phase: str) -> tuple[str, str | None]:
         stack = self._stack
         assert stack is not None
         line = self._lines.current()

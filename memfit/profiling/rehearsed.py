@@ -46,7 +46,7 @@ def recorded_step(found: Rehearsed) -> RecordedStep:
     events = events_of(recorded, line_of=line_of)
     timeline, blocks = assemble(events, residents, _notes(history), reserved_bytes=reserved)
     if not timeline.allocated_bytes:
-        raise UsageError("Nothing was allocated in the step that was recorded: there is no page.")
+        raise UsageError("The recorded step allocated nothing, so there is no page.")
     return RecordedStep(
         subject=found.rehearsal.subject,
         number=history["step"],

@@ -59,13 +59,13 @@ def rehearse(gpu: str, *, memory: str | int | None = None, num_gpus: int = 1) ->
         if os.environ[CARD_VARIABLE] == settings:
             return
         raise UsageError(
-            f"This process already rehearses a card, so {card.name} cannot be rehearsed in it: "
-            "start a new process for each card."
+            "This process already rehearses a card, so it cannot rehearse "
+            f"{card.name}. Start a new process for each card."
         )
     if "torch" in sys.modules:
         raise UsageError(
-            f"torch is imported already, so {card.name} cannot be rehearsed in this process: call "
-            "memfit.rehearse before anything imports torch."
+            f"torch is already imported, so this process cannot rehearse {card.name}. "
+            "Call memfit.rehearse before anything imports torch."
         )
     environment = rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
     for name in _LIBRARIES:
@@ -99,8 +99,9 @@ def rehearsed_environment(
     folder = library_folder()
     if re.search(r"[\s:]", str(folder)):
         raise UnsupportedError(
-            f"The compiled device of a rehearsal cannot be loaded from {str(folder)!r}, because a "
-            "space or a colon ends a name in LD_PRELOAD: set XDG_CACHE_HOME to another folder."
+            "The compiled device of a rehearsal cannot be loaded from "
+            f"{str(folder)!r}, because a space or a colon ends a name in "
+            "LD_PRELOAD. Set XDG_CACHE_HOME to another folder."
         )
     libraries = [str(folder / name) for name in _LIBRARIES]
     before = (environment or {}).get("LD_PRELOAD", "")

@@ -65,8 +65,9 @@ def library_folder() -> Path:
     _check_private(folder, names=(LIBRARY, NVML_LIBRARY, LINKED_NAME))
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise UnsupportedError(
-            f"The compiled device of a rehearsal cannot be loaded from {str(folder)!r}, because "
-            "nothing there may be executed (noexec): set XDG_CACHE_HOME to another folder."
+            "The compiled device of a rehearsal cannot be loaded from "
+            f"{str(folder)!r}, because programs in that folder may not run "
+            "(noexec). Set XDG_CACHE_HOME to another folder."
         )
     return folder
 
@@ -144,8 +145,9 @@ def _compile_into(folder: Path) -> None:
     command = compiler()
     if command is None:
         raise UnsupportedError(
-            "A rehearsal needs a C compiler (cc, gcc or clang, or $CC), and there is none: install "
-            "one, or install a memfit wheel that carries the compiled device."
+            "A rehearsal needs a C compiler (cc, gcc or clang, or $CC), and there "
+            "is none. Install one, or install a memfit wheel that has the compiled "
+            "device."
         )
     parent = folder.parent
     try:
@@ -155,8 +157,9 @@ def _compile_into(folder: Path) -> None:
         under_way = Path(tempfile.mkdtemp(dir=parent, prefix=".compiling-"))
     except OSError as exc:
         raise UnsupportedError(
-            f"The device that a rehearsal needs cannot be compiled into {str(parent)!r} "
-            f"({exc.strerror}): set XDG_CACHE_HOME to a folder that you can write."
+            "The device that a rehearsal needs cannot be compiled into "
+            f"{str(parent)!r} ({exc.strerror}). Set XDG_CACHE_HOME to a folder that "
+            "you can write to."
         ) from exc
     try:
         compile_libraries(under_way, command)
@@ -199,7 +202,7 @@ def _check_private(folder: Path, names: tuple[str, ...] = ()) -> None:
 
 def _refuse(path: Path) -> None:
     raise UnsupportedError(
-        f"The compiled device of a rehearsal is not loaded from {str(path)!r}, because another "
-        "user could have written there: take that right away (chmod go-w), or set XDG_CACHE_HOME "
-        "to a folder of your own."
+        f"The compiled device of a rehearsal is not loaded from {str(path)!r}, "
+        "because other users may write there. Forbid that (chmod go-w), or set "
+        "XDG_CACHE_HOME to your own folder."
     )

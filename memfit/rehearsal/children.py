@@ -70,7 +70,7 @@ def check_command(command: Sequence[str]) -> None:
     if shutil.which(program) is not None:
         return
     if program.endswith(".py") and Path(program).is_file():
-        raise UsageError(f"{program} is not a program: write -- python {program}.")
+        raise UsageError(f"{program} is not a program. Write -- python {program}.")
     raise UsageError(f"There is no command {program!r} here.")
 
 

@@ -118,7 +118,9 @@ def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
         }
     seen = next((report for report in reports if report.devices), None)
     if seen is None:
-        raise UsageError("The command found no GPU here: name a card to rehearse it on with --gpu.")
+        raise UsageError(
+            "There is no GPU here. Name a card with --gpu, and the command is rehearsed on it."
+        )
     return {
         "device": seen.devices[0],
         "capacity": Capacity(
@@ -157,15 +159,17 @@ def _notes(
         yield "The command's torch is built without CUDA, so there was no card to rehearse on."
     elif not processes:
         yield (
-            "No process of the command used the card: it ended before, trains on another device, "
-            "or runs a Python with -S, -E or -I, which cannot be watched."
+            "No process of the command used the card. Perhaps the command ended "
+            "before, trains on another device, or starts Python with -S, -E or -I, "
+            "which memfit cannot watch."
         )
     if any(process.has_settled for process in processes) and not any(
         process.phase("evaluation") for process in processes
     ):
         yield (
-            "No evaluation was seen before the peak had settled: it is not part of the figures. "
-            "--whole lets the command run to its end."
+            "The command had not evaluated its model when the peak had settled, so "
+            "evaluation is not part of the figures. --whole lets the command run "
+            "to its end."
         )
     handled = sum(
         shortage.num_times
@@ -175,14 +179,18 @@ def _notes(
     )
     if handled:
         yield (
-            f"{handled} requests found no room, and what made them did without: cuDNN takes a plan "
-            "with a smaller workspace, or the script catches the error."
+            f"{handled} requests for memory failed, and the command went on without "
+            "it. Either cuDNN took a plan with a smaller workspace, or the script "
+            "caught the error."
         )
     if any(not process.follows_modules for process in processes):
-        yield "Something was compiled: phases and modules are not told apart in it."
+        yield (
+            "The command compiles code. memfit cannot tell phases and modules "
+            "apart in compiled code."
+        )
     for report in reports:
         for fault in report.faults:
-            yield f"The watch failed, and figures may be missing: {fault}."
+            yield f"memfit failed to watch the command, so figures may be missing: {fault}."
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -137,8 +137,9 @@ def plan_command(
     share, rest = divmod(samples, ranks)
     if rest:
         raise UsageError(
-            f"{samples} samples cannot be shared equally by {ranks} ranks: a command takes one "
-            f"batch size for all, so give {share * ranks} or {(share + 1) * ranks}."
+            f"{samples} samples cannot be shared equally by {ranks} ranks, and a "
+            f"command has one batch size for all ranks. Give {share * ranks} or "
+            f"{(share + 1) * ranks}."
         )
     start = time.perf_counter()
     runs = _Runs(template, bounds, progress)
@@ -195,8 +196,8 @@ def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
             low = max((trial.batch_size for trial in runs.fits()), default=1)
             ceiling = max(low, math.isqrt(low * stop.batch_size))
             note = (
-                f"At {stop.batch_size} samples the command takes no step: its data set may be "
-                f"smaller. Nothing above {ceiling} was tried."
+                f"At {stop.batch_size} samples the command takes no optimizer step. Its "
+                f"data set may be smaller. Nothing above {ceiling} was tried."
             )
             notes = [note]
             continue
@@ -206,7 +207,10 @@ def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
                 f"{found.trials[-1].batch_size}: {found.trials[-1].message or 'out of memory'}"
             )
         return found, notes
-    raise UsageError("The command takes no optimizer step at most batch sizes: nothing is known.")
+    raise UsageError(
+        "At most batch sizes the command takes no optimizer step, so memfit "
+        "cannot find the largest."
+    )
 
 
 class _NoStepError(Exception):
@@ -325,7 +329,7 @@ class _Runs:
         }
         named = ", ".join(sorted(line for line in lines if line is not None)[:3])
         return (
-            [f"Do not trust these figures: {named} went another way than with real values."]
+            [(f"Do not trust these figures. {named} took another branch than with real values.")]
             if lines
             else []
         )

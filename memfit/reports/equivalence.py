@@ -30,15 +30,24 @@ _NUM_NAMES = 4
 _ONE_PERCENT = 0.01
 
 _WEIGHTINGS = {
-    LossWeighting.SAMPLES: "The loss averages over samples: weight each micro-batch's by n_i / N.",
-    LossWeighting.TARGETS: "The loss averages over valid targets: weight each micro-batch's by "
-    "t_i / T, counted over the whole effective batch first.",
-    LossWeighting.SUM: "The loss is a sum: add the micro-batches' up as they are.",
-    LossWeighting.CLASSES: "The loss averages over weights of classes: weight each micro-batch's "
-    "by its share of their sum.",
-    LossWeighting.MEASURED: "The weights were measured from the loss's gradients, and no count "
-    "in the batch gives them: return the loss as a sum, divided by a number for the whole batch, "
-    "and give the Accumulator weight='sum'.",
+    LossWeighting.SAMPLES: (
+        "The loss averages over samples. Multiply the loss of each micro-batch by n_i / N."
+    ),
+    LossWeighting.TARGETS: (
+        "The loss averages over valid targets. Multiply the loss of each "
+        "micro-batch by t_i / T, where T is counted over the whole effective "
+        "batch first."
+    ),
+    LossWeighting.SUM: ("The loss is a sum. Add the losses of the micro-batches without weights."),
+    LossWeighting.CLASSES: (
+        "The loss averages over the weights of classes. Multiply the loss of "
+        "each micro-batch by its share of the sum of these weights."
+    ),
+    LossWeighting.MEASURED: (
+        "The weights were measured from the loss's gradients, and no count in the batch gives "
+        "them. Return the loss as a sum, divided by a number for the whole batch, and give the "
+        "Accumulator weight='sum'."
+    ),
 }
 
 _HEADLINES = {
@@ -50,17 +59,28 @@ _HEADLINES = {
 }
 
 _CAUSES = {
-    GradientFault.DEPENDS_ON_ORDER: "Another order of the samples gives the full batch another "
-    "gradient, so that it matters where a batch is cut: samples that belong together have to stay "
-    "in one micro-batch, or be one sample (a pair, a triplet) of the batch.",
-    GradientFault.CARRIES_STATE: "What one forward pass leaves behind changes the next, and "
-    "accumulation runs k of them: move it after the optimizer's step (a teacher, a queue), or "
-    "accept the difference, whose size you now know.",
-    GradientFault.DRAWS_NOT_REPLAYED: "Random numbers are drawn for the batch as a whole, and a "
-    "micro-batch draws others: the gradients cannot be compared draw by draw.",
-    GradientFault.DOES_NOT_REPEAT: "The same pass from the same state gives another gradient: "
-    "something outside the model and the loss keeps state, or a kernel is not deterministic.",
-    GradientFault.UNEXPLAINED: "No experiment of memfit's says why.",
+    GradientFault.DEPENDS_ON_ORDER: (
+        "Another order of the samples changes the gradient of the full batch, "
+        "so it matters where a batch is cut. Keep samples that belong together "
+        "in one micro-batch, or make them one sample of the batch (a pair, a "
+        "triplet)."
+    ),
+    GradientFault.CARRIES_STATE: (
+        "One forward pass changes something that the next one uses, and "
+        "accumulation runs several passes. Make this change after the "
+        "optimizer's step (a teacher, a queue), or accept the difference that "
+        "is shown here."
+    ),
+    GradientFault.DRAWS_NOT_REPLAYED: (
+        "Random numbers are drawn for the whole batch, and a micro-batch draws "
+        "other numbers. So the gradients cannot be compared."
+    ),
+    GradientFault.DOES_NOT_REPEAT: (
+        "The same pass from the same state gives another gradient. Something "
+        "outside the model and the loss keeps state, or a kernel is not "
+        "deterministic."
+    ),
+    GradientFault.UNEXPLAINED: "None of memfit's experiments shows the reason.",
 }
 
 _SHORT = {
@@ -72,14 +92,22 @@ _SHORT = {
 }
 
 _FAULTS = {
-    LoopFault.DIVIDED_BY_CONFIGURED_STEPS: "divides by the configured steps, so that a short last "
-    "window counts too little: divide by what the window really holds",
-    LoopFault.DIVIDED_BY_WRONG_COUNT: "divides each micro-batch's mean by a number that is not how "
-    "many the window holds",
-    LoopFault.MEAN_OF_MEANS: "averages the micro-batches' means, so that samples of small ones "
-    "count too much: weight each by its samples, n_i / N",
-    LoopFault.MEAN_OF_TARGET_MEANS: "averages the micro-batches' means, where the loss averages "
-    "over targets: weight each by its targets, t_i / T",
+    LoopFault.DIVIDED_BY_CONFIGURED_STEPS: (
+        "divides by the configured steps, so a short last window counts too "
+        "little: divide by the number of micro-batches in the window"
+    ),
+    LoopFault.DIVIDED_BY_WRONG_COUNT: (
+        "divides the mean of each micro-batch by a number that is not the "
+        "number of micro-batches in the window"
+    ),
+    LoopFault.MEAN_OF_MEANS: (
+        "averages the means of the micro-batches, so the samples of small ones "
+        "count too much: weight each by its samples, n_i / N"
+    ),
+    LoopFault.MEAN_OF_TARGET_MEANS: (
+        "averages the means of the micro-batches, but the loss averages over "
+        "targets: weight each by its targets, t_i / T"
+    ),
     LoopFault.NOT_DIVIDED: "adds up the micro-batches' means without dividing: the gradient grows "
     "with their number",
     LoopFault.SCALED: "scales every gradient by one factor",
@@ -251,38 +279,44 @@ def _advice(result: Equivalence) -> list[str]:
     layers = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.FORWARD]
     if layers and all(mixer.stops_in_eval for mixer in layers):
         lines.append(
-            "Freeze what mixes (.eval() on those layers), and check that with --freeze-bn; or "
-            "larger micro-batches; or accept the difference, whose size you now know."
+            "Freeze the layers that mix (.eval()), and check that with "
+            "--freeze-bn. Or use larger micro-batches. Or accept the difference "
+            "that is shown here."
         )
     elif layers and all(mixer.stops_in_eval is None for mixer in layers):
         lines.append(
-            "Compute it for each sample alone, or accept the difference, whose size you now know."
+            "Compute it for each sample alone, or accept the difference that is shown here."
         )
     elif layers:
         lines.append(
-            "Evaluation mode does not stop all of it: use normalisation within each sample, or "
-            "accept the difference, whose size you now know."
+            "Evaluation mode does not stop all of the mixing. Use normalisation "
+            "within each sample, or accept the difference that is shown here."
         )
     if result.alternatives:
-        lines.append(f"timm has, unchecked: {_names(result.alternatives)}.")
+        lines.append(
+            f"timm has these variants, which memfit did not check: {_names(result.alternatives)}."
+        )
     lines += [_CAUSES[fault] for fault in result.faults if fault in _CAUSES]
     if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
         lines.append(
-            "The loss is one number that adds means over different counts, so no single weight of "
-            "a micro-batch is right. Return the losses as a dictionary, and give the Accumulator a "
-            "weight for each; with these weights the gradients are exact:"
+            "The loss is one number that adds means over different counts, so no "
+            "single weight of a micro-batch is right. Return the losses as a "
+            "dictionary, and give the Accumulator a weight for each. With these "
+            "weights the gradients are exact:"
         )
         lines += [f"  {term.name}: {_count(term)}" for term in result.terms]
     if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
         lines.append(
-            "A loss over pairs of samples needs the whole batch at once: gather the outputs of all "
-            "micro-batches before it (GradCache), or keep the batch whole."
+            "A loss over pairs of samples needs the whole batch at once. Gather "
+            "the outputs of all micro-batches before the loss (GradCache), or do "
+            "not cut the batch."
         )
     if _only_single_samples_differ(result):
         lines.append(
-            "Only cuts with a micro-batch of one sample differ, so that a kernel treats a single "
-            "sample differently: avoid those. (Batch normalisation on the CPU does so in torch "
-            "2.15; see docs/equivalence.md.)"
+            "Only cuts with a micro-batch of one sample differ, because a kernel "
+            "treats a single sample differently. Avoid such cuts. (Batch "
+            "normalisation on the CPU does so in torch 2.15; see "
+            "docs/equivalence.md.)"
         )
     return lines
 
@@ -304,9 +338,10 @@ def _notes(result: Equivalence) -> list[str]:
     if result.buffers and result.buffers[0].full is None:
         worst = result.buffers[0]
         notes.append(
-            f"{_counted(result.num_drifting_buffers, 'buffer')} end up elsewhere than after the "
-            f"full batch, {worst.name} by {worst.relative_change:.2g} of its norm: running "
-            "statistics move once for each micro-batch."
+            f"{_counted(result.num_drifting_buffers, 'buffer')} end up elsewhere "
+            f"than after the full batch, {worst.name} by {worst.relative_change:.2g} "
+            "of its norm, because running statistics change once for each "
+            "micro-batch."
         )
     if result.unreached and result.verdict is not Verdict.DETACHED:
         notes.append(f"No gradient reaches {_names(result.unreached)}.")
@@ -314,22 +349,25 @@ def _notes(result: Equivalence) -> list[str]:
         notes.append(f"Random draws were replayed sample by sample in {_names(result.replayed)}.")
     if result.held_fixed:
         notes.append(
-            f"Random draws in {_names(result.held_fixed)} were one value for all samples, because "
-            "it cannot be told which draw is whose."
+            f"Random draws in {_names(result.held_fixed)} had one value for all "
+            "samples, because memfit cannot tell which draw belongs to which "
+            "sample."
         )
     if result.changes_batch:
-        notes.append("Forward changes the batch in place; every pass had a copy of it.")
+        notes.append("Forward changes the batch in place, so every pass got its own copy.")
     if result.switched_off:
         notes.append(f"Randomness was switched off in {_names(result.switched_off)}.")
     if result.num_jittered_samples:
         notes.append(
-            f"{_counted(result.num_jittered_samples, 'sample')} were copies of others and were "
-            "made different: copies hide what mixes."
+            f"{_counted(result.num_jittered_samples, 'sample')} were copies of "
+            "others. memfit changed them a little, because copies hide layers that "
+            "mix samples."
         )
     if result.num_moved_parameters:
         notes.append(
-            f"{_counted(result.num_moved_parameters, 'parameter')} at zero were moved off it for "
-            "the check, because they would hide others' gradients."
+            f"{_counted(result.num_moved_parameters, 'parameter')} at zero had "
+            "other values during the check, because zeros hide the gradients of "
+            "other parameters."
         )
     notes.append(f"Measured on {result.device} in {result.seconds:.1f} s, torch "
                  f"{result.torch_version}.")  # fmt: skip

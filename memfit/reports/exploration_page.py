@@ -27,7 +27,7 @@ def page(exploration: Exploration) -> str:
                 f"As it is, {_fits(exploration.baseline)}. Most is gained by "
                 f"{_name(best)}: {_fits(best)}."
                 if best is not exploration.baseline
-                else f"As it is, {_fits(best)}; no single change makes more of it fit."
+                else f"As it is, {_fits(best)}. No single change makes more fit."
             ),
             facts=(
                 ("Effective batch", f"{exploration.effective_batch_size}{ranks}"),
@@ -61,8 +61,8 @@ def _sizes(everything: tuple[Alternative, ...]) -> Panel:
         kind="figure",
         title="The largest micro-batch, one change at a time",
         note=(
-            "With the headroom kept free. What changes training least comes first; ≥ where no more "
-            "was needed."
+            "With the headroom kept free. Changes that affect training least come "
+            "first. ≥ means that no more was needed."
         ),
         data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{_name(each)}: {_fits(each)}" for each in everything),

@@ -72,7 +72,7 @@ def _answers(plan: Plan) -> Table:
             f"micro-batch with {plan.headroom:.0%} kept free: the plan's limit",
         )
     else:
-        table.add_row("largest", f"≥ {edge}", "micro-batch that fits: more is not needed")
+        table.add_row("largest", f"≥ {edge}", "micro-batch that fits; no more is needed")
     if plan.samples_per_second is not None:
         table.add_row("speed", f"{plan.samples_per_second:.4g}", "samples/s on each rank, measured")
     return table
@@ -150,7 +150,7 @@ def render_exploration(exploration: Exploration) -> RenderableType:
         "",
         table,
         "",
-        Text("What fits is the largest micro-batch with the headroom; ≥ where no more is needed."),
+        Text("fits: the largest micro-batch that leaves the headroom. ≥: no more is needed."),
     )
 
 

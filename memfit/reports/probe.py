@@ -161,7 +161,7 @@ def why_largest(result: ProbeResult) -> str:
     """
     best = result.max_batch_size
     if not result.edge_found:
-        said = "where the search was told to stop; more may fit (--max-batch-size)"
+        said = "the limit of the search; more may fit (--max-batch-size)"
     elif result.is_approximate:
         said = f"{best} fitted and {best + 1} ran out, with NVIDIA's kernels in place of AMD's"
     else:
@@ -194,40 +194,43 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
     said = [] if isinstance(result, Plan) else list(result.remarks)
     if result.environment:
         said.append(
-            f"Trials ran with {' '.join(result.environment)}. Train with the same, or leave more "
-            "room: without it glibc's heap fragments, and the same step needs more."
+            f"Trials ran with {' '.join(result.environment)}. Train with the same "
+            "setting, or leave more room. Without it, glibc's heap fragments and "
+            "the same step needs more memory."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:
         said.append(
-            f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned up; a fresh "
-            "process gets it back."
+            f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned "
+            "up. A new process starts without it."
         )
     growing = sorted({trial.batch_size for trial in result.trials if trial.peak_grows})
     if growing:
         said.append(
-            f"The peak still grew when the trial ended at batch size "
-            f"{', '.join(map(str, growing))}: training longer may need more."
+            "The peak still grew when the trial ended at batch size "
+            f"{', '.join(map(str, growing))}. Longer training may need more."
         )
     retried = [
         trial.batch_size for trial in result.trials if trial.num_alloc_retries and trial.fits
     ]
     if retried:
         said.append(
-            f"{_sizes(retried)} fitted only with allocator retries, which are slow: what is "
-            "recommended needs none."
+            f"{_sizes(retried)} fitted only with allocator retries, which are slow. "
+            "The recommended batch size needs none."
         )
     holes = _holes(result.trials)
     if holes:
         said.append(
-            f"{', '.join(map(str, holes))} ran out where a larger batch fits: convolutions take "
-            "other algorithms for other sizes, and the allocator's blocks fit differently. Sizes "
-            "that were not tried may run out as well."
+            f"{', '.join(map(str, holes))} ran out of memory although a larger "
+            "batch fits. Convolutions use other algorithms at other sizes, and the "
+            "allocator's blocks fit differently. Sizes that were not tried may run "
+            "out as well."
         )
     if any(trial.peak_varies for trial in result.trials):
         said.append(
-            "The step draws what it computes (LayerDrop, stochastic depth by whole blocks), so its "
-            "memory is random: the figures are for the most that it can draw."
+            "The step chooses at random which layers it runs (LayerDrop, "
+            "stochastic depth by whole blocks), so its memory is random. The "
+            "figures are for the largest choice."
         )
     said += said_of_kernels(result.trials)
     again = len(result.trials) - len(once_each(result.trials))

@@ -153,10 +153,12 @@ def memory_panel(
         },
     )
     note = (
-        "Every trial with its peak of reserved bytes; where it ran out, the peak until then. "
-        "Predicted is what the simulation of the device gave for the same batch sizes."
+        (
+            "Every trial with its peak of reserved bytes. If it ran out, the peak "
+            "until then. Predicted is the simulated peak for the same batch size."
+        )
         if predictions
-        else "Every trial with its peak of reserved bytes; where it ran out, the peak until then."
+        else ("Every trial with its peak of reserved bytes. If it ran out, the peak until then.")
     )
     return Panel(
         key="memory",

@@ -131,9 +131,10 @@ def _timeline(profile: MemoryProfile | RecordedStep) -> Panel:
         kind="timeline",
         title="The step, moment by moment",
         note=(
-            "What is in use, by role, after every allocation and free; a dashed line is what the "
-            "allocator has reserved. Drag to zoom, double-click to zoom out, point at a moment or "
-            "move the slider with the arrow keys to see what is live there."
+            "The bytes in use, by role, after every allocation and free. The "
+            "dashed line shows what the allocator has reserved. Drag to zoom, "
+            "double-click to zoom out, point at a moment or move the slider with "
+            "the arrow keys to see what is live there."
         ),
         data=data,
         alternative=(
@@ -230,8 +231,8 @@ def _modules(profile: MemoryProfile | RecordedStep) -> Panel:
         kind="figure",
         title="Modules at the peak",
         note=(
-            "Every module with what it holds at the peak: the wider, the more. Click one to look "
-            "inside. What belongs to no module is in parentheses."
+            "Every module with what it holds at the peak. A wider box holds more. "
+            "Click one to look inside. What belongs to no module is in parentheses."
         ),
         data={
             "height": 460,
@@ -325,9 +326,10 @@ def _cards(profile: MemoryProfile) -> Panel:
         kind="figure",
         title="Batch size against memory",
         note=(
-            "What the step takes of each card with all the room it wants, context included, "
-            "simulated; the dotted lines are what the cards have. The largest batch may lie beyond "
-            "where they meet: convolutions make do with less where there is less."
+            "What the step would take on each card without a limit, with the "
+            "context, simulated. The dotted lines show what the cards have. The "
+            "largest batch may be beyond the point where the lines meet, because "
+            "convolutions use less memory when there is less."
         ),
         data=data,
         alternative="; ".join(
@@ -400,7 +402,7 @@ def blocks_panel() -> Panel:
         key="blocks",
         kind="table",
         title="Blocks",
-        note="Every allocation of the step, the largest first, and what there was before it.",
+        note=("Every allocation of the step and what was allocated before it, the largest first."),
         data={
             "of": "timeline",
             "toggle": "only those that live at the peak",

@@ -167,8 +167,9 @@ def doubts(rehearsal: Rehearsal) -> str | None:
     named = ", ".join(sorted(lines)[:_NUM_NAMED])
     others = " and others" if len(lines) > _NUM_NAMED else ""
     return (
-        f"Do not trust these figures: {named}{others} went another way than with real values. "
-        "No kernel computed what was read there, and zeros were found."
+        f"Do not trust these figures. {named}{others} took another branch than "
+        "with real values. No kernel computed the value that was read there, "
+        "so it was zero."
     )
 
 
@@ -222,8 +223,8 @@ def _answer(rehearsal: Rehearsal) -> Iterator[RenderableType]:
         )
         if largest.num_alloc_retries:
             yield Text(
-                f"The allocator gave back its cache and asked again "
-                f"{_times(largest.num_alloc_retries)}: it fits, but slows down.",
+                "The allocator gave back its cache and asked again "
+                f"{_times(largest.num_alloc_retries)}. The step fits, but it is slower.",
                 "yellow",
             )
     yield Text(_ending(rehearsal))
@@ -233,7 +234,7 @@ def _ending(rehearsal: Rehearsal) -> str:
     largest = rehearsal.largest
     steps = "" if largest is None else f" after {_count(largest.num_steps, 'optimizer step')}"
     return {
-        RehearsalEnd.SETTLED: f"The peak had settled: the command was ended{steps}.",
+        RehearsalEnd.SETTLED: f"The peak had settled, so memfit ended the command{steps}.",
         RehearsalEnd.FINISHED: f"The command ended by itself{steps}.",
         RehearsalEnd.FAILED: (
             f"The command failed by itself with exit code {rehearsal.exit_code}{steps}, and not "

@@ -83,8 +83,10 @@ def _tables(rehearsal: Rehearsal) -> list[Panel]:
             _table(
                 "reads",
                 "Reads of what no kernel computed",
-                "Zeros were read there. Where the script goes another way by them, the figures are "
-                "not to be trusted.",
+                (
+                    "Zeros were read there. If the script takes another branch because of "
+                    "them, do not trust the figures."
+                ),
                 ("line", "what", "reads", "goes another way"),
                 tuple(
                     (

@@ -134,8 +134,8 @@ class Layout:
         """
         if self.roles is None:
             raise WorkloadError(
-                "A batch that is cut by a function cannot be put into another order or made "
-                "larger: give a function of the batch size."
+                "If a function cuts the batch, memfit cannot reorder the batch or make "
+                "it larger. Give a function of the batch size."
             )
         return _applied(
             batch,
@@ -230,8 +230,9 @@ def _told_by_targets(batch: Any, rules: BatchRules) -> int:
         with contextlib.suppress(WorkloadError):
             return roles_of(seen, BatchRules(num_inputs=rules.num_inputs)).num_samples
     raise WorkloadError(
-        "The batch does not say how many samples it has: give count=function beside cut, a "
-        "function that returns the samples of a batch."
+        "memfit cannot tell how many samples the batch has. Give "
+        "count=function as well as cut: a function that returns the number of "
+        "samples in a batch."
     )
 
 

@@ -121,9 +121,9 @@ def _kept_from_another_batch(model: nn.Module, inputs: Any) -> str | None:
                     name, shape = _first_of_size(kept, dim, old)
                     return (
                         f"{type(model).__name__} keeps {name!r} from an earlier batch, with the "
-                        f"shape {shape}, and this batch has {new} samples: reset it before a batch "
-                        "of another size (most models set it to None), or use batches and "
-                        "micro-batches of one size only."
+                        f"shape {shape}, but this batch has {new} samples. Reset it before a "
+                        "batch of another size (most models set it to None), or use batches "
+                        "and micro-batches of one size only."
                     )
     return None
 

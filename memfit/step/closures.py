@@ -27,9 +27,10 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     if not is_sam and "closure" not in required_arguments(optimizer.step):
         return
     raise WorkloadError(
-        f"{type(optimizer).__name__} runs forward and backward again within its step (a closure), "
-        "and memfit runs each micro-batch once before an optimizer step: train with an optimizer "
-        "that steps on the gradients that are there, or call this one in a loop of your own."
+        f"{type(optimizer).__name__} runs forward and backward again in its own "
+        "step, through a closure. memfit runs each micro-batch once before an "
+        "optimizer step. Train with an optimizer that needs no closure, or use "
+        "this one in your own loop."
     )
 
 

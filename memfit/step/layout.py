@@ -110,9 +110,10 @@ def roles_of(
     doubt = None
     if len(readings) > 1:
         doubt = (
-            f"The batch has {size} samples, and a list in it has {size} entries whose leading "
-            f"dimension is {size} as well ({reader.doubted}), so it cannot be told which of them "
-            f"are the samples: give {told(reader.doubted, 0)} if its entries are, "
+            f"The batch has {size} samples, and a list in it has {size} entries "
+            f"whose leading dimension is {size} as well ({reader.doubted}). So "
+            "memfit cannot tell which of them are the samples. Give "
+            f"{told(reader.doubted, 0)} if its entries are, "
             f"{told(reader.doubted + '[0]', 0)} if not, or a batch of another size."
         )
     elif other is None:
@@ -240,9 +241,10 @@ def _square(batch: Any, role: Role, size: int, said: Mapping[str, int | None]) -
         is_mask = tuple(part.shape) == (size, size) and path not in said
         if is_mask and size > 1 and (part.is_floating_point() or part.dtype is torch.bool):
             return (
-                f"{path} is {size} x {size} beside {size} samples of length {size}, so it cannot "
-                f"be told whether it holds a row for each sample: give {told(path, None)} if it "
-                f"belongs to all samples, {told(path, 0)} if not, or a batch of another size."
+                f"{path} is {size} x {size} beside {size} samples of length {size}. So "
+                "memfit cannot tell whether it holds a row for each sample. Give "
+                f"{told(path, None)} if it belongs to all samples, {told(path, 0)} if "
+                "not, or a batch of another size."
             )
     return None
 

@@ -49,8 +49,8 @@ def check_made(make: Callable[[int], Any], batch: Any, batch_size: int, rules: B
         if small < large:
             return
         raise WorkloadError(
-            f"Nothing in what the batch function returned has {batch_size} samples, and it does "
-            f"not grow with the batch size ({error})"
+            f"No part of the batch that the function returned has {batch_size} "
+            f"samples, and no part grows with the batch size ({error})"
         ) from error
     raise _of_another_size(seen, batch_size)
 
@@ -60,7 +60,8 @@ def _of_another_size(seen: int, asked: int) -> WorkloadError:
     if seen > asked:
         return WorkloadError(f"{said}.")
     return DataEndedError(
-        f"{said}: where the data has no more, give max_batch_size={seen}, or repeat its samples.",
+        f"{said}. If the data has no more samples, give max_batch_size={seen}, "
+        "or repeat the samples.",
         num_samples=seen,
     )
 

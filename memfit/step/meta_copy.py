@@ -73,8 +73,8 @@ def _refuse_lazy(parts: Any) -> None:
         for name, tensor in part.named_parameters() if isinstance(part, nn.Module) else ():
             if nn.parameter.is_lazy(tensor):
                 raise WorkloadError(
-                    f"{name!r} of {type(part).__name__} has no shape yet (a lazy module): run one "
-                    "batch through the model first."
+                    f"{name!r} of {type(part).__name__} has no shape yet, because its "
+                    "module is lazy. Run one batch through the model first."
                 )
 
 
@@ -113,7 +113,7 @@ def _empty(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     if _dispatches_itself(tensor):
         raise NotSimulatedError.because(
             "This step",
-            f"{type(tensor).__name__} brings operations of its own, whose memory is not known",
+            (f"{type(tensor).__name__} has its own operations, and their memory is not known"),
         )
     plain = tensor.detach().as_subclass(torch.Tensor)
     if tensor.layout is torch.strided:
@@ -156,8 +156,10 @@ class _Unusable:
     def __next__(self) -> Any:
         raise NotSimulatedError.because(
             "This step",
-            f"it takes from a {self._kind} that the model keeps, which can be neither copied nor "
-            "put back",
+            (
+                f"it takes values from a {self._kind} that the model keeps, and memfit "
+                "can neither copy it nor put it back"
+            ),
         )
 
 

@@ -147,9 +147,9 @@ def _built(like: Any, build: Callable[[], Any]) -> Any:
         return build()
     except Exception as error:
         raise WorkloadError(
-            f"A {type(like).__name__} inside the batch could not be built around other contents "
-            f"({error}): give cut=function, a function cut(batch, start, stop) that returns those "
-            "samples."
+            f"A {type(like).__name__} inside the batch could not be built with "
+            f"other contents ({error}). Give cut=function, a function cut(batch, "
+            "start, stop) that returns those samples."
         ) from error
 
 

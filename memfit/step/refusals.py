@@ -45,8 +45,9 @@ def check_subject(subject: object, workload: type) -> None:
     kind = type(subject).__name__
     if isinstance(subject, nn.Module):
         raise WorkloadError(
-            f"A {kind} alone makes no training step: give memfit.Workload(model, batch, loss, "
-            "optimizer), with a batch as the training loop has it."
+            f"A {kind} alone is not a whole training step. Give "
+            "memfit.Workload(model, batch, loss, optimizer), with a batch as in "
+            "your training loop."
         )
     if hasattr(subject, "dls") and hasattr(subject, "loss_func"):
         raise WorkloadError(
@@ -55,7 +56,7 @@ def check_subject(subject: object, workload: type) -> None:
             "you train with."
         )
     raise WorkloadError(
-        f"What is trained is a timm model's name or a memfit.Workload, not {_full_name(subject)}."
+        f"Give the name of a timm model or a memfit.Workload, not {_full_name(subject)}."
     )
 
 
@@ -67,8 +68,8 @@ def check_loss(loss: object) -> None:
     """
     if isinstance(loss, type):
         raise WorkloadError(
-            f"The loss is the class {loss.__name__}, and its first arguments would be taken for "
-            f"settings: give an instance, {loss.__name__}()."
+            f"The loss is the class {loss.__name__}, not an instance, so the "
+            f"outputs would become its settings. Give an instance, {loss.__name__}()."
         )
     if not callable(loss):
         raise WorkloadError(f"The loss must be a function, not {type(loss).__name__}.")
@@ -101,8 +102,8 @@ def check_batch(batch: object) -> None:
     """
     if isinstance(batch, DataLoader) or type(batch).__name__.endswith("DataLoader"):
         raise WorkloadError(
-            f"The batch is a {type(batch).__name__}, which makes batches: give one of them, "
-            "next(iter(loader))."
+            f"The batch is a {type(batch).__name__}, which makes batches. Give one "
+            "of its batches: next(iter(loader))."
         )
 
 
@@ -121,17 +122,18 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     if unknown is not None:
         path, name = unknown
         return (
-            f"It cannot be told where {path}, of the class {name}, has its samples: give "
-            f"{told(path, None)} if it belongs to all of them, or {_CUT}."
+            f"memfit cannot tell where {path}, of the class {name}, has its "
+            f"samples. Give {told(path, None)} if it belongs to all of them, or "
+            f"{_CUT}."
         )
     parts = list(_parts_of(batch, ROOT, rules.by_path(batch)))
     # Lists of names and numbers come first, because they are less likely to hold samples.
     found = [(n, path) for n, path, is_list in sorted(parts, key=lambda part: not part[2])]
     if not found:
         return (
-            "The batch holds no tensor with a leading dimension, so it has no batch size; give "
-            "tensors of shape (samples, ...), lists of one entry for each sample, or a function of "
-            "the batch size."
+            "The batch has no tensor with a leading dimension, so it has no batch "
+            "size. Give tensors of shape (samples, ...), lists with one entry for "
+            "each sample, or a function of the batch size."
         )
     counted = Counter(size for size, _ in found)
     # If two sizes have equally many parts, take the later ones, which are the targets.
@@ -144,8 +146,8 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     else:
         advice = f"give {told(odd, None)} if that part belongs to all samples, or {_CUT}"
     return (
-        f"The batch's leading dimensions differ: {first[0]} has {first[1]} and {second[0]} has "
-        f"{second[1]}; {advice}."
+        f"The batch's leading dimensions differ: {first[0]} has {first[1]} and "
+        f"{second[0]} has {second[1]}; {advice}."
     )
 
 
@@ -194,7 +196,8 @@ def two_sizes(batch: Any, rules: BatchRules, sizes: list[int]) -> str:
     where = dict(reversed(list(entries_of(batch, rules))))
     first, second = ((size, where[size]) for size in sizes[:2])
     return (
-        f"The batch can be read as {first[0]} samples ({first[1]}) or as {second[0]} "
-        f"({second[1]}): give {told(first[1], 0)} or {told(second[1], 0)} to say "
-        "which, or a batch in which they differ."
+        f"The batch can be read as {first[0]} samples ({first[1]}) or as "
+        f"{second[0]} ({second[1]}). Give {told(first[1], 0)} or "
+        f"{told(second[1], 0)} to say which, or give a batch in which the two "
+        "numbers differ."
     )

@@ -169,8 +169,8 @@ class PreparedStep:
         self._optimizer = self._make_optimizer()
         if isinstance(self._optimizer, torch.optim.LBFGS):
             raise WorkloadError(
-                "LBFGS runs the step again as often as it likes, through a closure, and memfit "
-                "runs each step once: give an optimizer whose step takes no closure."
+                "LBFGS runs the step several times, through a closure. memfit runs "
+                "each step once. Give an optimizer whose step takes no closure."
             )
         self._had_state = bool(self._optimizer.state)
         self._drop_gradients()
@@ -315,8 +315,8 @@ def check_loss(loss: object) -> None:
         raise WorkloadError(f"The loss must be a tensor of one number, not {type(loss).__name__}.")
     if loss.numel() != 1:
         raise WorkloadError(
-            f"The loss has the shape {tuple(loss.shape)}, and backward needs one number: end the "
-            "loss with .mean() or .sum()."
+            f"The loss has the shape {tuple(loss.shape)}, but backward needs a "
+            "single number. End the loss with .mean() or .sum()."
         )
     if not loss.requires_grad:
         raise WorkloadError("The loss has no gradient: it does not depend on the parameters.")

@@ -78,9 +78,9 @@ def import_timm() -> ModuleType:
         if "torchvision" not in str(error):
             raise
         raise UnsupportedError(
-            f"The installed torchvision was built for another torch than {torch.__version__}, so "
-            "timm cannot be imported: install the two from the same place, as in "
-            "`pip install --upgrade torch torchvision`."
+            f"The installed torchvision was not built for torch {torch.__version__}, "
+            "so timm cannot be imported. Install both from the same place: `pip "
+            "install --upgrade torch torchvision`."
         ) from error
     return cast("ModuleType", timm)
 
@@ -95,8 +95,8 @@ def _not_of_timm(name: str) -> str:
     if difflib.get_close_matches(name, import_timm().list_models(), n=1, cutoff=_LIKE):
         return ""
     return (
-        " A model that is not timm's is asked about as a memfit.Workload in Python, or by running "
-        "its script: memfit rehearse --gpu NAME -- python train.py."
+        " For a model that is not timm's, give a memfit.Workload in Python, or "
+        "rehearse its script: memfit rehearse --gpu NAME -- python train.py."
     )
 
 
@@ -109,8 +109,8 @@ def check_model_name(name: str) -> None:
     timm = import_timm()
     if ":" in name or "/" in name:
         raise UnknownModelError(
-            f"{name!r} is on a hub or on disk, and memfit downloads nothing: give the name of an "
-            "architecture, as in timm.list_models()."
+            f"{name!r} is on a hub or on a disk, and memfit downloads nothing. Give "
+            "the name of an architecture from timm.list_models()."
         )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -173,15 +173,17 @@ def timm_parts(
     num_classes = getattr(model, "num_classes", None)
     if dict(options.model_kwargs).get("features_only"):
         raise UsageError(
-            f"{name} with features_only=True returns feature maps and has no loss of its own: give "
-            "a Workload with the loss that you train it with."
+            f"{name} with features_only=True returns feature maps, and there is no "
+            "usual loss for them. Give a Workload with the loss that you train "
+            "with."
         )
     if not isinstance(num_classes, int) or num_classes < 1:
         if options.num_classes is not None:
             raise UsageError(
-                f"{name} takes no classifier: give a Workload with the loss that you train it with."
+                f"{name} cannot have a classifier. Give a Workload with the loss that "
+                "you train with."
             )
-        raise UsageError(f"{name} has no classifier of its own: give num_classes.")
+        raise UsageError(f"{name} has no classifier by default. Give num_classes.")
     config = import_timm().data.resolve_data_config({}, model=model)
     num_channels, *default_size = config["input_size"]
     num_channels = dict(options.model_kwargs).get("in_chans", num_channels)

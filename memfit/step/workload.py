@@ -83,13 +83,13 @@ class Workload:
             raise WorkloadError(f"num_inputs must be at least 1, not {self.num_inputs}.")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise WorkloadError(
-                f"{_kind(self.model)} has no parameter that requires a gradient: there is nothing "
-                "to train."
+                f"{_kind(self.model)} has no parameter that requires a gradient, so "
+                "there is nothing to train."
             )
         if not any(module.training for module in self.model.modules()):
             raise WorkloadError(
-                f"{_kind(self.model)} is in evaluation mode: call model.train() first, as the "
-                "training loop will."
+                f"{_kind(self.model)} is in evaluation mode. Call model.train() first, "
+                "as your training loop does."
             )
         if isinstance(self.optimizer, Optimizer):
             check_steps_alone(self.optimizer)
@@ -150,8 +150,9 @@ class Workload:
             batch = self.batch(batch_size)
         except StopIteration:
             raise DataEndedError(
-                f"The batch function had no batch of {batch_size} samples (StopIteration): where "
-                "the data has no more, give max_batch_size, or repeat its samples."
+                f"The batch function had no batch of {batch_size} samples "
+                "(StopIteration). If the data has no more samples, give "
+                "max_batch_size, or repeat the samples."
             ) from None
         check_made(self.batch, batch, batch_size, self.rules)
         return batch

@@ -384,7 +384,7 @@ def test_losses_that_are_named_otherwise_get_a_sentence() -> None:
     accumulator = Accumulator(
         model, sgd(model), 2, loss=lambda out, y: {"mse": out.sum()}, weight=weight
     )
-    with pytest.raises(WorkloadError, match="losses are 'mse', and the weights are for 'ce'"):
+    with pytest.raises(WorkloadError, match="losses are 'mse', but the weights are for 'ce'"):
         accumulator.step(batch_of(4))
 
 

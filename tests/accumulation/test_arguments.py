@@ -38,7 +38,7 @@ class SharpnessAware(Optimizer):
     [
         (
             lr_scheduler.ReduceLROnPlateau,
-            r"ReduceLROnPlateau.step needs metrics, which .* own step\(metrics\) where",
+            r"ReduceLROnPlateau.step needs metrics, which .* yourself: step\(metrics\) where",
         ),
         (
             lambda optimizer: timm.scheduler.CosineLRScheduler(optimizer, t_initial=10),
@@ -73,7 +73,7 @@ def test_schedulers_that_need_nothing_are_stepped() -> None:
 def test_optimizers_that_ask_for_the_loss_again_are_refused(make: Any) -> None:
     """An `Accumulator`, a workload and a function that makes them all refuse."""
     model = nn.Linear(8, 3)
-    says = f"{make.__name__} runs forward and backward again within its step"
+    says = f"{make.__name__} runs forward and backward again in its own step"
     with pytest.raises(WorkloadError, match=says):
         Accumulator(model, make(model.parameters()), 4, loss=F.cross_entropy)
     batch = (torch.randn(8, 8), torch.randint(3, (8,)))

@@ -118,7 +118,7 @@ def test_the_new_size_is_kept_logged_once_and_put_back_when_asked(
         _, accumulator = trained(16, Failing({0}, out_of_memory, "forward"))
     messages = [record.getMessage() for record in caplog.records]
     why = "CUDA out of memory. Tried to allocate 20.00 MiB"
-    assert messages == [f"micro-batches of 16 are cut to 8 from here on: {why}"]
+    assert messages == [f"From now on, micro-batches of 16 samples are cut to 8: {why}"]
     assert accumulator.micro_batch_size == 8
     accumulator.restore_micro_batch_size()
     assert accumulator.micro_batch_size == 16
@@ -228,7 +228,7 @@ def test_repeated_retries_shrink_the_micro_batch(
     with caplog.at_level(logging.WARNING, logger="memfit"):
         _, accumulator = trained(16, never())
     assert accumulator.micro_batch_size == 2
-    assert "16 are cut to 8 from here on: allocator retries" in caplog.records[0].getMessage()
+    assert "16 samples are cut to 8: allocator retries" in caplog.records[0].getMessage()
 
 
 UNDER_A_REAL_LIMIT = """

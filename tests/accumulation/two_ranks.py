@@ -346,12 +346,12 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
     with raises(UsageError, "for 3 ranks, and there are 2"):
         micro_batches(plan_of(15, 4, world_size=3), shares[RANK])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for world_size, says in ((3, "is for 3 ranks"), (1, "is for 1 rank, and")):
+    for world_size, says in ((3, "is for 3 ranks"), (1, "is for 1 rank, but")):
         other = plan_of(15, 4, world_size=world_size)
         with raises(UsageError, says):
             Accumulator(model, optimizer, other, loss=F.cross_entropy)
     alone = plan_of(15, 4, world_size=2)
-    with raises(UsageError, "are those of 1: plan with world_size=1, or wrap"):
+    with raises(UsageError, "come from 1. Plan with world_size=1, or wrap"):
         Accumulator(reference, optimizer, alone, loss=F.cross_entropy)
 
 

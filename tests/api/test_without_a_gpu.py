@@ -87,7 +87,7 @@ def test_what_several_cards_do_not_have_points_to_what_they_have() -> None:
         _ = plans.micro_batch_size  # type: ignore[attr-defined]
     model = nn.Linear(8, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(UsageError, match=r"training takes one: plan again with gpu="):
+    with pytest.raises(UsageError, match=r"training needs one plan. Plan again with gpu="):
         memfit.Accumulator(model, optimizer, plans, loss=nn.functional.mse_loss)  # type: ignore[arg-type]
 
 

@@ -63,7 +63,7 @@ def test_equal_parts_that_are_not_there_are_refused() -> None:
     limit = ("--max-batch-size", "30")
     result = run(*SIMULATED, *limit, "--effective-batch", "61", "--emit", "fastai")
     assert result.exit_code == 2
-    assert "61 has none near 21: plan for 60, or emit pytorch" in result.stderr
+    assert "61 samples have no equal parts near 21: plan for 60, or emit pytorch" in result.stderr
 
 
 @pytest.fixture

@@ -72,9 +72,15 @@ def test_the_commands_are_those_of_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (plan_of(10, 4, world_size=4), "10 samples are no equal shares for 4 ranks: plan for 8 or"),
-        (plan_of(61, 30), "61 has none near 21: plan for 60, or emit pytorch"),
-        (plan_of(100, 60, multiple_of=8), "100 has none near 56: plan for 96, or emit pytorch"),
+        (
+            plan_of(10, 4, world_size=4),
+            "10 samples cannot be shared equally by 4 ranks. Plan for 8 or",
+        ),
+        (plan_of(61, 30), "61 samples have no equal parts near 21: plan for 60, or emit pytorch"),
+        (
+            plan_of(100, 60, multiple_of=8),
+            "100 samples have no equal parts near 56: plan for 96, or emit pytorch",
+        ),
     ],
 )
 def test_plans_without_equal_parts_are_refused(plan: Plan, says: str) -> None:

@@ -48,8 +48,8 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
     assert run.stdout.splitlines() == [
         f"NVIDIA GeForce RTX 4090 {16 * 2**30} 2",
         (
-            "This process already rehearses a card, so NVIDIA GeForce RTX 3060 cannot be "
-            "rehearsed in it: start a new process for each card."
+            "This process already rehearses a card, so it cannot rehearse NVIDIA GeForce RTX "
+            "3060. Start a new process for each card."
         ),
         "NVIDIA GeForce RTX 4090",
     ]
@@ -60,7 +60,7 @@ def test_after_torch_it_is_too_late() -> None:
     """One sentence, and nothing is changed."""
     before = dict(os.environ)
 
-    with pytest.raises(UsageError, match=r"torch is imported already.* before anything imports"):
+    with pytest.raises(UsageError, match=r"torch is already imported.* before anything imports"):
         memfit.rehearse("RTX 4090")
 
     assert dict(os.environ) == before

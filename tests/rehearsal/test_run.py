@@ -250,7 +250,7 @@ def test_commands_that_are_none_are_refused(tmp_path: Path) -> None:
     """The message says what to write instead."""
     script = tmp_path / "train.py"
     script.touch()
-    with pytest.raises(UsageError, match=r"write -- python .*train\.py"):
+    with pytest.raises(UsageError, match=r"Write -- python .*train\.py"):
         rehearse_command([str(script)], CARD, {})
     with pytest.raises(UsageError, match="There is no command 'pyhton' here"):
         rehearse_command(["pyhton", "train.py"], CARD, {})

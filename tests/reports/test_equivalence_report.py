@@ -81,7 +81,7 @@ def test_an_equal_model_s_report_in_full() -> None:
         "head.weight  2.0e-15  1.0e-13  1\n"
         "and 2 more\n"
         "\n"
-        "The loss averages over samples: weight each micro-batch's by n_i / N.\n"
+        "The loss averages over samples. Multiply the loss of each micro-batch by n_i / N.\n"
         "Measured on cpu in 1.2 s, torch 2.8.0."
     )
 
@@ -182,12 +182,12 @@ def test_what_to_do_about_layers_that_mix() -> None:
     """Freezing is advised only where it helps."""
     report = text(DIFFERS, mixing_layers=(MIXER,), alternatives=("vit_gn",))
     assert "--freeze-bn" in report
-    assert "timm has, unchecked: vit_gn." in report
+    assert "timm has these variants, which memfit did not check: vit_gn." in report
     stubborn = text(DIFFERS, mixing_layers=(dataclasses.replace(MIXER, stops_in_eval=False),))
     assert "--freeze-bn" not in stubborn
     assert "Evaluation mode does not stop" in stubborn
     loss = MixingLayer(name="loss", type_name="clip", mixes_in=MixesIn.LOSS, moved=1.0)
-    assert "keep the batch whole" in text(DIFFERS, mixing_layers=(loss,))
+    assert "do not cut the batch" in text(DIFFERS, mixing_layers=(loss,))
 
 
 def test_a_detached_model_s_verdict() -> None:
@@ -225,7 +225,7 @@ def test_everything_that_was_done_to_the_run_is_said() -> None:
         "No gradient reaches mask.",
         "replayed sample by sample in drop.",
         "switched off in noise.",
-        "Random draws in mask were one value",
+        "Random draws in mask had one value",
         "changes the batch in place",
         "3 samples were copies",
         "1 parameter at zero",

@@ -79,7 +79,7 @@ def test_ranks_and_a_limit_that_was_not_looked_for() -> None:
     text = text_of(render(plan))
     assert "10     samples a step, 4 ranks" in text
     assert "1 x 3  one step, no accumulation on the first rank" in text
-    assert "largest          ≥ 3    micro-batch that fits: more is not needed" in text
+    assert "largest          ≥ 3    micro-batch that fits; no more is needed" in text
     even = text_of(render(plan_of(16, 2, world_size=4)))
     assert "2 x 2  2 micro-batches a step on each rank" in even
 

@@ -84,8 +84,8 @@ batch  outcome            peak  retries  s/step  samples/s
 largest      212  measured: it fitted, and 213 ran out of memory
 recommended  200  21.5 GiB at the peak; 5% kept free, a multiple of 8
 
-Batch size 212 fitted only with allocator retries, which are slow: what is
-recommended needs none.
+Batch size 212 fitted only with allocator retries, which are slow. The
+recommended batch size needs none.
 Measured in 4 trials (1 ran out) and 12.3 s with torch 2.11.0."""
     assert text(render(RESULT)) == expected
 
@@ -123,7 +123,7 @@ def test_what_there_is_to_say_is_said() -> None:
         "accumulating · drop_rate=0.1",
         "python3 (pid 3) holds 2048 MiB",
         "Xorg (pid 4) holds an unknown amount",
-        "simulated: where the search was told to stop",
+        "simulated: the limit of the search",
         "no batch size that fits leaves 5% kept free",
         "Trials ran with A=1",
         "Up to 3.0 MiB stayed allocated",
@@ -152,7 +152,7 @@ def test_what_ran_out_below_what_fits_is_said() -> None:
     )
     shown = text(render(holed), width=200)
     assert "it fitted, and 213 ran out of memory; below it 205 ran out too" in shown
-    assert "205 ran out where a larger batch fits" in shown
+    assert "205 ran out of memory although a larger batch fits" in shown
 
 
 def test_what_was_tried_twice_is_listed_once() -> None:

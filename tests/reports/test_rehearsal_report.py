@@ -122,7 +122,7 @@ on NVIDIA GeForce RTX 3060, rehearsed
 11.0 GiB usable: 12.0 GiB less 200 MiB for the CUDA context
 
 Peak 1220 MiB of 12.0 GiB: 1020 MiB reserved, 200 MiB context; 10.8 GiB left
-The peak had settled: the command was ended after 5 optimizer steps.
+The peak had settled, so memfit ended the command after 5 optimizer steps.
 
 Peak of each step
   step  requested  allocated  reserved  retries
@@ -196,7 +196,7 @@ def test_doubts_are_plain() -> None:
         REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(decides,)),)
     )
     assert not doubted.is_trusted
-    assert "Do not trust these figures: train.py:12 went another way" in text(render(doubted))
+    assert "Do not trust these figures. train.py:12 took another branch" in text(render(doubted))
 
 
 def test_places_are_short() -> None:

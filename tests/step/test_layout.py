@@ -278,7 +278,7 @@ class Opaque:
         ),
         (
             {"x": torch.zeros(4), "o": Opaque()},
-            r"where batch\['o'\], of the class Opaque, has its samples: give batch_dims=",
+            r"where batch\['o'\], of the class Opaque, has its samples\. Give batch_dims=",
         ),
         (
             {"crops": [torch.zeros(8, 3), torch.zeros(8, 3)]},
@@ -344,9 +344,9 @@ def test_a_function_of_the_users_cuts_what_slices_do_not() -> None:
     assert len(graphs["x"]) == 10
     assert len(targets) == 2
     assert len(layout.resized(GRAPH, 3)[1]) == 3
-    with pytest.raises(WorkloadError, match="give a function of the batch size"):
+    with pytest.raises(WorkloadError, match="Give a function of the batch size"):
         layout.resized(GRAPH, 9)
-    with pytest.raises(WorkloadError, match="give count=function beside cut"):
+    with pytest.raises(WorkloadError, match="Give count=function as well as cut"):
         Layout.of(GRAPH[0], BatchRules(cut=cut))
     counted = BatchRules(cut=cut, count=lambda batch: len(batch[0]["x"]) // 5)
     assert Layout.of(GRAPH, counted).num_samples == 4

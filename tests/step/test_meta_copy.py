@@ -96,7 +96,7 @@ def test_a_generator_may_be_kept_and_not_used() -> None:
     net = Net()
     net.rows = (number for number in range(3))
     copied = without_values(net)
-    with pytest.raises(NotSimulatedError, match="takes from a generator"):
+    with pytest.raises(NotSimulatedError, match="takes values from a generator"):
         next(copied.rows)
     assert next(net.rows) == 0
 

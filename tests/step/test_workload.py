@@ -299,7 +299,7 @@ def test_impossible_workloads_are_refused_at_once(changes: dict[str, Any], says:
         ({"loss": lambda outputs, targets: 1.0}, "not float"),
         ({"loss": lambda outputs, targets: targets.sum().float()}, "has no gradient"),
         ({"batch": lambda n: (x, y)}, "returned 2 samples when asked for 3"),
-        ({"batch": lambda n: ({"a": x, "b": x[:1]}, y)}, "does not grow with the batch size"),
+        ({"batch": lambda n: ({"a": x, "b": x[:1]}, y)}, "no part grows with the batch size"),
         ({"optimizer": lambda parameters: "sgd"}, "returned str"),
     ],
 )

@@ -33,9 +33,9 @@ class Learner:
 @pytest.mark.parametrize(
     ("subject", "says"),
     [
-        (nn.Linear(3, 1), r"A Linear alone makes no training step: give memfit.Workload\("),
+        (nn.Linear(3, 1), r"A Linear alone is not a whole training step\. Give memfit.Workload\("),
         (Learner(), r"A fastai Learner is not taken as it is: .* learn.dls.one_batch\(\)"),
-        (SimpleNamespace(), "timm model's name or a memfit.Workload, not types.SimpleNamespace"),
+        (SimpleNamespace(), "name of a timm model or a memfit.Workload, not types.SimpleNamespace"),
         (7, "or a memfit.Workload, not int"),
     ],
 )
@@ -58,7 +58,9 @@ def test_a_bare_model_and_a_trainers_object_are_pointed_to_workload(
 def test_a_loader_is_no_batch() -> None:
     """The message says to give one of its batches."""
     loader = DataLoader(TensorDataset(*BATCH))
-    with pytest.raises(WorkloadError, match=r"is a DataLoader, .*: give one of them, next\(iter"):
+    with pytest.raises(
+        WorkloadError, match=r"is a DataLoader, .* Give one of its batches: next\(iter"
+    ):
         workload(batch=loader)
 
 

@@ -54,8 +54,11 @@ def explained(model: nn.Module, name: str) -> Iterator[None]:
     except StreamsDifferError as error:
         raise NotSimulatedError.because(
             name,
-            "its iterations never repeat what they allocate, so that no few of them stand for all "
-            "(does it draw what it computes from a generator of its own, or alternate?)",
+            (
+                "its iterations never repeat what they allocate, so a few of them do "
+                "not show what all of them need (does the step choose at random what "
+                "it runs, or alternate?)"
+            ),
         ) from error
     except (NotImplementedError, RuntimeError, TypeError) as error:
         reason = _reason(model, error)
@@ -82,8 +85,10 @@ def refuse_compiled(*parts: Any, name: str) -> None:
         if compiled is not None:
             raise NotSimulatedError.because(
                 name,
-                f"{compiled}, and a simulation knows only what the operations take that are called "
-                "one by one (give what is not compiled, or rehearse what is)",
+                (
+                    f"{compiled}, and a simulation does not see the operations inside (give "
+                    "the model without compiling it, or rehearse the compiled one)"
+                ),
             )
 
 
@@ -146,17 +151,20 @@ def _reason(model: nn.Module, error: BaseException) -> str | None:
     where = _innermost_part(model, error)
     said = str(error).strip().partition("\n")[0]
     if _OF_COMPILATION.search(str(error)):
-        return f"{where} runs what is compiled (torch.compile), of which a simulation sees nothing"
+        return (
+            f"{where} runs compiled code (torch.compile), and a simulation does not "
+            "see the operations inside"
+        )
     if not _OF_META.search(str(error)):
         return None
     if _TWO_DEVICES.search(said):
         return (
-            f"{where} takes a tensor of the CPU beside those of the card ({said}); make it on the "
-            "device of its inputs, as training on a GPU needs it too"
+            f"{where} uses a tensor on the CPU together with tensors on the card ({said}). "
+            "Make it on the device of its inputs. Training on a GPU needs that too"
         )
     if _OF_VALUES.search(said):
         return f"{where} needs the values of its tensors ({said})"
-    return f"{where} does what only a device can do ({said})"
+    return f"{where} does something that only a real device can do ({said})"
 
 
 def _was_raised_by_user(traceback: TracebackType | None) -> bool:

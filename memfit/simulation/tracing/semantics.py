@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
     if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise NotSimulatedError.because(
             "This step",
-            f"{type(value).__name__} brings operations of its own, whose memory is not known",
+            (f"{type(value).__name__} has its own operations, and their memory is not known"),
         )
     if isinstance(value, nn.Parameter):
         return value

@@ -72,7 +72,7 @@ def test_a_need_for_values_names_the_module(what: Any) -> None:
 
 def test_a_tensor_of_the_cpu_has_a_reason_of_its_own() -> None:
     """Such a step would not run on a GPU either."""
-    with pytest.raises(NotSimulatedError, match=r"Raises '0' takes a tensor of the CPU beside"):
+    with pytest.raises(NotSimulatedError, match=r"Raises '0' uses a tensor on the CPU together"):
         run(lambda data: data + torch.zeros(3))
 
 
