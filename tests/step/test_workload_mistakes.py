@@ -100,7 +100,7 @@ def test_a_model_that_is_not_timms_is_pointed_elsewhere() -> None:
         ({"multiple_of": 2.5}, "multiple_of must be a whole number, not 2.5"),
         ({"max_batch_size": 8.5}, "max_batch_size must be a whole number, not 8.5"),
         ({"headroom": "5%"}, "headroom must be at least 0 and below 1, not '5%'"),
-        ({"memory": "16"}, "did you mean '16GiB'"),
+        ({"memory": "16"}, "Did you mean '16GiB'"),
     ],
 )
 def test_numbers_that_are_none_are_refused(options: Any, says: str) -> None:
