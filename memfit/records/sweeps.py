@@ -39,6 +39,8 @@ class SweepRow(Record):
         max_batch_size: The largest batch size that fits; `None` if not even one sample fits.
         recommended_batch_size: The batch size to train with; `None` if there is none.
         edge_found: One sample more than `max_batch_size` ran out of memory.
+        is_approximate: The card was simulated with another vendor's kernels, so the batch sizes are
+            near, not exact.
         peak_bytes: The peak of reserved bytes at the recommended batch size, or at the largest one
             if none is recommended.
         bytes_per_sample: What one sample more adds to the bytes that tensors ask for at the peak;
@@ -58,6 +60,7 @@ class SweepRow(Record):
     max_batch_size: int | None = None
     recommended_batch_size: int | None = None
     edge_found: bool = False
+    is_approximate: bool = False
     peak_bytes: int | None = None
     bytes_per_sample: int | None = None
     num_parameters: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memfit.records import Source, Trial
+from memfit.records import Source, SweepRow, Trial
 
 __all__ = ["about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels"]
 
@@ -33,20 +33,20 @@ def no_gpu_took_part(source: Source) -> str:
     return f"{_HOW[source]}: {_WHO_RAN[source]}."
 
 
-def about(number: int, trials: Iterable[Trial]) -> str:
+def about(number: int, trials: Iterable[Trial | SweepRow]) -> str:
     """Return a batch size as text, with `about` before it if trials say that it is not exact.
 
     Args:
         number: The batch size.
-        trials: The trials that it comes from.
+        trials: The trials that it comes from, or its row in a sweep.
     """
     return f"about {number}" if any(trial.is_approximate for trial in trials) else str(number)
 
 
-def said_of_kernels(trials: Iterable[Trial]) -> tuple[str, ...]:
+def said_of_kernels(trials: Iterable[Trial | SweepRow]) -> tuple[str, ...]:
     """Return a sentence if the trials used another vendor's kernels, else nothing.
 
     Args:
-        trials: The trials of a result.
+        trials: The trials of a result, or the rows of a sweep.
     """
     return (_OTHER_KERNELS,) if any(trial.is_approximate for trial in trials) else ()

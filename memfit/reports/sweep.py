@@ -14,6 +14,7 @@ from memfit.accuracies import best_of
 from memfit.errors import UsageError
 from memfit.records import Choice, ChoiceRow, Sweep, SweepRow
 from memfit.reports.probe import step_words
+from memfit.reports.sources import about, said_of_kernels
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -146,13 +147,19 @@ def _figures(row: SweepRow) -> tuple[str, ...]:
     accuracy = _accuracy(row)
     return (
         "" if accuracy is None else f"{accuracy:.1f}%",
-        str(row.max_batch_size) if row.edge_found else f">= {row.max_batch_size}",
+        _largest(row),
         _text(row.recommended_batch_size, str),
         _text(row.peak_bytes, format_bytes),
         _text(row.bytes_per_sample, format_bytes),
         _text(row.num_parameters, _millions),
         _text(row.forward_flops, flops_words),
     )
+
+
+def _largest(row: SweepRow) -> str:
+    if row.max_batch_size is None or not row.edge_found:
+        return f">= {row.max_batch_size}"
+    return about(row.max_batch_size, (row,))
 
 
 def _failures(rows: Sequence[SweepRow]) -> list[RenderableType]:
@@ -185,7 +192,7 @@ def _note(sweep: Sweep, *, has_steps: bool) -> str:
     words.append("top-1: the best published weights on ImageNet")
     if not sweep.is_complete:
         words.append(f"interrupted: {num_done} of {sweep.num_steps} are done")
-    return "; ".join(words) + "."
+    return " ".join(("; ".join(words) + ".", *said_of_kernels(sweep.rows)))
 
 
 def row_words(rows: Sequence[SweepRow]) -> str:
@@ -199,7 +206,7 @@ def row_words(rows: Sequence[SweepRow]) -> str:
         return f"{first.model}: {first.reason}"
     sizes = ", ".join(
         f"{row.device.removeprefix('NVIDIA ').removeprefix('GeForce ')} "
-        f"{row.max_batch_size or 'none'}"
+        f"{about(row.max_batch_size, (row,)) if row.max_batch_size else 'none'}"
         for row in rows
     )
     return f"{first.model}: {sizes}"

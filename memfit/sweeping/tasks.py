@@ -159,6 +159,7 @@ class SweepTask:
             max_batch_size=result.max_batch_size,
             recommended_batch_size=result.recommended_batch_size,
             edge_found=result.edge_found,
+            is_approximate=result.is_approximate,
             peak_bytes=_peak_bytes(result),
             bytes_per_sample=added,
         )

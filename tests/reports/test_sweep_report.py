@@ -19,6 +19,7 @@ from memfit.reports.sweep import (
     row_words,
     sweep_rows,
 )
+from memfit.reports.sweep_page import page
 from memfit.units import GIB, MIB
 
 ROW = SweepRow(
@@ -73,6 +74,18 @@ def test_the_table_has_every_figure_and_the_failures() -> None:
     assert line.split()[1:] == figures.split()
     assert "eva_giant_patch14_560: it does not fit even at batch size 1." in shown
     assert "3 models on 1 card, simulated with torch 2.15.0 and timm 1.0.31" in shown
+
+
+def test_an_amd_cards_edge_is_not_exact() -> None:
+    """Its largest batch size is `about` so many, and a sentence says why, on the page too."""
+    near = dataclasses.replace(SWEEP, rows=(dataclasses.replace(ROW, is_approximate=True),))
+    for shown in (text(render(near)), row_words(near.rows)):
+        assert "about 100" in shown
+    for shown in (text(render(near)), page(near)):
+        plain = " ".join(shown.replace("&#39;", "'").split())
+        assert "AMD's cards are simulated with the scratch memory" in plain
+    assert "about 100" not in text(render(SWEEP))
+    assert SweepRow.from_dict(near.rows[0].to_dict()).is_approximate
 
 
 def test_rows_are_sorted_and_filtered() -> None:
