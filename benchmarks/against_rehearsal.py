@@ -200,6 +200,7 @@ def _simulated(card: Any, step: Any, batch_size: int) -> Side:
     names = {
         Action.ALLOC: "alloc",
         Action.TRY_ALLOC: "alloc",
+        Action.ALLOC_IF_ROOM: "alloc",
         Action.FREE_COMPLETED: "free_completed",
     }
     events = [
@@ -207,7 +208,7 @@ def _simulated(card: Any, step: Any, batch_size: int) -> Side:
             names[event.action],
             event.id,
             event.num_bytes,
-            CUDNN if event.action is Action.TRY_ALLOC else event.origin,
+            CUDNN if event.origin == "convolution" else event.origin,
         )
         for event in traced.schedule.later.at(batch_size)
         if event.action in names

@@ -24,11 +24,13 @@ class Prediction:
         step: The step that was simulated.
         simulated: The simulation to show beside the trials; `None` if there is none, or if the
             trials themselves are this simulation.
+        scout: A quicker and rougher simulation, which says where to begin; `None` if there is none.
     """
 
     batch_size: int | None = None
     step: TrainingStep | None = None
     simulated: SimulatedGpu | None = None
+    scout: SimulatedGpu | None = None
 
     def trials_of(self, batch_sizes: Sequence[int]) -> tuple[Trial, ...]:
         """Return one simulated trial for each different batch size.
@@ -157,6 +159,10 @@ class SimulatedGpu(Backend, Protocol):
         """
         ...
 
+    def scout(self) -> SimulatedGpu:
+        """Return a rougher and quicker simulation of the same card."""
+        ...
+
 
 def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     """Return the prediction of a device's simulation.
@@ -172,7 +178,7 @@ def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
         # A step that cannot run without values gets no prediction, but its trials still run.
         return Prediction()
-    return Prediction(batch_size=edge, step=step, simulated=simulated)
+    return Prediction(batch_size=edge, step=step, simulated=simulated, scout=simulated.scout())
 
 
 class HasPrecision(Protocol):

@@ -17,13 +17,15 @@ from memfit.backends.protocol import Prediction
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
 from memfit.memory.restore import preserved
-from memfit.records import Capacity, Outcome, Precision, Source, Trial
+from memfit.records import Capacity, Outcome, Precision, Source, Trial, WorkspaceSource
 from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     AllocatorStats,
     CachingAllocator,
 )
 from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.cudnn.answers import keep_answers
+from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
@@ -118,9 +120,9 @@ def trace_options(gpu: Gpu) -> TraceOptions:
     capability = gpu.compute_capability
     return TraceOptions(
         compute_capability=capability,
-        kernels=Kernels(compute_capability=capability),
+        kernels=Kernels(compute_capability=capability, allows_tf32=torch.backends.cudnn.allow_tf32),
         prefers_cudnn_attention=torch.__version__ >= _PREFERS_CUDNN,
-        cudnn_benchmark=False,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
         gpu=gpu,
     )
 
@@ -135,6 +137,12 @@ def kept_workspaces(gpu: Gpu) -> dict[int, int]:
     if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
         return {}
     return dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
+
+
+def _workspaces(schedule: StepSchedule, gpu: Gpu) -> WorkspaceSource | None:
+    if not schedule.has_slow_needs:
+        return None
+    return WorkspaceSource.CUDNN if asks_cudnn(gpu) else WorkspaceSource.BOUND
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,20 +162,23 @@ class _Traced:
         step: What was traced.
         options: What decided the trace besides.
         trace: The trace.
-        replays: By card, batch size and capacity.
+        replays: By card, batch size, capacity, and whether it was a rough one.
     """
 
     step: TrainingStep
     options: TraceOptions
     trace: StepTrace
-    replays: dict[tuple[Gpu, int, int | None], _Replay] = dataclasses.field(default_factory=dict)
-    _schedules: dict[Gpu, StepSchedule] = dataclasses.field(default_factory=dict)
+    replays: dict[tuple[Gpu, int, int | None, bool], _Replay] = dataclasses.field(
+        default_factory=dict
+    )
+    _schedules: dict[tuple[Gpu, bool], StepSchedule] = dataclasses.field(default_factory=dict)
 
-    def schedule_on(self, gpu: Gpu) -> StepSchedule:
-        """Return the schedule with the scratch memory of a card."""
-        if gpu not in self._schedules:
-            self._schedules[gpu] = self.trace.schedule.on(gpu)
-        return self._schedules[gpu]
+    def schedule_on(self, gpu: Gpu, *, is_rough: bool) -> StepSchedule:
+        """Return the schedule with the scratch memory of a card; see `Schedule` for `is_rough`."""
+        key = (gpu, is_rough)
+        if key not in self._schedules:
+            self._schedules[key] = self.trace.schedule.on(gpu, is_rough=is_rough)
+        return self._schedules[key]
 
     def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
         """Whether another card would have made the same trace."""
@@ -219,6 +230,8 @@ class SimulatedBackend:
         memory_bytes: What the training step may use; `None` for what a process has on the card.
         settings: The allocator's options; `None` for those of this process's environment.
         traces: Traces to share with other cards.
+        is_rough: Workspaces of convolutions are scaled from few batch sizes. This is quick, and
+            good enough to begin a search.
     """
 
     def __init__(
@@ -228,8 +241,10 @@ class SimulatedBackend:
         memory_bytes: int | None = None,
         settings: AllocatorSettings | None = None,
         traces: TraceCache | None = None,
+        is_rough: bool = False,
     ) -> None:
         self._gpu = gpu
+        self._is_rough = is_rough
         self._memory_bytes = memory_bytes
         self._settings = settings or AllocatorSettings.from_environment(os.environ)
         self._traces = traces or TraceCache()
@@ -306,7 +321,9 @@ class SimulatedBackend:
         stats, peaks, fits = replay.stats, replay.peaks, replay.message is None
         found = self._traces.find(step, self._gpu)
         traced = found.trace
-        grows = found.schedule_on(self._gpu).grows(batch_size, stats.peak_reserved_bytes)
+        grows = found.schedule_on(self._gpu, is_rough=self._is_rough).grows(
+            batch_size, stats.peak_reserved_bytes
+        )
         return Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if fits else Outcome.OUT_OF_MEMORY,
@@ -320,6 +337,7 @@ class SimulatedBackend:
             peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
             peak_varies=traced.peak_varies,
             is_approximate=self._gpu.vendor != "NVIDIA",
+            workspaces=_workspaces(found.trace.schedule, self._gpu),
             message=replay.message,
         )
 
@@ -339,13 +357,59 @@ class SimulatedBackend:
         Args:
             step: What to train; its precision is chosen.
         """
-        return Prediction(batch_size=self.expected_edge(step))
+        return Prediction(
+            batch_size=self.expected_edge(step),
+            step=step,
+            scout=self.scout(),
+        )
 
     def simulated_counterpart(self) -> SimulatedBackend:
         """Return this card itself."""
         return self
 
+    def scout(self) -> SimulatedBackend:
+        """Return a rougher and quicker simulation of the same card."""
+        return SimulatedBackend(
+            self._gpu,
+            memory_bytes=self._memory_bytes,
+            settings=self._settings,
+            traces=self._traces,
+            is_rough=True,
+        )
+
     def expected_edge(self, step: TrainingStep) -> int | None:
+        """Return an edge: a batch size that fits below one that does not.
+
+        The rough simulation comes close, and exact replays find the edge from there.
+
+        Args:
+            step: What to train; its precision is chosen.
+
+        Returns:
+            Samples; `None` where the step does not grow, or nothing fits.
+        """
+        close = self.scout().rough_edge(step)
+        if close is None or not self._traces.find(step, self._gpu).trace.schedule.has_slow_needs:
+            return close
+        fits, fails, distance = 0, None, 1
+        size = close
+        while fails is None or fits + 1 < fails:
+            if self._fits(step, size):
+                fits = size
+            else:
+                fails = size
+            if fails is None:
+                size = fits + distance
+            elif not fits:
+                size = fails - distance
+                if size <= 0:
+                    return None
+            else:
+                size = (fits + fails) // 2
+            distance *= 2
+        return fits
+
+    def rough_edge(self, step: TrainingStep) -> int | None:
         """Return an edge: a batch size that fits below one that does not.
 
         What tensors hold bounds it from above. Below that bound, replays under the capacity decide:
@@ -380,7 +444,7 @@ class SimulatedBackend:
 
     def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> _Replay:
         traced = self._traces.find(step, self._gpu)
-        key = (self._gpu, batch_size, capacity_bytes)
+        key = (self._gpu, batch_size, capacity_bytes, self._is_rough)
         if key not in traced.replays:
             allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
             peaks: list[int] = []
@@ -389,8 +453,10 @@ class SimulatedBackend:
                 with collector_paused():
                     for handle, num_bytes in kept_workspaces(self._gpu).items():
                         allocator.allocate(handle, num_bytes)
-                    peaks.extend(traced.schedule_on(self._gpu).play(allocator, batch_size))
+                    schedule = traced.schedule_on(self._gpu, is_rough=self._is_rough)
+                    peaks.extend(schedule.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
             traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)
+            keep_answers()
         return traced.replays[key]

@@ -14,6 +14,8 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 
+from memfit.user_cache import cache_folder
+
 __all__ = ["complete_gpus", "complete_models", "model_names"]
 
 
@@ -57,6 +59,4 @@ def model_names() -> list[str]:
 
 
 def _cache_file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
-    return root / "memfit" / f"models-of-timm-{importlib.metadata.version('timm')}.txt"
+    return cache_folder() / f"models-of-timm-{importlib.metadata.version('timm')}.txt"

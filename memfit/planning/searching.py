@@ -230,7 +230,7 @@ def _expected_recommendation(
     prediction: Prediction, capacity_bytes: int, options: SearchOptions
 ) -> int | None:
     """Return the batch size that the simulation of a device recommends, if any."""
-    edge, simulated, step = prediction.batch_size, prediction.simulated, prediction.step
+    edge, simulated, step = prediction.batch_size, prediction.scout, prediction.step
     if edge is None or simulated is None or step is None:
         return None
     edge = min(edge, options.max_batch_size or search.DEFAULT_CEILING)

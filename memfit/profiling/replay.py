@@ -194,7 +194,7 @@ class _Run:
         if event.action is Action.USER_DEFINED:
             self._marks.append((event.origin, len(self._allocated)))
             return
-        if event.action in (Action.ALLOC, Action.TRY_ALLOC):
+        if event.action in (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM):
             if not self._allocate(event, num_bytes, growth):
                 return
         elif event.action is Action.FREE_COMPLETED:

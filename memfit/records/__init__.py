@@ -84,6 +84,7 @@ from memfit.records.trials import (
     Survey,
     SurveyAnswer,
     Trial,
+    WorkspaceSource,
 )
 
 __all__ = [
@@ -148,4 +149,5 @@ __all__ = [
     "Timeline",
     "Trial",
     "Verdict",
+    "WorkspaceSource",
 ]

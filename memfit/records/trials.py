@@ -20,6 +20,7 @@ __all__ = [
     "Survey",
     "SurveyAnswer",
     "Trial",
+    "WorkspaceSource",
 ]
 
 
@@ -62,18 +63,31 @@ class Capacity(Record):
     other_processes: tuple[DeviceProcess, ...] = ()
 
 
+class WorkspaceSource(str, enum.Enum):
+    """How the workspaces of a simulated step's convolutions are known.
+
+    `CUDNN`: the installed cuDNN said them for the card's compute capability. `BOUND`: it could not
+    be asked, and they are copies of the tensors in the layout in which kernels compute.
+    """
+
+    CUDNN = "cudnn"
+    BOUND = "bound"
+
+
 class Action(str, enum.Enum):
-    """What an event does. The names are those of PyTorch's memory snapshots, plus two of our own.
+    """What an event does. The names are those of PyTorch's memory snapshots, plus three of our own.
 
     `USER_DEFINED` marks where a phase begins; the phase's name is the event's origin. `TRY_ALLOC`
     is an allocation that may fail, such as a convolution's workspace. If there is no memory for it,
-    the caller chooses a plan that needs less.
+    the caller chooses a plan that needs less. `ALLOC_IF_ROOM` is the same, but cached memory is
+    given back before it fails.
 
     Source: `TraceEntry` in c10/cuda/CUDACachingAllocator.h and torch/cuda/_memory_viz.py.
     """
 
     ALLOC = "alloc"
     TRY_ALLOC = "try_alloc"
+    ALLOC_IF_ROOM = "alloc_if_room"
     FREE_REQUESTED = "free_requested"
     FREE_COMPLETED = "free_completed"
     SEGMENT_ALLOC = "segment_alloc"
@@ -128,6 +142,8 @@ class Trial(Record):
             The figures are for the most that it can compute, as far as its draws could be forced.
         is_approximate: The card was simulated with another vendor's kernels, as AMD's cards are
             with NVIDIA's. The outcome of a batch size near the edge may be another on the card.
+        workspaces: How the workspaces of its convolutions are known, in a simulation; `None` if it
+            has no convolutions or is no simulation.
         message: The first line of the error that ended the trial.
     """
 
@@ -145,6 +161,7 @@ class Trial(Record):
     peak_grows: bool = False
     peak_varies: bool = False
     is_approximate: bool = False
+    workspaces: WorkspaceSource | None = None
     message: str | None = None
 
     _derived: ClassVar[tuple[str, ...]] = ("samples_per_second",)

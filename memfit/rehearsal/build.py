@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from memfit.errors import UnsupportedError
+from memfit.user_cache import cache_folder
 
 __all__ = [
     "LIBRARY",
@@ -175,13 +176,8 @@ def _compile_into(folder: Path) -> None:
 
 
 def _cache_folder() -> Path:
-    """Return memfit's folder in the user's cache.
-
-    Source: https://specifications.freedesktop.org/basedir-spec/latest/
-    """
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # noqa: PTH117
-    return root / "memfit" / "rehearsal"
+    """Return the folder of compiled devices in the user's cache."""
+    return cache_folder() / "rehearsal"
 
 
 def _check_private(folder: Path, names: tuple[str, ...] = ()) -> None:

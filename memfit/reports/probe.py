@@ -13,6 +13,7 @@ from memfit.records import (
     Source,
     StepOptions,
     Trial,
+    WorkspaceSource,
 )
 from memfit.reports.sources import about, said_of_kernels
 from memfit.reports.tables import plain_table
@@ -197,6 +198,13 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             f"Trials ran with {' '.join(result.environment)}. Train with the same "
             "setting, or leave more room. Without it, glibc's heap fragments and "
             "the same step needs more memory."
+        )
+    if any(trial.workspaces is WorkspaceSource.CUDNN for trial in result.trials):
+        said.append("The installed cuDNN said the workspaces of the convolutions.")
+    elif any(trial.workspaces is WorkspaceSource.BOUND for trial in result.trials):
+        said.append(
+            "The workspaces of the convolutions are bounds, because cuDNN could not be asked "
+            "(pip install 'memfit[cudnn]', for NVIDIA's cards)."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left:

@@ -25,10 +25,12 @@ class Need:
         rule: A function from a card and the numbers to bytes. 0 means that nothing is asked for.
         numbers: What the size depends on besides the card, such as the sizes of a tensor. Each
             grows evenly with the batch size, but the bytes may not.
+        is_slow: The rule takes milliseconds and not microseconds.
     """
 
     rule: Callable[..., int]
     numbers: tuple[int, ...] = ()
+    is_slow: bool = False
 
     def on(self, gpu: Gpu) -> int:
         """Return the bytes that are asked for on a card."""

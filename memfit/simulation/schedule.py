@@ -8,6 +8,7 @@ not use torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from memfit.cards import Gpu
@@ -31,6 +32,8 @@ _MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 # More than the allocations of any trace.
 _IDS_OF_AN_ITERATION = 1 << 40
+# A rough schedule knows batch sizes that are so many times the one before.
+_STEP_OF_ROUGH = 1.25
 # A step that keeps more in every iteration is said to grow when it would double within so many.
 _ITERATIONS_TO_DOUBLE = 1000
 
@@ -72,6 +75,8 @@ class Schedule:
         outliving: Allocations that are still there when the stretch ends, by their ids. The number
             says how many repetitions later the stretch frees them; 0 for never.
         gpu: The card that decides the size of what is a `Need`. It is there if any event is one.
+        is_rough: Slow needs are found at a batch size nearby and scaled, so that a search can look
+            around quickly.
     """
 
     events: tuple[Event, ...]
@@ -79,6 +84,7 @@ class Schedule:
     batch_size: int
     outliving: Mapping[int, int] = dataclasses.field(default_factory=dict)
     gpu: Gpu | None = None
+    is_rough: bool = False
     _program: tuple[_Line, ...] = dataclasses.field(init=False, repr=False, compare=False)
     # The position of every need, and of its free.
     _needs: tuple[tuple[int, int], ...] = dataclasses.field(init=False, repr=False, compare=False)
@@ -101,9 +107,17 @@ class Schedule:
         )
         object.__setattr__(self, "_needs", needs)
 
-    def on(self, gpu: Gpu) -> Schedule:
+    def on(self, gpu: Gpu, *, is_rough: bool = False) -> Schedule:
         """Return this schedule with the sizes that a card decides."""
-        return dataclasses.replace(self, gpu=gpu) if self._needs and gpu != self.gpu else self
+        if not self._needs:
+            return self
+        return dataclasses.replace(self, gpu=gpu, is_rough=is_rough)
+
+    @property
+    def has_slow_needs(self) -> bool:
+        """Whether the size of any event takes milliseconds to find."""
+        events = (self.events[at] for at, _ in self._needs)
+        return any(isinstance(event, NeedEvent) and event.need.is_slow for event in events)
 
     @classmethod
     def fixed(cls, events: Sequence[Event]) -> Schedule:
@@ -209,9 +223,14 @@ class Schedule:
             event = self.events[at]
             assert isinstance(event, NeedEvent)
             need = event.need_after(more)
+            share = 1.0
+            if self.is_rough and need.is_slow:
+                nearby = _nearby(batch_size)
+                need, share = event.need_after(nearby - self.batch_size), batch_size / nearby
             num_bytes = sizes.get(need)
             if num_bytes is None:
                 num_bytes = sizes[need] = need.on(self.gpu)
+            num_bytes = int(num_bytes * share)
             if num_bytes:
                 program[at] = (event.action, event.id, num_bytes, 0, event)
             else:
@@ -241,6 +260,12 @@ class Schedule:
                 free(number)
             else:
                 allocator.carry_out(action, number, asked)
+
+
+def _nearby(batch_size: int) -> int:
+    """Return one of the few batch sizes that stand for all others in a rough schedule."""
+    step = round(math.log(batch_size) / math.log(_STEP_OF_ROUGH))
+    return max(1, round(_STEP_OF_ROUGH**step))
 
 
 def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
@@ -290,19 +315,23 @@ class StepSchedule:
     setup: Schedule
     first: Schedule
     later: Schedule
-    # What tensors hold at some moment: for each growth with a sample, the most at no sample.
-    _lines: dict[float, float] = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Find the moments that can be the peak of some batch size."""
-        object.__setattr__(self, "_lines", self._tensor_lines())
+    def on(self, gpu: Gpu, *, is_rough: bool = False) -> StepSchedule:
+        """Return this step with the sizes that a card decides.
 
-    def on(self, gpu: Gpu) -> StepSchedule:
-        """Return this step with the sizes that a card decides."""
-        first, later = self.first.on(gpu), self.later.on(gpu)
+        Args:
+            gpu: The card.
+            is_rough: See `Schedule`.
+        """
+        first, later = (part.on(gpu, is_rough=is_rough) for part in (self.first, self.later))
         if first is self.first and later is self.later:
             return self
         return dataclasses.replace(self, first=first, later=later)
+
+    @property
+    def has_slow_needs(self) -> bool:
+        """Whether the size of any event takes milliseconds to find."""
+        return self.later.has_slow_needs
 
     def at(self, batch_size: int, *, num_iterations: int = _NUM_ITERATIONS) -> Iterator[Event]:
         """Yield all events of a training run's beginning.
@@ -371,7 +400,7 @@ class StepSchedule:
     @property
     def heaviest(self) -> tuple[float, float]:
         """What a sample adds at most to what tensors hold, and what they hold without one."""
-        return max(self._lines.items())
+        return max(self._tensor_lines().items())
 
     def largest_within(self, num_bytes: int) -> int | None:
         """Return a batch size beyond which the step's tensors alone need more than the memory.
@@ -382,7 +411,7 @@ class StepSchedule:
         Returns:
             The batch size, possibly 0; `None` if tensors do not grow with the batch size.
         """
-        lines = self._lines
+        lines = self._tensor_lines()
         growth, held = max(lines.items())
         if growth <= 0:
             return None
@@ -397,6 +426,11 @@ class StepSchedule:
         return batch_size
 
     def _tensor_lines(self) -> dict[float, float]:
+        """Find the moments that can be the peak of some batch size.
+
+        Returns:
+            What tensors hold at some moment: for each growth with a sample, the most at no sample.
+        """
         held = growth = 0.0
         live: dict[int, tuple[float, float]] = {}
         lines: dict[float, float] = {}

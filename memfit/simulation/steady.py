@@ -26,7 +26,7 @@ __all__ = ["Iteration", "settle"]
 
 _MAX_ITERATIONS = 6
 _FREE = Action.FREE_COMPLETED
-_MAKES = (Action.ALLOC, Action.TRY_ALLOC)
+_MAKES = (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -309,7 +309,7 @@ def test_command_lists_the_catalogue() -> None:
 
 def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search gets the prediction as its hint, and the table shows both."""
-    from memfit.api import probing
+    from memfit.api import asking
 
     class Posing(SimulatedBackend):
         """Stands in for a real card."""
@@ -320,7 +320,7 @@ def test_a_gpu_that_is_there_is_predicted(monkeypatch: pytest.MonkeyPatch) -> No
             return Prediction(batch_size=edge, step=step, simulated=simulated)
 
     posing = Posing(find_gpu("3090"), memory_bytes=4 * GIB)
-    monkeypatch.setattr(probing, "open_backend", lambda *_args, **_kwargs: posing)
+    monkeypatch.setattr(asking, "open_backend", lambda *_args, **_kwargs: posing)
     result = memfit.probe(MODEL, device="cuda")
     assert len(result.trials) <= 12
     assert [t.batch_size for t in result.predictions] == list(

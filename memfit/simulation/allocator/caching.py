@@ -177,6 +177,11 @@ class CachingAllocator:
             self.free(block_id)
         elif action is Action.TRY_ALLOC:
             return self.try_allocate(block_id, num_bytes)
+        elif action is Action.ALLOC_IF_ROOM:
+            try:
+                self.allocate(block_id, num_bytes)
+            except AllocatorOutOfMemoryError:
+                return False
         elif action is Action.EMPTY_CACHE:
             self.empty_cache()
         return True

@@ -10,11 +10,12 @@ Source: aten/src/ATen/native/Convolution.cpp, aten/src/ATen/native/cudnn/ConvSha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from memfit.simulation.cudnn.questions import ConvolutionKernel
 from memfit.simulation.tracing.reductions import reduction_scratch
 from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
 
@@ -31,15 +32,54 @@ _HALF_VECTOR = 8
 _VECTOR = 4
 
 
-def is_depthwise(data: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
-    """Whether PyTorch's own depthwise kernels run, which read contiguous tensors only."""
+def is_depthwise(data: torch.Tensor, weight: torch.Tensor, parameters: Sequence[Any]) -> bool:
+    """Whether PyTorch's own depthwise kernels run, which read contiguous tensors only.
+
+    Args:
+        data: The input.
+        weight: The weight.
+        parameters: Stride, padding, dilation, whether transposed, output padding, groups.
+    """
+    *_, is_transposed, _, groups = parameters
     return (
-        groups > 1
+        not is_transposed
+        and not _prefers_cudnn(data, weight, parameters)
+        and groups > 1
         and groups == data.shape[1]
         and weight.shape[0] % groups == 0
         and data.ndim == 4  # noqa: PLR2004 - (N, C, H, W)
         and not _computes_in_nhwc(data, weight)
     )
+
+
+def _prefers_cudnn(data: torch.Tensor, weight: torch.Tensor, parameters: Sequence[Any]) -> bool:
+    """Whether torch gives a depthwise convolution of contiguous tensors to cuDNN.
+
+    Source: `use_cudnn_depthwise` and `check_cudnn_depthwise_workload_with_filter` in
+        aten/src/ATen/native/Convolution.cpp.
+    """
+    stride, _, dilation, *_ = parameters
+    if data.ndim != 4 or data.dtype is not torch.float16:  # noqa: PLR2004 - (N, C, H, W)
+        return False
+    samples, channels, _, width = data.shape
+    height_of_filter, filter_size = weight.shape[2:]
+    is_plain = max(dilation) == 1 and len(set(stride)) == 1 and channels >= 32  # noqa: PLR2004
+    if not is_plain or height_of_filter != filter_size or filter_size not in {1, 3, 5}:
+        return False
+    return _depthwise_pays(samples, channels, width, filter_size, int(stride[0]))
+
+
+def _depthwise_pays(samples: int, channels: int, width: int, filter_size: int, stride: int) -> bool:
+    """Whether torch holds cuDNN for the faster one; the numbers are torch's own."""
+    if width < 7 or stride > 2:  # noqa: PLR2004
+        return False
+    if stride == 1:
+        return True
+    if samples == 1:
+        return filter_size > 1 or width <= 28  # noqa: PLR2004
+    if filter_size == 1:
+        return samples <= 16 and channels >= 128 and width <= 7  # noqa: PLR2004
+    return channels >= 512 or (channels >= 256 and width >= 28)  # noqa: PLR2004
 
 
 def forward_script(
@@ -53,13 +93,13 @@ def forward_script(
         workspace: Returns the workspace of a kernel; see `Kernels`.
     """
     data, weight = args[:2]
-    if is_depthwise(data, weight, args[8]):
+    if is_depthwise(data, weight, args[3:9]):
         return (*_copied("input", data, data, weight), OUTPUTS)
     return (
         OUTPUTS,
         *_copied("weight", weight, data, weight),
         *_copied("input", data, data, weight),
-        workspace("forward", (data, weight, result), args[3:9]),
+        workspace(ConvolutionKernel.FORWARD, (data, weight, result), args[3:9]),
     )
 
 
@@ -78,16 +118,16 @@ def backward_script(
     copies = _copied("input", data, data, weight) if to_filter else ()
     copies += _copied("gradient", gradient, data, weight)
     script: Script = copies
-    if is_depthwise(data, weight, args[9]):
+    if is_depthwise(data, weight, args[4:10]):
         script += tuple(Make((index,)) for index in (1, 0) if (to_data, to_filter)[index])
     else:
         if to_data:
             copy = _copied("weight", weight, data, weight)
-            taken = workspace("data", (data, weight, gradient), args[4:10])
+            taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
             names = (taken.name, *(line.name for line in copy))
             script += (Make((0,)), *copy, taken, Drop(names))
         if to_filter:
-            taken = workspace("filter", (data, weight, gradient), args[4:10])
+            taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
             script += (Make((1,)), taken, Drop.of(taken.name))
     script += (Drop(tuple(copy.name for copy in reversed(copies))),)
     if to_bias:

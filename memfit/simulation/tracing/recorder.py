@@ -27,7 +27,7 @@ from memfit._torch_private import (
 )
 from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
-from memfit.simulation.needs import NeedEvent
+from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
@@ -223,28 +223,32 @@ class Recorder:
     def _take(self, workspace: Workspace) -> int | None:
         if workspace.plan is not None and workspace.plan not in self._tried_plans:
             self._tried_plans.add(workspace.plan)
-            # Trying cuDNN's plans ends with an emptied cache (run_single_conv in
-            # aten/src/ATen/native/cudnn/Conv_v8.cpp).
-            self._write(Action.EMPTY_CACHE, 0, 0, PLANS_TRIED)
+            self._try_plans(workspace.tried)
         if not workspace.num_bytes and workspace.need is None:
             return None
         number = self._take_id()
-        action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
         if workspace.need is None:
+            action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
             self._write(action, number, workspace.num_bytes, workspace.name)
         else:
-            self._events.append(
-                NeedEvent(
-                    action=action,
-                    id=number,
-                    num_bytes=0,
-                    origin=workspace.name,
-                    need=workspace.need,
-                )
-            )
+            # For a plan's workspace, torch asks the allocator as for any tensor, and takes the next
+            # plan if it runs out of memory (Conv_v8.cpp).
+            action = Action.ALLOC if workspace.is_needed else Action.ALLOC_IF_ROOM
+            self._write_need(action, number, workspace.need, workspace.name)
         if self._watcher is not None:
             self._watcher.took_workspace(number)
         return number
+
+    def _try_plans(self, need: Need | None) -> None:
+        """Record that plans are tried with one workspace for all, and that the cache is emptied.
+
+        Source: `run_single_conv` in aten/src/ATen/native/cudnn/Conv_v8.cpp.
+        """
+        if need is not None:
+            number = self._take_id()
+            self._write_need(Action.TRY_ALLOC, number, need, PLANS_TRIED)
+            self._write(Action.FREE_COMPLETED, number, 0, PLANS_TRIED)
+        self._write(Action.EMPTY_CACHE, 0, 0, PLANS_TRIED)
 
     def _give_back(self, number: int | None) -> None:
         if number is not None:
@@ -253,6 +257,11 @@ class Recorder:
     def _take_id(self) -> int:
         self._next_id += 1
         return self._next_id
+
+    def _write_need(self, action: Action, number: int, need: Need, origin: str) -> None:
+        self._events.append(
+            NeedEvent(action=action, id=number, num_bytes=0, origin=origin, need=need)
+        )
 
     def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
         self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))

@@ -27,6 +27,7 @@ class Workspace:
             room.
         plan: The key under which cuDNN keeps its choice of an algorithm; `None` if there is no
             choice.
+        tried: What is taken while plans are tried, besides; `None` for nothing.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Workspace:
     need: Need | None = None
     is_needed: bool = True
     plan: tuple[Any, ...] | None = None
+    tried: Need | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

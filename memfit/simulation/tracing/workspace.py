@@ -1,19 +1,20 @@
 """The memory that kernels take from the allocator besides the tensors that an operation returns.
 
 Every term has a name and a source. No term is fitted to a model. Convolutions and recurrent layers
-are here. `memfit.simulation.tracing.scratch` has the other operations. Left out are the plans that
-cuDNN tries and does not keep.
+are here. `memfit.simulation.tracing.scratch` has the other operations.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Final
 
 import torch
 
 from memfit._torch_private import aten_if_there
+from memfit.simulation.cudnn.needs import workspace_need
+from memfit.simulation.cudnn.questions import ConvolutionKernel
+from memfit.simulation.tracing.convolution_calls import ConvolutionCall
 from memfit.simulation.tracing.convolutions import (
     backward_outputs,
     backward_script,
@@ -27,7 +28,6 @@ from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]
 
-_HALF: Final = (torch.float16, torch.bfloat16)
 _TENSOR_CORES_HALF: Final = (7, 0)
 _TENSOR_CORES_TF32: Final = (8, 0)
 
@@ -40,11 +40,14 @@ class Kernels:
         compute_capability: The compute capability of the card, such as (8, 6).
         allows_tf32: Whether fp32 convolutions may use tensor cores, which is PyTorch's default.
         torch_release: The major and minor version of torch.
+        asks_cudnn: Whether the workspaces of convolutions are asked of the installed cuDNN. If not,
+            or where it cannot be asked, they are bounds.
     """
 
     compute_capability: tuple[int, int]
     allows_tf32: bool = True
     torch_release: tuple[int, int] = dataclasses.field(default_factory=torch_release)
+    asks_cudnn: bool = True
 
     def like(self, other: Kernels) -> bool:
         """Whether the two take the same workspaces."""
@@ -94,42 +97,37 @@ class Kernels:
         return ALONE
 
     def _convolution(
-        self, kind: str, tensors: tuple[torch.Tensor, ...], parameters: Any
+        self, kernel: ConvolutionKernel, tensors: tuple[torch.Tensor, ...], parameters: Any
     ) -> Workspace:
-        """Return the copies in NHWC, the layout in which tensor-core kernels compute.
-
-        In half precision, every convolution of contiguous (NCHW) tensors transposes its input,
-        weight and output. With TF32, the forward kernels read NCHW, and so do all kernels of 1x1
-        convolutions, because those are matrix products. The backward kernels of larger filters
-        compute in NHWC. Depthwise convolutions use PyTorch's own kernels.
+        """Return the workspace of a convolution's kernel: what to ask cuDNN, or the bound.
 
         Args:
-            kind: One of a convolution's three kernels: `forward`, `data` or `filter`.
+            kernel: Which of the three kernels.
             tensors: Input, weight and output, or the gradients in their place.
             parameters: Stride, padding, dilation, whether transposed, output padding, groups.
-
-        Source: the kernel names that profilers show (`nchwToNhwcKernel`, `*_nhwc`,
-            `xmma_fprop_*_nchw`), and docs.nvidia.com/deeplearning/performance/
-            dl-performance-convolutional (tensor layouts).
         """
-        data, weight, _ = tensors
-        *geometry, groups = parameters
-        is_depthwise = groups > 1 and groups == data.shape[1]
-        if is_depthwise or data.ndim != 4:  # noqa: PLR2004 - (N, C, H, W)
-            return Workspace(name="convolution", num_bytes=0, is_needed=False)
-        is_last = layout_of(data, weight) is torch.channels_last
-        plan = (kind, tuple(data.shape[1:]), tuple(weight.shape), repr(geometry), groups)
+        data, weight, output = tensors
+        call = ConvolutionCall(kernel, data, weight, output, tuple(parameters))
+        if call.sums_bytes:
+            return Workspace(name="convolution", num_bytes=call.sums_bytes)
         half, tf32 = self._tensor_cores
-        transposes = not is_last and (
-            half
-            if data.dtype in _HALF
-            else data.dtype is torch.float32
-            and tf32
-            and kind != "forward"
-            and math.prod(weight.shape[2:]) > 1
+        transposes = call.transposes(half=half, tf32=tf32)
+        question = call.question() if self.asks_cudnn else None
+        need = tried = None
+        if question is not None:
+            element_bytes = call.data.element_size() if transposes else 0
+            need = workspace_need(question, bound_bytes_per_element=element_bytes)
+            tried = workspace_need(
+                dataclasses.replace(question, tries_plans=True), bound_bytes_per_element=0
+            )
+        return Workspace(
+            name="convolution",
+            num_bytes=call.num_bytes if transposes else 0,
+            is_needed=False,
+            plan=None if call.is_grouped_by_channel else call.plan_key,
+            need=need,
+            tried=tried,
         )
-        num_bytes = sum(t.numel() * t.element_size() for t in tensors) if transposes else 0
-        return Workspace(name="convolution", num_bytes=num_bytes, is_needed=False, plan=plan)
 
 
 def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from memfit.backends.simulated import trace
 from memfit.errors import UnsupportedError
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.trace import StepTrace
+from memfit.simulation.tracing.workspace import Kernels
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
 
@@ -194,8 +196,8 @@ def test_accumulation_holds_gradients_beside_activations() -> None:
 
 def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
     """This is as on CUDA, where foreach is the default."""
-    one_by_one = trace(step_of("test_vit"), options(uses_foreach=False))
-    together = trace(step_of("test_vit"), options())
+    one_by_one = trace(step_of(mlp()), options(uses_foreach=False))
+    together = trace(step_of(mlp()), options())
     assert requested_peak(together.schedule, 1) > requested_peak(one_by_one.schedule, 1)
 
 
@@ -226,11 +228,13 @@ def test_a_step_that_needs_values_is_a_sentence() -> None:
 
 
 def test_convolutions_take_workspaces_by_layout() -> None:
-    """Contiguous half-precision tensors are transposed; channels-last ones are not."""
+    """By the bound, contiguous half-precision tensors are transposed, and NHWC ones are not."""
 
     def workspaces(channels_last: bool) -> int:
         step = step_of("test_resnet", Precision.AMP_FP16, channels_last=channels_last)
-        events = trace(step, options()).schedule.later.at(8)
+        kernels = Kernels(compute_capability=(8, 0), asks_cudnn=False)
+        bounded = dataclasses.replace(options(), kernels=kernels)
+        events = trace(step, bounded).schedule.later.at(8)
         return sum(event.num_bytes for event in events if event.action is Action.TRY_ALLOC)
 
     assert workspaces(channels_last=True) == 0

@@ -1,0 +1,116 @@
+"""cuDNN answers for a card that is not there what torch takes on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from convolution_cases import calls, cases
+
+from memfit.cards import find_gpu
+from memfit.errors import MemfitError
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.simulation.cudnn import plans as module
+from memfit.simulation.cudnn.plans import CudnnPlans, PlanSettings, cudnn_plans, missing_cudnn
+from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
+
+needs_cudnn = pytest.mark.skipif(
+    missing_cudnn() is not None, reason=f"cuDNN cannot be asked: {missing_cudnn()}"
+)
+# Some plans round their workspaces up by a few bytes for alignment.
+FEW_BYTES = 1024
+
+
+def question(
+    kernel: ConvolutionKernel = ConvolutionKernel.FILTER, samples: int = 64
+) -> Convolution:
+    return Convolution(
+        kernel=kernel,
+        dtype="float32",
+        is_channels_last=False,
+        input_shape=(samples, 64, 56, 56),
+        weight_shape=(64, 64, 3, 3),
+        output_shape=(samples, 64, 56, 56),
+        padding=(1, 1),
+        stride=(1, 1),
+        dilation=(1, 1),
+    )
+
+
+def plans(**settings: bool) -> CudnnPlans:
+    found = cudnn_plans((8, 6), PlanSettings(**settings))
+    assert found is not None
+    return found
+
+
+@needs_cudnn
+@pytest.mark.parametrize("card", ["RTX 3090", "H100 SXM"])
+def test_answers_are_what_torch_takes(card: str) -> None:
+    """Forward and both gradients, in each type and layout, on a rehearsed card."""
+    gpu = find_gpu(card)
+    try:
+        added = rehearsed_environment(gpu, environment=os.environ)
+    except MemfitError as error:
+        pytest.skip(str(error))
+    script = Path(__file__).with_name("convolution_cases.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        env={**os.environ, **added},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    asked = cudnn_plans(gpu.compute_capability)
+    assert asked is not None
+    wrong = []
+    for case, taken in zip(cases(), json.loads(done.stdout), strict=True):
+        for call, num_bytes in zip(calls(*case), taken, strict=True):
+            convolution = call.question()
+            assert convolution is not None
+            answer = asked.workspace_bytes(convolution)
+            if answer is None or abs(answer - num_bytes) > FEW_BYTES:
+                wrong.append((convolution.text, num_bytes, answer))
+    assert not wrong
+
+
+@needs_cudnn
+def test_settings_leave_plans_out() -> None:
+    """Without TF32 the filter's gradient takes another plan."""
+    assert plans().workspace_bytes(question()) != plans(allows_tf32=False).workspace_bytes(
+        question()
+    )
+
+
+@needs_cudnn
+def test_tried_plans_need_the_largest_workspace() -> None:
+    """`cudnn.benchmark` tries plans that the heuristics do not put first."""
+    taken = plans().workspace_bytes(question())
+    tried = plans().workspace_bytes(dataclasses.replace(question(), tries_plans=True))
+    assert taken is not None
+    assert tried is not None
+    assert tried >= taken
+
+
+@needs_cudnn
+def test_a_question_without_a_plan_is_answered_with_none() -> None:
+    """Shapes that do not belong together have no plan."""
+    wrong = dataclasses.replace(question(), output_shape=(64, 64, 9, 9))
+    assert plans().workspace_bytes(wrong) is None
+
+
+def test_a_system_without_the_frontend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason names the package to install."""
+    monkeypatch.setattr(module, "_PACKAGE", "no_such_package_of_cudnn")
+    missing_cudnn.cache_clear()
+    try:
+        reason = missing_cudnn()
+        assert cudnn_plans((8, 6)) is None
+    finally:
+        missing_cudnn.cache_clear()
+    assert reason is not None
+    assert "nvidia-cudnn-frontend" in reason or "not built for CUDA" in reason
