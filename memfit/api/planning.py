@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
+from memfit.api.steps import check_accumulates
 from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
@@ -110,6 +111,7 @@ def plan(
         UnsupportedError: This system cannot run such a trial.
     """
     asked = Asked.of(subject, **options)
+    check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
@@ -155,6 +157,7 @@ def survey_plans(
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
     asked = Asked.of(subject, **options)
+    check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )

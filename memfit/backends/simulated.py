@@ -17,7 +17,7 @@ from memfit.backends.protocol import Prediction
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
 from memfit.memory.restore import preserved
-from memfit.records import Capacity, Outcome, Precision, Source, Trial
+from memfit.records import Capacity, Evaluation, Outcome, Precision, Source, Trial
 from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     AllocatorStats,
@@ -72,7 +72,9 @@ def trace(
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have.
     """
-    precision_policy = precision_policy or MetaPrecision(step.options.precision)
+    precision_policy = precision_policy or MetaPrecision(
+        step.options.precision, caches=step.options.evaluate is None or step.options.no_grad
+    )
     if not isinstance(step.subject, str):
         subject = step.subject
         refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)
@@ -386,7 +388,10 @@ class SimulatedBackend:
             message = None
             try:
                 with collector_paused():
-                    for handle, num_bytes in kept_workspaces(self._gpu).items():
+                    kept = tuple(kept_workspaces(self._gpu).items())
+                    # Without backward, its thread has no handle.
+                    is_alone = step.options.evaluate is Evaluation.ALONE
+                    for handle, num_bytes in kept[: 1 if is_alone else None]:
                         allocator.allocate(handle, num_bytes)
                     peaks.extend(traced.schedule_on(self._gpu).play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:

@@ -65,6 +65,8 @@ from memfit.records.rehearsals import (
     Shortage,
 )
 from memfit.records.steps import (
+    Averaging,
+    Evaluation,
     Precision,
     StepOptions,
 )
@@ -90,6 +92,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Action",
     "Alternative",
+    "Averaging",
     "BufferDrift",
     "Capacity",
     "CardLine",
@@ -102,6 +105,7 @@ __all__ = [
     "DeviceRead",
     "Engine",
     "Equivalence",
+    "Evaluation",
     "Event",
     "Exploration",
     "GradientCheck",
