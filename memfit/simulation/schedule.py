@@ -299,10 +299,10 @@ class StepSchedule:
 
     def on(self, gpu: Gpu) -> StepSchedule:
         """Return this step with the sizes that a card decides."""
-        first, later = self.first.on(gpu), self.later.on(gpu)
-        if first is self.first and later is self.later:
+        setup, first, later = self.setup.on(gpu), self.first.on(gpu), self.later.on(gpu)
+        if setup is self.setup and first is self.first and later is self.later:
             return self
-        return dataclasses.replace(self, first=first, later=later)
+        return dataclasses.replace(self, setup=setup, first=first, later=later)
 
     def at(self, batch_size: int, *, num_iterations: int = _NUM_ITERATIONS) -> Iterator[Event]:
         """Yield all events of a training run's beginning.

@@ -35,7 +35,7 @@ _EVALUATIONS: tuple[dict[str, Any], ...] = (
 
 # One process rehearses all of them, because each start takes seconds.
 def test_habits_and_evaluations_take_the_same_bytes() -> None:
-    """What an option adds is the same to the byte; an evaluation is within a BLAS workspace."""
+    """What an option adds is the same to the byte; so is an evaluation, within 0.5%."""
 
     def peaks(cards: Cards, **options: Any) -> int:
         step = describe("vit_tiny_patch16_224", image_size=96, precision="amp-bf16", **options)
@@ -44,7 +44,6 @@ def test_habits_and_evaluations_take_the_same_bytes() -> None:
         assert found is not None
         return found
 
-    workspace_bytes = find_gpu("rtx3060").blas_workspace_bytes
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         bases = peaks(rehearsed), peaks(simulated)
         added = [
@@ -60,4 +59,4 @@ def test_habits_and_evaluations_take_the_same_bytes() -> None:
         assert [one for _, one, _ in added] == [other for _, _, other in added], added
         for options in _EVALUATIONS:
             one, other = peaks(rehearsed, **options), peaks(simulated, **options)
-            assert abs(other - one) <= 2 * workspace_bytes + 2**16, (options, one, other)
+            assert other == pytest.approx(one, rel=0.005), options

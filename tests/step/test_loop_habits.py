@@ -191,7 +191,8 @@ def test_impossible_habits_get_a_sentence(options: dict[str, Any], says: str) ->
 
 def test_what_accumulates_refuses_a_step_without_gradients() -> None:
     """A plan and a verification say where to go instead."""
-    for options in ({"evaluate": True}, {"optimizer_in_backward": True}):
+    refused: tuple[dict[str, Any], ...] = ({"evaluate": True}, {"optimizer_in_backward": True})
+    for options in refused:
         with pytest.raises(UsageError, match="A plan accumulates gradients"):
             memfit.plan("resnet18", 64, gpu="rtx3060", engine="simulate", **options)
         with pytest.raises(UsageError, match="verify accumulates gradients"):
