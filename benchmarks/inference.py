@@ -34,6 +34,7 @@ CARDS = {"RTX 3090": "rtx3090", "RTX 4090": "rtx4090", "RTX 5090": "rtx5090"}
 # Torch measures a failed allocation against the card; a rung that needs less than this share of it
 # failed for another reason than memory.
 _FAR_BELOW = 0.7
+_NEARLY_FULL = 0.95
 
 
 def main() -> None:
@@ -198,6 +199,12 @@ def report(rows: list[dict[str, Any]], engine: str) -> None:
     for group, members in sorted(groups.items()):
         print(f"{' '.join(group):28} {_said(Counter(kind_of(row) for row in members))}")
     print(f"{'all':28} {_said(Counter(kind_of(row) for row in rows))}")
+    tried = [row for row in rows if row["found"]]
+    rungs = Counter(_rungs_above(row) for row in tried)
+    print("rungs above the published one: " + ", ".join(f"{n}: {rungs[n]}" for n in sorted(rungs)))
+    high = [row for row in tried if _rungs_above(row) > 0]
+    nearly = sum(row["peak_at_failed"] > _NEARLY_FULL * row["capacity"] for row in high)
+    print(f"{nearly} of {len(high)} that are too high need over {_NEARLY_FULL:.0%} of the card")
     print()
     for row in rows:
         kind = kind_of(row)
@@ -210,6 +217,10 @@ def report(rows: list[dict[str, Any]], engine: str) -> None:
                 f"{row['found']}; at {row['batch_size_that_failed']} {share:.0%} of the card "
                 f"{row['error'] or ''}"
             )
+
+
+def _rungs_above(row: dict[str, Any]) -> int:
+    return LADDER.index(int(row["batch_size_that_fit"])) - LADDER.index(row["found"])
 
 
 def kind_of(row: dict[str, Any]) -> str:

@@ -182,11 +182,15 @@ def timm_parts(
     model = _timm_model(name, options, device)
     model.train()
     num_classes = getattr(model, "num_classes", None)
-    if dict(options.model_kwargs).get("features_only"):
+    is_trained = options.evaluate is None
+    if is_trained and dict(options.model_kwargs).get("features_only"):
         raise UsageError(
             f"{name} with features_only=True returns feature maps and has no loss of its own: give "
             "a Workload with the loss that you train it with."
         )
+    if not is_trained and not num_classes:
+        # An evaluation has no loss, so it needs no classes.
+        num_classes = 1
     if not isinstance(num_classes, int) or num_classes < 1:
         if options.num_classes is not None:
             raise UsageError(

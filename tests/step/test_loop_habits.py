@@ -189,6 +189,19 @@ def test_impossible_habits_get_a_sentence(options: dict[str, Any], says: str) ->
         memfit.estimate("resnet18", 2, gpu="rtx3060", engine="simulate", image_size=32, **options)
 
 
+def test_a_model_without_a_classifier_is_evaluated() -> None:
+    """An evaluation has no loss, so the model need not have classes."""
+    found = memfit.estimate(
+        "test_vit",
+        2,
+        gpu="rtx3060",
+        engine="simulate",
+        evaluate=True,
+        model_kwargs={"num_classes": 0},
+    )
+    assert found.fits
+
+
 def test_what_accumulates_refuses_a_step_without_gradients() -> None:
     """A plan and a verification say where to go instead."""
     refused: tuple[dict[str, Any], ...] = ({"evaluate": True}, {"optimizer_in_backward": True})
