@@ -155,7 +155,7 @@ def _trace(task: Task) -> Any:
     import timm
     import torch
 
-    from memfit.backends.simulated import trace
+    from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
     from memfit.simulation.tracing.autocast import FP32
     from memfit.simulation.tracing.semantics import MetaPrecision

@@ -192,7 +192,8 @@ def _is_made(name: str) -> bool:
 
 
 def _simulated(card: Any, step: Any, batch_size: int) -> Side:
-    from memfit.backends.simulated import SimulatedBackend, trace, trace_options
+    from memfit.backends.simulated import SimulatedBackend
+    from memfit.backends.traces import trace, trace_options
     from memfit.records import Action
 
     traced = trace(step, trace_options(card))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from memfit.backends import open_backend
-from memfit.backends.simulated import trace
+from memfit.backends.traces import trace
 from memfit.profiling import profile_device
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of

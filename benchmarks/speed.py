@@ -83,7 +83,8 @@ def survey(model: str) -> dict[str, float]:
     import torch
 
     import memfit
-    from memfit.backends.simulated import SimulatedBackend, TraceCache
+    from memfit.backends.simulated import SimulatedBackend
+    from memfit.backends.traces import TraceCache
     from memfit.cards import COMMON_GPUS, find_gpu
     from memfit.planning import SearchOptions, probe_on
     from memfit.records import Precision, StepOptions

@@ -77,7 +77,7 @@ def traced(name: str) -> dict[str, Any]:
     """
     import timm
 
-    from memfit.backends.simulated import trace
+    from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
     from memfit.simulation.allocator.caching import CachingAllocator
     from memfit.simulation.tracing.trace import TraceOptions

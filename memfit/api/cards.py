@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from memfit.backends import Backend
 from memfit.backends.rehearsed import RehearsalServers, RehearsedBackend
 from memfit.backends.rehearsed.parcel import packed
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import ANY_GPU, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Engine, Source

@@ -9,9 +9,9 @@ from typing_extensions import Unpack
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.cards import simulated
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import Subject, own_device
+from memfit.api.steps import Subject, check_accumulates, own_device
 from memfit.backends import SimulatedGpu, open_backend, with_precision
-from memfit.backends.simulated import TraceCache
+from memfit.backends.traces import TraceCache
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, explore_on
 from memfit.records import Exploration, Objective
@@ -53,6 +53,7 @@ def explore(
         UsageError: An argument is not valid, or there is no GPU to simulate.
     """
     asked = Asked.of(subject, **options)
+    check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from memfit import partition
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
-from memfit.api.steps import Subject
+from memfit.api.steps import Subject, check_accumulates
 from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
@@ -114,6 +114,7 @@ def plan(
     """
     share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
     asked = Asked.of(subject, samples_per_step=share, **options)
+    check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )
@@ -160,6 +161,7 @@ def survey_plans(
     """
     share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
     asked = Asked.of(subject, samples_per_step=share, **options)
+    check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
         effective_batch_size, asked.search, world_size=world_size, objective=objective
     )

@@ -18,7 +18,8 @@ from memfit.api.progress import StageProgress, watched
 from memfit.api.steps import Subject, SubjectKeywords, cards_instead, describe, own_device, taken
 from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
 from memfit.backends.cpu.machine import UnlimitedCpu
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.profiling import (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from typing_extensions import Unpack
@@ -12,17 +13,18 @@ from memfit.backends import device_of
 from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
 from memfit.integrations.objects import Subject, subject_of
-from memfit.records import Precision, StepOptions
+from memfit.records import Averaging, Evaluation, Precision, StepOptions
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
-from memfit.units import parse_image_size
+from memfit.units import parse_count, parse_image_size
 
 __all__ = [
     "StepKeywords",
     "Subject",
     "SubjectKeywords",
     "cards_instead",
+    "check_accumulates",
     "default_gpus",
     "describe",
     "has_gpu",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _DEFAULT_OPTIMIZER = "adamw"
+_Choice = TypeVar("_Choice", bound=enum.Enum)
 
 
 class StepKeywords(TypedDict, total=False):
@@ -47,6 +50,18 @@ class StepKeywords(TypedDict, total=False):
         channels_last: Train in `torch.channels_last`; off by default.
         grad_checkpointing: Recompute activations in backward, if the model can; off by default.
         model_kwargs: More arguments for `timm.create_model`.
+        keeps_outputs: The loop holds a batch, its outputs and its loss until the next ones replace
+            them; off by default.
+        ema: Keep an average of the weights: True or `"device"` on the device, `"cpu"` in host
+            memory; by default there is none.
+        frozen: A pattern of parameter names that are not trained, such as `"layer1.*"`, or several.
+        prefetch: Batches that wait on the device besides the one that is used; by default 0.
+        fused: Use the optimizer's fused implementation; off by default.
+        optimizer_in_backward: Take the optimizer's step for each parameter as soon as its gradient
+            is there, and free the gradient; off by default.
+        evaluate: Run a forward pass without gradients instead of training: True or `"alone"` with
+            nothing but the model, `"in-training"` beside the state of a training run.
+        no_grad: Evaluate under `torch.no_grad()` instead of `torch.inference_mode()`.
     """
 
     precision: str | Precision
@@ -56,6 +71,14 @@ class StepKeywords(TypedDict, total=False):
     channels_last: bool
     grad_checkpointing: bool
     model_kwargs: Mapping[str, Any] | None
+    keeps_outputs: bool
+    ema: bool | str | Averaging | None
+    frozen: str | Sequence[str]
+    prefetch: int
+    fused: bool
+    optimizer_in_backward: bool
+    evaluate: bool | str | Evaluation | None
+    no_grad: bool
 
 
 class SubjectKeywords(StepKeywords, total=False):
@@ -132,8 +155,39 @@ def describe(
             grad_checkpointing=options.get("grad_checkpointing", False),
             accumulate=accumulate or (not isinstance(subject, str) and subject.accumulates),
             model_kwargs=tuple((options.get("model_kwargs") or {}).items()),
+            keeps_outputs=options.get("keeps_outputs", False),
+            ema=_chosen("ema", Averaging, options.get("ema")),
+            frozen=_patterns(options.get("frozen", ())),
+            prefetch=_whole("prefetch", options.get("prefetch", 0)),
+            fused=options.get("fused", False),
+            optimizer_in_backward=options.get("optimizer_in_backward", False),
+            evaluate=_chosen("evaluate", Evaluation, options.get("evaluate")),
+            no_grad=options.get("no_grad", False),
         ),
     )
+
+
+def check_accumulates(step: TrainingStep, what: str) -> None:
+    """Refuse a step whose gradients cannot be accumulated.
+
+    Args:
+        step: The step.
+        what: What accumulates gradients, as the subject of a sentence.
+
+    Raises:
+        UsageError: The step evaluates, or frees each gradient at once.
+    """
+    options = step.options
+    if options.evaluate is not None:
+        raise UsageError(
+            f"{what} accumulates gradients, and an evaluation has none: ask memfit.probe (memfit "
+            "probe) with evaluate, or leave it out."
+        )
+    if options.optimizer_in_backward:
+        raise UsageError(
+            f"{what} accumulates gradients, and optimizer_in_backward keeps none: ask memfit.probe "
+            "(memfit probe) for the largest batch of one step, or leave it out."
+        )
 
 
 def own_device(subject: str | Workload, device: str | None) -> str | None:
@@ -223,6 +277,36 @@ def _precision(subject: str | Workload, precision: str | Precision) -> Precision
     except ValueError:
         known = ", ".join(choice.value for choice in Precision)
         raise UsageError(f"There is no precision {precision!r}; choose one of {known}.") from None
+
+
+def _chosen(option: str, kind: type[_Choice], given: object) -> _Choice | None:
+    """Return the choice with a name; the first one for True, and none for False."""
+    if given is None or given is False:
+        return None
+    known = list(kind)
+    if given is True:
+        return known[0]
+    try:
+        return kind(given)
+    except ValueError:
+        names = " or ".join(repr(choice.value) for choice in known)
+        raise UsageError(f"{option} is True, False, {names}, not {given!r}.") from None
+
+
+def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    given_ones: tuple[object, ...] = patterns
+    for pattern in given_ones:
+        if not isinstance(pattern, str) or not pattern:
+            raise UsageError(
+                f"frozen is a pattern of parameter names such as 'layer1.*', or several, not "
+                f"{pattern!r}."
+            )
+    return patterns
+
+
+def _whole(option: str, given: object) -> int:
+    return 0 if given == 0 and given is not False else parse_count(option, given)
 
 
 def _optimizer(subject: str | Workload, optimizer: str) -> str | None:

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from memfit import equivalence
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import StepKeywords, describe, own_device
+from memfit.api.steps import StepKeywords, check_accumulates, describe, own_device
 from memfit.backends import device_of, open_backend
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import UsageError
@@ -64,6 +64,8 @@ def verify(
     """
     if accumulate is not None:
         _check_loop(accumulate)
+    step = describe(subject, **options)
+    check_accumulates(step, "verify")
     step = describe(subject, accumulate=True, **options)
     micro_batch_size = parse_count("The micro-batch size", micro_batch_size)
     accumulation_steps = parse_count("The accumulation steps", accumulation_steps)

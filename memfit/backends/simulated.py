@@ -1,225 +1,32 @@
 """Trials on a GPU that is not there: a traced step, replayed on a model of its allocator.
 
-A step is traced once for each way in which cards differ (attention kernels, tensor cores), and
-replayed for each batch size and capacity. Nothing here is measured, and every trial says so.
+A step is traced once for each way in which cards differ (`memfit.backends.traces`), and replayed
+for each batch size and capacity. Nothing here is measured, and every trial says so.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
 from memfit.backends.protocol import Prediction
+from memfit.backends.traces import Replay, TraceCache, kept_workspaces, workspace_source
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
-from memfit.memory.restore import preserved
-from memfit.records import Capacity, Outcome, Precision, Source, Trial, WorkspaceSource
-from memfit.simulation.allocator.caching import (
-    AllocatorOutOfMemoryError,
-    AllocatorStats,
-    CachingAllocator,
-)
+from memfit.records import Capacity, Evaluation, Outcome, Precision, Source, Trial
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
-from memfit.simulation.cudnn.needs import asks_cudnn
-from memfit.simulation.schedule import StepSchedule
-from memfit.simulation.tracing.attention import AttentionBackend
-from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
-from memfit.simulation.tracing.scratch import WORKSPACES_BY_CALL, torch_release
-from memfit.simulation.tracing.semantics import META, MetaPrecision
-from memfit.simulation.tracing.trace import (
-    StepDrawsError,
-    StepTrace,
-    TraceOptions,
-    Watcher,
-    trace_step,
-)
-from memfit.simulation.tracing.workspace import Kernels
-from memfit.step.draws import ENDS, Draws
 from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
-__all__ = ["SimulatedBackend", "TraceCache", "kept_workspaces", "trace", "trace_options"]
+__all__ = ["SimulatedBackend"]
 
-# Ids of their workspaces: forward runs in the caller's thread and backward in one of its own.
-_BLAS_HANDLES = (-1_000_001, -1_000_002)
 # The search for a step's edge begins this part below the batch size that its tensors allow.
 _FRAGMENTS_SHARE = 64
-# Samples of a batch function that stand for a batch, where a step asks for values.
-_ENOUGH_SAMPLES = 16
-_PREFERS_CUDNN = "2.11"
 
 _Returned = TypeVar("_Returned")
-
-
-def trace(
-    step: TrainingStep,
-    options: TraceOptions,
-    *,
-    precision_policy: MetaPrecision | None = None,
-    watcher: Watcher | None = None,
-) -> StepTrace:
-    """Trace a training step on the meta device.
-
-    Args:
-        step: What to train, its precision chosen.
-        options: What decides the trace besides.
-        precision_policy: How it computes in mixed precision; `None` for today's torch.
-        watcher: Told of every allocation.
-
-    Raises:
-        UnsupportedError: The step needs values that a meta tensor does not have.
-    """
-    precision_policy = precision_policy or MetaPrecision(step.options.precision)
-    if not isinstance(step.subject, str):
-        subject = step.subject
-        refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)
-        refuse_sparse(subject.model, name=step.name)
-
-    def traced(draws: Draws, **choices: Any) -> StepTrace:
-        # A user's batch function may draw random numbers, and a step may throw switches.
-        with preserved():
-            return trace_step(
-                step.prepare(META, precision_policy=precision_policy),
-                precision_policy=precision_policy,
-                options=options,
-                name=step.name,
-                watcher=watcher,
-                draws=draws,
-                **choices,
-            )
-
-    def traced_as_batch(draws: Draws) -> StepTrace:
-        made = traced(draws)
-        if not made.depends_on_batch:
-            return made
-        # What a few samples answer (is any of them padded?) is not what a batch does. The whole
-        # example does, and twice the example says what every further sample adds.
-        example = None if isinstance(step.subject, str) else step.subject.example_batch_size
-        size = example or _ENOUGH_SAMPLES
-        return traced(draws, batch_sizes=(size, 2 * size)) if size > 1 else made
-
-    try:
-        return traced_as_batch(Draws())
-    except StepDrawsError:
-        pass
-    ends = [traced_as_batch(Draws(share)) for share in ENDS]
-    worst = max(ends, key=lambda made: made.schedule.heaviest)
-    if worst is not ends[-1] and watcher is not None:
-        worst = traced_as_batch(Draws(ENDS[ends.index(worst)]))
-    varies = len({made.schedule.heaviest for made in ends}) > 1
-    return dataclasses.replace(worst, peak_varies=varies)
-
-
-def trace_options(gpu: Gpu) -> TraceOptions:
-    """Return what a card decides of a trace, with this torch."""
-    capability = gpu.compute_capability
-    return TraceOptions(
-        compute_capability=capability,
-        kernels=Kernels(compute_capability=capability, allows_tf32=torch.backends.cudnn.allow_tf32),
-        prefers_cudnn_attention=torch.__version__ >= _PREFERS_CUDNN,
-        cudnn_benchmark=torch.backends.cudnn.benchmark,
-        gpu=gpu,
-    )
-
-
-def kept_workspaces(gpu: Gpu) -> dict[int, int]:
-    """Return the workspaces that BLAS handles keep, as bytes by the id of an allocation.
-
-    Since torch 2.15 a product takes its workspace for the call, and none is kept, except on ROCm
-    (`memfit.simulation.tracing.scratch`).
-    """
-    release = torch_release()
-    if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
-        return {}
-    return dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
-
-
-def _workspaces(schedule: StepSchedule, gpu: Gpu) -> WorkspaceSource | None:
-    if not schedule.has_slow_needs:
-        return None
-    return WorkspaceSource.CUDNN if asks_cudnn(gpu) else WorkspaceSource.BOUND
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Replay:
-    """How a replay ended: the allocator's figures, the peak of each iteration, why it ran out."""
-
-    stats: AllocatorStats
-    peaks: tuple[int, ...]
-    message: str | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Traced:
-    """A trace, whom it holds for, and what replays of it gave.
-
-    Args:
-        step: What was traced.
-        options: What decided the trace besides.
-        trace: The trace.
-        replays: By card, batch size, capacity, and whether it was a rough one.
-    """
-
-    step: TrainingStep
-    options: TraceOptions
-    trace: StepTrace
-    replays: dict[tuple[Gpu, int, int | None, bool], _Replay] = dataclasses.field(
-        default_factory=dict
-    )
-    _schedules: dict[tuple[Gpu, bool], StepSchedule] = dataclasses.field(default_factory=dict)
-
-    def schedule_on(self, gpu: Gpu, *, is_rough: bool) -> StepSchedule:
-        """Return the schedule with the scratch memory of a card; see `Schedule` for `is_rough`."""
-        key = (gpu, is_rough)
-        if key not in self._schedules:
-            self._schedules[key] = self.trace.schedule.on(gpu, is_rough=is_rough)
-        return self._schedules[key]
-
-    def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:
-        """Whether another card would have made the same trace."""
-        return (step.subject is self.step.subject or step.subject == self.step.subject) and (
-            step.options == self.step.options
-            and options.kernels.like(self.options.kernels)
-            and all(
-                _keeps_alike(
-                    options.choose_attention(call),
-                    backend,
-                )
-                for call, backend in self.trace.attention
-            )
-        )
-
-
-def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
-    """Whether two kernels save the same tensors, as flash and cuDNN do."""
-    alike = (AttentionBackend.FLASH, AttentionBackend.CUDNN)
-    return one is other or (one in alike and other in alike)
-
-
-class TraceCache:
-    """Traces of steps, shared by the simulated cards of one question."""
-
-    def __init__(self) -> None:
-        self._traced: list[_Traced] = []
-
-    def add(self, step: TrainingStep, options: TraceOptions, trace: StepTrace) -> None:
-        """Take over a trace that was made elsewhere."""
-        self._traced.append(_Traced(step, options, trace))
-
-    def find(self, step: TrainingStep, gpu: Gpu) -> _Traced:
-        """Return a trace that holds for a card, made now if there is none yet."""
-        options = trace_options(gpu)
-        for traced in self._traced:
-            if traced.holds_for(step, options):
-                return traced
-        traced = _Traced(step, options, trace(step, options))
-        self._traced.append(traced)
-        return traced
 
 
 class SimulatedBackend:
@@ -337,7 +144,7 @@ class SimulatedBackend:
             peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
             peak_varies=traced.peak_varies,
             is_approximate=self._gpu.vendor != "NVIDIA",
-            workspaces=_workspaces(found.trace.schedule, self._gpu),
+            workspaces=workspace_source(found.trace.schedule, self._gpu),
             message=replay.message,
         )
 
@@ -442,7 +249,7 @@ class SimulatedBackend:
     def _fits(self, step: TrainingStep, batch_size: int) -> bool:
         return self._replay(step, batch_size, self.capacity().usable_bytes).message is None
 
-    def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> _Replay:
+    def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> Replay:
         traced = self._traces.find(step, self._gpu)
         key = (self._gpu, batch_size, capacity_bytes, self._is_rough)
         if key not in traced.replays:
@@ -451,12 +258,15 @@ class SimulatedBackend:
             message = None
             try:
                 with collector_paused():
-                    for handle, num_bytes in kept_workspaces(self._gpu).items():
+                    kept = tuple(kept_workspaces(self._gpu).items())
+                    # Without backward, its thread has no handle.
+                    is_alone = step.options.evaluate is Evaluation.ALONE
+                    for handle, num_bytes in kept[: 1 if is_alone else None]:
                         allocator.allocate(handle, num_bytes)
                     schedule = traced.schedule_on(self._gpu, is_rough=self._is_rough)
                     peaks.extend(schedule.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)
-            traced.replays[key] = _Replay(allocator.stats, tuple(peaks), message)
+            traced.replays[key] = Replay(allocator.stats, tuple(peaks), message)
             keep_answers()
         return traced.replays[key]

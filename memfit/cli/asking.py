@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from rich.console import Console
@@ -18,6 +18,9 @@ from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import PlanSurvey, Record, Survey
 from memfit.reports.progress import Progress
 from memfit.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from memfit.cli.subjects import Subject
 
 __all__ = ["ask_each", "cards_for", "check_single", "refuse_unfit", "under_way"]
 
@@ -71,11 +74,11 @@ def check_single(models: Sequence[str], **files: object) -> None:
             raise UsageError(f"--{option} shows one model, but {len(models)} were given. Give one.")
 
 
-def ask_each(models: Sequence[str], ask: Callable[[str], _Found]) -> Iterator[_Found]:
+def ask_each(models: Sequence[Subject], ask: Callable[[Subject], _Found]) -> Iterator[_Found]:
     """Try one model after another; continue after a model that does not fit.
 
     Args:
-        models: Names of models. All are looked up before the first is tried.
+        models: Names of models, or workloads. All names are looked up before the first is tried.
         ask: A function that tries one model.
 
     Yields:
@@ -91,7 +94,8 @@ def ask_each(models: Sequence[str], ask: Callable[[str], _Found]) -> Iterator[_F
     from memfit.step.timm_models import check_model_name
 
     for model in models:
-        check_model_name(model)
+        if isinstance(model, str):
+            check_model_name(model)
     unfit: list[DoesNotFitError] = []
     for model in models:
         try:

@@ -15,7 +15,7 @@ import click
 
 from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
-from memfit.records import Engine, Precision
+from memfit.records import Averaging, Engine, Evaluation, Precision
 
 __all__ = ["Given", "models_argument", "parse_model_kwargs", "shared_options"]
 
@@ -25,6 +25,17 @@ _Options = Mapping[str, Callable[[_Command], _Command]]
 models_argument = click.argument(
     "models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_models
 )
+
+
+class _JustGiven(click.Choice[str]):
+    """A choice that may be left out. In a pyproject.toml, `true` then stands for the first one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the choice."""
+        if isinstance(value, bool):
+            return next(iter(self.choices)) if value else None
+        return super().convert(value, param, ctx)
+
 
 _STEP_OPTIONS: _Options = {
     "precision": click.option(
@@ -64,6 +75,53 @@ _STEP_OPTIONS: _Options = {
         multiple=True,
         metavar="KEY=VALUE",
         help="One more argument for timm.create_model. May be repeated.",
+    ),
+    "keeps_outputs": click.option(
+        "--keep-outputs",
+        "keeps_outputs",
+        is_flag=True,
+        help="The loop holds a batch, its outputs and loss until the next ones replace them.",
+    ),
+    "ema": click.option(
+        "--ema",
+        type=_JustGiven([choice.value for choice in Averaging]),
+        is_flag=False,
+        flag_value=Averaging.DEVICE.value,
+        help="Keep an average of the weights on the device, or with `--ema cpu` in host memory.",
+    ),
+    "frozen": click.option(
+        "--frozen",
+        multiple=True,
+        metavar="PATTERN",
+        help="Parameters that are not trained, such as 'layer1.*'; may be repeated.",
+    ),
+    "prefetch": click.option(
+        "--prefetch",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="BATCHES",
+        help="Batches that wait on the device besides the one that is used.  [default: 0]",
+    ),
+    "fused": click.option(
+        "--fused", is_flag=True, help="Use the optimizer's fused implementation."
+    ),
+    "optimizer_in_backward": click.option(
+        "--optimizer-in-backward",
+        is_flag=True,
+        help="Step each parameter as soon as its gradient is there, and free the gradient.",
+    ),
+    "evaluate": click.option(
+        "--evaluate",
+        type=_JustGiven([choice.value for choice in Evaluation]),
+        is_flag=False,
+        flag_value=Evaluation.ALONE.value,
+        help="A forward pass without gradients instead of training: with nothing but the model, or "
+        "with `--evaluate in-training` beside the state of a training run.",
+    ),
+    "no_grad": click.option(
+        "--no-grad",
+        is_flag=True,
+        help="Evaluate under no_grad(), which keeps autocast's copies, not inference_mode().",
     ),
 }
 

@@ -26,10 +26,12 @@ from memfit.cli.output import (
     write,
 )
 from memfit.cli.scripts import is_script, plan_script
+from memfit.cli.subjects import name_of, subject_of
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
 
 if TYPE_CHECKING:
+    from memfit.cli.subjects import Subject
     from memfit.records import Exploration
 
 __all__ = ["plan"]
@@ -103,7 +105,8 @@ def plan(
 ) -> None:
     """Turn an effective batch size into micro-batches of MODEL that fit.
 
-    MODEL is the name of a timm model. Several models are planned one after another. The
+    MODEL is the name of a timm model, or package.module:function, a function of yours that returns
+    a memfit.Workload. Several models are planned one after another. The
     micro-batches add up exactly to the effective batch. Real steps run on the device; with --gpu,
     the card is rehearsed or simulated. The plan's own micro-batch was tried, and it fitted with the
     headroom. On a machine without a GPU, and without --gpu, common cards are simulated.
@@ -139,8 +142,10 @@ def plan(
     }
     shown = _Shown(trainer=trainer, output=output)
 
-    def ask(model: str) -> Plan | PlanSurvey:
-        with under_way(f"planning for {model}") as bar:
+    subjects = list(map(subject_of, models))
+
+    def ask(model: Subject) -> Plan | PlanSurvey:
+        with under_way(f"planning for {name_of(model)}") as bar:
             if is_survey:
                 return api.survey_plans(
                     model, effective_batch_size, gpus=cards, progress=bar.stage, **target
@@ -156,10 +161,10 @@ def plan(
             )
 
     def explored() -> Exploration:
-        with under_way(f"exploring {models[0]}") as bar:
+        with under_way(f"exploring {name_of(subjects[0])}") as bar:
             card = cards[0] if cards else None
             return api.explore(
-                models[0],
+                subjects[0],
                 effective_batch_size,
                 device=given.device,
                 gpu=card,
@@ -167,7 +172,7 @@ def plan(
                 **target,
             )
 
-    found = _planned(models, ask, explored if explore else None, shown=shown, html=html)
+    found = _planned(subjects, ask, explored if explore else None, shown=shown, html=html)
     if html is not None:
         write(html, _page(found[0]))
     if plot is not None:
@@ -194,8 +199,8 @@ def _check_together(
 
 
 def _planned(
-    models: tuple[str, ...],
-    ask: Callable[[str], Plan | PlanSurvey],
+    models: Sequence[Subject],
+    ask: Callable[[Subject], Plan | PlanSurvey],
     explore: Callable[[], Exploration] | None,
     *,
     shown: _Shown,

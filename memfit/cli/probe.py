@@ -22,9 +22,11 @@ from memfit.cli.output import (
     write,
 )
 from memfit.cli.scripts import is_script, probe_script
+from memfit.cli.subjects import name_of, subject_of
 from memfit.records import ProbeResult, Survey, SurveyAnswer
 
 if TYPE_CHECKING:
+    from memfit.cli.subjects import Subject
     from memfit.records import Record
 
 __all__ = ["probe"]
@@ -52,7 +54,8 @@ def probe(
 ) -> None:
     """Find the largest batch size of a training step of MODEL that fits, and prove it.
 
-    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224. Several models are
+    MODEL is the name of a timm model, such as resnet50 or vit_base_patch16_224, or
+    package.module:function, a function of yours that returns a memfit.Workload. Several models are
     tried one after another. Real steps run on the device: the answer fitted, and one sample more
     ran out of memory. With --gpu, this machine does not need that card. Either torch's own CUDA
     software runs and its kernels do nothing (rehearsed), or the step's allocations are replayed on
@@ -74,8 +77,10 @@ def probe(
 
     asked: dict[str, Any] = {"accumulate": accumulate, **given.keywords}
 
-    def ask(model: str) -> ProbeResult | Survey:
-        with under_way(f"probing {model}") as bar:
+    subjects = list(map(subject_of, models))
+
+    def ask(model: Subject) -> ProbeResult | Survey:
+        with under_way(f"probing {name_of(model)}") as bar:
             if given.device is None and len(cards) > 1:
                 return api.survey(model, gpus=cards, progress=bar.stage, **asked)
             card = cards[0] if cards else None
@@ -83,7 +88,7 @@ def probe(
 
     found: list[ProbeResult | Survey] = []
     try:
-        for result in ask_each(models, ask):
+        for result in ask_each(subjects, ask):
             found.append(result)
             if output is Format.TEXT:
                 _show(result, is_next=len(found) > 1)

@@ -20,6 +20,7 @@ from memfit.cli.output import (
     print_json,
     write,
 )
+from memfit.cli.subjects import name_of, subject_of
 from memfit.errors import DoesNotFitError, PeakGrewError
 from memfit.records import MemoryProfile
 
@@ -72,7 +73,8 @@ def profile(
 ) -> None:
     """Show what holds the memory of a training step of MODEL, at its peak and over time.
 
-    MODEL is the name of a timm model. With --gpu, the first card is rehearsed or simulated, and a
+    MODEL is the name of a timm model, or package.module:function, a function of yours that returns
+    a memfit.Workload. With --gpu, the first card is rehearsed or simulated, and a
     chart shows memory by batch size for every card. With --device, or on a machine with a GPU, the
     step runs on the device and its allocations are recorded. The exit code is 0 if the batch fits,
     3 if it does not, and 5 if its peak is above the baseline.
@@ -90,9 +92,10 @@ def profile(
             f"{api.DEFAULT_GPU}. To measure on the CPU, give --device cpu.",
             err=True,
         )
-    with under_way(f"profiling {model}") as bar:
+    subject = subject_of(model)
+    with under_way(f"profiling {name_of(subject)}") as bar:
         found = api.profile(
-            model,
+            subject,
             batch_size,
             device=given.device,
             gpu=cards[0] if cards else None,

@@ -11,6 +11,7 @@ from memfit.cli.asking import under_way
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, shared_options
 from memfit.cli.output import print_json
+from memfit.cli.subjects import name_of, subject_of
 
 __all__ = ["verify"]
 
@@ -55,16 +56,18 @@ def verify(
 ) -> None:
     """Prove that MODEL's accumulated gradients equal the full batch's, or say what differs.
 
-    MODEL is the name of a timm model. Gradients are compared first in float64 on the CPU, then in
+    MODEL is the name of a timm model, or package.module:function, a function of yours that returns
+    a memfit.Workload. Gradients are compared first in float64 on the CPU, then in
     the precision and on the device of training. Experiments find the layers that mix samples. The
     exit code is 0 if the gradients are equal, and 4 if they are not.
     """
     from memfit import api
     from memfit.reports.equivalence import render
 
-    with under_way(f"building {model}") as bar:
+    subject = subject_of(model)
+    with under_way(f"building {name_of(subject)}") as bar:
         result = api.verify(
-            model,
+            subject,
             micro_batch_size=micro_batch_size,
             accumulation_steps=accumulation_steps,
             device=given.device,

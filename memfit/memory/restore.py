@@ -59,7 +59,8 @@ def preserved(*modules: nn.Module, optimizer: Optimizer | None = None) -> Iterat
 
     What is put back:
 
-    - parameters, buffers and gradients, also a gradient that is `None`;
+    - parameters, buffers and gradients, also a gradient that is `None`, and which parameters are
+      trained;
     - everything else that the modules keep (`memfit.memory.attributes`): training flags, lists,
       dictionaries, unregistered tensors, generators, objects of the model's own;
     - the optimizer's state and its groups;
@@ -151,11 +152,14 @@ def _save_modules(modules: Sequence[nn.Module], kept: Preserved) -> Callable[[],
         (parameter, None if parameter.grad is None else host_copy(parameter.grad.detach()))
         for parameter in parameters
     ]
+    is_trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
 
     def restore() -> None:
         put_contents_back()
+        for parameter, requires_grad in is_trained:
+            parameter.requires_grad_(requires_grad)
         for saved in tensors:
             saved.restore()
         for parameter, gradient in gradients:

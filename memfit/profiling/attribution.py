@@ -23,6 +23,7 @@ from memfit._torch_private import (
     storage_id,
 )
 from memfit.profiling.modules import (
+    AVERAGE,
     BATCH,
     LOSS,
     OPTIMIZER,
@@ -191,6 +192,11 @@ class Attribution:
 
     def _see_gradients(self) -> None:
         assert self._prepared is not None
+        for average in self._prepared.averages:
+            number = self._numbers.get(storage_id(average.untyped_storage()))
+            if number is not None:
+                note = self._notes[number]
+                note.role, note.module = Role.BUFFERS, AVERAGE
         for owner, parameter in parameters_of(self._prepared):
             if parameter.grad is not None:
                 self._settle(parameter.grad, Role.GRADIENTS, owner)

@@ -23,6 +23,7 @@ from memfit._torch_private import sequence_number, sequence_number_of
 from memfit.step import runner
 
 __all__ = [
+    "AVERAGE",
     "BATCH",
     "LOSS",
     "OPTIMIZER",
@@ -38,6 +39,7 @@ __all__ = [
 LOSS: Final = "(loss)"
 OPTIMIZER: Final = "(optimizer)"
 BATCH: Final = "(batch)"
+AVERAGE: Final = "(EMA of the weights)"
 
 _OWN = Path(__file__).parent.parent
 _TORCH = Path(torch.__file__).parent

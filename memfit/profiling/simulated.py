@@ -7,13 +7,8 @@ import time
 
 import torch
 
-from memfit.backends.simulated import (
-    SimulatedBackend,
-    TraceCache,
-    kept_workspaces,
-    trace,
-    trace_options,
-)
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache, kept_workspaces, trace, trace_options
 from memfit.cards import Gpu
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of

@@ -17,7 +17,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memfit._torch_private import pytree, sparse_parts
-from memfit.profiling.modules import BATCH, LOSS, OPTIMIZER, ModuleStack, buffers_of, parameters_of
+from memfit.profiling.modules import (
+    AVERAGE,
+    BATCH,
+    LOSS,
+    OPTIMIZER,
+    ModuleStack,
+    buffers_of,
+    parameters_of,
+)
 from memfit.profiling.phases import BACKWARD, FORWARD, Phases, states_of
 from memfit.profiling.recorded import KnownBlock, ModuleActive, Notes, PhaseStart
 from memfit.records import Role
@@ -80,6 +88,8 @@ class StepNotes:
             *((o, t, Role.BUFFERS) for o, t in buffers_of(self._prepared)),
         ):
             self._settle(tensor, role, owner, known)
+        for average in self._prepared.averages:
+            self._settle(average, Role.BUFFERS, AVERAGE, known)
         if self._optimizer is not None:
             self._see_state(self._optimizer, known)
         return tuple(known.items())

@@ -65,6 +65,8 @@ from memfit.records.rehearsals import (
     Shortage,
 )
 from memfit.records.steps import (
+    Averaging,
+    Evaluation,
     Precision,
     StepOptions,
 )
@@ -91,6 +93,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Action",
     "Alternative",
+    "Averaging",
     "BufferDrift",
     "Capacity",
     "CardLine",
@@ -103,6 +106,7 @@ __all__ = [
     "DeviceRead",
     "Engine",
     "Equivalence",
+    "Evaluation",
     "Event",
     "Exploration",
     "GradientCheck",

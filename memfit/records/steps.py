@@ -9,7 +9,7 @@ from typing import Any
 from memfit.errors import UsageError
 from memfit.records.base import Record
 
-__all__ = ["Precision", "StepOptions"]
+__all__ = ["Averaging", "Evaluation", "Precision", "StepOptions"]
 
 
 class Precision(str, enum.Enum):
@@ -26,6 +26,28 @@ class Precision(str, enum.Enum):
     AUTO = "auto"
 
 
+class Averaging(str, enum.Enum):
+    """Where a training loop keeps an exponential moving average (EMA) of the weights.
+
+    `DEVICE`: a copy of parameters and buffers on the device that trains. `CPU`: in host memory, so
+    the device holds nothing for it.
+    """
+
+    DEVICE = "device"
+    CPU = "cpu"
+
+
+class Evaluation(str, enum.Enum):
+    """What a forward pass without gradients shares the device with.
+
+    `ALONE`: only the model is there, as for inference. `IN_TRAINING`: the optimizer's state, and
+    the average of the weights if there is one, as in the validation of a training run.
+    """
+
+    ALONE = "alone"
+    IN_TRAINING = "in-training"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions(Record):
     """The options of a training step, without its model and its batch size.
@@ -40,6 +62,16 @@ class StepOptions(Record):
         grad_checkpointing: Recompute activations in backward (`set_grad_checkpointing`).
         accumulate: Run two micro-batches before each optimizer step instead of one.
         model_kwargs: More arguments for `timm.create_model`, as pairs.
+        keeps_outputs: The loop keeps inputs, outputs and loss until the next ones replace them.
+        ema: Where an average of the weights is kept; `None` if there is none.
+        frozen: Patterns of parameter names that are not trained.
+        prefetch: Batches that wait on the device besides the one that is trained on.
+        fused: Use the optimizer's fused implementation.
+        optimizer_in_backward: Take the optimizer's step for each parameter as soon as its gradient
+            is there, and free the gradient.
+        evaluate: Run a forward pass without gradients instead of training; `None` to train.
+        no_grad: Evaluate under `torch.no_grad()` instead of `torch.inference_mode()`. In mixed
+            precision autocast then keeps its copies of the weights until the pass ends.
     """
 
     precision: Precision = Precision.AUTO
@@ -50,8 +82,32 @@ class StepOptions(Record):
     grad_checkpointing: bool = False
     accumulate: bool = False
     model_kwargs: tuple[tuple[str, Any], ...] = ()
+    keeps_outputs: bool = False
+    ema: Averaging | None = None
+    frozen: tuple[str, ...] = ()
+    prefetch: int = 0
+    fused: bool = False
+    optimizer_in_backward: bool = False
+    evaluate: Evaluation | None = None
+    no_grad: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a classifier without classes."""
+        """Refuse a classifier without classes, and options that exclude each other."""
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes must be at least 1, not {self.num_classes}.")
+        if self.optimizer_in_backward and self.accumulate:
+            raise UsageError(
+                "optimizer_in_backward frees each gradient as soon as it is there, so none can be "
+                "accumulated: leave one of the two out."
+            )
+        if self.optimizer_in_backward and self.precision is Precision.AMP_FP16:
+            raise UsageError(
+                "optimizer_in_backward has no gradients left that a GradScaler could check: train "
+                "in amp-bf16, bf16 or fp32."
+            )
+        if self.no_grad and self.evaluate is None:
+            raise UsageError("no_grad says how an evaluation runs: give evaluate too.")
+        if self.evaluate is not None and self.accumulate:
+            raise UsageError(
+                "An evaluation has no gradients to accumulate: leave evaluate or accumulate out."
+            )

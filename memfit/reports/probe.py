@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.records import (
+    Averaging,
     DeviceProcess,
+    Evaluation,
     Plan,
     ProbeResult,
     Source,
@@ -77,6 +79,9 @@ def _holds(process: DeviceProcess) -> str:
 def step_words(options: StepOptions) -> list[str]:
     """Return the options of a training step, in a few words each."""
     words = [options.precision.value]
+    if options.evaluate is not None:
+        where = " in training" if options.evaluate is Evaluation.IN_TRAINING else ""
+        words.append(f"evaluation{where}{' under no_grad' if options.no_grad else ''}")
     if options.optimizer is not None:
         words.append(options.optimizer)
     if options.image_size is not None:
@@ -87,8 +92,17 @@ def step_words(options: StepOptions) -> list[str]:
         "channels last": options.channels_last,
         "gradient checkpointing": options.grad_checkpointing,
         "accumulating": options.accumulate,
+        "outputs kept": options.keeps_outputs,
+        "fused optimizer": options.fused,
+        "optimizer in backward": options.optimizer_in_backward,
     }
     words += [word for word, is_set in flags.items() if is_set]
+    if options.ema is not None:
+        words.append("EMA" if options.ema is Averaging.DEVICE else "EMA in host memory")
+    if options.frozen:
+        words.append(f"frozen {', '.join(options.frozen)}")
+    if options.prefetch:
+        words.append(f"{options.prefetch} prefetched")
     return words + [f"{key}={value}" for key, value in options.model_kwargs]
 
 

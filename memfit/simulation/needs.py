@@ -9,12 +9,17 @@ This module does not use torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import Final
 
 from memfit.cards import Gpu
 from memfit.records import Event
 
-__all__ = ["Need", "NeedEvent"]
+__all__ = ["Need", "NeedEvent", "nearby_batch_size"]
+
+# A rough schedule knows batch sizes that are so many times the one before.
+_STEP: Final = 1.25
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +75,9 @@ class NeedEvent(Event):
             for number, grown in zip(self.need.numbers, self.growth, strict=True)
         )
         return dataclasses.replace(self.need, numbers=numbers)
+
+
+def nearby_batch_size(batch_size: int) -> int:
+    """Return one of the few batch sizes that stand for all others in a rough schedule."""
+    number = round(math.log(batch_size) / math.log(_STEP))
+    return max(1, round(_STEP**number))

@@ -8,14 +8,13 @@ not use torch.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from memfit.cards import Gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
-from memfit.simulation.needs import Need, NeedEvent
+from memfit.simulation.needs import Need, NeedEvent, nearby_batch_size
 
 __all__ = [
     "Schedule",
@@ -32,8 +31,6 @@ _MAX_ITERATIONS = 6
 _ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 # More than the allocations of any trace.
 _IDS_OF_AN_ITERATION = 1 << 40
-# A rough schedule knows batch sizes that are so many times the one before.
-_STEP_OF_ROUGH = 1.25
 # A step that keeps more in every iteration is said to grow when it would double within so many.
 _ITERATIONS_TO_DOUBLE = 1000
 
@@ -225,7 +222,7 @@ class Schedule:
             need = event.need_after(more)
             share = 1.0
             if self.is_rough and need.is_slow:
-                nearby = _nearby(batch_size)
+                nearby = nearby_batch_size(batch_size)
                 need, share = event.need_after(nearby - self.batch_size), batch_size / nearby
             num_bytes = sizes.get(need)
             if num_bytes is None:
@@ -260,12 +257,6 @@ class Schedule:
                 free(number)
             else:
                 allocator.carry_out(action, number, asked)
-
-
-def _nearby(batch_size: int) -> int:
-    """Return one of the few batch sizes that stand for all others in a rough schedule."""
-    step = round(math.log(batch_size) / math.log(_STEP_OF_ROUGH))
-    return max(1, round(_STEP_OF_ROUGH**step))
 
 
 def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
@@ -323,10 +314,11 @@ class StepSchedule:
             gpu: The card.
             is_rough: See `Schedule`.
         """
-        first, later = (part.on(gpu, is_rough=is_rough) for part in (self.first, self.later))
-        if first is self.first and later is self.later:
+        parts = (self.setup, self.first, self.later)
+        setup, first, later = (part.on(gpu, is_rough=is_rough) for part in parts)
+        if setup is self.setup and first is self.first and later is self.later:
             return self
-        return dataclasses.replace(self, first=first, later=later)
+        return dataclasses.replace(self, setup=setup, first=first, later=later)
 
     @property
     def has_slow_needs(self) -> bool:

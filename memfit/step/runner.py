@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,12 @@ from torch.optim import Optimizer
 
 from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
-from memfit.records import Precision
+from memfit.memory import oom
+from memfit.records import Averaging, Evaluation, Precision, StepOptions
 from memfit.step.calling import call_model, users_code
 from memfit.step.draws import Draws
+from memfit.step.loop_habits import StepInBackward, WeightAverage
+from memfit.step.precision import PrecisionPolicy, TorchPrecision, autocast
 
 __all__ = [
     "PrecisionPolicy",
@@ -31,52 +34,8 @@ __all__ = [
     "check_loss",
 ]
 
-_AUTOCAST_DTYPES = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
-
-
 # Every module has these, and torch fills them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-class PrecisionPolicy(Protocol):
-    """How a step computes in mixed precision, with the functions of autocast and GradScaler."""
-
-    def forward(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which the model and the loss run."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run backward from the loss. The loss is scaled if the precision needs it."""
-
-    def step(self, optimizer: Optimizer) -> None:
-        """Take the optimizer's step. Its state exists afterwards."""
-
-
-class _TorchPrecision:
-    """torch's own autocast and GradScaler."""
-
-    def __init__(self, device: torch.device, precision: Precision) -> None:
-        self._device = device
-        self._precision = precision
-        # Memory does not depend on the scale. With a scale of 1 the first steps do not overflow, so
-        # no step is skipped, and the optimizer's state exists when the peak is read.
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=1.0, enabled=precision is Precision.AMP_FP16
-        )
-
-    def forward(self) -> contextlib.AbstractContextManager[None]:
-        return autocast(self._device, self._precision)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self._scaler.scale(loss).backward()
-
-    def step(self, optimizer: Optimizer) -> None:
-        before = self._scaler.get_scale()
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        if self._scaler.is_enabled() and self._scaler.get_scale() < before:
-            # The scaler skipped the step because of an overflow. Later steps of a training are not
-            # skipped, and then the optimizer's state exists.
-            optimizer.step()
 
 
 class PreparedStep:
@@ -88,7 +47,7 @@ class PreparedStep:
         loss: A function from outputs and targets to one number, or to several that are added.
         make_optimizer: A function that returns the optimizer that a trial begins with.
         device: The device of all of these.
-        precision: The precision of the step, not `AUTO`.
+        options: What else the step does; its precision is not `AUTO`.
         num_micro_batches: The number of micro-batches in one iteration.
         precision_policy: Replaces torch's autocast and GradScaler.
 
@@ -103,22 +62,30 @@ class PreparedStep:
         loss: Callable[..., torch.Tensor],
         make_optimizer: Callable[[], Optimizer],
         device: torch.device,
-        precision: Precision,
+        options: StepOptions,
         num_micro_batches: int,
         precision_policy: PrecisionPolicy | None = None,
     ) -> None:
-        if precision is Precision.AUTO:
+        if options.precision is Precision.AUTO:
             raise ValueError("a prepared step needs a precision that was chosen")
         self.model = model
         self.num_micro_batches = num_micro_batches
         self.make_batch = make_batch
         self._loss = loss
         self._make_optimizer = make_optimizer
-        self.precision_policy = precision_policy or _TorchPrecision(device, precision)
+        self.precision_policy = precision_policy or TorchPrecision(device, options.precision)
         self._optimizer: Optimizer | None = None
         self._had_state = False
         self._draws: Draws | None = None
         self.peak_varies = False
+        self._device = device
+        self._options = options
+        self._average: WeightAverage | None = None
+        self._in_backward: StepInBackward | None = None
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._held: dict[str, Any] = {}
+        self._waiting: deque[tuple[Any, tuple[Any, ...]]] = deque()
+        self._waiting_size = 0
 
     @contextlib.contextmanager
     def drawing(self, draws: Draws) -> Iterator[None]:
@@ -159,6 +126,20 @@ class PreparedStep:
                 yield from group["params"]
             for state in self._optimizer.state.values():
                 yield from _tensors_in(state)
+        yield from self.averages
+
+    @property
+    def averages(self) -> Sequence[torch.Tensor]:
+        """The tensors of the average of the weights; empty if there is none."""
+        return () if self._average is None else self._average.tensors
+
+    @property
+    def num_prefetched(self) -> int:
+        """Batches that wait on the device besides the one that is used.
+
+        On the meta device none is made: a trace adds their bytes to what exists beforehand.
+        """
+        return self._options.prefetch
 
     def begin(self) -> None:
         """Start as training does, with the optimizer as it was given and without gradients.
@@ -166,6 +147,16 @@ class PreparedStep:
         Raises:
             WorkloadError: The optimizer steps only with a closure.
         """
+        self.end()
+        if self._options.evaluate is not None:
+            self._modes = [(module, module.training) for module in self.model.modules()]
+            self.model.eval()
+        if self._options.evaluate is not Evaluation.ALONE:
+            self._begin_training()
+        self._drop_gradients()
+
+    def _begin_training(self) -> None:
+        options = self._options
         self._optimizer = self._make_optimizer()
         if isinstance(self._optimizer, torch.optim.LBFGS):
             raise WorkloadError(
@@ -173,10 +164,32 @@ class PreparedStep:
                 "each step once. Give an optimizer whose step takes no closure."
             )
         self._had_state = bool(self._optimizer.state)
-        self._drop_gradients()
+        is_host = options.ema is Averaging.CPU and self._device.type != "cpu"
+        if options.ema is not None and not is_host:
+            self._average = WeightAverage(self.model)
+        if options.evaluate is not None:
+            # Backward has run before a validation, and keeps a workspace of its own thread.
+            weight = torch.ones(1, 1, device=self._device, requires_grad=True)
+            torch.mm(weight, weight).sum().backward()
+            try:
+                self.step_on_zeros()
+            except RuntimeError as error:
+                # Some optimizers refuse gradients of zero. Their state is then left out.
+                if oom.classify(error) is not oom.Likelihood.NO:
+                    raise
+        elif options.optimizer_in_backward:
+            self._in_backward = StepInBackward(self._optimizer)
 
     def end(self) -> None:
-        """Drop the gradients, the optimizer, and the state that it has gained."""
+        """Drop the gradients, the optimizer, its new state, and what a loop holds."""
+        if self._in_backward is not None:
+            self._in_backward.close()
+        for module, mode in self._modes:
+            module.training = mode
+        self._modes = []
+        self._in_backward = self._average = None
+        self._held.clear()
+        self._waiting.clear()
         if self._optimizer is not None and not self._had_state:
             self._optimizer.state.clear()
         self._optimizer = None
@@ -203,6 +216,10 @@ class PreparedStep:
         Raises:
             WorkloadError: The loss is not one number that has a gradient.
         """
+        if self._options.evaluate is not None:
+            with users_code():
+                self._evaluate(batch_size)
+            return
         if self._optimizer is None:
             self.begin()
         with users_code():
@@ -215,14 +232,19 @@ class PreparedStep:
         Args:
             set_to_none: Whether to drop the gradients. If not, they are filled with zeros.
         """
+        if self._options.evaluate is not None:
+            return
         assert self._optimizer is not None
         with users_code():
             self.precision_policy.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=set_to_none)
+        if self._average is not None:
+            self._average.update()
 
     def step_on_zeros(self) -> None:
         """Let the optimizer take a step on gradients of zero, so that its state exists."""
-        assert self._optimizer is not None
+        if self._optimizer is None:
+            return
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.requires_grad:
@@ -262,17 +284,52 @@ class PreparedStep:
                 module.zero_grad(set_to_none=True)
 
     def _backward(self, batch_size: int) -> None:
-        inputs, targets = self.make_batch(batch_size)
+        inputs, targets = self._next_batch(batch_size)
+        self._hold(batch=(inputs, targets))
         with (
             contextlib.nullcontext()
             if self._draws is None
             else self._draws.watched(*self._generators())
         ):
             with self.precision_policy.forward():
-                loss = self._loss(call_model(self.model, inputs), *targets)
+                loss = self._loss(self._outputs_of(inputs), *targets)
             loss = added(loss)
             check_loss(loss)
+            self._hold(loss=loss)
             self.precision_policy.backward(loss / self.num_micro_batches)
+
+    def _outputs_of(self, inputs: Any) -> Any:
+        outputs = call_model(self.model, inputs)
+        self._hold(outputs=outputs)
+        return outputs
+
+    def _evaluate(self, batch_size: int) -> None:
+        inputs, targets = self._next_batch(batch_size)
+        self._hold(batch=(inputs, targets))
+        # Inference mode hides the parts of an operation from a trace. They are the same without
+        # gradients.
+        is_no_grad = self._options.no_grad or self._device.type == "meta"
+        with (
+            torch.no_grad() if is_no_grad else torch.inference_mode(),
+            self.precision_policy.forward(),
+        ):
+            self._outputs_of(inputs)
+
+    def _hold(self, **values: Any) -> None:
+        """Keep what a loop's variables hold until the next iteration replaces it."""
+        if self._options.keeps_outputs:
+            self._held.update(values)
+
+    def _next_batch(self, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
+        """Return the next batch; others wait on the device behind it."""
+        if self._device.type == "meta" or not self._options.prefetch:
+            return self.make_batch(batch_size)
+        if batch_size != self._waiting_size:
+            self._waiting.clear()
+            self._waiting_size = batch_size
+        while len(self._waiting) <= self._options.prefetch:
+            self._waiting.append(self.make_batch(batch_size))
+        return self._waiting.popleft()
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -284,15 +341,6 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(item)
     elif isinstance(value, Mapping):
         yield from _tensors_in(tuple(value.values()))
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which forward and the loss run with a precision on a device."""
-    dtype = _AUTOCAST_DTYPES.get(precision)
-    if dtype is None:
-        return contextlib.nullcontext()
-    context: contextlib.AbstractContextManager[None] = torch.autocast(device.type, dtype=dtype)
-    return context
 
 
 def added(losses: Any) -> Any:

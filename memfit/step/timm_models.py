@@ -42,7 +42,7 @@ _LIKE = 0.75
 _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 
 
-def make_optimizer(model: nn.Module, name: str) -> Optimizer:
+def make_optimizer(model: nn.Module, name: str, *, fused: bool = False) -> Optimizer:
     """Make an optimizer over a model's parameters as timm's training script does.
 
     Raises:
@@ -51,8 +51,19 @@ def make_optimizer(model: nn.Module, name: str) -> Optimizer:
     """
     try:
         made: Optimizer = import_timm().optim.create_optimizer_v2(
-            model, opt=name, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
+            model,
+            opt=name,
+            lr=_LEARNING_RATE,
+            weight_decay=_WEIGHT_DECAY,
+            **({"fused": True} if fused else {}),
         )
+    except TypeError as error:
+        if "fused" not in str(error):
+            raise
+        raise UsageError(
+            f"The optimizer {name!r} has no fused implementation; adam, adamw, sgd "
+            "and adagrad have one."
+        ) from error
     except (AssertionError, ImportError, NameError, RuntimeError) as error:
         # Optimizers of Apex and bitsandbytes need their package, and a GPU when they are made.
         why = f"timm cannot make it here ({str(error) or type(error).__name__})"
@@ -171,12 +182,16 @@ def timm_parts(
     model = _timm_model(name, options, device)
     model.train()
     num_classes = getattr(model, "num_classes", None)
-    if dict(options.model_kwargs).get("features_only"):
+    is_trained = options.evaluate is None
+    if is_trained and dict(options.model_kwargs).get("features_only"):
         raise UsageError(
             f"{name} with features_only=True returns feature maps, and there is no "
             "usual loss for them. Give a Workload with the loss that you train "
             "with."
         )
+    if not is_trained and not num_classes:
+        # An evaluation has no loss, so it needs no classes.
+        num_classes = 1
     if not isinstance(num_classes, int) or num_classes < 1:
         if options.num_classes is not None:
             raise UsageError(

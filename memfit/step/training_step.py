@@ -22,6 +22,7 @@ from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batches import Layout
 from memfit.step.closures import check_steps_alone
+from memfit.step.loop_habits import freeze
 from memfit.step.runner import PrecisionPolicy, PreparedStep
 from memfit.step.workload import OptimizerFactory, Workload
 
@@ -85,6 +86,11 @@ class TrainingStep:
             timm_models.check_model_name(self.subject)
         if self.options.optimizer is not None:
             timm_models.check_optimizer_name(self.options.optimizer)
+        elif self.options.fused:
+            raise UsageError(
+                f"{self.name} brings its own optimizer: give that one fused=True, or give the "
+                "workload the optimizer's name."
+            )
 
     @property
     def name(self) -> str:
@@ -143,6 +149,9 @@ class TrainingStep:
             UsageError: The model cannot be built, or does not work with one of the options.
         """
         described = self
+        options = self.options
+        if isinstance(self.subject, Workload) and self.subject.keeps_outputs:
+            options = dataclasses.replace(options, keeps_outputs=True)
         if isinstance(self.subject, Workload) and device.type == "meta":
             described = dataclasses.replace(self, subject=self.subject.without_values())
         parts = described.parts(device)
@@ -150,9 +159,9 @@ class TrainingStep:
             model=parts.model,
             make_batch=lambda batch_size: parts.split(parts.place(parts.batch_of(batch_size))),
             loss=parts.loss,
-            make_optimizer=_optimizer_maker(parts.model, parts.optimizer),
+            make_optimizer=_optimizer_maker(parts.model, parts.optimizer, fused=self.options.fused),
             device=device,
-            precision=self.options.precision,
+            options=options,
             num_micro_batches=self.num_micro_batches,
             precision_policy=precision_policy,
         )
@@ -231,12 +240,12 @@ class TrainingStep:
 
 
 def _optimizer_maker(
-    model: nn.Module, optimizer: Optimizer | OptimizerFactory | str
+    model: nn.Module, optimizer: Optimizer | OptimizerFactory | str, *, fused: bool
 ) -> Callable[[], Optimizer]:
     if isinstance(optimizer, Optimizer):
         return lambda: optimizer
     if isinstance(optimizer, str):
-        return functools.partial(timm_models.make_optimizer, model, optimizer)
+        return functools.partial(timm_models.make_optimizer, model, optimizer, fused=fused)
     return lambda: _made(optimizer, model)
 
 
@@ -253,6 +262,7 @@ def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
 
 def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.device) -> None:
     model.to(device)
+    freeze(model, options.frozen, name=name)
     if options.precision is Precision.BF16:
         model.to(torch.bfloat16)
     if options.channels_last:

@@ -56,6 +56,8 @@ class Workload:
             not including, `stop`. It is needed if slices do not give them.
         count: A function that returns the number of samples in a batch. It is needed beside `cut`
             if neither the batch nor its targets have a single length.
+        keeps_outputs: The training loop holds a batch, its outputs and its loss in variables until
+            the next iteration replaces them, as a plain loop does at module level.
 
     Raises:
         WorkloadError: One of the parts has the wrong type, or cannot be trained.
@@ -71,6 +73,7 @@ class Workload:
     )
     cut: Callable[[Any, int, int], Any] | None = dataclasses.field(default=None, kw_only=True)
     count: Callable[[Any], int] | None = dataclasses.field(default=None, kw_only=True)
+    keeps_outputs: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse parts that cannot make a training step."""

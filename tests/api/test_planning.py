@@ -12,7 +12,8 @@ from torch import nn
 
 import memfit
 from memfit.api import exploring
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchOptions, planner

@@ -17,8 +17,9 @@ from torch import nn
 
 import memfit
 from memfit import search
-from memfit.backends import Prediction, simulated
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends import Prediction, traces
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import find_gpu
 from memfit.cli import main
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
@@ -78,13 +79,13 @@ def test_more_memory_takes_more() -> None:
 def test_cards_share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cards that would make the same trace share one; other cards get another."""
     traced = []
-    original = simulated.trace
+    original = traces.trace
 
     def counted(*args: object, **kwargs: object) -> object:
         traced.append(args)
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(simulated, "trace", counted)
+    monkeypatch.setattr(traces, "trace", counted)
     survey = memfit.survey(MODEL, gpus=("rtx3090", "rtx4090", "a100", "3060"))
     assert len(traced) == 1
     assert [answer.gpu for answer in survey.answers][:1] == ["NVIDIA GeForce RTX 3090"]

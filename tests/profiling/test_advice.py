@@ -9,7 +9,8 @@ from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 
 from memfit import Precision, StepOptions, Workload
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import Gpu, find_gpu
 from memfit.profiling import advise, card_lines, profile_gpu
 from memfit.records import Change

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from memfit import Precision, StepOptions, UnsupportedError, Workload
-from memfit.backends.simulated import SimulatedBackend, TraceCache, trace, trace_options
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache, trace, trace_options
 from memfit.cards import find_gpu
 from memfit.profiling import profile_gpu
 from memfit.profiling.attribution import Attribution

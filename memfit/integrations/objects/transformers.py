@@ -2,8 +2,7 @@
 
 The step is that of `Trainer.training_step`, with the trainer's own `compute_loss` and
 `create_optimizer`. With accumulation, the trainer puts all micro-batches of an optimizer step on
-the device before the first one runs (`get_batch_samples`), so a trial holds them too. A trainer
-with `memfit.transformers.ExactAccumulation` keeps them in host memory.
+the device before the first one runs (`get_batch_samples`), so a trial holds them too.
 
 Source: huggingface/transformers, src/transformers/trainer.py (`training_step`, `compute_loss`,
     `get_batch_samples`). huggingface/accelerate, src/accelerate/accelerator.py (`prepare_model`):

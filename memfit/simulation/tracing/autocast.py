@@ -78,9 +78,14 @@ class CudaAutocast:
     Args:
         dtype: The lower precision.
         fp32: The operations that run in fp32. They differ between releases of torch.
+        caches: Whether casts of weights are kept until the pass ends. In inference mode they are
+            not.
     """
 
-    def __init__(self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32) -> None:
+    def __init__(
+        self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32, caches: bool = True
+    ) -> None:
+        self._caches = caches
         self._dtype = dtype
         self._fp32 = fp32
         # The regions that the model has opened, the innermost last: whether it casts, and its type.
@@ -216,7 +221,8 @@ class CudaAutocast:
         if not _is_eligible(tensor) or tensor.dtype is dtype:
             return tensor
         is_kept = (
-            dtype is self.dtype
+            self._caches
+            and dtype is self.dtype
             and tensor.dtype is torch.float32
             and tensor.is_leaf
             and tensor.requires_grad

@@ -164,6 +164,7 @@ class MetaPrecision:
         backward_in_autocast: Whether the training loop calls backward inside autocast's context.
             Then casts are kept until backward ends.
         fp32: The operations that autocast runs in fp32.
+        caches: Whether autocast keeps its casts of weights. In inference mode it does not.
     """
 
     def __init__(
@@ -172,11 +173,12 @@ class MetaPrecision:
         *,
         backward_in_autocast: bool = False,
         fp32: frozenset[str] = FP32,
+        caches: bool = True,
     ) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
         self._is_mixed = dtype is not None
         # The type that torch casts to on CUDA by default.
-        self.autocast = CudaAutocast(dtype or torch.float16, fp32=fp32)
+        self.autocast = CudaAutocast(dtype or torch.float16, fp32=fp32, caches=caches)
         self._keeps_casts = backward_in_autocast
         self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 

@@ -120,6 +120,10 @@ class PreparedStep(Protocol):
     model: nn.Module
     make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
 
+    @property
+    def num_prefetched(self) -> int:
+        """Batches that wait on the device besides the one that is used."""
+
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor that exists before an iteration begins."""
 
@@ -194,6 +198,9 @@ def _record(
     batch_sizes: tuple[int, int],
     draws: Draws,
 ) -> StepSchedule:
+    # The model is there before the step begins to hold more: averages, an optimizer's state.
+    for tensor in prepared.held_tensors():
+        recorder.see(tensor)
     prepared.begin()
     for tensor in prepared.held_tensors():
         recorder.see(tensor)
@@ -224,12 +231,13 @@ def _record(
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOptions) -> Schedule:
-    if not options.num_prefetched_batches:
+    num_batches = options.num_prefetched_batches + prepared.num_prefetched
+    if not num_batches:
         return setup
     inputs, targets = prepared.make_batch(1)
     leaves = pytree.tree_leaves((inputs, targets))
     sizes = [leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    sizes *= options.num_prefetched_batches
+    sizes *= num_batches
     if options.prefetches_as_uint8:
         sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     events = tuple(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from memfit.backends.simulated import SimulatedBackend, TraceCache
+from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import TraceCache
 from memfit.cards import find_gpu
 from memfit.records import Precision, StepOptions, WorkspaceSource
 from memfit.simulation.cudnn import needs

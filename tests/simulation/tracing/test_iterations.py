@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from traced_steps import options, requested_peak, step_of
 
-from memfit.backends.simulated import trace
+from memfit.backends.traces import trace
 from memfit.errors import NotSimulatedError, WorkloadError
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.schedule import StepSchedule

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from memfit._torch_private import dispatched
-from memfit.backends.simulated import trace
+from memfit.backends.traces import trace
 from memfit.errors import NotSimulatedError
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memfit.backends.simulated import trace
+from memfit.backends.traces import trace
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.recurrent import RECURRENT, Recurrence
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions

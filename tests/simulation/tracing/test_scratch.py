@@ -14,7 +14,7 @@ import torch
 from operator_cases import CASES, run
 
 from memfit._torch_private import dispatched
-from memfit.backends.simulated import trace_options
+from memfit.backends.traces import trace_options
 from memfit.cards import Gpu, find_gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event, Precision

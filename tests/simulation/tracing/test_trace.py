@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from traced_steps import options, requested_peak, step_of
 
-from memfit.backends.simulated import trace
+from memfit.backends.traces import trace
 from memfit.errors import UnsupportedError
 from memfit.records import Action, Precision, StepOptions
 from memfit.simulation.tracing.trace import StepTrace
@@ -196,8 +196,10 @@ def test_accumulation_holds_gradients_beside_activations() -> None:
 
 def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
     """This is as on CUDA, where foreach is the default."""
-    one_by_one = trace(step_of(mlp()), options(uses_foreach=False))
-    together = trace(step_of(mlp()), options())
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    workload = Workload(model, torch.zeros(2, 64), lambda out: out.sum(), "adamw")
+    one_by_one = trace(step_of(workload), options(uses_foreach=False))
+    together = trace(step_of(workload), options())
     assert requested_peak(together.schedule, 1) > requested_peak(one_by_one.schedule, 1)
 
 

@@ -14,7 +14,7 @@ from memfit.rehearsal.activate import check_supported
 
 pytest_plugins = ("pytester",)
 
-PLUGIN = ("-p", "memfit.pytest_plugin", "-p", "no:cacheprovider")
+PLUGIN = ("-p", "memfit.cli.pytest_plugin", "-p", "no:cacheprovider")
 SIMULATED = """
 import pytest, torch, memfit
 

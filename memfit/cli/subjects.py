@@ -1,0 +1,125 @@
+"""What is trained, as words of the command line: a timm model, or `package.module:function`.
+
+The function returns a `memfit.Workload`. It is imported as Python would import it in the current
+folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from memfit.errors import MemfitError, WorkloadError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from memfit.step.workload import Workload
+
+    Subject: TypeAlias = str | Workload
+else:
+    Subject = Any
+
+__all__ = ["Subject", "name_of", "subject_of"]
+
+# "hf-hub:timm/resnet50" is no such place: it has a slash.
+_PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def subject_of(text: str) -> Subject:
+    """Return what a word of the command line names.
+
+    Args:
+        text: A timm model's name, which is returned as it is, or `package.module:function`.
+
+    Raises:
+        WorkloadError: There is no such module or function, or it gives no `Workload`.
+    """
+    if not _PLACE.fullmatch(text):
+        return text
+    from memfit.step.refusals import check_subject
+    from memfit.step.workload import Workload
+
+    module_name, _, path = text.partition(":")
+    found: Any = _imported(module_name)
+    for name in path.split("."):
+        found = _attribute(found, name, module_name)
+    if isinstance(found, type) or (callable(found) and not isinstance(found, Workload)):
+        found = _called(found, text)
+    if isinstance(found, str):
+        raise WorkloadError(
+            f"{text} is {found!r}, which is text: give a timm model's name itself, or return a "
+            "memfit.Workload."
+        )
+    check_subject(found, Workload)
+    assert isinstance(found, Workload)
+    return found
+
+
+def name_of(subject: Subject) -> str:
+    """Return the name of a subject in messages."""
+    return subject if isinstance(subject, str) else subject.name
+
+
+def _imported(name: str) -> ModuleType:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name != missing and not name.startswith(f"{missing}."):
+            raise WorkloadError(
+                f"{name} imports {missing}, and there is no such module here."
+            ) from error
+        files = [path.stem for path in Path.cwd().glob("*.py")]
+        near = difflib.get_close_matches(name.partition(".")[0], files, n=1)
+        hint = f"; did you mean {near[0]}?" if near and near[0] != name else "."
+        raise WorkloadError(
+            f"There is no module {missing!r} in {folder} or among what is installed{hint}"
+        ) from error
+    except Exception as error:
+        raise WorkloadError(f"{name} cannot be imported: {_said(error)}") from error
+
+
+def _attribute(holder: Any, name: str, module: str) -> Any:
+    try:
+        return getattr(holder, name)
+    except AttributeError:
+        known = [each for each in vars(holder) if not each.startswith("_")]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise WorkloadError(f"{module} has no {name!r}{hint}") from None
+
+
+def _called(function: Any, text: str) -> Any:
+    try:
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+    except ValueError:
+        needed = []
+    if needed:
+        raise WorkloadError(
+            f"{text} takes {', '.join(needed)}, and memfit calls it without arguments: give a "
+            "function that needs none."
+        )
+    try:
+        return function()
+    except MemfitError:
+        raise
+    except Exception as error:
+        raise WorkloadError(f"{text} raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
