@@ -12,7 +12,7 @@ OLDEST := torch==2.8.0 torchvision==0.23.0
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trainers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,sweep,trainers]'
 	touch $@
 
 demo: $(STAMP)
@@ -27,8 +27,9 @@ browser:
 		--no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
 		echo "no Chromium: the tests of pages are skipped"
 
+# Two processes halve the time, and most tests run in one thread.
 test: check browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same tests, traced: half as slow again.
 coverage: $(STAMP) browser

@@ -1,7 +1,7 @@
 """How right the simulation is, against published measurements of two real GPUs.
 
     python benchmarks/accuracy.py --data FOLDER [--sample N] [--seed S] [--jobs J] [--json FILE]
-                                  [--rows FILE]
+                                  [--rows FILE] [--ask-cudnn]
 
 FOLDER has `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted) and
 `timm-train-a100-40gb.csv` (peak memory of a process). docs/accuracy.md says where they come from
@@ -48,6 +48,7 @@ class Task:
     memory_format: str
     image_size: int | None
     rows: tuple[dict[str, str], ...]
+    asks_cudnn: bool = False
 
 
 def main() -> None:
@@ -61,6 +62,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write summary and rows here")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
+    parser.add_argument(
+        "--ask-cudnn",
+        action="store_true",
+        help="workspaces as the installed cuDNN says, which is not the cuDNN of the runs",
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
     tasks = _sampled(
@@ -68,6 +74,7 @@ def main() -> None:
         arguments.sample,
         arguments.seed,
     )
+    tasks = [dataclasses.replace(task, asks_cudnn=arguments.ask_cudnn) for task in tasks]
     rows = _rows(tasks, arguments.rows, arguments.jobs)
     ladder = [row for row in rows if row["kind"] == "ladder"]
     peaks = [row for row in rows if row["kind"] == "peak"]
@@ -179,7 +186,9 @@ def _trace(task: Task) -> Any:
         ),
     )
     # Torch of those days kept the BLAS workspaces that `_replay` allocates.
-    kernels = Kernels(compute_capability=capability, torch_release=(2, 0))
+    kernels = Kernels(
+        compute_capability=capability, torch_release=(2, 0), asks_cudnn=task.asks_cudnn
+    )
     if is_ladder:
         # timm's benchmark.py with torch 1.12: one tensor at a time in SGD, gradients zeroed in
         # place, backward called inside autocast, attention written out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,15 @@ from memfit.rehearsal.activate import check_supported
 
 pytest_plugins = ("pytester",)
 
-PLUGIN = ("-p", "memfit.cli.pytest_plugin", "-p", "no:cacheprovider")
+# An installed memfit is found by its entry point, and a plugin cannot have two names.
+IS_INSTALLED = any(
+    point.value == "memfit.cli.pytest_plugin" for point in entry_points(group="pytest11")
+)
+PLUGIN = (
+    *(() if IS_INSTALLED else ("-p", "memfit.cli.pytest_plugin")),
+    "-p",
+    "no:cacheprovider",
+)
 SIMULATED = """
 import pytest, torch, memfit
 
