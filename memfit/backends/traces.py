@@ -15,7 +15,12 @@ from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
-from memfit.simulation.tracing.scratch import WORKSPACES_BY_CALL, torch_release
+from memfit.simulation.tracing.scratch import (
+    LT_WORKSPACE_BYTES,
+    LT_WORKSPACES_KEPT,
+    WORKSPACES_BY_CALL,
+    torch_release,
+)
 from memfit.simulation.tracing.semantics import META, MetaPrecision
 from memfit.simulation.tracing.trace import (
     StepDrawsError,
@@ -40,6 +45,8 @@ __all__ = [
 
 # Ids of their workspaces: forward runs in the caller's thread and backward in one of its own.
 _BLAS_HANDLES = (-1_000_001, -1_000_002)
+# Only forward adds a bias in the same kernel.
+_LT_HANDLE = -1_000_003
 # Samples of a batch function that stand for a batch, where a step asks for values.
 _ENOUGH_SAMPLES = 16
 _PREFERS_CUDNN = "2.11"
@@ -127,7 +134,11 @@ def kept_workspaces(gpu: Gpu) -> dict[int, int]:
     release = torch_release()
     if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
         return {}
-    return dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
+    kept = dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
+    first, after = LT_WORKSPACES_KEPT
+    if first <= release < after and gpu.vendor != "AMD":
+        kept[_LT_HANDLE] = LT_WORKSPACE_BYTES
+    return kept
 
 
 def workspace_source(schedule: StepSchedule, gpu: Gpu) -> WorkspaceSource | None:

@@ -17,7 +17,16 @@ from memfit.simulation.needs import Need
 from memfit.simulation.tracing.reductions import reduction_scratch
 from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
 
-__all__ = ["efficient_backward", "efficient_forward", "flash_backward"]
+__all__ = [
+    "RANDOM_STATE_ON_GPU",
+    "efficient_backward",
+    "efficient_forward",
+    "flash_backward",
+    "with_state_on_host",
+]
+
+RANDOM_STATE_ON_GPU: Final = (2, 14)
+"""The release of torch since which efficient attention keeps its seed and offset on the GPU."""
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 _FLASH_ROWS: Final = 128
@@ -33,7 +42,7 @@ _HAS_LARGE_SHARED_MEMORY: Final = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def efficient_forward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """Make the seed and the offset first, then output and log-sum-exp.
+    """Make the seed and the offset first if they are on the GPU, then output and log-sum-exp.
 
     Wide values in half precision are added up in a buffer.
     """
@@ -43,6 +52,17 @@ def efficient_forward(_kernels: object, args: tuple[Any, ...], _result: Any) -> 
         return script
     num_bytes = 4 * math.prod(query.shape[:-1]) * value.shape[-1]
     return (*script, Workspace(name="output in fp32", num_bytes=num_bytes))
+
+
+def with_state_on_host(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return efficient attention's outputs with seed and offset in host memory.
+
+    Source: `_efficient_attention_forward` in aten/src/ATen/native/transformers/cuda/attention.cu
+        before torch 2.14: the device of the two is the CPU unless a CUDA graph is captured.
+    """
+    output, log_sum_exp, *state = outputs
+    on_host = (torch.empty_like(tensor, device="cpu") for tensor in state)
+    return (output, log_sum_exp, *on_host)
 
 
 def efficient_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:

@@ -7,7 +7,7 @@ Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm_kernel.cu, No
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -30,6 +30,14 @@ _MANY_ROWS: Final = 64 * 1024
 _MOST_BLOCKS: Final = 64 * 1024 // 2
 _ROWS_OF_A_BLOCK: Final = 32
 _HALF: Final = (torch.float16, torch.bfloat16)
+_KEEPS_MEANS_IN_FP32: Final = (2, 13)
+# The release whose kernel takes an NHWC input, and copies it.
+_COPIES_CHANNELS_LAST: Final = (2, 14)
+
+
+class _Release(Protocol):
+    @property
+    def torch_release(self) -> tuple[int, int]: ...
 
 
 def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
@@ -80,27 +88,37 @@ def _sum_of_parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: i
     return scratch_of_rows(gpu, num_parts, num_columns, item_bytes) if num_parts else 0
 
 
-def group_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """Mean and deviation in fp32 for half inputs, and a scale and a shift for each channel."""
+def group_norm(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Mean and deviation in fp32 for half inputs, and a scale and a shift for each channel.
+
+    Before torch 2.13, mean and deviation were kept only as outputs (pytorch/pytorch#183946). Torch
+    2.14 copies an NHWC input, as its requests in a rehearsed process show.
+    """
     data, _, _, samples, channels, _, num_groups = args[:7]
-    copy = _copy("input in its own layout", data) if not _is_dense(data) else ()
-    script: Script = (*copy, OUTPUTS)
-    if data.dtype in _HALF:
+    script: Script
+    if kernels.torch_release == _COPIES_CHANNELS_LAST:
+        script = (OUTPUTS, *_copy("contiguous input", data))
+    else:
+        copy = _copy("input in its own layout", data) if not _is_dense(data) else ()
+        script = (*copy, OUTPUTS)
+    if data.dtype in _HALF and kernels.torch_release >= _KEEPS_MEANS_IN_FP32:
         script += _each(("mean in fp32", "deviation in fp32"), 4 * samples * num_groups)
     return script + _each(("scale", "shift"), 4 * samples * channels)
 
 
-def group_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+def group_norm_backward(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Two sums for each channel, and factors for each group and channel."""
     data, samples, channels, num_groups = args[1], args[5], args[6], args[8]
     per_channel, per_group = 4 * samples * channels, 4 * samples * num_groups
+    copies = kernels.torch_release == _COPIES_CHANNELS_LAST
     script: Script = (
+        *(_copy("contiguous input", data) if copies else ()),
         OUTPUTS,
         *_each(("sums of the gradient", "sums of the gradient x input"), per_channel),
         *_each(("factors of a group", "shifts of a group"), per_group),
     )
     is_last = data.ndim == 4 and not data.is_contiguous()  # noqa: PLR2004
-    if not is_last:
+    if copies or not is_last:
         script += (Workspace(name="factors of a channel", num_bytes=per_channel),)
     return (*script, Drop.of("shifts of a group", "factors of a group"))
 

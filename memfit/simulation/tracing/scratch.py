@@ -32,15 +32,31 @@ from memfit.simulation.tracing.norm_scratch import (
 from memfit.simulation.tracing.reductions import reduction
 from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Make, Script, Workspace
 
-__all__ = ["WORKSPACES_BY_CALL", "scratch_of", "torch_release"]
+__all__ = [
+    "LT_WORKSPACES_KEPT",
+    "LT_WORKSPACE_BYTES",
+    "WORKSPACES_BY_CALL",
+    "scratch_of",
+    "torch_release",
+]
 
 WORKSPACES_BY_CALL: Final = (2, 15)
 """The release of torch since which a product takes its BLAS workspace for the call."""
 
+LT_WORKSPACES_KEPT: Final = ((2, 9), (2, 12))
+"""The releases between which a workspace of cuBLASLt is kept: the first, and the one after.
+
+Before, it is taken for the call. From torch 2.12 to 2.14, cuBLASLt shares the one of cuBLAS.
+
+Source: pytorch/pytorch#156495, and what torch 2.8, 2.11, 2.12, 2.13 and 2.14 ask for in a rehearsed
+    process.
+"""
+
+LT_WORKSPACE_BYTES: Final = 1024**2
+"""The size of cuBLASLt's workspace, if it has its own."""
+
 _HALF: Final = (torch.float16, torch.bfloat16)
-_MIB: Final = 1024**2
 _FEW_INDICES: Final = 3072
-_LT_WORKSPACE_BYTES: Final = _MIB
 
 
 class Release(Protocol):
@@ -113,7 +129,7 @@ def _blas(gpu: Gpu) -> int:
 
 
 def _lt(gpu: Gpu) -> int:
-    return 0 if gpu.vendor == "AMD" else _LT_WORKSPACE_BYTES
+    return 0 if gpu.vendor == "AMD" else LT_WORKSPACE_BYTES
 
 
 def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
@@ -123,16 +139,20 @@ def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Sc
         `parseCUDABlasLtWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp (1 MiB).
     """
     bias, left, right = args[:3]
+    by_call = kernels.torch_release >= WORKSPACES_BY_CALL
     is_fused = (
-        (bias.ndim == 1 or left.dtype in _HALF)
+        (bias.ndim == 1 or (by_call and left.dtype in _HALF))
         and bias.is_contiguous()
         and min(right.shape) > 1
         and len(args) == 3  # noqa: PLR2004
     )
     script = _product(kernels, (left, right), result)
-    if not is_fused or kernels.torch_release < WORKSPACES_BY_CALL:
-        return script
-    return (*script[:-1], Workspace(name="cuBLASLt workspace", need=Need(rule=_lt)))
+    workspace = Workspace(name="cuBLASLt workspace", need=Need(rule=_lt))
+    if is_fused and by_call:
+        return (*script[:-1], workspace)
+    if is_fused and kernels.torch_release < LT_WORKSPACES_KEPT[0]:
+        return (*script, workspace)
+    return script
 
 
 # --- reductions ---------------------------------------------------------------------------------

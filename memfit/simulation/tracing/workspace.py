@@ -14,6 +14,7 @@ import torch
 from memfit._torch_private import aten_if_there
 from memfit.simulation.cudnn.needs import workspace_need
 from memfit.simulation.cudnn.questions import ConvolutionKernel
+from memfit.simulation.tracing.attention_scratch import RANDOM_STATE_ON_GPU, with_state_on_host
 from memfit.simulation.tracing.convolution_calls import ConvolutionCall
 from memfit.simulation.tracing.convolutions import (
     backward_outputs,
@@ -73,6 +74,11 @@ class Kernels:
             return with_reserve(args, func(*args, **kwargs))
         if func is aten_if_there("_cudnn_rnn_backward.default"):
             return recur_backward(args)
+        if (
+            func is aten_if_there("_scaled_dot_product_efficient_attention.default")
+            and self.torch_release < RANDOM_STATE_ON_GPU
+        ):
+            return with_state_on_host(func(*args, **kwargs))
         return outputs(func, args, kwargs)
 
     def script(self, func: Any, args: tuple[Any, ...], result: Any) -> Script:
