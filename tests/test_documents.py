@@ -1,7 +1,7 @@
 """Every line of README.md and docs/quickstart.md runs on a machine without a GPU.
 
 Lines run as they are written, with smaller models and batches in place of the large ones. Searches
-end at 16 samples, and the names that a reader has (`dataset`, `MyModel`, `loader`) are given.
+end at 16 samples. The tests define the names that a reader has (`dataset`, `MyModel`, `loader`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SMALLER = {
     "pretrained=True": "pretrained=False",
     "num_workers=8": "num_workers=0",
     "1024": "8",
-    # What a reader's own card does, the CPU of a test can do.
+    # A reader has a card. These lines run on the test's CPU instead.
     ".cuda()": "",
     'device="cuda"': 'device="cpu"',
 }
@@ -78,7 +78,7 @@ OURS = [
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_line_is_ours_or_known(document: str) -> None:
-    """So that none is passed over in silence."""
+    """A line that is neither memfit's nor a known command would not be tested."""
     for line in commands(document):
         assert line.startswith(("memfit ", *NOT_OURS)), line
 
@@ -87,7 +87,7 @@ def test_every_command_line_is_ours_or_known(document: str) -> None:
 def test_a_command_runs(
     document: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with 0, or with 4 where `verify` finds batch norm, or 3 where that is the point."""
+    """It ends with exit code 0, or with 4 if `verify` finds batch norm."""
     words = shlex.split(smaller(line), comments=True)[1:]
     if words[0] == "rehearse":
         pytest.skip("tests/cli/test_rehearse_command.py runs commands under a rehearsal")
@@ -100,7 +100,7 @@ def test_a_command_runs(
 
 
 class MyModel(nn.Module):
-    """A reader's own."""
+    """Stands for the model of a reader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def loss_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_python_runs_from_top_to_bottom(document: str) -> None:
-    """In one session, as a reader pastes it."""
+    """All blocks run in one session, as if a reader had pasted them."""
     images = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
     rows = TensorDataset(torch.randn(16, 6), torch.randint(4, (16,)))
     model = MyModel()

@@ -80,17 +80,7 @@ def run_search(
     *,
     progress: Callable[[Trial], None] | None = None,
 ) -> ProbeResult:
-    """Search on a backend that is already open, and leave it open.
-
-    Args:
-        backend: The backend that runs trials.
-        step: The step to train; its precision may still be `AUTO`.
-        options: The options of the search.
-        progress: Called with each trial when it has ended.
-
-    Raises:
-        DoesNotFitError: Not even the smallest batch fits.
-    """
+    """Search as `probe_on` does, on a backend that is already open, and leave it open."""
     start = time.perf_counter()
     step = with_precision(step, backend)
     trials: list[Trial] = []

@@ -21,7 +21,7 @@ needs_rehearsal = pytest.mark.skipif(
 
 @needs_rehearsal
 def test_a_script_rehearses_in_its_own_process() -> None:
-    """`memfit.rehearse` before `import torch` is all; a second card, or a late call, is refused."""
+    """A script calls `memfit.rehearse` before `import torch`. A second card is refused."""
     script = '''
 import memfit
 memfit.rehearse("RTX 4090", memory="16GiB", num_gpus=2)
@@ -57,7 +57,7 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
 
 @needs_rehearsal
 def test_after_torch_it_is_too_late() -> None:
-    """One sentence, and nothing is changed."""
+    """After `import torch`, the call raises an error of one sentence and changes nothing."""
     before = dict(os.environ)
 
     with pytest.raises(UsageError, match=r"torch is already imported.* before anything imports"):
@@ -68,7 +68,7 @@ def test_after_torch_it_is_too_late() -> None:
 
 @needs_rehearsal
 def test_environment_keeps_what_is_preloaded_and_hides_no_card() -> None:
-    """A child gets both libraries first, then its own; CUDA_VISIBLE_DEVICES names what there is."""
+    """Both libraries come before those that the user preloads, and every card is visible."""
     card = find_gpu("RTX 3090")
 
     added = activate.rehearsed_environment(
@@ -93,7 +93,7 @@ def test_environment_keeps_what_is_preloaded_and_hides_no_card() -> None:
 @needs_rehearsal
 @pytest.mark.parametrize("num_gpus", [0, 17])
 def test_number_of_gpus(num_gpus: int) -> None:
-    """One to sixteen."""
+    """There can be from one to sixteen cards."""
     with pytest.raises(UsageError, match=f"1 to 16 GPUs, not {num_gpus}"):
         activate.rehearsed_environment(find_gpu("RTX 3090"), num_gpus=num_gpus)
 
@@ -101,7 +101,7 @@ def test_number_of_gpus(num_gpus: int) -> None:
 @needs_rehearsal
 @pytest.mark.parametrize("name", ["my cache", "a:b"])
 def test_folder_that_cannot_be_preloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The linker would take half of its name, and say so on standard error."""
+    """The linker splits names at spaces and colons, so such a folder is refused."""
     monkeypatch.setattr(activate, "library_folder", lambda: Path("/home/me") / name)
 
     with pytest.raises(UnsupportedError, match=f"'/home/me/{name}', because a space or a colon"):
@@ -109,14 +109,14 @@ def test_folder_that_cannot_be_preloaded(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_amds_cards_are_simulated() -> None:
-    """The sentence says what works."""
+    """An AMD card cannot be rehearsed, and the message offers the simulation."""
     with pytest.raises(UsageError, match=r"Only NVIDIA's cards .* AMD's\. The simulation works"):
         activate.check_supported(find_gpu("MI300X"))
 
 
 @pytest.mark.parametrize(("system", "name"), [("darwin", "Darwin"), ("win32", "Windows")])
 def test_other_systems(system: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS and Windows simulate."""
+    """On macOS and Windows the message offers the simulation."""
     monkeypatch.setattr("sys.platform", system)
     monkeypatch.setattr("platform.system", lambda: name)
 
@@ -137,7 +137,7 @@ def test_other_systems(system: str, name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_other_builds_of_torch(
     libraries: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU-only or ROCm build is told by its files, without importing it."""
+    """A build of torch for CPUs or for ROCm is recognised by its files. It is not imported."""
     (tmp_path / "torch" / "lib").mkdir(parents=True)
     (tmp_path / "torch" / "__init__.py").touch()
     for name in libraries:
@@ -150,7 +150,7 @@ def test_other_builds_of_torch(
 
 
 def importlib_spec(path: Path) -> object:
-    """A package's spec, as `find_spec` returns it."""
+    """Return the spec of a package, as `find_spec` does."""
     from importlib.machinery import ModuleSpec
 
     return ModuleSpec("torch", None, origin=str(path))

@@ -29,7 +29,7 @@ _NOT_OURS = re.compile(r"^(_init|_fini|__cudart.*|libcudart\.so\.\d+)$")
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile the libraries with every warning an error."""
+    """Compile the libraries; a warning counts as an error."""
     folder = tmp_path_factory.mktemp("compiled")
     command = build.compiler()
     assert command is not None
@@ -39,7 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache of this test's own."""
+    """Give the test an empty cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library_folder.cache_clear()
     yield tmp_path / "memfit" / "rehearsal"
@@ -47,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _quick_compiler(folder: Path) -> str:
-    """A compiler that leaves out the optimizer, so that a test does not wait for it."""
+    """Return a compiler that does not optimize, so that the test is quick."""
     script = folder / "quickcc"
     script.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
     script.chmod(0o700)
@@ -55,7 +55,7 @@ def _quick_compiler(folder: Path) -> str:
 
 
 def test_every_public_name_of_the_runtime_is_there(compiled: Path) -> None:
-    """Nothing of the libcudart that torch brought can be reached beside the rehearsed one."""
+    """Every function of the libcudart that torch brought is in the rehearsed one too."""
     real = [
         Path(str(file.locate()))
         for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu13")
@@ -90,7 +90,7 @@ def _names(library: Path) -> set[str]:
 
 
 def test_only_public_names_are_exported(compiled: Path) -> None:
-    """What it defines is CUDA's, two functions of torch's, memfit's own, or exit (ending.c)."""
+    """The library defines functions of CUDA and memfit, two of torch, and exit (ending.c)."""
     prefixes = (
         "cu", "__cu", "_cu", "nccl", "pnccl", "nvml", "nvrtc", "nvJitLink", "__nvJitLink", "nvtx",
         "memfit_rehearsal_", "_ZN3c1027reportMemoryUsage", "_ZN4c10d5nccl216ProcessGroupNCCL5split",
@@ -101,7 +101,7 @@ def test_only_public_names_are_exported(compiled: Path) -> None:
 
 
 def test_other_compiler_has_no_warning_either(tmp_path: Path) -> None:
-    """Clang compiles what GCC does."""
+    """Clang compiles the same sources without a warning."""
     if not shutil.which("clang"):
         pytest.skip("needs clang")
 
@@ -111,7 +111,7 @@ def test_other_compiler_has_no_warning_either(tmp_path: Path) -> None:
 
 
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    """Memory, copies, graphs, threads and forks, under the address and behaviour sanitizers."""
+    """A program uses memory, copies, graphs, threads and forks, and two sanitizers watch it."""
     command = build.compiler()
     assert command is not None
     program = tmp_path / "exercise"
@@ -149,7 +149,7 @@ def test_layouts_of_the_properties_are_cudas(compiled: Path) -> None:
 def test_first_use_compiles_into_a_folder_of_the_users_own(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder has mode 0700 and the digest of the sources; nothing half-done is left behind."""
+    """The folder is named after the sources, has mode 0700, and holds only finished files."""
     monkeypatch.setenv("CC", _quick_compiler(tmp_path))
 
     folder = build.library_folder()
@@ -176,7 +176,7 @@ def test_first_use_compiles_into_a_folder_of_the_users_own(
 
 @pytest.mark.usefixtures("cache")
 def test_neither_a_compiler_nor_a_wheels_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence says what to install."""
+    """The error is one sentence that says what to install."""
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", "")
 
@@ -186,7 +186,7 @@ def test_neither_a_compiler_nor_a_wheels_library(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("cache")
 def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence says where, why, and what to set."""
+    """The error names the folder, the reason, and the variable that moves the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
 
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own first error is in the sentence."""
+    """The message has the first error of the compiler."""
     broken = tmp_path / "brokencc"
     broken.write_text("#!/bin/sh\necho 'x.c:1: error: out of ink' >&2\nexit 1\n")
     broken.chmod(0o700)
@@ -211,7 +211,7 @@ def test_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_wheels_library_needs_no_compiler(
     compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a wheel carries of these very sources is taken as it is."""
+    """If a wheel has libraries of the same sources, they are used as they are."""
     monkeypatch.setenv("CC", "")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(build, "_CARRIED", tmp_path / "lib")

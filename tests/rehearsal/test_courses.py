@@ -51,12 +51,12 @@ def spot(path: Path, source: str, *, has_columns: bool = True) -> Spot:
     ],
 )
 def test_by_its_source(tmp_path: Path, kind: ReadKind, source: str, expected: bool) -> None:
-    """Showing a value changes nothing; a condition does, unless it asks if a value is finite."""
+    """A condition decides what runs, unless it asks if a value is finite. A print does not."""
     assert changes_course(kind, spot(tmp_path / "train.py", source)) is expected
 
 
 def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> None:
-    """Python gives this place for a tensor as a condition."""
+    """If a tensor is the condition, Python reports the place where its statement begins."""
     source = "READ (\n    flag\n    and (mask == 0).all()\n):\n    pass\n".replace("READ", "if")
     path = tmp_path / "train.py"
     path.write_text(source, encoding="utf-8")
@@ -68,14 +68,14 @@ def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> Non
 
 
 def test_without_columns_the_line_decides(tmp_path: Path) -> None:
-    """Python 3.10 knows lines only."""
+    """Python 3.10 reports lines without columns."""
     source = "if READ > 3:\n    pass\n"
     assert changes_course(NUMBER, spot(tmp_path / "a.py", source, has_columns=False))
     assert not changes_course(NUMBER, spot(tmp_path / "b.py", "print(READ)\n", has_columns=False))
 
 
 def test_without_a_source_the_kind_decides() -> None:
-    """A size is used in the course; a number may only be shown."""
+    """Without a source, a value used as a size decides what runs, and a number does not."""
     assert changes_course(ReadKind.SIZE, None)
     assert changes_course(DECISION, None)
     assert not changes_course(NUMBER, None)

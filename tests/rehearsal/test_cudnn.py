@@ -70,7 +70,7 @@ answer(
 def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
     rehearsed: Rehearsed,
 ) -> None:
-    """cuDNN, asked without torch, says the same bytes; they differ by card."""
+    """cuDNN gives the same bytes when it is asked without torch, and other bytes by card."""
     seen = {}
     for name in ("T4", "H100"):
         workspaces = rehearsed(_CONVOLUTIONS, gpu=name)["workspaces"]
@@ -86,13 +86,13 @@ def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
 
 
 def test_a_benchmark_takes_the_same_plans_every_time(rehearsed: Rehearsed) -> None:
-    """No clock decides, so two processes end with the same statistics of the allocator."""
+    """Time decides nothing, so two processes end with the same allocator statistics."""
     first = rehearsed(_BENCHMARK, gpu="RTX 3090")
     assert rehearsed(_BENCHMARK, gpu="RTX 3090") == first
 
 
 def test_recurrent_layers_keep_what_cudnn_keeps(rehearsed: Rehearsed) -> None:
-    """A layer keeps its output, its states and cuDNN's reserve of 5 or 6 values a unit."""
+    """A layer keeps its output, its states, and 5 or 6 values for each unit (cuDNN's reserve)."""
     seen = rehearsed(_RECURRENT)
     values = 500 * 5 * 320
     outputs, states = values, 4 * 5 * 320
@@ -108,7 +108,7 @@ def test_recurrent_layers_keep_what_cudnn_keeps(rehearsed: Rehearsed) -> None:
     (torch.version.cuda or "13") < "13", reason="cuDNN for CUDA 12 still knows these cards"
 )
 def test_cudnn_refuses_a_card_that_is_too_old_for_it(rehearsed: Rehearsed) -> None:
-    """CUDA 13 has nothing for Volta, and cuDNN says so in its own words."""
+    """CUDA 13 does not support Volta, and the error is cuDNN's own."""
     snippet = """
     try:
         torch.nn.Conv2d(3, 8, 3).cuda()(torch.zeros(1, 3, 8, 8, device="cuda"))
@@ -136,7 +136,7 @@ class _Cudnn:
         self.library = ctypes.CDLL(str(folder / "lib" / "libcudnn.so.9"))
 
     def make(self, kind: int, *attributes: tuple[int, int, Sequence[object]]) -> ctypes.c_void_p:
-        """Make a descriptor with its attributes, which have a name, a type and values."""
+        """Make a descriptor. Each of its attributes has a name, a type and values."""
         made = ctypes.c_void_p()
         self.check(self.library.cudnnBackendCreateDescriptor(kind, ctypes.byref(made)))
         for name, kind_of_value, values in attributes:
@@ -164,7 +164,7 @@ class _Cudnn:
 
 
 def _asked_of_cudnn(gpu: Gpu, *, data_type: int, is_channels_last: bool) -> int:
-    """Return the workspace of the first plan that cuDNN's heuristics name and that builds."""
+    """Return the workspace of the first plan of cuDNN's heuristics that can be built."""
     cudnn = _Cudnn()
     shape = (64, 64, 56, 56)
     strides = (64 * 56 * 56, 1, 56 * 64, 64) if is_channels_last else (64 * 56 * 56, 56 * 56, 56, 1)
@@ -241,7 +241,7 @@ def _get(cudnn: _Cudnn, made: ctypes.c_void_p, name: int, kind: int) -> int:
 
 
 def _properties(gpu: Gpu) -> bytes:
-    """The card. Of these, deviceVer and (on a T4) multiProcessorCount change the workspaces."""
+    """Return a card's properties. deviceVer and, on a T4, multiProcessorCount decide workspaces."""
     is_turing = gpu.compute_capability == (7, 5)
     values = {
         "deviceVer": gpu.compute_capability[0] * 100 + gpu.compute_capability[1] * 10,

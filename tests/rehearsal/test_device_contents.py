@@ -8,7 +8,7 @@ MIB = 2**20
 
 
 def test_contents_and_the_count_of_reads(rehearsed: Rehearsed) -> None:
-    """What the host wrote is read back, all else is zeros, and each read says which it was."""
+    """A read returns what the host wrote, or zeros, and it is counted as one or the other."""
     seen = rehearsed("""
         import threading, traceback
         reads = []
@@ -66,7 +66,7 @@ def test_contents_and_the_count_of_reads(rehearsed: Rehearsed) -> None:
 
 
 def test_a_model_larger_than_what_is_kept_takes_little_of_the_host(rehearsed: Rehearsed) -> None:
-    """20 GiB copied to an H100 take the 512 MiB that are kept, and small copies last."""
+    """Of 20 GiB copied to an H100, 512 MiB are kept. Small copies are kept longest."""
     seen = rehearsed(
         """
         import resource

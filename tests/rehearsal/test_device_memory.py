@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 def test_card_is_what_torch_sees_and_fails_as_a_real_one_does(rehearsed: Rehearsed) -> None:
-    """Name, capability and bytes are the card's; what does not fit is torch's own error."""
+    """Torch sees the card's name, capability and bytes. A shortage is torch's own error."""
     card = find_gpu("RTX 3060")
 
     seen = rehearsed(
@@ -67,7 +67,7 @@ _FRAGMENTS = """
 
 
 def test_expandable_segments_do_not_fragment(rehearsed: Rehearsed) -> None:
-    """What a split segment cannot hold, one that grows can; the driver's bytes are torch's."""
+    """A growing segment holds what a split one cannot. Torch and the driver agree on bytes."""
     seen = rehearsed(
         _FRAGMENTS + "    answer(grown=fragments())",
         memory="4GiB",
@@ -78,7 +78,7 @@ def test_expandable_segments_do_not_fragment(rehearsed: Rehearsed) -> None:
 
 
 def test_torchs_settings_do_what_they_do(rehearsed: Rehearsed) -> None:
-    """Fragments, large blocks that are not split, old blocks that are given back under a cap."""
+    """They change fragmentation, the splitting of large blocks, and what a cap gives back."""
     seen = rehearsed(
         _FRAGMENTS
         + """
@@ -116,7 +116,7 @@ def test_torchs_settings_do_what_they_do(rehearsed: Rehearsed) -> None:
 
 
 def test_without_torchs_cache_the_driver_serves_each_tensor(rehearsed: Rehearsed) -> None:
-    """Small tensors share a page of 2 MiB, large ones take whole pages, and each is given back."""
+    """Small tensors share a page of 2 MiB. Large ones take whole pages. All are given back."""
     seen = rehearsed(
         """
         used = lambda: device.memfit_rehearsal_used_bytes(0)
@@ -145,7 +145,7 @@ def test_without_torchs_cache_the_driver_serves_each_tensor(rehearsed: Rehearsed
 
 
 def test_the_asynchronous_backend_holds_and_fails_as_a_pool(rehearsed: Rehearsed) -> None:
-    """torch's `backend:cudaMallocAsync` counts, keeps, trims and runs out."""
+    """With `backend:cudaMallocAsync`, the pool counts bytes, keeps them, trims, and runs out."""
     seen = rehearsed(
         """
         one = torch.empty(GIB, dtype=torch.uint8, device="cuda")

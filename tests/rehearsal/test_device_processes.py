@@ -13,7 +13,7 @@ from .conftest import Rehearsed
 
 
 def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
-    """Workers fork beside a device in use; a fork gets torch's sentence; threads agree."""
+    """Workers can fork while the device is in use, and a fork that uses it gets torch's error."""
     seen = rehearsed("""
         import threading
         from torch.utils.data import DataLoader, TensorDataset
@@ -66,7 +66,7 @@ def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
 
 
 def test_visible_devices_are_chosen_as_by_the_driver() -> None:
-    """One of two cards can be the only one, and a number that is not there gets a card."""
+    """CUDA_VISIBLE_DEVICES can hide one of two cards. A missing number still gets a card."""
     script = """
 import ctypes
 device = ctypes.CDLL("libcuda.so.1")
@@ -96,7 +96,7 @@ for i in range(count.value):
 
 
 def test_training_ends_without_a_word(rehearsed: Rehearsed) -> None:
-    """Backward's thread, a profiled step, live tensors and graphs at exit: code 0, and silence."""
+    """Threads, a profiler, tensors and graphs that are still there do not disturb the exit."""
     seen = rehearsed("""
         model = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.GELU()).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)

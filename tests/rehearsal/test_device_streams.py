@@ -6,7 +6,7 @@ from .conftest import Rehearsed
 
 
 def test_graphs_are_captured_replayed_and_have_their_own_pool(rehearsed: Rehearsed) -> None:
-    """A captured step keeps a private pool; replays change nothing; side streams join it."""
+    """A captured step has a private pool, side streams included. A replay allocates nothing."""
     seen = rehearsed("""
         import warnings
         # torch's own words on the streams of a graphed backward.
@@ -62,7 +62,7 @@ def test_graphs_are_captured_replayed_and_have_their_own_pool(rehearsed: Rehears
 
 
 def test_events_have_times_and_streams_their_devices(rehearsed: Rehearsed) -> None:
-    """Two devices hold their own bytes, exchange tensors, and time their own streams."""
+    """Two devices count their bytes, exchange tensors, and time their streams separately."""
     seen = rehearsed(
         """
         here = torch.arange(5).to("cuda:0")

@@ -101,7 +101,7 @@ os._exit(0)
 
 
 def test_one_rank_of_eight_passes_the_checks_of_ddp_and_fsdp(rehearsed: Rehearsed) -> None:
-    """Collectives act as if all ranks held the same; DDP adds its buckets, FSDP keeps an eighth."""
+    """Collectives act as if all ranks held the same. DDP adds buckets. FSDP keeps an eighth."""
     seen = rehearsed(_ONE_OF_EIGHT, gpu="A100 80GB")
     assert seen["gathered"] == [[3, 4]] * 8
     assert (seen["summed"], seen["least"]) == ([24, 32], [3, 4])
@@ -117,7 +117,7 @@ def test_one_rank_of_eight_passes_the_checks_of_ddp_and_fsdp(rehearsed: Rehearse
 
 
 def test_ranks_of_torchrun_each_rehearse_their_own_card(tmp_path: Path) -> None:
-    """Two processes meet through torchrun's store; only one of them runs out of memory."""
+    """Two processes connect through torchrun's store, and only one runs out of memory."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(_RANK))
     with socket.socket() as free:

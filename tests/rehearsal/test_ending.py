@@ -22,7 +22,7 @@ sys.exit(3)
 
 
 def test_a_thread_that_is_left_at_the_end_changes_nothing() -> None:
-    """C++ ends a process with a thread left by std::terminate; the status was given before."""
+    """A thread is left, so C++ calls std::terminate. The process keeps its own exit status."""
     try:
         added = rehearsed_environment(find_gpu("rtx3060"), environment=os.environ)
     except UnsupportedError as error:

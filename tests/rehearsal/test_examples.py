@@ -60,13 +60,13 @@ def result_of(child: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
 
 
 def test_every_example_is_tested() -> None:
-    """The list below has all examples."""
+    """The list below has every example of the folder."""
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PEAKS)
 
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
-    """Its peak is known to the byte; a batch too large ends with 3 and torch's message."""
+    """The peak is known to the byte. A batch that is too large ends with exit code 3."""
     needed = NEEDS.get(name)
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install 'memfit[trainers]'")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_what_needs_a_gpu_passes_rehearsed() -> None:
-    """All tests but those marked `computes` or `long` run in one process; the marks say why."""
+    """They run in one process, without those marked `computes` or `long`."""
     environment = {
         **os.environ,
         **rehearsed_environment(find_gpu("rtx3090"), num_gpus=2, environment=os.environ),

@@ -81,7 +81,7 @@ answer(shape=list(out.shape), gradient=list(x.grad.shape), num_kernels=len(kerne
 
 
 def test_mathematics_gives_shapes_and_does_not_fail(rehearsed: Rehearsed) -> None:
-    """Nothing is computed, so values are zeros; shapes and calls are a GPU's."""
+    """Nothing is computed, so values are zeros. Shapes and calls are as on a GPU."""
     shapes = rehearsed(_MATHEMATICS)["shapes"]
     assert shapes == {
         "fft": [4, 32, 32],
@@ -103,7 +103,7 @@ def test_mathematics_gives_shapes_and_does_not_fail(rehearsed: Rehearsed) -> Non
 
 
 def test_nvml_shows_the_card_its_memory_and_this_process(rehearsed: Rehearsed) -> None:
-    """pynvml and torch agree, for two cards of which one is in use."""
+    """There are two cards, one of them in use. pynvml and torch say the same of both."""
     seen = rehearsed(_NVML, gpu="RTX 4090", num_gpus=2)
     assert (seen["count"], seen["counted"]) == (2, 2)
     assert (seen["name"], seen["capability"]) == ("NVIDIA GeForce RTX 4090", [8, 9])
@@ -116,7 +116,7 @@ def test_nvml_shows_the_card_its_memory_and_this_process(rehearsed: Rehearsed) -
 
 
 def test_the_profiler_records_a_step_without_a_device_in_it(rehearsed: Rehearsed) -> None:
-    """Kernels take no time, so only the host's part has entries."""
+    """Kernels take no time, so only the CPU's part of the profile has entries."""
     seen = rehearsed(_PROFILER)
     assert seen == {"has_linear": True, "on_device": 0}
 
@@ -125,7 +125,7 @@ def test_the_profiler_records_a_step_without_a_device_in_it(rehearsed: Rehearsed
 def test_triton_compiles_for_the_card(
     rehearsed: Rehearsed, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """torch.compile makes kernels for the card's capability; nothing runs them."""
+    """torch.compile makes kernels for the card's compute capability. They do not run."""
     folder = tmp_path_factory.mktemp("inductor")
     seen = rehearsed(
         _COMPILED,

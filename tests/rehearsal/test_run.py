@@ -68,7 +68,7 @@ def printed_peaks(text: str) -> list[int]:
 
 
 def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[str]) -> None:
-    """It ends as by `sys.exit(0)`, and reads the same peaks as without the watch."""
+    """The script ends as with `sys.exit(0)`. It reads the same peaks as without memfit."""
     found = rehearse(TRAINING, "8", "1000", "reset")
     out, err = capfd.readouterr()
     assert (found.end, found.exit_code, err) == (RehearsalEnd.SETTLED, 0, "")
@@ -93,7 +93,7 @@ def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[st
 
 
 def test_a_whole_script_shows_its_evaluation() -> None:
-    """It ends by itself, here by `os._exit` with its own code."""
+    """The script runs to its end, here `os._exit` with a code of its own."""
     found = rehearse(TRAINING, "2", "6", "evaluate", "quit", is_whole=True)
     assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, 5)
     (process,) = found.processes
@@ -110,7 +110,7 @@ def test_a_whole_script_shows_its_evaluation() -> None:
 def test_a_script_that_fails_keeps_its_code(
     extra: str, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its output does not change, and the report has what was seen until then."""
+    """Its output does not change, and the report has everything up to the failure."""
     found = rehearse(TRAINING, "2", "2", extra)
     assert (found.end, found.exit_code) == (RehearsalEnd.FAILED, code)
     assert found.processes[0].num_steps == 2
@@ -143,7 +143,7 @@ def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[st
 
 
 def test_a_script_may_handle_a_shortage() -> None:
-    """Then the script fits, and the report has the shortage too."""
+    """The script catches the error and goes on. The report says that memory ran out."""
     found = rehearse(TRAINING, "5000", "4", "retry", is_whole=True)
     assert (found.end, found.exit_code) == (RehearsalEnd.FINISHED, 0)
     (process,) = found.processes
@@ -154,7 +154,7 @@ def test_a_script_may_handle_a_shortage() -> None:
 
 
 def test_reads_that_decide_are_told_from_reads_that_show() -> None:
-    """A mask as an index and a condition decide the course; a printed loss does not."""
+    """A mask as an index and a condition decide what runs. A printed loss does not."""
     found = rehearse(TRAINING, "2", "3", "read", is_whole=True)
     text = Path(TRAINING).read_text("utf-8").splitlines()
     reads = {
@@ -175,7 +175,7 @@ def test_reads_that_decide_are_told_from_reads_that_show() -> None:
 
 
 def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture[str]) -> None:
-    """They are spawned or forked, beside workers that load data; they print much output."""
+    """Some are spawned and some forked, with data loaders, and they print much."""
     found = rehearse(str(SCRIPTS / "processes.py"))
     out = capfd.readouterr().out
     assert (found.end, found.exit_code) == (RehearsalEnd.SETTLED, 0)
@@ -188,7 +188,7 @@ def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture
 
 
 def test_what_a_command_leaves_running_is_ended() -> None:
-    """This includes processes with their own session."""
+    """Processes in a session of their own are ended too."""
     before = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
     found = rehearse(TRAINING, "2", "1", "orphan")
     assert found.exit_code == 0
@@ -197,7 +197,7 @@ def test_what_a_command_leaves_running_is_ended() -> None:
 
 
 def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
-    """The command gets the interrupt too, and what was seen until then is shown."""
+    """The command gets the interrupt too. The report has everything up to it."""
     environment()
     child = subprocess.Popen(
         [
@@ -240,7 +240,7 @@ def test_a_history_has_the_roles_of_a_step() -> None:
 
 
 def test_a_command_without_the_card_is_said_so() -> None:
-    """It runs normally, and the report claims nothing about it."""
+    """The command runs normally, and the report says that it did not use the card."""
     found = rehearse("-c", "print('hello')")
     assert (found.end, found.processes, found.peak) == (RehearsalEnd.FINISHED, (), None)
     assert any("No process of the command used the card" in note for note in found.notes)

@@ -103,7 +103,7 @@ EDGE = (CARD.usable_bytes - 500 * MIB) // (10 * MIB)
 
 
 def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
-    """One sample more was tried and ran out."""
+    """One sample more than the largest batch size was tried, and memory ran out."""
     found = probe_command(COMMAND[:4], BOUNDS)
     assert (found.max_batch_size, found.proved) == (EDGE, True)
     assert found.source is Source.REHEARSED
@@ -122,7 +122,7 @@ def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
 def test_a_batch_size_may_stand_in_an_override_or_a_variable(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be `key=value`, `NAME={}` before the program, or a variable set for memfit."""
+    """`{}` may be in `key=value`, in `NAME={}` before the program, or in a set variable."""
     probe_command((sys.executable, "train.py", "data.batch={}"), BOUNDS)
     assert runs.seen[0][0][2] == "data.batch=2"
     assert runs.seen[0][1] == {"CARD": "1"}
@@ -136,7 +136,7 @@ def test_a_batch_size_may_stand_in_an_override_or_a_variable(
 
 
 def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
-    """A run without a step shows nothing, and the answer says where the search stopped."""
+    """A run without a step proves nothing. The answer says where the search stopped."""
     runs.num_samples = 300
     found = probe_command(COMMAND[:4], BOUNDS)
     assert found.max_batch_size <= 300
@@ -146,7 +146,7 @@ def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
 
 
 def test_a_command_that_fails_ends_the_search(runs: Runs) -> None:
-    """The error has the command's last words."""
+    """The error has the last lines that the command printed."""
     runs.exit_code = 7
     with pytest.raises(StepCrashedError, match=r"exit code 7[^Z]*ValueError: two"):
         probe_command(COMMAND[:4], BOUNDS)
@@ -154,14 +154,14 @@ def test_a_command_that_fails_ends_the_search(runs: Runs) -> None:
 
 
 def test_what_fits_nowhere_is_said_so(runs: Runs) -> None:
-    """The message is about the smallest batch."""
+    """The message says that the smallest batch does not fit."""
     runs.sample_bytes = 100 * CARD.total_bytes
     with pytest.raises(DoesNotFitError, match="even at batch size 1"):
         probe_command(COMMAND[:4], BOUNDS)
 
 
 def test_a_plan_adds_up_and_was_tried(runs: Runs) -> None:
-    """It is the largest equal part that fits beside the accumulated gradients."""
+    """The micro-batch is the largest equal part that fits beside accumulated gradients."""
     found = plan_command(COMMAND, 4096, BOUNDS, world_size=2)
     assert found.micro_batch_size * found.accumulation_steps * 2 == 4096
     assert (found.micro_batch_size, found.accumulation_steps) == (1024, 2)
@@ -195,7 +195,7 @@ def test_a_plan_needs_both_places_and_an_equal_share(runs: Runs) -> None:
 
 
 def test_bounds_are_checked() -> None:
-    """They are checked before anything runs."""
+    """Wrong bounds are refused before anything runs."""
     with pytest.raises(UsageError, match="headroom"):
         ScriptSearch(gpu=CARD, environment={}, headroom=1.0)
     with pytest.raises(UsageError, match="multiple_of"):

@@ -1,4 +1,4 @@
-"""On a phone and on a desktop, nothing of a page is cut and nothing covers anything else."""
+"""Pages fit a phone and a desktop: nothing is cut off, and nothing covers anything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OVERLAPS = (Path(__file__).parent / "overlaps.js").read_text(encoding="utf-8")
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 @pytest.mark.parametrize("kind", ["profile", "probe", "survey", "exploration"])
 def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kind: str) -> None:
-    """On a phone and on a desktop: titles, ticks, labels of lines, legend and toolbar."""
+    """This holds for titles, ticks, the labels of lines, the legend and the toolbar."""
     long_name = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
     cards = tuple(
         SurveyAnswer(gpu=name, result=dataclasses.replace(PROBE, device=name))
