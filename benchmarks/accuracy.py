@@ -161,6 +161,7 @@ def _run(task: Task) -> list[dict[str, Any]]:
 def _trace(task: Task) -> Any:
     import timm
     import torch
+    from accuracy_loops import ZeroFillingStep, with_batch_of_bytes
 
     from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
@@ -175,7 +176,8 @@ def _trace(task: Task) -> Any:
     is_ladder = task.kind == "ladder"
     capability = (8, 6) if is_ladder else (8, 0)
     size = task.image_size
-    step = TrainingStep(
+    # timm's benchmark.py with torch 1.12 filled gradients with zeros.
+    step = (ZeroFillingStep if is_ladder else TrainingStep)(
         subject=task.model,
         options=StepOptions(
             precision=Precision.AMP_FP16 if is_ladder else Precision.FP32,
@@ -183,38 +185,30 @@ def _trace(task: Task) -> Any:
             channels_last=task.memory_format == "nhwc",
             image_size=None if size is None else (size, size),
             num_classes=NUM_CLASSES if config is not None and config.num_classes == 0 else None,
+            # timm's PrefetchLoader: one batch in the loop's variable, and one in the generator's.
+            prefetch=0 if is_ladder else 2,
         ),
     )
     # Torch of those days kept the BLAS workspaces that `_replay` allocates.
     kernels = Kernels(
         compute_capability=capability, torch_release=(2, 0), asks_cudnn=task.asks_cudnn
     )
-    if is_ladder:
-        # timm's benchmark.py with torch 1.12: one tensor at a time in SGD, gradients zeroed in
-        # place, backward called inside autocast, attention written out.
-        options = TraceOptions(
-            compute_capability=capability,
-            kernels=kernels,
-            has_fused_attention=False,
-            uses_foreach=False,
-            keeps_gradients=True,
-        )
-    else:
-        # timm's PrefetchLoader: one batch in the loop's variable, one in the generator's, one on
-        # its way in bytes.
-        options = TraceOptions(
-            compute_capability=capability,
-            kernels=kernels,
-            num_prefetched_batches=2,
-            prefetches_as_uint8=True,
-        )
-    # Before torch 2, autocast let interpolation run in half precision.
+    # One tensor at a time in SGD, and attention written out, as in torch 1.12.
+    options = TraceOptions(
+        compute_capability=capability,
+        kernels=kernels,
+        has_fused_attention=not is_ladder,
+        uses_foreach=not is_ladder,
+    )
+    # Before torch 2, backward was called inside autocast, and interpolation ran in half precision.
     precision_policy = MetaPrecision(
         step.options.precision,
         backward_in_autocast=is_ladder,
         fp32=frozenset(name for name in FP32 if "upsample" not in name) if is_ladder else FP32,
     )
-    return trace(step, options, precision_policy=precision_policy)
+    made = trace(step, options, precision_policy=precision_policy)
+    # Where images are prefetched, one batch more is on its way in bytes.
+    return made if is_ladder else with_batch_of_bytes(made, step)
 
 
 def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:

@@ -226,18 +226,14 @@ class PreparedStep:
             for _ in range(self.num_micro_batches):
                 self._backward(batch_size)
 
-    def update(self, *, set_to_none: bool = True) -> None:
-        """Run the second part: the optimizer's step, and gradients zeroed.
-
-        Args:
-            set_to_none: Whether to drop the gradients. If not, they are filled with zeros.
-        """
+    def update(self) -> None:
+        """Run the second part: the optimizer's step. Then drop the gradients."""
         if self._options.evaluate is not None:
             return
         assert self._optimizer is not None
         with users_code():
             self.precision_policy.step(self._optimizer)
-            self._optimizer.zero_grad(set_to_none=set_to_none)
+            self._optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update()
 

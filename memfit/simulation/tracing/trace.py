@@ -50,11 +50,7 @@ class TraceOptions:
         has_fused_attention: Whether there is `scaled_dot_product_attention`. If not, models write
             attention as separate products.
         uses_foreach: Whether optimizers use their foreach implementation by default.
-        keeps_gradients: Whether gradients are zeroed in place instead of dropped.
         cudnn_benchmark: Whether convolutions try their plans (`torch.backends.cudnn.benchmark`).
-        num_prefetched_batches: The number of batches on the device besides the current one.
-        prefetches_as_uint8: Whether the loader copies images as bytes and converts them on the
-            device. Then one batch of bytes is on the device too.
         gpu: The card, which decides the size of some scratch memory; `None` for a card of which
             only the compute capability is known. `StepSchedule.on` changes it.
     """
@@ -65,10 +61,7 @@ class TraceOptions:
     prefers_cudnn_attention: bool = False
     has_fused_attention: bool = True
     uses_foreach: bool = True
-    keeps_gradients: bool = False
     cudnn_benchmark: bool = True
-    num_prefetched_batches: int = 0
-    prefetches_as_uint8: bool = False
 
     def choose_attention(self, call: AttentionCall) -> AttentionBackend:
         """Return the kernel that attention uses."""
@@ -136,8 +129,8 @@ class PreparedStep(Protocol):
     def accumulate(self, batch_size: int) -> None:
         """Run every micro-batch forward and backward."""
 
-    def update(self, *, set_to_none: bool) -> None:
-        """Take the optimizer's step and zero the gradients."""
+    def update(self) -> None:
+        """Take the optimizer's step and drop the gradients."""
 
 
 def trace_step(
@@ -218,28 +211,25 @@ def _record(
         iterated.append(batch_size)
         run = tuple(recorder.cut())
         setup.extend(recorder.take_residents())
-        prepared.update(set_to_none=not options.keeps_gradients)
+        prepared.update()
         return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()))
 
     schedule = settle(setup, iterate, batch_sizes=batch_sizes, only_first=PLANS_TRIED)
     first = schedule.first
     return dataclasses.replace(
         schedule,
-        setup=_with_prefetched(schedule.setup, prepared, options),
+        setup=_with_prefetched(schedule.setup, prepared),
         first=first if options.cudnn_benchmark else first.without(PLANS_TRIED),
     )
 
 
-def _with_prefetched(setup: Schedule, prepared: PreparedStep, options: TraceOptions) -> Schedule:
-    num_batches = options.num_prefetched_batches + prepared.num_prefetched
-    if not num_batches:
+def _with_prefetched(setup: Schedule, prepared: PreparedStep) -> Schedule:
+    if not prepared.num_prefetched:
         return setup
     inputs, targets = prepared.make_batch(1)
     leaves = pytree.tree_leaves((inputs, targets))
     sizes = [leaf.untyped_storage().nbytes() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    sizes *= num_batches
-    if options.prefetches_as_uint8:
-        sizes += [leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    sizes *= prepared.num_prefetched
     events = tuple(
         Event(
             action=Action.ALLOC,

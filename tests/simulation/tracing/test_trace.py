@@ -204,14 +204,14 @@ def test_foreach_optimizers_hold_lists_of_temporaries() -> None:
 
 
 def test_prefetched_batches_grow_with_the_batch() -> None:
-    """These are two more batches, and one in bytes."""
+    """Two batches that wait are two more batches."""
     plain = trace(step_of(mlp()), options())
-    fetched = trace(step_of(mlp()), options(num_prefetched_batches=2, prefetches_as_uint8=True))
+    fetched = trace(step_of(mlp(), prefetch=2), options())
     sample = 4 * 64 + 8
     more = sum(e.num_bytes for e in fetched.schedule.setup.at(100)) - sum(
         e.num_bytes for e in plain.schedule.setup.at(100)
     )
-    assert more == 100 * (2 * sample + 64 + 1)
+    assert more == 100 * 2 * sample
 
 
 class ReadsValues(nn.Module):

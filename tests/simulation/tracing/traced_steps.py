@@ -21,7 +21,7 @@ def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> Trac
 
 
 def step_of(
-    subject: str | Workload, precision: Precision = Precision.FP32, **changes: bool
+    subject: str | Workload, precision: Precision = Precision.FP32, **changes: int
 ) -> TrainingStep:
     optimizer = "adamw" if isinstance(subject, str) else None
     return TrainingStep(
