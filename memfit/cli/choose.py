@@ -28,7 +28,7 @@ __all__ = ["choose"]
 @click.option(
     "--top",
     type=click.IntRange(min=1),
-    help="Stop at so many models that fit.  [default: 10; with PATTERN, all]",
+    help="Stop when this many models fit.  [default: 10; with PATTERN, all]",
 )
 @click.option(
     "--max-steps",

@@ -48,7 +48,8 @@ __all__ = ["profile"]
     "--baseline",
     type=OUTPUT,
     metavar="FILE",
-    help="Compare with the peak kept in FILE: exit code 5 if it grew. Without one, keep this one.",
+    help="Compare the peak with the one in FILE; exit code 5 if it has grown. If FILE has none, "
+    "write the peak there.",
 )
 @click.option(
     "--tolerance",

@@ -8,8 +8,8 @@
 The test runs in a process of its own, on the card, which is rehearsed. No GPU is needed, and the
 figure is the same every time. Its fixtures are set up in both processes. A test that uses the
 fixture `peak_memory` runs here instead, and simulates the steps that it asks about. Each peak is
-compared with the one that is kept in `memfit-baseline.json` (the option `memfit_baseline`), if it
-is there. `--memfit-update` keeps the peaks of a run.
+compared with the peak of the same test in `memfit-baseline.json` (the option `memfit_baseline`), if
+there is one. `--memfit-update` writes the peaks of a run into that file.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options."""
     group = parser.getgroup("memfit")
     group.addoption(
-        "--memfit-update", action="store_true", help="Keep the peaks of this run as the baseline."
+        "--memfit-update", action="store_true", help="Keep this run's peaks as the baseline."
     )
-    parser.addini("memfit_baseline", f"The file of kept peaks, by default {_FILE}.", default=_FILE)
+    parser.addini(
+        "memfit_baseline", f"The file that keeps the peaks, by default {_FILE}.", default=_FILE
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "peak_memory(limit=None, *, gpu, tolerance=0.01): fail if the test's training step takes "
-        "more than `limit` of the card, or more than the peak that is kept.",
+        "more than `limit` of the card's memory, or more than the peak that was kept before.",
     )
 
 
@@ -157,7 +159,10 @@ def _marker_of(item: pytest.Item) -> _Asked:
 
     marker = item.get_closest_marker(_MARKER)
     if marker is None:
-        pytest.fail("The fixture peak_memory needs the marker: peak_memory(gpu='t4').", False)
+        pytest.fail(
+            "The fixture peak_memory needs the marker: @pytest.mark.peak_memory(gpu='t4').",
+            False,
+        )
     try:
         return _Asked.of(marker)
     except (UsageError, TypeError) as error:
@@ -250,8 +255,8 @@ def _check(item: pytest.Item, asked: _Asked, seen: _Seen) -> None:
     said = []
     if asked.limit_bytes is not None and seen.peak.total_bytes > asked.limit_bytes:
         said.append(
-            f"The step takes {format_bytes(seen.peak.total_bytes)} of {seen.device} "
-            f"({seen.source.value}), and {format_bytes(asked.limit_bytes)} is the limit."
+            f"The step takes {format_bytes(seen.peak.total_bytes)} on {seen.device} "
+            f"({seen.source.value}). The limit is {format_bytes(asked.limit_bytes)}."
         )
     if seen.name in kept:
         growth = kept.compare(

@@ -1,4 +1,4 @@
-"""What is trained, as words of the command line: a timm model, or `package.module:function`.
+"""What the command line trains: a timm model, or `package.module:function`.
 
 The function returns a `memfit.Workload`. It is imported as Python would import it in the current
 folder.
@@ -27,18 +27,18 @@ else:
 
 __all__ = ["Subject", "name_of", "subject_of"]
 
-# "hf-hub:timm/resnet50" is no such place: it has a slash.
+# "hf-hub:timm/resnet50" is a model's name. The slash tells it apart.
 _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def subject_of(text: str) -> Subject:
-    """Return what a word of the command line names.
+    """Return the model or workload that an argument of the command line names.
 
     Args:
         text: A timm model's name, which is returned as it is, or `package.module:function`.
 
     Raises:
-        WorkloadError: There is no such module or function, or it gives no `Workload`.
+        WorkloadError: There is no such module or function, or it does not return a `Workload`.
     """
     if not _PLACE.fullmatch(text):
         return text
@@ -53,8 +53,8 @@ def subject_of(text: str) -> Subject:
         found = _called(found, text)
     if isinstance(found, str):
         raise WorkloadError(
-            f"{text} is {found!r}, which is text: give a timm model's name itself, or return a "
-            "memfit.Workload."
+            f"{text} is the text {found!r}. To name a timm model, write its name here. A function "
+            "must return a memfit.Workload."
         )
     check_subject(found, Workload)
     assert isinstance(found, Workload)
@@ -75,14 +75,12 @@ def _imported(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or name
         if name != missing and not name.startswith(f"{missing}."):
-            raise WorkloadError(
-                f"{name} imports {missing}, and there is no such module here."
-            ) from error
+            raise WorkloadError(f"{name} imports {missing}, which is not installed.") from error
         files = [path.stem for path in Path.cwd().glob("*.py")]
         near = difflib.get_close_matches(name.partition(".")[0], files, n=1)
         hint = f"; did you mean {near[0]}?" if near and near[0] != name else "."
         raise WorkloadError(
-            f"There is no module {missing!r} in {folder} or among what is installed{hint}"
+            f"There is no module {missing!r} in {folder}, and none is installed{hint}"
         ) from error
     except Exception as error:
         raise WorkloadError(f"{name} cannot be imported: {_said(error)}") from error
@@ -110,7 +108,7 @@ def _called(function: Any, text: str) -> Any:
         needed = []
     if needed:
         raise WorkloadError(
-            f"{text} takes {', '.join(needed)}, and memfit calls it without arguments: give a "
+            f"{text} needs the arguments {', '.join(needed)}, but memfit gives none: name a "
             "function that needs none."
         )
     try:

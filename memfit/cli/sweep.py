@@ -75,9 +75,14 @@ _ORDERS = (
     help="The order of the table in the terminal.",
 )
 @click.option(
-    "--min-batch", type=click.IntRange(min=1), default=1, help="Show rows with so much room."
+    "--min-batch",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Show models whose largest batch size is at least this.",
 )
-@click.option("--top", type=click.IntRange(min=1), help="Show so many rows in the terminal.")
+@click.option(
+    "--top", type=click.IntRange(min=1), help="Show at most this many rows in the terminal."
+)
 @pool_options
 @html_option
 @click.option("--parquet", type=OUTPUT, metavar="FILE", help="Write all rows as Parquet.")
@@ -97,7 +102,7 @@ def sweep(
     parquet: Path | None,
     output: Format,
 ) -> None:
-    """Find the largest batch sizes of every model that PATTERN means, on every --gpu.
+    """Find the largest batch sizes of every model that matches a PATTERN, on every --gpu.
 
     PATTERN is the name of a timm model, a wildcard such as 'convnext_*', all, or a text file with
     one of these a line. An image size can follow an @, as in convnext_tiny@288. Each training step

@@ -56,9 +56,12 @@ def pool_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--journal",
             type=OUTPUT,
             metavar="FILE",
-            help="Keep what is done in this file; by default in the user's cache, until the end.",
+            help="Keep results in this file; by default in the user's cache, until "
+            "the sweep is complete.",
         ),
-        click.option("--fresh", is_flag=True, help="Begin anew, and keep no journal."),
+        click.option(
+            "--fresh", is_flag=True, help="Start from the beginning, and keep no journal."
+        ),
     )
     return functools.reduce(lambda inner, option: option(inner), reversed(options), pooled)
 
@@ -75,7 +78,7 @@ class Shown:
         self._task = None if bar is None else bar.add_task("", total=None)
 
     def stage(self, what: str, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Show how far the work is."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what, completed=done, total=total)
 

@@ -1,4 +1,4 @@
-"""What a training loop holds or leaves out besides the bare step: averages, frozen parts, hooks."""
+"""What training loops add to a step: averages of the weights, frozen parameters, early updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Shared tensors come once, as in a deep copy.
+        # A tensor that is shared is copied once, as in a deep copy.
         self._followed = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._copies = [tensor.detach().clone() for tensor in self._followed.values()]
 
@@ -51,14 +51,14 @@ class WeightAverage:
 class StepInBackward:
     """Takes the optimizer's step for each parameter as soon as its gradient is complete.
 
-    The gradient is freed then, so that the gradients of a model are never all there at once.
+    The gradient is freed then, so the gradients of all parameters are never held at the same time.
 
     Args:
         optimizer: The optimizer of all parameters.
 
     Source: PyTorch's tutorial "How to save memory by fusing the optimizer step into the backward
         pass" (https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html),
-        which gives each parameter an optimizer of its own. Here one optimizer is shown one
+        which gives each parameter an optimizer of its own. Here one optimizer gets one
         parameter at a time, which takes the same memory.
     """
 
@@ -94,7 +94,7 @@ def freeze(model: nn.Module, patterns: Sequence[str], *, name: str) -> None:
 
     Args:
         model: The model; its parameters are changed in place.
-        patterns: Patterns as a shell has them (`layer1.*`), for whole names.
+        patterns: Patterns as in a shell (`layer1.*`). A pattern must match the whole name.
         name: The model's name in errors.
 
     Raises:

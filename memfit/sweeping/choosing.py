@@ -94,7 +94,7 @@ class ChoiceTask(SweepTask):
         return plan_on(card, asked.step, PlanTarget.of(self.effective_batch_size, asked.search))
 
     def _checkpointed(self) -> int | None:
-        """Return the micro-batch with gradient checkpointing; `None` if that cannot be had."""
+        """Return the micro-batch with gradient checkpointing; `None` if it has none."""
         try:
             asked = Asked.of(self.model, **{**self.options, "grad_checkpointing": True})
             (answer,) = asked.on_each(self.gpus, lambda card: self._plan(card, asked))

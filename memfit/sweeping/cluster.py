@@ -1,4 +1,4 @@
-"""The same tasks on a Ray cluster: a node that is lost costs time, and no answer."""
+"""Runs the tasks on a Ray cluster. If a node is lost, its tasks run again on another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RayPool", "check_versions"]
 
 _RETRIES = 5
 _NODE_SECONDS = 120
-# So many tasks are with the cluster at a time, for each of its cores.
+# How many tasks the cluster has at a time, for each of its cores.
 _TASKS_EACH = 4
 
 
@@ -116,7 +116,7 @@ def check_versions(found: Mapping[str, Mapping[str, str]], here: Mapping[str, st
     if other:
         lines = [f"  {node}: {_listed(each)}" for node, each in sorted(other.items())]
         raise UnsupportedError(
-            "The figures of a sweep depend on the versions, and the cluster has several. Here: "
+            "The figures of a sweep depend on the versions, so all nodes need the same. Here: "
             f"{_listed(here)}. {len(other)} of {len(found)} nodes differ:\n" + "\n".join(lines)
         )
 

@@ -1,7 +1,7 @@
-"""The answers of a sweep on disk, one a line, so that an interrupted sweep goes on.
+"""The answers of a sweep in a file, one in each line, so that an interrupted sweep can go on.
 
-A line is complete or it does not count: what a killed process left half written is dropped. Answers
-of other versions of torch, timm or memfit do not count either.
+A process that is killed may leave half a line, which is dropped. Answers of other versions of
+torch, timm or memfit are not used either.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Journal(Generic[_Row]):
             self._file.truncate()
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or error
-            raise UsageError(f"{self._path} cannot be a journal: {why}.") from error
+            raise UsageError(f"{self._path} cannot be used as a journal: {why}.") from error
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -109,8 +109,8 @@ class Journal(Generic[_Row]):
             except (ValueError, KeyError, TypeError):
                 if line.endswith(b"\n"):
                     raise UsageError(
-                        f"{path} is no journal of a sweep: {line[:40].decode(errors='replace')!r} "
-                        "is no answer. Give another file."
+                        f"{path} is not the journal of a sweep: it has the line "
+                        f"{line[:40].decode(errors='replace')!r}. Give another file."
                     ) from None
                 break
             end += len(line)

@@ -71,8 +71,8 @@ def sweep(
             extra `memfit[sweep]`.
         journal: The file that keeps what is done; `"auto"` for a file in the user's cache, which is
             deleted at the end; `None` keeps nothing.
-        progress: `"bar"`, `None`, or a function. It is called with what runs, the number of steps
-            done, and of all steps.
+        progress: `"bar"`, `None`, or a function. The function is called with what runs, the number
+            of steps done, and the number of all steps.
         on_rows: Called with the rows of each step when they are known.
         **options: The search and the step, as in `survey`. Engine `"auto"` simulates.
 
@@ -148,7 +148,7 @@ def pool_for(num_tasks: int, *, workers: int | None, ray: str | None) -> Pool:
         ray: `"auto"` or the address of a Ray cluster.
 
     Raises:
-        UsageError: Both were given, or `workers` is no count.
+        UsageError: Both were given, or `workers` is not a count.
         UnsupportedError: Ray is not installed, or its cluster has several versions.
     """
     if ray is not None:
@@ -177,13 +177,13 @@ def answered(
         kind: The class of their rows.
         pool: What runs them.
         journal: The file of answers; `"auto"` for one in the user's cache.
-        progress: Called with what runs, the number of tasks done, and of all tasks.
+        progress: Called with what runs, the number of tasks done, and the number of all tasks.
         on_rows: Called with the rows of each task.
-        is_enough: Says after each answer whether the rest need not be asked.
+        is_enough: Says after each answer whether the remaining tasks can be left out.
 
     Returns:
         The answers by the tasks' keys, and whether all tasks were answered. Ctrl-C ends the work
-        early, and is no error here.
+        early, and is not an error here.
     """
     known = versions()
     path = default_path((t.key for t in tasks), known) if journal == AUTO_JOURNAL else journal

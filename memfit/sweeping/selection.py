@@ -66,7 +66,7 @@ def _lines(path: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise UsageError(f"{path} names no model: write one name or wildcard a line.")
+        raise UsageError(f"{path} names no model: write one name or wildcard in each line.")
     return names
 
 

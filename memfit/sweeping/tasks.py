@@ -1,4 +1,4 @@
-"""One task of a sweep: a training step on all cards, answered in whatever process runs it."""
+"""One task of a sweep: a training step on all cards. Any process can run it."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class SweepTask:
 
 
 def _probed(opened: Backend, asked: Asked) -> tuple[ProbeResult, int | None]:
-    """Search on a card, and return what a sample adds too."""
+    """Search on a card. Return the result, and the bytes that one sample more adds."""
     with opened as backend:
         result = run_search(backend, asked.step, asked.search)
         fits = {trial.batch_size: trial for trial in result.trials if trial.fits}

@@ -1,4 +1,4 @@
-"""A pool of processes on this machine. A worker that dies costs the answer of its one task.
+"""A pool of processes on this machine. If a worker dies, only the task that it ran has no answer.
 
 The processes are started as commands and not by `multiprocessing`, so that a user's script needs no
 `if __name__ == "__main__"`, and so that a worker that the system kills can be replaced.
@@ -25,7 +25,7 @@ from memfit.units import GIB
 __all__ = ["LocalPool", "Task", "num_workers_for", "serve"]
 
 _WORKER_BYTES = int(1.1 * GIB)
-"""What a worker takes at most; it is replaced after a task with which it took more."""
+"""The most memory of a worker. One that took more is replaced when its task is done."""
 
 
 class Task(Protocol):
@@ -36,7 +36,7 @@ class Task(Protocol):
         """A text that is the same for equal tasks, in every process."""
 
     def run(self) -> Any:
-        """Return the answer; a mistake of the question is part of it."""
+        """Return the answer. If the question has a mistake, the answer says so."""
 
     def failed(self, reason: str) -> Any:
         """Return the answer if the process that ran the task died."""
@@ -118,7 +118,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            # Ctrl-C is this process's to handle.
+            # Only the calling process handles Ctrl-C.
             start_new_session=True,
         )
         self.is_alive = True
@@ -147,7 +147,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            # A task that did not get to the process is still in the buffer.
+            # Closing writes what is still in the buffer, and the process is gone.
             with contextlib.suppress(OSError):
                 if pipe is not None:
                     pipe.close()

@@ -105,7 +105,7 @@ def test_limits_and_mistakes(pytester: pytest.Pytester) -> None:
     """Each fails its test with one sentence, and no traceback."""
     markers = {
         '"2GiB", gpu="t4"': "",
-        '"2MiB", gpu="t4"': "of Tesla T4 (simulated), and 2.0 MiB is the limit",
+        '"2MiB", gpu="t4"': "on Tesla T4 (simulated). The limit is 2.0 MiB",
         '"2GiB"': "needs a card",
         'gpu="t44444"': "There is no GPU 't44444'",
         '"2GiBs", gpu="t4"': "is not a size",

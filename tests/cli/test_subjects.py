@@ -75,10 +75,10 @@ def test_a_step_of_ones_own_is_verified(module: str) -> None:
     [
         ("{}x:make_workload", "There is no module '{}x'"),
         ("{}:make_workloads", "did you mean make_workload?"),
-        ("{}:needs", "takes width, and memfit calls it without arguments"),
+        ("{}:needs", "needs the arguments width, but memfit gives none"),
         ("{}:fails", "raised RuntimeError: no data here"),
         ("{}:model", "A Linear alone makes no training step"),
-        ("{}:name", "is 'resnet18', which is text"),
+        ("{}:name", "is the text 'resnet18'"),
         ("{}_broken:make", "imports surely_not_installed_anywhere"),
         ("{}_wrong:make", "cannot be imported: ZeroDivisionError"),
     ],

@@ -159,10 +159,12 @@ def test_what_a_trial_cannot_run_is_refused_in_a_sentence() -> None:
     module.automatic_optimization = False
     with pytest.raises(UnsupportedError, match="steps its optimizers itself"):
         memfit.probe(module, gpu="rtx3060")
-    with pytest.raises(UsageError, match="datamodule is for a LightningModule, not for 'resnet18'"):
+    with pytest.raises(
+        UsageError, match="datamodule= goes with a LightningModule, not with 'resnet18'"
+    ):
         memfit.probe("resnet18", gpu="rtx3060", datamodule=object())
     made, beside = subject("lightning")
-    with pytest.raises(UsageError, match="trainer is a Lightning Trainer, not int"):
+    with pytest.raises(UsageError, match="trainer= must be a Lightning Trainer, not int"):
         memfit.probe(made, gpu="rtx3060", datamodule=beside["datamodule"], trainer=3)
     with pytest.raises(UnsupportedError, match="no trials in Lightning's precision '64-true'"):
         trainer = zoo.lightning_trainer(precision="64-true")

@@ -133,7 +133,7 @@ def test_a_journal_is_not_any_file(tmp_path: Path) -> None:
     """A file of something else is refused, and is not changed."""
     path = tmp_path / "notes.txt"
     path.write_text("dear diary\n")
-    with pytest.raises(UsageError, match="is no journal"), Journal(path, SweepRow, {}):
+    with pytest.raises(UsageError, match="is not the journal"), Journal(path, SweepRow, {}):
         pass
     assert path.read_text() == "dear diary\n"
 

@@ -1,7 +1,7 @@
 """Turns a trainer's own object into a `Workload`.
 
-A fastai `Learner`, a `LightningModule` and a transformers `Trainer` are told by the names of their
-classes. No trainer is imported: where its object is, the trainer is.
+A fastai `Learner`, a `LightningModule` and a transformers `Trainer` are recognised by the names of
+their classes. So memfit imports no trainer by itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def subject_of(
         return workload_of_module(subject, datamodule=datamodule, trainer=trainer)
     for name, given in (("datamodule", datamodule), ("trainer", trainer)):
         if given is not None:
-            raise UsageError(f"{name} is for a LightningModule, not for {_kind(subject)}.")
+            raise UsageError(f"{name}= goes with a LightningModule, not with {_kind(subject)}.")
     if is_of(subject, "fastai", "Learner"):
         from memfit.integrations.objects.fastai import workload_of_learner
 

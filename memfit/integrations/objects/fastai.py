@@ -79,7 +79,7 @@ def precision_of(learn: Any) -> Precision:
 
 
 def refuse_mixing(learn: Any) -> None:
-    """Refuse callbacks that make another step of a learner's step.
+    """Refuse callbacks that change what a learner's step computes.
 
     Raises:
         UnsupportedError: There is such a callback.
@@ -89,7 +89,7 @@ def refuse_mixing(learn: Any) -> None:
         if found is not None:
             kind = type(found).__name__
             why = (
-                "memfit accumulates itself: leave it out"
+                "leave it out, because memfit accumulates by itself"
                 if name == "GradientAccumulation"
                 else "rehearse the script instead: memfit rehearse --gpu NAME -- python train.py"
             )
@@ -112,8 +112,8 @@ class _LearnersStep(TrainersStep):
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         inputs, targets = batch[: self._num_inputs], batch[self._num_inputs :]
-        # The batch before this one is still there: in fastai it waits for Python's collector of
-        # cycles, in every second step at least.
+        # The batch before this one is still there. In fastai it is part of a cycle of references,
+        # so it stays until Python's garbage collector runs.
         self._set_modes()
         predictions = self.model(*inputs)
         if self._is_mixed:
@@ -159,7 +159,7 @@ class FastaiOptimizer(torch.optim.Optimizer):
         self.inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Fill gradients with zeros, as fastai does whatever is asked for."""
+        """Fill gradients with zeros. fastai does this for both values of `set_to_none`."""
         del set_to_none
         self.inner.zero_grad()
 

@@ -49,16 +49,16 @@ def workload_of_module(
 
     Raises:
         UsageError: There is no data, or a wrong argument.
-        UnsupportedError: The module or the trainer does what a trial cannot.
+        UnsupportedError: The module or the trainer does something that a trial cannot do.
     """
     if not module.automatic_optimization:
         raise UnsupportedError(
             f"{type(module).__name__} steps its optimizers itself (automatic_optimization is "
-            "False), so memfit does not see the step: rehearse the script instead, memfit rehearse "
+            "False), so memfit does not see the step. Rehearse the script instead: memfit rehearse "
             "--gpu NAME -- python train.py."
         )
     if trainer is not None and not hasattr(trainer, "accumulate_grad_batches"):
-        raise UsageError(f"trainer is a Lightning Trainer, not {type(trainer).__name__}.")
+        raise UsageError(f"trainer= must be a Lightning Trainer, not {type(trainer).__name__}.")
     precision = precision_of(trainer)
     batch = drawn_batch(lambda: next(iter(_loader(module, datamodule))))
     step = _ModulesStep(module, StandInTrainer(trainer))
@@ -100,7 +100,7 @@ def _loader(module: Any, datamodule: Any) -> Any:
         loader = datamodule
     if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, list, tuple)):
         raise UsageError(
-            f"datamodule is a LightningDataModule or one loader, not {type(loader).__name__}."
+            f"datamodule= must be a LightningDataModule or one loader, not {type(loader).__name__}."
         )
     return loader
 
@@ -137,7 +137,7 @@ def _logs_nothing(*_values: Any, **_options: Any) -> None:
 
 @contextlib.contextmanager
 def attached(module: Any, trainer: StandInTrainer) -> Iterator[None]:
-    """Give a module a trainer that only answers, and let it log nothing."""
+    """Give a module the trainer's stand-in for the time of the block. Nothing is logged."""
     own = vars(module)
     before = {name: own[name] for name in ("_trainer", "log", "log_dict") if name in own}
     module._trainer = trainer  # noqa: SLF001 - the setter takes Lightning's own trainer only
@@ -165,8 +165,8 @@ def optimizer_in(configured: Any, name: str) -> torch.optim.Optimizer:
         found = found["optimizer"]
     if not isinstance(found, torch.optim.Optimizer):
         raise UnsupportedError(
-            f"{name}.configure_optimizers returned {type(found).__name__}, and a trial takes one "
-            "torch optimizer: rehearse the script instead, memfit rehearse --gpu NAME -- python "
+            f"{name}.configure_optimizers returned {type(found).__name__}, but a trial needs one "
+            "torch optimizer. Rehearse the script instead: memfit rehearse --gpu NAME -- python "
             "train.py."
         )
     return found

@@ -86,7 +86,7 @@ class TrainersWorkload(Workload):
         return type(self.model.model).__name__
 
     def split(self, batch: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Return what the trainer's step is called with; it has the targets too."""
+        """Return the arguments of the trainer's step. The targets are among them."""
         return (dict(batch) if isinstance(self.batch, _Batches) else {"batch": batch}), ()
 
 
@@ -110,7 +110,7 @@ def step_of(
         held_samples: The samples that the trainer has on the device beside a micro-batch.
 
     Raises:
-        WorkloadError: It cannot be told where the batch has its samples.
+        WorkloadError: It is not clear where the batch has its samples.
     """
     batch = map_leaves(_plain, to_device(example, _CPU))
     return TrainersWorkload(
@@ -184,7 +184,7 @@ def _seen_often(one: Any, two: Any, num_samples: int) -> list[torch.Tensor]:
 
 
 def made_real(held: Any) -> Any:
-    """Give expanded tensors memory of their own. On a GPU they have it since they were copied."""
+    """Give expanded tensors memory of their own. A copy to a GPU has done this already."""
     return None if held is None else map_leaves(torch.Tensor.contiguous, held)
 
 

@@ -1,9 +1,9 @@
-"""Keeps what cuDNN answered, in memory and in a file, because a question takes some milliseconds.
+"""Keeps cuDNN's answers in memory and in a file, because each question takes some milliseconds.
 
 The file is an SQLite database in the user's cache. Its name has everything that an answer depends
 on besides the question: cuDNN's version, the compute capability and torch's settings. A file that
-cannot be read is put aside, and everything is asked again. Where nothing can be written, nothing is
-kept.
+cannot be read is deleted, and cuDNN is asked again. If the file cannot be written, answers are kept
+in memory only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _opened: list[Workspaces] = []
 
 
 class Asked(Protocol):
-    """What can be asked (`CudnnPlans`)."""
+    """What answers questions (`CudnnPlans`)."""
 
     def workspace_bytes(self, convolution: Convolution) -> int | None:
         """Return the bytes of a workspace; `None` if there is no plan."""

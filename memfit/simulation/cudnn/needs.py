@@ -19,8 +19,8 @@ class WorkspaceRule:
 
     Args:
         convolution: The convolution. Its shapes are empty, because they grow with the batch size.
-        bound_bytes_per_element: What holds where cuDNN cannot be asked: so many bytes for each
-            element of the three tensors.
+        bound_bytes_per_element: The bytes for each element of the three tensors, used if cuDNN
+            cannot be asked.
     """
 
     convolution: Convolution

@@ -26,8 +26,8 @@ __all__ = ["CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
 _FIRST_VERSION: Final = 90800
 _PACKAGE: Final = "cudnn"
-# What cuDNN wants to know of a card. Over 72 convolutions, plans and workspaces changed with none
-# of these but `deviceVer`, the compute capability, so the rest is that of some card.
+# What cuDNN wants to know about a card. For 72 convolutions, only `deviceVer` (the compute
+# capability) changed plans and workspaces. So the other values are those of one card.
 _SOME_CARD: Final[dict[str, Any]] = {
     "multiProcessorCount": 82,
     "warpSize": 32,
@@ -161,7 +161,8 @@ class CudnnPlans:
             Bytes; `None` if cuDNN has no plan.
         """
         heuristics, fallback = self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK
-        # A list takes most of the time. torch asks for both, and takes the first plan of the first.
+        # Making a list takes most of the time. torch takes the first plan of both lists, so the
+        # second list is made only if the first one has no plan.
         lists = [[heuristics, fallback]] if convolution.tries_plans else [[heuristics], [fallback]]
         for modes in lists:
             try:
