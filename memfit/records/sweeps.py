@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from memfit.records.base import Record, Source
-from memfit.records.steps import Precision, StepOptions
+from memfit.records.steps import Averaging, Evaluation, Precision, StepOptions
 
 __all__ = ["Choice", "ChoiceRow", "Sweep", "SweepRow"]
 
@@ -15,12 +16,19 @@ __all__ = ["Choice", "ChoiceRow", "Sweep", "SweepRow"]
 def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row's fields as it was given them, from those that JSON gave."""
     options = dict(values["options"])
-    for name in ("image_size", "model_kwargs"):
+    for name in ("image_size", "model_kwargs", "frozen"):
         if options[name] is not None:
             options[name] = tuple(
                 tuple(pair) if isinstance(pair, list) else pair for pair in options[name]
             )
-    options["precision"] = Precision(options["precision"])
+    kinds: dict[str, type[enum.Enum]] = {
+        "precision": Precision,
+        "ema": Averaging,
+        "evaluate": Evaluation,
+    }
+    for name, kind in kinds.items():
+        if options[name] is not None:
+            options[name] = kind(options[name])
     fields = {name: value for name, value in values.items() if name != "schema_version"}
     return {**fields, "source": Source(values["source"]), "options": StepOptions(**options)}
 

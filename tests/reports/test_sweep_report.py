@@ -10,7 +10,17 @@ from rich.console import Console, RenderableType
 
 from memfit.accuracies import best_of
 from memfit.errors import UsageError
-from memfit.records import Choice, ChoiceRow, Precision, Source, StepOptions, Sweep, SweepRow
+from memfit.records import (
+    Averaging,
+    Choice,
+    ChoiceRow,
+    Evaluation,
+    Precision,
+    Source,
+    StepOptions,
+    Sweep,
+    SweepRow,
+)
 from memfit.reports.sweep import (
     choice_rows,
     ordered,
@@ -114,7 +124,8 @@ def test_rows_of_values() -> None:
     sized = dataclasses.replace(
         ROW, options=dataclasses.replace(ROW.options, image_size=(96, 64), model_kwargs=(("a", 1),))
     )
-    for row in (*SWEEP.rows, sized):
+    habits = StepOptions(ema=Averaging.CPU, frozen=("blocks.*",), evaluate=Evaluation.IN_TRAINING)
+    for row in (*SWEEP.rows, sized, dataclasses.replace(ROW, options=habits)):
         assert SweepRow.from_dict(row.to_dict()) == row
     assert row_words((ROW,)) == "resnet50: Tesla T4 100"
     assert row_words((FAILED,)) == f"{FAILED.model}: {FAILED.reason}"
