@@ -194,11 +194,14 @@ def why_recommended(result: ProbeResult) -> str:
         result: The probe's result.
     """
     stand = result.recommended_batch_size
-    rule = f"{result.headroom:.0%} kept free" + (
-        f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
-    )
+    multiple = f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
+    rule = f"{result.headroom:.0%} kept free"
     if stand is None:
-        return f"no batch size that fits leaves {rule} without allocator retries"
+        return f"no batch size that fits leaves {rule}{multiple} without allocator retries"
+    if any(trial.num_alloc_retries and trial.fits for trial in result.trials):
+        rule += ", no retries"
+        multiple = multiple.replace(" a ", " ")  # so that it stays one line
+    rule += multiple
     trial = result.trial_at(stand)
     peak = None if trial is None else trial.peak_reserved_bytes
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"

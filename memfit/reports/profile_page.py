@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from memfit.records import MemoryProfile, RecordedStep, Role
+from memfit.records import CardLine, MemoryProfile, RecordedStep, Role
 from memfit.reports.html import Page, Panel, level, line_chart, render
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
@@ -19,8 +20,9 @@ _NUM_MODULE_ROWS = 60
 _LEAST_SHARE = 0.001
 _GIB_FROM = 10_000 * MIB
 _CARD_COLOURS = ("#1f77b4", "#e07b18", "#2c9a4b", "#8d62c4", "#c2503f", "#6b6f76")
-# Limits take these places in turn, so that labels of close limits do not overlap.
-_LABEL_PLACES = ("start", "end", "middle")
+# A label's height, as a share of the highest limit; and how many cards one label names.
+_LABEL_HEIGHT = 0.07
+_NUM_NAMED_TOGETHER = 2
 # The lines of memory by batch size end at this multiple of the largest size that fits.
 _BEYOND = 1.25
 
@@ -275,6 +277,30 @@ def _walk(
     return [(node, parent), *inner]
 
 
+def _limit_labels(cards: Sequence[CardLine]) -> dict[str, str]:
+    """Return labels of the cards' limits, by card; cards with almost the same limit share one.
+
+    A label is above its line. So it stands at the highest of its cards, and the next line above is
+    a label's height away.
+    """
+    groups: list[list[CardLine]] = []
+    ordered = sorted(cards, key=lambda card: card.total_bytes)
+    apart = _LABEL_HEIGHT * ordered[-1].total_bytes
+    for card in ordered:
+        if groups and card.total_bytes - groups[-1][-1].total_bytes < apart:
+            groups[-1].append(card)
+        else:
+            groups.append([card])
+    labels = {}
+    for group in groups:
+        named = [f"{card.gpu} has {format_bytes(card.total_bytes)}" for card in group]
+        if len(named) > _NUM_NAMED_TOGETHER:
+            rest = len(named) - _NUM_NAMED_TOGETHER
+            named = [*named[-_NUM_NAMED_TOGETHER:], f"{rest} more below"]
+        labels[group[-1].gpu] = "; ".join(named)
+    return labels
+
+
 def _cards(profile: MemoryProfile) -> Panel:
     cards = profile.cards
     lines = {
@@ -287,16 +313,18 @@ def _cards(profile: MemoryProfile) -> Panel:
     colours = {
         card.gpu: _CARD_COLOURS[index % len(_CARD_COLOURS)] for index, card in enumerate(cards)
     }
+    highest = max(card.total_bytes for card in cards) / GIB
+    labels = _limit_labels(cards)
     shapes = [
         level(
             card.total_bytes / GIB,
-            f"{card.gpu} has {format_bytes(card.total_bytes)}",
-            place=_LABEL_PLACES[index % len(_LABEL_PLACES)],
+            labels.get(card.gpu, ""),
+            # The curves begin at the lower left, so there a low label would be on them.
+            place="start" if card.total_bytes / GIB > highest / 2 else "end",
             colour=colours[card.gpu],
         )
-        for index, card in enumerate(cards)
+        for card in cards
     ]
-    highest = max(card.total_bytes for card in cards) / GIB
     edges = [
         (card.max_batch_size, card.max_batch_bytes)
         for card in cards

@@ -77,3 +77,16 @@ def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kin
         assert drawn.get_log("browser") == []
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_limits_that_are_close_share_a_label() -> None:
+    """Two labels at almost one height would be drawn over each other, and so would a line."""
+    card = PROFILE.cards[0]
+    cards = tuple(
+        dataclasses.replace(card, gpu=gpu, total_bytes=mib * MIB)
+        for gpu, mib in (("A", 7836), ("B", 7806), ("C", 16_000), ("D", 24_000), ("E", 8200))
+    )
+    text = page(dataclasses.replace(PROFILE, cards=cards))
+    assert "A has 7836 MiB; E has 8200 MiB; 1 more below" in text
+    assert "C has 15.6 GiB" in text
+    assert "D has 23.4 GiB" in text

@@ -82,7 +82,7 @@ batch  outcome            peak  retries  s/step  samples/s
   212  fits           22.8 GiB        1    2.12        100
 
 largest      212  measured: it fitted, and 213 ran out of memory
-recommended  200  21.5 GiB at the peak; 5% kept free, a multiple of 8
+recommended  200  21.5 GiB at the peak; 5% kept free, no retries, multiple of 8
 
 Batch size 212 fitted only with allocator retries, which are slow. The
 recommended batch size needs none.

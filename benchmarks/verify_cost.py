@@ -1,0 +1,53 @@
+"""How long does `memfit verify` take, and how much memory?
+
+    python benchmarks/verify_cost.py [MODEL ...]
+
+Each model is verified on the CPU as README shows it, in 4 micro-batches of 8, in a process of its
+own. The time is the whole command's, the memory the most that its process held (resident).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import timm
+import torch
+
+from memfit.units import GIB
+
+ARGUMENTS = ("--micro-batch", "8", "--accumulation-steps", "4", "--device", "cpu")
+
+
+def main() -> None:
+    """Print the table for the models asked for, or for resnet50."""
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, torch {torch.__version__}, "
+        f"timm {timm.__version__}, {dt.datetime.now(dt.timezone.utc):%Y-%m-%d}\n"
+    )
+    print("| model | exit code | seconds | GiB |\n|---|--:|--:|--:|", flush=True)
+    for model in sys.argv[1:] or ["resnet50"]:
+        code, seconds, peak_bytes = _cost(model)
+        print(f"| {model} | {code} | {seconds:.0f} | {peak_bytes / GIB:.1f} |", flush=True)
+
+
+def _cost(model: str) -> tuple[int, float, int]:
+    """Verify a model; return the exit code, the seconds, and the peak of the process's memory."""
+    start = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "memfit", "verify", model, *ARGUMENTS],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode, seconds, usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
