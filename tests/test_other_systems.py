@@ -52,4 +52,4 @@ def test_simulation_needs_nothing_of_linux() -> None:
         """
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == ["fits", "fits", "fits", "Trials on a CPU need Linux, wh"]
+    assert ran.stdout.splitlines() == ["fits", "fits", "fits", "Trials on a CPU need Linux, be"]

@@ -93,6 +93,8 @@ class StepOptions(Record):
 
     def __post_init__(self) -> None:
         """Refuse a classifier without classes, and options that exclude each other."""
+        # A record that was read from JSON has lists.
+        object.__setattr__(self, "frozen", tuple(self.frozen))
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes must be at least 1, not {self.num_classes}.")
         if self.optimizer_in_backward and self.accumulate:

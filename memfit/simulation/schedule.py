@@ -249,7 +249,8 @@ class Schedule:
         for action, number, num_bytes, growth, event in self._program_at(batch_size):
             asked = int(num_bytes + growth * more) if growth else num_bytes
             if player is not None:
-                player(event, asked, growth)
+                is_need = isinstance(event, NeedEvent) and any(event.growth)
+                player(event, asked, asked / batch_size if is_need else growth)
             # The code of `carry_out`, repeated because a search runs it a hundred thousand times.
             elif action is _ALLOC:
                 allocate(number, asked)

@@ -216,7 +216,13 @@ def a_failure_on_one_rank_ends_the_step_on_both() -> None:
     def bug() -> Exception:
         return KeyError("a bug")
 
-    accumulator = Accumulator(model, optimizer, 2, loss=Failing(set(), bug, "forward"))
+    accumulator = Accumulator(
+        model,
+        optimizer,
+        2,
+        loss=Failing(set(), bug, "forward"),
+        weight=WEIGHTS["targets"],
+    )
     failures: tuple[tuple[set[int], Callable[[], Exception], type[Exception], str], ...] = (
         ({1}, bug, KeyError, "a bug"),
         (set(range(99)), out_of_memory, DoesNotFitError, "micro-batches of 1"),

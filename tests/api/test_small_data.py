@@ -64,7 +64,7 @@ def test_a_search_that_ends_before_says_nothing() -> None:
 
 def test_a_plan_for_more_than_there_is_names_the_way_out() -> None:
     """The data must have as many samples as the effective batch."""
-    says = r"returned 40 samples when asked for 64: .* give max_batch_size=40"
+    says = r"returned 40 samples when asked for 64. .* give max_batch_size=40"
     with pytest.raises(DataEndedError, match=says):
         memfit.plan(workload(loaded), 64, device="cpu", memory="300MiB")
     plan = memfit.plan(workload(loaded), 64, device="cpu", memory="300MiB", max_batch_size=40)

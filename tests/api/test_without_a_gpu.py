@@ -80,7 +80,7 @@ def test_a_cpu_is_measured_where_it_is_asked_for() -> None:
 def test_what_several_cards_do_not_have_points_to_what_they_have() -> None:
     """A survey is not taken for a result, nor a survey of plans for a plan."""
     survey = Survey(subject="net", answers=())
-    with pytest.raises(AttributeError, match=r"'Survey' has no 'max_batch_size': .* in .answers"):
+    with pytest.raises(AttributeError, match=r"'Survey' has no 'max_batch_size', .* in .answers"):
         _ = survey.max_batch_size  # type: ignore[attr-defined]
     plans = PlanSurvey(subject="net", effective_batch_size=8, world_size=1, answers=())
     with pytest.raises(AttributeError, match="give gpu="):

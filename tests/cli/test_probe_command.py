@@ -68,7 +68,7 @@ def test_json_of_several_cards_is_a_list_of_results() -> None:
         (["resnet10t", "--memory", "8GBB"], 2, "did you mean '8GB'"),
         (["resnet10t", "--memory", "9TiB"], 2, "more than this machine has left"),
         (["resnet10t", "--image-size", "0"], 2, "is not an image size"),
-        (["resnet10t", "--model-kwargs", "x"], 2, "no KEY=VALUE pair"),
+        (["resnet10t", "--model-kwargs", "x"], 2, "not of the form KEY=VALUE"),
         (["resnet10t", "--precision", "fp8"], 2, "'fp8' is not one of"),
         (["resnet10t", "--memory", "20MiB"], 3, "and 20.0 MiB are available"),
     ],

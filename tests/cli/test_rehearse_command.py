@@ -76,7 +76,7 @@ def test_cards_are_one_table_and_the_smallest_decides() -> None:
         (("--gpu", "rtx3060", "--", "pyhton", "train.py"), "There is no command 'pyhton'"),
         (
             ("--gpu", "rtx3060", "--gpu", "h100", "--html", "x.html", "--", "python"),
-            "give one --gpu",
+            "Give one --gpu",
         ),
     ],
 )

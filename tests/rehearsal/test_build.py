@@ -190,7 +190,7 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
 
     with pytest.raises(
-        UnsupportedError, match=r"into '/dev/null/memfit/rehearsal' \(Not a directory\): set XDG"
+        UnsupportedError, match=r"into '/dev/null/memfit/rehearsal' \(Not a directory\). Set XDG"
     ):
         build.library_folder()
 

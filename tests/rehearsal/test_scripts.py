@@ -189,7 +189,7 @@ def test_a_plan_needs_both_places_and_an_equal_share(runs: Runs) -> None:
     """A command takes one batch size for all ranks."""
     with pytest.raises(UsageError, match=r"no \{steps\} for the accumulation steps"):
         plan_command(COMMAND[:4], 64, BOUNDS)
-    with pytest.raises(UsageError, match="give 63 or 66"):
+    with pytest.raises(UsageError, match="Give 63 or 66"):
         plan_command(COMMAND, 64, BOUNDS, world_size=3)
     assert not runs.seen
 
