@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 import memfit
 
 NUM_DISEASES = NUM_VARIETIES = 10
-EFFECTIVE_BATCH = 48
+EFFECTIVE_BATCH = 96
 
 
 def make_model() -> nn.Module:

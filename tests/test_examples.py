@@ -70,7 +70,7 @@ def test_gradients_are_the_full_batchs(name: str) -> None:
     ("name", "first"),
     [
         ("timm_fine_tuning", "64 = 32 + 32"),
-        ("two_targets", "48 = "),
+        ("two_targets", "96 = "),
         ("collaborative_filtering", "8000 = "),
         ("token_weighted_loss", "30 = 8 + 8 + 7 + 7"),
     ],
