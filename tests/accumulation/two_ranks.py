@@ -327,7 +327,9 @@ def only_the_last_micro_batch_is_synchronised() -> None:
             seen.append(model.require_backward_grad_sync)
             return F.cross_entropy(outputs, targets)
 
-        accumulator = Accumulator(model, optimizer, 4, loss=loss, recover=recover)
+        accumulator = Accumulator(
+            model, optimizer, 4, loss=loss, recover=recover, weight=WEIGHTS["targets"]
+        )
         accumulator.step(data((12, 12))[0][RANK])
         assert seen == expected
         assert_same_on_both(list(model.parameters()))

@@ -141,7 +141,7 @@ def test_a_data_set_that_is_too_small_bounds_the_search(runs: Runs) -> None:
     found = probe_command(COMMAND[:4], BOUNDS)
     assert found.max_batch_size <= 300
     assert not found.proved
-    assert "takes no step" in found.notes[0]
+    assert "takes no optimizer step" in found.notes[0]
     assert all(trial.num_iterations for trial in found.trials if trial.fits)
 
 
