@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from memfit import Workload
-from memfit.cards import is_rehearsed
+from memfit.cards import find_gpu, is_rehearsed
+from memfit.errors import UnsupportedError
+from memfit.rehearsal.activate import check_supported, rehearsed_environment
 
 # Named cards are simulated here; the tests of the rehearsal ask for a rehearsal.
 os.environ["MEMFIT_ENGINE"] = "simulate"
@@ -22,7 +30,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that need a GPU if there is none, or values if the GPU is rehearsed."""
+    cannot_rehearse = _why_not_rehearsed()
     for item in items:
+        if "rehearses" in item.keywords and cannot_rehearse is not None:
+            item.add_marker(pytest.mark.skip(reason=cannot_rehearse))
         if "gpu" not in item.keywords:
             continue
         if not torch.cuda.is_available():
@@ -32,6 +43,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="a rehearsal runs others like it"))
         elif is_rehearsed() and "computes" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs values that no kernel has computed"))
+
+
+def _why_not_rehearsed() -> str | None:
+    """Return why no card can be rehearsed here; `None` if cards can be."""
+    try:
+        check_supported(find_gpu("rtx3060"))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+RunRehearsed = Callable[[Path, str], Any]
+"""What the fixture gives: runs a script on a rehearsed card, and returns what it wrote."""
+
+
+@pytest.fixture(scope="session")
+def run_rehearsed(tmp_path_factory: pytest.TempPathFactory) -> RunRehearsed:
+    """Run a script that writes JSON into the file that it is given. Mark the test `rehearses`."""
+
+    def run(script: Path, card: str) -> Any:
+        added = rehearsed_environment(find_gpu(card), environment=os.environ)
+        file = tmp_path_factory.mktemp("rehearsed") / "written.json"
+        subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), str(file)],
+            env={**os.environ, **added},
+            check=True,
+            timeout=120,
+        )
+        return json.loads(file.read_text())
+
+    return run
 
 
 class SmallNet(nn.Module):

@@ -16,12 +16,13 @@ from memfit.equivalence.mixing import (
     MixingSearch,
     ValuePlace,
     is_unseen,
-    layer_name,
+    judged_again,
+    named_layers,
     with_values,
 )
 from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples
-from memfit.records import MixesIn, MixingLayer
+from memfit.records import MixingLayer
 
 __all__ = ["layers_that_see_the_cut"]
 
@@ -44,20 +45,9 @@ def layers_that_see_the_cut(
     inside = frozenset(maker for maker, (_, is_inside) in found.items() if is_inside)
     if inside:
         # A layer that sorts samples by their values, and puts them back, is judged by its outputs.
-        by_outputs = search.found(inside)
-        kept = {maker: one for maker, one in found.items() if maker not in inside}
-        found = kept | {maker: one for maker, one in by_outputs.items() if maker in inside}
-    modules = dict(model.named_modules())
-    return tuple(
-        MixingLayer(
-            name=layer_name(name),
-            type_name=type(modules[name]).__name__,
-            mixes_in=MixesIn.FORWARD,
-            moved=moved,
-        )
-        for name, (moved, _) in found.items()
-        if name not in search.drawing
-    )
+        found = judged_again(found, search.found(inside), inside)
+    moved = {name: far for name, (far, _) in found.items() if name not in search.drawing}
+    return named_layers(model, moved)
 
 
 class _Search:

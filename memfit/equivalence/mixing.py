@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,11 +33,15 @@ __all__ = [
     "MixingSearch",
     "ValuePlace",
     "is_unseen",
+    "judged_again",
     "layer_name",
     "mixing_gradients",
     "mixing_layers",
+    "named_layers",
     "with_values",
 ]
+
+_Found = TypeVar("_Found")
 
 NUM_SAMPLES = 4
 """Samples that the experiments need: three that run, and one that takes the place of others."""
@@ -132,18 +136,35 @@ def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLay
         # Some layers sort samples by their values, and put them back: a mixture of experts. So a
         # layer that seems to mix between the layers in it is judged once more, by its outputs.
         by_outputs, _ = _found(one, dataclasses.replace(run, unseen=inside))
-        found = {name: moved for name, moved in found.items() if name not in inside} | {
-            name: moved for name, moved in by_outputs.items() if name in inside
-        }
+        found = judged_again(found, by_outputs, inside)
+    return named_layers(model, found)
+
+
+def judged_again(
+    found: Mapping[str, _Found], by_outputs: Mapping[str, _Found], inside: frozenset[str]
+) -> dict[str, _Found]:
+    """Return what was found, with some layers judged by their outputs alone.
+
+    Args:
+        found: What was found of each layer.
+        by_outputs: The same of a run that judged layers by their outputs.
+        inside: The layers that are taken from `by_outputs`, where they may be missing.
+    """
+    kept = {name: one for name, one in found.items() if name not in inside}
+    return kept | {name: one for name, one in by_outputs.items() if name in inside}
+
+
+def named_layers(model: nn.Module, moved: Mapping[str, float]) -> tuple[MixingLayer, ...]:
+    """Return the layers that mix in forward, from their paths and how far they moved."""
     modules = dict(model.named_modules())
     return tuple(
         MixingLayer(
             name=layer_name(name),
             type_name=type(modules[name]).__name__,
             mixes_in=MixesIn.FORWARD,
-            moved=moved,
+            moved=far,
         )
-        for name, moved in found.items()
+        for name, far in moved.items()
     )
 
 

@@ -69,10 +69,7 @@ class Baselines:
             "total_bytes": peak.total_bytes,
             "source": source.value,
             "torch_version": torch_version,
-            "shares": {
-                f"{share.module} {share.role.value}": share.num_bytes
-                for share in sorted(peak.modules, key=lambda share: (share.module, share.role))
-            },
+            "shares": _shares_of(peak),
         }
         written = {"schema_version": _SCHEMA_VERSION, "peaks": dict(sorted(self._kept.items()))}
         try:
@@ -93,7 +90,7 @@ class Baselines:
             tolerance: The share by which it may grow.
         """
         kept = self._kept[name]
-        after = {f"{share.module} {share.role.value}": share.num_bytes for share in peak.modules}
+        after = _shares_of(peak)
         before: dict[str, int] = kept["shares"]
         shares = []
         for key in before.keys() | after.keys():
@@ -116,6 +113,14 @@ class Baselines:
             shares=tuple(sorted(shares, key=lambda share: (-share.grown_bytes, share.module))),
             remark=_remark(kept, source, torch_version),
         )
+
+
+def _shares_of(peak: Peak) -> dict[str, int]:
+    """Return the bytes of each module and role, sorted, in the form in which they are kept."""
+    return {
+        f"{share.module} {share.role.value}": share.num_bytes
+        for share in sorted(peak.modules, key=lambda share: (share.module, share.role))
+    }
 
 
 def _used(shares: dict[str, int]) -> int:

@@ -10,7 +10,15 @@ from memfit.records.base import SCHEMA_VERSION, Record, Source, no_such_answer
 from memfit.records.steps import StepOptions
 from memfit.records.trials import Capacity, Trial
 
-__all__ = ["Alternative", "Exploration", "Objective", "Plan", "PlanAnswer", "PlanSurvey"]
+__all__ = [
+    "Alternative",
+    "Exploration",
+    "MicroBatched",
+    "Objective",
+    "Plan",
+    "PlanAnswer",
+    "PlanSurvey",
+]
 
 
 class Objective(str, enum.Enum):
@@ -180,8 +188,28 @@ class PlanSurvey(Record):
             raise AttributeError(no_such_answer("PlanSurvey", name))
 
 
+class MicroBatched(Record):
+    """A record of micro-batches that may be none."""
+
+    __slots__ = ()
+
+    micro_batch_sizes: tuple[int, ...]
+
+    _derived: ClassVar[tuple[str, ...]] = ("micro_batch_size", "accumulation_steps")
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples in the largest micro-batch; `None` if not even one sample fits."""
+        return self.micro_batch_sizes[0] if self.micro_batch_sizes else None
+
+    @property
+    def accumulation_steps(self) -> int | None:
+        """Micro-batches in each optimizer step; `None` if not even one sample fits."""
+        return len(self.micro_batch_sizes) or None
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Alternative(Record):
+class Alternative(MicroBatched):
     """A training step that differs in one thing, simulated.
 
     Args:
@@ -205,18 +233,6 @@ class Alternative(Record):
     edge_found: bool = False
     peak_reserved_bytes: int | None = None
     reason: str | None = None
-
-    _derived: ClassVar[tuple[str, ...]] = ("micro_batch_size", "accumulation_steps")
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        """Samples in the largest micro-batch; `None` if not even one sample fits."""
-        return self.micro_batch_sizes[0] if self.micro_batch_sizes else None
-
-    @property
-    def accumulation_steps(self) -> int | None:
-        """Micro-batches in each optimizer step; `None` if not even one sample fits."""
-        return len(self.micro_batch_sizes) or None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from memfit.records.base import Record, Source
+from memfit.records.plans import MicroBatched
 from memfit.records.steps import Averaging, Evaluation, Precision, StepOptions
 
 __all__ = ["Choice", "ChoiceRow", "Sweep", "SweepRow"]
@@ -111,7 +112,7 @@ class Sweep(Record):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceRow(Record):
+class ChoiceRow(MicroBatched):
     """A model that could be fine-tuned on a card, with its plan.
 
     Args:
@@ -147,18 +148,6 @@ class ChoiceRow(Record):
     peak_bytes: int | None = None
     num_parameters: int | None = None
     reason: str | None = None
-
-    _derived: ClassVar[tuple[str, ...]] = ("micro_batch_size", "accumulation_steps")
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        """Samples in the largest micro-batch; `None` if nothing fits."""
-        return self.micro_batch_sizes[0] if self.micro_batch_sizes else None
-
-    @property
-    def accumulation_steps(self) -> int | None:
-        """Micro-batches in each optimizer step; `None` if nothing fits."""
-        return len(self.micro_batch_sizes) or None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChoiceRow:

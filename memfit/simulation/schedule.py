@@ -215,19 +215,17 @@ class Schedule:
             return self._program
         assert self.gpu is not None, "a schedule with needs is replayed on a card"
         program: list[_Line | None] = list(self._program)
-        sizes, more = self._sizes, batch_size - self.batch_size
+        sizes = self._sizes
+        nearby = nearby_batch_size(batch_size) if self.is_rough else batch_size
         for at, freed in self._needs:
             event = self.events[at]
             assert isinstance(event, NeedEvent)
-            need = event.need_after(more)
-            share = 1.0
-            if self.is_rough and need.is_slow:
-                nearby = nearby_batch_size(batch_size)
-                need, share = event.need_after(nearby - self.batch_size), batch_size / nearby
+            asked = nearby if event.need.is_slow else batch_size
+            need = event.need_after(asked - self.batch_size)
             num_bytes = sizes.get(need)
             if num_bytes is None:
                 num_bytes = sizes[need] = need.on(self.gpu)
-            num_bytes = int(num_bytes * share)
+            num_bytes = num_bytes * batch_size // asked
             if num_bytes:
                 program[at] = (event.action, event.id, num_bytes, 0, event)
             else:

@@ -12,17 +12,12 @@ from torch import nn
 
 import memfit
 from memfit.backends.rehearsed.parcel import packed, unpacked
-from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Source, StepOptions
-from memfit.rehearsal.activate import check_supported
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
 
-try:
-    check_supported(find_gpu("rtx3060"))
-except UnsupportedError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.rehearses
 
 
 class Perceptron(nn.Module):

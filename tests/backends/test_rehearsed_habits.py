@@ -9,15 +9,9 @@ import pytest
 from memfit.api.cards import Cards
 from memfit.api.steps import describe
 from memfit.backends import with_precision
-from memfit.cards import find_gpu
-from memfit.errors import UnsupportedError
 from memfit.records import Engine
-from memfit.rehearsal.activate import check_supported
 
-try:
-    check_supported(find_gpu("rtx3060"))
-except UnsupportedError as error:
-    pytest.skip(str(error), allow_module_level=True)
+pytestmark = pytest.mark.rehearses
 
 _HABITS: tuple[dict[str, Any], ...] = (
     {"keeps_outputs": True},

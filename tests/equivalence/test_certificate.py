@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
+from equivalence.models import NUM_CLASSES, WIDTH, Sorting, check, mlp
 from memfit.records import GradientFault, Verdict
 
 CLASS_WEIGHTS = torch.linspace(0.3, 2.0, NUM_CLASSES)
@@ -92,19 +92,6 @@ class CountingInItsClass(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         type(self).calls += 1
         return x * (1 + 0.1 * self.calls)
-
-
-class Sorting(nn.Module):
-    """Sorts samples, computes with them, and puts them back: that mixes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        order = x[:, 0].argsort()
-        result: torch.Tensor = self.inner(x[order])[order.argsort()]
-        return result
 
 
 class HostDrawn(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, mlp
+from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, Sorting, mlp
 from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
 from memfit.equivalence.samples import Samples
 from memfit.records import MixesIn
@@ -127,19 +127,6 @@ def test_mixing_in_backward_alone() -> None:
     assert mixing_layers(model, samples) == ()
     (mixer,) = mixing_gradients(model, samples)
     assert (mixer.name, mixer.mixes_in) == ("2", MixesIn.BACKWARD)
-
-
-class Sorting(nn.Module):
-    """Sorts samples by a value, as a mixture of experts does, and puts them back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        order = x[:, 0].argsort()
-        result: torch.Tensor = self.inner(x[order])[order.argsort()]
-        return result
 
 
 def test_a_layer_that_sorts_samples_and_puts_them_back_mixes_nothing() -> None:

@@ -42,7 +42,7 @@ def simulated(step: TrainingStep) -> Peak:
     """Return the same step, traced with the kernels of a CPU."""
     options = TraceOptions(
         compute_capability=(8, 0),
-        kernels=Kernels(compute_capability=(8, 0), allows_tf32=False, torch_release=(2, 8)),
+        kernels=Kernels(compute_capability=(8, 0), allows_tf32=False, torch_release=(2, 13)),
         uses_foreach=False,
         cudnn_benchmark=False,
     )

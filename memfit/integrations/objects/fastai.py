@@ -31,7 +31,7 @@ from memfit.integrations.objects.step import (
 from memfit.records import Precision
 from memfit.step.nesting import map_leaves
 
-__all__ = ["FastaiOptimizer", "callback_of", "precision_of", "refuse_mixing", "workload_of_learner"]
+__all__ = ["workload_of_learner"]
 
 _PRECISIONS = {"fp16": Precision.AMP_FP16, "bf16": Precision.AMP_BF16}
 
@@ -50,7 +50,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
     """
     if learn.loss_func is None or learn.dls is None:
         raise UsageError("The Learner has no loss or no data: make it with loss_func and dls.")
-    refuse_mixing(learn)
+    _refuse_mixing(learn)
     loader = learn.dls.train
     batch = drawn_batch(lambda: _drawn(loader), loader)
     num_inputs = getattr(learn.dls, "n_inp", 1 if len(batch) == 1 else len(batch) - 1)
@@ -59,12 +59,12 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
         step,
         tuple(batch),
         _OptimizerOf(step, learn),
-        precision=precision_of(learn),
+        precision=_precision_of(learn),
         held_samples=None if samples_per_step is None else HeldSamples(in_all=samples_per_step),
     )
 
 
-def callback_of(learn: Any, name: str) -> Any:
+def _callback_of(learn: Any, name: str) -> Any:
     """Return the learner's callback of a class, or of a subclass of it; `None` if it has none."""
     for callback in learn.cbs:
         if any(kind.__name__ == name for kind in type(callback).__mro__):
@@ -72,20 +72,20 @@ def callback_of(learn: Any, name: str) -> Any:
     return None
 
 
-def precision_of(learn: Any) -> Precision:
+def _precision_of(learn: Any) -> Precision:
     """Return the precision that a learner is set to."""
-    mixed = callback_of(learn, "MixedPrecision")
+    mixed = _callback_of(learn, "MixedPrecision")
     return precision_of_weights(learn.model) if mixed is None else _PRECISIONS[mixed.amp_mode.value]
 
 
-def refuse_mixing(learn: Any) -> None:
+def _refuse_mixing(learn: Any) -> None:
     """Refuse callbacks that change what a learner's step computes.
 
     Raises:
         UnsupportedError: There is such a callback.
     """
     for name in ("MixHandler", "CutMix", "NonNativeMixedPrecision", "GradientAccumulation"):
-        found = callback_of(learn, name)
+        found = _callback_of(learn, name)
         if found is not None:
             kind = type(found).__name__
             why = (
@@ -107,8 +107,8 @@ class _LearnersStep(TrainersStep):
         super().__init__(learn.model)
         self._num_inputs = num_inputs
         self._loss = learn.loss_func
-        self._is_mixed = callback_of(learn, "MixedPrecision") is not None
-        self._freezes_norm = callback_of(learn, "BnFreeze") is not None
+        self._is_mixed = _callback_of(learn, "MixedPrecision") is not None
+        self._freezes_norm = _callback_of(learn, "BnFreeze") is not None
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         inputs, targets = batch[: self._num_inputs], batch[self._num_inputs :]
@@ -137,7 +137,7 @@ def _as_float32(leaf: Any) -> Any:
     return leaf.float() if is_floating else leaf
 
 
-class FastaiOptimizer(torch.optim.Optimizer):
+class _FastaiOptimizer(torch.optim.Optimizer):
     """A fastai optimizer with the interface of torch's.
 
     Args:
@@ -169,7 +169,7 @@ class _OptimizerOf:
 
     def __init__(self, step: _LearnersStep, learn: Any) -> None:
         self._step = step
-        clip = callback_of(learn, "GradientClip")
+        clip = _callback_of(learn, "GradientClip")
         self._max_norm = None if clip is None else float(clip.max_norm)
         self._frozen_to = 0 if learn.opt is None else getattr(learn.opt, "frozen_idx", 0)
         self._learn = copy.copy(learn)
@@ -184,4 +184,4 @@ class _OptimizerOf:
         learn.create_opt()
         if self._frozen_to:
             learn.opt.freeze_to(self._frozen_to)
-        return FastaiOptimizer(learn.opt, max_norm=self._max_norm)
+        return _FastaiOptimizer(learn.opt, max_norm=self._max_norm)

@@ -26,7 +26,7 @@ from memfit.integrations.objects.step import (
 )
 from memfit.records import Precision
 
-__all__ = ["StandInTrainer", "attached", "optimizer_in", "precision_of", "workload_of_module"]
+__all__ = ["workload_of_module"]
 
 _PRECISIONS = {
     "32-true": Precision.FP32,
@@ -59,13 +59,13 @@ def workload_of_module(
         )
     if trainer is not None and not hasattr(trainer, "accumulate_grad_batches"):
         raise UsageError(f"trainer= must be a Lightning Trainer, not {type(trainer).__name__}.")
-    precision = precision_of(trainer)
+    precision = _precision_of(trainer)
     batch = drawn_batch(lambda: next(iter(_loader(module, datamodule))))
-    step = _ModulesStep(module, StandInTrainer(trainer))
+    step = _ModulesStep(module, _StandInTrainer(trainer))
     return step_of(step, batch, _OptimizerOf(step), precision=precision)
 
 
-def precision_of(trainer: Any) -> Precision:
+def _precision_of(trainer: Any) -> Precision:
     """Return the precision that a Lightning trainer is set to.
 
     Raises:
@@ -105,7 +105,7 @@ def _loader(module: Any, datamodule: Any) -> Any:
     return loader
 
 
-class StandInTrainer:
+class _StandInTrainer:
     """What a module may ask its trainer for in a trial.
 
     Args:
@@ -136,7 +136,7 @@ def _logs_nothing(*_values: Any, **_options: Any) -> None:
 
 
 @contextlib.contextmanager
-def attached(module: Any, trainer: StandInTrainer) -> Iterator[None]:
+def _attached(module: Any, trainer: _StandInTrainer) -> Iterator[None]:
     """Give a module the trainer's stand-in for the time of the block. Nothing is logged."""
     own = vars(module)
     before = {name: own[name] for name in ("_trainer", "log", "log_dict") if name in own}
@@ -150,7 +150,7 @@ def attached(module: Any, trainer: StandInTrainer) -> Iterator[None]:
         own.update(before)
 
 
-def optimizer_in(configured: Any, name: str) -> torch.optim.Optimizer:
+def _optimizer_in(configured: Any, name: str) -> torch.optim.Optimizer:
     """Return the one optimizer in what `configure_optimizers` returned.
 
     Raises:
@@ -181,7 +181,7 @@ class _OptimizerOf:
 
 
 class _ModulesStep(TrainersStep):
-    def __init__(self, module: Any, trainer: StandInTrainer) -> None:
+    def __init__(self, module: Any, trainer: _StandInTrainer) -> None:
         super().__init__(module)
         self._trainer = trainer
         self._begins_step = True
@@ -189,7 +189,7 @@ class _ModulesStep(TrainersStep):
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         del held
         module: Any = self.model
-        with attached(module, self._trainer):
+        with _attached(module, self._trainer):
             batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
             loss = module.training_step(batch, 0)
         if isinstance(loss, Mapping):
@@ -208,8 +208,8 @@ class _ModulesStep(TrainersStep):
         """Return the module's own optimizer, which leaves gradients where they are."""
         module: Any = self.model
         self._begins_step = True
-        with attached(module, self._trainer):
-            optimizer = optimizer_in(module.configure_optimizers(), type(module).__name__)
+        with _attached(module, self._trainer):
+            optimizer = _optimizer_in(module.configure_optimizers(), type(module).__name__)
         optimizer.zero_grad = self._keep_gradients  # type: ignore[method-assign]
         return optimizer
 

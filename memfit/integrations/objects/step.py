@@ -6,6 +6,7 @@ backward, and keeps what the trainer keeps on the device.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import pickle
@@ -36,7 +37,7 @@ __all__ = [
 _CPU = torch.device("cpu")
 
 
-class TrainersStep(nn.Module):
+class TrainersStep(nn.Module, abc.ABC):
     """What a trainer computes before backward.
 
     Args:
@@ -48,6 +49,7 @@ class TrainersStep(nn.Module):
         self.model = model
         self._kept: tuple[Any, ...] = ()
 
+    @abc.abstractmethod
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         """Return the loss of a batch.
 
@@ -55,7 +57,6 @@ class TrainersStep(nn.Module):
             batch: What the trainer's loader yields.
             held: Other samples that the trainer has on the device at the same time.
         """
-        raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients and everything else that the trainer keeps from one step to the next.

@@ -30,10 +30,7 @@ from memfit.integrations.objects.step import (
 )
 from memfit.records import Precision
 
-__all__ = ["KEEPS_ON_HOST", "workload_of_trainer"]
-
-KEEPS_ON_HOST: Final = "memfit_keeps_batches_on_host"
-"""The attribute of a trainer whose batches wait in host memory."""
+__all__ = ["workload_of_trainer"]
 
 # What a step does not use, and what would travel to the trial's process.
 _LEFT_BEHIND: Final = (
@@ -74,11 +71,10 @@ def workload_of_trainer(trainer: Any, *, samples_per_step: int | None = None) ->
         accelerator._dataloaders[:] = loaders  # noqa: SLF001 - as above
     num_steps = int(arguments.gradient_accumulation_steps)
     held = None
-    if not getattr(trainer, KEEPS_ON_HOST, False):
-        if samples_per_step is not None:
-            held = HeldSamples(in_all=samples_per_step)
-        elif num_steps > 1:
-            held = HeldSamples(num_micro_batches=num_steps)
+    if samples_per_step is not None:
+        held = HeldSamples(in_all=samples_per_step)
+    elif num_steps > 1:
+        held = HeldSamples(num_micro_batches=num_steps)
     step = _TrainersOwnStep(trainer)
     return step_of(
         step,

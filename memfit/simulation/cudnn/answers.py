@@ -42,13 +42,11 @@ class Workspaces:
     Args:
         plans: Answers what is not known yet.
         path: Where answers are kept; `None` for nowhere.
-        version: The version of cuDNN.
     """
 
-    def __init__(self, plans: Asked, *, path: Path | None, version: int) -> None:
+    def __init__(self, plans: Asked, *, path: Path | None) -> None:
         self._plans = plans
         self._path = path
-        self.version = version
         self._known: dict[str, int | None] = self._read()
         self._new: dict[str, int | None] = {}
 
@@ -122,7 +120,7 @@ def _workspaces(compute_capability: tuple[int, int], settings: PlanSettings) -> 
         return None
     major, minor = compute_capability
     name = f"{plans.version}-{major}.{minor}-{settings.text}.sqlite"
-    opened = Workspaces(plans, path=cache_folder() / "cudnn" / name, version=plans.version)
+    opened = Workspaces(plans, path=cache_folder() / "cudnn" / name)
     _opened.append(opened)
     return opened
 

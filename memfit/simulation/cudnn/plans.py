@@ -134,7 +134,6 @@ class CudnnPlans:
     """
 
     def __init__(self, compute_capability: tuple[int, int], settings: PlanSettings) -> None:
-        self.compute_capability = compute_capability
         self.settings = settings
         self._cudnn = importlib.import_module(_PACKAGE)
         major, minor = compute_capability

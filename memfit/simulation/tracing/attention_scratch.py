@@ -153,7 +153,7 @@ def flash_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Scr
     samples, heads, num_rows, head_dim = query.shape
     rows = samples * heads * _ceil(num_rows, _FLASH_ROWS)
     copies = tuple(
-        Workspace(name=name, num_bytes=tensor.numel() * tensor.element_size())
+        Workspace.copy_of(tensor, name)
         for name, tensor in (("copy of the gradient", gradient), ("copy of the output", output))
         if not tensor.transpose(1, 2).is_contiguous()
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
-from memfit.simulation.tracing.convolutions import layout_of
+from memfit.simulation.tracing.convolutions import has_filters_by_channel, layout_of
 
 __all__ = ["ConvolutionCall"]
 
@@ -51,8 +51,7 @@ class ConvolutionCall:
     @property
     def is_grouped_by_channel(self) -> bool:
         """Whether each channel has filters of its own."""
-        *_, is_transposed, _, groups = self.parameters
-        return groups > 1 and groups == self.data.shape[1] and not is_transposed
+        return has_filters_by_channel(self.data, self.parameters)
 
     @property
     def is_last(self) -> bool:

@@ -16,20 +16,29 @@ from typing import Any
 import torch
 
 from memfit.simulation.cudnn.questions import ConvolutionKernel
-from memfit.simulation.tracing.reductions import reduction_scratch
+from memfit.simulation.tracing.reductions import input_vector, reduction_scratch
 from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
 
 __all__ = [
     "backward_outputs",
     "backward_script",
     "forward_script",
+    "has_filters_by_channel",
     "is_channels_last",
     "is_depthwise",
     "layout_of",
 ]
 
-_HALF_VECTOR = 8
-_VECTOR = 4
+
+def has_filters_by_channel(data: torch.Tensor, parameters: Sequence[Any]) -> bool:
+    """Whether each channel has filters of its own, whatever kernel runs.
+
+    Args:
+        data: The input.
+        parameters: Stride, padding, dilation, whether transposed, output padding, groups.
+    """
+    *_, is_transposed, _, groups = parameters
+    return groups > 1 and groups == data.shape[1] and not is_transposed
 
 
 def is_depthwise(data: torch.Tensor, weight: torch.Tensor, parameters: Sequence[Any]) -> bool:
@@ -40,13 +49,10 @@ def is_depthwise(data: torch.Tensor, weight: torch.Tensor, parameters: Sequence[
         weight: The weight.
         parameters: Stride, padding, dilation, whether transposed, output padding, groups.
     """
-    *_, is_transposed, _, groups = parameters
     return (
-        not is_transposed
+        has_filters_by_channel(data, parameters)
         and not _prefers_cudnn(data, weight, parameters)
-        and groups > 1
-        and groups == data.shape[1]
-        and weight.shape[0] % groups == 0
+        and weight.shape[0] % data.shape[1] == 0
         and data.ndim == 4  # noqa: PLR2004 - (N, C, H, W)
         and not _computes_in_nhwc(data, weight)
     )
@@ -132,7 +138,7 @@ def backward_script(
     script += (Drop(tuple(copy.name for copy in reversed(copies))),)
     if to_bias:
         dims = (0, *range(2, gradient.ndim))
-        vector = _HALF_VECTOR if gradient.element_size() == 2 else _VECTOR  # noqa: PLR2004
+        vector = input_vector(gradient.element_size())
         script += (Make((2,)), *reduction_scratch(gradient, dims, input_vector=vector))
     return script
 
@@ -182,5 +188,4 @@ def _copied(
     """Return the copy of a tensor whose layout is not the convolution's."""
     if tensor.is_contiguous(memory_format=layout_of(data, weight)):
         return ()
-    num_bytes = tensor.numel() * tensor.element_size()
-    return (Workspace(name=f"{name} in the convolution's layout", num_bytes=num_bytes),)
+    return (Workspace.copy_of(tensor, f"{name} in the convolution's layout"),)

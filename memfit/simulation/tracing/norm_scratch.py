@@ -14,7 +14,15 @@ import torch
 from memfit.cards import Gpu
 from memfit.simulation.needs import Need
 from memfit.simulation.tracing.reductions import scratch_of_rows
-from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Make, Script, Workspace
+from memfit.simulation.tracing.scripts import (
+    ALONE,
+    OUTPUTS,
+    Drop,
+    Make,
+    Script,
+    Workspace,
+    contiguous_copy,
+)
 
 __all__ = [
     "batch_norm",
@@ -42,7 +50,7 @@ class _Release(Protocol):
 
 def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
     """An input that is not contiguous is copied for the call."""
-    copy = _copy("contiguous input", args[0])
+    copy = contiguous_copy("contiguous input", args[0])
     return (*copy, OUTPUTS) if copy else ALONE
 
 
@@ -52,8 +60,8 @@ def layer_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -
     weight, wanted = args[5], args[-1]
     num_columns = math.prod(shape)
     num_rows = data.numel() // max(num_columns, 1)
-    script: Script = (*_copy("contiguous input", data), OUTPUTS)
-    script += _copy("contiguous gradient", gradient)
+    script: Script = (*contiguous_copy("contiguous input", data), OUTPUTS)
+    script += contiguous_copy("contiguous gradient", gradient)
     if weight is not None:
         numbers = (num_rows, num_columns, weight.element_size())
         names = ("weight's parts", "bias's parts")
@@ -97,9 +105,9 @@ def group_norm(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script
     data, _, _, samples, channels, _, num_groups = args[:7]
     script: Script
     if kernels.torch_release == _COPIES_CHANNELS_LAST:
-        script = (OUTPUTS, *_copy("contiguous input", data))
+        script = (OUTPUTS, *contiguous_copy("contiguous input", data))
     else:
-        copy = _copy("input in its own layout", data) if not _is_dense(data) else ()
+        copy = contiguous_copy("input in its own layout", data) if not _is_dense(data) else ()
         script = (*copy, OUTPUTS)
     if data.dtype in _HALF and kernels.torch_release >= _KEEPS_MEANS_IN_FP32:
         script += _each(("mean in fp32", "deviation in fp32"), 4 * samples * num_groups)
@@ -112,7 +120,7 @@ def group_norm_backward(kernels: _Release, args: tuple[Any, ...], _result: Any) 
     per_channel, per_group = 4 * samples * channels, 4 * samples * num_groups
     copies = kernels.torch_release == _COPIES_CHANNELS_LAST
     script: Script = (
-        *(_copy("contiguous input", data) if copies else ()),
+        *(contiguous_copy("contiguous input", data) if copies else ()),
         OUTPUTS,
         *_each(("sums of the gradient", "sums of the gradient x input"), per_channel),
         *_each(("factors of a group", "shifts of a group"), per_group),
@@ -195,12 +203,6 @@ def _power_of_two(number: int) -> int:
 
 def _each(names: tuple[str, ...], num_bytes: int) -> tuple[Workspace, ...]:
     return tuple(Workspace(name=name, num_bytes=num_bytes) for name in names)
-
-
-def _copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
-    if tensor.is_contiguous():
-        return ()
-    return (Workspace(name=name, num_bytes=tensor.numel() * tensor.element_size()),)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from memfit.cards import Gpu
 from memfit.simulation.needs import Need
 from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Script, Workspace
 
-__all__ = ["reduction", "reduction_scratch", "scratch_of_rows"]
+__all__ = ["input_vector", "reduction", "reduction_scratch", "scratch_of_rows"]
 
 _WARP: Final = 32
 _MAX_THREADS: Final = 512
@@ -67,10 +67,25 @@ def reduction_scratch(
     )
 
 
+def input_vector(item_bytes: int) -> int:
+    """Return how many values of a size a thread reads at once in a sum."""
+    return _HALF_VECTOR if item_bytes == _HALF_BYTES else _VECTOR
+
+
 def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
     """Return the buffer of partial sums when the rows of a contiguous matrix are added."""
-    vector = _HALF_VECTOR if item_bytes == _HALF_BYTES else _VECTOR
-    numbers = (item_bytes, 4, vector, 0, 1, num_rows, num_columns, 0, num_columns, 1)
+    numbers = (
+        item_bytes,
+        4,
+        input_vector(item_bytes),
+        0,
+        1,
+        num_rows,
+        num_columns,
+        0,
+        num_columns,
+        1,
+    )
     return _buffer_bytes(gpu, *numbers)
 
 
@@ -100,7 +115,7 @@ class _Config:
 
     @classmethod
     def of(cls, gpu: Gpu, numbers: Sequence[int]) -> _Config:
-        item_bytes, partial_bytes, input_vector, offset, *rest = numbers
+        _, partial_bytes, values_at_once, offset, *rest = numbers
         given = [_Dim(bool(rest[i]), *rest[i + 1 : i + 3]) for i in range(0, len(rest), 3)]
         dims = _coalesced(given)
         num_outputs = math.prod(dim.size for dim in dims if not dim.is_reduced)
@@ -114,13 +129,12 @@ class _Config:
         output_vector = 1
         if stride == 1:
             if along and width >= _LONG_ROW and len(reduced) == 1:
-                width //= input_vector
+                width //= values_at_once
             elif not along:
-                output_vector = _output_vector(dims, kept[0], offset, item_bytes)
+                output_vector = _output_vector(dims, kept[0], offset)
                 width //= output_vector
         block_width, block_height = _block(width, height, _MAX_THREADS // output_vector)
         step_input, step_output = (block_width, 1) if along else (1, block_width)
-        reduces_x = along
         threshold = min(block_height * _MIN_VALUES_PER_THREAD, _MAX_VALUES_PER_THREAD)
         reduces_y = -(-num_inputs // step_input) >= threshold
         if reduces_y:
@@ -140,7 +154,7 @@ class _Config:
         if blocks <= 1:
             return cls(0, 0)
         num_bytes = partial_bytes * num_outputs * blocks
-        if not reduces_x:
+        if not along:
             num_bytes *= block_width * output_vector
         return cls(num_bytes, _SEMAPHORE_BYTES * grid)
 
@@ -164,7 +178,7 @@ def _coalesced(dims: Sequence[_Dim]) -> list[_Dim]:
     return merged
 
 
-def _output_vector(dims: Sequence[_Dim], fastest: _Dim, offset: int, _item_bytes: int) -> int:
+def _output_vector(dims: Sequence[_Dim], fastest: _Dim, offset: int) -> int:
     """Return how many outputs a thread computes at once."""
     vector = _OUTPUT_VECTOR
     for number in (offset, fastest.size, *(d.stride for d in dims if d is not fastest)):

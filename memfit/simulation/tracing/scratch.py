@@ -29,8 +29,16 @@ from memfit.simulation.tracing.norm_scratch import (
     layer_norm,
     layer_norm_backward,
 )
-from memfit.simulation.tracing.reductions import reduction
-from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Drop, Make, Script, Workspace
+from memfit.simulation.tracing.reductions import input_vector, reduction
+from memfit.simulation.tracing.scripts import (
+    ALONE,
+    OUTPUTS,
+    Drop,
+    Make,
+    Script,
+    Workspace,
+    contiguous_copy,
+)
 
 __all__ = [
     "LT_WORKSPACES_KEPT",
@@ -103,9 +111,7 @@ def _product(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """
     operands = [tensor for tensor in args[-2:] if isinstance(tensor, torch.Tensor)]
     copies: Script = tuple(
-        Workspace(
-            name=f"copy of operand {number}", num_bytes=tensor.numel() * tensor.element_size()
-        )
+        Workspace.copy_of(tensor, f"copy of operand {number}")
         for number, tensor in enumerate(operands)
         if tensor.ndim > 1 and not _is_readable(tensor)
     )
@@ -161,8 +167,7 @@ def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Sc
 def _sum(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Source: `sum_kernel_cuda` in aten/src/ATen/native/cuda/ReduceSumProdKernel.cu."""
     data, dims = args[0], (args[1] if len(args) > 1 else None)
-    vector = 8 if data.element_size() == 2 else 4  # noqa: PLR2004
-    return reduction(data, dims or (), input_vector=vector)
+    return reduction(data, dims or (), input_vector=input_vector(data.element_size()))
 
 
 def _mean(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
@@ -178,9 +183,7 @@ def _softmax_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) ->
 
     Source: `softmax_backward_cuda_out` in aten/src/ATen/native/cuda/SoftMax.cu.
     """
-    gradient = args[0]
-    num_bytes = gradient.numel() * gradient.element_size()
-    return (OUTPUTS, Workspace(name="gradient x output", num_bytes=num_bytes))
+    return (OUTPUTS, Workspace.copy_of(args[0], "gradient x output"))
 
 
 def _dropout(_kernels: Release, _args: tuple[Any, ...], _result: Any) -> Script:
@@ -194,10 +197,9 @@ def _roll(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     Source: `roll_common` in aten/src/ATen/native/TensorTransformations.h.
     """
     data, shifts = args[:2]
-    num_bytes = data.numel() * data.element_size()
     script: Script = ()
     for number in range(1, len(shifts) if isinstance(shifts, (list, tuple)) else 1):
-        script += (Workspace(name=f"roll {number}", num_bytes=num_bytes),)
+        script += (Workspace.copy_of(data, f"roll {number}"),)
         if number > 1:
             script += (Drop.of(f"roll {number - 1}"),)
     return (*script, OUTPUTS)
@@ -205,7 +207,7 @@ def _roll(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
 
 def _copies_input(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Copy an input that is not contiguous, after the output was made."""
-    return (OUTPUTS, *_copy("contiguous input", args[0]))
+    return (OUTPUTS, *contiguous_copy("contiguous input", args[0]))
 
 
 def _index_put(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
@@ -235,16 +237,9 @@ def _embedding_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) 
     indices = args[1]
     if indices.numel() <= _FEW_INDICES:
         return ALONE
-    num_bytes = indices.numel() * indices.element_size()
     names = ("sorted indices", "order", "range")
-    sort = (Workspace(name=name, num_bytes=num_bytes) for name in names)
+    sort = (Workspace.copy_of(indices, name) for name in names)
     return (*sort, Drop.of("range"), OUTPUTS)
-
-
-def _copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
-    if tensor.is_contiguous():
-        return ()
-    return (Workspace(name=name, num_bytes=tensor.numel() * tensor.element_size()),)
 
 
 _RULES: Final[dict[str, _Rule]] = {

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
+import torch
+
 from memfit.simulation.needs import Need
 
-__all__ = ["ALONE", "OUTPUTS", "Drop", "Make", "Script", "Workspace"]
+__all__ = ["ALONE", "OUTPUTS", "Drop", "Make", "Script", "Workspace", "contiguous_copy"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,11 @@ class Workspace:
     is_needed: bool = True
     plan: tuple[Any, ...] | None = None
     tried: Need | None = None
+
+    @classmethod
+    def copy_of(cls, tensor: torch.Tensor, name: str) -> Workspace:
+        """Return the memory of a copy of a tensor, or of another tensor as large as it."""
+        return cls(name=name, num_bytes=tensor.numel() * tensor.element_size())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,3 +71,8 @@ Script = tuple["Workspace | Drop | Make", ...]
 
 ALONE: Final[Script] = (OUTPUTS,)
 """The script of a kernel that takes nothing besides its outputs."""
+
+
+def contiguous_copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
+    """Return the copy of a tensor that is not contiguous; nothing for one that is."""
+    return () if tensor.is_contiguous() else (Workspace.copy_of(tensor, name),)

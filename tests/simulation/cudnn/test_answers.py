@@ -52,12 +52,12 @@ def test_answers_are_kept(tmp_path: Path) -> None:
     """A second process asks nothing again, not even what has no plan."""
     path = tmp_path / "folder" / "answers.sqlite"
     first = Counted()
-    workspaces = Workspaces(first, path=path, version=1)
+    workspaces = Workspaces(first, path=path)
     assert [workspaces.of(sized(n)) for n in (2, 3, 2, 3)] == [2000, None, 2000, None]
     workspaces.keep()
     assert first.num_asked == 2
     second = Counted()
-    again = Workspaces(second, path=path, version=1)
+    again = Workspaces(second, path=path)
     assert [again.of(sized(n)) for n in (2, 3)] == [2000, None]
     assert second.num_asked == 0
 
@@ -66,22 +66,22 @@ def test_a_broken_file_is_asked_again(tmp_path: Path) -> None:
     """It is replaced, and nothing is raised."""
     path = tmp_path / "answers.sqlite"
     path.write_bytes(b"no database" * 100)
-    workspaces = Workspaces(Counted(), path=path, version=1)
+    workspaces = Workspaces(Counted(), path=path)
     assert workspaces.of(sized(5)) == 5000
     workspaces.keep()
-    assert Workspaces(Counted(), path=path, version=1)._known == {sized(5).text: 5000}
+    assert Workspaces(Counted(), path=path)._known == {sized(5).text: 5000}
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     """Answers are still given."""
     (tmp_path / "file").write_text("")
-    workspaces = Workspaces(Counted(), path=tmp_path / "file" / "answers.sqlite", version=1)
+    workspaces = Workspaces(Counted(), path=tmp_path / "file" / "answers.sqlite")
     assert workspaces.of(sized(4)) == 4000
     workspaces.keep()
     assert workspaces.of(sized(4)) == 4000
 
 
-@pytest.mark.parametrize("answers", [None, Workspaces(Counted(), path=None, version=1)])
+@pytest.mark.parametrize("answers", [None, Workspaces(Counted(), path=None)])
 def test_without_an_answer_the_bound_holds(
     answers: Workspaces | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +103,7 @@ def test_a_trial_says_how_workspaces_are_known(
     is_known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They add to what the step reserves, and a result says where they are from."""
-    large = Workspaces(Counted(), path=None, version=1)
+    large = Workspaces(Counted(), path=None)
     monkeypatch.setattr(needs, "workspaces_of", lambda _: large if is_known else None)
     backend, step = resnet("rtx3090")
     expected = WorkspaceSource.CUDNN if is_known else WorkspaceSource.BOUND
@@ -112,9 +112,7 @@ def test_a_trial_says_how_workspaces_are_known(
 
 def test_amds_cards_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not run cuDNN."""
-    monkeypatch.setattr(
-        needs, "workspaces_of", lambda _: Workspaces(Counted(), path=None, version=1)
-    )
+    monkeypatch.setattr(needs, "workspaces_of", lambda _: Workspaces(Counted(), path=None))
     backend, step = resnet("mi300x")
     assert backend.trial(step, 4).workspaces is WorkspaceSource.BOUND
 
@@ -131,7 +129,7 @@ def test_a_step_without_convolutions_says_nothing() -> None:
 def test_a_scout_asks_at_few_batch_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """It scales their answers, which comes close."""
     counted = Counted()
-    answers = Workspaces(counted, path=None, version=1)
+    answers = Workspaces(counted, path=None)
     monkeypatch.setattr(needs, "workspaces_of", lambda _: answers)
     rough, step = resnet("rtx3090", is_rough=True)
     exact, _ = resnet("rtx3090")

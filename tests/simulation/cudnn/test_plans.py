@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from convolution_cases import calls, cases
 
 from memfit.cards import find_gpu
-from memfit.errors import MemfitError
-from memfit.rehearsal.activate import rehearsed_environment
 from memfit.simulation.cudnn import plans as module
 from memfit.simulation.cudnn.plans import CudnnPlans, PlanSettings, cudnn_plans, missing_cudnn
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
@@ -49,26 +45,16 @@ def plans(**settings: bool) -> CudnnPlans:
 
 
 @needs_cudnn
+@pytest.mark.rehearses
 @pytest.mark.parametrize("card", ["RTX 3090", "H100 SXM"])
-def test_answers_are_what_torch_takes(card: str) -> None:
+def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, str], Any]) -> None:
     """Forward and both gradients, in each type and layout, on a rehearsed card."""
     gpu = find_gpu(card)
-    try:
-        added = rehearsed_environment(gpu, environment=os.environ)
-    except MemfitError as error:
-        pytest.skip(str(error))
-    script = Path(__file__).with_name("convolution_cases.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        env={**os.environ, **added},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    real = run_rehearsed(Path(__file__).with_name("convolution_cases.py"), card)
     asked = cudnn_plans(gpu.compute_capability)
     assert asked is not None
     wrong = []
-    for case, taken in zip(cases(), json.loads(done.stdout), strict=True):
+    for case, taken in zip(cases(), real, strict=True):
         for call, num_bytes in zip(calls(*case), taken, strict=True):
             convolution = call.question()
             assert convolution is not None

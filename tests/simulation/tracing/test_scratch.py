@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from operator_cases import CASES, run
 from memfit._torch_private import dispatched
 from memfit.backends.traces import trace_options
 from memfit.cards import Gpu, find_gpu
-from memfit.errors import MemfitError
 from memfit.records import Action, Event, Precision
-from memfit.rehearsal.activate import rehearsed_environment
 from memfit.simulation.needs import NeedEvent
 from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.recorder import Recorder
@@ -33,21 +29,10 @@ GRANULARITY_BYTES = 512
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stretches]:
+def real(run_rehearsed: Callable[[Path, str], Any]) -> dict[str, Stretches]:
     """Return what all cases ask for on the rehearsed card."""
-    try:
-        added = rehearsed_environment(find_gpu(CARD), environment=os.environ)
-    except MemfitError as error:
-        pytest.skip(str(error))
-    file = tmp_path_factory.mktemp("operators") / "recorded.json"
     script = Path(__file__).with_name("operator_cases.py")
-    subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(file)],
-        env={**os.environ, **added},
-        check=True,
-        timeout=120,
-    )
-    found: dict[str, Stretches] = json.loads(file.read_text())
+    found: dict[str, Stretches] = run_rehearsed(script, CARD)
     return found
 
 
@@ -83,6 +68,7 @@ def _bytes_of(event: Event, gpu: Gpu) -> int:
     return event.need.on(gpu) if isinstance(event, NeedEvent) else event.num_bytes
 
 
+@pytest.mark.rehearses
 @pytest.mark.parametrize("name", CASES)
 def test_an_operator_asks_for_what_torch_asks_for(name: str, real: dict[str, Stretches]) -> None:
     """Every request and every free of every stretch is the same, to the allocator's rounding."""
