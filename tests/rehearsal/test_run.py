@@ -26,15 +26,18 @@ CARD = find_gpu("rtx3060")
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Check after every test that no file of a report and no process is left."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
+def _own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check after every test that no file of a report and no process is left.
+
+    Data loaders make sockets in the temporary folder, and a socket's path has at most 107
+    characters: in pytest's own folders, which are deep, a loader would wait forever.
+    """
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield
-    assert not list(folder.glob("memfit-rehearsal-*"))
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
+        assert not list(Path(folder).glob("memfit-rehearsal-*"))
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     assert not left
 
