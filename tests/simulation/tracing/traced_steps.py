@@ -15,7 +15,7 @@ def options(capability: tuple[int, int] = (8, 0), **changes: bool | int) -> Trac
     """Return the options of a torch whose BLAS workspaces do not belong to the step."""
     return TraceOptions(
         compute_capability=capability,
-        kernels=Kernels(compute_capability=capability, torch_release=(2, 8)),
+        kernels=Kernels(compute_capability=capability, torch_release=(2, 13)),
         **changes,  # type: ignore[arg-type]
     )
 
