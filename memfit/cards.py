@@ -209,6 +209,12 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
         UsageError: No card has that name, or `any` was named without a size, or the size does not
             leave room for the process itself.
     """
+    given: object = name
+    if not isinstance(given, str):
+        raise UsageError(
+            f"A GPU is given by its name, such as 'rtx4090', not by {name!r}. memfit.survey and "
+            "memfit.survey_plans take several, as gpus=[...]."
+        )
     if _key(name) == ANY_GPU:
         if total_bytes is None:
             raise UsageError("The GPU 'any' has no memory size of its own. Give one, such as 6GiB.")

@@ -138,6 +138,8 @@ class Asked:
 
     def cards_named(self, gpus: Sequence[str] | None) -> tuple[str, ...]:
         """Return the cards that the caller named, or those to try by default."""
+        if isinstance(gpus, str):
+            raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
         if gpus:
             return tuple(gpus)
         return COMMON_GPUS if self.memory_bytes is None else (ANY_GPU,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 _DEFAULT_OPTIMIZER = "adamw"
+# What the public functions take besides the step's options, for a question after a wrong name.
+_BESIDES = ("gpu", "device", "memory", "engine", "headroom", "multiple_of", "max_batch_size")
 _Choice = TypeVar("_Choice", bound=enum.Enum)
 
 
@@ -138,8 +141,12 @@ def describe(
     """
     unknown = sorted(options.keys() - StepKeywords.__annotations__.keys())
     if unknown:
+        near = difflib.get_close_matches(
+            unknown[0], [*_BESIDES, *StepKeywords.__annotations__], n=1
+        )
+        hint = f"did you mean {near[0]}? A" if near else "a"
         raise TypeError(
-            f"there is no option {unknown[0]!r}; a training step has "
+            f"there is no option {unknown[0]!r}; {hint} training step has "
             f"{', '.join(StepKeywords.__annotations__)}"
         )
     check_subject(subject, Workload)

@@ -223,10 +223,12 @@ class _Planner:
         if search.has_headroom(trial, self._limit_bytes):
             return True
         if trial.fits:
-            remarks.append(
-                f"{share} samples do fit in one step, but leave less than {options.headroom:.0%} "
-                "free or need allocator retries."
+            why = (
+                "need allocator retries"
+                if trial.num_alloc_retries
+                else f"leave less than {options.headroom:.0%} free"
             )
+            remarks.append(f"{share} samples do fit in one step, but {why}.")
         return False
 
     def _limits(self, remarks: list[str]) -> _Limits:

@@ -61,8 +61,8 @@ def _sizes(everything: tuple[Alternative, ...]) -> Panel:
         kind="figure",
         title="The largest micro-batch, one change at a time",
         note=(
-            "With the headroom kept free. Changes that affect training least come "
-            "first. ≥ means that no more was needed."
+            "With the headroom kept free and no allocator retries. Changes that affect "
+            "training least come first. ≥ means that no more was needed."
         ),
         data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{_name(each)}: {_fits(each)}" for each in everything),

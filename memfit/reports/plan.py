@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
-from memfit.reports.probe import heading, step_words, trial_notes, trial_table
+from memfit.reports.probe import heading, kept_free, step_words, trial_notes, trial_table
 from memfit.reports.sources import about, no_gpu_took_part
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
@@ -69,7 +69,7 @@ def _answers(plan: Plan) -> Table:
         table.add_row(
             "recommended",
             str(plan.recommended_micro_batch_size),
-            f"micro-batch with {plan.headroom:.0%} kept free: the plan's limit",
+            f"micro-batch with {kept_free(plan)}: the plan's limit",
         )
     else:
         table.add_row("largest", f"≥ {edge}", "micro-batch that fits; no more is needed")
@@ -150,7 +150,10 @@ def render_exploration(exploration: Exploration) -> RenderableType:
         "",
         table,
         "",
-        Text("fits: the largest micro-batch that leaves the headroom. ≥: no more is needed."),
+        Text(
+            "fits: the largest micro-batch that leaves the headroom and needs no allocator "
+            "retries. ≥: no more is needed."
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from memfit.units import format_bytes
 
 __all__ = [
     "heading",
+    "kept_free",
     "once_each",
     "render",
     "step_words",
@@ -195,16 +196,27 @@ def why_recommended(result: ProbeResult) -> str:
     """
     stand = result.recommended_batch_size
     multiple = f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
-    rule = f"{result.headroom:.0%} kept free"
     if stand is None:
+        rule = f"{result.headroom:.0%} kept free"
         return f"no batch size that fits leaves {rule}{multiple} without allocator retries"
-    if any(trial.num_alloc_retries and trial.fits for trial in result.trials):
-        rule += ", no retries"
+    rule = kept_free(result)
+    if rule.endswith("retries"):
         multiple = multiple.replace(" a ", " ")  # so that it stays one line
     rule += multiple
     trial = result.trial_at(stand)
     peak = None if trial is None else trial.peak_reserved_bytes
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
+
+
+def kept_free(result: ProbeResult | Plan) -> str:
+    """Say what the recommendation keeps: the headroom, and no retries where larger sizes had some.
+
+    Args:
+        result: The probe's result, or a plan.
+    """
+    rule = f"{result.headroom:.0%} kept free"
+    has_retries = any(trial.num_alloc_retries and trial.fits for trial in result.trials)
+    return f"{rule}, no retries" if has_retries else rule
 
 
 def trial_notes(result: ProbeResult | Plan) -> list[str]:
@@ -263,7 +275,8 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
     versions = f"torch {result.torch_version}"
     kind = result.source.value.capitalize()
     said.append(
-        f"{kind} in {len(result.trials)} trials ({len(result.trials) - took} ran out"
+        f"{kind} in {len(result.trials)} trial{'' if len(result.trials) == 1 else 's'} "
+        f"({len(result.trials) - took} ran out"
         f"{f', {again} repeated' if again else ''}) and "
         f"{result.seconds:.1f} s with {versions}."
     )

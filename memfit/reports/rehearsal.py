@@ -131,7 +131,7 @@ def render_plan(found: CommandPlan) -> RenderableType:
         trial_table(found.trials),
         "",
         Text.assemble((f"{found.effective_batch_size} = {parts}", "bold green"), ": it fitted, "),
-        Text(f"with {found.headroom:.0%} kept free. Train with:"),
+        Text(f"with {found.headroom:.0%} kept free and no allocator retries. Train with:"),
         Text(shlex.join(found.command), "bold"),
         "",
         Text(_in_trials(found), "dim"),

@@ -109,9 +109,13 @@ def _probe(result: ProbeResult) -> Short:
         ),
         note=(
             f"{how_it_was_had(result.source)}, {format_bytes(result.capacity_bytes)} usable, "
-            f"{len(result.trials)} trials."
+            f"{_count(len(result.trials))}."
         ),
     )
+
+
+def _count(num_trials: int) -> str:
+    return f"{num_trials} trial{'' if num_trials == 1 else 's'}"
 
 
 def _plan(plan: Plan) -> Short:
@@ -130,7 +134,7 @@ def _plan(plan: Plan) -> Short:
         title=f"{plan.effective_batch_size} samples a step{ranks}: {plan.subject} on "
         f"{plan.device}: {', '.join(step_words(plan.options))}",
         rows=tuple(rows),
-        note=f"{how_it_was_had(plan.source)}, {len(plan.trials)} trials.",
+        note=f"{how_it_was_had(plan.source)}, {_count(len(plan.trials))}.",
     )
 
 

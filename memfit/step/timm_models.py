@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -265,8 +268,21 @@ def _created(name: str, options: StepOptions) -> nn.Module:
                 f"{name} is built without an image size, and takes images of any: give image_size "
                 "(--image-size) instead of img_size."
             ) from error
-        raise UsageError(f"timm cannot build {name}{asked}: {error}") from error
+        hint = _nearest_argument(name, str(error))
+        raise UsageError(f"timm cannot build {name}{asked}: {error}{hint}") from error
     return model
+
+
+def _nearest_argument(name: str, message: str) -> str:
+    """Return a question with the nearest argument of a model's class, if one is near."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    if found is None:
+        return ""
+    home = sys.modules[import_timm().models.model_entrypoint(name).__module__]
+    kind = getattr(home, found[1], None)
+    known = () if kind is None else inspect.signature(kind).parameters
+    near = difflib.get_close_matches(found[2], known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def patches_of(name: str, options: StepOptions) -> tuple[int, ...]:

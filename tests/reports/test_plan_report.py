@@ -69,7 +69,7 @@ def test_a_plan_shows_its_parts_both_limits_and_why() -> None:
         "speed            22           samples/s on each rank, measured\n"
         "\n"
         "3 steps do not divide 64.\n"
-        "Measured in 1 trials (0 ran out) and 3.2 s with torch 2.15."
+        "Measured in 1 trial (0 ran out) and 3.2 s with torch 2.15."
     )
 
 
@@ -139,3 +139,11 @@ def test_an_exploration_shows_what_each_change_does() -> None:
     assert lines[6].split()[:5] == ["a", "smaller", "image", "≥", "40"]
     assert exploration.to_dict()["alternatives"][0]["accumulation_steps"] == 2
     assert as_it_is.micro_batch_size is None
+
+
+def test_the_limit_of_a_plan_says_that_larger_parts_needed_retries() -> None:
+    """5% are not the reason if a larger micro-batch fitted only with allocator retries."""
+    plan = example()
+    retried = dataclasses.replace(plan.trials[0], batch_size=25, num_alloc_retries=1)
+    text = text_of(render(dataclasses.replace(plan, trials=(*plan.trials, retried))))
+    assert "micro-batch with 5% kept free, no retries: the plan's limit" in text

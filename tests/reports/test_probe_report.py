@@ -128,7 +128,7 @@ def test_what_there_is_to_say_is_said() -> None:
         "Trials ran with A=1",
         "Up to 3.0 MiB stayed allocated",
         "still grew when the trial ended at batch size 212",
-        "Simulated in 1 trials (0 ran out)",
+        "Simulated in 1 trial (0 ran out)",
     ):
         assert part in shown
 

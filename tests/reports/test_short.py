@@ -52,7 +52,7 @@ def test_a_probe_is_four_lines() -> None:
         "net on NVIDIA L4: amp-bf16, adamw\n"
         "largest      63  simulated: it fitted, and 64 ran out of memory\n"
         "recommended  60  20.0 GiB at the peak; 5% kept free\n"
-        "Simulated, not measured, 22.0 GiB usable, 1 trials."
+        "Simulated, not measured, 22.0 GiB usable, 1 trial."
     )
 
 

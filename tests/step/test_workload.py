@@ -330,6 +330,7 @@ def test_unknown_models_get_the_nearest_names(name: str, says: str) -> None:
     [
         ("resnet10t", {"optimizer": "adamm"}, "did you mean adam"),
         ("resnet10t", {"model_kwargs": (("foo", 1),)}, "cannot build resnet10t with foo=1"),
+        ("resnet10t", {"model_kwargs": (("drop_pth_rate", 1),)}, "did you mean drop_path_rate?"),
         ("vit_tiny_patch16_224", {"image_size": (225, 224)}, "the nearest is 224 or 240"),
         ("vit_tiny_patch16_224", {"image_size": (224, 9)}, "the nearest is 16"),
         ("vit_small_patch14_dinov2", {}, "Give num_classes"),

@@ -99,7 +99,11 @@ def test_a_model_that_is_not_timms_is_pointed_elsewhere() -> None:
     [
         ({"multiple_of": 2.5}, "multiple_of must be a whole number, not 2.5"),
         ({"max_batch_size": 8.5}, "max_batch_size must be a whole number, not 8.5"),
-        ({"headroom": "5%"}, "headroom must be at least 0 and below 1, not '5%'"),
+        (
+            {"headroom": "5%"},
+            "headroom must be at least 0 and below 1, not '5%'; did you mean 0.05?",
+        ),
+        ({"headroom": 5}, "not 5; did you mean 0.05?"),
         ({"memory": "16"}, "Did you mean '16GiB'"),
     ],
 )
@@ -135,3 +139,19 @@ def test_another_torchs_torchvision_is_one_sentence(
     monkeypatch.setattr(builtins, "__import__", failing)
     with pytest.raises(memfit.UnsupportedError, match="pip install --upgrade torch torchvision"):
         timm_models.import_timm()
+
+
+def test_several_cards_are_for_surveys() -> None:
+    """`gpu` takes one name, and `gpus` a list of names."""
+    several: Any = ["t4", "rtx4090"]
+    with pytest.raises(UsageError, match="by its name, such as 'rtx4090'"):
+        memfit.probe("test_vit", gpu=several)
+    with pytest.raises(UsageError, match=r"gpus takes a list of names: \['t4'\]"):
+        memfit.survey("test_vit", gpus="t4")
+
+
+def test_a_misspelt_option_gets_the_nearest_one() -> None:
+    """Options of the place and of the search are known too."""
+    misspelt: Any = {"gpus": "t4"}
+    with pytest.raises(TypeError, match=r"no option 'gpus'; did you mean gpu\?"):
+        memfit.probe("test_vit", **misspelt)
