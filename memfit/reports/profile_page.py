@@ -283,6 +283,9 @@ def _limit_labels(cards: Sequence[CardLine]) -> dict[str, str]:
     A label is above its line. So it stands at the highest of its cards, and the next line above is
     a label's height away.
     """
+    if len(cards) == 1:
+        # The legend has the card's name, and on a phone the name would reach the curve.
+        return {cards[0].gpu: f"the card has {format_bytes(cards[0].total_bytes)}"}
     groups: list[list[CardLine]] = []
     ordered = sorted(cards, key=lambda card: card.total_bytes)
     apart = _LABEL_HEIGHT * ordered[-1].total_bytes

@@ -79,6 +79,36 @@ def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kin
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@needs_browser
+def test_a_phone_shows_long_titles_and_whole_tables(browser: Any, tmp_path: Path) -> None:
+    """A long path is broken, a column without values is left out, a diamond is a diamond below."""
+    blocks = tuple(dataclasses.replace(block, bytes_per_sample=None) for block in PROFILE.blocks)
+    path = f"python {'folder/' * 12}train.py"
+    profile = dataclasses.replace(PROFILE, subject=path, blocks=blocks, cards=PROFILE.cards[:1])
+    simulated = tuple(dataclasses.replace(trial, step_seconds=None) for trial in PROBE.trials)
+    probe = dataclasses.replace(PROBE, trials=simulated, predictions=())
+    phone = {"width": PHONE, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        drawn = shown(browser, page(profile), tmp_path)
+        found, page_width = drawn.execute_script(OVERLAPS)
+        assert found == []
+        assert page_width <= PHONE
+        heads = (
+            "return [...document.querySelectorAll('#blocks th')].filter((h) => !h.hidden).length"
+        )
+        assert drawn.execute_script(heads) == 6
+        assert (
+            drawn.execute_script("return document.querySelectorAll('#cards .diamond').length") == 1
+        )
+        drawn = shown(browser, probe_page.page(probe), tmp_path)
+        table = "document.querySelector('#trials .scroll')"
+        hidden = f"return {table}.scrollWidth - {table}.clientWidth"
+        assert drawn.execute_script(hidden) <= 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_limits_that_are_close_share_a_label() -> None:
     """Two labels at almost one height would be drawn over each other, and so would a line."""
     card = PROFILE.cards[0]

@@ -78,7 +78,7 @@
       const button = element("button");
       button.type = "button";
       button.setAttribute("aria-pressed", "true");
-      const swatch = element("span", undefined, trace.type === "scatter" && !trace.stackgroup ? "swatch line" : "swatch");
+      const swatch = element("span", undefined, swatchOf(trace));
       swatch.style.background = colourOf(trace, index);
       button.append(swatch, trace.name);
       button.addEventListener("click", () => {
@@ -89,6 +89,10 @@
       legend.append(button);
     }
     chart.after(legend);
+  };
+  const swatchOf = (trace) => {
+    if (trace.marker && trace.marker.symbol === "diamond") return "swatch diamond";
+    return trace.type === "scatter" && !trace.stackgroup ? "swatch line" : "swatch";
   };
   const COLOURS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
   const colourOf = (trace, index) => trace.fillcolor || (trace.marker && trace.marker.color) || (trace.line && trace.line.color) || COLOURS[index % COLOURS.length];
@@ -230,7 +234,7 @@
       }
       const largest = element("div");
       for (const block of live.slice(0, NUM_LIVE)) {
-        largest.append(element("div", `${bytes(data.requested[block])} · ${data.strings[data.module[block]]} · ${data.strings[data.operation[block]]}`, "block"));
+        largest.append(element("div", [bytes(data.requested[block]), data.strings[data.module[block]], data.strings[data.operation[block]]].filter(Boolean).join(" · "), "block"));
       }
       readout.replaceChildren(heading, roles, largest);
     };
@@ -303,6 +307,9 @@
     const value = (cell) => (Array.isArray(cell) ? cell[0] : cell);
     const shown = (cell) => (Array.isArray(cell) ? cell[1] : cell);
     for (const row of rows) row.text = row.cells.map(shown).join(" ").toLowerCase();
+    // A column in which nothing is known is left out.
+    const isUsed = headers.map((_, index) => !rows.length || rows.some((row) => shown(row.cells[index]) !== ""));
+    headers.forEach((header, index) => { header.hidden = !isUsed[index]; });
     let sorted = 0;
     let direction = rows.length && Array.isArray(rows[0].cells[0]) ? -1 : 1;
 
@@ -315,7 +322,7 @@
       });
       body.replaceChildren(...found.slice(0, MAX_ROWS).map((row) => {
         const line = element("tr");
-        line.append(...row.cells.map((cell) => element("td", shown(cell), Array.isArray(cell) ? "number" : "")));
+        line.append(...row.cells.filter((_, index) => isUsed[index]).map((cell) => element("td", shown(cell), Array.isArray(cell) ? "number" : "")));
         return line;
       }));
       count.textContent = found.length > MAX_ROWS ? `${found.length} found, the first ${MAX_ROWS} shown` : `${found.length} found`;
