@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from memfit.equivalence.backward_cuts import layers_that_scale_gradients
 from memfit.equivalence.comparison import ceiling_of, check
 from memfit.equivalence.counting import SAMPLES
 from memfit.equivalence.gradient_flow import stateful_layers
@@ -24,7 +25,7 @@ from memfit.equivalence.state import changed_state, same_start
 from memfit.equivalence.weighting import Weights, in_parameters
 from memfit.records import GradientFault, LossWeighting, MixesIn, MixingLayer
 
-__all__ = ["Causes", "error_by_samples", "find_causes"]
+__all__ = ["Causes", "error_by_samples", "find_causes", "scaling_layers"]
 
 _CLOSE = {True: 1e-9, False: 1e-5}  # what rounding changes in a layer, in float64 and float32
 
@@ -204,5 +205,18 @@ def _mixing_besides(setup: CheckSetup) -> tuple[MixingLayer, ...]:
     close = _CLOSE[setup.precision is None]
     # The user's own function may cut this batch, and the model may not take its halves.
     with contextlib.suppress(Exception):
-        return layers_that_see_the_cut(setup.model, setup.samples, close=close)
+        found = layers_that_see_the_cut(setup.model, setup.samples, close=close)
+    return found or scaling_layers(setup)
+
+
+def scaling_layers(setup: CheckSetup) -> tuple[MixingLayer, ...]:
+    """Name layers that pass on other gradients for a part of the batch than for the whole.
+
+    If the model computes its loss itself, such a layer looks like a loss that mixes.
+
+    Args:
+        setup: The step that was run.
+    """
+    with contextlib.suppress(Exception):  # the model may not take halves of this batch
+        return layers_that_scale_gradients(setup, close=_CLOSE[setup.precision is None])
     return ()

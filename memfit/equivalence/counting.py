@@ -23,14 +23,24 @@ from memfit.records import LossWeighting
 from memfit.step.leaves import is_array
 from memfit.step.nesting import opened
 
-__all__ = ["SAMPLES", "SUM", "Count", "Fit", "UnseenClassError", "candidates", "of_classes"]
+__all__ = [
+    "SAMPLES",
+    "SUM",
+    "Count",
+    "Fit",
+    "UnseenClassError",
+    "candidates",
+    "ignored_everywhere",
+    "of_classes",
+]
 
 
 class UnseenClassError(LookupError):
     """The samples that weights were measured on did not contain this class."""
 
 
-_IGNORED = (-100, 255, -1)
+_IGNORED_BYTE = 255
+_IGNORED = (-100, _IGNORED_BYTE, -1)
 """Source: torch's cross_entropy; segmentation data sets such as Cityscapes; fairseq and timm."""
 
 _MOST_VALUES = 12
@@ -117,8 +127,22 @@ def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count
             yield _counted(path, f"sum(len(one) for one in {path})", lambda t: torch.ones(len(t)))
     for weights in held:
         for path, values in integers.items():
-            if weights.ndim == 1 and all(int(v.max()) < len(weights) for v in values if v.numel()):
-                yield _weighed(path, weights, f"weight[{path}].sum()")
+            if weights.ndim == 1 and all(_are_classes(value, len(weights)) for value in values):
+                yield _weighed(path, weights, f"weight[{_only_classes(path, values)}].sum()")
+
+
+def ignored_everywhere(samples: Samples) -> str | None:
+    """Return the part of a batch that has only ignored targets, as text; `None` if there is none.
+
+    Args:
+        samples: The whole batch.
+    """
+    for path, values in _by_path(samples.batch).items():
+        if all(_is_integer(value) for value in values):
+            found = torch.cat([value.reshape(-1).cpu() for value in values]).unique().tolist()
+            if len(found) == 1 and found[0] in _IGNORED:
+                return f"{path} is {found[0]} everywhere"
+    return None
 
 
 def _maybe_ignored(values: list[torch.Tensor]) -> list[int]:
@@ -153,6 +177,8 @@ def of_classes(samples: Samples, cut: Sequence[int], fit: Fit) -> Iterator[Count
     parts = [_by_path(samples.part(*span)) for span in spans(cut)]
     for path, values in _by_path(samples.batch).items():
         if not _is_integer(values[0]) or values[0].ndim == 0:
+            continue
+        if not all(path in part for part in parts):  # one sample of a list
             continue
         flat = torch.cat([value.reshape(-1).cpu() for value in values])
         classes = [value for value in flat.unique().tolist() if value >= 0]
@@ -211,6 +237,20 @@ def _counted(path: str, text: str, count: _Count) -> Count:
     return Count(weighting=LossWeighting.TARGETS, of=of, text=text)
 
 
+def _are_classes(values: torch.Tensor, num_classes: int) -> bool:
+    """Whether integers are classes, apart from values that mark ignored targets."""
+    return not bool(((values >= num_classes) & (values != _IGNORED_BYTE)).any())
+
+
+def _only_classes(path: str, values: list[torch.Tensor]) -> str:
+    """Return the classes in a part of the batch as an expression, without ignored targets."""
+    if any(bool((value < 0).any()) for value in values):
+        return f"{path}[{path} >= 0]"
+    if any(bool((value == _IGNORED_BYTE).any()) for value in values):
+        return f"{path}[{path} != {_IGNORED_BYTE}]"
+    return path
+
+
 def _weighed(path: str, weights: torch.Tensor, text: str) -> Count:
     on_host = weights.detach().double().cpu()
 
@@ -219,6 +259,8 @@ def _weighed(path: str, weights: torch.Tensor, text: str) -> Count:
         for value in _by_path(part).get(path, ()):
             classes = value.cpu().reshape(-1)
             classes = classes[classes >= 0]
+            if len(on_host) <= _IGNORED_BYTE:
+                classes = classes[classes != _IGNORED_BYTE]
             if classes.numel() and int(classes.max()) >= len(on_host):
                 raise UnseenClassError(path)
             total += float(on_host[classes].sum())

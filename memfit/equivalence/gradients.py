@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memfit.equivalence.counting import ignored_everywhere
 from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples, was_written_to
 from memfit.equivalence.splits import spans
@@ -120,6 +121,12 @@ class CheckSetup:
             WorkloadError: The loss is not finite.
         """
         if not bool(torch.isfinite(loss.detach()).all()):
+            ignored = ignored_everywhere(self.samples)
+            if ignored is not None:
+                raise WorkloadError(
+                    f"The loss is {loss.item()} because the batch has no valid target: {ignored}. "
+                    "Give an example batch with targets that count."
+                )
             raise WorkloadError(
                 f"The loss is {loss.item()} in {self.precision_name}, so there are no "
                 "gradients to compare. Check the model's weights and the example batch."

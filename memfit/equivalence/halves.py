@@ -24,7 +24,7 @@ from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples
 from memfit.records import MixingLayer
 
-__all__ = ["layers_that_see_the_cut"]
+__all__ = ["layers_that_see_the_cut", "rows_of"]
 
 
 def layers_that_see_the_cut(
@@ -91,7 +91,7 @@ class _Search:
             old = self._before.get(place)
             if old is None or is_unseen(maker, place, unseen):
                 return leaf
-            rows = _rows(old, leaf, start, stop, self._samples.num_samples)
+            rows = rows_of(old, leaf, start, stop, self._samples.num_samples)
             if rows is None:
                 return leaf
             norm = float(torch.linalg.vector_norm(rows)) or 1.0
@@ -109,10 +109,21 @@ class _Search:
         return found
 
 
-def _rows(
+def rows_of(
     old: torch.Tensor, leaf: torch.Tensor, start: int, stop: int, size: int
 ) -> torch.Tensor | None:
-    """Return the rows of a whole batch's value that belong to a part; `None` if it has none."""
+    """Return the rows of a whole batch's value that belong to a part.
+
+    Args:
+        old: The value of the whole batch.
+        leaf: The same value of a part.
+        start: The part's first sample.
+        stop: The sample after its last one.
+        size: Samples in the whole batch.
+
+    Returns:
+        The rows; `None` if the value has none.
+    """
     if old.ndim != leaf.ndim:
         return None
     longer = [d for d, (a, b) in enumerate(zip(old.shape, leaf.shape, strict=True)) if a != b]

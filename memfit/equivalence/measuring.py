@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from memfit.equivalence.gradients import CheckSetup, dense
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.splits import spans
 from memfit.equivalence.state import held_by, same_start
-from memfit.equivalence.terms import Term, named_losses, summands
+from memfit.equivalence.terms import Parts, Term, kinds_of_summands, named_losses, summands
 from memfit.step import batches
 from memfit.step.calling import call_model
 
@@ -84,25 +84,25 @@ class Measures:
     outputs: Any | None
 
     def of(
-        self, cut: Sequence[int], samples: Samples, summed: bool, *, moved: bool = False
+        self, cut: Sequence[int], samples: Samples, split: Parts, *, moved: bool = False
     ) -> list[Measured]:
         """Measure the weights of a cut.
 
         Args:
             cut: Samples in each part.
             samples: The whole batch.
-            summed: Split a loss that is one number into its summands.
+            split: Whether a loss that is one number is measured in parts.
             moved: Measure with other outputs, or other parameters, for the same batch.
 
         Returns:
             The weights of each loss; empty if its summands depend on the samples.
         """
         if self.outputs is None:
-            return self._in_parameters(cut, samples, summed, moved)
-        return self._in_outputs(cut, samples, summed, moved)
+            return self._in_parameters(cut, samples, split, moved)
+        return self._in_outputs(cut, samples, split, moved)
 
     def _in_outputs(
-        self, cut: Sequence[int], samples: Samples, summed: bool, moved: bool
+        self, cut: Sequence[int], samples: Samples, split: Parts, moved: bool
     ) -> list[Measured]:
         repeated = torch.arange(sum(cut)) % self.setup.num_samples
         outputs = batches.reordered(self.outputs, repeated)
@@ -118,22 +118,25 @@ class Measures:
             wanted = [leaf for leaf in fresh if _is_numbers(leaf)]
             with same_start(held_by(self.setup.loss, self.setup.model)), self._draws(start, stop):
                 returned = self.setup.loss(pytree.tree_unflatten(fresh, spec), *targets)
-                terms = _terms(returned, summed)
+                terms = _terms(returned, split)
                 return {term.name: term.gradient(wanted) for term in terms}
 
         whole = gradients(0, sum(cut))
         parts = [gradients(*span) for span in spans(cut)]
-        if any(part.keys() != whole.keys() for part in parts):
+        if not _are_alike(whole, parts, split):
             return []  # the summands depend on the samples
         found = []
-        for name, leaves in whole.items():
+        for index, (name, leaves) in enumerate(whole.items()):
             rows = [_joined(leaf[start:stop] for leaf in leaves) for start, stop in spans(cut)]
-            own = [_joined(part[name]) for part in parts]
+            own = [
+                _joined(part[name]) if name in part else torch.zeros_like(row)
+                for part, row in zip(parts, rows, strict=True)
+            ]
             # In each part's own gradient, the rows of the other parts are zero.
             weights = tuple(map(_factor, rows, own))
             found.append(
                 Measured(
-                    name=name,
+                    name=_shown(name, index, split),
                     weights=weights,
                     off=_apart_by_rows(rows, own),
                     fit=_fit_by_rows(rows, own),
@@ -142,7 +145,7 @@ class Measures:
         return found
 
     def _in_parameters(
-        self, cut: Sequence[int], samples: Samples, summed: bool, moved: bool
+        self, cut: Sequence[int], samples: Samples, split: Parts, moved: bool
     ) -> list[Measured]:
         setup = dataclasses.replace(self.setup, samples=samples)
         wanted = list(setup.parameters().values())
@@ -152,21 +155,20 @@ class Measures:
                 if moved:
                     _move(wanted)
                 losses = setup.losses_of(start, stop)
-                return {
-                    term.name: _sketch(term.gradient(wanted)) for term in _terms(losses, summed)
-                }
+                return {term.name: _sketch(term.gradient(wanted)) for term in _terms(losses, split)}
 
         whole = gradients(0, sum(cut))
         parts = [gradients(*span) for span in spans(cut)]
-        if any(part.keys() != whole.keys() for part in parts):
+        if not _are_alike(whole, parts, split):
             return []
         found = []
-        for name, right in whole.items():
-            columns = torch.stack([part[name] for part in parts], dim=1)
+        for index, (name, right) in enumerate(whole.items()):
+            none = torch.zeros_like(right)
+            columns = torch.stack([part.get(name, none) for part in parts], dim=1)
             fitted = _solved(columns, right)
             found.append(
                 Measured(
-                    name=name,
+                    name=_shown(name, index, split),
                     weights=tuple(float(weight) for weight in fitted),
                     off=_apart_by_sum(columns, right),
                     fit=_fit_by_sum(columns, right),
@@ -180,11 +182,23 @@ class Measures:
         return draws.recorded() if is_whole else draws.replayed(start, stop)
 
 
-def _terms(returned: Any, summed: bool) -> tuple[Term, ...]:
+def _terms(returned: Any, split: Parts) -> tuple[Term, ...]:
     losses = named_losses(returned)
-    if summed and len(losses) == 1:
-        return summands(next(iter(losses.values())))
-    return tuple(Term(name=name, value=loss) for name, loss in losses.items())
+    if split is not Parts.WHOLE and len(losses) == 1:
+        parts = summands if split is Parts.SUMMANDS else kinds_of_summands
+        return parts(next(iter(losses.values())))
+    return tuple(Term(name=name, values=(loss,)) for name, loss in losses.items())
+
+
+def _shown(name: str, index: int, split: Parts) -> str:
+    return f"summand {index + 1}" if split is Parts.KINDS else name
+
+
+def _are_alike(whole: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], split: Parts) -> bool:
+    """Whether the parts of a batch have the losses of the whole; they may lack some kinds."""
+    if split is Parts.KINDS:
+        return all(part.keys() <= whole.keys() for part in parts)
+    return all(part.keys() == whole.keys() for part in parts)
 
 
 def _apart_by_rows(

@@ -317,11 +317,21 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[ValuePlace, torch.Size]:
 
 def _suspects(one: _Try, sample: int, run: _Run) -> dict[ValuePlace, _Suspect]:
     found: dict[ValuePlace, _Suspect] = {}
+    current: dict[str, int] = {}
+    blamed: dict[tuple[str, int], str] = {}
 
     def compare(maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         old = run.before.get(key)
+        layer, call, way, _ = key
         if is_unseen(maker, key, run.unseen):
             return leaf
+        if way == "in":
+            current[layer] = call
+        maker = blamed.get((maker, current.get(maker, 0)), maker)
+        if old is not None and old.shape != leaf.shape and way == "in":
+            # Values of another shape cannot be put back, so that this layer's outputs may differ
+            # because of the layer around it.
+            blamed[layer, call] = maker
         if old is None or old.shape != leaf.shape or leaf.ndim == 0:
             # If the data decides which layers run, there may be no value to compare with. A single
             # number belongs to no sample. If a later layer combines it with samples, that mixes.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from memfit.equivalence import loops, weighting
-from memfit.equivalence.causes import Causes, error_by_samples, find_causes
+from memfit.equivalence.causes import Causes, error_by_samples, find_causes, scaling_layers
 from memfit.equivalence.counting import UnseenClassError
 from memfit.equivalence.gradient_flow import cut_off as layers_cut_off
 from memfit.equivalence.gradients import CheckSetup, error_in
@@ -332,7 +332,7 @@ def _experiments(
         known = any(not mixer.frozen for mixer in mixing)
         weights = weighting.of_step(setup, cuts[-1], is_mixing=known)
         if weights.mixer is not None:
-            mixing = (*mixing, weights.mixer)
+            mixing = (*mixing, *(scaling_layers(setup) or (weights.mixer,)))
         left = [mixer for mixer in mixing if not mixer.frozen]
         setup = dataclasses.replace(setup, draws=Draws(model, setup.num_samples))
         compared, setup = compare(setup, cuts, weights, work, suspect_draws=not left, is_proof=True)

@@ -10,7 +10,6 @@ loss may be one number that adds means over different things. So its summands
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,9 @@ from memfit.equivalence.gradients import CheckSetup
 from memfit.equivalence.measuring import Measured, Measures, outputs_of
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import held_by
-from memfit.errors import WorkloadError
+from memfit.equivalence.terms import Parts
+from memfit.errors import MemfitError, WorkloadError
+from memfit.memory import oom
 from memfit.records import LossTerm, LossWeighting, MixesIn, MixingLayer
 
 __all__ = ["Weights", "in_parameters", "of_step"]
@@ -97,9 +98,13 @@ def of_step(setup: CheckSetup, cut: Sequence[int], *, is_mixing: bool = False) -
     """
     outputs = outputs_of(setup)
     if outputs is not None:
-        # The loss may need more than the values of the outputs, and fail.
-        with contextlib.suppress(RuntimeError, TypeError, AttributeError):
+        try:
             return _Finder(setup, tuple(cut), outputs).found(is_mixing=False)
+        except Exception as error:
+            # The loss may need more than the values of some samples' outputs, and fail: outputs
+            # may be scores for all pairs, or name other samples by their places.
+            if isinstance(error, MemfitError) or oom.classify(error) is not oom.Likelihood.NO:
+                raise
     return _Finder(setup, tuple(cut), None).found(is_mixing=is_mixing)
 
 
@@ -119,13 +124,13 @@ class _Finder:
 
     def found(self, *, is_mixing: bool) -> Weights:
         """Return the rule of each loss, and the loss if no weights fit."""
-        measured = self._measures.of(self._cut, self._setup.samples, False)
-        counts = [self._count_of(index, one, False) for index, one in enumerate(measured)]
+        measured = self._measures.of(self._cut, self._setup.samples, Parts.WHOLE)
+        counts = [self._count_of(index, one, Parts.WHOLE) for index, one in enumerate(measured)]
         if None not in counts:
             return _weights(measured, counts)
-        if len(measured) == 1:
-            parts = self._measures.of(self._cut, self._setup.samples, True)
-            of_parts = [self._count_of(index, one, True) for index, one in enumerate(parts)]
+        for split in (Parts.SUMMANDS, Parts.KINDS) if len(measured) == 1 else ():
+            parts = self._measures.of(self._cut, self._setup.samples, split)
+            of_parts = [self._count_of(index, one, split) for index, one in enumerate(parts)]
             if len(parts) > 1 and None not in of_parts:
                 apart = _weights(parts, of_parts, inside=True)
                 return dataclasses.replace(apart, counts=(SAMPLES,), adds_different_means=True)
@@ -144,7 +149,7 @@ class _Finder:
             _weights(measured, [count or SAMPLES for count in counts]), mixer=mixer
         )
 
-    def _count_of(self, index: int, measured: Measured, summed: bool) -> Count | None:
+    def _count_of(self, index: int, measured: Measured, split: Parts) -> Count | None:
         """Return what one loss averages over; `None` if no weights fit, or samples mix."""
         samples = self._setup.samples
         if not measured.unexplained <= self._close:
@@ -154,7 +159,7 @@ class _Finder:
         for count in (SAMPLES, SUM):
             if self._fits(count, self._cut, measured):
                 return count
-        singles = self._singles(index, summed)
+        singles = self._singles(index, split)
         named = list(candidates(samples, self._weights_of_classes()))
         if singles is not None and singles.unexplained <= self._close:
             named += of_classes(samples, (1,) * samples.num_samples, singles.fit)
@@ -164,28 +169,28 @@ class _Finder:
                 singles is None or self._fits(count, (1,) * samples.num_samples, singles)
             ):
                 return count
-        return self._unnamed(index, measured, summed)
+        return self._unnamed(index, measured, split)
 
     def _fits(self, count: Count, cut: Sequence[int], measured: Measured) -> bool:
         shares = count.shares(cut, self._setup.samples)
         return shares is not None and measured.off(shares) <= self._close
 
-    def _singles(self, index: int, summed: bool) -> Measured | None:
+    def _singles(self, index: int, split: Parts) -> Measured | None:
         """Measure each sample as a separate part, if the step takes single samples."""
         ones = (1,) * self._setup.num_samples
         try:
-            return self._measures.of(ones, self._setup.samples, summed)[index]
+            return self._measures.of(ones, self._setup.samples, split)[index]
         except (RuntimeError, ValueError, TypeError, IndexError, WorkloadError):
             return None
 
-    def _unnamed(self, index: int, measured: Measured, summed: bool) -> Count | None:
+    def _unnamed(self, index: int, measured: Measured, split: Parts) -> Count | None:
         """Return measured weights as a rule, if they do not depend on the outputs or parameters.
 
         For a gradient of one element a single factor always fits, whatever the loss does. A count
         of the batch is the same for other outputs. A factor that changes with them is not a count.
         """
         samples = self._setup.samples
-        again = self._measures.of(self._cut, samples, summed, moved=True)[index]
+        again = self._measures.of(self._cut, samples, split, moved=True)[index]
         same = all(
             math.isclose(one, other, rel_tol=10 * self._close, abs_tol=self._close)
             for one, other in zip(measured.weights, again.weights, strict=True)
@@ -194,7 +199,7 @@ class _Finder:
             return None
 
         def measure(cut: Sequence[int], of: Samples) -> tuple[float, ...]:
-            return self._measures.of(cut, of, summed)[index].weights
+            return self._measures.of(cut, of, split)[index].weights
 
         return Count(
             weighting=LossWeighting.MEASURED, of=lambda _part, size: float(size), measured=measure

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
-from memfit.records import GradientFault, LossWeighting, Verdict
+from equivalence.models import NUM_CLASSES, WIDTH, check, mlp, vectors
+from memfit.records import GradientFault, LossWeighting, MixesIn, Verdict
 
 
 class CountingInItsClass(nn.Module):
@@ -123,3 +125,136 @@ def test_a_loss_that_is_divided_by_at_least_one() -> None:
     assert result.terms[0].counts == "(batch[1] != 0).sum().clamp(min=1)"
     assert result.off_by_samples is not None
     assert result.off_by_samples > 0.1
+
+
+def test_a_loop_over_images_that_adds_different_means() -> None:
+    """Summands that are computed alike are measured together, so each kind has its count."""
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor | float = 0.0
+        for output, target, counted in zip(outputs, targets, mask, strict=True):
+            total = total + F.cross_entropy(output[None], target[None]) / len(outputs)
+            if counted:  # an image without boxes adds no summand
+                total = total + 5 * output.abs().sum() / mask.sum()
+        assert isinstance(total, torch.Tensor)
+        return total
+
+    batch = (torch.randn(12, WIDTH), torch.arange(12) % NUM_CLASSES, torch.arange(12) % 5 > 2)
+    result = check(mlp(), loss, batch)
+    assert (result.mixers, result.faults) == ((), (GradientFault.ADDS_DIFFERENT_MEANS,))
+    assert [(term.name, term.counts) for term in result.terms] == [
+        ("summand 1", None),
+        ("summand 2", "batch[2].sum()"),
+    ]
+    assert all(term.unexplained < 1e-12 for term in result.terms)
+
+
+class _TimesSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * len(grads[0])
+
+
+class TimesSamples(nn.Module):
+    """Multiplies gradients by the batch size, in a branch beside a skip connection."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _TimesSamples.apply(x)  # type: ignore[no-any-return]
+
+
+class Branched(nn.Module):
+    """Adds what its inner layers return to what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), TimesSamples())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_backward_pass_that_depends_on_the_batch_size(is_inside: bool) -> None:
+    """The layer is named, not the loss, wherever the loss is computed."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(Branched())
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.net(x), y)
+
+    if is_inside:
+        batch = dict(zip(("x", "y"), vectors(12), strict=True))
+        result = check(WithLoss(), lambda loss: loss, batch)
+    else:
+        result = check(mlp(Branched()))
+    assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.MIXES_SAMPLES,))
+    assert [(mixer.name, mixer.mixes_in) for mixer in result.mixing_layers] == [
+        (f"{'net.' if is_inside else ''}2.inner.1", MixesIn.BACKWARD)
+    ]
+
+
+class CutToTheLongest(nn.Module):
+    """Cuts the padding off that the whole batch shares, and lets the rest be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.head(self.read(x[:, : int(lengths.max())])[0].mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_given_values_of_another_shape_is_not_named() -> None:
+    """The layer that cut them is named: its inner layers do their work sample by sample."""
+    lengths = torch.tensor([2, 2, 3, 1, 6, 4, 5, 2])
+    batch = {"x": torch.randn(8, 6, WIDTH), "lengths": lengths}
+    result = check(CutToTheLongest(), lambda o: o.square().mean(), batch, accumulation_steps=2)
+    assert (result.verdict, result.faults) == (Verdict.DIFFERS, (GradientFault.MIXES_SAMPLES,))
+    assert [mixer.name for mixer in result.mixing_layers] == ["the model itself"]
+
+
+class CutMix(nn.Module):
+    """Takes a part of each image from another, and returns from which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.arange(len(x)).flip(0)
+        return self.net(torch.cat([x[places, :3], x[:, 3:]], dim=1)), places
+
+
+class Pairs(nn.Module):
+    """Returns a score for each pair of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = F.normalize(self.net(x))
+        return features @ features.T
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (CutMix(), lambda o, y: F.cross_entropy(o[0], y) + F.cross_entropy(o[0], y[o[1]])),
+        (Pairs(), lambda o, _y: F.cross_entropy(o, torch.arange(len(o)))),
+    ],
+    ids=["places", "pairs"],
+)
+def test_outputs_that_cannot_be_cut(model: nn.Module, loss: Any) -> None:
+    """A loss that refuses some samples' outputs is weighed in the parameters."""
+    result = check(model, loss, accumulation_steps=2)
+    assert (result.verdict, result.mixers[0].name) == (Verdict.DIFFERS, "the model itself")
+    assert GradientFault.MIXES_SAMPLES in result.faults
