@@ -2,13 +2,15 @@
 
 LayerDrop and stochastic depth draw one number for each layer, and skip the layer for some numbers.
 So the memory of a step is random. This module counts such draws, and can force them to one end of
-their range. At one of the two ends, all layers run. Draws of many numbers (dropout, masks, noise)
-do not choose layers, so they are not changed.
+their range. At one of the two ends, all layers run. A short vector that is drawn on the host may
+hold one number for each layer, so it is forced too. Other draws of many numbers (dropout, masks,
+noise) do not choose layers, so they are not changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["ENDS", "Draws"]
 
+_MOST_LAYERS: Final = 64
 _LEAST: Final = 2.0**-24
 ENDS: Final = (_LEAST, 1 - _LEAST)
 """The values that draws are forced to, as shares of their range. 0 would have no logarithm."""
@@ -95,13 +98,19 @@ class _TorchDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         drawn = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name not in _TORCH or not isinstance(drawn, torch.Tensor) or drawn.numel() != 1:
+        if name not in _TORCH or not isinstance(drawn, torch.Tensor):
+            return drawn
+        if drawn.numel() != 1 and not (name in _FOR_LAYERS and _is_short(drawn)):
             return drawn
         self._draws.num_seen += 1
         share = self._draws.share
         if share is not None:
             drawn.detach().fill_(_TORCH[name](share, args, kwargs))
         return drawn
+
+
+def _is_short(drawn: torch.Tensor) -> bool:
+    return drawn.ndim == 1 and 0 < len(drawn) <= _MOST_LAYERS and drawn.device.type == "cpu"
 
 
 def _never(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bool:
@@ -129,7 +138,24 @@ def _of_numpy_range(share: float, low: int, high: int | None = None, **_: Any) -
 
 
 def _choice(share: float, values: Any, *_: Any, **__: Any) -> Any:
-    return _of_range(share, values) if isinstance(values, int) else values[int(share * len(values))]
+    if isinstance(values, int):
+        return _of_range(share, values)
+    values = list(values)
+    with contextlib.suppress(TypeError, ValueError):  # what is drawn is no number and no size
+        values.sort(key=_extent)
+    return values[int(share * len(values))]
+
+
+def _extent(value: Any) -> float:
+    """Return a number, or the product of the numbers of a size such as (height, width)."""
+    return float(math.prod(value) if isinstance(value, (tuple, list)) else value)
+
+
+def _of_torch_range(share: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return what `torch.randint(low, high, size)` draws, of which `low` may be left out."""
+    bounds = [value for value in args if isinstance(value, int)]
+    bounds += [kwargs[name] for name in ("low", "high") if name in kwargs]
+    return float(_of_range(share, *bounds))
 
 
 _PYTHON: Final[dict[str, Callable[..., Any]]] = {
@@ -138,6 +164,7 @@ _PYTHON: Final[dict[str, Callable[..., Any]]] = {
     "randrange": _of_range,
     "randint": lambda share, low, high: _of_range(share, low, high + 1),
     "choice": _choice,
+    "choices": lambda share, values, *_, k=1, **__: [_choice(share, values)] * k,
 }
 _NUMPY: Final[dict[str, Callable[..., Any]]] = {
     "rand": _uniform,
@@ -154,4 +181,6 @@ _TORCH: Final[dict[str, Callable[[float, tuple[Any, ...], dict[str, Any]], float
     "uniform_": lambda share, args, kwargs: _uniform(share, *args[1:3], **kwargs),
     "bernoulli": lambda share, _args, _kwargs: float(round(share)),
     "bernoulli_": lambda share, _args, _kwargs: float(round(share)),
+    "randint": _of_torch_range,
 }
+_FOR_LAYERS: Final = ("rand", "rand_like", "uniform_", "bernoulli", "bernoulli_")

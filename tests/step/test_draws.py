@@ -48,17 +48,41 @@ def test_choices_are_forced_to_the_first_and_the_last() -> None:
         lambda: random.randrange(1, 4),
         lambda: np.random.randint(1, 4),
         lambda: np.random.choice([1, 2, 3]),
+        lambda: random.choice([2, 3, 1]),
+        lambda: random.choices([2, 3, 1])[0],
+        lambda: torch.randint(1, 4, ()).item(),
+        lambda: torch.randint(low=1, high=4, size=(1,)).item(),
+        lambda: torch.randint(3, (1,)).item() + 1,
     )
     for share, expected in ((LOW, 1), (HIGH, 3)):
         with Draws(share).watched():
             assert [draw() for draw in draws] == [expected] * len(draws)
 
 
+def test_sizes_are_forced_to_the_smallest_and_the_largest() -> None:
+    """Their order in a list says nothing; what is no size keeps its order."""
+    sizes = [(32, 32), (64, 48), (48, 48)]
+    for share, expected in ((LOW, ((32, 32), "b")), (HIGH, ((64, 48), "a"))):
+        with Draws(share).watched():
+            assert (random.choice(sizes), random.choice("bca")) == expected
+
+
+def test_one_number_for_each_layer_is_forced() -> None:
+    """A short vector on the host may choose layers."""
+    seen = Draws()
+    with seen.watched():
+        torch.rand(12)
+    assert seen.num_seen == 1
+    with Draws(HIGH).watched():
+        assert bool((torch.rand(12) > 0.999).all())
+        assert torch.bernoulli(torch.full((12,), 0.5)).tolist() == [1.0] * 12
+
+
 def test_many_numbers_are_left_alone() -> None:
     """Noise, dropout and masks do not decide which layers run."""
     draws = Draws(HIGH)
     with draws.watched():
-        drawn = (torch.rand(100), np.random.rand(100), np.random.uniform(0, 1, 100))
+        drawn = (torch.rand(3, 100), np.random.rand(100), np.random.uniform(0, 1, 100))
         torch.nn.functional.dropout(torch.ones(100), 0.5)
     assert draws.num_seen == 0
     assert all(float(values.min()) < 0.5 for values in drawn)
