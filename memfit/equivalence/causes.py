@@ -14,12 +14,13 @@ from collections.abc import Sequence
 import torch
 
 from memfit.equivalence.backward_cuts import layers_that_scale_gradients
+from memfit.equivalence.backward_mixing import mixing_gradients
 from memfit.equivalence.comparison import ceiling_of, check
 from memfit.equivalence.counting import SAMPLES
 from memfit.equivalence.gradient_flow import stateful_layers
 from memfit.equivalence.gradients import CheckSetup, Gradients, gradients
 from memfit.equivalence.halves import layers_that_see_the_cut
-from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients
+from memfit.equivalence.mixing import NUM_SAMPLES
 from memfit.equivalence.passes import Compared, PassCounter
 from memfit.equivalence.state import changed_state, same_start
 from memfit.equivalence.weighting import Weights, in_parameters

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from memfit.equivalence.blame import Blame, ValuePlace
 from memfit.equivalence.mixing import (
     MixingSearch,
-    ValuePlace,
     is_unseen,
     judged_again,
     named_layers,
@@ -86,12 +86,15 @@ class _Search:
         self, start: int, stop: int, unseen: frozenset[str]
     ) -> dict[str, tuple[float, bool]]:
         found: dict[str, tuple[float, bool]] = {}
+        blame = Blame()
 
         def visit(maker: str, place: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
             old = self._before.get(place)
             if old is None or is_unseen(maker, place, unseen):
                 return leaf
             rows = rows_of(old, leaf, start, stop, self._samples.num_samples)
+            other_shape = rows is None and old.shape != leaf.shape
+            maker = blame.of(maker, place, has_other_shape=other_shape)
             if rows is None:
                 return leaf
             norm = float(torch.linalg.vector_norm(rows)) or 1.0

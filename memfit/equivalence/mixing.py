@@ -1,13 +1,13 @@
 """Finds the layers that mix the samples of a batch, by changing one sample.
 
-A batch runs through the model unchanged. Then it runs twice more, each time with one other sample
+A batch runs through the model unchanged. Then it runs again, each time with one other sample
 changed. If a layer's output changes for samples that were not changed, the layer mixes. The old
 output of those samples is then restored before the next layer sees it. So each layer is judged
-separately, and one pass finds all layers that mix. An element that changes with each of the two
-samples depends on both. This confirms mixing, however the layer arranges its samples.
+separately, and one pass finds all layers that mix. A row that changes with each of two samples
+depends on both. This confirms mixing, however the layer arranges its samples.
 
-Class names are not used. `mixing_gradients` finds layers that mix in backward alone, and
-`memfit.equivalence.weighting` finds a loss that mixes.
+Class names are not used. `memfit.equivalence.backward_mixing` finds layers that mix in backward
+alone, and `memfit.equivalence.weighting` finds a loss that mixes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from memfit._torch_private import pytree, version_of
+from memfit.equivalence.blame import Blame, ValuePlace
 from memfit.equivalence.randomness import rolled_permutations, seed_all
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import same_start
@@ -29,13 +30,13 @@ from memfit.records import MixesIn, MixingLayer
 from memfit.step.calling import call_model
 
 __all__ = [
+    "MOVED",
     "NUM_SAMPLES",
+    "Exchange",
     "MixingSearch",
-    "ValuePlace",
     "is_unseen",
     "judged_again",
     "layer_name",
-    "mixing_gradients",
     "mixing_layers",
     "named_layers",
     "with_values",
@@ -49,10 +50,7 @@ NUM_SAMPLES = 4
 _SIZES = ((3, 4), (2, 4), (4, 8))  # some models take only even numbers
 
 # In layers that do not mix, the elements of an unchanged sample are the same bit for bit.
-_MOVED = 1e-9
-
-ValuePlace = tuple[str, int, str, int]
-"""A layer, the number of its call, input or output, and the index of the tensor."""
+MOVED = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def layer_name(name: str) -> str:
 
 
 def mixing_layers(
-    model: nn.Module, samples: Samples, *, close: float = _MOVED
+    model: nn.Module, samples: Samples, *, close: float = MOVED
 ) -> tuple[MixingLayer, ...]:
     """Name the layers whose outputs mix samples, in order of first appearance.
 
@@ -86,14 +84,20 @@ def mixing_layers(
     for num, more in sizes[:-1]:
         # Some models take only batches of certain sizes.
         with contextlib.suppress(Exception):
-            return _mixing_layers(model, _Try(model, samples.first(more), num), close)
+            return _mixing_layers(model, Exchange(model, samples.first(more), num), close)
     num, more = sizes[-1]
-    return _mixing_layers(model, _Try(model, samples.first(more), num), close)
+    return _mixing_layers(model, Exchange(model, samples.first(more), num), close)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Try:
-    """The samples of one experiment: some that run, and one that replaces one of them."""
+class Exchange:
+    """The samples of one experiment: some that run, and one that replaces one of them.
+
+    Args:
+        model: The model.
+        samples: All samples.
+        num: How many of them run.
+    """
 
     model: nn.Module
     samples: Samples
@@ -106,22 +110,36 @@ class _Try:
 
     @property
     def all_inputs(self) -> Any:
+        """The inputs of all samples."""
         return self.samples.of(0, self.samples.num_samples)[0]
 
     def own_rows(
         self, tensor: torch.Tensor, longer: torch.Size | None, sample: int
     ) -> torch.Tensor | None:
         """Return one sample's part of a layer's output; `None` if the output has no samples."""
+        dim = self._dim(tensor, longer)
+        if dim is None:
+            return None
+        per_sample = tensor.shape[dim] // self.num
+        return tensor.narrow(dim, sample * per_sample, per_sample)
+
+    def by_row(self, difference: torch.Tensor, longer: torch.Size | None) -> torch.Tensor:
+        """Return the largest change of each row; of each element, if there are no samples."""
+        dim = self._dim(difference, longer)
+        if dim is None or difference.ndim == 1:
+            return difference.abs()
+        return difference.abs().movedim(dim, 0).flatten(1).amax(1)
+
+    def _dim(self, tensor: torch.Tensor, longer: torch.Size | None) -> int | None:
+        """Return the dimension of a layer's output that has the samples."""
         if longer is None or len(longer) != tensor.ndim:
             return None
-        for dim, (size, more) in enumerate(zip(tensor.shape, longer, strict=True)):
-            if size != more and size * self.samples.num_samples == more * self.num:
-                per_sample = size // self.num
-                return tensor.narrow(dim, sample * per_sample, per_sample)
-        return None
+        sizes = enumerate(zip(tensor.shape, longer, strict=True))
+        num, more = self.num, self.samples.num_samples
+        return next((dim for dim, (a, b) in sizes if a != b and a * more == b * num), None)
 
 
-def _mixing_layers(model: nn.Module, one: _Try, close: float) -> tuple[MixingLayer, ...]:
+def _mixing_layers(model: nn.Module, one: Exchange, close: float) -> tuple[MixingLayer, ...]:
     longer = _shapes(model, one.all_inputs)
     before: dict[ValuePlace, torch.Tensor] = {}
 
@@ -185,21 +203,30 @@ class _Run:
     unseen: frozenset[str] = frozenset()
 
 
-def _found(one: _Try, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
+def _found(one: Exchange, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
     """Return the layers that mix, and those of them that seem to do so between inner layers."""
     first = _suspects(one, 0, run)
-    second = _suspects(one, 1, run) if first else {}
+    all_seen = [first]
     found: dict[str, float] = {}
-    for key, suspect in first.items():
-        other = second.get(key)
-        if other is None:
-            continue
-        shared = torch.minimum(suspect.difference.abs(), other.difference.abs())
-        if float(shared.max()) <= run.close * _rms(run.before[key]):
-            continue
-        moved = max(suspect.moved, other.moved)
-        found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
-    within = {seen.layer for key, seen in (*first.items(), *second.items()) if key[2] == "in"}
+    left = set(first)
+    # Samples may be mixed in pairs. So each other sample is exchanged, until all is confirmed.
+    for sample in range(1, one.num):
+        if not left:
+            break
+        others = _suspects(one, sample, run)
+        all_seen.append(others)
+        for key in [key for key in first if key in left and key in others]:
+            suspect, other = first[key], others[key]
+            longer = run.longer.get(key)
+            shared = torch.minimum(
+                one.by_row(suspect.difference, longer), one.by_row(other.difference, longer)
+            )
+            if float(shared.max()) <= run.close * _rms(run.before[key]):
+                continue
+            left.discard(key)
+            moved = max(suspect.moved, other.moved)
+            found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
+    within = {one.layer for seen in all_seen for key, one in seen.items() if key[2] == "in"}
     inside = (layer for layer in found if any(_is_in(one, layer) for one in within))
     return found, frozenset(inside)
 
@@ -315,23 +342,16 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[ValuePlace, torch.Size]:
     return shapes
 
 
-def _suspects(one: _Try, sample: int, run: _Run) -> dict[ValuePlace, _Suspect]:
+def _suspects(one: Exchange, sample: int, run: _Run) -> dict[ValuePlace, _Suspect]:
     found: dict[ValuePlace, _Suspect] = {}
-    current: dict[str, int] = {}
-    blamed: dict[tuple[str, int], str] = {}
+    blame = Blame()
 
     def compare(maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         old = run.before.get(key)
-        layer, call, way, _ = key
         if is_unseen(maker, key, run.unseen):
             return leaf
-        if way == "in":
-            current[layer] = call
-        maker = blamed.get((maker, current.get(maker, 0)), maker)
-        if old is not None and old.shape != leaf.shape and way == "in":
-            # Values of another shape cannot be put back, so that this layer's outputs may differ
-            # because of the layer around it.
-            blamed[layer, call] = maker
+        other_shape = old is not None and old.shape != leaf.shape
+        maker = blame.of(maker, key, has_other_shape=other_shape)
         if old is None or old.shape != leaf.shape or leaf.ndim == 0:
             # If the data decides which layers run, there may be no value to compare with. A single
             # number belongs to no sample. If a later layer combines it with samples, that mixes.
@@ -349,98 +369,3 @@ def _suspects(one: _Try, sample: int, run: _Run) -> dict[ValuePlace, _Suspect]:
 
     MixingSearch(compare, is_repeating=bool(run.unseen)).run(one.model, one.inputs(changed=sample))
     return found
-
-
-def mixing_gradients(model: nn.Module, samples: Samples) -> tuple[MixingLayer, ...]:
-    """Name the layers that mix samples in backward but not in forward.
-
-    Backward runs from one sample's output. A layer mixes if it gets a gradient for that sample
-    alone and passes a gradient on to another sample.
-
-    Args:
-        model: The model in float64, in the mode in which it trains.
-        samples: Its samples: at least `NUM_SAMPLES` different ones.
-
-    Returns:
-        The layers that mix, in the order of the backward pass.
-    """
-    one = _Try(model, samples.first(NUM_SAMPLES), NUM_SAMPLES - 1)
-    longer = _gradients_seen(model, one.all_inputs, None)
-    shapes = {key: gradient.shape for key, gradient in longer.items()}
-    sent = _gradients_seen(model, one.inputs(), 0)
-    modules = dict(model.named_modules())
-    found: dict[str, MixingLayer] = {}
-    for (name, way), gradient in sent.items():
-        if way != "out":
-            continue
-        came = _foreign_share(one, gradient, shapes.get((name, way)))
-        left = sent.get((name, "in"))
-        gone = 0.0 if left is None else _foreign_share(one, left, shapes.get((name, "in")))
-        inner = any(
-            other != name and other.startswith(f"{name}." if name else "") for other in found
-        )
-        if gone > _MOVED >= came and not inner:
-            found[name] = MixingLayer(
-                name=layer_name(name),
-                type_name=type(modules[name]).__name__,
-                mixes_in=MixesIn.BACKWARD,
-                moved=gone,
-            )
-    return tuple(found.values())
-
-
-def _foreign_share(one: _Try, gradient: torch.Tensor, longer: torch.Size | None) -> float:
-    own = one.own_rows(gradient, longer, 0)
-    norm = float(torch.linalg.vector_norm(gradient))
-    if own is None or norm == 0:
-        return 0.0
-    foreign = gradient.clone()
-    one.own_rows(foreign, longer, 0).zero_()  # type: ignore[union-attr]
-    return float(torch.linalg.vector_norm(foreign)) / norm
-
-
-def _gradients_seen(
-    model: nn.Module, inputs: Any, sample: int | None
-) -> dict[tuple[str, str], torch.Tensor]:
-    """Return the gradients into and out of each layer, from one sample's output or from all."""
-    seen: dict[tuple[str, str], torch.Tensor] = {}
-    handles = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            for way, tensors in (("in", args), ("out", output)):
-                for leaf in pytree.tree_leaves(tensors):
-                    if _is_numbers(leaf) and leaf.requires_grad:
-                        handles.append(leaf.register_hook(noter((name, way))))
-                        break
-
-        return hook
-
-    def noter(key: tuple[str, str]) -> Callable[[torch.Tensor], None]:
-        def note(gradient: torch.Tensor) -> None:
-            seen.setdefault(key, gradient)
-
-        return note
-
-    layers = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        with same_start((model,)), torch.enable_grad():
-            seed_all()
-            outputs = [
-                leaf
-                for leaf in pytree.tree_leaves(call_model(model, inputs))
-                if _is_numbers(leaf) and leaf.ndim > 0 and leaf.requires_grad
-            ]
-            parts = [leaf if sample is None else leaf[sample] for leaf in outputs]
-            if parts:
-                torch.autograd.backward(parts, [_ramp(part) for part in parts])
-    finally:
-        for handle in (*layers, *handles):
-            handle.remove()
-        model.zero_grad(set_to_none=True)
-    return seen
-
-
-def _ramp(tensor: torch.Tensor) -> torch.Tensor:
-    ramp = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-    return ramp.view(tensor.shape)

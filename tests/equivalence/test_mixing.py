@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from equivalence.models import WIDTH, HandWrittenNorm, MixingInBackward, Sorting, mlp
-from memfit.equivalence.mixing import NUM_SAMPLES, mixing_gradients, mixing_layers
+from memfit.equivalence.backward_mixing import mixing_gradients
+from memfit.equivalence.mixing import NUM_SAMPLES, mixing_layers
 from memfit.equivalence.samples import Samples
 from memfit.records import MixesIn
 from memfit.step.batches import Layout
