@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from memfit._torch_private import copy_each, version_of
 from memfit.accumulation.reach import held_by
+from memfit.errors import WorkloadError
 from memfit.memory.attributes import save_held
 from memfit.memory.restore import save_random_states
 
@@ -25,6 +27,7 @@ __all__ = ["RetryMonitor", "StepStart", "smaller"]
 _log = logging.getLogger("memfit")
 
 _MANY_STEPS: Final = 3
+_NUM_SHOWING: Final = 3
 _LEAST_TIMES_ROOM: Final = 4
 
 
@@ -48,8 +51,8 @@ class StepStart:
     Buffers are copied on their device, all at once, into memory that every step uses again. On a
     GPU this takes a few kernels, and the host does not wait. Parameters that forward changes
     (teachers, codebooks, a discriminator that the loss trains) are copied as well, into host
-    memory. The first step shows which parameters these are. For it, all parameters are copied. The
-    optimizer's state takes no memory yet at that time.
+    memory. A parameter's first steps show whether it is one of these, so it is copied for them. One
+    step does not show it, because a teacher begins as a copy of its student.
 
     Args:
         parts: The model, and the loss function.
@@ -61,7 +64,8 @@ class StepStart:
         self._others = tuple(other for _, others in held for other in others)
         self._buffers = _Copies()
         self._moving = _Copies(on_host=True)
-        self._known: dict[int, torch.Tensor] | None = None
+        self._known: dict[int, torch.Tensor] = {}
+        self._num_seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._marks: list[tuple[torch.Tensor, tuple[int, int]]] = []
         self._gradients: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._restores: list[Callable[[], None]] = []
@@ -71,18 +75,27 @@ class StepStart:
 
         Args:
             dropped: The parameters whose `.grad` is None now.
+
+        Raises:
+            WorkloadError: The model has lazy layers that have no parameters yet.
         """
         parameters = _unique(p for module in self._modules for p in module.parameters())
         buffers = _unique(b for module in self._modules for b in module.buffers())
+        if any(is_lazy(tensor) for tensor in (*parameters, *buffers)):
+            raise WorkloadError(
+                "The model has lazy layers, whose parameters have no shape before the first batch. "
+                "Run one batch through the model before the first step."
+            )
         self._restores = [
             save_random_states(),
             save_held(self._modules, self._others, apart=(*parameters, *buffers)),
         ]
         self._buffers.take(buffers)
-        if self._known is None:
-            self._moving.take(parameters if _is_room_for(parameters) else [])
-        else:
-            self._moving.take([p for p in parameters if id(p) in self._known])
+        new = [p for p in parameters if self._is_new(p)]
+        has_room = bool(new) and _is_room_for(new)
+        self._moving.take(
+            [p for p in parameters if id(p) in self._known or (has_room and self._is_new(p))]
+        )
         self._marks = [(p, (version_of(p), p.data_ptr())) for p in parameters]
         none_now = {id(p) for p in dropped}
         self._gradients = [
@@ -93,12 +106,13 @@ class StepStart:
 
     def settle(self) -> None:
         """Record which parameters the passes have changed; the step succeeded and is kept."""
-        moved = self._written()
-        if self._known is None:
-            self._known = {}
-            moved += self._moving.changed()
+        moved = [*self._written(), *self._moving.changed(self._is_new)]
         self._known.update({id(parameter): parameter for parameter in moved})
-        self._moving.keep(self._known)
+        # The parameters are kept alive, so that no new one can get the id of a deleted one.
+        self._num_seen = {
+            id(p): (p, self._num_seen.get(id(p), (p, 0))[1] + 1) for p, _ in self._marks
+        }
+        self._moving.keep(lambda p: id(p) in self._known or self._is_new(p))
         self._restores, self._marks, self._gradients = [], [], []
 
     def rewind(self) -> None:
@@ -112,12 +126,16 @@ class StepStart:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         if lost:
-            self._known = {**(self._known or {}), **{id(p): p for p in lost}}
+            self._known.update({id(p): p for p in lost})
             _log.warning(
                 "Forward changed %d parameters that it had not changed before. The "
                 "step is done again with the changed values",
                 len(lost),
             )
+
+    def _is_new(self, parameter: torch.Tensor) -> bool:
+        """Whether too few steps have shown if forward changes a parameter."""
+        return self._num_seen.get(id(parameter), (parameter, 0))[1] < _NUM_SHOWING
 
     def _written(self) -> list[torch.Tensor]:
         """Return the parameters that were changed since `mark`, as far as this can be seen."""
@@ -158,18 +176,19 @@ class _Copies:
             elif not torch.equal(tensor, there):
                 tensor.copy_(there)
 
-    def changed(self) -> list[torch.Tensor]:
-        """Return the tensors whose values differ from their copies."""
+    def changed(self, is_asked: Callable[[torch.Tensor], bool]) -> list[torch.Tensor]:
+        """Return the tensors whose values differ from their copies, of those that are asked for."""
         pairs = zip(self._tensors, self._copies, strict=True)
-        return [tensor for tensor, copy in pairs if not torch.equal(tensor, copy.to(tensor.device))]
+        asked = [(tensor, copy) for tensor, copy in pairs if is_asked(tensor)]
+        return [tensor for tensor, copy in asked if not torch.equal(tensor, copy.to(tensor.device))]
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether there is a copy of a tensor."""
         return any(tensor is known for known in self._tensors)
 
-    def keep(self, wanted: Container[int]) -> None:
-        """Drop all tensors and copies except those with the given identities."""
-        kept = [i for i, tensor in enumerate(self._tensors) if id(tensor) in wanted]
+    def keep(self, is_wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Drop the tensors and copies that are not wanted."""
+        kept = [i for i, tensor in enumerate(self._tensors) if is_wanted(tensor)]
         self._tensors = [self._tensors[i] for i in kept]
         self._copies = [self._copies[i] for i in kept]
 

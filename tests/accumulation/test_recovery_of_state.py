@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from accumulation.parts import out_of_memory
-from memfit import Accumulator
+from memfit import Accumulator, WorkloadError
 
 
 class Noted(torch.optim.SGD):
@@ -74,6 +74,30 @@ def through_data(slow: nn.Parameter, fast: nn.Parameter) -> None:
 
 def replaced(slow: nn.Parameter, fast: nn.Parameter) -> None:
     slow.data = slow.data * 0.9 + (fast.data + 1) * 0.1
+
+
+class Momentum(Teacher):
+    """A teacher that begins as a copy of its student, so the first step does not move it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda slow, fast: slow.data.lerp_(fast.data, 0.1))  # type: ignore[arg-type, return-value]
+        self.teacher.load_state_dict(self.student.state_dict())
+
+
+class Late(nn.Module):
+    """Gives itself a parameter in its first pass, and moves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, 3)."""
+        if not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.late.data += 0.1
+        scores: torch.Tensor = self.last(x) * self.late
+        return scores
 
 
 class Codebook(nn.Module):
@@ -169,6 +193,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Callable[..., torch
     "a teacher in place": (functools.partial(Teacher, in_place), lambda: F.cross_entropy),
     "a teacher through data": (functools.partial(Teacher, through_data), lambda: F.cross_entropy),
     "a teacher replaced": (functools.partial(Teacher, replaced), lambda: F.cross_entropy),
+    "a teacher that begins as its student": (Momentum, lambda: F.cross_entropy),
+    "a late parameter": (Late, lambda: F.cross_entropy),
     "a codebook": (Codebook, lambda: F.cross_entropy),
     "all that is kept": (Keeping, lambda: F.cross_entropy),
     "an adversary": (plain, Adversary),
@@ -215,7 +241,7 @@ def test_a_first_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_later_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None:
-    """The first step shows what forward moves; every later step copies it."""
+    """The first steps show what forward moves; every later step copies it."""
     failed, _ = trained(name, 8, {2})
     torch.manual_seed(0)
     make, make_loss = CASES[name]
@@ -229,7 +255,7 @@ def test_a_later_step_that_runs_out_is_done_again_bit_for_bit(name: str) -> None
     assert same(failed, [*losses, *optimizer.seen, *model.state_dict().values()])
 
 
-def test_only_what_moves_is_copied_after_the_first_step() -> None:
+def test_only_what_moves_is_copied_after_the_first_steps() -> None:
     """A teacher's parameters are copied, and the student's are not."""
     _, accumulator = trained("a teacher through data", 4, set())
     assert accumulator._start is not None
@@ -237,6 +263,16 @@ def test_only_what_moves_is_copied_after_the_first_step() -> None:
     _, accumulator = trained("a batch in place", 4, set())
     assert accumulator._start is not None
     assert not accumulator._start._known
+
+
+def test_lazy_layers_are_refused() -> None:
+    """Their parameters cannot be copied before the first batch."""
+    model = nn.LazyLinear(3)
+    accumulator = Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), 4, loss=F.cross_entropy
+    )
+    with pytest.raises(WorkloadError, match="Run one batch through the model"):
+        accumulator.step((torch.randn(8, 6), torch.randint(3, (8,))))
 
 
 class FailsOnce(torch.optim.SGD):
