@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,11 +115,7 @@ def candidates(samples: Samples, held: Iterable[torch.Tensor]) -> Iterator[Count
         if len(values) in (1, num_samples) and all(value.ndim > 0 for value in values)
     }
     integers = {path: values for path, values in tensors.items() if _is_integer(values[0])}
-    marks = [(path, value) for path, found in integers.items() for value in _maybe_ignored(found)]
-    # Labels that are marked as usual come before masks and tokens that happen to count the same.
-    for path, value in sorted(marks, key=lambda mark: mark[1] not in _IGNORED):
-        is_not = functools.partial(_is_not, value)
-        yield from _shifted(path, integers[path], f"{{}} != {value}", is_not)
+    yield from _marked(integers)
     for path, values in tensors.items():
         yield from _of_masks(path, values)
     for path, values in tensors.items():
@@ -143,6 +139,27 @@ def ignored_everywhere(samples: Samples) -> str | None:
             if len(found) == 1 and found[0] in _IGNORED:
                 return f"{path} is {found[0]} everywhere"
     return None
+
+
+def _marked(integers: Mapping[str, list[torch.Tensor]]) -> Iterator[Count]:
+    """Yield counts of targets that are not marked as ignored.
+
+    Labels that are marked as usual come before masks and tokens that happen to count the same.
+    Lengths come before labels that would be marked by an unusual value.
+    """
+    marks = [(path, value) for path, found in integers.items() for value in _maybe_ignored(found)]
+    for is_usual in (True, False):
+        for path, value in marks:
+            if (value in _IGNORED) is is_usual:
+                is_not = functools.partial(_is_not, value)
+                yield from _shifted(path, integers[path], f"{{}} != {value}", is_not)
+        for path, values in integers.items():
+            if is_usual and _are_lengths(values):
+                yield from _of_masks(path, values)
+
+
+def _are_lengths(values: list[torch.Tensor]) -> bool:
+    return all(value.ndim == 1 and int(value.min()) > 0 for value in values if value.numel())
 
 
 def _maybe_ignored(values: list[torch.Tensor]) -> list[int]:

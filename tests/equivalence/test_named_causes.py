@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from equivalence.models import NUM_CLASSES, WIDTH, check, mlp, vectors
+from memfit.errors import WorkloadError
 from memfit.records import GradientFault, LossWeighting, MixesIn, Verdict
 
 
@@ -258,3 +259,40 @@ def test_outputs_that_cannot_be_cut(model: nn.Module, loss: Any) -> None:
     result = check(model, loss, accumulation_steps=2)
     assert (result.verdict, result.mixers[0].name) == (Verdict.DIFFERS, "the model itself")
     assert GradientFault.MIXES_SAMPLES in result.faults
+
+
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_classes_of_ignored_targets_have_no_weight(ignored: int) -> None:
+    """The count is written so that it runs on the batch: it looks up no ignored target."""
+    weights = torch.linspace(0.2, 5, NUM_CLASSES)
+    batch = vectors(12)
+    batch[1][::5] = ignored
+    loss = nn.CrossEntropyLoss(weights, ignore_index=ignored, label_smoothing=0.1)
+    result = check(mlp(), loss, batch)
+    assert (result.verdict, result.weighting) == (Verdict.EQUAL, LossWeighting.CLASSES)
+    text = result.terms[0].counts
+    assert text is not None
+    counted = batch[1][batch[1] != ignored]
+    written = eval(text, {"weight": weights, "batch": batch})  # noqa: S307 - our own text
+    assert torch.equal(written, weights[counted].sum())
+
+
+def test_lengths_come_before_labels_that_happen_to_count_the_same() -> None:
+    """CTC divides by the lengths of its targets; 2 marks no ignored target here."""
+    targets, lengths = (
+        torch.tensor([[1, 2], [2, 1], [3, 1], [4, 3]] * 3),
+        torch.tensor([1, 1, 2, 2] * 3),
+    )
+
+    def loss(outputs: torch.Tensor, _targets: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return outputs.square().sum() / lengths.sum()
+
+    result = check(mlp(), loss, (torch.randn(12, WIDTH), targets, lengths))
+    assert [term.counts for term in result.terms] == ["batch[2].sum()"]
+
+
+def test_a_batch_that_ignores_every_target() -> None:
+    """Its loss is 0 / 0, and the sentence names the targets."""
+    batch = (torch.randn(12, WIDTH), torch.full((12,), -100))
+    with pytest.raises(WorkloadError, match=r"no valid target: batch\[1\] is -100 everywhere"):
+        check(mlp(), F.cross_entropy, batch)
