@@ -11,9 +11,10 @@ from __future__ import annotations
 import abc
 import collections
 import contextlib
+import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -83,17 +84,17 @@ class Draws:
         self._model = model
         self._num_samples = num_samples
         self.held_fixed = held_fixed
-        self._recorded: list[tuple[torch.Tensor, object]] = []
-        self._dims: dict[int, int] = {}
+        self._recorded: dict[str, list[tuple[torch.Tensor, object]]] = {}
+        self._dims: dict[tuple[str, int], int] = {}
         self.drawing: dict[str, None] = {}
         self.not_replayable: dict[str, None] = {}
         self.by_host = False
         self.batch_changed = False
         self.used: dict[int, bool] = collections.defaultdict(bool)
 
-    def record(self, drawn: torch.Tensor, drawn_from: object) -> None:
-        """Record the next draw of the full batch, and the range that it was drawn from."""
-        self._recorded.append((drawn.clone(), drawn_from))
+    def record(self, layer: str, drawn: torch.Tensor, drawn_from: object) -> None:
+        """Record a layer's next draw for the full batch, and the range that it was drawn from."""
+        self._recorded.setdefault(layer, []).append((drawn.clone(), drawn_from))
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
@@ -107,8 +108,9 @@ class Draws:
     def replayed(self, start: int, stop: int) -> Iterator[None]:
         """Replay the full batch's draws for the samples from `start` up to but not `stop`."""
 
-        def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
-            return self._rows(index, shape, drawn_from, start, stop)
+        def rows(draw: _Draw) -> torch.Tensor | None:
+            found = self._rows(draw, start, stop), self._of_loop(draw, lambda place: start + place)
+            return _first(found[::-1] if self._is_loop(draw.layer) else found)
 
         with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
             yield
@@ -120,13 +122,18 @@ class Draws:
         Replay a part of the batch first, because that shows which dimension counts the samples.
         """
 
-        def rows(index: int, shape: torch.Size, drawn_from: object) -> torch.Tensor | None:
-            drawn = self._drawn(index, drawn_from)
-            if drawn is None or drawn.shape != shape or index not in self._dims:
-                return drawn if drawn is not None and drawn.shape == shape else None
-            per_sample = drawn.shape[self._dims[index]] // self._num_samples
+        def in_order(draw: _Draw) -> torch.Tensor | None:
+            drawn = self._drawn(draw, draw.index)
+            dim = self._dims.get((draw.layer, draw.index))
+            if drawn is None or drawn.shape != draw.shape or dim is None:
+                return drawn if drawn is not None and drawn.shape == draw.shape else None
+            per_sample = drawn.shape[dim] // self._num_samples
             wanted = order[:, None] * per_sample + torch.arange(per_sample)
-            return drawn.index_select(self._dims[index], wanted.flatten().to(drawn.device))
+            return drawn.index_select(dim, wanted.flatten().to(drawn.device))
+
+        def rows(draw: _Draw) -> torch.Tensor | None:
+            found = in_order(draw), self._of_loop(draw, lambda place: int(order[place]))
+            return _first(found[::-1] if self._is_loop(draw.layer) else found)
 
         with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
             yield
@@ -141,22 +148,23 @@ class Draws:
             yield
         self.by_host = self.by_host or _host_states() != before
 
-    def _drawn(self, index: int, drawn_from: object) -> torch.Tensor | None:
-        if index >= len(self._recorded):
+    def _drawn(self, draw: _Draw, index: int) -> torch.Tensor | None:
+        """Return one of the recorded draws of a layer, if it was drawn from the same range."""
+        recorded = self._recorded.get(draw.layer, [])
+        if index >= len(recorded):
             return None
-        drawn, same = self._recorded[index]
+        drawn, same = recorded[index]
         # A position in a larger batch may not exist in a smaller one.
-        return drawn if drawn_from == same else None
+        return drawn if draw.drawn_from == same else None
 
-    def _rows(
-        self, index: int, shape: torch.Size, drawn_from: object, start: int, stop: int
-    ) -> torch.Tensor | None:
+    def _rows(self, draw: _Draw, start: int, stop: int) -> torch.Tensor | None:
         """Return the rows of a draw that belong to some samples; `None` if this cannot be told.
 
         The dimension that changed its length counts the samples. It may have several rows for each
         sample, for example for windows and attention heads.
         """
-        drawn = self._drawn(index, drawn_from)
+        shape = draw.shape
+        drawn = self._drawn(draw, draw.index)
         if drawn is None or drawn.shape == shape:
             return drawn
         if len(drawn.shape) != len(shape):
@@ -166,8 +174,45 @@ class Draws:
         per_sample, rest = divmod(drawn.shape[dim], self._num_samples)
         if len(changed) > 1 or rest or shape[dim] != per_sample * (stop - start):
             return None
-        self._dims[index] = dim
+        self._dims[draw.layer, draw.index] = dim
         return drawn.narrow(dim, start * per_sample, shape[dim])
+
+    def _of_loop(self, draw: _Draw, sample_at: Callable[[int], int]) -> torch.Tensor | None:
+        """Return a draw of a layer that draws for one sample after the other.
+
+        Args:
+            draw: The draw.
+            sample_at: A function from a sample's place in the part to its place in the full batch.
+        """
+        per_sample, rest = divmod(len(self._recorded.get(draw.layer, ())), self._num_samples)
+        if rest or not per_sample:
+            return None
+        place, which = divmod(draw.index, per_sample)
+        if place >= self._num_samples:
+            return None
+        drawn = self._drawn(draw, sample_at(place) * per_sample + which)
+        return drawn if drawn is not None and drawn.shape == draw.shape else None
+
+    def _is_loop(self, layer: str) -> bool:
+        """Whether a layer seems to draw for one sample after the other: its draws have no rows."""
+        recorded = self._recorded.get(layer, ())
+        return len({drawn.shape for drawn, _ in recorded}) > 1 and not any(
+            drawn.ndim and len(drawn) % self._num_samples == 0 for drawn, _ in recorded
+        )
+
+
+def _first(found: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    return next((one for one in found if one is not None), None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Draw:
+    """A draw that is to be replayed: its layer, and how many draws the layer made before it."""
+
+    layer: str
+    index: int
+    shape: torch.Size
+    drawn_from: object
 
 
 class _Mode(abc.ABC):
@@ -210,23 +255,23 @@ class _Recording(_Mode):
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         drawn = out[1] if isinstance(out, tuple) else out
-        self.draws.record(drawn, _drawn_from(func, args, kwargs))
+        self.draws.record(self._layer, drawn, _drawn_from(func, args, kwargs))
         return out
 
 
 class _Replaying(_Mode):
-    def __init__(
-        self, draws: Draws, rows: Callable[[int, torch.Size, object], torch.Tensor | None]
-    ) -> None:
+    def __init__(self, draws: Draws, rows: Callable[[_Draw], torch.Tensor | None]) -> None:
         super().__init__(draws)
         self._rows = rows
-        self._next = 0
+        self._next: collections.Counter[str] = collections.Counter()
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        index, self._next = self._next, self._next + 1
+        layer = self._layer
+        index, self._next[layer] = self._next[layer], self._next[layer] + 1
         out = func(*args, **kwargs)
         drawn = out[1] if isinstance(out, tuple) else out
-        rows = self._rows(index, drawn.shape, _drawn_from(func, args, kwargs))
+        drawn_from = _drawn_from(func, args, kwargs)
+        rows = self._rows(_Draw(layer=layer, index=index, shape=drawn.shape, drawn_from=drawn_from))
         if rows is None:
             self.not_replayable()
             return out

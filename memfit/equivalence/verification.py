@@ -387,8 +387,13 @@ def _mixing(
         return ()  # the model does not run on the few samples of the search
     if not found:
         return ()
-    with in_eval(model, {mixer.name for mixer in found}):
-        still = {mixer.name for mixer in mixing_layers(model, samples, close=close)}
+    try:
+        with in_eval(model, {mixer.name for mixer in found}):
+            still = {mixer.name for mixer in mixing_layers(model, samples, close=close)}
+    except Exception as error:
+        if oom.classify(error) is not oom.Likelihood.NO:
+            raise
+        return found  # the layers do not run in evaluation mode
     return tuple(
         dataclasses.replace(
             mixer,

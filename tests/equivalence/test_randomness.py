@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
-from memfit.records import Verdict
+from memfit.records import GradientFault, Verdict
 
 
 class Noise(nn.Module):
@@ -88,3 +88,41 @@ def test_a_mixing_layer_is_found_beside_random_ones() -> None:
     result = check(mlp(nn.Dropout(0.3), nn.BatchNorm1d(WIDTH), Noise()))
     assert result.verdict is Verdict.DIFFERS
     assert [mixer.name for mixer in result.mixing_layers] == ["3"]
+
+
+class Sampler(nn.Module):
+    """Keeps some positive elements of each sample, as a detector samples its boxes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row in x:
+            kept = torch.zeros_like(row)
+            positive = torch.where(row > 0)[0]
+            kept[positive[torch.randperm(len(positive))[:2]]] = 1
+            rows.append(row * kept)
+        return torch.stack(rows)
+
+
+def test_draws_of_a_loop_over_samples_are_replayed() -> None:
+    """Each sample gets its own permutation again, whose length depends on the sample."""
+    result = check(mlp(Sampler()))
+    assert (result.verdict, result.replayed) == (Verdict.EQUAL, ("2",))
+
+
+class DrawnFromTheBatch(nn.Module):
+    """Draws as many numbers as the batch has positive elements, and runs only in training mode."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            raise RuntimeError("no losses in evaluation mode")
+        result = x.clone()
+        result[x > 0] += torch.rand(int((x > 0).sum()), dtype=x.dtype)
+        return result
+
+
+def test_a_layer_that_cannot_be_switched_off() -> None:
+    """Its draws are named as the cause, because nothing else can be said."""
+    result = check(mlp(DrawnFromTheBatch()))
+    assert result.verdict is Verdict.DIFFERS
+    assert GradientFault.DRAWS_NOT_REPLAYED in result.faults
+    assert result.switched_off == ()
