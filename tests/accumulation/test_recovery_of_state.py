@@ -80,7 +80,7 @@ class Momentum(Teacher):
     """A teacher that begins as a copy of its student, so the first step does not move it."""
 
     def __init__(self) -> None:
-        super().__init__(lambda slow, fast: slow.data.lerp_(fast.data, 0.1))  # type: ignore[arg-type, return-value]
+        super().__init__(lambda slow, fast: slow.data.lerp_(fast.data, 0.1))  # type: ignore[arg-type]
         self.teacher.load_state_dict(self.student.state_dict())
 
 
