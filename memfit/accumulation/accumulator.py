@@ -31,6 +31,7 @@ from memfit.accumulation.arguments import (
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
+from memfit.accumulation.stepping import PlainStepping, Stepping, stepped_by
 from memfit.accumulation.uncounted import check_counted
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
@@ -116,10 +117,8 @@ class Accumulator:
         self._layout: Layout | None = None
         check_optimizer(optimizer)
         check_scheduler(scheduler)
-        self._scheduler = scheduler
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, not {clip_grad_norm}.")
-        self._clip_grad_norm = clip_grad_norm
         self._planned_size, unit, options = read_plan(plan)
         self._multiple_of = unit if multiple_of is None else multiple_of
         self._smallest = plan.smallest_micro_batch_size if isinstance(plan, Plan) else 2
@@ -133,6 +132,9 @@ class Accumulator:
         if scaler is None and self._options.precision is Precision.AMP_FP16:
             scaler = torch.amp.GradScaler(self._device.type)
         self.scaler = scaler
+        self._stepping: Stepping = PlainStepping(
+            optimizer, scaler=scaler, scheduler=scheduler, clip_grad_norm=clip_grad_norm
+        )
         self._size = self._planned_size
         self._parameters: list[nn.Parameter] = []
         self._start = StepStart((model, loss)) if recover else None
@@ -300,7 +302,7 @@ class Accumulator:
             leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
             weighted = [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
-        (part if self.scaler is None else self.scaler.scale(part)).backward()
+        self._stepping.backward(part)
         return part.detach()
 
     def _cut(self, batch: Any, size: int) -> _Cut:
@@ -321,7 +323,7 @@ class Accumulator:
 
     def _check_counted(self, loss: torch.Tensor | None, cut_up: _Cut) -> None:
         if loss is not None and "samples" in self._terms.weights:
-            check_counted(loss, cut_up.micro_batches, is_awaited=self.scaler is not None)
+            check_counted(loss, cut_up.micro_batches, is_awaited=self._stepping.is_scaled)
 
     def _totals(self, cut_up: _Cut | None) -> list[float]:
         if cut_up is None:
@@ -333,36 +335,17 @@ class Accumulator:
     def _update(self) -> None:
         """Clip, step and schedule; after an error too, clear gradients and reset the scaler."""
         try:
-            self._step_optimizer()
+            self._stepping.step()
         except BaseException:
-            if self.scaler is not None:
-                # The scaler keeps its scale, and forgets that it unscaled gradients.
-                self.scaler.update(self.scaler.get_scale())
+            self._stepping.forget()
             raise
         finally:
             self._drop_gradients()
 
-    def _step_optimizer(self) -> None:
-        if self._clip_grad_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self._optimizer)
-            stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(stepped, self._clip_grad_norm)
-        is_skipped = False
-        if self.scaler is None:
-            self._optimizer.step()
-        else:
-            scale = None if self._scheduler is None else self.scaler.get_scale()
-            self.scaler.step(self._optimizer)
-            self.scaler.update()
-            is_skipped = scale is not None and self.scaler.get_scale() < scale
-        if self._scheduler is not None and not is_skipped:
-            self._scheduler.step()
-
     def _now_held(self) -> list[nn.Parameter]:
         """Return all parameters that may have a gradient, also those added since the last step."""
-        stepped = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return list({id(p): p for p in (*self._model.parameters(), *stepped)}.values())
+        held = (*self._model.parameters(), *stepped_by(self._optimizer))
+        return list({id(p): p for p in held}.values())
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:

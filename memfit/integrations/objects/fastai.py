@@ -31,7 +31,13 @@ from memfit.integrations.objects.step import (
 from memfit.records import Precision
 from memfit.step.nesting import map_leaves
 
-__all__ = ["workload_of_learner"]
+__all__ = [
+    "FastaiOptimizer",
+    "as_float32",
+    "callback_of",
+    "refuse_mixing",
+    "workload_of_learner",
+]
 
 _PRECISIONS = {"fp16": Precision.AMP_FP16, "bf16": Precision.AMP_BF16}
 
@@ -50,7 +56,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
     """
     if learn.loss_func is None or learn.dls is None:
         raise UsageError("The Learner has no loss or no data: make it with loss_func and dls.")
-    _refuse_mixing(learn)
+    refuse_mixing(learn)
     loader = learn.dls.train
     batch = drawn_batch(lambda: _drawn(loader), loader)
     num_inputs = getattr(learn.dls, "n_inp", 1 if len(batch) == 1 else len(batch) - 1)
@@ -64,7 +70,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
     )
 
 
-def _callback_of(learn: Any, name: str) -> Any:
+def callback_of(learn: Any, name: str) -> Any:
     """Return the learner's callback of a class, or of a subclass of it; `None` if it has none."""
     for callback in learn.cbs:
         if any(kind.__name__ == name for kind in type(callback).__mro__):
@@ -74,18 +80,18 @@ def _callback_of(learn: Any, name: str) -> Any:
 
 def _precision_of(learn: Any) -> Precision:
     """Return the precision that a learner is set to."""
-    mixed = _callback_of(learn, "MixedPrecision")
+    mixed = callback_of(learn, "MixedPrecision")
     return precision_of_weights(learn.model) if mixed is None else _PRECISIONS[mixed.amp_mode.value]
 
 
-def _refuse_mixing(learn: Any) -> None:
+def refuse_mixing(learn: Any) -> None:
     """Refuse callbacks that change what a learner's step computes.
 
     Raises:
         UnsupportedError: There is such a callback.
     """
     for name in ("MixHandler", "CutMix", "NonNativeMixedPrecision", "GradientAccumulation"):
-        found = _callback_of(learn, name)
+        found = callback_of(learn, name)
         if found is not None:
             kind = type(found).__name__
             why = (
@@ -107,8 +113,8 @@ class _LearnersStep(TrainersStep):
         super().__init__(learn.model)
         self._num_inputs = num_inputs
         self._loss = learn.loss_func
-        self._is_mixed = _callback_of(learn, "MixedPrecision") is not None
-        self._freezes_norm = _callback_of(learn, "BnFreeze") is not None
+        self._is_mixed = callback_of(learn, "MixedPrecision") is not None
+        self._freezes_norm = callback_of(learn, "BnFreeze") is not None
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         inputs, targets = batch[: self._num_inputs], batch[self._num_inputs :]
@@ -117,7 +123,7 @@ class _LearnersStep(TrainersStep):
         self._set_modes()
         predictions = self.model(*inputs)
         if self._is_mixed:
-            predictions = map_leaves(_as_float32, predictions)
+            predictions = map_leaves(as_float32, predictions)
         loss: torch.Tensor = self._loss(predictions, *targets)
         self._kept = (predictions, (loss, loss.clone()), batch, made_real(held))
         return loss
@@ -132,12 +138,13 @@ class _LearnersStep(TrainersStep):
                     module.train(any(p.requires_grad for p in module.parameters(recurse=False)))
 
 
-def _as_float32(leaf: Any) -> Any:
+def as_float32(leaf: Any) -> Any:
+    """Return a tensor of floating-point numbers in float32, and anything else as it is."""
     is_floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
     return leaf.float() if is_floating else leaf
 
 
-class _FastaiOptimizer(torch.optim.Optimizer):
+class FastaiOptimizer(torch.optim.Optimizer):
     """A fastai optimizer with the interface of torch's.
 
     Args:
@@ -169,7 +176,7 @@ class _OptimizerOf:
 
     def __init__(self, step: _LearnersStep, learn: Any) -> None:
         self._step = step
-        clip = _callback_of(learn, "GradientClip")
+        clip = callback_of(learn, "GradientClip")
         self._max_norm = None if clip is None else float(clip.max_norm)
         self._frozen_to = 0 if learn.opt is None else getattr(learn.opt, "frozen_idx", 0)
         self._learn = copy.copy(learn)
@@ -184,4 +191,4 @@ class _OptimizerOf:
         learn.create_opt()
         if self._frozen_to:
             learn.opt.freeze_to(self._frozen_to)
-        return _FastaiOptimizer(learn.opt, max_norm=self._max_norm)
+        return FastaiOptimizer(learn.opt, max_norm=self._max_norm)

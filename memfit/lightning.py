@@ -1,0 +1,277 @@
+"""Lightning: exact accumulation around a module's own `training_step`, and a plan before `fit`.
+
+    with memfit.lightning.accumulating(module, plan):
+        trainer.fit(module, loader_of_whole_batches)
+
+Lightning's own `accumulate_grad_batches` needs equal micro-batches, and divides a short last window
+by the configured number. `accumulating` takes any parts. It runs the first micro-batches inside the
+module's `training_step` and returns the loss of the last one, so optimization stays automatic:
+clipping, schedules, precision, callbacks and checkpoints are Lightning's own.
+
+Source: Lightning-AI/pytorch-lightning, src/lightning/pytorch/loops/optimization/automatic.py
+    (`Closure.closure`), src/lightning/pytorch/strategies/strategy.py (`backward`,
+    `batch_to_device`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from memfit.accumulation import MicroBatch, Weight, micro_batches
+from memfit.api import plan as plan_for
+from memfit.api.asking import SearchKeywords
+from memfit.errors import UnsupportedError, UsageError, WorkloadError
+from memfit.integrations.equal import equal_parts
+from memfit.records import Plan
+
+__all__ = ["accumulating", "plan_before_fit"]
+
+_TRANSFER = "_apply_batch_transfer_handler"
+_REPLACED = ("training_step", "optimizer_zero_grad", _TRANSFER)
+
+
+@contextlib.contextmanager
+def accumulating(
+    module: Any,
+    plan: Plan,
+    *,
+    weight: Weight = "samples",
+    batch_dims: Mapping[str | int, int | None] | None = None,
+) -> Iterator[Any]:
+    """Let a `LightningModule` train on whole batches in the plan's micro-batches.
+
+    In the block, `training_step` is called for each micro-batch, and the batch stays in host memory
+    until its micro-batches are moved to the device. After the block the module is as before.
+
+    Args:
+        module: The module. Its `training_step` returns the loss, or a dictionary with `"loss"`.
+        plan: The plan of `memfit.plan(module, ...)`. The loader's batch size is the effective batch
+            size of one process.
+        weight: What the loss averages over, as for `memfit.Accumulator`.
+        batch_dims: As for `memfit.Accumulator`.
+
+    Yields:
+        The module.
+
+    Raises:
+        UsageError: The trainer accumulates batches too, or the plan is for other ranks.
+        UnsupportedError: The module steps its optimizers itself.
+    """
+    if not module.automatic_optimization:
+        raise UnsupportedError(
+            f"{type(module).__name__} steps its optimizers itself (automatic_optimization is "
+            "False): cut its batches with memfit.micro_batches in its training_step."
+        )
+    own = vars(module)
+    before = {name: own[name] for name in _REPLACED if name in own}
+    steps = _Steps(module, plan, weight=weight, batch_dims=batch_dims)
+    own.update(training_step=steps.training_step, optimizer_zero_grad=_keep_gradients)
+    if hasattr(module, _TRANSFER):
+        own[_TRANSFER] = steps.transfer
+    try:
+        yield module
+    finally:
+        for name in _REPLACED:
+            own.pop(name, None)
+        own.update(before)
+
+
+def _keep_gradients(*_arguments: Any, **_options: Any) -> None:
+    """Stand in for `optimizer_zero_grad`, which Lightning calls between forward and backward."""
+
+
+class _Steps:
+    """A module's training step, in micro-batches."""
+
+    def __init__(
+        self,
+        module: Any,
+        plan: Plan,
+        *,
+        weight: Weight,
+        batch_dims: Mapping[str | int, int | None] | None,
+    ) -> None:
+        self._module = module
+        self._plan = plan
+        self._weight = weight
+        self._batch_dims = batch_dims
+        self._own_step = module.training_step
+        self._own_zero_grad = module.optimizer_zero_grad
+        self._own_transfer = getattr(module, _TRANSFER, None)
+        self._is_checked = False
+
+    def transfer(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        """Leave a batch to train on in host memory, and move any other to the device."""
+        trainer = self._module.trainer
+        if trainer.training and not trainer.sanity_checking and not trainer.validating:
+            return batch
+        assert self._own_transfer is not None
+        return self._own_transfer(batch, device=device, dataloader_idx=dataloader_idx)
+
+    def training_step(self, batch: Any, *arguments: Any, **options: Any) -> Any:
+        """Run forward and backward on all micro-batches but the last, and forward on that.
+
+        Raises:
+            WorkloadError: The module's own step returned no loss.
+        """
+        module, trainer = self._module, self._module.trainer
+        self._check(trainer)
+        parts = micro_batches(self._plan, batch, weight=self._weight, batch_dims=self._batch_dims)
+        self._own_zero_grad(trainer.current_epoch, 0, module.optimizers(use_pl_optimizer=False))
+        done = None
+        for part in parts:
+            output = self._own_step(self._moved(part, trainer), *arguments, **options)
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if not isinstance(loss, torch.Tensor):
+                raise WorkloadError(
+                    f"{type(module).__name__}.training_step must return the loss of each "
+                    f"micro-batch, or a dictionary with 'loss', not {type(loss).__name__}."
+                )
+            loss = loss * part.weight
+            if part.is_last:
+                # The earlier parts are numbers here: their gradients are there already.
+                whole = loss if done is None else loss + done
+                return {**output, "loss": whole} if isinstance(output, Mapping) else whole
+            done = loss.detach() if done is None else done + loss.detach()
+            with torch.autocast(loss.device.type, enabled=False):
+                trainer.strategy.backward(loss, None)
+        raise AssertionError("a plan has a last micro-batch")
+
+    def _moved(self, part: MicroBatch, trainer: Any) -> Any:
+        if self._own_transfer is None:
+            return part.batch
+        return self._own_transfer(part.batch, device=trainer.strategy.root_device)
+
+    def _check(self, trainer: Any) -> None:
+        """Refuse a trainer that accumulates by itself, or has other ranks than the plan.
+
+        Raises:
+            UsageError: It does.
+            UnsupportedError: Its strategy takes the steps itself.
+        """
+        if self._is_checked:
+            return
+        self._is_checked = True
+        if trainer.accumulate_grad_batches != 1:
+            raise UsageError(
+                "The plan has the micro-batches, so accumulate_grad_batches must be 1, not "
+                f"{trainer.accumulate_grad_batches}: let the loader yield whole batches of "
+                f"{self._plan.share_of(0)}."
+            )
+        if trainer.world_size != self._plan.world_size:
+            raise UsageError(
+                f"The plan is for {self._plan.world_size} ranks, and the Trainer has "
+                f"{trainer.world_size}: plan with world_size={trainer.world_size}."
+            )
+        if trainer.strategy.handles_gradient_accumulation:
+            raise UnsupportedError(
+                f"{type(trainer.strategy).__name__} counts backward passes itself: use the "
+                "Trainer's accumulate_grad_batches."
+            )
+
+
+def plan_before_fit(
+    effective_batch_size: int,
+    *,
+    batch_size_name: str = "batch_size",
+    gpu: str | None = None,
+    **options: Unpack[SearchKeywords],
+) -> Any:
+    """Return a callback that plans before `fit`, and sets what Lightning's own accumulation needs.
+
+    These are the attribute `batch_size` of the data module, and the trainer's
+    `accumulate_grad_batches`. Both are put back after `fit`. The callback's attribute `plan` is the
+    plan.
+
+    Args:
+        effective_batch_size: Samples in each optimizer step, over all ranks.
+        batch_size_name: The attribute of the `LightningDataModule` that holds its batch size.
+        gpu: A card to plan for instead of the trainer's own device.
+        **options: As for `memfit.plan`.
+
+    Raises:
+        UsageError: When `fit` begins: there is no such attribute, or the trainer accumulates.
+        DoesNotFitError: When `fit` begins: not even one sample fits.
+    """
+    # A Trainer takes callbacks of its own package only.
+    name = "lightning.pytorch" if "lightning.pytorch" in sys.modules else "pytorch_lightning"
+    package = importlib.import_module(name)
+
+    class PlanBeforeFit(package.Callback):  # type: ignore[name-defined, misc]
+        """Plans before `fit`."""
+
+        def __init__(self) -> None:
+            self.plan: Plan | None = None
+            self._before: int | None = None
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Plan on the first rank, and set the sizes on all ranks."""
+            if stage != "fit":
+                return
+            data = _data_module(trainer, batch_size_name)
+            plan = None
+            if trainer.is_global_zero:
+                device = None if gpu is not None else trainer.strategy.root_device
+                if device is not None:
+                    pl_module.to(device)  # the trainer does so a little later
+                plan = plan_for(
+                    pl_module,
+                    effective_batch_size,
+                    world_size=trainer.world_size,
+                    device=None if device is None else str(device),
+                    gpu=gpu,
+                    **{**options, "datamodule": data, "trainer": trainer},
+                )
+            self.plan = trainer.strategy.broadcast(plan)
+            assert isinstance(self.plan, Plan)
+            parts = equal_parts(self.plan, "Lightning")
+            self._before = getattr(data, batch_size_name)
+            setattr(data, batch_size_name, parts.micro_batch_size)
+            trainer.accumulate_grad_batches = parts.accumulation_steps
+
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Put the sizes back."""
+            del pl_module, stage
+            self._put_back(trainer)
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            """Put the sizes back."""
+            del pl_module, exception
+            self._put_back(trainer)
+
+        def _put_back(self, trainer: Any) -> None:
+            if self._before is not None:
+                setattr(trainer.datamodule, batch_size_name, self._before)
+                trainer.accumulate_grad_batches = 1
+                self._before = None
+
+    return PlanBeforeFit()
+
+
+def _data_module(trainer: Any, batch_size_name: str) -> Any:
+    """Return the data module of a trainer that does not accumulate yet.
+
+    Raises:
+        UsageError: There is none with such an attribute, or the trainer accumulates.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise UsageError(
+            "The plan says how many batches are accumulated, so accumulate_grad_batches must be 1, "
+            f"not {trainer.accumulate_grad_batches}."
+        )
+    data = trainer.datamodule
+    if data is None or not hasattr(data, batch_size_name):
+        what = "There is no LightningDataModule" if data is None else type(data).__name__
+        missing = "" if data is None else f" has no attribute {batch_size_name!r}"
+        raise UsageError(
+            f"{what}{missing}: give trainer.fit a data module whose train_dataloader uses "
+            f"self.{batch_size_name}."
+        )
+    return data
