@@ -9,12 +9,18 @@ from typing_extensions import Unpack
 
 from memfit import equivalence
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import StepKeywords, check_accumulates, describe, own_device
+from memfit.api.steps import (
+    Subject,
+    SubjectKeywords,
+    check_accumulates,
+    describe,
+    own_device,
+    taken,
+)
 from memfit.backends import device_of, open_backend
 from memfit.equivalence import AccumulationLoop
 from memfit.errors import UsageError
 from memfit.records import Equivalence, Precision
-from memfit.step.workload import Workload
 from memfit.units import parse_count
 
 __all__ = ["verify"]
@@ -23,7 +29,7 @@ _LOOP_ARGUMENTS = ("model", "micro_batches", "loss", "optimizer")
 
 
 def verify(
-    subject: str | Workload,
+    subject: Subject,
     *,
     micro_batch_size: int,
     accumulation_steps: int,
@@ -32,7 +38,7 @@ def verify(
     freeze_bn: bool = False,
     accumulate: AccumulationLoop | None = None,
     progress: StageProgress = "bar",
-    **options: Unpack[StepKeywords],
+    **options: Unpack[SubjectKeywords],
 ) -> Equivalence:
     """Prove that accumulated gradients equal the full batch's, or name what makes them differ.
 
@@ -40,7 +46,8 @@ def verify(
     states and switches are the same as before.
 
     Args:
-        subject: A timm model's name, or a `Workload` of the user's own objects.
+        subject: A timm model's name, a `Workload` of the user's own objects, or a trainer's own
+            object.
         micro_batch_size: Samples in each micro-batch, at least 1.
         accumulation_steps: Micro-batches before each optimizer step, at least 2.
         device: Where training runs, as for `probe`; float64 is always checked on the CPU.
@@ -64,13 +71,14 @@ def verify(
     """
     if accumulate is not None:
         _check_loop(accumulate)
-    step = describe(subject, **options)
+    made, step_options = taken(subject, options)
+    step = describe(made, **step_options)
     check_accumulates(step, "verify")
-    step = describe(subject, accumulate=True, **options)
+    step = describe(made, accumulate=True, **step_options)
     micro_batch_size = parse_count("The micro-batch size", micro_batch_size)
     accumulation_steps = parse_count("The accumulation steps", accumulation_steps)
     samples = None if samples is None else parse_count("samples", samples)
-    place = device_of(own_device(subject, device))
+    place = device_of(own_device(made, device))
     if step.options.precision is Precision.AUTO:
         # Gradients need no limit on a CPU's memory, so any system will do.
         auto = Precision.FP32 if place.type == "cpu" else open_backend(place).auto_precision

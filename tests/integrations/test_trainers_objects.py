@@ -18,7 +18,7 @@ from memfit.backends.rehearsed import RehearsalServers
 from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
-from memfit.records import Precision
+from memfit.records import GradientFault, Precision
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.units import parse_bytes
 
@@ -144,6 +144,44 @@ def test_the_other_functions_take_them_too() -> None:
     assert trial.fits
     profile = memfit.profile(made, 8, gpu="rtx3060", engine="simulate", progress=None, **beside)
     assert profile.batch_size == 8
+
+
+class Mean(torch.nn.Module):
+    """A very small net, with or without a layer that mixes samples."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 16, stride=16)
+        self.norm = norm
+        self.out = torch.nn.Linear(4, zoo.NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of shape (samples, classes)."""
+        scores: torch.Tensor = self.out(self.norm(self.stem(x)).mean((2, 3)))
+        return scores
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_verify_compares_the_gradients_of_a_trainers_step(name: str) -> None:
+    """Batch norm is named in Lightning's module; the others have none and are equal."""
+    mixes = name == "lightning"
+    net = Mean(torch.nn.BatchNorm2d(4) if mixes else torch.nn.GroupNorm(2, 4))
+    beside: dict[str, Any] = {}
+    if name == "fastai":
+        made = zoo.learner(model=net)
+    elif mixes:
+        made = zoo.lightning_module(model=net)
+        beside = {"datamodule": DataLoader(zoo.images(8), batch_size=4)}
+    else:
+        zoo.reset_accelerate()
+        made = zoo.transformers_trainer(model=zoo.Wrapped(net))
+    found = memfit.verify(
+        made, micro_batch_size=3, accumulation_steps=2, device="cpu", progress=None, **beside
+    )
+    assert found.equal is not mixes
+    faults = {GradientFault.MIXES_SAMPLES} if mixes else set()
+    assert set(found.faults) - {GradientFault.CARRIES_STATE} == faults
+    assert [layer.name for layer in found.mixing_layers] == ["model.net.norm"] * mixes
 
 
 def test_what_a_trial_cannot_run_is_refused_in_a_sentence() -> None:

@@ -184,7 +184,7 @@ class _ModulesStep(TrainersStep):
     def __init__(self, module: Any, trainer: _StandInTrainer) -> None:
         super().__init__(module)
         self._trainer = trainer
-        self._begins_step = True
+        self._begins_step = False  # without an optimizer there are no steps
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         del held
