@@ -93,7 +93,7 @@ class Accumulating:
         if len(parts) > 1 and num_items_in_batch is not None and self._divides_by_count is None:
             self._divides_by_count = _divides_by_count(trainer, model, parts[-1], trainer.args)
         is_divided = num_items_in_batch is not None and self._divides_by_count is not False
-        losses = []
+        losses: list[torch.Tensor] = []
         trainer.current_gradient_accumulation_steps = 1
         for part in parts:
             if part.weight == 0 and not is_divided and not part.is_last:
@@ -176,7 +176,8 @@ def _valid_labels(trainer: Any, inputs: Mapping[str, Any]) -> Callable[[Any], An
 
     def count(batch: Mapping[str, Any]) -> torch.Tensor:
         counted = batch["labels"][..., first:] if first else batch["labels"]
-        return (counted != _IGNORED).sum()
+        num_valid: torch.Tensor = (counted != _IGNORED).sum()
+        return num_valid
 
     return count
 

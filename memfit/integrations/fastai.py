@@ -88,7 +88,8 @@ def lines(plan: Plan) -> str:
             (
                 (
                     "opt_func = partial(OptimWrapper, "
-                    f'opt=partial(create_optimizer_v2, opt="{options.optimizer}"))'
+                    f'opt=partial(create_optimizer_v2, opt="{options.optimizer}"'
+                    f"{', fused=True' if options.fused else ''}))"
                 ),
             )
             if is_named

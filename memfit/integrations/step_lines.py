@@ -8,7 +8,7 @@ refused.
 from __future__ import annotations
 
 from memfit.errors import UsageError
-from memfit.records import Plan, Precision
+from memfit.records import Averaging, Plan, Precision
 
 __all__ = ["are_images_channels_last", "brought", "is_on_cpu", "model_lines", "refuse_on_cpu"]
 
@@ -52,6 +52,41 @@ def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimi
         said.append(
             f"{optimizer} is timm.optim.create_optimizer_v2({model}, opt={options.optimizer!r}) "
             "with your learning rate: another may need more memory."
+        )
+    return [*said, *_habits(plan, model, makes_optimizer=optimizer is None)]
+
+
+def _habits(plan: Plan, model: str, *, makes_optimizer: bool) -> list[str]:
+    """Return sentences on what the loop of the plan does beside the step.
+
+    Args:
+        plan: The plan.
+        model: The model's name in the emitted code.
+        makes_optimizer: The emitted code makes the optimizer.
+    """
+    options = plan.options
+    said = []
+    if options.frozen:
+        patterns = " and ".join(options.frozen)
+        said.append(
+            f"The plan is for a partly frozen {model}: before the optimizer is made, set "
+            f"requires_grad to False for the parameters named {patterns}."
+        )
+    if options.fused and not makes_optimizer:
+        said.append("The optimizer is made with fused=True.")
+    if options.ema is not None:
+        where = "on the model's device" if options.ema is Averaging.DEVICE else "in host memory"
+        said.append(
+            f"The plan leaves room for an average of the weights {where}, such as "
+            "timm.utils.ModelEmaV3 keeps. Update it after each step."
+        )
+    if options.prefetch:
+        waiting = "1 more batch" if options.prefetch == 1 else f"{options.prefetch} more batches"
+        said.append(f"The plan leaves room for {waiting} on the device, prefetched.")
+    if options.keeps_outputs:
+        said.append(
+            "The plan leaves room for a batch, its outputs and its loss that stay until the next "
+            "ones replace them."
         )
     return said
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import shlex
 
+from memfit.errors import UsageError
 from memfit.integrations.equal import comment, equal_parts, headline
 from memfit.integrations.step_lines import is_on_cpu
-from memfit.records import Plan, Precision, StepOptions
+from memfit.records import Averaging, Plan, Precision, StepOptions
 
 __all__ = ["lines"]
 
 _COLOUR_CHANNELS = 3
+_PREFETCHED = 1
 _OWN_FLAGS = {
     "bn_eps": "--bn-eps",
     "bn_momentum": "--bn-momentum",
@@ -28,7 +30,16 @@ _OWN_FLAGS = {
 
 
 def lines(plan: Plan) -> str:
-    """Return the command that carries the plan out."""
+    """Return the command that carries the plan out.
+
+    Raises:
+        UsageError: train.py does not support such parts, or has no flag for an option.
+    """
+    if plan.options.frozen:
+        raise UsageError(
+            "timm's train.py has no flag that freezes parameters, and the plan is for a model with "
+            f"{' and '.join(plan.options.frozen)} frozen: emit pytorch."
+        )
     parts = equal_parts(plan, "timm's train.py")
     program = (
         ["python"] if plan.world_size == 1 else ["torchrun", f"--nproc-per-node={plan.world_size}"]
@@ -47,7 +58,21 @@ def lines(plan: Plan) -> str:
         *(("--device", "cpu") if is_on_cpu(plan) else ()),
         *_options(plan.options),
     ]
-    return f"{comment(headline(plan, parts), *parts.comments)}\n{shlex.join(command)}\n"
+    comments = [*parts.comments, *_loader_comments(plan)]
+    return f"{comment(headline(plan, parts), *comments)}\n{shlex.join(command)}\n"
+
+
+def _loader_comments(plan: Plan) -> list[str]:
+    """Return a sentence if train.py's loader has another number of batches on the device."""
+    if plan.options.prefetch == _PREFETCHED or is_on_cpu(plan):
+        return []
+    planned = plan.options.prefetch or "none"
+    return [
+        (
+            f"On a GPU, train.py's loader has {_PREFETCHED} batch that waits on the device, and the "
+            f"plan has {planned}: plan with --prefetch {_PREFETCHED}, or add --no-prefetcher."
+        )
+    ]
 
 
 def _options(options: StepOptions) -> list[str]:
@@ -57,8 +82,7 @@ def _options(options: StepOptions) -> list[str]:
         Precision.BF16: ["--model-dtype", "bfloat16"],
     }.get(options.precision, [])
     words = [*words]
-    if options.optimizer is not None:
-        words += ["--opt", options.optimizer]
+    words += _habits(options)
     kwargs = dict(options.model_kwargs)
     if options.image_size is not None:
         channels = kwargs.get("in_chans", _COLOUR_CHANNELS)
@@ -74,4 +98,16 @@ def _options(options: StepOptions) -> list[str]:
             words += [flag, str(kwargs.pop(name))]
     if kwargs:
         words += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
+    return words
+
+
+def _habits(options: StepOptions) -> list[str]:
+    """Return the flags of the optimizer, and of what the loop does beside the step."""
+    words = [] if options.optimizer is None else ["--opt", options.optimizer]
+    if options.fused:
+        words += ["--opt-kwargs", "fused=True"]
+    if options.ema is not None:
+        words.append("--model-ema")
+    if options.ema is Averaging.CPU:
+        words.append("--model-ema-force-cpu")
     return words

@@ -17,6 +17,7 @@ from memfit.records import Plan, Precision
 __all__ = ["lines"]
 
 _PRECISIONS = {Precision.AMP_BF16: "bf16=True", Precision.AMP_FP16: "fp16=True"}
+_FUSED_OPTIMIZERS = {"adamw": "adamw_torch_fused"}
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
 
 
@@ -49,11 +50,13 @@ def lines(plan: Plan) -> str:
         arguments.append(_PRECISIONS[options.precision])
     if options.grad_checkpointing:
         arguments.append("gradient_checkpointing=True")
-    if options.optimizer in _OPTIMIZERS:
-        arguments.append(f'optim="{_OPTIMIZERS[options.optimizer]}"')
+    optimizers = _FUSED_OPTIMIZERS if options.fused else _OPTIMIZERS
+    if options.optimizer in optimizers:
+        arguments.append(f'optim="{optimizers[options.optimizer]}"')
     elif options.optimizer is not None:
         comments.append(
-            f"The plan is for the optimizer {options.optimizer}: give it to Trainer as optimizers."
+            f"The plan is for the optimizer {options.optimizer}"
+            f"{' with fused=True' if options.fused else ''}: give it to Trainer as optimizers."
         )
     if is_on_cpu(plan):
         arguments.append("use_cpu=True")

@@ -112,8 +112,10 @@ BESIDE = ("plan", "compute_loss_func", "weight")
 
 
 def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    loss = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
-    return loss / num_items_in_batch
+    loss: torch.Tensor = F.cross_entropy(
+        outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    return loss / float(num_items_in_batch)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from memfit.cli.plan import _TRAINERS
 from memfit.errors import UsageError
 from memfit.integrations import TRAINERS, lines_for
 from memfit.records import Plan, Precision, StepOptions
+from memfit.records.steps import Averaging
 
 EQUAL_ONLY = ("timm", "lightning", "accelerate", "transformers", "fastai")
 
@@ -209,3 +210,38 @@ def test_pytorchs_loops_for_ranks_count_over_all_of_them() -> None:
     assert "batch_size=3 - (distributed.get_rank() >= 2)" in uneven
     multiple = lines_for(plan_of(100, 60, multiple_of=8), "pytorch")
     assert "memfit.Accumulator(model, optimizer, 56, loss=loss_fn, multiple_of=8)" in multiple
+
+
+HABITS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "ema": (Averaging.CPU, "average of the weights in host memory", ("--model-ema-force-cpu",)),
+    "frozen": (("stem.*", "blocks.0.*"), "the parameters named stem.* and blocks.0.*", ()),
+    "prefetch": (1, "room for 1 more batch on the device", ()),
+    "fused": (True, "made with fused=True", ("--opt-kwargs fused=True",)),
+    "keeps_outputs": (True, "its outputs and its loss that stay", ()),
+}
+
+
+@pytest.mark.parametrize("option", HABITS)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_a_loop_does_beside_the_step_is_carried_or_refused(option: str, trainer: str) -> None:
+    """Each option is a flag, an argument or a sentence. train.py cannot freeze parameters."""
+    value, sentence, flags = HABITS[option]
+    plan = dataclasses.replace(
+        with_options(plan_of(8, 4), precision=Precision.FP32, optimizer="adamw", **{option: value}),
+        device="NVIDIA L4",
+    )
+    if (trainer, option) == ("timm", "frozen"):
+        with pytest.raises(UsageError, match="no flag that freezes parameters"):
+            lines_for(plan, trainer)
+        return
+    text = lines_for(plan, trainer)
+    said = " ".join(text.replace("\n# ", " ").split())
+    if trainer == "timm":
+        assert all(flag in text for flag in flags)
+        assert ("--no-prefetcher" in text) is (option != "prefetch")
+    elif (trainer, option) == ("transformers", "fused"):
+        assert 'optim="adamw_torch_fused"' in text
+    elif (trainer, option) == ("fastai", "fused"):
+        assert 'create_optimizer_v2, opt="adamw", fused=True)' in text
+    else:
+        assert sentence in said
