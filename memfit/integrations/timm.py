@@ -69,8 +69,8 @@ def _loader_comments(plan: Plan) -> list[str]:
     planned = plan.options.prefetch or "none"
     return [
         (
-            f"On a GPU, train.py's loader has {_PREFETCHED} batch that waits on the device, and the "
-            f"plan has {planned}: plan with --prefetch {_PREFETCHED}, or add --no-prefetcher."
+            f"On a GPU, train.py's loader has {_PREFETCHED} batch that waits on the device, and "
+            f"the plan has {planned}: plan with --prefetch {_PREFETCHED}, or add --no-prefetcher."
         )
     ]
 
