@@ -161,12 +161,10 @@ def _run(task: Task) -> list[dict[str, Any]]:
 def _trace(task: Task) -> Any:
     import timm
     import torch
-    from accuracy_loops import ZeroFillingStep, with_batch_of_bytes
+    from accuracy_loops import OldPrecision, OldStep, attention_written_out, with_batch_of_bytes
 
     from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.tracing.autocast import FP32
-    from memfit.simulation.tracing.semantics import MetaPrecision
     from memfit.simulation.tracing.trace import TraceOptions
     from memfit.simulation.tracing.workspace import Kernels
     from memfit.step.training_step import TrainingStep
@@ -176,8 +174,7 @@ def _trace(task: Task) -> Any:
     is_ladder = task.kind == "ladder"
     capability = (8, 6) if is_ladder else (8, 0)
     size = task.image_size
-    # timm's benchmark.py with torch 1.12 filled gradients with zeros.
-    step = (ZeroFillingStep if is_ladder else TrainingStep)(
+    step = (OldStep if is_ladder else TrainingStep)(
         subject=task.model,
         options=StepOptions(
             precision=Precision.AMP_FP16 if is_ladder else Precision.FP32,
@@ -193,22 +190,15 @@ def _trace(task: Task) -> Any:
     kernels = Kernels(
         compute_capability=capability, torch_release=(2, 0), asks_cudnn=task.asks_cudnn
     )
-    # One tensor at a time in SGD, and attention written out, as in torch 1.12.
+    # One tensor at a time in SGD, as in torch 1.12.
     options = TraceOptions(
-        compute_capability=capability,
-        kernels=kernels,
-        has_fused_attention=not is_ladder,
-        uses_foreach=not is_ladder,
+        compute_capability=capability, kernels=kernels, uses_foreach=not is_ladder
     )
-    # Before torch 2, backward was called inside autocast, and interpolation ran in half precision.
-    precision_policy = MetaPrecision(
-        step.options.precision,
-        backward_in_autocast=is_ladder,
-        fp32=frozenset(name for name in FP32 if "upsample" not in name) if is_ladder else FP32,
-    )
-    made = trace(step, options, precision_policy=precision_policy)
-    # Where images are prefetched, one batch more is on its way in bytes.
-    return made if is_ladder else with_batch_of_bytes(made, step)
+    if is_ladder:
+        with attention_written_out():
+            return trace(step, options, precision_policy=OldPrecision(step.options.precision))
+    # One batch more is on its way in bytes.
+    return with_batch_of_bytes(trace(step, options), step)
 
 
 def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:

@@ -1,26 +1,33 @@
-"""What the loops of the published runs did, and today's loops do not."""
+"""What the loops of the published runs did, and today's loops do not.
+
+The ladder comes from timm's benchmark.py with torch 1.12, the peaks from timm's train.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from memfit.records import Action, Event
+from memfit.records import Action, Event, Precision
+from memfit.simulation.tracing.autocast import CudaAutocast
+from memfit.simulation.tracing.semantics import MetaPrecision
 from memfit.simulation.tracing.trace import StepTrace
 from memfit.step.timm_models import make_optimizer
 from memfit.step.training_step import StepParts, TrainingStep
 
-__all__ = ["ZeroFillingStep", "with_batch_of_bytes"]
+__all__ = ["OldPrecision", "OldStep", "attention_written_out", "with_batch_of_bytes"]
 
 # No allocation of a trace has this id; those of prefetched batches count down from -1.
 _FIRST_ID = -1000
 
 
-class ZeroFillingStep(TrainingStep):
+class OldStep(TrainingStep):
     """A step of a timm model whose optimizer fills gradients with zeros (torch before 2.0)."""
 
     def parts(self, device: torch.device) -> StepParts:
@@ -44,6 +51,65 @@ def _filling(zero_grad: Callable[..., None]) -> Callable[..., None]:
         zero_grad(set_to_none=False)
 
     return fill
+
+
+class OldPrecision(MetaPrecision):
+    """Mixed precision before torch 2.0."""
+
+    def __init__(self, precision: Precision) -> None:
+        super().__init__(precision)
+        self.autocast = _OldAutocast(self.autocast.dtype)
+
+
+class _OldAutocast(CudaAutocast):
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Keep the casts until backward ends, because loops called backward inside autocast."""
+        self._is_entered = True
+        try:
+            yield
+        finally:
+            self._is_entered = False
+
+    def call(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call an operation. Interpolation runs in the type of its input."""
+        if "upsample" in name:
+            return func(*args, **kwargs)
+        return super().call(func, name, args, kwargs)
+
+
+@contextlib.contextmanager
+def attention_written_out() -> Iterator[None]:
+    """Let models compute attention as they did before `scaled_dot_product_attention`."""
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def _attend(  # noqa: PLR0917 - the signature of what it stands in for
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Compute scores, their softmax, and a second product."""
+    # No vision model of those days used them.
+    assert not is_causal
+    assert not enable_gqa
+    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
 
 
 def with_batch_of_bytes(trace: StepTrace, step: TrainingStep) -> StepTrace:

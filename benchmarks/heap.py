@@ -81,7 +81,7 @@ def main() -> None:
         f"{os.cpu_count()} CPU cores, torch {torch.__version__}, timm {timm.__version__}, "
         f"{dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}.\n"
     )
-    print("| model | px | batch | peak as it comes, MiB | peak fixed, MiB | time, fixed / not |")
+    print("| model | px | batch | peak, MiB | peak fixed, MiB | time, fixed / not |")
     print("|---|---|---|---|---|---|")
     for case in CASES:
         # The two take turns, so that other work on the machine slows both.

@@ -374,7 +374,7 @@ def report(
     heap = ""
     if arguments.device == "cpu":
         heap = (
-            ", glibc's heap as it comes"
+            ", glibc's heap with its defaults"
             if arguments.default_heap
             else f", {'='.join(*STEADY_HEAP.items())} for all"
         )

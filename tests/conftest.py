@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 
 from memfit import Workload
 from memfit.cards import find_gpu, is_rehearsed
 from memfit.errors import UnsupportedError
-from memfit.rehearsal.activate import check_supported, rehearsed_environment
+from memfit.rehearsal.activate import rehearsed_environment
 
 # Named cards are simulated here; the tests of the rehearsal ask for a rehearsal.
 os.environ["MEMFIT_ENGINE"] = "simulate"
@@ -29,26 +32,52 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU if there is none, or values if the GPU is rehearsed."""
-    cannot_rehearse = _why_not_rehearsed()
+    """Skip, with the reason, the tests for which this system lacks something."""
     for item in items:
-        if "rehearses" in item.keywords and cannot_rehearse is not None:
-            item.add_marker(pytest.mark.skip(reason=cannot_rehearse))
-        if "gpu" not in item.keywords:
-            continue
-        if not torch.cuda.is_available():
-            reason = "needs a CUDA device; tests/rehearsal/test_gpu_tests.py rehearses one"
+        reason = _why_skipped(item)
+        if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif is_rehearsed() and "long" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="a rehearsal runs others like it"))
-        elif is_rehearsed() and "computes" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs values that no kernel has computed"))
 
 
+def _why_skipped(item: pytest.Item) -> str | None:
+    """Return what this system lacks for a test; `None` if nothing."""
+    for mark in item.iter_markers("needs"):
+        missing = [module for module in mark.args if not _is_installed(module)]
+        if missing:
+            return f"{missing[0]} is not installed"
+    # These fixtures rehearse, so a test that uses one needs no mark.
+    if "rehearses" in item.keywords or {"rehearsed", "run_rehearsed"} & _fixtures_of(item):
+        cannot_rehearse = _why_not_rehearsed()
+        if cannot_rehearse is not None:
+            return cannot_rehearse
+    if "gpu" not in item.keywords:
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA device; tests/rehearsal/test_gpu_tests.py rehearses one"
+    if is_rehearsed() and "long" in item.keywords:
+        return "a rehearsal runs others like it"
+    if is_rehearsed() and "computes" in item.keywords:
+        return "needs values that no kernel has computed"
+    return None
+
+
+def _fixtures_of(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@functools.cache
 def _why_not_rehearsed() -> str | None:
     """Return why no card can be rehearsed here; `None` if cards can be."""
     try:
-        check_supported(find_gpu("rtx3060"))
+        rehearsed_environment(find_gpu("rtx3060"))
     except UnsupportedError as error:
         return str(error)
     return None
@@ -60,7 +89,7 @@ RunRehearsed = Callable[[Path, str], Any]
 
 @pytest.fixture(scope="session")
 def run_rehearsed(tmp_path_factory: pytest.TempPathFactory) -> RunRehearsed:
-    """Run a script that writes JSON into the file that it is given. Mark the test `rehearses`."""
+    """Run a script that writes JSON into the file that it is given."""
 
     def run(script: Path, card: str) -> Any:
         added = rehearsed_environment(find_gpu(card), environment=os.environ)
@@ -110,3 +139,12 @@ def small_workload(image_size: int = 32) -> Workload:
 def workload() -> Workload:
     """Return a CNN with batch norm, and an optimizer that has taken a step."""
     return small_workload()
+
+
+@pytest.fixture
+def attention_written_out() -> Iterator[None]:
+    """Tell timm not to use fused attention."""
+    was_fused = use_fused_attn()
+    set_fused_attn(False)
+    yield
+    set_fused_attn(was_fused)

@@ -128,7 +128,7 @@ class CudaBackend:
             return self._ran_out_before(step, batch_size, message=prepared)
         attempt = self._attempt(prepared, batch_size)
         if attempt.is_suspected and not self._is_memory(prepared, attempt):
-            # Memory was not the cause: the error is raised as it comes.
+            # Memory was not the cause, so the same error is raised again.
             attempt = self._attempt(prepared, batch_size, suspects_are_errors=True)
         return attempt.trial
 

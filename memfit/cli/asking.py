@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from rich.console import Console
 
 from memfit.cards import find_gpu
 from memfit.cli.options import Given
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import PlanSurvey, Record, Survey
-from memfit.reports.progress import Progress
 from memfit.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from memfit.cli.subjects import Subject
+    from memfit.reports.progress import Progress
 
 __all__ = ["ask_each", "cards_for", "check_single", "refuse_unfit", "under_way"]
 
@@ -135,5 +134,9 @@ def under_way(what: str) -> Iterator[Progress]:
     Args:
         what: What runs, in a few words.
     """
+    from rich.console import Console
+
+    from memfit.reports.progress import Progress
+
     with Progress(Console(stderr=True), what) as bar:
         yield bar

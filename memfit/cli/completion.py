@@ -7,7 +7,6 @@ the user's cache, in one file for each version of timm.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -59,4 +58,6 @@ def model_names() -> list[str]:
 
 
 def _cache_file() -> Path:
+    import importlib.metadata
+
     return cache_folder() / f"models-of-timm-{importlib.metadata.version('timm')}.txt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-from rich.console import Console
 
 from memfit.cli.output import print_json
 
@@ -25,4 +24,6 @@ def gpus(*, name: str | None, as_json: bool) -> None:
     if as_json:
         print_json(cards)
     else:
+        from rich.console import Console
+
         Console().print(render(cards))

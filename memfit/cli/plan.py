@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
 from memfit.cli.options import Given, models_argument, shared_options
@@ -242,6 +241,8 @@ class _Shown:
     """
 
     def __init__(self, *, trainer: str | None, output: Format) -> None:
+        from rich.console import Console
+
         self._trainer = trainer
         self._output = output
         # Lines for a trainer are pasted or piped, so nothing else goes to standard output.

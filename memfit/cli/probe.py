@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
 from memfit.cli.options import Given, models_argument, shared_options
@@ -121,6 +120,8 @@ def _answers(result: ProbeResult | Survey) -> tuple[Record, ...] | tuple[SurveyA
 
 
 def _show(result: ProbeResult | Survey, *, is_next: bool) -> None:
+    from rich.console import Console
+
     from memfit.reports import probe as one_card
     from memfit.reports import survey as several_cards
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from memfit.cli.asking import cards_for, under_way
 from memfit.cli.completion import complete_models
@@ -117,6 +116,8 @@ def profile(
     if as_json:
         print_json([found])
     else:
+        from rich.console import Console
+
         Console().print(render(found))
     if baseline is not None:
         _compare(found, baseline, tolerance)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, UsageError
@@ -131,6 +130,8 @@ def rehearse(
     if as_json:
         print_json(rehearsals)
     else:
+        from rich.console import Console
+
         shown = render(rehearsals[0]) if len(rehearsals) == 1 else render_several(rehearsals)
         Console().print(shown, soft_wrap=False)
     sys.exit(_exit_code(rehearsals))

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 
 from memfit.cli.asking import under_way
 from memfit.cli.options import Given
@@ -113,6 +112,8 @@ def _show(found: Iterator[Record], render: Callable[[Any], Any], *, as_json: boo
     if as_json:
         print_json(list(found))
         return
+    from rich.console import Console
+
     for each in found:
         Console().print(render(each))
 

@@ -7,14 +7,16 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from memfit.cli.output import OUTPUT, check_writable
 from memfit.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 __all__ = ["Shown", "interrupted", "on_each_row", "pool_options", "wide_console", "write_parquet"]
 
@@ -24,6 +26,8 @@ _INTERRUPTED = 130
 
 def wide_console() -> Console:
     """Return a console for a table of many columns: a file or a pipe has no width of its own."""
+    from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=_WIDTH)
 
@@ -95,6 +99,9 @@ def on_each_row(what: str) -> Iterator[Shown]:
     Args:
         what: What runs, in a word.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Shown(None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import click
-from rich.console import Console
 
 from memfit.cli.asking import under_way
 from memfit.cli.completion import complete_models
@@ -79,6 +78,8 @@ def verify(
     if as_json:
         print_json([result])
     else:
+        from rich.console import Console
+
         Console().print(render(result))
     if not result.equal:
         sys.exit(_DIFFERS)

@@ -93,14 +93,14 @@ def probe_command(
     runs = _Runs(template, bounds, progress)
     found, notes = _largest(runs, bounds.max_batch_size or search.DEFAULT_CEILING)
     assert found.batch_size is not None
-    stand = runs.recommended(found)
+    recommended = runs.recommended(found)
     return CommandProbe(
         command=tuple(template),
         device=runs.last.device,
         source=runs.last.source,
         capacity=runs.last.capacity,
         max_batch_size=found.batch_size,
-        recommended_batch_size=stand,
+        recommended_batch_size=recommended,
         proved=found.proved,
         headroom=bounds.headroom,
         multiple_of=bounds.multiple_of,

@@ -235,7 +235,7 @@ def _parameters(check: GradientCheck) -> Table:
 def _remark(difference: ParameterDifference) -> Text:
     if difference.differs:
         return Text("differs", "red")
-    return Text("zero but for rounding" if difference.vanishes else "", "dim")
+    return Text("zero, apart from rounding" if difference.vanishes else "", "dim")
 
 
 def _mixers(result: Equivalence) -> Table:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_plan", "draw_probe"]
 
-_FITS, _RAN_OUT, _STAND = "#3d9a5f", "#d2504b", "#1f5fae"
+_FITS, _RAN_OUT, _RECOMMENDED = "#3d9a5f", "#d2504b", "#1f5fae"
 _GIB_FROM = 4 * GIB
 
 
@@ -30,12 +30,12 @@ def draw_probe(found: ProbeResult | Survey, path: Path) -> None:
         UsageError: The file cannot be written, or its ending is unknown.
     """
     if isinstance(found, ProbeResult):
-        stand = found.recommended_batch_size
+        recommended = found.recommended_batch_size
         title = f"{found.subject}, {found.options.precision.value}, {found.device}"
         save(
             path,
             lambda axes: _trials(
-                axes, found.trials, found.capacity, stand, title=_titled(title, found.source)
+                axes, found.trials, found.capacity, recommended, title=_titled(title, found.source)
             ),
         )
         return
@@ -101,7 +101,7 @@ def _trials(
     axes: Axes,
     trials: tuple[Trial, ...],
     capacity: Capacity,
-    stand: int | None,
+    recommended: int | None,
     *,
     title: str,
 ) -> None:
@@ -109,12 +109,12 @@ def _trials(
     for trial in trials:
         if trial.peak_reserved_bytes is None:
             continue
-        own = trial.fits and trial.batch_size == stand
+        own = trial.fits and trial.batch_size == recommended
         axes.plot(
             trial.batch_size,
             trial.peak_reserved_bytes / unit,
             marker="D" if own else "o" if trial.fits else "x",
-            color=_STAND if own else _FITS if trial.fits else _RAN_OUT,
+            color=_RECOMMENDED if own else _FITS if trial.fits else _RAN_OUT,
             markersize=8 if own else 6,
             linestyle="none",
         )
@@ -135,7 +135,7 @@ def _trials(
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     kinds = (("o", _FITS, "fits"), ("x", _RAN_OUT, "ran out of memory"))
-    own_kind = () if stand is None else (("D", _STAND, f"train with {stand}"),)
+    own_kind = () if recommended is None else (("D", _RECOMMENDED, f"train with {recommended}"),)
     for marker, colour, label in (*kinds, *own_kind):
         axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label)
     axes.legend(loc="lower right", fontsize=8, frameon=False)

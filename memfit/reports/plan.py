@@ -9,7 +9,7 @@ from rich.text import Text
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, kept_free, step_words, trial_notes, trial_table
 from memfit.reports.sources import about, no_gpu_took_part
-from memfit.reports.tables import plain_table
+from memfit.reports.tables import cards_table, plain_table
 from memfit.units import format_bytes, format_parts
 
 __all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
@@ -84,13 +84,7 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
     Args:
         survey: The plans.
     """
-    table = plain_table()
-    table.add_column(f"GPU ({survey.source.value})")
-    table.add_column("precision")
-    table.add_column("plan", justify="right")
-    table.add_column("steps", justify="right")
-    table.add_column("peak", justify="right")
-    table.add_column("left", justify="right")
+    table = cards_table(survey.source, "plan", "steps", "peak", "left")
     for answer in survey.answers:
         plan = answer.plan
         if plan is None:

@@ -160,10 +160,10 @@ def _answers(result: ProbeResult) -> Table:
     table = plain_table(has_header=False)
     largest = about(result.max_batch_size, result.trials)
     table.add_row("largest", Text(largest, "bold"), why_largest(result))
-    stand = result.recommended_batch_size
+    recommended = result.recommended_batch_size
     table.add_row(
         "recommended",
-        Text("none" if stand is None else str(stand), "bold green"),
+        Text("none" if recommended is None else str(recommended), "bold green"),
         why_recommended(result),
     )
     return table
@@ -194,16 +194,16 @@ def why_recommended(result: ProbeResult) -> str:
     Args:
         result: The probe's result.
     """
-    stand = result.recommended_batch_size
+    recommended = result.recommended_batch_size
     multiple = f", a multiple of {result.multiple_of}" if result.multiple_of > 1 else ""
-    if stand is None:
+    if recommended is None:
         rule = f"{result.headroom:.0%} kept free"
         return f"no batch size that fits leaves {rule}{multiple} without allocator retries"
     rule = kept_free(result)
     if rule.endswith("retries"):
         multiple = multiple.replace(" a ", " ")  # so that it stays one line
     rule += multiple
-    trial = result.trial_at(stand)
+    trial = result.trial_at(recommended)
     peak = None if trial is None else trial.peak_reserved_bytes
     return rule if peak is None else f"{format_bytes(peak)} at the peak; {rule}"
 

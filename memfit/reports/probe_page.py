@@ -21,7 +21,7 @@ def page(result: ProbeResult) -> str:
     Args:
         result: The probe's result.
     """
-    stand = result.recommended_batch_size
+    recommended = result.recommended_batch_size
     largest = about(result.max_batch_size, result.trials)
     panels = [
         memory_panel(
@@ -43,11 +43,11 @@ def page(result: ProbeResult) -> str:
         Page(
             title=f"{result.subject}: the largest batch size",
             lead=(
-                f"Train with {stand if stand is not None else 'none that keeps the headroom'}; the "
-                f"largest that fits is {largest} ({proof})."
+                f"Train with {recommended or 'none that keeps the headroom'}; "
+                f"the largest that fits is {largest} ({proof})."
             ),
             facts=(
-                ("Recommended", "none" if stand is None else str(stand)),
+                ("Recommended", "none" if recommended is None else str(recommended)),
                 ("Largest", largest),
                 ("Device", result.device),
                 ("Usable", format_bytes(result.capacity_bytes)),
@@ -98,10 +98,10 @@ def survey_page(survey: Survey) -> str:
 def _answer_cells(result: ProbeResult | None) -> tuple[str, str, str]:
     if result is None:
         return ("", "does not fit", "does not fit")
-    stand = result.recommended_batch_size
+    recommended = result.recommended_batch_size
     return (
         result.options.precision.value,
-        "none" if stand is None else str(stand),
+        "none" if recommended is None else str(recommended),
         about(result.max_batch_size, result.trials),
     )
 

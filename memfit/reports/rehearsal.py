@@ -98,7 +98,7 @@ def render_probe(found: CommandProbe) -> RenderableType:
     Args:
         found: The result of the probe.
     """
-    best, stand = found.max_batch_size, found.recommended_batch_size
+    best, recommended = found.max_batch_size, found.recommended_batch_size
     proof = (
         f"it fitted, and {best + 1} ran out of memory"
         if found.proved
@@ -108,7 +108,7 @@ def render_probe(found: CommandProbe) -> RenderableType:
     table.add_row("largest", Text(str(best), "bold"), f"{found.source.value}: {proof}")
     table.add_row(
         "recommended",
-        Text("none" if stand is None else str(stand), "bold green"),
+        Text("none" if recommended is None else str(recommended), "bold green"),
         f"{found.headroom:.0%} kept free, without allocator retries",
     )
     parts: list[RenderableType] = [_on_card(found), "", trial_table(found.trials), "", table, ""]

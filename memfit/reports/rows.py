@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memfit.records import Plan, PlanSurvey, ProbeResult, StepOptions, Survey
+from memfit.records import (
+    Plan,
+    PlanAnswer,
+    PlanSurvey,
+    ProbeResult,
+    StepOptions,
+    Survey,
+    SurveyAnswer,
+)
 from memfit.units import format_parts
 
 __all__ = ["plan_rows", "probe_rows"]
@@ -63,8 +71,7 @@ def probe_rows(found: Iterable[ProbeResult | Survey]) -> list[Sequence[object]]:
             if answer.result is not None:
                 rows.append(_probe_row(answer.result))
             else:
-                gap = [""] * (len(_PROBE) - 4)
-                rows.append([each.subject, answer.gpu, each.source.value, *gap, answer.reason])
+                rows.append(_unfit_row(each, answer, len(_PROBE)))
     return rows
 
 
@@ -86,14 +93,21 @@ def plan_rows(found: Iterable[Plan | PlanSurvey]) -> list[Sequence[object]]:
             if answer.plan is not None:
                 rows.append(_plan_row(answer.plan))
             else:
-                gap = [""] * (len(_PLAN) - 4)
-                rows.append([each.subject, answer.gpu, each.source.value, *gap, answer.reason])
+                rows.append(_unfit_row(each, answer, len(_PLAN)))
     return rows
 
 
+def _unfit_row(
+    survey: Survey | PlanSurvey, answer: SurveyAnswer | PlanAnswer, num_columns: int
+) -> list[object]:
+    """Return the row of a card that the model does not fit: its names and the reason."""
+    gap = [""] * (num_columns - 4)
+    return [survey.subject, answer.gpu, survey.source.value, *gap, answer.reason]
+
+
 def _probe_row(result: ProbeResult) -> list[object]:
-    stand = result.recommended_batch_size
-    trial = None if stand is None else result.trial_at(stand)
+    recommended = result.recommended_batch_size
+    trial = None if recommended is None else result.trial_at(recommended)
     return [
         result.subject,
         result.device,
@@ -101,7 +115,7 @@ def _probe_row(result: ProbeResult) -> list[object]:
         *_step_cells(result.options),
         _cell(result.options.accumulate),
         result.max_batch_size,
-        _cell(stand),
+        _cell(recommended),
         _cell(None if trial is None else trial.peak_reserved_bytes),
         result.capacity_bytes,
         "",

@@ -100,12 +100,16 @@ def register() -> None:
 
 
 def _probe(result: ProbeResult) -> Short:
-    stand = result.recommended_batch_size
+    recommended = result.recommended_batch_size
     return Short(
         title=f"{result.subject} on {result.device}: {', '.join(step_words(result.options))}",
         rows=(
             ("largest", about(result.max_batch_size, result.trials), why_largest(result)),
-            ("recommended", "none" if stand is None else str(stand), why_recommended(result)),
+            (
+                "recommended",
+                "none" if recommended is None else str(recommended),
+                why_recommended(result),
+            ),
         ),
         note=(
             f"{how_it_was_had(result.source)}, {format_bytes(result.capacity_bytes)} usable, "
@@ -146,13 +150,13 @@ def _survey(survey: Survey) -> Short:
         if result is None:
             rows.append((answer.gpu, "", "does not fit", ""))
             continue
-        stand = result.recommended_batch_size
+        recommended = result.recommended_batch_size
         rows.append(
             (
                 answer.gpu,
                 result.options.precision.value,
                 about(result.max_batch_size, result.trials),
-                "none" if stand is None else str(stand),
+                "none" if recommended is None else str(recommended),
             )
         )
     return Short(

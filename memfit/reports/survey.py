@@ -7,7 +7,7 @@ from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
 from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
-from memfit.reports.tables import plain_table
+from memfit.reports.tables import cards_table
 from memfit.units import format_bytes
 
 __all__ = ["render"]
@@ -19,13 +19,7 @@ def render(survey: Survey) -> RenderableType:
     Args:
         survey: The survey.
     """
-    table = plain_table()
-    table.add_column(f"GPU ({survey.source.value})")
-    table.add_column("precision")
-    table.add_column("largest", justify="right")
-    table.add_column("recommended", justify="right")
-    table.add_column("peak", justify="right")
-    table.add_column("left", justify="right")
+    table = cards_table(survey.source, "largest", "recommended", "peak", "left")
     for answer in survey.answers:
         if answer.result is None:
             table.add_row(answer.gpu, "", Text("does not fit", "red"))
@@ -40,13 +34,13 @@ def render(survey: Survey) -> RenderableType:
 
 
 def _cells(result: ProbeResult) -> tuple[str | Text, ...]:
-    stand = result.recommended_batch_size
-    trial = None if stand is None else result.trial_at(stand)
+    recommended = result.recommended_batch_size
+    trial = None if recommended is None else result.trial_at(recommended)
     peak = None if trial is None else trial.peak_reserved_bytes
     return (
         result.options.precision.value,
         Text(about(result.max_batch_size, result.trials), "bold"),
-        Text("none" if stand is None else str(stand), "bold green"),
+        Text("none" if recommended is None else str(recommended), "bold green"),
         "" if peak is None else format_bytes(peak),
         "" if peak is None else format_bytes(result.capacity_bytes - peak),
     )

@@ -8,7 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["plain_table"]
+from memfit.records import Source
+
+__all__ = ["cards_table", "plain_table"]
 
 
 class _PlainTable(Table):
@@ -37,4 +39,17 @@ def plain_table(*columns: str, has_header: bool = True) -> Table:
     )
     for column in columns:
         table.add_column(column)
+    return table
+
+
+def cards_table(source: Source, *columns: str) -> Table:
+    """Return a table with a row for each card: its name, the precision, and figures.
+
+    Args:
+        source: Where the figures come from.
+        *columns: Names of the columns of figures, which are aligned to the right.
+    """
+    table = plain_table(f"GPU ({source.value})", "precision")
+    for column in columns:
+        table.add_column(column, justify="right")
     return table

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from timm.layers import set_fused_attn
 from torch import nn
 
 import memfit
@@ -233,28 +232,25 @@ def test_a_users_workload_is_simulated_untouched() -> None:
         ("convnext_small", "128", True),
     ],
 )
+@pytest.mark.usefixtures("attention_written_out")
 def test_the_courses_case(model: str, image_size: str, fits_at_64: bool) -> None:
     """On 16,280 MiB in fp16 with Adam and 10 classes, some models fitted at 32 and not at 64.
 
     The course found this by hand on real cards in 2022, before attention was fused.
     """
-    set_fused_attn(False)
-    try:
-        outcomes = [
-            memfit.estimate(
-                model,
-                batch_size,
-                gpu="p100",
-                memory="16280MiB",
-                precision="amp-fp16",
-                optimizer="adam",
-                num_classes=10,
-                image_size=image_size,
-            ).fits
-            for batch_size in (32, 64)
-        ]
-    finally:
-        set_fused_attn(True)
+    outcomes = [
+        memfit.estimate(
+            model,
+            batch_size,
+            gpu="p100",
+            memory="16280MiB",
+            precision="amp-fp16",
+            optimizer="adam",
+            num_classes=10,
+            image_size=image_size,
+        ).fits
+        for batch_size in (32, 64)
+    ]
     assert outcomes == [True, fits_at_64]
 
 

@@ -137,14 +137,15 @@ def test_model_kwargs_are_python_literals_or_text() -> None:
         parse_model_kwargs(("1a=3",))
 
 
-def test_help_needs_no_torch() -> None:
-    """`memfit --help` and `memfit probe --help` come at once."""
+def test_help_imports_no_slow_library() -> None:
+    """`memfit --help` and the help of each command come at once."""
     script = (
         "import sys, click.testing\n"
         "from memfit.cli import main\n"
-        "for args in (['--help'], ['probe', '--help']):\n"
-        "    assert click.testing.CliRunner().invoke(main, args).exit_code == 0\n"
-        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+        "for words in ([], *([name] for name in main.commands)):\n"
+        "    assert click.testing.CliRunner().invoke(main, [*words, '--help']).exit_code == 0\n"
+        "slow = {'torch', 'timm', 'numpy', 'rich', 'jinja2', 'plotly', 'matplotlib', 'email'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

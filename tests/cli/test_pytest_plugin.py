@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memfit.cards import find_gpu
-from memfit.errors import UnsupportedError, UsageError
+from memfit.errors import UsageError
 from memfit.profiling.baselines import Baselines
-from memfit.rehearsal.activate import check_supported
 
 pytest_plugins = ("pytester",)
 
@@ -64,14 +62,6 @@ def test_step():
         optimizer.step()
         optimizer.zero_grad()
 """
-
-
-def _can_rehearse() -> bool:
-    try:
-        check_supported(find_gpu("t4"))
-    except (UnsupportedError, UsageError):
-        return False
-    return True
 
 
 def written(pytester: pytest.Pytester, text: str, **values: object) -> None:
@@ -134,7 +124,7 @@ def test_a_broken_baseline_is_one_sentence(tmp_path: Path) -> None:
         Baselines(path)
 
 
-@pytest.mark.skipif(not _can_rehearse(), reason="this system cannot rehearse")
+@pytest.mark.rehearses
 def test_an_unchanged_test_is_rehearsed(pytester: pytest.Pytester) -> None:
     """A test that trains on CUDA passes without a GPU, and fails when a layer doubles."""
     written(pytester, REHEARSED)

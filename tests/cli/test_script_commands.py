@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from memfit.cards import find_gpu
 from memfit.cli import main
-from memfit.errors import MemfitError
-from memfit.rehearsal.activate import check_supported
 
 TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.py")
 
@@ -48,12 +45,9 @@ def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> N
     assert "Traceback" not in result.output
 
 
+@pytest.mark.rehearses
 def test_a_plan_is_a_command_that_was_tried() -> None:
     """If the whole effective batch fits, the plan is one micro-batch."""
-    try:
-        check_supported(find_gpu("rtx3060"))
-    except MemfitError as error:
-        pytest.skip(str(error))
     result = subprocess.run(
         [
             *(sys.executable, "-m", "memfit", "plan", "--effective-batch", "16", "--json"),

@@ -25,9 +25,11 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(main, list(arguments))
 
 
+@pytest.mark.needs("pyarrow")
 def test_every_format(tmp_path: Path) -> None:
     """One sweep of a good and a bad model gives a table of values, Parquet and a page."""
-    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow.parquet as pq
+
     table, html = tmp_path / "sweep.parquet", tmp_path / "sweep.html"
     journal = tmp_path / "sweep.jsonl"
     files = ("--parquet", str(table), "--html", str(html), "--journal", str(journal))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.utils.data import TensorDataset
 
+from integrations.zoo import reset_accelerate
 from memfit.errors import UsageError
 from memfit.integrations import TRAINERS, lines_for
 from memfit.records import Plan, Precision, StepOptions
@@ -95,16 +95,11 @@ def trained_as_planned(net: Net, options: dict[str, Any]) -> None:
         assert net.layouts == {True}
 
 
-def needs(module: str) -> Any:
-    return pytest.importorskip(module, reason=f"what is emitted for {module} runs in {module}")
-
-
+@pytest.mark.needs("accelerate")
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {"precision": Precision.AMP_BF16}])
 def test_accelerate(options: dict[str, Any]) -> None:
     """Each step has a window of two batches, in the plan's precision and layout."""
-    state = needs("accelerate.state")
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
+    reset_accelerate()
     net = Net()
     optimizer = Counting(net.parameters(), lr=0.1)
     text = lines_for(planned(**options), "accelerate")
@@ -116,12 +111,14 @@ def test_accelerate(options: dict[str, Any]) -> None:
         assert torch.bfloat16 in net.dtypes
 
 
+@pytest.mark.needs("pytorch_lightning")
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {"precision": Precision.AMP_BF16}])
 def test_lightning(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The trainer accumulates and converts as the plan says."""
-    pl = needs("pytorch_lightning")
+    import pytorch_lightning as pl
+
     monkeypatch.setitem(sys.modules, "lightning", pl)
     monkeypatch.chdir(tmp_path)
     net = Net()
@@ -155,10 +152,10 @@ def test_lightning(
         assert torch.bfloat16 in net.dtypes
 
 
+@pytest.mark.needs("fastai")
 @pytest.mark.parametrize("options", [{}, EVERYTHING])
 def test_fastai(options: dict[str, Any]) -> None:
     """One step takes eight samples with the plan's optimizer; fit leaves nothing behind."""
-    needs("fastai.vision.all")
     net = Net()
     data = images()
     text = lines_for(planned(**options), "fastai")
@@ -172,13 +169,13 @@ def test_fastai(options: dict[str, Any]) -> None:
         assert isinstance(learn.opt.opt, torch.optim.AdamW)
 
 
+@pytest.mark.needs("transformers", "accelerate")
 @pytest.mark.parametrize("options", [{}, EVERYTHING, {"precision": Precision.AMP_BF16}])
 def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
     """It takes the arguments, and a Trainer trains with them."""
-    transformers = needs("transformers")
-    state = needs("accelerate.state")
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
+    import transformers
+
+    reset_accelerate()
     net = Net()
 
     class Wrapped(nn.Module):
@@ -262,9 +259,3 @@ def test_every_option_is_said_or_set() -> None:
         said = " ".join(line.removeprefix("# ") for line in text.splitlines())
         for sign in ("adamw", "checkpointing", "8", "3", "drop", "channels"):
             assert sign in said, (trainer, sign)
-
-
-def test_the_trainers_of_the_extra_are_those_that_are_tested() -> None:
-    """A test that is skipped here runs where the extra is installed."""
-    for module in ("accelerate", "pytorch_lightning"):
-        assert importlib.util.find_spec(module) is not None

@@ -24,10 +24,13 @@ from memfit.units import parse_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")
 
+FASTAI = pytest.mark.needs("fastai")
+LIGHTNING = pytest.mark.needs("pytorch_lightning")
+TRANSFORMERS = pytest.mark.needs("transformers", "accelerate")
 CASES = [
-    ("lightning", "rtx3060", "1GiB"),
-    ("lightning", "a100-40gb", "2GiB"),
-    ("transformers", "rtx3060", "1GiB"),
+    pytest.param("lightning", "rtx3060", "1GiB", marks=LIGHTNING),
+    pytest.param("lightning", "a100-40gb", "2GiB", marks=LIGHTNING),
+    pytest.param("transformers", "rtx3060", "1GiB", marks=TRANSFORMERS),
 ]
 
 
@@ -45,7 +48,11 @@ def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, d
     return zoo.transformers_trainer(bf16=is_mixed), {}
 
 
-TRAINERS = ("fastai", "lightning", "transformers")
+TRAINERS = (
+    pytest.param("fastai", marks=FASTAI),
+    pytest.param("lightning", marks=LIGHTNING),
+    pytest.param("transformers", marks=TRANSFORMERS),
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,7 @@ def servers() -> Iterator[RehearsalServers]:
         yield made
 
 
+@pytest.mark.rehearses
 @pytest.mark.parametrize(("name", "card", "memory"), CASES)
 def test_the_named_batch_size_trains_and_one_more_sample_does_not(
     servers: RehearsalServers, name: str, card: str, memory: str
@@ -117,6 +125,7 @@ def is_simple(value: object) -> bool:
     return isinstance(value, (int, float, str, bool, type(None)))
 
 
+@TRANSFORMERS
 def test_a_planned_step_has_all_its_samples_on_the_device() -> None:
     """transformers puts them there, so they leave less room for a micro-batch."""
     made, _ = subject("transformers")
@@ -126,6 +135,7 @@ def test_a_planned_step_has_all_its_samples_on_the_device() -> None:
     assert plan.max_micro_batch_size < 0.85 * found.max_batch_size
 
 
+@FASTAI
 def test_a_learners_phases_have_their_own_batch_sizes() -> None:
     """A frozen body needs no gradients and keeps no activations."""
     learn = zoo.learner(splitter=lambda net: [list(net.body.parameters()), [*net.out.parameters()]])
@@ -137,6 +147,7 @@ def test_a_learners_phases_have_their_own_batch_sizes() -> None:
     assert sizes[0] > 1.5 * sizes[1]
 
 
+@LIGHTNING
 def test_the_other_functions_take_them_too() -> None:
     """One trial, and a profile, in a simulation."""
     made, beside = subject("lightning")
@@ -184,6 +195,8 @@ def test_verify_compares_the_gradients_of_a_trainers_step(name: str) -> None:
     assert [layer.name for layer in found.mixing_layers] == ["model.net.norm"] * mixes
 
 
+@FASTAI
+@LIGHTNING
 def test_what_a_trial_cannot_run_is_refused_in_a_sentence() -> None:
     """The sentence says what to do instead."""
     from fastai.callback.mixup import MixUp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
@@ -76,15 +77,13 @@ def test_a_model_without_the_switch_is_passed_over() -> None:
     assert "--grad-checkpointing" not in {change.how for change in changes}
 
 
+@pytest.mark.usefixtures("attention_written_out")
 def test_fused_attention_that_was_turned_off() -> None:
     """If timm was told not to use it, its effect is simulated, and the switch is put back."""
     step = step_of(precision=Precision.BF16, image_size=(160, 160))
-    set_fused_attn(enable=False)
-    try:
-        changes = advice_for(step, 256)
-        assert not use_fused_attn()
-    finally:
-        set_fused_attn(enable=True)
+    changes = advice_for(step, 256)
+    assert not use_fused_attn()
+    set_fused_attn(enable=True)
     change = {change.how: change for change in changes}["TIMM_FUSED_ATTN=1"]
     assert change.total_bytes == profile_gpu(step, 256, RTX3090).profile.peak.total_bytes
 

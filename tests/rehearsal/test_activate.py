@@ -14,12 +14,8 @@ from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.rehearsal import activate, build
 
-needs_rehearsal = pytest.mark.skipif(
-    sys.platform != "linux" or build.compiler() is None, reason="needs Linux and a C compiler"
-)
 
-
-@needs_rehearsal
+@pytest.mark.rehearses
 def test_a_script_rehearses_in_its_own_process() -> None:
     """A script calls `memfit.rehearse` before `import torch`. A second card is refused."""
     script = '''
@@ -55,7 +51,7 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
     ]
 
 
-@needs_rehearsal
+@pytest.mark.rehearses
 def test_after_torch_it_is_too_late() -> None:
     """After `import torch`, the call raises an error of one sentence and changes nothing."""
     before = dict(os.environ)
@@ -66,7 +62,7 @@ def test_after_torch_it_is_too_late() -> None:
     assert dict(os.environ) == before
 
 
-@needs_rehearsal
+@pytest.mark.rehearses
 def test_environment_keeps_what_is_preloaded_and_hides_no_card() -> None:
     """Both libraries come before those that the user preloads, and every card is visible."""
     card = find_gpu("RTX 3090")
@@ -90,7 +86,7 @@ def test_environment_keeps_what_is_preloaded_and_hides_no_card() -> None:
     assert settings["capability"] == "8.6"
 
 
-@needs_rehearsal
+@pytest.mark.rehearses
 @pytest.mark.parametrize("num_gpus", [0, 17])
 def test_number_of_gpus(num_gpus: int) -> None:
     """There can be from one to sixteen cards."""
@@ -98,7 +94,7 @@ def test_number_of_gpus(num_gpus: int) -> None:
         activate.rehearsed_environment(find_gpu("RTX 3090"), num_gpus=num_gpus)
 
 
-@needs_rehearsal
+@pytest.mark.rehearses
 @pytest.mark.parametrize("name", ["my cache", "a:b"])
 def test_folder_that_cannot_be_preloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The linker splits names at spaces and colons, so such a folder is refused."""

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from memfit.cards import find_gpu
 from memfit.rehearsal.activate import rehearsed_environment
 
@@ -65,6 +67,7 @@ def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
     assert seen["used"] == 0
 
 
+@pytest.mark.rehearses
 def test_visible_devices_are_chosen_as_by_the_driver() -> None:
     """CUDA_VISIBLE_DEVICES can hide one of two cards. A missing number still gets a card."""
     script = """

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
 from memfit.cards import find_gpu
@@ -116,6 +117,7 @@ def test_one_rank_of_eight_passes_the_checks_of_ddp_and_fsdp(rehearsed: Rehearse
     assert seen["sharded"] < 3 * parameters / 8 + (1 << 20)
 
 
+@pytest.mark.rehearses
 def test_ranks_of_torchrun_each_rehearse_their_own_card(tmp_path: Path) -> None:
     """Two processes connect through torchrun's store, and only one runs out of memory."""
     script = tmp_path / "train.py"

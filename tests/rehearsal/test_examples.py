@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from memfit.cards import find_gpu
-from memfit.errors import MemfitError
-from memfit.rehearsal.activate import check_supported
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "rehearse"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -33,9 +28,9 @@ PEAKS = {
     "fsdp2": (1_023_461_596, 1_023_880_704, 1_216_348_160),
 }
 NEEDS = {
-    "lightning_trainer": "pytorch_lightning",
-    "transformers_trainer": "transformers",
-    "fastai_learner": "fastai",
+    "lightning_trainer": ("pytorch_lightning",),
+    "transformers_trainer": ("transformers", "accelerate"),
+    "fastai_learner": ("fastai",),
 }
 TOO_MANY = {"timm_loader": 512}
 """Samples in a batch that fits no card of 12 GB, where 4096 take long to load."""
@@ -64,16 +59,13 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(PEAKS)
 
 
-@pytest.mark.parametrize("name", PEAKS)
+@pytest.mark.rehearses
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.needs(*NEEDS.get(name, ()))) for name in PEAKS],
+)
 def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
     """The peak is known to the byte. A batch that is too large ends with exit code 3."""
-    needed = NEEDS.get(name)
-    if needed is not None and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed: pip install 'memfit[trainers]'")
-    try:
-        check_supported(find_gpu("rtx3060"))
-    except MemfitError as error:
-        pytest.skip(str(error))
     fits, does_not = start(name), start(name, "--batch-size", str(TOO_MANY.get(name, 4096)))
     code, found, err = result_of(fits)
     assert (code, found["end"], found["source"]) == (0, "settled", "rehearsed"), err

@@ -17,6 +17,7 @@ from memfit.rehearsal.activate import rehearsed_environment
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.rehearses
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_what_needs_a_gpu_passes_rehearsed() -> None:
     """They run in one process, without those marked `computes` or `long`."""

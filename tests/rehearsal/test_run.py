@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from memfit.cards import find_gpu
-from memfit.errors import MemfitError, UsageError
+from memfit.errors import UsageError
 from memfit.records import Rehearsal, RehearsalEnd, Source
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.rehearsal.run import Rehearsed, rehearse_command
@@ -42,13 +42,6 @@ def _own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not left
 
 
-def environment(num_gpus: int = 1) -> dict[str, str]:
-    try:
-        return rehearsed_environment(CARD, num_gpus=num_gpus)
-    except MemfitError as error:
-        pytest.skip(str(error))
-
-
 def rehearse(*words: str, num_steps: int = 3, is_whole: bool = False) -> Rehearsal:
     return recorded(*words, num_steps=num_steps, is_whole=is_whole, keeps_history=False).rehearsal
 
@@ -59,7 +52,7 @@ def recorded(
     return rehearse_command(
         [sys.executable, *words],
         CARD,
-        environment(),
+        rehearsed_environment(CARD),
         num_steps=num_steps,
         is_whole=is_whole,
         keeps_history=keeps_history,
@@ -70,6 +63,7 @@ def printed_peaks(text: str) -> list[int]:
     return [int(line.split()[1]) for line in text.splitlines() if line.startswith("peak ")]
 
 
+@pytest.mark.rehearses
 def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[str]) -> None:
     """The script ends as with `sys.exit(0)`. It reads the same peaks as without memfit."""
     found = rehearse(TRAINING, "8", "1000", "reset")
@@ -95,6 +89,7 @@ def test_a_script_ends_when_its_peak_has_settled(capfd: pytest.CaptureFixture[st
     assert second.peak.requested_bytes == 2 * 3 * MIB + 1 * MIB + 5 * 8 * MIB + 2 * 4
 
 
+@pytest.mark.rehearses
 def test_a_whole_script_shows_its_evaluation() -> None:
     """The script runs to its end, here `os._exit` with a code of its own."""
     found = rehearse(TRAINING, "2", "6", "evaluate", "quit", is_whole=True)
@@ -110,6 +105,7 @@ def test_a_whole_script_shows_its_evaluation() -> None:
 @pytest.mark.parametrize(
     ("extra", "code"), [("fail", 1), ("crash", -signal.SIGABRT)], ids=["error", "abort"]
 )
+@pytest.mark.rehearses
 def test_a_script_that_fails_keeps_its_code(
     extra: str, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +121,7 @@ def test_a_script_that_fails_keeps_its_code(
         assert any("SIGABRT" in note for note in found.notes)
 
 
+@pytest.mark.rehearses
 def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[str]) -> None:
     """The script ends with torch's own error, and the report says what was missing."""
     found = rehearse(TRAINING, "6000", "2")
@@ -145,6 +142,7 @@ def test_running_out_names_line_module_and_bytes(capfd: pytest.CaptureFixture[st
     assert found.message.splitlines()[0] in capfd.readouterr().err
 
 
+@pytest.mark.rehearses
 def test_a_script_may_handle_a_shortage() -> None:
     """The script catches the error and goes on. The report says that memory ran out."""
     found = rehearse(TRAINING, "5000", "4", "retry", is_whole=True)
@@ -156,6 +154,7 @@ def test_a_script_may_handle_a_shortage() -> None:
     assert (shortage.num_times, shortage.ended_script) == (4, False)
 
 
+@pytest.mark.rehearses
 def test_reads_that_decide_are_told_from_reads_that_show() -> None:
     """A mask as an index and a condition decide what runs. A printed loss does not."""
     found = rehearse(TRAINING, "2", "3", "read", is_whole=True)
@@ -177,6 +176,7 @@ def test_reads_that_decide_are_told_from_reads_that_show() -> None:
     assert not found.is_trusted
 
 
+@pytest.mark.rehearses
 def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture[str]) -> None:
     """Some are spawned and some forked, with data loaders, and they print much."""
     found = rehearse(str(SCRIPTS / "processes.py"))
@@ -190,6 +190,7 @@ def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture
     assert len(out) > 100 * MIB
 
 
+@pytest.mark.rehearses
 def test_what_a_command_leaves_running_is_ended() -> None:
     """Processes in a session of their own are ended too."""
     before = {process.pid for process in psutil.process_iter() if process.name() == "sleep"}
@@ -199,9 +200,9 @@ def test_what_a_command_leaves_running_is_ended() -> None:
     assert after <= before
 
 
+@pytest.mark.rehearses
 def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
     """The command gets the interrupt too. The report has everything up to it."""
-    environment()
     child = subprocess.Popen(
         [
             *(sys.executable, "-m", "memfit", "rehearse", "--gpu", "rtx3060", "--whole", "--"),
@@ -223,6 +224,7 @@ def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
     assert "The command was interrupted after " in out
 
 
+@pytest.mark.rehearses
 def test_a_history_has_the_roles_of_a_step() -> None:
     """Parameters, gradients, state and activations are distinguished; modules are named."""
     from memfit.profiling.rehearsed import recorded_step
@@ -242,6 +244,7 @@ def test_a_history_has_the_roles_of_a_step() -> None:
     assert step.peak.total_bytes == found.rehearsal.total_bytes
 
 
+@pytest.mark.rehearses
 def test_a_command_without_the_card_is_said_so() -> None:
     """The command runs normally, and the report says that it did not use the card."""
     found = rehearse("-c", "print('hello')")

@@ -40,7 +40,6 @@ class Slow(SweepTask):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes on this machine."""
-    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -54,6 +53,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.needs("ray")
 @pytest.mark.filterwarnings("ignore")
 def test_a_lost_node_loses_no_answer(cluster: Any) -> None:
     """A node is killed in the middle: every answer is there at the end, and none twice."""

@@ -91,7 +91,7 @@ static void choose_devices(const char *names) {
         if (device >= c->num_installed) c->num_installed = device + 1;
         for (int i = 0; i < c->num_gpus; i++)
             if (c->installed[i] == device) {
-                c->num_gpus = 0; /* named twice: none is seen */
+                c->num_gpus = 0; /* a card is named twice, so no card is seen */
                 return;
             }
         c->installed[c->num_gpus++] = device;

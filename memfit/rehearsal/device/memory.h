@@ -1,5 +1,5 @@
 /* Addresses and contents of device memory: what memory.c, contents.c, virtual_memory.c and pools.c
-   share. Everything here is called with the lock held, save where it says otherwise. */
+   share. Call everything here with the lock held, unless its comment says otherwise. */
 #ifndef MEMFIT_MEMORY_H
 #define MEMFIT_MEMORY_H
 

@@ -1,5 +1,5 @@
-/* How many ranks a split communicator has. NCCL would count them as they come, with one colour each;
-   here no other rank comes. torch knows the ranks, and tells them in two ways. */
+/* How many ranks a split communicator has. NCCL would count the ranks that come with the same colour,
+   but here no other rank comes. torch knows the ranks, and tells them in two ways. */
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -7,8 +7,8 @@
 #include "libraries.h"
 
 /* torch 2.15: `c10d::nccl2::ProcessGroupNCCL::split(store, ranks, options)`, a public function of
-   libtorch_cuda that is overridden here. It is passed on as it comes; of the ranks, a std::vector of
-   int, only the number is kept for the call of ncclCommSplit in it.
+   libtorch_cuda that is overridden here. The call is passed on unchanged. Only the number of ranks, which
+   are a std::vector of int, is kept for the call of ncclCommSplit inside it.
 
    Only on x86-64, where the place for the result is the first argument. On aarch64 it is in a register
    of its own that C cannot pass on, and the group's size stays unknown. */

@@ -19,20 +19,19 @@ import torch
 
 from memfit._torch_private import aten
 
-__all__ = ["AttentionBackend", "AttentionCall", "attend", "choose", "write_out"]
+__all__ = ["AttentionBackend", "AttentionCall", "attend", "choose"]
 
 _FLASH_MAX_HEAD_DIM = 256
 _FLASH_ALIGNMENT = 8
 
 
 class AttentionBackend(enum.Enum):
-    """The kernels of `scaled_dot_product_attention`, and attention written as separate products."""
+    """The kernels of `scaled_dot_product_attention`."""
 
     FLASH = "flash"
     EFFICIENT = "efficient"
     CUDNN = "cudnn"
     MATH = "math"
-    WRITTEN_OUT = "written out"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,35 +197,6 @@ def attend(
         )
     output: torch.Tensor = outputs[0]
     return output
-
-
-def write_out(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scale: float | None,
-) -> torch.Tensor:
-    """Run attention as models wrote it before PyTorch 2.0: scores, softmax, and a second product.
-
-    Args:
-        query: Shape (..., queries, head_dim).
-        key: Shape (..., keys, head_dim).
-        value: Shape (..., keys, value_head_dim).
-        mask: Bias that broadcasts to (..., queries, keys).
-        dropout: The share of probabilities that is dropped.
-        scale: The factor of the scores; `None` for 1 / sqrt(head_dim).
-
-    Returns:
-        Shape (..., queries, value_head_dim).
-    """
-    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        scores = scores + mask
-    probabilities = torch.nn.functional.dropout(scores.softmax(dim=-1), dropout)
-    return probabilities @ value
 
 
 def _math(*args: Any, **kwargs: Any) -> torch.Tensor:

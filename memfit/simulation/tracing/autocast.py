@@ -77,17 +77,13 @@ class CudaAutocast:
 
     Args:
         dtype: The lower precision.
-        fp32: The operations that run in fp32. They differ between releases of torch.
         caches: Whether casts of weights are kept until the pass ends. In inference mode they are
             not.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, *, fp32: frozenset[str] = FP32, caches: bool = True
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, *, caches: bool = True) -> None:
         self._caches = caches
         self._dtype = dtype
-        self._fp32 = fp32
         # The regions that the model has opened, the innermost last: whether it casts, and its type.
         self._regions: list[tuple[bool, torch.dtype]] = []
         self._is_entered = False
@@ -100,20 +96,14 @@ class CudaAutocast:
         )
 
     @contextlib.contextmanager
-    def forward(self, *, keeps_casts: bool = False) -> Iterator[None]:
-        """Cast the operations in the block, and drop the kept casts afterwards.
-
-        Args:
-            keeps_casts: Drop the casts only after `backward`. This is for training loops that call
-                backward inside autocast's context.
-        """
+    def forward(self) -> Iterator[None]:
+        """Cast the operations in the block, and drop the kept casts afterwards."""
         self._is_entered = True
         try:
             yield
         finally:
             self._is_entered = False
-            if not keeps_casts:
-                self._cache.clear()
+            self._cache.clear()
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -170,7 +160,7 @@ class CudaAutocast:
         name = _ALIASES.get(name, name)
         if name in LOWER_PRECISION:
             return self._call_cast(func, args, kwargs, self.dtype)
-        if name in self._fp32:
+        if name in FP32:
             return self._call_cast(func, args, kwargs, torch.float32)
         if name in FP32_SET_OPT_DTYPE:
             return self._call_in_fp32(func, name, args, kwargs)

@@ -29,9 +29,8 @@ from memfit.simulation.tracing.attention import (
     AttentionCall,
     attend,
     describe,
-    write_out,
 )
-from memfit.simulation.tracing.autocast import FP32, CudaAutocast
+from memfit.simulation.tracing.autocast import CudaAutocast
 from memfit.simulation.tracing.known_values import mapped
 from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 
@@ -104,10 +103,6 @@ class CudaSemantics(TorchFunctionMode):
         call = describe(query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal)
         backend = self._choose_attention(call)
         self.attention[call] = backend
-        if backend is AttentionBackend.WRITTEN_OUT:
-            # Here the model calls each operation itself, so autocast must see each one.
-            with self:
-                return write_out(query, key, value, mask=attn_mask, dropout=dropout_p, scale=scale)
         return attend(
             backend,
             query,
@@ -161,25 +156,14 @@ class MetaPrecision:
 
     Args:
         precision: The precision of the step.
-        backward_in_autocast: Whether the training loop calls backward inside autocast's context.
-            Then casts are kept until backward ends.
-        fp32: The operations that autocast runs in fp32.
         caches: Whether autocast keeps its casts of weights. In inference mode it does not.
     """
 
-    def __init__(
-        self,
-        precision: Precision,
-        *,
-        backward_in_autocast: bool = False,
-        fp32: frozenset[str] = FP32,
-        caches: bool = True,
-    ) -> None:
+    def __init__(self, precision: Precision, *, caches: bool = True) -> None:
         dtype = _AUTOCAST_DTYPES.get(precision)
         self._is_mixed = dtype is not None
         # The type that torch casts to on CUDA by default.
-        self.autocast = CudaAutocast(dtype or torch.float16, fp32=fp32, caches=caches)
-        self._keeps_casts = backward_in_autocast
+        self.autocast = CudaAutocast(dtype or torch.float16, caches=caches)
         self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
 
     @contextlib.contextmanager
@@ -188,7 +172,7 @@ class MetaPrecision:
         if not self._is_mixed:
             yield
             return
-        with self.autocast.forward(keeps_casts=self._keeps_casts):
+        with self.autocast.forward():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -47,9 +47,8 @@ class TraceOptions:
         compute_capability: The compute capability of the card, such as (8, 6).
         kernels: Knows the memory that its kernels take besides tensors.
         prefers_cudnn_attention: See `memfit.simulation.tracing.attention.choose`.
-        has_fused_attention: Whether there is `scaled_dot_product_attention`. If not, models write
-            attention as separate products.
-        uses_foreach: Whether optimizers use their foreach implementation by default.
+        uses_foreach: Whether optimizers use their foreach implementation by default, as on CUDA.
+            A step on a CPU, with which a trace can be compared, does not.
         cudnn_benchmark: Whether convolutions try their plans (`torch.backends.cudnn.benchmark`).
         gpu: The card, which decides the size of some scratch memory; `None` for a card of which
             only the compute capability is known. `StepSchedule.on` changes it.
@@ -59,14 +58,11 @@ class TraceOptions:
     kernels: Kernels
     gpu: Gpu | None = None
     prefers_cudnn_attention: bool = False
-    has_fused_attention: bool = True
     uses_foreach: bool = True
     cudnn_benchmark: bool = True
 
     def choose_attention(self, call: AttentionCall) -> AttentionBackend:
         """Return the kernel that attention uses."""
-        if not self.has_fused_attention:
-            return AttentionBackend.WRITTEN_OUT
         return choose(call, self.compute_capability, prefers_cudnn=self.prefers_cudnn_attention)
 
 

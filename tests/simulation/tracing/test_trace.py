@@ -55,6 +55,7 @@ def residual() -> Workload:
     ("subject", "cpu_only"),
     [("test_vit", {51200, 614400}), (mlp("sgd"), set()), (residual(), set())],
 )
+@pytest.mark.usefixtures("attention_written_out")
 def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[int]) -> None:
     """A trace has the allocations, size by size, that PyTorch's profiler records on the CPU.
 
@@ -62,18 +63,13 @@ def test_allocates_what_a_real_step_does(subject: str | Workload, cpu_only: set[
     output. Small helpers differ below 512 B, where the CUDA allocator has only one size. The
     scratch memory of CUDA's kernels has names of its own, and is left out.
     """
-    was_fused = bool(set_fused_attn.__globals__["_USE_FUSED_ATTN"])
-    set_fused_attn(False)
-    try:
-        name = isinstance(subject, str)
-        step = TrainingStep(
-            subject=subject,
-            options=StepOptions(precision=Precision.FP32, optimizer="sgd" if name else None),
-        )
-        traced = trace(step, options((5, 0), uses_foreach=False, has_fused_attention=False))
-        real = real_allocations(step)
-    finally:
-        set_fused_attn(was_fused)
+    name = isinstance(subject, str)
+    step = TrainingStep(
+        subject=subject,
+        options=StepOptions(precision=Precision.FP32, optimizer="sgd" if name else None),
+    )
+    traced = trace(step, options((5, 0), uses_foreach=False))
+    real = real_allocations(step)
     simulated = collections.Counter(
         event.num_bytes
         for event in traced.schedule.later.at(2)
@@ -156,17 +152,16 @@ def test_leaves_the_users_objects_alone() -> None:
     assert "meta" not in torch.utils._foreach_utils._get_foreach_kernels_supported_devices()
 
 
+@pytest.mark.usefixtures("attention_written_out")
 def test_attention_written_out_keeps_its_probabilities() -> None:
     """It keeps them in fp32 from the softmax, and in half precision for the second product."""
     step = step_of("test_vit", Precision.AMP_FP16)
-    fused, own = (
-        requested_peak(trace(step, options(has_fused_attention=kept)).schedule, 64)
-        for kept in (True, False)
-    )
-    assert own > fused
-    events = trace(step, options(has_fused_attention=False)).schedule.later.events
-    assert any("_softmax" in event.origin for event in events)
-    assert not any("scaled_dot_product" in event.origin for event in events)
+    own = trace(step, options()).schedule
+    assert any("_softmax" in event.origin for event in own.later.events)
+    assert not any("scaled_dot_product" in event.origin for event in own.later.events)
+    set_fused_attn(True)
+    fused = trace(step, options()).schedule
+    assert requested_peak(own, 64) > requested_peak(fused, 64)
 
 
 def test_shared_parameters_stay_shared() -> None:
