@@ -50,7 +50,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(net.parameters())
     atexit.register(say_peak)
     if "orphan" in EXTRAS:
-        subprocess.Popen(["sleep", "600"], start_new_session=True)  # noqa: S607
+        subprocess.Popen(["sleep", "612.5"], start_new_session=True)  # noqa: S607
     for step in range(int(STEPS)):
         x = torch.ones(int(SAMPLES), 1024, 256, device="cuda")
         try:
