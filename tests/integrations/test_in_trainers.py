@@ -124,7 +124,7 @@ def test_lightning(
     net = Net()
     optimizer = Counting(net.parameters(), lr=0.1)
 
-    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+    class Module(pl.LightningModule):  # type: ignore[misc]
         """A user's module."""
 
         def __init__(self) -> None:
