@@ -126,6 +126,15 @@ class Gpu(Record):
         return self.total_bytes - self.context_bytes
 
     @property
+    def cautious_bytes(self) -> int | None:
+        """What the allocator can take if the process holds the most that similar cards showed.
+
+        `None` if the card itself was measured.
+        """
+        held = self.context_range_bytes
+        return None if held is None else max(self.total_bytes - held[1], 0)
+
+    @property
     def compute_capability(self) -> tuple[int, int]:
         """What decides which kernels are chosen.
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from memfit.backends.card_capacity import card_capacity
 from memfit.backends.protocol import Prediction
 from memfit.backends.traces import Replay, TraceCache, kept_workspaces, workspace_source
 from memfit.cards import Gpu
@@ -19,7 +20,6 @@ from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, Cachi
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
 from memfit.step.training_step import TrainingStep
-from memfit.units import format_bytes
 
 __all__ = ["SimulatedBackend"]
 
@@ -102,14 +102,7 @@ class SimulatedBackend:
                 total_bytes=max(gpu.total_bytes, self._memory_bytes),
                 origin="given",
             )
-        return Capacity(
-            usable_bytes=gpu.usable_bytes,
-            total_bytes=gpu.total_bytes,
-            origin=(
-                f"simulated: {format_bytes(gpu.total_bytes)} as torch reports it, less "
-                f"{format_bytes(gpu.context_bytes)} for the process itself"
-            ),
-        )
+        return card_capacity(gpu, self.source)
 
     def trial(self, step: TrainingStep, batch_size: int) -> Trial:
         """Replay one batch size.

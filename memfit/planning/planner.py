@@ -144,7 +144,7 @@ class _Planner:
         self._progress = progress
         self._trials: list[Trial] = []
         self._capacity = backend.capacity()
-        self._limit_bytes = search.limit_of(self._capacity.usable_bytes, target.search.headroom)
+        self._limit_bytes = search.limit_of(self._capacity.safe_bytes, target.search.headroom)
         self._smallest = _FEWEST
         self._refused: Exception | None = None
 

@@ -112,13 +112,13 @@ def run_search(
     prediction = backend.prediction(step)
     # The batch size that will be recommended is tried first. If the prediction is right, only this
     # one and the sizes that prove the edge have to be tried.
-    expected = _expected_recommendation(prediction, capacity.usable_bytes, options)
+    expected = _expected_recommendation(prediction, capacity.safe_bytes, options)
     ceiling = options.max_batch_size or search.DEFAULT_CEILING
     while True:
         try:
             is_near = expected is not None and expected <= ceiling
             first = (
-                _first_trials(trial, prediction, expected, capacity.usable_bytes, options)
+                _first_trials(trial, prediction, expected, capacity.safe_bytes, options)
                 if is_near and expected is not None
                 else ()
             )
@@ -145,7 +145,7 @@ def run_search(
     recommended = search.recommended(
         trial,
         found,
-        capacity_bytes=capacity.usable_bytes,
+        capacity_bytes=capacity.safe_bytes,
         headroom=options.headroom,
         multiple_of=options.multiple_of,
         has_retries=backend.has_retries,

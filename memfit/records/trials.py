@@ -55,12 +55,20 @@ class Capacity(Record):
         total_bytes: All bytes of the device.
         origin: Where `usable_bytes` comes from, in a few words.
         other_processes: Other processes that hold memory of the device.
+        cautious_bytes: What is usable if the process holds the most that was seen on similar cards.
+            `None` where `usable_bytes` is no estimate.
     """
 
     usable_bytes: int
     total_bytes: int
     origin: str
     other_processes: tuple[DeviceProcess, ...] = ()
+    cautious_bytes: int | None = None
+
+    @property
+    def safe_bytes(self) -> int:
+        """The bytes that a recommendation counts on."""
+        return self.usable_bytes if self.cautious_bytes is None else self.cautious_bytes
 
 
 class WorkspaceSource(str, enum.Enum):

@@ -112,6 +112,7 @@ def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
                 usable_bytes=gpu.usable_bytes,
                 total_bytes=gpu.total_bytes,
                 origin="the card's total less the CUDA context",
+                cautious_bytes=gpu.cautious_bytes,
             ),
             "context_bytes": gpu.context_bytes,
             "source": Source.REHEARSED,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from memfit.backends.card_capacity import card_capacity
 from memfit.backends.crossing import ChildTraceback
 from memfit.backends.protocol import Prediction, SimulatedGpu, predicted
 from memfit.backends.rehearsed.parcel import packed
@@ -19,7 +20,7 @@ from memfit.cards import Gpu
 from memfit.errors import StepCrashedError
 from memfit.records import Capacity, Precision, Source, Trial
 from memfit.step.training_step import TrainingStep
-from memfit.units import TIB, format_bytes
+from memfit.units import TIB
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -218,15 +219,13 @@ class RehearsedBackend:
     def capacity(self) -> Capacity:
         """Return what the caching allocator could take of the card."""
         if self._capacity is None:
-            card = self._card
             there: Capacity = self._call(_path_of(capacity_of))
+            of_card = card_capacity(self._card, self.source)
             self._capacity = dataclasses.replace(
                 there,
-                origin=(
-                    f"rehearsed: {format_bytes(card.total_bytes)} as torch reports it, less "
-                    f"{format_bytes(card.context_bytes)} for the process itself"
-                ),
+                origin=of_card.origin,
                 other_processes=(),
+                cautious_bytes=of_card.cautious_bytes,
             )
         return self._capacity
 
