@@ -225,8 +225,14 @@ class CudaBackend:
         readings: list[Reading] = []
 
         def measured(iterate: Callable[[], None]) -> Reading:
-            readings.append(_measured(device, iterate))
-            return readings[-1]
+            reading = _measured(device, iterate)
+            # With retries, the next iteration can run out although this one has not.
+            has_retries = _stat(device, "num_alloc_retries") > num_retries
+            if has_retries or not self._is_there:
+                calls = _stat(device, "num_device_alloc") + _stat(device, "num_device_free")
+                reading = dataclasses.replace(reading, num_device_calls=calls)
+            readings.append(reading)
+            return reading
 
         grows = is_suspected = False
         message = None

@@ -25,12 +25,15 @@ class Reading:
         allocated_bytes: Peak of what was handed out of that.
         requested_bytes: Peak of what tensors asked for; `None` where it is not known.
         seconds: How long the iteration took.
+        num_device_calls: How often memory was asked of the device or given back to it up to then.
+            `None` where only the peaks decide whether the next iteration is needed.
     """
 
     reserved_bytes: int
     allocated_bytes: int
     requested_bytes: int | None
     seconds: float
+    num_device_calls: int | None = None
 
 
 def steady_readings(
@@ -43,7 +46,9 @@ def steady_readings(
 
     The optimizer's state appears in the first step and belongs to the peak from the second
     iteration on. A growth by that state is expected. Any other growth means that the peak has not
-    settled.
+    settled. Where calls of the device are counted, the iterations go on until one makes no call, or
+    until two peaks are the same to the byte: near the edge, fragments can still move. A simulation
+    replays as many.
 
     Args:
         prepared: The step, begun.
@@ -67,13 +72,24 @@ def steady_readings(
         state_bytes = prepared.optimizer_state_bytes - state_bytes
         return _worst_readings(prepared, readings, iterate, state_bytes)
     grows = True
-    while grows and len(readings) < _MAX_ITERATIONS:
+    while (grows or not _is_steady(readings)) and len(readings) < _MAX_ITERATIONS:
         state_bytes = prepared.optimizer_state_bytes
         readings.append(measured(lambda: prepared.iterate(batch_size)))
         growth = readings[-1].reserved_bytes - readings[-2].reserved_bytes
         expected = state_bytes if len(readings) == _MIN_ITERATIONS else 0
         grows = growth > expected + _AGREEMENT_SHARE * readings[-1].reserved_bytes
     return tuple(readings), grows
+
+
+def _is_steady(readings: list[Reading]) -> bool:
+    """Whether another iteration would be the same, as far as calls of the device can tell.
+
+    `StepSchedule.until_settled` asks the same of a replay.
+    """
+    before, last = readings[-2:]
+    if last.num_device_calls is None or last.num_device_calls == before.num_device_calls:
+        return True
+    return len(readings) > _MIN_ITERATIONS and last.reserved_bytes == before.reserved_bytes
 
 
 def _worst_readings(

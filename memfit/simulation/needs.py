@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from memfit.cards import Gpu
@@ -31,15 +31,23 @@ class Need:
         numbers: What the size depends on besides the card, such as the sizes of a tensor. Each
             grows evenly with the batch size, but the bytes may not.
         is_slow: The rule takes milliseconds and not microseconds.
+        others: A function from a card and the numbers to what is asked for in place of the bytes if
+            they find no room, one after another; `None` if nothing is.
     """
 
     rule: Callable[..., int]
     numbers: tuple[int, ...] = ()
     is_slow: bool = False
+    others: Callable[..., Iterator[int]] | None = dataclasses.field(default=None, compare=False)
 
     def on(self, gpu: Gpu) -> int:
         """Return the bytes that are asked for on a card."""
         return self.rule(gpu, *self.numbers)
+
+    def instead_on(self, gpu: Gpu) -> Iterator[int]:
+        """Yield what is asked for on a card if the bytes find no room."""
+        if self.others is not None:
+            yield from self.others(gpu, *self.numbers)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

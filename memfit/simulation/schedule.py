@@ -15,6 +15,7 @@ from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.needs import Need, NeedEvent, nearby_batch_size
+from memfit.simulation.tensor_lines import largest_within, tensor_lines
 
 __all__ = [
     "Schedule",
@@ -28,7 +29,8 @@ __all__ = [
 _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
-_ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
+_ALLOC, _ALLOC_IF_ROOM = Action.ALLOC, Action.ALLOC_IF_ROOM
+_FREE_COMPLETED = Action.FREE_COMPLETED
 # More than the allocations of any trace.
 _IDS_OF_AN_ITERATION = 1 << 40
 # A step that keeps more in every iteration is said to grow when it would double within so many.
@@ -233,7 +235,12 @@ class Schedule:
         return [line for line in program if line is not None]
 
     def play(
-        self, allocator: CachingAllocator, batch_size: int, *, player: Player | None = None
+        self,
+        allocator: CachingAllocator,
+        batch_size: int,
+        *,
+        player: Player | None = None,
+        plans: dict[Need, int] | None = None,
     ) -> None:
         """Replay the events on an allocator.
 
@@ -241,7 +248,9 @@ class Schedule:
             allocator: The allocator.
             batch_size: Samples in each micro-batch.
             player: Carries out each event instead of the allocator, for example to record it.
+            plans: What is asked for in place of what found no room before. It is kept up to date.
         """
+        plans = {} if plans is None else plans
         more = batch_size - self.batch_size
         allocate, free = allocator.allocate, allocator.free
         for action, number, num_bytes, growth, event in self._program_at(batch_size):
@@ -254,8 +263,29 @@ class Schedule:
                 allocate(number, asked)
             elif action is _FREE_COMPLETED:
                 free(number)
+            elif isinstance(event, NeedEvent) and action is _ALLOC_IF_ROOM:
+                need = event.need_after(more)
+                if not allocator.carry_out(action, number, plans.get(need, asked)):
+                    plans[need] = self._instead(allocator, number, need)
             else:
                 allocator.carry_out(action, number, asked)
+
+    def _instead(self, allocator: CachingAllocator, number: int, need: Need) -> int:
+        """Ask for what a need takes where its bytes found no room.
+
+        Returns:
+            The bytes that found room. torch keeps the plan that needs them.
+
+        Raises:
+            AllocatorOutOfMemoryError: None of them found room.
+        """
+        assert self.gpu is not None
+        num_bytes = 0
+        for num_bytes in need.instead_on(self.gpu):
+            if num_bytes <= 0 or allocator.carry_out(_ALLOC_IF_ROOM, number, num_bytes):
+                return num_bytes
+        allocator.allocate(number, num_bytes)
+        return num_bytes
 
 
 def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
@@ -347,8 +377,9 @@ class StepSchedule:
         Raises:
             AllocatorOutOfMemoryError: The step does not fit.
         """
+        plans: dict[Need, int] = {}
         for schedule in self.until_settled(allocator):
-            schedule.play(allocator, batch_size)
+            schedule.play(allocator, batch_size, plans=plans)
             if schedule is not self.setup:
                 yield allocator.stats.peak_reserved_bytes
 
@@ -402,40 +433,13 @@ class StepSchedule:
         Returns:
             The batch size, possibly 0; `None` if tensors do not grow with the batch size.
         """
-        lines = self._tensor_lines()
-        growth, held = max(lines.items())
-        if growth <= 0:
-            return None
-        batch_size = max(0, int((num_bytes - held) // growth))
-        # Newton's method on a maximum of lines: from above, and never past the edge.
-        while batch_size:
-            held, growth = max((base + slope * batch_size, slope) for slope, base in lines.items())
-            if held <= num_bytes:
-                break
-            held -= growth * batch_size
-            batch_size = max(0, int((num_bytes - held) // growth)) if growth > 0 else 0
-        return batch_size
+        return largest_within(self._tensor_lines(), num_bytes)
 
     def _tensor_lines(self) -> dict[float, float]:
-        """Find the moments that can be the peak of some batch size.
-
-        Returns:
-            What tensors hold at some moment: for each growth with a sample, the most at no sample.
-        """
-        held = growth = 0.0
-        live: dict[int, tuple[float, float]] = {}
-        lines: dict[float, float] = {}
-        for schedule in self._stretches(2):
-            for event, slope in zip(schedule.events, schedule.growth_bytes, strict=True):
-                if event.action is _ALLOC:
-                    base = event.num_bytes - slope * schedule.batch_size
-                    live[event.id] = (base, slope)
-                    held, growth = held + base, growth + slope
-                    lines[growth] = max(held, lines.get(growth, held))
-                elif event.action is _FREE_COMPLETED:
-                    freed = live.pop(event.id, (0.0, 0.0))
-                    held, growth = held - freed[0], growth - freed[1]
-        return lines
+        return tensor_lines(
+            (schedule.events, schedule.growth_bytes, schedule.batch_size)
+            for schedule in self._stretches(2)
+        )
 
     def _stretches(self, num_iterations: int) -> tuple[Schedule, ...]:
         later = (self.later.iteration(number) for number in range(1, num_iterations))

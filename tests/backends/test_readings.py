@@ -110,3 +110,31 @@ def test_a_step_that_draws_its_depth_is_run_at_its_deepest() -> None:
     assert max(reading.reserved_bytes for reading in readings) == 30 * MIB
     assert prepared.peak_varies
     assert not grows
+
+
+def counted(*calls: int) -> Callable[[Callable[[], None]], Reading]:
+    """Return a measurement of one peak that counts these calls of the device, one after another."""
+    rest = iter(calls)
+
+    def measured(iterate: Callable[[], None]) -> Reading:
+        iterate()
+        return Reading(
+            reserved_bytes=MIB,
+            allocated_bytes=0,
+            requested_bytes=None,
+            seconds=1.0,
+            num_device_calls=next(rest),
+        )
+
+    return measured
+
+
+def test_an_iteration_that_calls_the_device_is_followed_by_another() -> None:
+    """Fragments may still move, and the next iteration may run out."""
+    readings, grows = steady_readings(adam_step(), 1, counted(5, 5))
+    assert (len(readings), grows) == (2, False)
+    readings, grows = steady_readings(adam_step(), 1, counted(5, 7, 7))
+    assert (len(readings), grows) == (3, False)
+    # Two peaks that are the same to the byte end it, whatever was called.
+    readings, grows = steady_readings(adam_step(), 1, counted(5, 7, 9))
+    assert (len(readings), grows) == (3, False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memfit.cards import Gpu, find_gpu
 from memfit.records import Action, Event
-from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.units import MIB
 
@@ -91,3 +95,33 @@ def test_a_replay_that_always_asks_ends_when_two_peaks_agree() -> None:
     emptied = Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0, origin="test")
     schedule = step([alloc(1, 30 * MIB), free(1), emptied], [0] * 3)
     assert list(schedule.play(CachingAllocator(), 1)) == [30 * MIB] * 3
+
+
+def test_a_smaller_plan_is_taken_where_the_first_has_no_room_and_kept() -> None:
+    """torch tries the plans in order, and takes from then on the one whose workspace found room."""
+    asked: list[str] = []
+
+    def others(_gpu: Gpu, *_numbers: int) -> Iterator[int]:
+        for num_bytes in (80 * MIB, 30 * MIB, 0):
+            asked.append(f"{num_bytes // MIB} MiB")
+            yield num_bytes
+
+    need = Need(rule=lambda _gpu: 90 * MIB, is_slow=True, others=others)
+    plan = NeedEvent(action=Action.ALLOC_IF_ROOM, id=1, num_bytes=0, origin="test", need=need)
+    traced = step([plan, free(1)], [0, 0], fixed=60 * MIB).on(find_gpu("rtx3090"))
+    allocator = CachingAllocator(capacity_bytes=100 * MIB)
+    assert list(traced.play(allocator, 1)) == [90 * MIB, 90 * MIB]
+    assert asked == ["80 MiB", "30 MiB"]
+    assert allocator.stats.num_alloc_retries == 2
+
+    roomy = CachingAllocator(capacity_bytes=200 * MIB)
+    assert list(traced.play(roomy, 1)) == [150 * MIB, 150 * MIB]
+
+
+def test_a_plan_without_any_room_is_out_of_memory() -> None:
+    """If every plan needs a workspace and none finds room, the step does not fit."""
+    need = Need(rule=lambda _gpu: 90 * MIB, others=lambda _gpu: iter((70 * MIB,)))
+    plan = NeedEvent(action=Action.ALLOC_IF_ROOM, id=1, num_bytes=0, origin="test", need=need)
+    traced = step([plan, free(1)], [0, 0], fixed=60 * MIB).on(find_gpu("rtx3090"))
+    with pytest.raises(AllocatorOutOfMemoryError):
+        list(traced.play(CachingAllocator(capacity_bytes=100 * MIB), 1))

@@ -121,7 +121,6 @@ class CachingAllocator:
         self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = Pool(is_small=False, page_bytes=settings.large_segment_bytes)
         self._live: dict[int, Block] = {}
-        self._next_address = 0
         self._requested = self._allocated = 0
         self._peak_requested = self._peak_allocated = 0
         self._num_alloc_retries = 0
@@ -141,7 +140,7 @@ class CachingAllocator:
 
     @property
     def num_device_calls(self) -> int:
-        """How often memory was requested from the device or given back to it."""
+        """How often memory was taken from the device or given back to it."""
         return self._device.num_calls
 
     def replay(self, events: Iterable[Event]) -> None:
@@ -329,9 +328,7 @@ class CachingAllocator:
         segment = self._segment_bytes(size)
         if not self._device.take(segment):
             return None
-        block = Block(self._next_address, segment, pool)
-        self._next_address += segment
-        return block
+        return Block(self._device.place(segment), segment, pool)
 
     def _segment_bytes(self, size: int) -> int:
         if size <= SMALL_REQUEST_BYTES:
@@ -363,6 +360,7 @@ class CachingAllocator:
     def _release(self, block: Block) -> None:
         block.pool.remove(block)
         self._device.give_back(block.size)
+        self._device.vacate(block.address, block.size)
 
     def _release_available(self, pool: Pool, size: int) -> bool:
         """With `max_split_size_mb`, give back just enough oversized blocks for a request."""

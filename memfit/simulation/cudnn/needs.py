@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 
 from memfit.cards import Gpu
 from memfit.simulation.cudnn.answers import Workspaces, workspaces_of
@@ -33,21 +35,40 @@ class WorkspaceRule:
             gpu: The card.
             sizes: The shapes of the input, the weight and the output, one after another.
         """
-        num_dims = len(sizes) // 3
-        shapes = [sizes[at : at + num_dims] for at in range(0, len(sizes), num_dims)]
         workspaces = _answers(gpu)
-        if workspaces is not None:
-            found = workspaces.of(
-                dataclasses.replace(
-                    self.convolution,
-                    input_shape=shapes[0],
-                    weight_shape=shapes[1],
-                    output_shape=shapes[2],
-                )
-            )
-            if found is not None:
-                return found
-        return self.bound_bytes_per_element * sum(map(math.prod, shapes))
+        found = None if workspaces is None else workspaces.of(self._sized(sizes))
+        if found is not None:
+            return found
+        return self.bound_bytes_per_element * sum(map(math.prod, _shapes(sizes)))
+
+    def others(self, gpu: Gpu, *sizes: int) -> Iterator[int]:
+        """Yield the workspaces of the plans that torch tries if the first one finds no room.
+
+        Where cuDNN cannot be asked, there is a plan without a workspace.
+
+        Source: `try_configs` in aten/src/ATen/native/cudnn/Conv_v8.cpp.
+        """
+        workspaces = _answers(gpu)
+        if workspaces is None:
+            yield 0
+            return
+        sized = self._sized(sizes)
+        for rank in itertools.count(1):
+            found = workspaces.of(dataclasses.replace(sized, rank=rank))
+            if found is None:
+                return
+            yield found
+
+    def _sized(self, sizes: tuple[int, ...]) -> Convolution:
+        inputs, weight, output = _shapes(sizes)
+        return dataclasses.replace(
+            self.convolution, input_shape=inputs, weight_shape=weight, output_shape=output
+        )
+
+
+def _shapes(sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    num_dims = len(sizes) // 3
+    return tuple(sizes[at : at + num_dims] for at in range(0, len(sizes), num_dims))
 
 
 def asks_cudnn(gpu: Gpu) -> bool:
@@ -68,8 +89,5 @@ def workspace_need(convolution: Convolution, *, bound_bytes_per_element: int) ->
     """
     shapes = (convolution.input_shape, convolution.weight_shape, convolution.output_shape)
     unsized = dataclasses.replace(convolution, input_shape=(), weight_shape=(), output_shape=())
-    return Need(
-        rule=WorkspaceRule(convolution=unsized, bound_bytes_per_element=bound_bytes_per_element),
-        numbers=sum(shapes, ()),
-        is_slow=True,
-    )
+    rule = WorkspaceRule(convolution=unsized, bound_bytes_per_element=bound_bytes_per_element)
+    return Need(rule=rule, numbers=sum(shapes, ()), is_slow=True, others=rule.others)

@@ -14,8 +14,10 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -160,37 +162,28 @@ class CudnnPlans:
             Bytes; `None` if cuDNN has no plan.
         """
         heuristics, fallback = self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK
+        if convolution.tries_plans:
+            tried = self._workspaces(convolution, [[heuristics, fallback]])
+            limit = self.settings.benchmark_limit or None
+            return max(itertools.islice(tried, limit), default=None)
         # Making a list takes most of the time. torch takes the first plan of both lists, so the
         # second list is made only if the first one has no plan.
-        lists = [[heuristics, fallback]] if convolution.tries_plans else [[heuristics], [fallback]]
+        plans = self._workspaces(convolution, [[heuristics], [fallback]])
+        return next(itertools.islice(plans, convolution.rank, None), None)
+
+    def _workspaces(self, convolution: Convolution, lists: list[list[Any]]) -> Iterator[int]:
+        """Yield the workspace of each plan that can be built, in the order of the lists."""
         for modes in lists:
             try:
                 graph = self._graph(convolution, modes)
-                found = self._largest(graph) if convolution.tries_plans else self._first(graph)
+                count = graph.get_execution_plan_count()
             except (self._cudnn.cudnnGraphNotSupportedError, RuntimeError) as exc:
                 _log.debug("cuDNN has no plan for %s: %s", convolution.text, exc)
                 continue
-            if found is not None:
-                return found
-        return None
-
-    def _first(self, graph: Any) -> int | None:
-        for index in range(graph.get_execution_plan_count()):
-            num_bytes = self._built(graph, index)
-            if num_bytes is not None:
-                return num_bytes
-        return None
-
-    def _largest(self, graph: Any) -> int | None:
-        built: list[int] = []
-        limit = self.settings.benchmark_limit or graph.get_execution_plan_count()
-        for index in range(graph.get_execution_plan_count()):
-            num_bytes = self._built(graph, index)
-            if num_bytes is not None:
-                built.append(num_bytes)
-            if len(built) == limit:
-                break
-        return max(built, default=None)
+            for index in range(count):
+                num_bytes = self._built(graph, index)
+                if num_bytes is not None:
+                    yield num_bytes
 
     def _built(self, graph: Any, index: int) -> int | None:
         try:

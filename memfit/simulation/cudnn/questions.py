@@ -34,6 +34,8 @@ class Convolution:
         dilation: For each spatial dimension.
         tries_plans: It asks for the largest workspace of the plans that `cudnn.benchmark` tries,
             and not for the workspace of the plan that is taken.
+        rank: Which plan is meant: 0 for the first of the heuristics that can be built. torch goes
+            on to the next one where a workspace finds no room.
     """
 
     kernel: ConvolutionKernel
@@ -46,6 +48,7 @@ class Convolution:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     tries_plans: bool = False
+    rank: int = 0
 
     @property
     def text(self) -> str:
@@ -61,4 +64,5 @@ class Convolution:
         layout = "last" if self.is_channels_last else "first"
         sizes = " ".join("x".join(map(str, numbers)) for numbers in lists)
         tried = " tried" if self.tries_plans else ""
-        return f"{self.kernel.value} {self.dtype} {layout} {sizes}{tried}"
+        rank = f" plan {self.rank}" if self.rank else ""
+        return f"{self.kernel.value} {self.dtype} {layout} {sizes}{tried}{rank}"

@@ -100,3 +100,19 @@ def test_a_system_without_the_frontend_says_why(monkeypatch: pytest.MonkeyPatch)
         missing_cudnn.cache_clear()
     assert reason is not None
     assert "nvidia-cudnn-frontend" in reason or "not built for CUDA" in reason
+
+
+@needs_cudnn
+def test_plans_have_an_order() -> None:
+    """torch goes on to the next plan where a workspace finds no room; the last ones need little."""
+    asked = plans()
+    in_order = []
+    while True:
+        ranked = dataclasses.replace(question(), rank=len(in_order))
+        num_bytes = asked.workspace_bytes(ranked)
+        if num_bytes is None:
+            break
+        in_order.append(num_bytes)
+    assert in_order[0] == asked.workspace_bytes(question())
+    assert len(in_order) > 2
+    assert min(in_order) < in_order[0]
