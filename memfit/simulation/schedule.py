@@ -7,6 +7,7 @@ not use torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -14,6 +15,7 @@ from memfit.cards import Gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.growth import grown, matches
 from memfit.simulation.needs import Need, NeedEvent, nearby_batch_size
 from memfit.simulation.tensor_lines import largest_within, tensor_lines
 
@@ -21,7 +23,6 @@ __all__ = [
     "Schedule",
     "StepSchedule",
     "StreamsDifferError",
-    "grown",
     "id_in_iteration",
     "traced_id",
 ]
@@ -85,9 +86,18 @@ class Schedule:
     gpu: Gpu | None = None
     is_rough: bool = False
     _program: tuple[_Line, ...] = dataclasses.field(init=False, repr=False, compare=False)
-    # The position of every need, and of its free.
-    _needs: tuple[tuple[int, int], ...] = dataclasses.field(init=False, repr=False, compare=False)
+    # The position of every need, that of its free, and its number among the different needs.
+    _needs: tuple[tuple[int, int, int], ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
+    _different_needs: tuple[NeedEvent, ...] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
     _sizes: dict[Need, int] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    # The program at the last batch size: iterations are replayed one after another.
+    _programs: dict[int, Sequence[_Line]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -99,24 +109,31 @@ class Schedule:
         )
         object.__setattr__(self, "_program", program)
         frees = {e.id: at for at, e in enumerate(self.events) if e.action is _FREE_COMPLETED}
-        needs = tuple(
-            (at, frees[event.id])
-            for at, event in enumerate(self.events)
-            if isinstance(event, NeedEvent)
-        )
-        object.__setattr__(self, "_needs", needs)
+        needs: list[tuple[int, int, int]] = []
+        different: dict[tuple[Need, tuple[float, ...]], tuple[int, NeedEvent]] = {}
+        for at, event in enumerate(self.events):
+            if isinstance(event, NeedEvent):
+                key = event.need, event.growth
+                number, _ = different.setdefault(key, (len(different), event))
+                needs.append((at, frees[event.id], number))
+        object.__setattr__(self, "_needs", tuple(needs))
+        object.__setattr__(self, "_different_needs", tuple(e for _, e in different.values()))
 
     def on(self, gpu: Gpu, *, is_rough: bool = False) -> Schedule:
         """Return this schedule with the sizes that a card decides."""
         if not self._needs:
             return self
-        return dataclasses.replace(self, gpu=gpu, is_rough=is_rough)
+        # A copy, because making the program anew would take longer than many replays.
+        made = copy.copy(self)
+        fields = {"gpu": gpu, "is_rough": is_rough, "_sizes": {}, "_programs": {}}
+        for name, value in fields.items():
+            object.__setattr__(made, name, value)
+        return made
 
     @property
     def has_slow_needs(self) -> bool:
         """Whether the size of any event takes milliseconds to find."""
-        events = (self.events[at] for at, _ in self._needs)
-        return any(isinstance(event, NeedEvent) and event.need.is_slow for event in events)
+        return any(event.need.is_slow for event in self._different_needs)
 
     @classmethod
     def fixed(cls, events: Sequence[Event]) -> Schedule:
@@ -137,7 +154,7 @@ class Schedule:
         Raises:
             StreamsDifferError: The two do not match event by event.
         """
-        if not _match(events, others):
+        if not matches(events, others):
             raise StreamsDifferError(
                 f"The step allocates differently at the batch sizes {batch_sizes[0]} and "
                 f"{batch_sizes[1]}."
@@ -215,24 +232,31 @@ class Schedule:
         """Return the program with the size of every need. What needs nothing is left out."""
         if not self._needs:
             return self._program
-        assert self.gpu is not None, "a schedule with needs is replayed on a card"
+        known = self._programs.get(batch_size)
+        if known is not None:
+            return known
         program: list[_Line | None] = list(self._program)
-        sizes = self._sizes
-        nearby = nearby_batch_size(batch_size) if self.is_rough else batch_size
-        for at, freed in self._needs:
+        sizes = [self._size_of(event, batch_size) for event in self._different_needs]
+        for at, freed, number in self._needs:
             event = self.events[at]
-            assert isinstance(event, NeedEvent)
-            asked = nearby if event.need.is_slow else batch_size
-            need = event.need_after(asked - self.batch_size)
-            num_bytes = sizes.get(need)
-            if num_bytes is None:
-                num_bytes = sizes[need] = need.on(self.gpu)
-            num_bytes = num_bytes * batch_size // asked
-            if num_bytes:
-                program[at] = (event.action, event.id, num_bytes, 0, event)
+            if sizes[number]:
+                program[at] = (event.action, event.id, sizes[number], 0, event)
             else:
                 program[at] = program[freed] = None
-        return [line for line in program if line is not None]
+        found = [line for line in program if line is not None]
+        self._programs.clear()
+        self._programs[batch_size] = found
+        return found
+
+    def _size_of(self, event: NeedEvent, batch_size: int) -> int:
+        assert self.gpu is not None, "a schedule with needs is replayed on a card"
+        is_scaled = self.is_rough and event.need.is_slow
+        asked = nearby_batch_size(batch_size) if is_scaled else batch_size
+        need = event.need_after(asked - self.batch_size)
+        num_bytes = self._sizes.get(need)
+        if num_bytes is None:
+            num_bytes = self._sizes[need] = need.on(self.gpu)
+        return num_bytes * batch_size // asked
 
     def play(
         self,
@@ -264,8 +288,10 @@ class Schedule:
             elif action is _FREE_COMPLETED:
                 free(number)
             elif isinstance(event, NeedEvent) and action is _ALLOC_IF_ROOM:
-                need = event.need_after(more)
-                if not allocator.carry_out(action, number, plans.get(need, asked)):
+                if plans:
+                    asked = plans.get(event.need_after(more), asked)
+                if not allocator.carry_out(action, number, asked):
+                    need = event.need_after(more)
                     plans[need] = self._instead(allocator, number, need)
             else:
                 allocator.carry_out(action, number, asked)
@@ -286,39 +312,6 @@ class Schedule:
                 return num_bytes
         allocator.allocate(number, num_bytes)
         return num_bytes
-
-
-def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
-    """Return an event with what it grows by, seen from the same event at another batch size.
-
-    Args:
-        event: The event.
-        other: The same event.
-        samples: How many samples more `other` has.
-
-    Returns:
-        The event, and the bytes that each further sample adds. They are 0 for a `NeedEvent`, which
-        knows its growth itself.
-    """
-    if isinstance(event, NeedEvent):
-        return event.grown_like(other, samples), 0
-    growth = (other.num_bytes - event.num_bytes) / samples
-    return event, int(growth) if growth == int(growth) else growth
-
-
-def _match(left: Sequence[Event], right: Sequence[Event]) -> bool:
-    if len(left) != len(right):
-        return False
-    twins: dict[int, int] = {}
-    for one, other in zip(left, right, strict=True):
-        if (one.action, one.origin) != (other.action, other.origin):
-            return False
-        if one.action is Action.FREE_COMPLETED:
-            if twins.get(one.id, other.id) != other.id:
-                return False
-        else:
-            twins[one.id] = other.id
-    return True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memfit.records import Action, Event
+from memfit.simulation.growth import grown
 from memfit.simulation.schedule import (
     Schedule,
     StepSchedule,
     StreamsDifferError,
-    grown,
     id_in_iteration,
 )
 
