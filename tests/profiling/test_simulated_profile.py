@@ -20,7 +20,7 @@ from memfit.profiling import profile_gpu
 from memfit.profiling.attribution import Attribution
 from memfit.records import Action, MemoryProfile, Outcome, Role
 from memfit.step.training_step import TrainingStep
-from memfit.units import MIB
+from memfit.units import KIB, MIB
 
 RTX3090 = find_gpu("rtx3090")
 VIT = "test_vit.r160_in1k"
@@ -126,8 +126,8 @@ def test_the_peak_is_the_trials(subject: str, options: dict[str, Any]) -> None:
     check_sums(profile)
     trial = SimulatedBackend(RTX3090).trial(step_of(subject, **options), 8)
     assert profile.peak.reserved_bytes == trial.peak_reserved_bytes
-    # Blocks that are not split may be larger in an earlier iteration than in the one shown.
-    assert profile.peak.allocated_bytes == pytest.approx(trial.peak_allocated_bytes, abs=2 * MIB)
+    # A block can be larger by its rest, which is not split off, in another iteration.
+    assert profile.peak.allocated_bytes == pytest.approx(trial.peak_allocated_bytes, abs=KIB)
     assert profile.peak.context_bytes == RTX3090.context_bytes
 
 
@@ -257,14 +257,25 @@ def test_a_step_that_needs_values_is_one_sentence() -> None:
 
 def test_growth_predicts_another_batch_size() -> None:
     """Bytes per sample and fixed bytes give the bytes of tensors at the peak for other sizes."""
-    here, there = profile_of(batch_size=32), profile_of(batch_size=48)
+    model = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))
+    workload = Workload(
+        model, (torch.randn(2, 64),), lambda outputs: outputs.square().mean(), torch.optim.SGD
+    )
+    here, there = (profile_of(workload, size, precision=Precision.FP32) for size in (2000, 3000))
     assert here.bytes_per_sample is not None
     assert here.fixed_bytes is not None
     held = there.peak.total_bytes - sum(
         there.peak.bytes_of(role) for role in (Role.SLACK, Role.FRAGMENTATION, Role.CONTEXT)
     )
-    # The workspace of a convolution can be another plan's at another batch size.
-    assert held == pytest.approx(here.fixed_bytes + 48 * here.bytes_per_sample, rel=0.1)
+    assert held == pytest.approx(here.fixed_bytes + 3000 * here.bytes_per_sample, rel=1e-3)
+
+
+def test_what_grows_with_the_samples() -> None:
+    """Activations and inputs are in proportion to them. A workspace can be another plan's."""
+    here, there = (profile_of(batch_size=size).peak for size in (32, 48))
+    for role in (Role.ACTIVATIONS, Role.INPUTS):
+        assert there.bytes_of(role) == pytest.approx(1.5 * here.bytes_of(role), rel=1e-3)
+    assert there.bytes_of(Role.OPTIMIZER_STATE) == here.bytes_of(Role.OPTIMIZER_STATE)
 
 
 def test_what_does_not_fit_is_profiled_and_named() -> None:

@@ -31,6 +31,7 @@ from memfit.simulation.tracing.attention import (
     describe,
 )
 from memfit.simulation.tracing.autocast import CudaAutocast
+from memfit.simulation.tracing.device_questions import answer_of_card, on_meta
 from memfit.simulation.tracing.known_values import mapped
 from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
 
@@ -39,6 +40,7 @@ __all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
 META: Final = torch.device("meta")
 # Classes of tensors that do not replace torch's functions.
 _PLAIN: Final = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
+_GETTER: Final = "__get__"
 _AUTOCAST_DTYPES: Final = {
     Precision.AMP_BF16: torch.bfloat16,
     Precision.AMP_FP16: torch.float16,
@@ -62,6 +64,7 @@ class CudaSemantics(TorchFunctionMode):
         self._autocast = autocast
         self._choose_attention = choose_attention
         self.attention: dict[AttentionCall, AttentionBackend] = {}
+        self._told_of_card = False
 
     def __torch_function__(
         self,
@@ -74,6 +77,13 @@ class CudaSemantics(TorchFunctionMode):
         if not _PLAIN.issuperset(types):
             args, kwargs = mapped(_plain, (args, kwargs))
         name = getattr(func, "__name__", "")
+        if name == _GETTER:
+            answer = answer_of_card(func, args)
+            if answer is not None:
+                self._told_of_card = True
+                return answer
+        elif self._told_of_card:
+            args, kwargs = mapped(on_meta, (args, kwargs))
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
             # The meta device has no generator, and draws no random numbers.
             kwargs = kwargs | {"generator": None}
