@@ -17,7 +17,7 @@ __all__ = ["answer_of_card", "on_meta"]
 
 _CARD: Final = torch.device("cuda", 0)
 _META: Final = torch.device("meta")
-_ASKS_DEVICE: Final = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_ASKS_DEVICE: Final = torch.Tensor.device.__get__
 _ASKS_IS_META: Final = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _OWN: Final = ("torch", "memfit")
 

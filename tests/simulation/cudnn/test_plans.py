@@ -106,7 +106,7 @@ def test_a_system_without_the_frontend_says_why(monkeypatch: pytest.MonkeyPatch)
 def test_plans_have_an_order() -> None:
     """torch goes on to the next plan where a workspace finds no room; the last ones need little."""
     asked = plans()
-    in_order = []
+    in_order: list[int] = []
     while True:
         ranked = dataclasses.replace(question(), rank=len(in_order))
         num_bytes = asked.workspace_bytes(ranked)
