@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
-        (lambda model, loss: None, r"called with model, micro_batches, loss, optimizer, and <lam"),
+        (lambda model, loss: None, r"called with model, micro_batches, loss, optimizer, but <lam"),
         (3, "a function that takes model, micro_batches, loss, optimizer, not 3"),
     ],
 )
