@@ -17,13 +17,22 @@ from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
 from memfit.records import Averaging, Engine, Evaluation, Precision
 
-__all__ = ["Given", "models_argument", "parse_model_kwargs", "shared_options"]
+__all__ = [
+    "Given",
+    "models_argument",
+    "optional_models_argument",
+    "parse_model_kwargs",
+    "shared_options",
+]
 
 _Command = Callable[..., Any]
 _Options = Mapping[str, Callable[[_Command], _Command]]
 
 models_argument = click.argument(
     "models", metavar="MODEL...", nargs=-1, required=True, shell_complete=complete_models
+)
+optional_models_argument = click.argument(
+    "models", metavar="MODEL...", nargs=-1, shell_complete=complete_models
 )
 
 

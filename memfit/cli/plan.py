@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import Given, models_argument, shared_options
+from memfit.cli.options import Given, optional_models_argument, shared_options
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -26,11 +26,13 @@ from memfit.cli.output import (
 )
 from memfit.cli.scripts import is_script, plan_script
 from memfit.cli.subjects import name_of, subject_of
+from memfit.cli.train_args import changes_for, given_by, require_models
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
 
 if TYPE_CHECKING:
     from memfit.cli.subjects import Subject
+    from memfit.integrations.train_args import TrainArguments
     from memfit.records import Exploration
 
 __all__ = ["plan"]
@@ -48,14 +50,15 @@ def _as_typed(text: str) -> int | float | str:
 
 
 @click.command(short_help="Turn a target batch size into micro-batches that fit.")
-@models_argument
+@optional_models_argument
 @click.option(
     "--effective-batch",
     "effective_batch_size",
     type=_as_typed,
-    required=True,
     metavar="SAMPLES",
-    help="Samples in each optimizer step, over all ranks together.",
+    help=(
+        "Samples in each optimizer step, over all ranks together. Required without --train-args."
+    ),
 )
 @click.option(
     "--world-size",
@@ -85,11 +88,21 @@ def _as_typed(text: str) -> int | float | str:
     type=click.Choice(_TRAINERS),
     help=("Print the lines to paste or run for this trainer. The report goes to standard error."),
 )
+@click.option(
+    "--train-args",
+    metavar="ARGUMENTS",
+    help=(
+        "The arguments of timm's train.py, in quotes, in place of a model and of the step's "
+        "options. The flags to change are printed below the plan."
+    ),
+)
 @shared_options()
 @html_option
 @plot_option
 @format_options
+@click.pass_context
 def plan(
+    context: click.Context,
     *,
     models: tuple[str, ...],
     effective_batch_size: Any,
@@ -97,6 +110,7 @@ def plan(
     objective: str,
     explore: bool,
     trainer: str | None,
+    train_args: str | None,
     given: Given,
     html: Path | None,
     plot: Path | None,
@@ -114,6 +128,12 @@ def plan(
 
         memfit plan --effective-batch 1024 -- python train.py --batch-size {} --steps {steps}
     """
+    read = None
+    if train_args is not None:
+        read, given = given_by(train_args, context, given, models=models)
+        models = (read.model,)
+        effective_batch_size = read.samples_per_step(effective_batch_size, world_size)
+    require_models(models, effective_batch_size)
     if is_script(models):
         plan_script(
             models,
@@ -171,6 +191,7 @@ def plan(
                 **target,
             )
 
+    shown.arguments = read
     found = _planned(subjects, ask, explored if explore else None, shown=shown, html=html)
     if html is not None:
         write(html, _page(found[0]))
@@ -248,6 +269,7 @@ class _Shown:
         # Lines for a trainer are pasted or piped, so nothing else goes to standard output.
         self._console = Console(stderr=trainer is not None)
         self._is_first = True
+        self.arguments: TrainArguments | None = None
 
     def plan(self, result: Plan | PlanSurvey) -> None:
         """Show a plan, or the plans for several cards."""
@@ -260,6 +282,9 @@ class _Shown:
             self._console.print(
                 render(result) if isinstance(result, Plan) else render_survey(result)
             )
+            if self.arguments is not None and isinstance(result, Plan):
+                for line in changes_for(result, self.arguments):
+                    self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def exploration(self, exploration: Exploration, *, alone: bool = False) -> None:
         """Show what else would fit; `alone` if there is no plan to show with it."""

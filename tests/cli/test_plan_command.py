@@ -238,3 +238,33 @@ def test_several_models_are_planned_for_one_after_another() -> None:
     refused = run(*models, "--emit", "timm")
     assert refused.exit_code == 2
     assert "--emit shows one model, but 2 were given" in refused.stderr
+
+
+def test_train_pys_arguments_are_planned_and_the_flags_to_change_printed() -> None:
+    """The effective batch is that of the arguments, unless another one is given."""
+    place = ("--gpu", "any", "--memory", "1GiB")
+    arguments = "--model test_vit --img-size 96 --opt adamw --mixup 0.2 -b 2000"
+    result = run("--train-args", arguments, *place, "--max-batch-size", "500")
+    assert result.exit_code == 0, result.output
+    assert "Change train.py's arguments: --batch-size 500 --grad-accum-steps 4" in result.stdout
+    assert "Mixup and cutmix are not in the trials" in result.stdout
+    result = run("--train-args", arguments, "--effective-batch", "8", *place)
+    assert "Change train.py's arguments: --batch-size 8 --grad-accum-steps 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "Name a model, such as resnet50, or give --train-args"),
+        (("test_vit",), "Give --effective-batch"),
+        (("test_vit", "--train-args", "-b 8"), "--train-args has the model: leave test_vit out"),
+        (("--train-args", "-b 8", "--fused"), "has the step's options: leave --fused out"),
+    ],
+)
+def test_a_plan_needs_one_model_and_one_effective_batch(
+    arguments: tuple[str, ...], says: str
+) -> None:
+    """The sentence says what to give, or what to leave out."""
+    result = run(*arguments, "--gpu", "t4")
+    assert result.exit_code == 2
+    assert says in result.stderr
