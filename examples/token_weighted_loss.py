@@ -74,7 +74,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     workload = memfit.Workload(model, make_batch, loss, optimizer)
     plan = memfit.plan(
-        workload, EFFECTIVE_BATCH, gpu="any", memory="480MiB", precision="fp32", max_batch_size=8
+        workload, EFFECTIVE_BATCH, gpu="any", memory="1GiB", precision="fp32", max_batch_size=8
     )
     print(f"{EFFECTIVE_BATCH} = {' + '.join(map(str, plan.micro_batch_sizes))}")
     batch = make_batch(EFFECTIVE_BATCH)
