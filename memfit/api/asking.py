@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from typing_extensions import Unpack
 
-from memfit.api.cards import Cards, engine_for_several, engine_of, source_of
+from memfit.api.cards import Cards
 from memfit.api.steps import (
     Subject,
     SubjectKeywords,
@@ -23,6 +23,7 @@ from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchOptions
 from memfit.records import Engine, Source
+from memfit.rehearsal.engines import engine_for_several, engine_of, source_of
 from memfit.step.training_step import TrainingStep
 from memfit.units import parse_bytes
 

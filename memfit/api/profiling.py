@@ -13,7 +13,7 @@ import torch
 from typing_extensions import Unpack
 
 from memfit.api.asking import check_place
-from memfit.api.cards import Cards, engine_of
+from memfit.api.cards import Cards
 from memfit.api.progress import StageProgress, watched
 from memfit.api.steps import Subject, SubjectKeywords, cards_instead, describe, own_device, taken
 from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
@@ -31,6 +31,7 @@ from memfit.profiling import (
     profile_gpu,
 )
 from memfit.records import Engine, MemoryProfile, Source
+from memfit.rehearsal.engines import engine_of
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload

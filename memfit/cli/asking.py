@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from memfit.cards import find_gpu
+from memfit.cards import ANY_GPU, find_gpu
 from memfit.cli.options import Given
+from memfit.cli.subjects import is_place
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.records import PlanSurvey, Record, Survey
+from memfit.records import Engine, PlanSurvey, Record, Survey
+from memfit.rehearsal.activate import load_without_card
+from memfit.rehearsal.engines import engine_of
 from memfit.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -26,13 +29,14 @@ __all__ = ["ask_each", "cards_for", "check_single", "refuse_unfit", "under_way"]
 _Found = TypeVar("_Found")
 
 
-def cards_for(given: Given) -> tuple[str, ...]:
+def cards_for(given: Given, models: Sequence[str]) -> tuple[str, ...]:
     """Return the cards to try, and tell the user if none was named.
 
     Names and sizes are checked before torch is imported, which takes seconds.
 
     Args:
         given: The options that the user gave.
+        models: The models to try, as the user named them.
 
     Returns:
         Names of the catalogue; empty if a device is measured.
@@ -44,6 +48,7 @@ def cards_for(given: Given) -> tuple[str, ...]:
     for name in given.gpus:
         find_gpu(name, total_bytes=memory_bytes)
     if given.gpus or given.device is not None:
+        _fork_ahead(given, models)
         return given.gpus
     from memfit import api
 
@@ -56,6 +61,30 @@ def cards_for(given: Given) -> tuple[str, ...]:
             err=True,
         )
     return cards
+
+
+def _fork_ahead(given: Given, models: Sequence[str]) -> None:
+    """Import torch once for this process and the one that rehearses, if the latter will be needed.
+
+    A user's own workload may look for a GPU of this machine, so it keeps a torch of its own.
+    """
+    if given.device is not None or any(map(is_place, models)):
+        return
+    engine = engine_of(given.place["engine"])
+    if engine is Engine.SIMULATE or (engine is Engine.AUTO and len(given.gpus) > 1):
+        return
+    if given.gpus[0] == ANY_GPU:
+        return
+    memory_bytes = None if given.memory is None else parse_bytes(given.memory)
+    if not load_without_card(find_gpu(given.gpus[0], total_bytes=memory_bytes)):
+        return
+    from memfit import api  # noqa: F401 - what both processes need
+    from memfit.backends.rehearsed.processes import end_forked, fork_ahead
+    from memfit.step.timm_models import import_timm
+
+    import_timm()
+    fork_ahead()
+    click.get_current_context().call_on_close(end_forked)
 
 
 def check_single(models: Sequence[str], **files: object) -> None:

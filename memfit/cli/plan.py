@@ -147,7 +147,7 @@ def plan(
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
-    cards = cards_for(given)
+    cards = cards_for(given, models)
     is_survey = given.device is None and len(cards) > 1
     if is_survey and (explore or trainer):
         option = "--explore" if explore else "--emit"

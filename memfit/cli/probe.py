@@ -71,7 +71,7 @@ def probe(
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot)
-    cards = cards_for(given)
+    cards = cards_for(given, models)
     from memfit import api
 
     asked: dict[str, Any] = {"accumulate": accumulate, **given.keywords}

@@ -81,7 +81,7 @@ def profile(
     """
     check_writable(html, plot, snapshot, baseline)
     check_picture(plot)
-    cards = cards_for(given)
+    cards = cards_for(given, (model,))
     from memfit import api
     from memfit.reports.profile import render
 

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
 else:
     Subject = Any
 
-__all__ = ["Subject", "name_of", "subject_of"]
+__all__ = ["Subject", "is_place", "name_of", "subject_of"]
 
 # "hf-hub:timm/resnet50" is a model's name. The slash tells it apart.
 _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def is_place(text: str) -> bool:
+    """Whether an argument of the command line is `package.module:function`."""
+    return _PLACE.fullmatch(text) is not None
 
 
 def subject_of(text: str) -> Subject:
@@ -40,7 +45,7 @@ def subject_of(text: str) -> Subject:
     Raises:
         WorkloadError: There is no such module or function, or it does not return a `Workload`.
     """
-    if not _PLACE.fullmatch(text):
+    if not is_place(text):
         return text
     from memfit.step.refusals import check_subject
     from memfit.step.workload import Workload

@@ -108,8 +108,9 @@ def run_search(
             progress(trials[-1])
         return trials[-1]
 
-    capacity = backend.capacity()
+    # A card's process may still be starting. The simulation does not need it.
     prediction = backend.prediction(step)
+    capacity = backend.capacity()
     # The batch size that will be recommended is tried first. If the prediction is right, only this
     # one and the sizes that prove the edge have to be tried.
     expected = _expected_recommendation(prediction, capacity.safe_bytes, options)

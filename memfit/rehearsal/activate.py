@@ -21,7 +21,14 @@ from memfit.errors import UnsupportedError, UsageError
 from memfit.rehearsal.build import LIBRARY, NVML_LIBRARY, library_folder
 from memfit.units import parse_bytes
 
-__all__ = ["CARD_VARIABLE", "MAX_GPUS", "check_supported", "rehearse", "rehearsed_environment"]
+__all__ = [
+    "CARD_VARIABLE",
+    "MAX_GPUS",
+    "check_supported",
+    "load_without_card",
+    "rehearse",
+    "rehearsed_environment",
+]
 
 CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 """The environment variable from which the device reads the card."""
@@ -68,9 +75,30 @@ def rehearse(gpu: str, *, memory: str | int | None = None, num_gpus: int = 1) ->
             "Call memfit.rehearse before anything imports torch."
         )
     environment = rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
-    for name in _LIBRARIES:
-        ctypes.CDLL(str(library_folder() / name), mode=ctypes.RTLD_GLOBAL)
+    _load()
     os.environ.update(environment)
+
+
+def load_without_card(card: Gpu) -> bool:
+    """Put the device in front of torch in this process, and show no GPU to this process.
+
+    A fork of this process can then rehearse a card without importing torch again.
+
+    Args:
+        card: The first card that a fork will rehearse.
+
+    Returns:
+        `False` if that is not possible: torch is imported, or a card is rehearsed already, or this
+        system cannot rehearse the card.
+    """
+    if "torch" in sys.modules or CARD_VARIABLE in os.environ:
+        return False
+    try:
+        rehearsed_environment(card)
+    except (UnsupportedError, UsageError):
+        return False
+    _load()
+    return True
 
 
 def rehearsed_environment(
@@ -144,6 +172,11 @@ def check_supported(card: Gpu) -> None:
             f"A rehearsal needs a torch that is built for CUDA; torch "
             f"{importlib.metadata.version('torch')} {kind}. {_INSTEAD}"
         )
+
+
+def _load() -> None:
+    for name in _LIBRARIES:
+        ctypes.CDLL(str(library_folder() / name), mode=ctypes.RTLD_GLOBAL)
 
 
 def _settings(card: Gpu, *, num_gpus: int, others_bytes: int) -> str:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from memfit.errors import NotSimulatedError, UnknownModelError, UnsupportedError, UsageError
 from memfit.memory.collector import collector_paused
 from memfit.records import StepOptions
+from memfit.step.unfilled import UnfilledWeights
 from memfit.units import parse_image_size
 
 if TYPE_CHECKING:
@@ -239,7 +240,8 @@ def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Mod
     if device.type == "meta":
         # A model that computes with tensors while it is built cannot be built without values. It
         # raises one of these errors, and is built with values below.
-        with contextlib.suppress(NotImplementedError, UsageError), device:
+        # Filling a meta tensor does nothing, and takes time.
+        with contextlib.suppress(NotImplementedError, UsageError), device, UnfilledWeights():
             return _created(name, options)
     return _created(name, options)
 

@@ -1,7 +1,7 @@
 """Builds models without random weights, for a device that does not compute with them.
 
-Drawing the weights of a large model takes seconds on a CPU. A rehearsed card computes nothing, so
-its weights can be anything.
+Drawing the weights of a large model takes seconds on a CPU, and so does copying them. A rehearsed
+card computes nothing, so its weights can be anything.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["UnfilledWeights"]
@@ -31,15 +32,37 @@ _LARGE = 2**14  # elements; smaller ones cost nothing, and may be more than weig
 
 
 class UnfilledWeights(TorchFunctionMode):
-    """In the block, do not fill large floating-point tensors with random numbers."""
+    """In the block, large floating-point tensors are not filled, and not copied to a device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Return a tensor unchanged instead of filling it."""
+        """Return a tensor unchanged instead of filling it, and a new one instead of a copy."""
         keywords = kwargs or {}
         if func in _FILLS or func in _ARITHMETIC:
             filled = args[0] if args else keywords["tensor"]
             if filled.is_floating_point() and filled.numel() >= _LARGE:
                 return filled
+        elif func is torch.Tensor.to and _is_moved_weight(*args, **keywords):
+            return torch.empty_like(args[0], device=args[1])
         return func(*args, **keywords)
+
+
+def _is_moved_weight(
+    weight: torch.Tensor, device: Any = None, dtype: Any = None, *_: Any, **named: Any
+) -> bool:
+    """Whether `Module.to` moves a large weight from the CPU to a device, and changes nothing else.
+
+    The copy would have to read and write all of it. The allocation is the same without.
+    """
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.is_floating_point()
+        and weight.is_contiguous()
+        and weight.numel() >= _LARGE
+        and isinstance(device, torch.device)
+        and device.type != "cpu"
+        and dtype is None
+        and not named
+    )

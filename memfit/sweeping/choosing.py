@@ -12,13 +12,13 @@ from typing_extensions import Unpack
 
 from memfit.accuracies import Accuracy, accuracies, accuracy_source, best_of
 from memfit.api.asking import Asked, SearchKeywords
-from memfit.api.cards import engine_for_several, source_of
 from memfit.api.progress import StageProgress, watched
 from memfit.backends import Backend
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, MemfitError
 from memfit.planning import PlanTarget, plan_on
 from memfit.records import Choice, ChoiceRow, Engine, Plan, StepOptions
+from memfit.rehearsal.engines import engine_for_several, source_of
 from memfit.step.timm_models import import_timm
 from memfit.sweeping.running import answered, cards_named, cards_of, pool_for
 from memfit.sweeping.selection import Selected, select

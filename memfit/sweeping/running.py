@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol, TypeVar
 from typing_extensions import Unpack
 
 from memfit.api.asking import Asked, SearchKeywords
-from memfit.api.cards import engine_for_several
 from memfit.api.progress import StageProgress, watched
 from memfit.cards import ANY_GPU, COMMON_GPUS, Gpu, find_gpu
 from memfit.errors import UsageError
 from memfit.records import ChoiceRow, Engine, Precision, Sweep, SweepRow
+from memfit.rehearsal.engines import engine_for_several
 from memfit.sweeping.cluster import RayPool
 from memfit.sweeping.journal import Journal, default_path
 from memfit.sweeping.selection import Selected, select

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memfit
 from memfit.api.asking import Answer, Asked
-from memfit.api.cards import engine_for_several, source_of
 from memfit.backends import Backend
 from memfit.cards import find_gpu
 from memfit.errors import MemfitError
 from memfit.planning import run_search
 from memfit.records import ProbeResult, StepOptions, SweepRow, Trial
+from memfit.rehearsal.engines import engine_for_several, source_of
 from memfit.step.calling import call_model
 from memfit.step.timm_models import import_timm
 from memfit.step.training_step import TrainingStep

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,3 +260,24 @@ def test_a_mistyped_card_is_refused_before_torch_is_imported() -> None:
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.rehearses
+def test_models_on_a_rehearsed_card_import_torch_once() -> None:
+    """The command line and the process that rehearses share the import; the answers are proved."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "memfit", "probe", "test_vit", "test_resnet"),
+            *("--gpu", "rtx3060", "--memory", "600MiB", "--json"),
+        ],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)["results"]
+    assert [result["subject"] for result in found] == ["test_vit", "test_resnet"]
+    assert all(result["source"] == "rehearsed" and result["edge_found"] for result in found)
+    assert len(re.findall(r"\| torch$", done.stderr, flags=re.MULTILINE)) == 1

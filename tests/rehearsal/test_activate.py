@@ -52,6 +52,36 @@ print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=Tr
 
 
 @pytest.mark.rehearses
+def test_without_a_card_this_process_sees_none_and_its_forks_see_theirs() -> None:
+    """The device is in front of torch. Each fork rehearses the card that its environment names."""
+    script = """
+import os, sys
+from memfit.cards import find_gpu
+from memfit.rehearsal.activate import load_without_card, rehearsed_environment
+cards = [find_gpu(name) for name in ("rtx3060", "rtx4090")]
+assert load_without_card(cards[0])
+import torch
+assert not load_without_card(cards[0])
+for card in cards:
+    if not os.fork():
+        os.environ.update(rehearsed_environment(card))
+        print(torch.zeros(1, device="cuda").device, torch.cuda.get_device_name(), flush=True)
+        os._exit(0)
+    os.wait()
+print(torch.cuda.is_available(), torch.cuda.device_count())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines() == [
+        "cuda:0 NVIDIA GeForce RTX 3060",
+        "cuda:0 NVIDIA GeForce RTX 4090",
+        "False 0",
+    ]
+
+
+@pytest.mark.rehearses
 def test_after_torch_it_is_too_late() -> None:
     """After `import torch`, the call raises an error of one sentence and changes nothing."""
     before = dict(os.environ)

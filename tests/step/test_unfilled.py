@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -31,3 +32,25 @@ def test_small_tensors_and_whole_numbers_are_filled() -> None:
     with UnfilledWeights():
         assert torch.zeros(10).uniform_(1, 2).min() >= 1
         assert torch.zeros(2**15, dtype=torch.long).add_(3).min() == 3
+
+
+@pytest.mark.gpu
+def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> None:
+    """It takes the same bytes there, and what may be more than weights has its values."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(3)
+    before = torch.cuda.memory_allocated()
+    with UnfilledWeights():
+        model.to("cuda")
+    taken = torch.cuda.memory_allocated() - before
+    assert {value.device.type for value in model.state_dict().values()} == {"cuda"}
+    assert model[0].weight.is_leaf
+    assert model[0].weight.requires_grad
+    assert model[0].bias.cpu().eq(3).all()
+    assert model[1].running_var.cpu().eq(1).all()
+    copied = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512))
+    before = torch.cuda.memory_allocated()
+    copied.to("cuda")
+    assert torch.cuda.memory_allocated() - before == taken

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfit.backends.card_capacity import card_capacity
 from memfit.backends.crossing import ChildTraceback
 from memfit.backends.protocol import Prediction, SimulatedGpu, predicted
 from memfit.backends.rehearsed.parcel import packed
+from memfit.backends.rehearsed.processes import ServerProcess, new_process, taken
 from memfit.backends.rehearsed.server import Answer, Call, End, Open
 from memfit.cards import Gpu
 from memfit.errors import StepCrashedError
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["RehearsalServers", "RehearsedBackend"]
 
 _Returned = TypeVar("_Returned")
-_SERVER = "from memfit.backends.rehearsed.server import main; main()"
 # What a card has that shows what a step needs: more than any step.
 _ROOMY_BYTES = 4 * TIB
 
@@ -42,8 +39,8 @@ class RehearsalServers:
 
     def __init__(self, environment: Callable[[Gpu], Mapping[str, str]]) -> None:
         self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._server: ServerProcess | None = None
+        self._is_serving = False
         self._steps: list[TrainingStep] = []
         self._parcels: set[int] = set()
 
@@ -53,16 +50,10 @@ class RehearsalServers:
 
     def __exit__(self, *exc_info: object) -> None:
         """End the process."""
-        connection, process = self._connection, self._process
-        self._connection = self._process = None
-        if connection is not None:
-            connection.close()
-        if process is not None:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        server = self._server
+        self._server = None
+        if server is not None and (self._is_serving or not taken(server)):
+            server.end()
 
     def start(self, card: Gpu) -> None:
         """Start the process, so that it is ready when the first card is asked for.
@@ -70,23 +61,14 @@ class RehearsalServers:
         Raises:
             UnsupportedError: This system cannot rehearse the card.
         """
-        if self._process is not None:
-            return
-        environment = self._environment(card)
-        self._connection, theirs = Pipe()
-        descriptor = theirs.fileno()
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-            [sys.executable, "-c", _SERVER, str(descriptor)],
-            env={**os.environ, **environment},
-            pass_fds=(descriptor,),
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
+        if self._server is None:
+            self._server = new_process(self._environment(card))
 
     def open(self, card: Gpu, *, memory_bytes: int | None = None) -> None:
         """Have a fresh process serve a card."""
         self.start(card)
         self._parcels.clear()
+        self._is_serving = True
         self._send(
             Open(
                 environment=self._environment(card),
@@ -120,11 +102,12 @@ class RehearsalServers:
 
     def close(self) -> None:
         """End the process that serves the card."""
-        if self._connection is None:
+        if self._server is None:
             return
         with contextlib.suppress(StepCrashedError):
             self._send(End())
             self._receive()
+            self._is_serving = False
 
     def _parcel_of(self, step: TrainingStep | None) -> tuple[int | None, bytes | None]:
         if step is None:
@@ -142,25 +125,24 @@ class RehearsalServers:
         return number, parcel
 
     def _send(self, request: Open | Call | End) -> None:
-        assert self._connection is not None
+        assert self._server is not None
         try:
-            self._connection.send(request)
+            self._server.connection.send(request)
         except (OSError, EOFError) as error:
             raise self._died() from error
 
     def _receive(self) -> Answer:
-        assert self._connection is not None
+        assert self._server is not None
         try:
-            answer = self._connection.recv()
+            answer = self._server.connection.recv()
         except (OSError, EOFError) as error:
             raise self._died() from error
         assert isinstance(answer, Answer)
         return answer
 
     def _died(self) -> StepCrashedError:
-        process = self._process
-        code = None if process is None else process.poll()
-        self.__exit__()
+        server, self._server = self._server, None
+        code = None if server is None else server.end()
         return StepCrashedError(
             "The process that rehearses the step ended in the middle of it"
             + (f" with code {code}." if code is not None else ".")
@@ -273,7 +255,8 @@ class RehearsedBackend:
         return self._counterpart
 
     def __enter__(self) -> RehearsedBackend:
-        """Return the backend; the card's process starts when it is first asked."""
+        """Return the backend. The card's process already starts CUDA."""
+        self._open()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -281,10 +264,13 @@ class RehearsedBackend:
         self._close()
 
     def _call(self, function: str, step: TrainingStep | None = None, *arguments: Any) -> Any:
+        self._open()
+        return self._servers.call(function, step, *arguments)
+
+    def _open(self) -> None:
         if not self._is_open:
             self._servers.open(self._card)
             self._is_open = True
-        return self._servers.call(function, step, *arguments)
 
     def _close(self) -> None:
         if self._is_open:

@@ -7,6 +7,7 @@ side.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -17,7 +18,9 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-__all__ = ["Answer", "Call", "End", "Open", "main"]
+from memfit.memory.collector import collector_paused
+
+__all__ = ["Answer", "Call", "End", "Open", "main", "serve"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,23 +70,33 @@ class Answer:
 
 
 def main() -> None:
-    """Serve until the other side is gone."""
+    """Serve in a new Python, until the other side is gone."""
+    # What every card needs, imported once.
+    with collector_paused(for_good=True):
+        for name in ("torch", "timm", "memfit.backends.cuda"):
+            importlib.import_module(name)
+    with contextlib.suppress(EOFError, ConnectionError):
+        serve(Connection(int(sys.argv[1])))
+    # A normal exit would first clean up torch, which takes seconds.
+    os._exit(0)
+
+
+def serve(connection: Connection) -> None:
+    """Serve one card after another, until the other side is gone.
+
+    Raises:
+        EOFError: The other side is gone.
+        ConnectionError: The same.
+    """
     # Ctrl-C is for the process that asked; this one ends with its connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[1]))
-    # What every card needs, imported once.
-    for name in ("torch", "timm", "memfit.backends.cuda"):
-        importlib.import_module(name)
-    try:
-        while True:
-            request = connection.recv()
-            assert isinstance(request, Open)
-            pid = os.fork()
-            if pid == 0:
-                _serve(connection, request)
-            os.waitpid(pid, 0)
-    except (EOFError, ConnectionError):
-        return
+    while True:
+        request = connection.recv()
+        assert isinstance(request, Open)
+        pid = os.fork()
+        if pid == 0:
+            _serve(connection, request)
+        os.waitpid(pid, 0)
 
 
 def _serve(connection: Connection, opening: Open) -> None:

@@ -99,8 +99,7 @@ static void choose_devices(const char *names) {
 }
 
 static void read_card(void) {
-    const char *settings = getenv("MEMFIT_REHEARSED_CARD");
-    if (!settings) settings = "";
+    const char *named = getenv("MEMFIT_REHEARSED_CARD"), *settings = named ? named : "";
     Card *c = &the_card;
     char value[64];
     if (!value_of(settings, "name", c->name, sizeof c->name))
@@ -115,7 +114,7 @@ static void read_card(void) {
     c->others_bytes = number_of(settings, "others_bytes", 0);
     c->kept_bytes = number_of(settings, "kept_bytes", 512 * MIB);
     c->multiprocessors = (int)number_of(settings, "multiprocessors", 82);
-    c->num_installed = (int)number_of(settings, "num_gpus", 1);
+    c->num_installed = (int)number_of(settings, "num_gpus", named ? 1 : 0); /* loaded with no card: none */
     if (c->num_installed > MAX_DEVICES) c->num_installed = MAX_DEVICES;
     choose_devices(getenv("CUDA_VISIBLE_DEVICES"));
     int capability = 10 * c->major + c->minor, at = 0, last = sizeof CAPABILITIES / sizeof *CAPABILITIES;
@@ -134,6 +133,7 @@ static void read_card(void) {
     c->memory_clock_khz = (int)number_of(settings, "memory_clock_khz", 9751000);
     c->bus_bits = (int)number_of(settings, "bus_bits", 384);
     pthread_atfork(before_fork, after_fork, in_child);
+    end_quietly();
 }
 
 const Card *card(void) {

@@ -75,6 +75,8 @@ typedef struct {
 /* card.c */
 const Card *card(void);  /* read once, at the first call */
 int cuda_version(void);  /* 13020 for CUDA 13.2: that of the libcudart that torch brought */
+/* Of ending.c: have the process end without a word. */
+void end_quietly(void);
 void device_lock(void);  /* not recursive */
 void device_unlock(void);
 int is_forked(void);     /* true in a child of a process that used a device: nothing works there */
