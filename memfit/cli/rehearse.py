@@ -7,12 +7,16 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Rehearsal, RehearsalEnd
+
+if TYPE_CHECKING:
+    from memfit.rehearsal.ranks import LoneRank
 
 __all__ = ["ranks_of", "rehearse"]
 
@@ -43,6 +47,13 @@ _RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
     ),
 )
 @click.option(
+    "--world-size",
+    type=int,
+    metavar="RANKS",
+    help="Rehearse one rank of a training run with so many, without torchrun.",
+)
+@click.option("--rank", type=int, help="Which rank --world-size rehearses.  [default: 0]")
+@click.option(
     "--steps",
     "num_steps",
     type=click.IntRange(min=1),
@@ -70,6 +81,8 @@ def rehearse(
     gpus: tuple[str, ...],
     memory: str | None,
     num_gpus: int | None,
+    world_size: int | None,
+    rank: int | None,
     num_steps: int,
     whole: bool,
     html: Path | None,
@@ -101,7 +114,8 @@ def rehearse(
         raise UsageError("--html and --snapshot show one card. Give one --gpu.")
     total_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
-    count = num_gpus or ranks_of(command)
+    lone_rank = _lone_rank(command, rank, world_size, num_gpus)
+    count = num_gpus or (ranks_of(command) if lone_rank is None else lone_rank.gpus_of_node)
     environments = [
         rehearsed_environment(card, num_gpus=count, environment=os.environ) for card in cards
     ]
@@ -114,6 +128,7 @@ def rehearse(
             is_whole=whole,
             keeps_history=html is not None or snapshot is not None,
             output=Output.STANDARD_ERROR if as_json else Output.OWN,
+            lone_rank=lone_rank,
         )
         for card, environment in zip(cards, environments, strict=True)
     ]
@@ -135,6 +150,23 @@ def rehearse(
         shown = render(rehearsals[0]) if len(rehearsals) == 1 else render_several(rehearsals)
         Console().print(shown, soft_wrap=False)
     sys.exit(_exit_code(rehearsals))
+
+
+def _lone_rank(
+    command: tuple[str, ...], rank: int | None, world_size: int | None, num_gpus: int | None
+) -> LoneRank | None:
+    from memfit.rehearsal.ranks import LoneRank
+
+    if world_size is None:
+        if rank is not None:
+            raise UsageError("--rank says which rank of --world-size is rehearsed. Give both.")
+        return None
+    if any(_RANKS.fullmatch(word) for word in command):
+        raise UsageError(
+            "The command starts its ranks itself. Leave out --world-size, or give the script "
+            "without torchrun."
+        )
+    return LoneRank(rank=rank or 0, world_size=world_size, num_gpus=num_gpus)
 
 
 def ranks_of(command: tuple[str, ...]) -> int:

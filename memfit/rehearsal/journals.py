@@ -30,6 +30,13 @@ __all__ = ["Report", "read_reports"]
 _PHASES: Final = ("setup", "data", "forward", "backward", "optimizer", "evaluation")
 # GradScaler reads here whether a gradient was infinite. It reads no, as in most real steps.
 _EXPECTED: Final = (("amp/grad_scaler.py", ReadKind.NUMBER),)
+# By the bits of `libraries.h` in the device.
+_LEFT_OUT: Final = (
+    "part of the workspace of recurrent layers",
+    "the states of their dropout",
+    "the workspace of CTC loss",
+    "the workspace of batch normalization in channels_last",
+)
 # Events that show that a script went on after a shortage.
 _EVENTS: Final = ("step", "settled", "out_of_memory")
 
@@ -49,6 +56,7 @@ class Report:
         has_cuda: False if its torch is built without CUDA.
         ran_out: Whether its last error is out of memory.
         faults: The errors of the watch itself.
+        left_out: The buffers of cuDNN that were used and not counted.
     """
 
     path: Path
@@ -61,6 +69,7 @@ class Report:
     has_cuda: bool
     ran_out: bool
     faults: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 def read_reports(folder: Path) -> tuple[Report, ...]:
@@ -115,6 +124,11 @@ def _report(path: Path) -> Report:
         has_cuda=not any(of("no_cuda")),
         ran_out=ran_out,
         faults=tuple(line["message"] for line in of("fault")),
+        left_out=tuple(
+            name
+            for index, name in enumerate(_LEFT_OUT)
+            if any(line.get("left_out", 0) >> index & 1 for line in lines)
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from memfit.errors import UsageError
 from memfit.records import Capacity, Rehearsal, RehearsalEnd, RehearsedProcess, Source
 from memfit.rehearsal.children import Output, check_command, run_to_end
 from memfit.rehearsal.journals import Report, read_reports
+from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.watch.start import SETTINGS
 
 __all__ = ["History", "Rehearsed", "rehearse_command"]
@@ -59,6 +60,7 @@ def rehearse_command(
     is_whole: bool = False,
     keeps_history: bool = False,
     output: Output = Output.OWN,
+    lone_rank: LoneRank | None = None,
 ) -> Rehearsed:
     """Run a command on a card that is not there, and watch it.
 
@@ -71,6 +73,8 @@ def rehearse_command(
         is_whole: Whether the command runs to its own end instead.
         keeps_history: Whether to record the allocations of a step too.
         output: The destination of the command's output.
+        lone_rank: The rank that the command is; the others have no process. `None` if the command
+            starts its ranks itself, or has none.
 
     Raises:
         UsageError: There is no such command, or this machine has no GPU.
@@ -84,8 +88,11 @@ def rehearse_command(
             "num_steps": num_steps,
             "is_whole": is_whole,
             "keeps_history": keeps_history,
+            "lone_rank": None if lone_rank is None else (lone_rank.rank, lone_rank.world_size),
         }
-        ended = run_to_end(command, _watched(environment, settings), output=output, folder=folder)
+        ranked = {} if lone_rank is None else lone_rank.environment
+        variables = _watched({**environment, **ranked}, settings)
+        ended = run_to_end(command, variables, output=output, folder=folder)
         reports = read_reports(folder)
         processes = tuple(process for report in reports for process in report.processes)
         rehearsal = Rehearsal(
@@ -188,6 +195,12 @@ def _notes(
         yield (
             "The command compiles code. memfit cannot tell phases and modules "
             "apart in compiled code."
+        )
+    left_out = dict.fromkeys(name for report in reports for name in report.left_out)
+    if left_out:
+        yield (
+            "cuDNN does not say without a GPU how many bytes these take, so they are not counted: "
+            f"{', '.join(left_out)}."
         )
     for report in reports:
         for fault in report.faults:

@@ -68,6 +68,15 @@ def test_cards_are_one_table_and_the_smallest_decides() -> None:
         (("--", "python", "train.py"), "Name the card with --gpu"),
         (("--gpu", "rtx3060"), "Name the command to rehearse after --"),
         (("--gpu", "rtx3061", "--", "python"), "did you mean"),
+        (("--gpu", "rtx3060", "--rank", "1", "--", "python"), "--rank says which rank"),
+        (
+            ("--gpu", "rtx3060", "--world-size", "2", "--rank", "2", "--", "python"),
+            "There is no rank 2 in a world of 2",
+        ),
+        (
+            ("--gpu", "h100", "--world-size", "2", "--", "torchrun", "--nproc-per-node=2", "x.py"),
+            "The command starts its ranks itself",
+        ),
         (("--gpu", "rtx3060", "--", "pyhton", "train.py"), "There is no command 'pyhton'"),
         (
             ("--gpu", "rtx3060", "--gpu", "h100", "--html", "x.html", "--", "python"),

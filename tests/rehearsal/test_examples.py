@@ -86,6 +86,29 @@ def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
     assert shortages[0]["line"].partition(":")[0] == str(EXAMPLES / f"{name}.py")
 
 
+def test_a_lone_rank_takes_what_a_rank_of_torchrun_takes() -> None:
+    """Without torchrun and without the other rank, the peak is the same to the byte."""
+    try:
+        check_supported(find_gpu("rtx3060"))
+    except MemfitError as error:
+        pytest.skip(str(error))
+    memfit = (sys.executable, "-m", "memfit", "rehearse", "--gpu", "rtx3060", "--json")
+    found = subprocess.run(
+        [*memfit, "--world-size", "2", "--", sys.executable, str(EXAMPLES / "ddp.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert found.returncode == 0, found.stderr
+    (result,) = json.loads(found.stdout)["results"]
+    peak = result["peak"]
+    seen = (peak["requested_bytes"], peak["allocated_bytes"], peak["reserved_bytes"])
+    same = exactly if torch.__version__.startswith(PINNED) else nearly
+    assert same(seen, PEAKS["ddp"])
+    assert [process["rank"] for process in result["processes"]] == [0]
+
+
 def exactly(seen: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return seen == expected
 

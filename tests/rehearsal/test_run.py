@@ -17,6 +17,7 @@ from memfit.cards import find_gpu
 from memfit.errors import UsageError
 from memfit.records import Rehearsal, RehearsalEnd, Source
 from memfit.rehearsal.activate import rehearsed_environment
+from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.run import Rehearsed, rehearse_command
 from memfit.units import MIB
 
@@ -191,6 +192,25 @@ def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture
 
 
 @pytest.mark.rehearses
+def test_a_rank_is_alone_and_every_rank_has_its_objects(capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 3 of 4 waits for no other. Objects and flags are as if all ranks had its own."""
+    rank = LoneRank(rank=3, world_size=4)
+    words = [sys.executable, str(SCRIPTS / "lone_rank.py")]
+    variables = environment(rank.gpus_of_node)
+    found = rehearse_command(words, CARD, variables, lone_rank=rank).rehearsal
+    out, err = capfd.readouterr()
+    assert (found.end, out) == (
+        RehearsalEnd.FINISHED,
+        "True [None, None, None, None] ['settings', 3] [30] 4\n",
+    ), err
+    (process,) = found.processes
+    assert process.rank == 3
+    assert [note.partition(":")[2] for note in found.notes] == [
+        " part of the workspace of recurrent layers, the states of their dropout."
+    ]
+
+
+@pytest.mark.rehearses
 def test_what_a_command_leaves_running_is_ended() -> None:
     """Processes in a session of their own are ended too."""
     found = rehearse(TRAINING, "2", "1", "orphan")
@@ -273,7 +293,13 @@ def test_the_watch_is_not_seen_by_a_script(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.own = __file__\n", "utf-8")
     program = "import sys; print(sys.path, sys.own, sys.modules['sitecustomize'].__file__)"
     plain = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    settings = {"folder": str(tmp_path), "num_steps": 3, "is_whole": False, "keeps_history": False}
+    settings = {
+        "folder": str(tmp_path),
+        "num_steps": 3,
+        "is_whole": False,
+        "keeps_history": False,
+        "lone_rank": None,
+    }
     watched = _watched(plain, settings)
     assert json.loads(watched["MEMFIT_REHEARSAL_WATCH"]) == settings
     outputs = [

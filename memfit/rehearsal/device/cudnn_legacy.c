@@ -40,17 +40,25 @@ COMPUTES(cudnnSpatialTfGridGeneratorBackward) COMPUTES(cudnnSpatialTfGridGenerat
 COMPUTES(cudnnSpatialTfSamplerBackward) COMPUTES(cudnnSpatialTfSamplerForward)
 COMPUTES(cudnnTransformFilter) COMPUTES(cudnnTransformTensor) COMPUTES(cudnnTransformTensorEx)
 
-ANSWERS_SIZE(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize, 8)
-ANSWERS_SIZE(cudnnGetBatchNormalizationBackwardExWorkspaceSize, 10)
+/* The mode that torch takes for channels-last tensors: CUDNN_BATCHNORM_SPATIAL_PERSISTENT. */
+enum { PERSISTENT = 2 };
+#define BATCH_NORM_SIZE(name, k) \
+    API Status name(ARGUMENTS) { \
+        if ((int)a1 == PERSISTENT) leave_out(BATCH_NORM_WORKSPACE); \
+        *(size_t *)a##k = 0; \
+        return OK; \
+    }
+BATCH_NORM_SIZE(cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize, 8)
+BATCH_NORM_SIZE(cudnnGetBatchNormalizationBackwardExWorkspaceSize, 10)
 ANSWERS_SIZE(cudnnGetBatchNormalizationTrainingExReserveSpaceSize, 5)
 ANSWERS_SIZE(cudnnGetNormalizationForwardTrainingWorkspaceSize, 10)
 ANSWERS_SIZE(cudnnGetNormalizationBackwardWorkspaceSize, 12)
 ANSWERS_SIZE(cudnnGetNormalizationTrainingReserveSpaceSize, 6)
-ANSWERS_SIZE(cudnnGetCTCLossWorkspaceSize, 8)
-ANSWERS_SIZE(cudnnGetCTCLossWorkspaceSize_v8, 5)
+LEAVES_OUT_SIZE(cudnnGetCTCLossWorkspaceSize, 8, CTC_WORKSPACE)
+LEAVES_OUT_SIZE(cudnnGetCTCLossWorkspaceSize_v8, 5, CTC_WORKSPACE)
 ANSWERS_SIZE(cudnnGetReductionIndicesSize, 4)
 ANSWERS_SIZE(cudnnGetReductionWorkspaceSize, 4)
-ANSWERS_SIZE(cudnnDropoutGetStatesSize, 1)
+LEAVES_OUT_SIZE(cudnnDropoutGetStatesSize, 1, DROPOUT_STATES)
 
 LEFT_OUT(cudnnFindConvolutionBackwardDataAlgorithm)
 LEFT_OUT(cudnnFindConvolutionBackwardDataAlgorithmEx)

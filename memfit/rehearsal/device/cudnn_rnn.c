@@ -139,6 +139,7 @@ API Status cudnnGetRNNWeightParams(UNUSED const Handle *handle, const Rnn *rnn, 
 API Status cudnnGetRNNTempSpaceSizes(UNUSED const Handle *handle, const Rnn *rnn, int is_training,
                                      const RnnData *data, size_t *workspace_bytes,
                                      size_t *reserve_bytes) {
+    leave_out(RECURRENT_WORKSPACE);
     size_t units = (size_t)rnn->hidden_units * (size_t)rnn->num_directions;
     size_t steps = (size_t)data->max_length * (size_t)data->batch_size;
     size_t kept = rnn->mode == LSTM ? 5 : rnn->mode == GRU ? 6 : 1;

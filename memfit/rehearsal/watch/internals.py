@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
-__all__ = ["Internals", "frame_here", "frame_of_main_thread", "run_exit_functions"]
+__all__ = ["Distributed", "Internals", "frame_here", "frame_of_main_thread", "run_exit_functions"]
 
 _READERS = ("_cuda_memoryStats", "_accelerator_getDeviceStats")
 _RESETTERS = ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats")
@@ -98,3 +98,23 @@ class Internals:
         for leaf in self._torch.utils._pytree.tree_leaves(tree):
             if isinstance(leaf, self._torch.Tensor):
                 yield leaf
+
+
+class Distributed:
+    """The private names of `torch.distributed`.
+
+    Args:
+        c10d: The module `torch.distributed.distributed_c10d`.
+    """
+
+    def __init__(self, c10d: ModuleType) -> None:
+        self._c10d = c10d
+
+    def is_on_card(self, group: Any) -> bool:
+        """Whether a group's collectives of objects go through tensors on the card."""
+        return str(self._c10d._get_object_coll_device(group)).startswith("cuda")
+
+    def replace_rendezvous(self, rendezvous: Callable[..., Any]) -> None:
+        """Replace how a process group is made from the environment, or from an address."""
+        handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
+        handlers.update(env=rendezvous, tcp=rendezvous)

@@ -77,6 +77,11 @@ class Reads:
         register(self._callback)
         return True
 
+    def left_out(self) -> int:
+        """Return which of cuDNN's buffers were used and not counted, as bits (`libraries.h`)."""
+        bits = getattr(self._library, "memfit_rehearsal_left_out", None)
+        return 0 if bits is None else int(bits())
+
     def end(self) -> None:
         """Stop the reports of the device."""
         register = getattr(self._library, "memfit_rehearsal_on_read", None)

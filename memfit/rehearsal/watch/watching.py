@@ -26,6 +26,7 @@ from .journal import Journal
 from .lines import here
 from .modules import Modules
 from .peaks import FIGURES, Peaks
+from .ranks import replace_object_collectives, stay_alone
 from .reads import Reads
 from .start import after_import
 
@@ -50,13 +51,14 @@ class Watch:
 
     Args:
         torch: The module torch, just imported.
-        settings: `folder`, `num_steps`, `is_whole` and `keeps_history`.
+        settings: `folder`, `num_steps`, `is_whole`, `keeps_history` and `lone_rank`.
     """
 
     def __init__(self, torch: ModuleType, settings: dict[str, Any]) -> None:
         self._torch = torch
         self._num_steps: int = settings["num_steps"]
         self._is_whole: bool = settings["is_whole"]
+        self._lone_rank: tuple[int, int] | None = settings["lone_rank"]
         self._journal = Journal(settings["folder"])
         self._internals = Internals(torch)
         self._peaks = Peaks(torch, self._internals)
@@ -105,6 +107,7 @@ class Watch:
         for module, name in _OTHER_OPTIMIZERS:
             after_import(module, functools.partial(self._watch_optimizer, name=name))
         self._modules.begin()
+        after_import("torch.distributed.distributed_c10d", self._guarded(self._meet_no_rank))
         atexit.register(self._guarded(self._exits))
         os.register_at_fork(after_in_child=self._forked)
         self._watch_exit()
@@ -127,6 +130,12 @@ class Watch:
                 return None
 
         return guarded
+
+    def _meet_no_rank(self, c10d: ModuleType) -> None:
+        replace_object_collectives(c10d)
+        if self._lone_rank is not None:
+            rank, world_size = self._lone_rank
+            stay_alone(c10d, rank=rank, world_size=world_size)
 
     def _watch_exit(self) -> None:
         original = os._exit
@@ -301,6 +310,7 @@ class Watch:
             peaks=self._step_peaks,
             phases=self._phase_peaks,
             reads=self._reads.take(),
+            left_out=self._reads.left_out(),
             has_modules=self._modules.are_followed,
             **fields,
         )
@@ -326,6 +336,7 @@ class Watch:
                 "peaks": self._step_peaks,
                 "phases": self._phase_peaks,
                 "reads": self._reads.take(),
+                "left_out": self._reads.left_out(),
                 **self._rank(),
             }
             # A library may ask again and again; which request is the last is known in the end.
