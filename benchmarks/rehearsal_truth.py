@@ -1,9 +1,10 @@
 """Compare the peaks of real training steps with rehearsed ones of the same card, in one command.
 
 On a machine with a GPU, each side runs in a process of its own: one on the GPU, one rehearsed as
-that card. Requested bytes have to agree to the byte, and reserved bytes to a segment. Differences
-are listed by operator. Without a GPU, `--against-itself` rehearses both sides. That checks that the
-rehearsal repeats:
+that card. Requested bytes have to agree to the byte, and reserved bytes to a segment. A row is
+printed when both sides have it. In the end, the rows that differ are run again and listed by
+operator. Without a GPU, `--against-itself` rehearses both sides. That checks that the rehearsal
+repeats:
 
     python benchmarks/rehearsal_truth.py
     python benchmarks/rehearsal_truth.py --against-itself "RTX 3090"
@@ -22,6 +23,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +52,33 @@ BATCH_SIZES = (4, 16, 32)
 SEGMENT_BYTES = 2 * 1024**2  # the caching allocator takes memory from CUDA in multiples of this
 NUM_ITERATIONS = 3
 SHOWN_OPERATORS = 5
+SHOWN_ROWS = 6
+
+_Row = dict[str, Any]
 
 
 def main() -> None:
     """Run both sides, and print where they differ."""
     arguments = _arguments()
-    if arguments.side is not None:
-        _run_side(arguments.side, arguments.models)
+    if arguments.side:
+        _run_side(arguments.models, arguments.by_operator)
         return
     card, is_real = _card(arguments.against_itself)
     from memfit.rehearsal.activate import rehearsed_environment
 
     rehearsed = {**os.environ, **rehearsed_environment(card, environment=os.environ)}
-    sides = {"real": dict(os.environ) if is_real else rehearsed, "rehearsed": rehearsed}
-    results = _run_sides(sides, arguments)
+    sides = (dict(os.environ) if is_real else rehearsed, rehearsed)
     _print_header(card.name, is_real=is_real)
-    failed = _print_table(results["real"], results["rehearsed"])
+    pairs = []
+    for pair in _run_sides(sides, arguments.models):
+        _print_row(*pair)
+        pairs.append(pair)
+    failed = [pair[0] for pair in pairs if _differs(*pair)]
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(_kept(results, card.name), indent=1))
-    print(f"\n{failed} of {len(results['real'])} rows differ.")
+        arguments.output.write_text(json.dumps(_kept(pairs, card.name), indent=1))
+    print(f"\n{len(failed)} of {len(pairs)} rows differ.", flush=True)
+    if failed:
+        _print_operators(sides, failed[:SHOWN_ROWS])
     sys.exit(1 if failed else 0)
 
 
@@ -77,7 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--against-itself", metavar="GPU", help="rehearse both sides as this card")
     parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="MODEL")
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep the figures as JSON")
-    parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--by-operator", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -104,38 +115,64 @@ def _card(named: str | None) -> tuple[Any, bool]:
 
 
 def _run_sides(
-    sides: dict[str, dict[str, str]], arguments: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
-    files = {name: Path(f"rehearsal-truth-{name}-{os.getpid()}.json") for name in sides}
+    sides: tuple[dict[str, str], dict[str, str]], models: list[str], *options: str
+) -> Iterator[tuple[_Row, _Row]]:
+    """Run both sides at once, and yield each row when both have it."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--side", "--models", *models, *options],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for environment in sides
+    ]
     try:
-        running = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--side", files[name], "--models", *arguments.models],
-                env=environment,
-            )
-            for name, environment in sides.items()
-        ]
+        outputs = [process.stdout for process in running if process.stdout is not None]
+        for lines in zip(*outputs, strict=False):
+            real, rehearsed = map(json.loads, lines)
+            yield real, rehearsed
         if any(process.wait() for process in running):
             sys.exit("One side failed; its error is above.")
-        return {name: json.loads(file.read_text()) for name, file in files.items()}
     finally:
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 # --- one side -----------------------------------------------------------------------------------
 
 
-def _run_side(output: Path, models: list[str]) -> None:
-    rows = []
+def _run_side(models: list[str], by_operator: list[list[Any]] | None) -> None:
+    """Write a line of JSON for each row; what else is printed goes to standard error."""
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for model in models:
         settings = (*SETTINGS, *((COMPILED_SETTING,) if model in COMPILED else ()))
         for setting in settings:
-            rows += _run_setting(model, dict(setting))
-    output.write_text(json.dumps(rows))
+            sizes = _sizes_of(model, setting, by_operator)
+            for row in _run_setting(model, setting, sizes, is_by_operator=by_operator is not None):
+                print(json.dumps(row), file=lines, flush=True)
 
 
-def _run_setting(model: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
+def _sizes_of(
+    model: str, setting: dict[str, Any], by_operator: list[list[Any]] | None
+) -> tuple[int, ...]:
+    """Return the batch sizes to run: all, or those of the rows that are listed by operator."""
+    if by_operator is None:
+        return BATCH_SIZES
+    return tuple(size for size in BATCH_SIZES if [model, _text(setting), size] in by_operator)
+
+
+def _text(setting: dict[str, Any]) -> str:
+    return " ".join(name if value is True else str(value) for name, value in setting.items())
+
+
+def _run_setting(
+    model: str, setting: dict[str, Any], batch_sizes: tuple[int, ...], *, is_by_operator: bool
+) -> Iterator[_Row]:
+    if not batch_sizes:
+        return
     import torch
 
     from memfit.memory.release import release
@@ -150,8 +187,7 @@ def _run_setting(model: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
     prepared = TrainingStep(subject=model, options=StepOptions(**options)).prepare(device)
     if is_compiled:
         prepared.model = torch.compile(prepared.model)
-    rows = []
-    for batch_size in BATCH_SIZES:
+    for batch_size in batch_sizes:
         release(device)
         torch.cuda.reset_peak_memory_stats(device)
         prepared.begin()
@@ -159,24 +195,21 @@ def _run_setting(model: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
             prepared.iterate(batch_size)
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats(device)
-        operators = [] if is_compiled else _bytes_by_operator(prepared, batch_size)
+        operators = _bytes_by_operator(prepared, batch_size) if is_by_operator else []
         prepared.end()
-        rows.append(
-            {
-                "model": model,
-                "setting": " ".join(str(value) for value in setting.values()),
-                "batch_size": batch_size,
-                "requested_bytes": stats["requested_bytes.all.peak"],
-                "allocated_bytes": stats["allocated_bytes.all.peak"],
-                "reserved_bytes": stats["reserved_bytes.all.peak"],
-                "num_alloc_retries": stats["num_alloc_retries"],
-                "operators": operators,
-            }
-        )
+        yield {
+            "model": model,
+            "setting": _text(setting),
+            "batch_size": batch_size,
+            "requested_bytes": stats["requested_bytes.all.peak"],
+            "allocated_bytes": stats["allocated_bytes.all.peak"],
+            "reserved_bytes": stats["reserved_bytes.all.peak"],
+            "num_alloc_retries": stats["num_alloc_retries"],
+            "operators": operators,
+        }
     del prepared
     torch.compiler.reset()
     release(device)
-    return rows
 
 
 def _bytes_by_operator(prepared: Any, batch_size: int) -> list[tuple[str, int]]:
@@ -186,13 +219,16 @@ def _bytes_by_operator(prepared: Any, batch_size: int) -> list[tuple[str, int]]:
 
     asked: list[tuple[str, int]] = []
 
+    def requested() -> int:
+        return int(torch.cuda.memory_stats_as_nested_dict()["requested_bytes"]["all"]["allocated"])
+
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            before = torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+            before = requested()
             returned = func(*args, **(kwargs or {}))
-            after = torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+            after = requested()
             if after > before:
                 asked.append((str(func), after - before))
             return returned
@@ -219,24 +255,30 @@ def _print_header(card: str, *, is_real: bool) -> None:
     print("|---|---|---|---|---|---|---|")
 
 
-def _print_table(real: list[dict[str, Any]], rehearsed: list[dict[str, Any]]) -> int:
-    """Print a row for each step, and return how many differ."""
-    failed = []
-    for one, other in zip(real, rehearsed, strict=True):
-        requested = other["requested_bytes"] - one["requested_bytes"]
-        reserved = other["reserved_bytes"] - one["reserved_bytes"]
-        print(
-            f"| {one['model']} | {one['setting']} | {one['batch_size']} "
-            f"| {one['requested_bytes'] / 2**20:.1f} | {requested} "
-            f"| {one['reserved_bytes'] / 2**20:.0f} | {reserved / 2**20:.0f} MiB |"
-        )
-        if requested or abs(reserved) > SEGMENT_BYTES:
-            failed.append((one, other))
-    for one, other in failed:
+def _print_row(real: _Row, rehearsed: _Row) -> None:
+    requested = rehearsed["requested_bytes"] - real["requested_bytes"]
+    reserved = rehearsed["reserved_bytes"] - real["reserved_bytes"]
+    print(
+        f"| {real['model']} | {real['setting']} | {real['batch_size']} "
+        f"| {real['requested_bytes'] / 2**20:.1f} | {requested} "
+        f"| {real['reserved_bytes'] / 2**20:.0f} | {reserved / 2**20:.0f} MiB |",
+        flush=True,
+    )
+
+
+def _differs(real: _Row, rehearsed: _Row) -> bool:
+    reserved = rehearsed["reserved_bytes"] - real["reserved_bytes"]
+    return real["requested_bytes"] != rehearsed["requested_bytes"] or abs(reserved) > SEGMENT_BYTES
+
+
+def _print_operators(sides: tuple[dict[str, str], dict[str, str]], failed: list[_Row]) -> None:
+    """Run the rows that differ again, and print by operator where they do."""
+    keys = [[row["model"], row["setting"], row["batch_size"]] for row in failed]
+    models = list(dict.fromkeys(row["model"] for row in failed))
+    for one, other in _run_sides(sides, models, "--by-operator", json.dumps(keys)):
         print(f"\n{one['model']}, {one['setting']}, batch {one['batch_size']}:")
         for line in _differences(one["operators"], other["operators"])[:SHOWN_OPERATORS]:
             print(f"  {line}")
-    return len(failed)
 
 
 def _differences(real: list[list[Any]], rehearsed: list[list[Any]]) -> list[str]:
@@ -254,18 +296,15 @@ def _differences(real: list[list[Any]], rehearsed: list[list[Any]]) -> list[str]
     ] or ["every operator asked for the same: the order of blocks differs"]
 
 
-def _kept(results: dict[str, list[dict[str, Any]]], card: str) -> dict[str, Any]:
+def _kept(pairs: list[tuple[_Row, _Row]], card: str) -> dict[str, Any]:
     import torch
 
-    rows = {
-        side: [{key: value for key, value in row.items() if key != "operators"} for row in found]
-        for side, found in results.items()
-    }
     return {
         "card": card,
         "torch": torch.__version__,
         "date": f"{dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}",
-        **rows,
+        "real": [real for real, _ in pairs],
+        "rehearsed": [rehearsed for _, rehearsed in pairs],
     }
 
 

@@ -268,7 +268,7 @@ def test_models_on_a_rehearsed_card_import_torch_once() -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "memfit", "probe", "test_vit", "test_resnet"),
-            *("--gpu", "rtx3060", "--memory", "600MiB", "--json"),
+            *("--gpu", "rtx3060", "--memory", "600MiB", "--engine", "rehearse", "--json"),
         ],
         env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
         capture_output=True,
