@@ -66,7 +66,7 @@ def probe(
         memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """
     if is_script(models):
-        probe_script(models, given, as_json=output is Format.JSON)
+        probe_script(models, given, as_json=output is Format.JSON, html=html)
         return
     check_writable(html, plot)
     check_picture(plot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from click.core import ParameterSource
 
 from memfit.cli.asking import under_way
 from memfit.cli.options import Given
-from memfit.cli.output import print_json
+from memfit.cli.output import check_writable, print_json, write
 from memfit.cli.rehearse import ranks_of
 from memfit.errors import UsageError
 from memfit.records import CommandPlan, CommandProbe, Record
@@ -21,7 +22,7 @@ from memfit.units import parse_bytes
 __all__ = ["is_script", "plan_script", "probe_script"]
 
 _SHARED = ("models", "gpus", "memory", "headroom", "multiple_of", "as_json")
-_OF_PROBE = (*_SHARED, "max_batch_size")
+_OF_PROBE = (*_SHARED, "max_batch_size", "html")
 _OF_PLAN = (*_SHARED, "effective_batch_size", "world_size")
 
 
@@ -31,23 +32,36 @@ def is_script(words: tuple[str, ...]) -> bool:
     return has_place or (len(words) > 1 and shutil.which(words[0]) is not None)
 
 
-def probe_script(words: tuple[str, ...], given: Given, *, as_json: bool) -> None:
+def probe_script(
+    words: tuple[str, ...], given: Given, *, as_json: bool, html: Path | None = None
+) -> None:
     """Find the largest batch size of a command.
 
     Args:
         words: The command's words.
         given: The options that the user gave.
         as_json: Print JSON.
+        html: Write the result to this file as a page.
     """
     from memfit.rehearsal.scripts import Progress, ScriptSearch, probe_command
     from memfit.reports.rehearsal import render_probe
 
     _refuse_others(words, _OF_PROBE)
+    check_writable(html)
+    if html is not None and len(given.gpus) > 1:
+        raise UsageError("--html shows one card. Give one --gpu.")
 
     def run(search: ScriptSearch, progress: Progress) -> CommandProbe:
         return probe_command(words, search, progress=progress)
 
-    _show(_on_cards(words, run, given), render_probe, as_json=as_json)
+    found = _on_cards(words, run, given)
+    if html is not None:
+        from memfit.reports.probe_page import command_page
+
+        (only,) = found
+        write(html, command_page(only))
+        found = iter((only,))
+    _show(found, render_probe, as_json=as_json)
 
 
 def plan_script(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from memfit.records import ProbeResult, Survey, Trial
+from memfit.records import CommandProbe, ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
 from memfit.reports.probe import once_each, step_words, trial_notes, why_recommended
 from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
 from memfit.units import GIB, MIB, format_bytes
 
-__all__ = ["memory_panel", "page", "survey_page", "trials_panel"]
+__all__ = ["command_page", "memory_panel", "page", "survey_page", "trials_panel"]
 
 _FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
 
@@ -56,6 +57,49 @@ def page(result: ProbeResult) -> str:
             ),
             panels=tuple(panels),
             footer=" ".join([f"Recommended: {why_recommended(result)}.", *trial_notes(result)]),
+        )
+    )
+
+
+def command_page(found: CommandProbe) -> str:
+    """Return the batch sizes of a user's own command as one HTML document.
+
+    Args:
+        found: The result of the probe.
+    """
+    best, stand = found.max_batch_size, found.recommended_batch_size
+    usable_bytes = found.capacity.usable_bytes
+    proof = f"{best + 1} ran out of memory" if found.proved else "the search's end"
+    return render(
+        Page(
+            title=f"{shlex.join(found.command)}: the largest batch size",
+            lead=(
+                f"Train with {stand if stand is not None else 'none that keeps the headroom'}; the "
+                f"largest that fits is {best} ({proof})."
+            ),
+            warning=" ".join(note for note in found.notes if "not trust" in note) or None,
+            facts=(
+                ("Recommended", "none" if stand is None else str(stand)),
+                ("Largest", str(best)),
+                ("Device", found.device),
+                ("Usable", format_bytes(usable_bytes)),
+                ("Figures", found.source.value),
+            ),
+            panels=(
+                memory_panel(
+                    found.trials,
+                    usable_bytes=usable_bytes,
+                    largest=f"the largest that fits is {best}",
+                ),
+                trials_panel(found.trials),
+            ),
+            footer=" ".join(
+                (
+                    f"Recommended: {found.headroom:.0%} kept free, without allocator retries.",
+                    *(note for note in found.notes if "not trust" not in note),
+                    f"Each trial is a run of the command; {found.seconds:.1f} s in all.",
+                )
+            ),
         )
     )
 

@@ -28,6 +28,10 @@ TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.p
             "--memory says how much memory a card",
         ),
         (
+            ("probe", "--gpu", "t4", "--gpu", "l4", "--html", "x", "--", "python", "t.py", "{}"),
+            "--html shows one card",
+        ),
+        (
             ("plan", "--effective-batch", "64", "--gpu", "t4", "--", "python", "t.py", "{}"),
             "has no {steps} for the accumulation steps",
         ),

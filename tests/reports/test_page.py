@@ -16,6 +16,7 @@ import pytest
 from memfit.records import (
     Alternative,
     Capacity,
+    CommandProbe,
     Exploration,
     MemoryProfile,
     Outcome,
@@ -309,6 +310,41 @@ def test_a_probes_page(browser: Any, tmp_path: Path) -> None:
         ["9", "out of memory", "990 MiB", "1010 MiB", "1", "", ""],
         ["8", "fits", "900 MiB", "910 MiB", "0", "0.5", "16"],
     ]
+
+
+COMMAND = CommandProbe(
+    command=("python", "train.py", "--batch-size", "{}"),
+    device="NVIDIA GeForce RTX 3060",
+    source=Source.REHEARSED,
+    capacity=PROBE.capacity,
+    max_batch_size=8,
+    recommended_batch_size=8,
+    proved=True,
+    headroom=0.05,
+    multiple_of=1,
+    trials=tuple(
+        dataclasses.replace(trial, source=Source.REHEARSED, step_seconds=None)
+        for trial in PROBE.trials
+    ),
+    notes=("Do not trust these figures.", "A note."),
+    seconds=30.0,
+)
+
+
+@needs_browser
+def test_the_page_of_a_command(browser: Any, tmp_path: Path) -> None:
+    """It has the command, every run of it, the doubts as a warning, and no word of measuring."""
+    drawn = shown(browser, probe_page.command_page(COMMAND), tmp_path)
+    assert drawn.get_log("browser") == []
+    names = drawn.execute_script(
+        "return document.querySelector('#memory .chart').data.map((trace) => trace.name)"
+    )
+    assert names == ["fits", "ran out of memory"]
+    text = drawn.execute_script("return document.body.innerText")
+    assert "python train.py --batch-size '{}': the largest batch size" in text
+    for words in ("Do not trust these figures.", "A note.", "(9 ran out of memory)", "rehearsed"):
+        assert words in text
+    assert "measured" not in text
 
 
 @needs_browser

@@ -13,7 +13,7 @@ from memfit.reports import exploration_page, probe_page
 from memfit.reports.profile_page import page
 from memfit.units import MIB
 from reports.profiles import PROFILE
-from reports.test_page import PROBE, browser, needs_browser, shown
+from reports.test_page import COMMAND, PROBE, browser, needs_browser, shown
 
 __all__ = ["browser"]
 
@@ -23,7 +23,7 @@ OVERLAPS = (Path(__file__).parent / "overlaps.js").read_text(encoding="utf-8")
 
 @needs_browser
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
-@pytest.mark.parametrize("kind", ["profile", "probe", "survey", "exploration"])
+@pytest.mark.parametrize("kind", ["profile", "probe", "command", "survey", "exploration"])
 def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kind: str) -> None:
     """This holds for titles, ticks, the labels of lines, the legend and the toolbar."""
     long_name = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
@@ -61,6 +61,7 @@ def test_nothing_is_cut_or_covered(browser: Any, tmp_path: Path, width: int, kin
     text = {
         "profile": lambda: page(PROFILE),
         "probe": lambda: probe_page.page(PROBE),
+        "command": lambda: probe_page.command_page(COMMAND),
         "survey": lambda: probe_page.survey_page(Survey(subject="net", answers=cards)),
         "exploration": lambda: exploration_page.page(exploration),
     }[kind]()
