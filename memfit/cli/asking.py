@@ -78,7 +78,9 @@ def _fork_ahead(given: Given, models: Sequence[str]) -> None:
     memory_bytes = None if given.memory is None else parse_bytes(given.memory)
     if not load_without_card(find_gpu(given.gpus[0], total_bytes=memory_bytes)):
         return
-    from memfit import api  # noqa: F401 - what both processes need
+    # What both processes need.
+    from memfit import api  # noqa: F401
+    from memfit.backends import cuda  # noqa: F401
     from memfit.backends.rehearsed.processes import end_forked, fork_ahead
     from memfit.step.timm_models import import_timm
 
