@@ -274,7 +274,7 @@ def test_models_on_a_rehearsed_card_import_torch_once() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)["results"]

@@ -37,7 +37,8 @@ def test_small_tensors_and_whole_numbers_are_filled() -> None:
 @pytest.mark.gpu
 def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> None:
     """It takes the same bytes there, and what may be more than weights has its values."""
-    model = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512))
+    linear, norm = nn.Linear(512, 512), nn.BatchNorm1d(512)
+    model = nn.Sequential(linear, norm)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(3)
@@ -46,10 +47,11 @@ def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> Non
         model.to("cuda")
     taken = torch.cuda.memory_allocated() - before
     assert {value.device.type for value in model.state_dict().values()} == {"cuda"}
-    assert model[0].weight.is_leaf
-    assert model[0].weight.requires_grad
-    assert model[0].bias.cpu().eq(3).all()
-    assert model[1].running_var.cpu().eq(1).all()
+    assert linear.weight.is_leaf
+    assert linear.weight.requires_grad
+    assert linear.bias.cpu().eq(3).all()
+    assert norm.running_var is not None
+    assert norm.running_var.cpu().eq(1).all()
     copied = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512))
     before = torch.cuda.memory_allocated()
     copied.to("cuda")
