@@ -64,4 +64,7 @@ class LoneRank:
             "MASTER_PORT": "29500",
             # Libraries ask for this one to know whether torchrun started the process.
             "TORCHELASTIC_RUN_ID": "memfit",
+            # NCCL's monitor would look into the store of this process, and wait for Python's lock
+            # while Python waits for the monitor's end.
+            "TORCH_NCCL_ENABLE_MONITORING": "0",
         }
