@@ -86,12 +86,9 @@ def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
     assert shortages[0]["line"].partition(":")[0] == str(EXAMPLES / f"{name}.py")
 
 
+@pytest.mark.rehearses
 def test_a_lone_rank_takes_what_a_rank_of_torchrun_takes() -> None:
     """Without torchrun and without the other rank, the peak is the same to the byte."""
-    try:
-        check_supported(find_gpu("rtx3060"))
-    except MemfitError as error:
-        pytest.skip(str(error))
     memfit = (sys.executable, "-m", "memfit", "rehearse", "--gpu", "rtx3060", "--json")
     found = subprocess.run(
         [*memfit, "--world-size", "2", "--", sys.executable, str(EXAMPLES / "ddp.py")],

@@ -196,7 +196,7 @@ def test_a_rank_is_alone_and_every_rank_has_its_objects(capfd: pytest.CaptureFix
     """Rank 3 of 4 waits for no other. Objects and flags are as if all ranks had its own."""
     rank = LoneRank(rank=3, world_size=4)
     words = [sys.executable, str(SCRIPTS / "lone_rank.py")]
-    variables = environment(rank.gpus_of_node)
+    variables = rehearsed_environment(CARD, num_gpus=rank.gpus_of_node)
     found = rehearse_command(words, CARD, variables, lone_rank=rank).rehearsal
     out, err = capfd.readouterr()
     assert (found.end, out) == (
