@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.rehearses
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_what_needs_a_gpu_passes_rehearsed() -> None:
     """They run in one process, without those marked `computes` or `long`."""
