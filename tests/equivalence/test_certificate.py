@@ -28,6 +28,30 @@ class Rolled(nn.Module):
         return 0.7 * x + 0.3 * x.roll(1, 0)
 
 
+class Flipped(nn.Module):
+    """Mixup of the first sample with the last, the second with the last but one, and so on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.flip(0)[:, :3], x[:, 3:]], dim=1)
+
+
+class _TimesSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * len(grads[0])
+
+
+class TimesSamples(nn.Module):
+    """Multiplies gradients by the batch size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _TimesSamples.apply(x)  # type: ignore[no-any-return]
+
+
 class Permuted(nn.Module):
     """Mixup of random pairs, only in training mode."""
 
@@ -110,6 +134,8 @@ class InPlace(nn.Module):
 
 PIECES: dict[str, Callable[[], nn.Module]] = {
     "roll": Rolled,
+    "flip": Flipped,
+    "times samples": TimesSamples,
     "permutation": Permuted,
     "place": Placed,
     "noise": Noisy,
@@ -155,6 +181,14 @@ def _two(o: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> dict[str, torch.T
 
 def _summed(o: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _ignoring(o, y, w) + 2 * _by_sample(o, y, w)
+
+
+def _looped(o: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    total = o.sum() * 0
+    for output, target, weight in zip(o, y.clamp(min=0), w, strict=True):
+        total = total + F.cross_entropy(output[None], target[None]) / len(o)
+        total = total + weight * output.square().sum() / w.sum()
+    return total
 
 
 def _ranked(o: torch.Tensor, _y: torch.Tensor, _w: torch.Tensor) -> torch.Tensor:
@@ -203,12 +237,13 @@ LOSSES: dict[str, tuple[Callable[..., Any], tuple[Callable[..., float] | None, .
     "by sample": (_by_sample, (lambda _y, w: float(w.double().sum()),)),
     "two": (_two, (_valid, _size)),
     "summed": (_summed, (_size,)),
+    "looped": (_looped, (_size,)),
     "ranked": (_ranked, (_size,)),
     "contrasted": (_contrasted, (_size,)),
     "centred": (Centred(), (_size,)),
     "detected": (_detected, (lambda y, _w: float((y > 0).sum().clamp(min=1)),)),
 }
-ORDERED = {"roll", "place", "ranked"}
+ORDERED = {"roll", "flip", "place", "ranked"}
 
 
 def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
