@@ -25,6 +25,9 @@ def test_the_defaults_are_those_of_train_py() -> None:
         "prefetch": 1,
     }
     assert read.remarks == ()
+    assert read.samples_per_step(None, 2) == 256
+    assert read.samples_per_step(64, 2) == 64
+    assert read.changes(128, 1).startswith("train.py's arguments fit as they are")
 
 
 def test_a_recipe_is_read_whole() -> None:
