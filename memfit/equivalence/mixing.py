@@ -161,15 +161,16 @@ def _mixing_layers(model: nn.Module, one: Exchange, close: float) -> tuple[Mixin
 def judged_again(
     found: Mapping[str, _Found], by_outputs: Mapping[str, _Found], inside: frozenset[str]
 ) -> dict[str, _Found]:
-    """Return what was found, with some layers judged by their outputs alone.
+    """Return what was found, in its order, with some layers judged by their outputs alone.
 
     Args:
         found: What was found of each layer.
         by_outputs: The same of a run that judged layers by their outputs.
         inside: The layers that are taken from `by_outputs`, where they may be missing.
     """
-    kept = {name: one for name, one in found.items() if name not in inside}
-    return kept | {name: one for name, one in by_outputs.items() if name in inside}
+    judged = {name: one for name, one in by_outputs.items() if name in inside}
+    kept = {name: one for name, one in found.items() if name not in inside or name in judged}
+    return kept | judged
 
 
 def named_layers(model: nn.Module, moved: Mapping[str, float]) -> tuple[MixingLayer, ...]:

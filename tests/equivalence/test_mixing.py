@@ -45,6 +45,23 @@ class HeadsFirst(nn.Module):
         return back
 
 
+class NormedAndActive(nn.BatchNorm1d):
+    """Batch normalisation with an activation in it, as timm has it."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.act = nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))  # type: ignore[no-any-return]
+
+
+def test_layers_are_named_in_the_order_of_first_appearance() -> None:
+    """This holds too if one of them passes mixed values to a layer inside it."""
+    model = nn.Sequential(NormedAndActive(), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+    assert mixers_of(model, WIDTH) == ["0", "2"]
+
+
 class Centred(nn.Module):
     """Mixes samples between its layers, so that no name of a layer shows it."""
 
