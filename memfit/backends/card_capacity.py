@@ -20,15 +20,14 @@ def card_capacity(gpu: Gpu, source: Source) -> Capacity:
         source: How trials on it are run.
     """
     held = gpu.context_range_bytes
-    context = format_bytes(gpu.context_bytes)
-    if held is not None:
-        context = f"about {context} ({' to '.join(map(format_bytes, held))} on similar cards)"
+    about = "" if gpu.context_origin.startswith("measured") else "about "
+    seen = "" if held is None else f", {' to '.join(map(format_bytes, held))} on similar cards"
     return Capacity(
         usable_bytes=gpu.usable_bytes,
         total_bytes=gpu.total_bytes,
         origin=(
-            f"{source.value}: {format_bytes(gpu.total_bytes)} as torch reports it, less {context} "
-            "for the process itself"
+            f"{source.value}: {format_bytes(gpu.total_bytes)} as torch reports it, less "
+            f"{about}{format_bytes(gpu.context_bytes)} for the process itself{seen}"
         ),
         cautious_bytes=gpu.cautious_bytes,
     )

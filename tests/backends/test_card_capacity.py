@@ -17,7 +17,8 @@ def test_an_estimated_process_is_shown_with_its_range() -> None:
     """The range of similar cards is in the words, and the cautious end is its most."""
     card = find_gpu("h100")
     capacity = card_capacity(card, Source.REHEARSED)
-    assert "less about 600 MiB (520 MiB to 680 MiB on similar cards)" in capacity.origin
+    told = "less about 600 MiB for the process itself, 520 MiB to 680 MiB on similar cards"
+    assert capacity.origin.endswith(told)
     assert capacity.origin.startswith("rehearsed: ")
     assert capacity.safe_bytes == card.total_bytes - 680 * MIB
     assert capacity.usable_bytes == card.total_bytes - 600 * MIB
@@ -28,6 +29,9 @@ def test_a_measured_process_has_no_range() -> None:
     capacity = card_capacity(find_gpu("rtx4090"), Source.SIMULATED)
     assert "less 489 MiB for the process itself" in capacity.origin
     assert capacity.cautious_bytes is None
+    # None of AMD's cards was measured.
+    unknown = card_capacity(find_gpu("mi300x"), Source.SIMULATED)
+    assert unknown.origin.endswith("less about 450 MiB for the process itself")
     assert capacity.safe_bytes == capacity.usable_bytes
 
 
