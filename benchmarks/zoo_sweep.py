@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--html", type=Path, metavar="FILE")
     parser.add_argument("--sample", type=int, metavar="N", help="only so many models")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time")
     arguments = parser.parse_args()
     names = timm.list_models()
     num_all = len(names)
@@ -57,6 +58,8 @@ def main() -> None:
         names,
         precisions=["amp-bf16"],
         num_classes=1000,
+        quick=True,
+        workers=arguments.workers,
         journal=arguments.journal,
         progress=watch,
     )

@@ -175,6 +175,7 @@ class Asked:
         ask: Callable[[Backend], Any],
         *,
         progress: Callable[[str, int, int], None] | None = None,
+        is_quick: bool = False,
     ) -> list[Answer]:
         """Run the same task on several cards that are not in this machine; they share traces.
 
@@ -182,13 +183,15 @@ class Asked:
             gpus: Names of the catalogue. All are looked up before the first card is tried.
             ask: The task that runs on each card; it closes the backend.
             progress: Called with the next card's name, the number of cards done, and of all cards.
+            is_quick: Simulated cards do not ask the installed cuDNN for workspaces, which takes
+                most of the time for a convolutional model on many cards.
 
         Raises:
             UsageError: There is no such card.
         """
         found = [find_gpu(name, total_bytes=self.memory_bytes) for name in gpus]
         answers = []
-        with Cards(engine_for_several(self.engine)) as cards:
+        with Cards(engine_for_several(self.engine), is_quick=is_quick) as cards:
             for done, (name, card) in enumerate(zip(gpus, found, strict=True)):
                 if progress is not None:
                     progress(card.name, done, len(gpus))

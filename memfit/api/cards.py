@@ -42,11 +42,12 @@ class Cards:
 
     Args:
         engine: How cards are tried.
+        is_quick: See `TraceCache`.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, is_quick: bool = False) -> None:
         self._engine = engine
-        self._traces = TraceCache()
+        self._traces = TraceCache(is_quick=is_quick)
         self._stack = contextlib.ExitStack()
         self._servers = RehearsalServers(
             lambda card: rehearsed_environment(card, environment=os.environ)

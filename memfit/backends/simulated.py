@@ -137,7 +137,7 @@ class SimulatedBackend:
             peak_grows=fits and (peaks[-1] > peaks[-2] or grows),
             peak_varies=traced.peak_varies,
             is_approximate=self._gpu.vendor != "NVIDIA",
-            workspaces=workspace_source(found.trace.schedule, self._gpu),
+            workspaces=workspace_source(found, self._gpu),
             message=replay.message,
         )
 
@@ -189,7 +189,7 @@ class SimulatedBackend:
             Samples; `None` where the step does not grow, or nothing fits.
         """
         close = self.scout().rough_edge(step)
-        if close is None or not self._traces.find(step, self._gpu).trace.schedule.has_slow_needs:
+        if close is None or not self._traces.find(step, self._gpu).has_slow_needs:
             return close
         fits, fails, distance = 0, None, 1
         size = close
@@ -244,7 +244,9 @@ class SimulatedBackend:
 
     def _replay(self, step: TrainingStep, batch_size: int, capacity_bytes: int | None) -> Replay:
         traced = self._traces.find(step, self._gpu)
-        key = (self._gpu, batch_size, capacity_bytes, self._is_rough)
+        # Without slow needs, a rough replay is the exact one, and is not run twice.
+        is_rough = self._is_rough and traced.has_slow_needs
+        key = (self._gpu, batch_size, capacity_bytes, is_rough)
         if key not in traced.replays:
             allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
             peaks: list[int] = []
@@ -256,7 +258,7 @@ class SimulatedBackend:
                     is_alone = step.options.evaluate is Evaluation.ALONE
                     for handle, num_bytes in kept[: 1 if is_alone else None]:
                         allocator.allocate(handle, num_bytes)
-                    schedule = traced.schedule_on(self._gpu, is_rough=self._is_rough)
+                    schedule = traced.schedule_on(self._gpu, is_rough=is_rough)
                     peaks.extend(schedule.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:
                 message = str(error)

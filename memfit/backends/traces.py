@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -113,16 +114,30 @@ def trace(
     return dataclasses.replace(worst, peak_varies=varies)
 
 
-def trace_options(gpu: Gpu) -> TraceOptions:
-    """Return what a card decides of a trace, with this torch."""
+def trace_options(gpu: Gpu, *, is_quick: bool = False) -> TraceOptions:
+    """Return what a card decides of a trace, with this torch.
+
+    Args:
+        gpu: The card.
+        is_quick: See `memfit.simulation.tracing.workspace.Kernels`.
+    """
     capability = gpu.compute_capability
     return TraceOptions(
         compute_capability=capability,
-        kernels=Kernels(compute_capability=capability, allows_tf32=torch.backends.cudnn.allow_tf32),
-        prefers_cudnn_attention=torch.__version__ >= _PREFERS_CUDNN,
+        kernels=Kernels(
+            compute_capability=capability,
+            allows_tf32=torch.backends.cudnn.allow_tf32,
+            is_quick=is_quick,
+        ),
+        prefers_cudnn_attention=_prefers_cudnn(),
         cudnn_benchmark=torch.backends.cudnn.benchmark,
         gpu=gpu,
     )
+
+
+@functools.cache
+def _prefers_cudnn() -> bool:
+    return torch.__version__ >= _PREFERS_CUDNN
 
 
 def kept_workspaces(gpu: Gpu) -> dict[int, int]:
@@ -141,9 +156,11 @@ def kept_workspaces(gpu: Gpu) -> dict[int, int]:
     return kept
 
 
-def workspace_source(schedule: StepSchedule, gpu: Gpu) -> WorkspaceSource | None:
+def workspace_source(traced: Traced, gpu: Gpu) -> WorkspaceSource | None:
     """Say how the workspaces of a step's convolutions are known; `None` if it has none."""
-    if not schedule.has_slow_needs:
+    if traced.options.kernels.is_quick:
+        return WorkspaceSource.BOUND
+    if not traced.has_slow_needs:
         return None
     return WorkspaceSource.CUDNN if asks_cudnn(gpu) else WorkspaceSource.BOUND
 
@@ -174,7 +191,13 @@ class Traced:
     replays: dict[tuple[Gpu, int, int | None, bool], Replay] = dataclasses.field(
         default_factory=dict
     )
+    has_slow_needs: bool = dataclasses.field(init=False)
+    """Whether a rough replay differs from an exact one."""
     _schedules: dict[tuple[Gpu, bool], StepSchedule] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Look once through the events: every replay asks."""
+        object.__setattr__(self, "has_slow_needs", self.trace.schedule.has_slow_needs)
 
     def schedule_on(self, gpu: Gpu, *, is_rough: bool) -> StepSchedule:
         """Return the schedule with the scratch memory of a card; see `Schedule` for `is_rough`."""
@@ -187,7 +210,7 @@ class Traced:
         """Whether another card would have made the same trace."""
         return (step.subject is self.step.subject or step.subject == self.step.subject) and (
             step.options == self.step.options
-            and options.kernels.like(self.options.kernels)
+            and options.kernels.like(self.options.kernels, has_tf32=self.trace.has_tf32)
             and all(
                 _keeps_alike(
                     options.choose_attention(call),
@@ -205,9 +228,15 @@ def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
 
 
 class TraceCache:
-    """Traces of steps, shared by the simulated cards of one question."""
+    """Traces of steps, shared by the simulated cards of one question.
 
-    def __init__(self) -> None:
+    Args:
+        is_quick: The workspaces of convolutions are bounds, and cuDNN is not asked for them.
+            Convolutional models on many cards are then some times quicker.
+    """
+
+    def __init__(self, *, is_quick: bool = False) -> None:
+        self._is_quick = is_quick
         self._traced: list[Traced] = []
 
     def add(self, step: TrainingStep, options: TraceOptions, trace: StepTrace) -> None:
@@ -216,7 +245,7 @@ class TraceCache:
 
     def find(self, step: TrainingStep, gpu: Gpu) -> Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
-        options = trace_options(gpu)
+        options = trace_options(gpu, is_quick=self._is_quick)
         for traced in self._traced:
             if traced.holds_for(step, options):
                 return traced

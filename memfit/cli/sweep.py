@@ -83,6 +83,12 @@ _ORDERS = (
 @click.option(
     "--top", type=click.IntRange(min=1), help="Show at most this many rows in the terminal."
 )
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Do not ask cuDNN for workspaces. For convolutional models this is several times quicker, "
+    "and the recommended batch size can be a tenth too large.",
+)
 @pool_options
 @html_option
 @click.option("--parquet", type=OUTPUT, metavar="FILE", help="Write all rows as Parquet.")
@@ -97,6 +103,7 @@ def sweep(
     order: str,
     min_batch: int,
     top: int | None,
+    quick: bool,
     pool: dict[str, Any],
     html: Path | None,
     parquet: Path | None,
@@ -122,6 +129,7 @@ def sweep(
             image_sizes=image_sizes or (None,),
             precisions=precisions,
             optimizers=optimizers,
+            quick=quick,
             progress=shown.stage,
             on_rows=lambda rows: shown.say(row_words(rows)),
             **pool,

@@ -93,6 +93,7 @@ class Sweep(Record):
         torch_version: The torch that traced or rehearsed.
         timm_version: The timm that built the models.
         is_complete: False: the sweep was interrupted, and `rows` has what was done until then.
+        is_quick: Simulated workspaces of convolutions are bounds, and cuDNN was not asked for them.
     """
 
     rows: tuple[SweepRow, ...]
@@ -101,6 +102,7 @@ class Sweep(Record):
     torch_version: str
     timm_version: str
     is_complete: bool = True
+    is_quick: bool = False
 
     _derived: ClassVar[tuple[str, ...]] = ("source",)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from memfit.records import Source, SweepRow, Trial
 
-__all__ = ["about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels"]
+__all__ = ["QUICK", "about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels"]
 
 _HOW = {
     Source.MEASURED: "Measured",
@@ -41,6 +41,13 @@ def about(number: int, trials: Iterable[Trial | SweepRow]) -> str:
         trials: The trials that it comes from, or its row in a sweep.
     """
     return f"about {number}" if any(trial.is_approximate for trial in trials) else str(number)
+
+
+QUICK = (
+    "cuDNN was not asked for the workspaces of convolutions, so the recommended batch size of a "
+    "convolutional model can be a tenth too large."
+)
+"""What a report says of a quick sweep."""
 
 
 def said_of_kernels(trials: Iterable[Trial | SweepRow]) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ def sweep(
     optimizers: Sequence[str] = ("adamw",),
     workers: int | None = None,
     ray: str | None = None,
+    quick: bool = False,
     journal: str | Path | None = None,
     progress: StageProgress = "bar",
     on_rows: Callable[[tuple[SweepRow, ...]], None] | None = None,
@@ -69,6 +70,9 @@ def sweep(
         workers: Processes that run at a time; by default as many as there are cores and memory for.
         ray: `"auto"` or the address of a Ray cluster that runs the tasks instead. It needs the
             extra `memfit[sweep]`.
+        quick: Do not ask the installed cuDNN for the workspaces of convolutions, and use a bound
+            in their place, as where it is not installed. Convolutional models are several times
+            quicker. The largest batch changes little; the recommended one can be a tenth too large.
         journal: The file that keeps what is done; `"auto"` for a file in the user's cache, which is
             deleted at the end; `None` keeps nothing.
         progress: `"bar"`, `None`, or a function. The function is called with what runs, the number
@@ -91,7 +95,7 @@ def sweep(
         if isinstance(given, str) or not given:
             raise UsageError(f"{name}s must be a list with at least one entry, not {given!r}.")
     tasks = tuple(
-        SweepTask(model=model.name, gpus=cards, options=given)
+        SweepTask(model=model.name, gpus=cards, options=given, is_quick=quick)
         for model in selected
         for given in _combined(model, lists, options)
     )
@@ -108,6 +112,7 @@ def sweep(
         torch_version=known["torch"],
         timm_version=known["timm"],
         is_complete=is_complete,
+        is_quick=quick,
     )
 
 

@@ -91,16 +91,24 @@ class SweepTask:
         model: The model's name.
         gpus: Names of the catalogue.
         options: The step, the search and the engine, as keyword arguments of `memfit.survey`.
+        is_quick: The workspaces of convolutions are bounds, and cuDNN is not asked for them.
     """
 
     model: str
     gpus: tuple[str, ...]
     options: Mapping[str, Any]
+    is_quick: bool = False
 
     @property
     def key(self) -> str:
         """A text that is the same for equal tasks, in every process."""
-        asked = [type(self).__name__, self.model, self.gpus, sorted(self.options.items())]
+        asked = [
+            type(self).__name__,
+            self.model,
+            self.gpus,
+            sorted(self.options.items()),
+            self.is_quick,
+        ]
         return hashlib.sha256(json.dumps(asked, default=repr).encode()).hexdigest()[:20]
 
     def run(self) -> tuple[SweepRow, ...]:
@@ -108,7 +116,9 @@ class SweepTask:
         try:
             asked = Asked.of(self.model, **self.options)
             facts = facts_of(asked.step)
-            answers = asked.on_each(self.gpus, lambda card: _probed(card, asked))
+            answers = asked.on_each(
+                self.gpus, lambda card: _probed(card, asked), is_quick=self.is_quick
+            )
         except MemfitError as error:
             return self.failed(str(error))
         except Exception as error:  # noqa: BLE001 - timm's code ran; one model must not end a sweep

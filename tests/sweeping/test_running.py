@@ -13,6 +13,7 @@ import pytest
 import memfit
 from memfit.errors import UsageError
 from memfit.records import SweepRow
+from memfit.simulation.cudnn import needs
 from memfit.sweeping import running
 from memfit.sweeping.journal import Journal
 from memfit.sweeping.tasks import SweepTask
@@ -74,6 +75,21 @@ def test_rows_are_what_a_survey_finds(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = row.bytes_per_sample * (row.max_batch_size or 0)
         assert whole == pytest.approx(answer.result.capacity_bytes, rel=0.1)
     assert found.rows[2].options.image_size == (96, 96)
+
+
+def test_a_quick_sweep_asks_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are those of a machine where cuDNN cannot be asked, and it says so."""
+    found = swept(monkeypatch, Here(), ["test_resnet"], gpus=["t4"], quick=True)
+    assert found.is_quick
+    asked = swept(monkeypatch, Here(), ["test_resnet"], gpus=["t4"])
+    assert not asked.is_quick
+    monkeypatch.setattr(needs, "_answers", lambda _: None)
+    step = SweepTask(model="test_resnet", gpus=("t4",), options={"precision": "amp-fp16"})
+    (bound,) = step.run()
+    (quick,) = found.rows
+    assert quick.max_batch_size == bound.max_batch_size
+    assert quick.recommended_batch_size == pytest.approx(bound.recommended_batch_size, rel=0.01)
+    assert quick.max_batch_size == pytest.approx(asked.rows[0].max_batch_size, rel=0.03)
 
 
 def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,12 @@ class WorkspaceRule:
         convolution: The convolution. Its shapes are empty, because they grow with the batch size.
         bound_bytes_per_element: The bytes for each element of the three tensors, used if cuDNN
             cannot be asked.
+        is_quick: cuDNN is not asked.
     """
 
     convolution: Convolution
     bound_bytes_per_element: int
+    is_quick: bool = False
 
     def __call__(self, gpu: Gpu, *sizes: int) -> int:
         """Return the bytes of the workspace.
@@ -35,7 +37,7 @@ class WorkspaceRule:
             gpu: The card.
             sizes: The shapes of the input, the weight and the output, one after another.
         """
-        workspaces = _answers(gpu)
+        workspaces = None if self.is_quick else _answers(gpu)
         found = None if workspaces is None else workspaces.of(self._sized(sizes))
         if found is not None:
             return found
@@ -48,7 +50,7 @@ class WorkspaceRule:
 
         Source: `try_configs` in aten/src/ATen/native/cudnn/Conv_v8.cpp.
         """
-        workspaces = _answers(gpu)
+        workspaces = None if self.is_quick else _answers(gpu)
         if workspaces is None:
             yield 0
             return
@@ -80,14 +82,19 @@ def _answers(gpu: Gpu) -> Workspaces | None:
     return None if gpu.vendor == "AMD" else workspaces_of(gpu.compute_capability)
 
 
-def workspace_need(convolution: Convolution, *, bound_bytes_per_element: int) -> Need:
+def workspace_need(
+    convolution: Convolution, *, bound_bytes_per_element: int, is_quick: bool = False
+) -> Need:
     """Return the need of a convolution.
 
     Args:
         convolution: The convolution at the batch size of the recording.
         bound_bytes_per_element: See `WorkspaceRule`.
+        is_quick: See `WorkspaceRule`.
     """
     shapes = (convolution.input_shape, convolution.weight_shape, convolution.output_shape)
     unsized = dataclasses.replace(convolution, input_shape=(), weight_shape=(), output_shape=())
-    rule = WorkspaceRule(convolution=unsized, bound_bytes_per_element=bound_bytes_per_element)
-    return Need(rule=rule, numbers=sum(shapes, ()), is_slow=True, others=rule.others)
+    rule = WorkspaceRule(
+        convolution=unsized, bound_bytes_per_element=bound_bytes_per_element, is_quick=is_quick
+    )
+    return Need(rule=rule, numbers=sum(shapes, ()), is_slow=not is_quick, others=rule.others)

@@ -46,6 +46,7 @@ class AttentionCall:
         is_grouped: Whether key and value have fewer heads than query.
         has_dropout: Whether probabilities are dropped.
         is_cross_causal: Whether attention is causal and the numbers of queries and keys differ.
+        learns_mask: Whether the bias gets a gradient, which cuDNN's kernel does not give.
     """
 
     dtype: torch.dtype
@@ -55,6 +56,7 @@ class AttentionCall:
     is_grouped: bool
     has_dropout: bool
     is_cross_causal: bool
+    learns_mask: bool = False
 
 
 def choose(
@@ -76,6 +78,7 @@ def choose(
         prefers_cudnn
         and major in (9, 10)
         and is_half
+        and not call.learns_mask
         and call.head_dim == call.value_head_dim
         and call.head_dim % 8 == 0
         and call.head_dim <= 128  # noqa: PLR2004 - cuDNN's limit in training
@@ -139,6 +142,7 @@ def describe(
         is_grouped=query.ndim == 4 and query.shape[1] != key.shape[1],  # noqa: PLR2004
         has_dropout=dropout > 0,
         is_cross_causal=is_causal and query.shape[-2] != key.shape[-2],
+        learns_mask=mask is not None and mask.requires_grad,
     )
 
 

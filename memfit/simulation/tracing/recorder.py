@@ -75,6 +75,7 @@ class Recorder:
         self._next_id = 0
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
+        self.has_tf32 = False
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
         self._written_in_backward = {aten_if_there(name) for name in _WRITTEN_IN_BACKWARD} - {None}
@@ -221,6 +222,7 @@ class Recorder:
             watcher.allocated(number, tensor, args)
 
     def _take(self, workspace: Workspace) -> int | None:
+        self.has_tf32 |= workspace.is_tf32
         if workspace.plan is not None and workspace.plan not in self._tried_plans:
             self._tried_plans.add(workspace.plan)
             self._try_plans(workspace.tried)

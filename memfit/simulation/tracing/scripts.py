@@ -30,6 +30,7 @@ class Workspace:
         plan: The key under which cuDNN keeps its choice of an algorithm; `None` if there is no
             choice.
         tried: What is taken while plans are tried, besides; `None` for nothing.
+        is_tf32: Whether it is another one on a card that computes fp32 as TF32.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Workspace:
     is_needed: bool = True
     plan: tuple[Any, ...] | None = None
     tried: Need | None = None
+    is_tf32: bool = False
 
     @classmethod
     def copy_of(cls, tensor: torch.Tensor, name: str) -> Workspace:

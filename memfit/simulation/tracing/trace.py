@@ -74,6 +74,7 @@ class StepTrace:
         schedule: Its events.
         attention: Every kind of attention that it ran, and the kernel taken.
         num_operations: Operations that one iteration dispatched.
+        has_tf32: A convolution would take another workspace without TF32.
         depends_on_batch: The step asked for values of its batch, so that another batch might have
             made another trace.
         peak_varies: Whether random draws choose what the step runs. This is then the trace with the
@@ -83,6 +84,7 @@ class StepTrace:
     schedule: StepSchedule
     attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
     num_operations: int
+    has_tf32: bool = True
     depends_on_batch: bool = False
     peak_varies: bool = False
 
@@ -176,6 +178,7 @@ def trace_step(
         schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
         attention=tuple(semantics.attention.items()),
         num_operations=recorder.num_operations,
+        has_tf32=recorder.has_tf32,
         depends_on_batch=recorder.num_answers > 0,
     )
 

@@ -43,16 +43,24 @@ class Kernels:
         torch_release: The major and minor version of torch.
         asks_cudnn: Whether the workspaces of convolutions are asked of the installed cuDNN. If not,
             or where it cannot be asked, they are bounds.
+        is_quick: Workspaces are what they are where cuDNN cannot be asked.
     """
 
     compute_capability: tuple[int, int]
     allows_tf32: bool = True
     torch_release: tuple[int, int] = dataclasses.field(default_factory=torch_release)
     asks_cudnn: bool = True
+    is_quick: bool = False
 
-    def like(self, other: Kernels) -> bool:
-        """Whether the two take the same workspaces."""
-        return self._tensor_cores == other._tensor_cores
+    def like(self, other: Kernels, *, has_tf32: bool = True) -> bool:
+        """Whether the two take the same workspaces.
+
+        Args:
+            other: The kernels of another card.
+            has_tf32: Whether a step has convolutions for which TF32 matters (`has_tf32`).
+        """
+        half, tf32 = zip(self._tensor_cores, other._tensor_cores, strict=True)
+        return half[0] == half[1] and (not has_tf32 or tf32[0] == tf32[1])
 
     @property
     def _tensor_cores(self) -> tuple[bool, bool]:
@@ -118,13 +126,18 @@ class Kernels:
             return Workspace(name="convolution", num_bytes=call.sums_bytes)
         half, tf32 = self._tensor_cores
         transposes = call.transposes(half=half, tf32=tf32)
+        is_tf32 = call.transposes(half=half, tf32=True) != call.transposes(half=half, tf32=False)
         question = call.question() if self.asks_cudnn else None
         need = tried = None
         if question is not None:
             element_bytes = call.data.element_size() if transposes else 0
-            need = workspace_need(question, bound_bytes_per_element=element_bytes)
+            need = workspace_need(
+                question, bound_bytes_per_element=element_bytes, is_quick=self.is_quick
+            )
             tried = workspace_need(
-                dataclasses.replace(question, tries_plans=True), bound_bytes_per_element=0
+                dataclasses.replace(question, tries_plans=True),
+                bound_bytes_per_element=0,
+                is_quick=self.is_quick,
             )
         return Workspace(
             name="convolution",
@@ -133,6 +146,7 @@ class Kernels:
             plan=None if call.is_grouped_by_channel else call.plan_key,
             need=need,
             tried=tried,
+            is_tf32=is_tf32,
         )
 
 
