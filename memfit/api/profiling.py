@@ -54,6 +54,7 @@ def profile(
     memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
+    advice: bool = True,
     snapshot: str | Path | None = None,
     progress: StageProgress = "bar",
     **options: Unpack[SubjectKeywords],
@@ -74,6 +75,8 @@ def profile(
         memory: The memory of each simulated card, instead of the catalogue's value.
         engine: As in `probe`. A step that does not fit is simulated, to show what it needs.
         accumulate: Run two micro-batches before the optimizer's step instead of one.
+        advice: Look for changes that would lower the peak, and at other batch sizes. This takes
+            most of the time of a simulated profile.
         snapshot: A file for the allocator's history, a pickle in the format of
             `torch.cuda.memory._snapshot`. By default nothing is written.
         progress: `"bar"`, `None`, or a function. It is called with the name of the next stage, the
@@ -122,6 +125,7 @@ def profile(
             compared=compared,
             memory_bytes=None if memory is None else parse_bytes(memory),
             engine=engine_of(engine),
+            asks_more=advice or bool(compared),
             snapshot=None if snapshot is None else Path(snapshot),
             begins=begins,
         )
@@ -137,6 +141,7 @@ def _profiled(
     compared: Sequence[str],
     memory_bytes: int | None,
     engine: Engine,
+    asks_more: bool,
     snapshot: Path | None,
     begins: Callable[[int], None],
 ) -> MemoryProfile:
@@ -164,6 +169,8 @@ def _profiled(
             cards.insert(0, counterpart.gpu)
     if snapshot is not None:
         _write(found, snapshot)
+    if not asks_more:
+        return found.profile
     backends = [SimulatedBackend(card, traces=traces) for card in cards]
     steps = [(backend, with_precision(described, backend)) for backend in backends]
     # A measurement on a CPU does not say what a card would need.

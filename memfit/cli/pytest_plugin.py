@@ -105,7 +105,8 @@ class PeakMemory:
         Args:
             subject: A timm model's name, or a `memfit.Workload`.
             batch_size: Samples in each micro-batch.
-            **options: As in `memfit.profile`. The engine is `"simulate"` by default.
+            **options: As in `memfit.profile`. By default, the engine is `"simulate"`, and there is
+                no advice.
 
         Returns:
             The profile; its `peak.total_bytes` is the figure.
@@ -114,7 +115,13 @@ class PeakMemory:
 
         asked = _marker_of(self._item)
         self._num_asked += 1
-        given = {"gpu": asked.gpu, "engine": "simulate", "progress": None, **options}
+        given = {
+            "gpu": asked.gpu,
+            "engine": "simulate",
+            "advice": False,
+            "progress": None,
+            **options,
+        }
         found = memfit.profile(subject, batch_size, **given)
         name = self._item.nodeid + (f" #{self._num_asked}" if self._num_asked > 1 else "")
         _check(

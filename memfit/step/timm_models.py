@@ -83,6 +83,9 @@ def import_timm() -> ModuleType:
     Raises:
         UnsupportedError: The installed torchvision was built for another torch.
     """
+    if "timm.optim" in sys.modules:
+        # In a trace, the collector's state takes long to ask for.
+        return sys.modules["timm"]
     try:
         with collector_paused(for_good=True):
             import timm

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memfit.errors import UnsupportedError, UsageError
 from memfit.sweeping.workers import Task
 
-__all__ = ["RayPool", "check_versions"]
+__all__ = ["RayPool", "answers_of", "check_versions"]
 
 _RETRIES = 5
-_NODE_SECONDS = 120
+# How long a node may take to start a process and import torch and timm. A loaded machine needs
+# minutes.
+_NODE_SECONDS = 900
 # How many tasks the cluster has at a time, for each of its cores.
 _TASKS_EACH = 4
 
@@ -92,14 +95,38 @@ class RayPool:
                 asked[where] = ask.remote()
         if not asked:
             raise UnsupportedError("The Ray cluster has no node with a CPU to run tasks on.")
-        found: dict[str, dict[str, str]] = {}
-        for where, reference in asked.items():
-            try:
-                found[where] = ray.get(reference, timeout=_NODE_SECONDS)
-            except ray.exceptions.RayError as error:  # noqa: PERF203 - every node is asked
-                first = str(error).strip().rpartition("\n")[2]
-                found[where] = {"memfit": f"not usable ({first})"}
-        return found
+        return answers_of(asked, ray, seconds=_NODE_SECONDS)
+
+
+def answers_of(asked: Mapping[str, Any], ray: Any, *, seconds: float) -> dict[str, dict[str, str]]:
+    """Return what all nodes answer.
+
+    Args:
+        asked: The question that each node was asked, by node.
+        ray: Ray.
+        seconds: How long all nodes together may take.
+
+    Raises:
+        UnsupportedError: A node did not answer in time, or could not; the message lists such nodes.
+    """
+    found: dict[str, dict[str, str]] = {}
+    silent: dict[str, str] = {}
+    end = time.monotonic() + seconds
+    for where, question in asked.items():
+        try:
+            found[where] = ray.get(question, timeout=max(0, end - time.monotonic()))
+        except TimeoutError:  # noqa: PERF203 - every node is asked
+            silent[where] = f"no answer in {seconds:.0f} s"
+        except ray.exceptions.RayError as error:
+            silent[where] = str(error).strip().rpartition("\n")[2]
+    if silent:
+        lines = [f"  {where}: {why}" for where, why in sorted(silent.items())]
+        raise UnsupportedError(
+            f"{len(silent)} of {len(asked)} nodes of the Ray cluster could not say which versions "
+            "of memfit, torch and timm they have. Each needs all three, as here:\n"
+            + "\n".join(lines)
+        )
+    return found
 
 
 def check_versions(found: Mapping[str, Mapping[str, str]], here: Mapping[str, str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -10,8 +12,6 @@ import pytest
 
 from memfit.errors import UsageError
 from memfit.profiling.baselines import Baselines
-
-pytest_plugins = ("pytester",)
 
 # An installed memfit is found by its entry point, and a plugin cannot have two names.
 IS_INSTALLED = any(
@@ -64,34 +64,50 @@ def test_step():
 """
 
 
-def written(pytester: pytest.Pytester, text: str, **values: object) -> None:
-    filled = {"hidden": 256, "times": 1, "limit": "", **values}
-    pytester.makepyfile(test_it=text.format(**filled))
+class Reports:
+    """What an inner run of pytest said of each test."""
+
+    def __init__(self) -> None:
+        self.all: list[pytest.TestReport] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.all.append(report)
 
 
-def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    # In this process, a second run would import torch again, which ends the process.
-    return pytester.runpytest_subprocess(*PLUGIN, *arguments)
+def run(folder: Path, text: str, *arguments: str) -> list[pytest.TestReport]:
+    """Run a file of tests in this process, which has imported torch already."""
+    (folder / "test_it.py").write_text(text)
+    seen = Reports()
+    options = ("--import-mode=importlib", "--rootdir", str(folder), str(folder / "test_it.py"))
+    before = set(sys.modules)
+    pytest.main([*PLUGIN, *options, *arguments], plugins=[seen])
+    for name in set(sys.modules) - before:
+        # Otherwise the next run takes the module of this one.
+        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+    return seen.all
 
 
-def test_ten_runs_are_alike_and_a_doubled_layer_fails(pytester: pytest.Pytester) -> None:
+def filled(text: str, **values: object) -> str:
+    return text.format(**{"hidden": 256, "times": 1, "limit": "", **values})
+
+
+def test_ten_runs_are_alike_and_a_doubled_layer_fails(tmp_path: Path) -> None:
     """The failure says what grew, by module and role; the file of peaks is not changed."""
-    written(pytester, SIMULATED, times=10)
-    result = run(pytester, "-s", "--memfit-update")
-    result.assert_outcomes(passed=10)
-    peaks = [line for line in result.outlines if "PEAK" in line]
-    assert len(peaks) == 10
-    assert len({line.split("PEAK")[1] for line in peaks}) == 1
-    kept = (pytester.path / "memfit-baseline.json").read_text()
-    written(pytester, SIMULATED, hidden=512)
-    result = run(pytester)
-    result.assert_outcomes(failed=1)
-    result.stdout.re_match_lines([r"The peak of .*test_step.*; kept: .*1% is allowed"])
-    result.stdout.re_match_lines([r"  \+.* encoder, parameters: .* -> "])
-    assert (pytester.path / "memfit-baseline.json").read_text() == kept
+    reports = run(tmp_path, filled(SIMULATED, times=10), "--memfit-update")
+    assert [report.outcome for report in reports] == ["passed"] * 10
+    assert len({report.capstdout for report in reports}) == 1
+    assert "PEAK" in reports[0].capstdout
+    kept = (tmp_path / "memfit-baseline.json").read_text()
+    (report,) = run(tmp_path, filled(SIMULATED, hidden=512))
+    assert report.outcome == "failed"
+    assert re.search(r"The peak of .*test_step.*; kept: .*1% is allowed", report.longreprtext)
+    assert re.search(r"  \+.* encoder, parameters: .* -> ", report.longreprtext)
+    assert (tmp_path / "memfit-baseline.json").read_text() == kept
 
 
-def test_limits_and_mistakes(pytester: pytest.Pytester) -> None:
+def test_limits_and_mistakes(tmp_path: Path) -> None:
     """Each fails its test with one sentence, and no traceback."""
     markers = {
         '"2GiB", gpu="t4"': "",
@@ -106,14 +122,12 @@ def test_limits_and_mistakes(pytester: pytest.Pytester) -> None:
         f"def test_{number}(peak_memory): peak_memory('test_vit', 1)\n"
         for number, marker in enumerate(markers)
     ]
-    pytester.makepyfile("import pytest\n" + "\n".join(tests))
-    result = run(pytester)
-    result.assert_outcomes(passed=1, failed=len(markers) - 1)
-    shown = result.stdout.str()
-    for words in markers.values():
-        assert words in shown
-    assert "Traceback" not in shown
-    assert "During handling" not in shown
+    reports = run(tmp_path, "import pytest\n" + "\n".join(tests))
+    assert [report.outcome for report in reports] == ["passed"] + ["failed"] * (len(markers) - 1)
+    for report, words in zip(reports, markers.values(), strict=True):
+        assert words in report.longreprtext
+        assert "Traceback" not in report.longreprtext
+        assert "During handling" not in report.longreprtext
 
 
 def test_a_broken_baseline_is_one_sentence(tmp_path: Path) -> None:
@@ -125,13 +139,12 @@ def test_a_broken_baseline_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.rehearses
-def test_an_unchanged_test_is_rehearsed(pytester: pytest.Pytester) -> None:
+def test_an_unchanged_test_is_rehearsed(tmp_path: Path) -> None:
     """A test that trains on CUDA passes without a GPU, and fails when a layer doubles."""
-    written(pytester, REHEARSED)
-    run(pytester, "--memfit-update").assert_outcomes(passed=1)
-    (peak,) = json.loads((pytester.path / "memfit-baseline.json").read_text())["peaks"].values()
+    (report,) = run(tmp_path, filled(REHEARSED), "--memfit-update")
+    assert report.outcome == "passed", report.longreprtext
+    (peak,) = json.loads((tmp_path / "memfit-baseline.json").read_text())["peaks"].values()
     assert peak["source"] == "rehearsed"
-    written(pytester, REHEARSED, hidden=4096)
-    result = run(pytester)
-    result.assert_outcomes(failed=1)
-    result.stdout.re_match_lines([r"  \+.* 0, "])
+    (report,) = run(tmp_path, filled(REHEARSED, hidden=4096))
+    assert report.outcome == "failed"
+    assert re.search(r"  \+.* 0, ", report.longreprtext)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from memfit.errors import UnsupportedError
 from memfit.records import SweepRow
-from memfit.sweeping.cluster import RayPool, check_versions
+from memfit.sweeping.cluster import RayPool, answers_of, check_versions
 from memfit.sweeping.tasks import SweepTask, versions
 
 HERE = {"memfit": "1", "torch": "2.15.0", "timm": "1.0.31"}
@@ -28,11 +29,35 @@ def test_a_mixed_cluster_is_refused() -> None:
     assert "a:" not in message
 
 
+class Answers:
+    """Stands for Ray: each question is the answer, or the error that it ends with."""
+
+    exceptions = types.SimpleNamespace(RayError=ConnectionError)
+
+    @staticmethod
+    def get(question: Any, *, timeout: float) -> Any:
+        assert timeout >= 0
+        if isinstance(question, Exception):
+            raise question
+        return question
+
+
+def test_a_silent_node_is_listed() -> None:
+    """A node that is too slow and a node that fails are told apart, and both are named."""
+    asked = {"a": HERE, "b": TimeoutError(), "c": ConnectionError("trace\nNo module 'timm'")}
+    with pytest.raises(UnsupportedError) as caught:
+        answers_of(asked, Answers, seconds=900)
+    message = str(caught.value)
+    assert message.startswith("2 of 3 nodes of the Ray cluster could not say which versions")
+    assert "  b: no answer in 900 s\n  c: No module 'timm'" in message
+    assert answers_of({"a": HERE}, Answers, seconds=900) == {"a": HERE}
+
+
 class Slow(SweepTask):
     """A step that takes a while, and says where it ran."""
 
     def run(self) -> tuple[SweepRow, ...]:
-        time.sleep(0.5)
+        time.sleep(0.2)
         (row,) = self.failed("slow")
         return (row,)
 
@@ -54,6 +79,8 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.needs("ray")
+# Four processes import torch and timm, which takes minutes on a loaded machine.
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_a_lost_node_loses_no_answer(cluster: Any) -> None:
     """A node is killed in the middle: every answer is there at the end, and none twice."""

@@ -47,6 +47,9 @@ CUDNN, MATH = AttentionBackend.CUDNN, AttentionBackend.MATH
         ((8, 6), {"head_dim": 200, "value_head_dim": 200}, EFFICIENT),
         ((8, 0), {"head_dim": 200, "value_head_dim": 200}, FLASH),
         ((9, 0), {}, CUDNN),
+        ((9, 0), {"has_mask": True}, CUDNN),
+        # Seen in a rehearsal on an H100 with torch 2.15: a learned bias has a gradient.
+        ((9, 0), {"has_mask": True, "learns_mask": True}, EFFICIENT),
         ((9, 0), {"head_dim": 160, "value_head_dim": 160}, FLASH),
     ],
 )
