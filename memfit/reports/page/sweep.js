@@ -10,6 +10,8 @@
   const MIB = 1024 ** 2;
   const OTHERS = "other families";
   const SIZES = [5, 10, 25, 50, 100, 250, 500];
+  // Plotly writes 20 as a small 2. On a phone there is room for fewer.
+  const ticks = () => [1, 10, 100, 1000, 10000].flatMap((unit) => (narrow.matches ? [1, 3] : [1, 2, 5]).map((times) => times * unit));
   const LIGHT = ["#1f5fae", "#c2570c", "#27804c", "#b3261e", "#7a4fbf", "#8a5a2b", "#b8338a", "#5c6f00", "#007a8a"];
   const DARK = ["#7fb4ff", "#ffa55c", "#6fd392", "#ff8f86", "#c4a3ff", "#d9b08c", "#ff9ad5", "#c5d655", "#5fd7e6"];
   const narrow = window.matchMedia("(max-width: 640px)");
@@ -111,7 +113,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: narrow.matches ? false : "zoom",
       font: { color: variable("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 13 },
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
-      xaxis: { ...axis, type: "log", dtick: narrow.matches ? 1 : "D2", title: { text: "largest batch" } },
+      xaxis: { ...axis, type: "log", tickvals: ticks(), ticktext: ticks().map((tick) => tick.toLocaleString("en")), title: { text: "largest batch" } },
       yaxis: { ...axis, title: { text: "top-1, %" } },
     }, { displayModeBar: false, responsive: true });
   };
