@@ -147,4 +147,4 @@ def test_an_unchanged_test_is_rehearsed(tmp_path: Path) -> None:
     assert peak["source"] == "rehearsed"
     (report,) = run(tmp_path, filled(REHEARSED, hidden=4096))
     assert report.outcome == "failed"
-    assert re.search(r"  \+.* 0, ", report.longreprtext)
+    assert re.search(r"  \+.* 0, ", report.longreprtext), report.longreprtext
