@@ -31,7 +31,7 @@ _WRAPPED_AS = ("optimizer", "opt")
 
 
 def check_subject(subject: object, workload: type) -> None:
-    """Refuse a bare model or a trainer's object, and say how to make a `Workload` from it.
+    """Refuse a bare model, and anything else that is no subject, and say what to give.
 
     Args:
         subject: The value that the user gave as a timm model's name or a `Workload`.
@@ -49,14 +49,9 @@ def check_subject(subject: object, workload: type) -> None:
             "memfit.Workload(model, batch, loss, optimizer), with a batch as in "
             "your training loop."
         )
-    if hasattr(subject, "dls") and hasattr(subject, "loss_func"):
-        raise WorkloadError(
-            f"A fastai {kind} is not taken as it is: give memfit.Workload(learn.model, "
-            "learn.dls.one_batch(), learn.loss_func, torch.optim.AdamW), with the optimizer that "
-            "you train with."
-        )
     raise WorkloadError(
-        f"Give the name of a timm model or a memfit.Workload, not {_full_name(subject)}."
+        f"Give the name of a timm model or a memfit.Workload, not {_full_name(subject)}. A fastai "
+        "Learner, a LightningModule and a transformers Trainer are taken too."
     )
 
 
