@@ -90,6 +90,8 @@ def sweep(
     selected = select(models)
     cards = cards_named(gpus, options)
     devices = tuple(card.name for card in cards_of(cards, options))
+    if quick and engine_for_several(options.get("engine", Engine.AUTO)) is Engine.REHEARSE:
+        raise UsageError("quick is for simulated cards: a rehearsal asks cuDNN itself.")
     lists = {"image_size": image_sizes, "precision": precisions, "optimizer": optimizers}
     for name, given in lists.items():
         if isinstance(given, str) or not given:

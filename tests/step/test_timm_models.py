@@ -16,7 +16,7 @@ from memfit.records import Precision, StepOptions
 from memfit.step.timm_models import timm_parts
 
 META = torch.device("meta")
-# The models of this release of timm that `benchmarks/zoo.py` could not trace.
+# The models of this release of timm that `benchmarks/zoo_traces.py` could not trace.
 NOT_TRACED = json.loads((Path(__file__).parents[1] / "data" / "zoo-not-traced.json").read_text())
 
 
@@ -25,7 +25,7 @@ def options(num_classes: int | None = None) -> StepOptions:
 
 
 def test_what_of_timm_does_not_trace_is_less_than_a_hundredth() -> None:
-    """The list is from `benchmarks/zoo.py`; another release has another list."""
+    """The list is from `benchmarks/zoo_traces.py`; another release has another list."""
     if timm.__version__ != NOT_TRACED["timm"]:
         pytest.skip(f"the list was made with timm {NOT_TRACED['timm']}")
     names = timm.list_models()

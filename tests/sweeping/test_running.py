@@ -164,6 +164,7 @@ def test_a_journal_is_not_any_file(tmp_path: Path) -> None:
         ({"workers": 0}, "workers must be at least 1"),
         ({"workers": 1, "ray": "auto"}, "workers or ray"),
         ({"memory": "some"}, "not a size"),
+        ({"quick": True, "engine": "rehearse"}, "quick is for simulated cards"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(options: dict[str, Any], words: str) -> None:
