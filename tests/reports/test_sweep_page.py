@@ -106,6 +106,17 @@ def test_it_opens_fast_filters_and_sorts(browser: Any, written: Path) -> None:
 
 
 @needs_browser
+def test_the_keyboard_keeps_its_place(browser: Any, written: Path) -> None:
+    """A key on a model or a family draws the page again, and the next key goes on from there."""
+    drawn = opened(browser, written)
+    for part in ("#body tr:nth-of-type(3) button", "#legend button:nth-of-type(2)"):
+        button = drawn.find_element("css selector", part)
+        name = button.text
+        button.send_keys("\n")
+        assert drawn.switch_to.active_element.text == name
+
+
+@needs_browser
 def test_the_card_changes_the_figures(browser: Any, written: Path) -> None:
     """The table shows the batch sizes of the chosen card."""
     drawn = opened(browser, written)

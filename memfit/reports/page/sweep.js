@@ -83,6 +83,7 @@
       const swatch = element("span", undefined, "swatch");
       swatch.style.background = colour(group);
       button.type = "button";
+      button.dataset.key = group;
       button.append(swatch, group);
       button.setAttribute("aria-pressed", String(!hidden.has(group)));
       button.addEventListener("click", () => {
@@ -181,6 +182,7 @@
         if (!place) {
           const button = element("button", text);
           button.type = "button";
+          button.dataset.key = i;
           button.addEventListener("click", () => choose(i));
           cell.append(button);
         }
@@ -225,12 +227,16 @@
 
   const draw = () => {
     const rows = chosen();
+    // The legend and the rows are made anew, and the keyboard's place must not be lost.
+    const place = document.activeElement.dataset.key;
     const fits = rows.filter((i) => data.largest[card()][i] !== null).length;
     at("count").textContent = `${fits} of ${rows.length} fit`;
     drawLegend();
     drawScatter(rows.filter((i) => data.largest[card()][i] !== null));
     drawTable(rows);
     drawChosen();
+    const again = [...document.querySelectorAll("[data-key]")].find((button) => place === button.dataset.key);
+    if (again) again.focus({ preventScroll: true });
   };
   document.querySelector(".filters").addEventListener("input", () => { shownRows = NUM_ROWS; draw(); });
   document.querySelector(".filters").addEventListener("submit", (event) => event.preventDefault());
