@@ -12,7 +12,8 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "rehearse"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+# Two runs at once need two ports; torch 2.8 takes the same one without --standalone.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PYTHON = (sys.executable,)
 PINNED = "2.15.0"
 """The torch that the peaks are of; another may take a few bytes more or less."""
