@@ -162,11 +162,14 @@ def test_a_limit_of_ones_own_is_kept() -> None:
 
 
 def test_what_fits_without_headroom_is_remarked() -> None:
-    """One step was possible, but without the headroom."""
-    most = memfit.probe(MODEL, **SMALL).max_batch_size
-    found = plan(most, headroom=0.2)
+    """One step was possible, but without the headroom, or only with allocator retries."""
+    probed = memfit.probe(MODEL, headroom=0.0, **SMALL)
+    assert probed.recommended_batch_size is not None
+    found = plan(probed.recommended_batch_size, headroom=0.2)
     assert found.accumulation_steps == 2
     assert "do fit in one step, but leave less than 20% free" in found.remarks[0]
+    found = plan(probed.max_batch_size, headroom=0.0)
+    assert "do fit in one step, but need allocator retries" in found.remarks[0]
 
 
 def test_a_measured_plan_trains() -> None:
