@@ -50,7 +50,7 @@ def recorded() -> Iterator[list[Gradients]]:
 
     def record(optimizer: Any, *_: Any) -> None:
         seen = gradients(p for group in optimizer.param_groups for p in group["params"])
-        if seen[0].device.type != "meta":  # a plan's own trials
+        if seen and seen[0].device.type != "meta":  # a plan's own trials
             steps.append(seen)
 
     handle = register_optimizer_step_post_hook(record)
