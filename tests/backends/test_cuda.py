@@ -84,6 +84,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
     properties = type("Properties", (), {"total_memory": made.total_bytes, "uuid": "1-2"})()
     fakes: dict[str, Any] = {
+        # Optimizers would ask an available card for its stream.
+        "is_available": lambda: False,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_name": lambda _device: "Made-up card",
