@@ -143,6 +143,7 @@ def test_a_callback_plans_before_fit_and_puts_the_sizes_back() -> None:
     with exact.recorded() as steps:
         trainer.fit(module, datamodule=data)
     assert module.net.sizes == [32] * 6
+    del steps[:-2]  # those of the plan's own trials, whose tensors have no values
     expected = exact.plain([96, 96])
     assert exact.error(steps[:1], expected[:1]) < 1e-6
     # The second step begins with weights that the first has rounded differently.
