@@ -7,7 +7,6 @@ gets it by `LD_PRELOAD`. This process gets it if `rehearse` is called before `im
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -167,10 +166,13 @@ def check_supported(card: Gpu) -> None:
         raise UnsupportedError("A rehearsal needs torch, which is not installed.")
     libraries = Path(spec.origin).parent / "lib"
     if not (libraries / "libtorch_cuda.so").exists():
+        # It imports `email`, which no `--help` should wait for.
+        from importlib import metadata
+
         kind = "is built for ROCm" if (libraries / "libtorch_hip.so").exists() else "has no CUDA"
         raise UnsupportedError(
             f"A rehearsal needs a torch that is built for CUDA; torch "
-            f"{importlib.metadata.version('torch')} {kind}. {_INSTEAD}"
+            f"{metadata.version('torch')} {kind}. {_INSTEAD}"
         )
 
 

@@ -167,7 +167,7 @@ def test_without_a_gpu_common_ones_are_planned_for() -> None:
         (("--effective-batch", "64", "--emit", "timm", "--json"), 2, "--emit or --json, not both"),
         (("--effective-batch", "64", "--gpu", "t4", "--explore"), 2, "--explore is for one device"),
         (("--effective-batch", "64", "--gpu", "t4", "--emit", "timm"), 2, "--emit is for one"),
-        ((), 2, "Missing option '--effective-batch'"),
+        ((), 2, "Give --effective-batch, the samples in each optimizer step"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments: tuple[str, ...], exit_code: int, says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,7 @@ def test_another_torchs_torchvision_is_one_sentence(
         return original(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", failing)
+    monkeypatch.delitem(sys.modules, "timm.optim", raising=False)
     with pytest.raises(memfit.UnsupportedError, match="pip install --upgrade torch torchvision"):
         timm_models.import_timm()
 
