@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 import types
 from collections.abc import Iterator
@@ -62,25 +64,40 @@ class Slow(SweepTask):
         return (row,)
 
 
+def _node_arguments() -> dict[str, Any]:
+    """Return the arguments of a small node.
+
+    A node whose agents choose their ports waits some seconds for them, and dies on a busy machine.
+    """
+    agents = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in agents]
+        for each in sockets:
+            each.bind(("", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    return {"num_cpus": 1, "include_dashboard": False, **dict(zip(agents, ports, strict=True))}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes on this machine."""
+    import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    yield made
-    import ray
+    with pytest.MonkeyPatch.context() as patched:
+        # Ray's workers are nice by 15. On a busy machine they then import torch for many minutes.
+        patched.setenv("RAY_worker_niceness", "0")
+        made = Cluster(initialize_head=True, head_node_args=_node_arguments())
+        for _ in range(2):
+            made.add_node(**_node_arguments())
+        made.wait_for_nodes(timeout=120)
+        yield made
 
     ray.shutdown()
     made.shutdown()
 
 
 @pytest.mark.needs("ray")
-# Four processes import torch and timm, which takes minutes on a loaded machine.
-@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_a_lost_node_loses_no_answer(cluster: Any) -> None:
     """A node is killed in the middle: every answer is there at the end, and none twice."""
