@@ -185,8 +185,10 @@ def test_shared_parameters_stay_shared() -> None:
 
 def test_gradient_checkpointing_keeps_less() -> None:
     """Recomputed activations are not held, and recomputation casts as forward did."""
-    plain = trace(step_of("test_vit", Precision.AMP_BF16), options())
-    spared = trace(step_of("test_vit", Precision.AMP_BF16, grad_checkpointing=True), options())
+    # The plans that cuDNN tries may need more than the activations, and both steps try the same.
+    chosen = options(cudnn_benchmark=False)
+    plain = trace(step_of("test_vit", Precision.AMP_BF16), chosen)
+    spared = trace(step_of("test_vit", Precision.AMP_BF16, grad_checkpointing=True), chosen)
     assert requested_peak(spared.schedule, 64) < 0.8 * requested_peak(plain.schedule, 64)
     halves = [event for event in spared.schedule.later.events if "_to_copy" in event.origin]
     assert len(halves) > len([e for e in plain.schedule.later.events if "_to_copy" in e.origin])
