@@ -16,16 +16,14 @@ import torch
 from torch import nn
 
 from memfit._torch_private import pytree
+from memfit.equivalence.blame import ValuePlace
 from memfit.equivalence.gradients import CheckSetup, dense
 from memfit.equivalence.halves import rows_of
-from memfit.equivalence.mixing import layer_name
+from memfit.equivalence.mixing import is_inside, named_layers
 from memfit.equivalence.state import same_start
 from memfit.records import MixesIn, MixingLayer
 
 __all__ = ["layers_that_scale_gradients"]
-
-_Place = tuple[str, int, str, int]
-"""A layer, the number of its call, input or output, and the index of the tensor."""
 
 
 def layers_that_scale_gradients(setup: CheckSetup, *, close: float) -> tuple[MixingLayer, ...]:
@@ -45,28 +43,19 @@ def layers_that_scale_gradients(setup: CheckSetup, *, close: float) -> tuple[Mix
         part = _run(setup, start, stop)
         for layer, far in _changed(whole, part, (start, stop, size), close).items():
             found[layer] = max(found.get(layer, 0.0), far)
-    modules = dict(setup.model.named_modules())
-    innermost = [name for name in found if not any(_is_inside(other, name) for other in found)]
-    return tuple(
-        MixingLayer(
-            name=layer_name(name),
-            type_name=type(modules[name]).__name__,
-            mixes_in=MixesIn.BACKWARD,
-            moved=found[name],
-        )
-        for name in innermost
-    )
-
-
-def _is_inside(inner: str, outer: str) -> bool:
-    return inner != outer and inner.startswith(f"{outer}." if outer else "")
+    innermost = {
+        name: far
+        for name, far in found.items()
+        if not any(is_inside(other, name) for other in found)
+    }
+    return named_layers(setup.model, innermost, MixesIn.BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
     """The gradients of one pass, by place, and the calls of each layer."""
 
-    gradients: dict[_Place, torch.Tensor]
+    gradients: dict[ValuePlace, torch.Tensor]
     calls: dict[str, int]
 
 
@@ -158,7 +147,7 @@ def _watched(place: tuple[str, int, str], values: Any, seen: _Seen) -> Any:
             continue
         view = leaves[index] = leaf.view_as(leaf)
 
-        def note(gradient: torch.Tensor, key: _Place = (*place, index)) -> None:
+        def note(gradient: torch.Tensor, key: ValuePlace = (*place, index)) -> None:
             seen.gradients[key] = dense(gradient.detach()).clone()
 
         view.register_hook(note)

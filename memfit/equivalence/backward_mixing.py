@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from memfit._torch_private import pytree
-from memfit.equivalence.mixing import MOVED, NUM_SAMPLES, Exchange, layer_name
+from memfit.equivalence.mixing import (
+    MOVED,
+    NUM_SAMPLES,
+    Exchange,
+    is_inside,
+    is_numbers,
+    named_layers,
+)
 from memfit.equivalence.randomness import seed_all
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import same_start
@@ -36,25 +43,16 @@ def mixing_gradients(model: nn.Module, samples: Samples) -> tuple[MixingLayer, .
     longer = _gradients_seen(model, one.all_inputs, None)
     shapes = {key: gradient.shape for key, gradient in longer.items()}
     sent = _gradients_seen(model, one.inputs(), 0)
-    modules = dict(model.named_modules())
-    found: dict[str, MixingLayer] = {}
+    found: dict[str, float] = {}
     for (name, way), gradient in sent.items():
         if way != "out":
             continue
         came = _foreign_share(one, gradient, shapes.get((name, way)))
         left = sent.get((name, "in"))
         gone = 0.0 if left is None else _foreign_share(one, left, shapes.get((name, "in")))
-        inner = any(
-            other != name and other.startswith(f"{name}." if name else "") for other in found
-        )
-        if gone > MOVED >= came and not inner:
-            found[name] = MixingLayer(
-                name=layer_name(name),
-                type_name=type(modules[name]).__name__,
-                mixes_in=MixesIn.BACKWARD,
-                moved=gone,
-            )
-    return tuple(found.values())
+        if gone > MOVED >= came and not any(is_inside(other, name) for other in found):
+            found[name] = gone
+    return named_layers(model, found, MixesIn.BACKWARD)
 
 
 def _foreign_share(one: Exchange, gradient: torch.Tensor, longer: torch.Size | None) -> float:
@@ -78,7 +76,7 @@ def _gradients_seen(
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
             for way, tensors in (("in", args), ("out", output)):
                 for leaf in pytree.tree_leaves(tensors):
-                    if _is_numbers(leaf) and leaf.requires_grad:
+                    if is_numbers(leaf) and leaf.requires_grad:
                         handles.append(leaf.register_hook(noter((name, way))))
                         break
 
@@ -97,7 +95,7 @@ def _gradients_seen(
             outputs = [
                 leaf
                 for leaf in pytree.tree_leaves(call_model(model, inputs))
-                if _is_numbers(leaf) and leaf.ndim > 0 and leaf.requires_grad
+                if is_numbers(leaf) and leaf.ndim > 0 and leaf.requires_grad
             ]
             parts = [leaf if sample is None else leaf[sample] for leaf in outputs]
             if parts:
@@ -112,7 +110,3 @@ def _gradients_seen(
 def _ramp(tensor: torch.Tensor) -> torch.Tensor:
     ramp = torch.linspace(0.5, 1.5, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
     return ramp.view(tensor.shape)
-
-
-def _is_numbers(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())

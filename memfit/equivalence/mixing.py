@@ -34,6 +34,8 @@ __all__ = [
     "NUM_SAMPLES",
     "Exchange",
     "MixingSearch",
+    "is_inside",
+    "is_numbers",
     "is_unseen",
     "judged_again",
     "layer_name",
@@ -173,14 +175,16 @@ def judged_again(
     return kept | judged
 
 
-def named_layers(model: nn.Module, moved: Mapping[str, float]) -> tuple[MixingLayer, ...]:
-    """Return the layers that mix in forward, from their paths and how far they moved."""
+def named_layers(
+    model: nn.Module, moved: Mapping[str, float], mixes_in: MixesIn = MixesIn.FORWARD
+) -> tuple[MixingLayer, ...]:
+    """Return the layers that mix, from their paths and how far they moved."""
     modules = dict(model.named_modules())
     return tuple(
         MixingLayer(
             name=layer_name(name),
             type_name=type(modules[name]).__name__,
-            mixes_in=MixesIn.FORWARD,
+            mixes_in=mixes_in,
             moved=far,
         )
         for name, far in moved.items()
@@ -227,13 +231,14 @@ def _found(one: Exchange, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
             left.discard(key)
             moved = max(suspect.moved, other.moved)
             found[suspect.layer] = max(found.get(suspect.layer, 0.0), moved)
-    within = {one.layer for seen in all_seen for key, one in seen.items() if key[2] == "in"}
-    inside = (layer for layer in found if any(_is_in(one, layer) for one in within))
+    within = {value.layer for seen in all_seen for key, value in seen.items() if key[2] == "in"}
+    inside = (layer for layer in found if any(at == layer or is_inside(at, layer) for at in within))
     return found, frozenset(inside)
 
 
-def _is_in(layer: str, outer: str) -> bool:
-    return layer == outer or layer.startswith(f"{outer}." if outer else "")
+def is_inside(inner: str, outer: str) -> bool:
+    """Whether a layer is inside another one, from their paths in the model."""
+    return inner != outer and inner.startswith(f"{outer}." if outer else "")
 
 
 def is_unseen(maker: str, place: ValuePlace, unseen: frozenset[str]) -> bool:
@@ -241,7 +246,7 @@ def is_unseen(maker: str, place: ValuePlace, unseen: frozenset[str]) -> bool:
     layer, _, way, _ = place
     if way == "in" and maker in unseen:
         return True
-    return any(layer != one and _is_in(layer, one) for one in unseen)
+    return any(is_inside(layer, one) for one in unseen)
 
 
 def with_values(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -314,11 +319,11 @@ class MixingSearch:
         leaves, spec = pytree.tree_flatten(values)
         seen = [
             self._visit(maker, (*key, index), leaf)
-            if _is_numbers(leaf) and not self._was_last(leaf)
+            if is_numbers(leaf) and not self._was_last(leaf)
             else leaf
             for index, leaf in enumerate(leaves)
         ]
-        self._last = [(leaf, version_of(leaf)) for leaf in seen if _is_numbers(leaf)]
+        self._last = [(leaf, version_of(leaf)) for leaf in seen if is_numbers(leaf)]
         return pytree.tree_unflatten(seen, spec)
 
     def _was_last(self, leaf: torch.Tensor) -> bool:
@@ -328,7 +333,8 @@ class MixingSearch:
         return any(leaf is tensor and version_of(leaf) == version for tensor, version in self._last)
 
 
-def _is_numbers(leaf: Any) -> bool:
+def is_numbers(leaf: Any) -> bool:
+    """Whether this is a tensor of real or complex numbers, and not of integers."""
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 

@@ -107,12 +107,10 @@ class Draws:
     @contextlib.contextmanager
     def replayed(self, start: int, stop: int) -> Iterator[None]:
         """Replay the full batch's draws for the samples from `start` up to but not `stop`."""
-
-        def rows(draw: _Draw) -> torch.Tensor | None:
-            found = self._rows(draw, start, stop), self._of_loop(draw, lambda place: start + place)
-            return _first(found[::-1] if self._is_loop(draw.layer) else found)
-
-        with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
+        mode = self._replaying(
+            lambda draw: self._rows(draw, start, stop), lambda place: start + place
+        )
+        with self._mode(mode):
             yield
 
     @contextlib.contextmanager
@@ -131,12 +129,26 @@ class Draws:
             wanted = order[:, None] * per_sample + torch.arange(per_sample)
             return drawn.index_select(dim, wanted.flatten().to(drawn.device))
 
+        with self._mode(self._replaying(in_order, lambda place: int(order[place]))):
+            yield
+
+    def _replaying(
+        self,
+        by_rows: Callable[[_Draw], torch.Tensor | None],
+        sample_at: Callable[[int], int],
+    ) -> _Mode:
+        """Return the mode that replays draws.
+
+        Args:
+            by_rows: A function that finds a draw's numbers in the rows of a recorded draw.
+            sample_at: A function from a sample's place in the part to its place in the full batch.
+        """
+
         def rows(draw: _Draw) -> torch.Tensor | None:
-            found = in_order(draw), self._of_loop(draw, lambda place: int(order[place]))
+            found = by_rows(draw), self._of_loop(draw, sample_at)
             return _first(found[::-1] if self._is_loop(draw.layer) else found)
 
-        with self._mode(_Fixed(self) if self.held_fixed else _Replaying(self, rows)):
-            yield
+        return _Fixed(self) if self.held_fixed else _Replaying(self, rows)
 
     @contextlib.contextmanager
     def _mode(self, mode: _Mode) -> Iterator[None]:

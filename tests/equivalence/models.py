@@ -101,6 +101,23 @@ class OnePercentOff(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+class _TimesSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] * len(grads[0])
+
+
+class TimesSamples(nn.Module):
+    """Multiplies gradients by the batch size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _TimesSamples.apply(x)  # type: ignore[no-any-return]
+
+
 class _MixedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, WIDTH, Sorting, check, mlp
+from equivalence.models import NUM_CLASSES, WIDTH, Sorting, TimesSamples, check, mlp
 from memfit.records import GradientFault, Verdict
 
 CLASS_WEIGHTS = torch.linspace(0.3, 2.0, NUM_CLASSES)
@@ -33,23 +33,6 @@ class Flipped(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x.flip(0)[:, :3], x[:, 3:]], dim=1)
-
-
-class _TimesSamples(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0] * len(grads[0])
-
-
-class TimesSamples(nn.Module):
-    """Multiplies gradients by the batch size."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _TimesSamples.apply(x)  # type: ignore[no-any-return]
 
 
 class Permuted(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, WIDTH, check, mlp, vectors
+from equivalence.models import NUM_CLASSES, WIDTH, TimesSamples, check, mlp, vectors
 from memfit.errors import WorkloadError
 from memfit.records import GradientFault, LossWeighting, MixesIn, Verdict
 
@@ -148,23 +148,6 @@ def test_a_loop_over_images_that_adds_different_means() -> None:
         ("summand 2", "batch[2].sum()"),
     ]
     assert all(term.unexplained < 1e-12 for term in result.terms)
-
-
-class _TimesSamples(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0] * len(grads[0])
-
-
-class TimesSamples(nn.Module):
-    """Multiplies gradients by the batch size, in a branch beside a skip connection."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _TimesSamples.apply(x)  # type: ignore[no-any-return]
 
 
 class Branched(nn.Module):
