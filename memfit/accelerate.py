@@ -17,16 +17,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memfit.accumulation import Accumulator as PlainAccumulator
 from memfit.accumulation import Weight
-from memfit.accumulation.stepping import stepped_by
+from memfit.accumulation.stepping import PlainStepping
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
+from memfit.integrations.accelerate import PRECISIONS
 from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.records import Plan, Precision
+from memfit.step.optimizers import stepped_by
 from memfit.units import parse_count
 
 __all__ = ["Accumulator", "find_executable_batch_size"]
 
-_PRECISIONS: Final = {"bf16": Precision.AMP_BF16, "fp16": Precision.AMP_FP16}
 _NUM_STEPS: Final = 3
 
 
@@ -92,20 +93,19 @@ class Accumulator(PlainAccumulator):
         )
 
 
-class _AcceleratesStepping:
+class _AcceleratesStepping(PlainStepping):
     """The steps of a loop with Accelerate."""
 
     def __init__(
         self, accelerator: Any, optimizer: Any, *, scheduler: Any, clip_grad_norm: float | None
     ) -> None:
+        super().__init__(
+            optimizer,
+            scaler=accelerator.scaler,
+            scheduler=scheduler,
+            clip_grad_norm=clip_grad_norm,
+        )
         self._accelerator = accelerator
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._clip_grad_norm = clip_grad_norm
-
-    @property
-    def is_scaled(self) -> bool:
-        return self._accelerator.scaler is not None
 
     def backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
@@ -120,15 +120,11 @@ class _AcceleratesStepping:
             if self._clip_grad_norm is not None:
                 accelerator.clip_grad_norm_(list(stepped_by(self._optimizer)), self._clip_grad_norm)
             self._optimizer.step()
-            if self._scheduler is not None and not self._optimizer.step_was_skipped:
+            is_skipped = self._optimizer.step_was_skipped  # type: ignore[attr-defined]
+            if self._scheduler is not None and not is_skipped:
                 self._scheduler.step()
         finally:
             state._set_sync_gradients(was_synced)  # noqa: SLF001 - as above
-
-    def forget(self) -> None:
-        scaler = self._accelerator.scaler
-        if scaler is not None:
-            scaler.update(scaler.get_scale())
 
 
 def _check(accelerator: Any, optimizer: Any, plan: Plan | int) -> None:
@@ -162,8 +158,7 @@ def _check(accelerator: Any, optimizer: Any, plan: Plan | int) -> None:
     if isinstance(plan, Plan):
         given = accelerator.mixed_precision
         planned = plan.options.precision
-        is_mixed = planned in _PRECISIONS.values()
-        if _PRECISIONS.get(given) is not (planned if is_mixed else None):
+        if PRECISIONS.get(planned) != (given if given in PRECISIONS.values() else None):
             raise UsageError(
                 f"The plan is for {planned.value}, and the Accelerator has mixed_precision="
                 f"{given!r}: plan with that precision."

@@ -24,6 +24,7 @@ from memfit.integrations.objects.fastai import (
     FastaiOptimizer,
     as_float32,
     callback_of,
+    precision_of,
     refuse_mixing,
 )
 from memfit.records import Plan, Precision
@@ -80,8 +81,7 @@ class Accumulate(Callback):  # type: ignore[misc]
         on_gpu = next(learn.model.parameters()).device.type == "cuda"
         precision = Precision.FP32
         if mixed is not None and on_gpu:  # fastai has autocast for GPUs only
-            is_bf16 = mixed.amp_mode.value == "bf16"
-            precision = Precision.AMP_BF16 if is_bf16 else Precision.AMP_FP16
+            precision = precision_of(learn)
         self._accumulator = Accumulator(
             learn.model,
             _SteppedWithEvents(learn),
@@ -135,7 +135,7 @@ class _SteppedWithEvents(FastaiOptimizer):
 
     def _call(self, event: str) -> None:
         for callback in self._learn.cbs.sorted("order"):
-            if not any(kind.__name__ in _FOLLOWED for kind in type(callback).__mro__):
+            if not _is_followed(callback):
                 callback(event)
 
 
@@ -161,6 +161,11 @@ def _num_inputs(learn: Any) -> int:
     return 1 if num == 1 else num - 1
 
 
+def _is_followed(callback: Any) -> bool:
+    """Whether this module does what a callback does in a step."""
+    return any(kind.__name__ in _FOLLOWED for kind in type(callback).__mro__)
+
+
 def _check_batch_size(batch_size: int, plan: Plan) -> None:
     """Refuse a loader whose batches are not those of the plan.
 
@@ -181,9 +186,7 @@ def _refuse_missing_events(learn: Any) -> None:
         UnsupportedError: There is such a callback.
     """
     for callback in learn.cbs:
-        if not getattr(callback, "run_train", True):
-            continue
-        if any(kind.__name__ in _FOLLOWED for kind in type(callback).__mro__):
+        if not getattr(callback, "run_train", True) or _is_followed(callback):
             continue
         missing = [event for event in _MISSING if hasattr(callback, event)]
         if missing:

@@ -28,13 +28,13 @@ from memfit.accumulation import MicroBatch, Weight, micro_batches
 from memfit.api import plan as plan_for
 from memfit.api.asking import SearchKeywords
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
-from memfit.integrations.equal import equal_parts
+from memfit.integrations.equal import equal_parts, refuse_other_ranks
+from memfit.integrations.objects.step import replaced
 from memfit.records import Plan
 
 __all__ = ["accumulating", "plan_before_fit"]
 
 _TRANSFER = "_apply_batch_transfer_handler"
-_REPLACED = ("training_step", "optimizer_zero_grad", _TRANSFER)
 
 
 @contextlib.contextmanager
@@ -69,18 +69,15 @@ def accumulating(
             f"{type(module).__name__} steps its optimizers itself (automatic_optimization is "
             "False): cut its batches with memfit.micro_batches in its training_step."
         )
-    own = vars(module)
-    before = {name: own[name] for name in _REPLACED if name in own}
     steps = _Steps(module, plan, weight=weight, batch_dims=batch_dims)
-    own.update(training_step=steps.training_step, optimizer_zero_grad=_keep_gradients)
-    if hasattr(module, _TRANSFER):
-        own[_TRANSFER] = steps.transfer
-    try:
+    transfer = {_TRANSFER: steps.transfer} if hasattr(module, _TRANSFER) else {}
+    with replaced(
+        module,
+        training_step=steps.training_step,
+        optimizer_zero_grad=_keep_gradients,
+        **transfer,
+    ):
         yield module
-    finally:
-        for name in _REPLACED:
-            own.pop(name, None)
-        own.update(before)
 
 
 def _keep_gradients(*_arguments: Any, **_options: Any) -> None:
@@ -165,11 +162,7 @@ class _Steps:
                 f"{trainer.accumulate_grad_batches}: let the loader yield whole batches of "
                 f"{self._plan.share_of(0)}."
             )
-        if trainer.world_size != self._plan.world_size:
-            raise UsageError(
-                f"The plan is for {self._plan.world_size} ranks, and the Trainer has "
-                f"{trainer.world_size}: plan with world_size={trainer.world_size}."
-            )
+        refuse_other_ranks(self._plan, trainer.world_size)
         if trainer.strategy.handles_gradient_accumulation:
             raise UnsupportedError(
                 f"{type(trainer.strategy).__name__} counts backward passes itself: use the "

@@ -22,6 +22,7 @@ import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
 from memfit.errors import UnsupportedError, UsageError
+from memfit.integrations.equal import refuse_other_ranks
 from memfit.records import Plan
 
 __all__ = ["Accumulating"]
@@ -152,11 +153,7 @@ def _check(trainer: Any, plan: Plan) -> None:
             "gradient_accumulation_steps."
         )
     ranks = int(arguments.world_size)
-    if ranks != plan.world_size:
-        raise UsageError(
-            f"The plan is for {plan.world_size} ranks, and the Trainer has {ranks}: plan with "
-            f"world_size={ranks}."
-        )
+    refuse_other_ranks(plan, ranks)
     given = arguments.per_device_train_batch_size * ranks
     if given != plan.effective_batch_size:
         raise UsageError(

@@ -31,7 +31,7 @@ from memfit.accumulation.arguments import (
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
-from memfit.accumulation.stepping import PlainStepping, Stepping, stepped_by
+from memfit.accumulation.stepping import PlainStepping, Stepping
 from memfit.accumulation.uncounted import check_counted
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
@@ -41,6 +41,7 @@ from memfit.records import Plan, Precision
 from memfit.step import batches
 from memfit.step.batches import BatchRules, Layout
 from memfit.step.calling import call_model, split_batch
+from memfit.step.optimizers import stepped_by
 from memfit.step.runner import autocast
 
 __all__ = ["Accumulator"]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from memfit.accumulation.ranks import Ranks
 from memfit.errors import UsageError
 from memfit.records import Plan, PlanSurvey, Precision, StepOptions
-from memfit.step.closures import check_steps_alone, required_arguments
+from memfit.step.optimizers import check_steps_alone, required_arguments
 
 __all__ = [
     "check_optimizer",

@@ -6,7 +6,6 @@ its own backward pass, such as Accelerate, has another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -14,7 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["PlainStepping", "Stepping", "stepped_by"]
+from memfit.step.optimizers import stepped_by
+
+__all__ = ["PlainStepping", "Stepping"]
 
 
 class Stepping(Protocol):
@@ -91,9 +92,3 @@ class PlainStepping:
         """Let the scaler forget that it unscaled gradients. It keeps its scale."""
         if self._scaler is not None:
             self._scaler.update(self._scaler.get_scale())
-
-
-def stepped_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """Yield the parameters that an optimizer steps."""
-    for group in optimizer.param_groups:
-        yield from group["params"]

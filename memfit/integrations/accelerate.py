@@ -11,9 +11,10 @@ from memfit.integrations.equal import comment, equal_parts, headline
 from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
 
-__all__ = ["lines"]
+__all__ = ["PRECISIONS", "lines"]
 
-_PRECISIONS = {Precision.AMP_BF16: "bf16", Precision.AMP_FP16: "fp16"}
+PRECISIONS = {Precision.AMP_BF16: "bf16", Precision.AMP_FP16: "fp16"}
+"""What `mixed_precision` is called in Accelerate."""
 
 
 def lines(plan: Plan) -> str:
@@ -39,7 +40,7 @@ def lines(plan: Plan) -> str:
         )
     arguments = [
         f"gradient_accumulation_steps={parts.accumulation_steps}",
-        f'mixed_precision="{_PRECISIONS.get(plan.options.precision, "no")}"',
+        f'mixed_precision="{PRECISIONS.get(plan.options.precision, "no")}"',
         *(("cpu=True",) if is_on_cpu(plan) else ()),
     ]
     model = model_lines(plan)

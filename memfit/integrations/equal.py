@@ -14,7 +14,7 @@ from memfit.partition import equal_part
 from memfit.records import Plan
 from memfit.units import format_parts
 
-__all__ = ["EqualParts", "comment", "equal_parts", "headline"]
+__all__ = ["EqualParts", "comment", "equal_parts", "headline", "refuse_other_ranks"]
 
 _WIDTH = 96
 # Equal parts are at least the plan's micro-batch divided by this number.
@@ -100,3 +100,16 @@ def comment(*sentences: str) -> str:
         for sentence in sentences
         for line in textwrap.wrap(sentence, _WIDTH, initial_indent="# ", subsequent_indent="# ")
     )
+
+
+def refuse_other_ranks(plan: Plan, ranks: int) -> None:
+    """Refuse a trainer whose number of processes is not the plan's.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if ranks != plan.world_size:
+        raise UsageError(
+            f"The plan is for {plan.world_size} ranks, and the Trainer has {ranks}: plan with "
+            f"world_size={ranks}."
+        )

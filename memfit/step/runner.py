@@ -24,6 +24,7 @@ from memfit.records import Averaging, Evaluation, Precision, StepOptions
 from memfit.step.calling import call_model, users_code
 from memfit.step.draws import Draws
 from memfit.step.loop_habits import StepInBackward, WeightAverage
+from memfit.step.optimizers import stepped_by
 from memfit.step.precision import PrecisionPolicy, TorchPrecision, autocast
 
 __all__ = [
@@ -122,8 +123,7 @@ class PreparedStep:
                     if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module):
                         yield from _tensors_in(value)
         if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                yield from group["params"]
+            yield from stepped_by(self._optimizer)
             for state in self._optimizer.state.values():
                 yield from _tensors_in(state)
         yield from self.averages
@@ -241,7 +241,7 @@ class PreparedStep:
         """Let the optimizer take a step on gradients of zero, so that its state exists."""
         if self._optimizer is None:
             return
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        parameters = list(stepped_by(self._optimizer))
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

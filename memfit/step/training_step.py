@@ -21,8 +21,8 @@ from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batches import Layout
-from memfit.step.closures import check_steps_alone
 from memfit.step.loop_habits import freeze
+from memfit.step.optimizers import check_steps_alone
 from memfit.step.runner import PrecisionPolicy, PreparedStep
 from memfit.step.workload import OptimizerFactory, Workload
 

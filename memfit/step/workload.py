@@ -21,9 +21,9 @@ from memfit.step import refusals
 from memfit.step.batch_rules import BatchRules
 from memfit.step.batches import Layout
 from memfit.step.calling import split_batch
-from memfit.step.closures import check_steps_alone
 from memfit.step.made_batches import check_made
 from memfit.step.meta_copy import without_values
+from memfit.step.optimizers import check_steps_alone, stepped_by
 
 __all__ = ["OptimizerFactory", "Workload"]
 
@@ -97,8 +97,7 @@ class Workload:
         if isinstance(self.optimizer, Optimizer):
             check_steps_alone(self.optimizer)
             own = {id(parameter) for parameter in self.model.parameters()}
-            held = (p for group in self.optimizer.param_groups for p in group["params"])
-            if not any(id(parameter) in own for parameter in held):
+            if not any(id(parameter) in own for parameter in stepped_by(self.optimizer)):
                 raise WorkloadError("The optimizer holds no parameter of the model.")
         if not callable(self.batch):
             self._example_layout.certain()

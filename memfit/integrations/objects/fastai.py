@@ -35,6 +35,7 @@ __all__ = [
     "FastaiOptimizer",
     "as_float32",
     "callback_of",
+    "precision_of",
     "refuse_mixing",
     "workload_of_learner",
 ]
@@ -65,7 +66,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
         step,
         tuple(batch),
         _OptimizerOf(step, learn),
-        precision=_precision_of(learn),
+        precision=precision_of(learn),
         held_samples=None if samples_per_step is None else HeldSamples(in_all=samples_per_step),
     )
 
@@ -78,7 +79,7 @@ def callback_of(learn: Any, name: str) -> Any:
     return None
 
 
-def _precision_of(learn: Any) -> Precision:
+def precision_of(learn: Any) -> Precision:
     """Return the precision that a learner is set to."""
     mixed = callback_of(learn, "MixedPrecision")
     return precision_of_weights(learn.model) if mixed is None else _PRECISIONS[mixed.amp_mode.value]

@@ -22,6 +22,7 @@ from memfit.integrations.objects.step import (
     TrainersStep,
     TrainersWorkload,
     drawn_batch,
+    replaced,
     step_of,
 )
 from memfit.records import Precision
@@ -138,16 +139,9 @@ def _logs_nothing(*_values: Any, **_options: Any) -> None:
 @contextlib.contextmanager
 def _attached(module: Any, trainer: _StandInTrainer) -> Iterator[None]:
     """Give a module the trainer's stand-in for the time of the block. Nothing is logged."""
-    own = vars(module)
-    before = {name: own[name] for name in ("_trainer", "log", "log_dict") if name in own}
-    module._trainer = trainer  # noqa: SLF001 - the setter takes Lightning's own trainer only
-    own.update(log=_logs_nothing, log_dict=_logs_nothing)
-    try:
+    # The setter of `trainer` takes Lightning's own trainer only.
+    with replaced(module, _trainer=trainer, log=_logs_nothing, log_dict=_logs_nothing):
         yield
-    finally:
-        for name in ("_trainer", "log", "log_dict"):
-            own.pop(name, None)
-        own.update(before)
 
 
 def _optimizer_in(configured: Any, name: str) -> torch.optim.Optimizer:

@@ -31,6 +31,7 @@ __all__ = [
     "drawn_batch",
     "made_real",
     "precision_of_weights",
+    "replaced",
     "step_of",
 ]
 
@@ -66,6 +67,20 @@ class TrainersStep(nn.Module, abc.ABC):
         """
         self._kept = ()
         super().zero_grad(set_to_none)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of an object for the time of the block, without its own `__setattr__`."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
 
 
 @dataclasses.dataclass(frozen=True)

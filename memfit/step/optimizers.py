@@ -1,20 +1,21 @@
-"""Refuses optimizers that compute the loss again within their step.
+"""What an optimizer steps, and which optimizers are refused.
 
-L-BFGS computes the loss several times in one step, and SAM computes it twice. Both take a function
-(a closure) that runs forward and backward over the whole batch. With accumulated gradients there is
-no such function.
+Those that compute the loss again within their step are refused. L-BFGS computes the loss several
+times in one step, and SAM computes it twice. Both take a function (a closure) that runs forward and
+backward over the whole batch. With accumulated gradients there is no such function.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from torch import nn
 from torch.optim import Optimizer
 
 from memfit.errors import WorkloadError
 
-__all__ = ["check_steps_alone", "required_arguments"]
+__all__ = ["check_steps_alone", "required_arguments", "stepped_by"]
 
 
 def check_steps_alone(optimizer: Optimizer) -> None:
@@ -46,3 +47,9 @@ def required_arguments(function: Callable[..., object]) -> tuple[str, ...]:
         for parameter in parameters
         if parameter.default is parameter.empty and parameter.kind not in positional
     )
+
+
+def stepped_by(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """Yield the parameters that an optimizer steps."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
