@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.side:
         _run_side(arguments.models, arguments.by_operator)
         return
-    card, is_real = _card(arguments.against_itself)
+    card, is_real = card_here(arguments.against_itself)
     from memfit.rehearsal.activate import rehearsed_environment
 
     rehearsed = {**os.environ, **rehearsed_environment(card, environment=os.environ)}
@@ -93,8 +93,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _card(named: str | None) -> tuple[Any, bool]:
-    """Return the card to rehearse, and whether it is the real one of this machine."""
+def card_here(named: str | None) -> tuple[Any, bool]:
+    """Return the card to rehearse, and whether it is the real one of this machine.
+
+    Args:
+        named: A card to rehearse where there is no GPU.
+    """
     from memfit.cards import find_gpu, gpu_like
 
     if named is not None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, cast
 
 import torch
 
+from memfit.cards import is_rehearsed
 from memfit.errors import UsageError, WorkloadError
 from memfit.step.runner import check_loss
 
@@ -103,6 +104,9 @@ def shares_of(weight: Weight, counts: Sequence[float], total: float) -> list[flo
     """
     if weight == "sum":
         return [1.0] * len(counts)
+    if total == 0 and is_rehearsed():
+        # Counts read from a rehearsed device are 0, because its kernels compute nothing.
+        return [1 / len(counts)] * len(counts)
     if total == 0:
         raise WorkloadError(
             "The weight of the whole batch is 0, so its loss has nothing to average over."

@@ -137,3 +137,27 @@ def test_triton_compiles_for_the_card(
     )
     assert (seen["shape"], seen["gradient"]) == ([64], [64, 128])
     assert seen["num_kernels"] >= 2
+
+
+def test_an_accumulator_that_counts_on_the_device_takes_its_steps(rehearsed: Rehearsed) -> None:
+    """Counts of valid labels are 0 on a rehearsed device; each part then has the same share."""
+    found = rehearsed(
+        """
+        import memfit
+        from torch.nn import functional
+        model = torch.nn.Linear(8, 5).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        accumulator = memfit.Accumulator(
+            model,
+            optimizer,
+            2,
+            loss=functional.cross_entropy,
+            weight=lambda batch: (batch[1] != -100).sum(),
+        )
+        steps = []
+        optimizer.register_step_post_hook(lambda *_: steps.append(1))
+        accumulator.step((torch.randn(6, 8).cuda(), torch.randint(5, (6,)).cuda()))
+        answer(steps=len(steps))
+        """
+    )
+    assert found == {"steps": 1}
