@@ -10,6 +10,7 @@ import difflib
 import itertools
 import operator
 import re
+from collections.abc import Sequence
 
 from memfit.errors import UsageError
 
@@ -131,7 +132,7 @@ def parse_count(what: str, value: object) -> int:
     return count
 
 
-def parse_image_size(size: str | int | tuple[int, int]) -> tuple[int, int]:
+def parse_image_size(size: str | int | Sequence[int]) -> tuple[int, int]:
     """Read the height and width of an image.
 
     Args:
@@ -144,17 +145,17 @@ def parse_image_size(size: str | int | tuple[int, int]) -> tuple[int, int]:
     Raises:
         UsageError: `size` is not an image size.
     """
-    if isinstance(size, tuple):
-        height, width = size
+    if isinstance(size, (tuple, list)):
+        sides = [whole_number(side) for side in size]
     else:
         match = _IMAGE_SIZE.fullmatch(str(size))
-        if match is None:
-            raise UsageError(
-                f"{size!r} is not an image size: give pixels, such as 224, or height and width, "
-                "such as 320x240."
-            )
-        height = int(match[1])
-        width = int(match[2] or match[1])
+        sides = [] if match is None else [int(match[1]), int(match[2] or match[1])]
+    if len(sides) != 2 or None in sides:  # noqa: PLR2004 - height and width
+        raise UsageError(
+            f"{size!r} is not an image size: give pixels, such as 224, or height and width, "
+            "such as 320x240."
+        )
+    height, width = (side or 0 for side in sides)
     if height < 1 or width < 1:
         raise UsageError(f"{size!r} is not an image size: each side must be at least 1 pixel.")
     return height, width

@@ -103,3 +103,33 @@ def test_impossible_records_are_refused() -> None:
         dataclasses.replace(TRIAL, step_seconds=0.0)
     with pytest.raises(UsageError, match="num_classes"):
         StepOptions(num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("fp16", "amp-fp16"),
+        ("FP16", "amp-fp16"),
+        ("float16", "amp-fp16"),
+        ("half", "amp-fp16"),
+        ("16-mixed", "amp-fp16"),
+        ("bf16-mixed", "amp-bf16"),
+        ("AMP_BF16", "amp-bf16"),
+        ("bfloat16", "amp-bf16 or bf16"),
+        ("amp", "amp-fp16 or amp-bf16"),
+        ("torch.float32", "fp32"),
+        ("32", "fp32"),
+        ("auot", "auto"),
+    ],
+)
+def test_a_wrong_precision_gets_the_nearest(given: str, near: str) -> None:
+    """The names of other libraries are understood, so that fp16 is not near bf16."""
+    with pytest.raises(UsageError, match=f"; did you mean {near}[?] Choose one of fp32, amp-bf16"):
+        Precision.named(given)
+
+
+def test_a_precision_is_named_by_itself_or_its_value() -> None:
+    """A training loop has no auto."""
+    assert Precision.named("bf16") is Precision.named(Precision.BF16) is Precision.BF16
+    with pytest.raises(UsageError, match=r"no precision 'auto'\. Choose one of fp32\.$"):
+        Precision.named("auto", known=[Precision.FP32])

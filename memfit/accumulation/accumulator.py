@@ -40,8 +40,9 @@ from memfit.memory.release import release
 from memfit.records import Plan, Precision
 from memfit.step import batches
 from memfit.step.batches import BatchRules, Layout
-from memfit.step.calling import call_model, split_batch
+from memfit.step.calling import call_loss, call_model, split_batch
 from memfit.step.optimizers import stepped_by
+from memfit.step.refusals import check_loss
 from memfit.step.runner import autocast
 
 __all__ = ["Accumulator"]
@@ -108,8 +109,7 @@ class Accumulator:
         precision: str | Precision | None = None,
         recover: bool = True,
     ) -> None:
-        if not callable(loss):
-            raise UsageError(f"The loss must be a function, not {type(loss).__name__}.")
+        check_loss(loss)
         self._model = model
         self._optimizer = optimizer
         self._loss = loss
@@ -289,7 +289,7 @@ class Accumulator:
         )
         with autocast(self._device, options.precision):
             outputs = call_model(self._model, inputs)
-            losses = self._terms.losses(self._loss(outputs, *targets))
+            losses = self._terms.losses(call_loss(self._loss, outputs, targets))
         weighted = [
             loss * weight
             # A loss that averages over nothing is 0 / 0, and adds nothing to the batch's loss.

@@ -118,9 +118,5 @@ def with_precision(options: StepOptions, precision: str | Precision | None) -> S
     """
     if precision is None:
         return options
-    known = [choice.value for choice in Precision if choice is not Precision.AUTO]
-    if precision not in known:
-        raise UsageError(
-            f"The precision of a training loop is one of {', '.join(known)}, not {precision!r}."
-        )
-    return dataclasses.replace(options, precision=Precision(precision))
+    known = [choice for choice in Precision if choice is not Precision.AUTO]
+    return dataclasses.replace(options, precision=Precision.named(precision, known=known))

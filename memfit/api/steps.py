@@ -141,36 +141,42 @@ def describe(
     """
     unknown = sorted(options.keys() - StepKeywords.__annotations__.keys())
     if unknown:
-        near = difflib.get_close_matches(
-            unknown[0], [*_BESIDES, *StepKeywords.__annotations__], n=1
-        )
-        hint = f"did you mean {near[0]}? A" if near else "a"
-        raise TypeError(
-            f"there is no option {unknown[0]!r}; {hint} training step has "
-            f"{', '.join(StepKeywords.__annotations__)}"
-        )
+        raise TypeError(_unknown_option(unknown[0]))
     check_subject(subject, Workload)
-    image_size = options.get("image_size")
+    image_size, classes = options.get("image_size"), options.get("num_classes")
     return TrainingStep(
         subject=subject,
         options=StepOptions(
             precision=_precision(subject, options.get("precision", Precision.AUTO)),
             optimizer=_optimizer(subject, options.get("optimizer", _DEFAULT_OPTIMIZER)),
             image_size=None if image_size is None else parse_image_size(image_size),
-            num_classes=options.get("num_classes"),
-            channels_last=options.get("channels_last", False),
-            grad_checkpointing=options.get("grad_checkpointing", False),
+            num_classes=None if classes is None else parse_count("num_classes", classes),
+            channels_last=_switch("channels_last", options),
+            grad_checkpointing=_switch("grad_checkpointing", options),
             accumulate=accumulate or (not isinstance(subject, str) and subject.accumulates),
-            model_kwargs=tuple((options.get("model_kwargs") or {}).items()),
-            keeps_outputs=options.get("keeps_outputs", False),
+            model_kwargs=_arguments(options.get("model_kwargs")),
+            keeps_outputs=_switch("keeps_outputs", options),
             ema=_chosen("ema", Averaging, options.get("ema")),
             frozen=_patterns(options.get("frozen", ())),
             prefetch=_whole("prefetch", options.get("prefetch", 0)),
-            fused=options.get("fused", False),
-            optimizer_in_backward=options.get("optimizer_in_backward", False),
+            fused=_switch("fused", options),
+            optimizer_in_backward=_switch("optimizer_in_backward", options),
             evaluate=_chosen("evaluate", Evaluation, options.get("evaluate")),
-            no_grad=options.get("no_grad", False),
+            no_grad=_switch("no_grad", options),
         ),
+    )
+
+
+def _unknown_option(name: str) -> str:
+    """Return a message on an option that a function does not have."""
+    if name in _BESIDES:
+        # Other functions have it, but not this one.
+        return f"this function has no option {name!r}"
+    near = difflib.get_close_matches(name, [*_BESIDES, *StepKeywords.__annotations__], n=1)
+    hint = f"did you mean {near[0]}? A" if near else "a"
+    return (
+        f"there is no option {name!r}; {hint} training step has "
+        f"{', '.join(StepKeywords.__annotations__)}"
     )
 
 
@@ -279,11 +285,7 @@ def has_gpu() -> bool:
 def _precision(subject: str | Workload, precision: str | Precision) -> Precision:
     if precision == Precision.AUTO.value and not isinstance(subject, str):
         precision = subject.own_precision
-    try:
-        return Precision(precision)
-    except ValueError:
-        known = ", ".join(choice.value for choice in Precision)
-        raise UsageError(f"There is no precision {precision!r}; choose one of {known}.") from None
+    return Precision.named(precision)
 
 
 def _chosen(option: str, kind: type[_Choice], given: object) -> _Choice | None:
@@ -310,6 +312,21 @@ def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
                 f"{pattern!r}."
             )
     return patterns
+
+
+def _switch(option: str, options: Mapping[str, Any]) -> bool:
+    given = options.get(option, False)
+    if given is None or given in (True, False):
+        return bool(given)
+    raise UsageError(f"{option} is True or False, not {given!r}.")
+
+
+def _arguments(given: object) -> tuple[tuple[str, Any], ...]:
+    if given is None or isinstance(given, Mapping):
+        return tuple((given or {}).items())
+    raise UsageError(
+        f"model_kwargs is a dictionary, such as {{'drop_path_rate': 0.1}}, not {given!r}."
+    )
 
 
 def _whole(option: str, given: object) -> int:

@@ -78,6 +78,8 @@ def device_of(device: str | torch.device | None) -> torch.device:
         raise UnknownDeviceError(
             f"memfit cannot measure on {str(device)!r}: give cpu, or cuda for NVIDIA and AMD GPUs."
         )
+    if chosen.type == "cpu" and chosen.index:
+        raise UnknownDeviceError(f"There is no {str(device)!r}: give cpu, which is all processors.")
     num_devices = torch.cuda.device_count() if chosen.type == "cuda" else 0
     if chosen.type == "cuda" and num_devices == 0:
         raise UnknownDeviceError(

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from memfit import __version__
-from memfit.cli.defaults import defaults_of, find_table
+from memfit.cli.defaults import defaults_of, find_table, parameters_of
 from memfit.errors import MemfitError
 
 __all__ = ["main", "run"]
@@ -55,10 +55,11 @@ def main(context: click.Context) -> None:
     if found is None:
         return
     path, table = found
-    context.default_map = defaults_of(path, table, main.commands)
-    own = context.default_map.get(context.invoked_subcommand or "", {})
+    name = context.invoked_subcommand or ""
+    own = defaults_of(path, table, main.commands, name)
     if own:
-        said = ", ".join(f"{name.replace('_', '-')} {_shown(value)}" for name, value in own.items())
+        context.default_map = {name: parameters_of(own, main.commands[name])}
+        said = ", ".join(f"{option} {_shown(value)}" for option, value in own.items())
         click.echo(f"Defaults from {path}: {said}.", err=True)
 
 

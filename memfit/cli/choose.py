@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from memfit.cli.completion import complete_models
-from memfit.cli.options import Given, shared_options
+from memfit.cli.options import Given, WholeRange, shared_options
 from memfit.cli.output import Format, format_options, print_csv, print_json
 from memfit.cli.sweeping import interrupted, on_each_row, pool_options, wide_console
 from memfit.errors import UsageError
@@ -27,12 +27,12 @@ __all__ = ["choose"]
 )
 @click.option(
     "--top",
-    type=click.IntRange(min=1),
+    type=WholeRange(min=1),
     help="Stop when this many models fit.  [default: 10; with PATTERN, all]",
 )
 @click.option(
     "--max-steps",
-    type=click.IntRange(min=1),
+    type=WholeRange(min=1),
     default=16,
     show_default=True,
     help="The most accumulation steps that you would wait for.",

@@ -6,6 +6,7 @@ Commands pass the values on to the public functions, which check them.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -18,7 +19,12 @@ from memfit.errors import UsageError
 from memfit.records import Averaging, Engine, Evaluation, Precision
 
 __all__ = [
+    "PRECISION",
     "Given",
+    "JustGiven",
+    "NumberRange",
+    "WholeRange",
+    "as_typed",
     "models_argument",
     "optional_models_argument",
     "parse_model_kwargs",
@@ -36,7 +42,33 @@ optional_models_argument = click.argument(
 )
 
 
-class _JustGiven(click.Choice[str]):
+def as_typed(text: Any) -> Any:
+    """Return the number; if the text is no number, return it, and memfit itself refuses it.
+
+    Args:
+        text: What the user wrote, or a value of a pyproject.toml.
+    """
+    if not isinstance(text, str):
+        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+class WholeRange(click.IntRange):
+    """A whole number in a range."""
+
+    name = "whole number"  # click says that a value "is not a valid" one
+
+
+class NumberRange(click.FloatRange):
+    """A number in a range."""
+
+    name = "number"
+
+
+class JustGiven(click.Choice[str]):
     """A choice that may be left out. In a pyproject.toml, `true` then stands for the first one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -46,12 +78,24 @@ class _JustGiven(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
+class _PrecisionName(click.Choice[str]):
+    """A precision. The error for a wrong name has the nearest ones."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name."""
+        del param, ctx
+        return Precision.named(value).value
+
+
+PRECISION = _PrecisionName([choice.value for choice in Precision])
+"""A precision, as the type of an option."""
+
 _STEP_OPTIONS: _Options = {
     "precision": click.option(
         "--precision",
         "--dtype",
         "precision",
-        type=click.Choice([choice.value for choice in Precision]),
+        type=PRECISION,
         default=Precision.AUTO.value,
         help=(
             "Precision of the arithmetic. auto is amp-bf16 or amp-fp16 on a GPU, and fp32 on a CPU."
@@ -93,7 +137,7 @@ _STEP_OPTIONS: _Options = {
     ),
     "ema": click.option(
         "--ema",
-        type=_JustGiven([choice.value for choice in Averaging]),
+        type=JustGiven([choice.value for choice in Averaging]),
         is_flag=False,
         flag_value=Averaging.DEVICE.value,
         help="Keep an average of the weights on the device, or with `--ema cpu` in host memory.",
@@ -106,7 +150,7 @@ _STEP_OPTIONS: _Options = {
     ),
     "prefetch": click.option(
         "--prefetch",
-        type=click.IntRange(min=0),
+        type=WholeRange(min=0),
         default=0,
         metavar="BATCHES",
         help="Batches that wait on the device besides the one that is used.  [default: 0]",
@@ -121,7 +165,7 @@ _STEP_OPTIONS: _Options = {
     ),
     "evaluate": click.option(
         "--evaluate",
-        type=_JustGiven([choice.value for choice in Evaluation]),
+        type=JustGiven([choice.value for choice in Evaluation]),
         is_flag=False,
         flag_value=Evaluation.ALONE.value,
         help="A forward pass without gradients instead of training: with nothing but the model, or "
@@ -178,20 +222,25 @@ _DEVICE_OPTIONS: _Options = {
 _SEARCH_OPTIONS: _Options = {
     "headroom": click.option(
         "--headroom",
-        type=float,
+        type=as_typed,
         default=0.05,
+        metavar="SHARE",
         show_default=True,
         help="Share of the memory that the recommended batch size keeps free.",
     ),
     "multiple_of": click.option(
         "--multiple-of",
-        type=int,
+        type=as_typed,
         default=1,
+        metavar="NUMBER",
         show_default=True,
         help="Recommend a batch size that is a multiple of this number.",
     ),
     "max_batch_size": click.option(
-        "--max-batch-size", type=int, help="The largest batch size to try.  [default: 65536]"
+        "--max-batch-size",
+        type=as_typed,
+        metavar="SAMPLES",
+        help="The largest batch size to try.  [default: 65536]",
     ),
 }
 

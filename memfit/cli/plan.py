@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import Given, optional_models_argument, shared_options
+from memfit.cli.options import Given, as_typed, optional_models_argument, shared_options
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -41,20 +40,12 @@ _A_CARD = "rtx4090"
 _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
 
 
-def _as_typed(text: str) -> int | float | str:
-    """Return the number; if the text is no number, return it, and memfit itself refuses it."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 @click.command(short_help="Turn a target batch size into micro-batches that fit.")
 @optional_models_argument
 @click.option(
     "--effective-batch",
     "effective_batch_size",
-    type=_as_typed,
+    type=as_typed,
     metavar="SAMPLES",
     help=(
         "Samples in each optimizer step, over all ranks together. Required without --train-args."
@@ -311,9 +302,18 @@ class _Shown:
         elif self._trainer is not None and isinstance(found[0], Plan):
             from memfit.integrations import lines_for
 
-            emitted = lines_for(found[0], self._trainer)
+            emitted = lines_for(_built(found[0]), self._trainer)
             click.echo(err=True)
             click.echo(emitted, nl=False)
+
+
+def _built(plan: Plan) -> Plan:
+    """Return the plan with all that a model's image size changes, for a model of timm."""
+    from memfit.step.timm_models import as_built, import_timm
+
+    if not import_timm().is_model(plan.subject.partition(".")[0]):
+        return plan
+    return dataclasses.replace(plan, options=as_built(plan.subject, plan.options))
 
 
 def _page(found: Plan | PlanSurvey | Exploration) -> str:

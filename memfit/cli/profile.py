@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from memfit.cli.asking import cards_for, under_way
 from memfit.cli.completion import complete_models
-from memfit.cli.options import Given, shared_options
+from memfit.cli.options import Given, NumberRange, shared_options
 from memfit.cli.output import (
     OUTPUT,
     check_picture,
@@ -22,6 +23,10 @@ from memfit.cli.output import (
 from memfit.cli.subjects import name_of, subject_of
 from memfit.errors import DoesNotFitError, PeakGrewError
 from memfit.records import MemoryProfile
+from memfit.units import format_bytes
+
+if TYPE_CHECKING:
+    from memfit.profiling.baselines import Baselines
 
 __all__ = ["profile"]
 
@@ -52,7 +57,7 @@ __all__ = ["profile"]
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0),
     default=0.01,
     show_default=True,
     help="The share by which the peak may be above the baseline.",
@@ -85,6 +90,7 @@ def profile(
     from memfit import api
     from memfit.reports.profile import render
 
+    kept = None if baseline is None else _opened(baseline)
     if len(cards) > 1 and not given.gpus:
         cards = (api.DEFAULT_GPU,)
         click.echo(
@@ -119,31 +125,47 @@ def profile(
         from rich.console import Console
 
         Console().print(render(found))
-    if baseline is not None:
-        _compare(found, baseline, tolerance)
+    if baseline is not None and kept is not None:
+        _compare(found, kept, tolerance, path=baseline)
     if found.message is not None:
         sys.exit(DoesNotFitError.exit_code)
 
 
-def _compare(found: MemoryProfile, path: Path, tolerance: float) -> None:
+def _opened(path: Path) -> Baselines:
+    from memfit.profiling.baselines import Baselines
+
+    return Baselines(path)
+
+
+def _compare(found: MemoryProfile, kept: Baselines, tolerance: float, *, path: Path) -> None:
     """Compare a profile with the peak that is kept, or keep it if there is none.
 
     Raises:
         PeakGrewError: The peak is higher.
     """
-    from memfit.profiling.baselines import Baselines, growth_words
+    from memfit.profiling.baselines import growth_words
     from memfit.reports.probe import step_words
 
     where = f"{found.subject} at batch size {found.batch_size} on {found.device}"
     name = ", ".join([where, *step_words(found.options)])
-    kept = Baselines(path)
     source, version = found.source, found.torch_version
     if name not in kept:
+        if found.message is not None:
+            click.echo(f"The step does not fit, so its peak is not kept in {path}.", err=True)
+            return
         kept.keep(name, found.peak, source=source, torch_version=version)
-        click.echo(f"The peak is kept in {path}.", err=True)
+        click.echo(
+            f"{path} had no peak of {name}. It is kept there now{kept.others_words(name)}.",
+            err=True,
+        )
         return
     growth = kept.compare(
         name, found.peak, tolerance=tolerance, source=source, torch_version=version
     )
     if growth.has_grown:
         raise PeakGrewError(growth_words(growth))
+    click.echo(
+        f"The peak is {format_bytes(growth.after_bytes)}, and {format_bytes(growth.before_bytes)} "
+        f"is kept in {path}: it has not grown.",
+        err=True,
+    )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Rehearsal, RehearsalEnd
@@ -56,7 +57,7 @@ _RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
 @click.option(
     "--steps",
     "num_steps",
-    type=click.IntRange(min=1),
+    type=WholeRange(min=1),
     default=3,
     show_default=True,
     help=("End the command when the peak has not risen for this many optimizer steps."),
@@ -115,7 +116,9 @@ def rehearse(
     total_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
     lone_rank = _lone_rank(command, rank, world_size, num_gpus)
-    count = num_gpus or (ranks_of(command) if lone_rank is None else lone_rank.gpus_of_node)
+    count = num_gpus
+    if count is None:
+        count = ranks_of(command) if lone_rank is None else lone_rank.gpus_of_node
     environments = [
         rehearsed_environment(card, num_gpus=count, environment=os.environ) for card in cards
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from memfit.cli.completion import complete_models
-from memfit.cli.options import Given, shared_options
+from memfit.cli.options import PRECISION, Given, WholeRange, shared_options
 from memfit.cli.output import (
     OUTPUT,
     Format,
@@ -47,7 +47,7 @@ _ORDERS = (
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice([choice.value for choice in Precision]),
+    type=PRECISION,
     default=(Precision.AUTO.value,),
     help="Arithmetic; auto is each card's own. May be repeated.",
 )
@@ -76,13 +76,11 @@ _ORDERS = (
 )
 @click.option(
     "--min-batch",
-    type=click.IntRange(min=1),
+    type=WholeRange(min=1),
     default=1,
     help="Show models whose largest batch size is at least this.",
 )
-@click.option(
-    "--top", type=click.IntRange(min=1), help="Show at most this many rows in the terminal."
-)
+@click.option("--top", type=WholeRange(min=1), help="Show at most this many rows in the terminal.")
 @click.option(
     "--quick",
     is_flag=True,

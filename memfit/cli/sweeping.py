@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable
 from memfit.errors import UnsupportedError, UsageError
 
@@ -48,7 +49,7 @@ def pool_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option(
             "--workers",
-            type=click.IntRange(min=1),
+            type=WholeRange(min=1),
             help="Processes at a time; by default what cores and memory allow.",
         ),
         click.option(

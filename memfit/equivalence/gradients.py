@@ -20,7 +20,7 @@ from memfit.equivalence.terms import named_losses
 from memfit.errors import MemfitError, WorkloadError
 from memfit.memory import oom
 from memfit.records import Precision
-from memfit.step.calling import call_model, users_code
+from memfit.step.calling import call_loss, call_model, users_code
 from memfit.step.runner import autocast
 
 __all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "error_in", "gradients"]
@@ -103,7 +103,7 @@ class CheckSetup:
         )
         try:
             with context:
-                returned = self.loss(call_model(self.model, inputs), *targets)
+                returned = call_loss(self.loss, call_model(self.model, inputs), targets)
         except ValueError as error:
             if stop - start > 1:
                 raise

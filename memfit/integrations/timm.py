@@ -25,6 +25,7 @@ _OWN_FLAGS = {
     "drop_rate": "--drop",
     "global_pool": "--gp",
     "in_chans": "--in-chans",
+    "num_classes": "--num-classes",
 }
 """Arguments of `create_model` that train.py passes by itself: twice given, they would crash it."""
 
@@ -39,6 +40,11 @@ def lines(plan: Plan) -> str:
         raise UsageError(
             "timm's train.py has no flag that freezes parameters, and the plan is for a model with "
             f"{' and '.join(plan.options.frozen)} frozen: emit pytorch."
+        )
+    if "scriptable" in dict(plan.options.model_kwargs):
+        raise UsageError(
+            "timm's train.py sets the model's argument scriptable itself: plan without it, or emit "
+            "pytorch."
         )
     parts = equal_parts(plan, "timm's train.py")
     program = (
@@ -59,6 +65,11 @@ def lines(plan: Plan) -> str:
         *_options(plan.options),
     ]
     comments = [*parts.comments, *_loader_comments(plan)]
+    if plan.options.keeps_outputs:
+        comments.append(
+            "The plan leaves room for a batch, its outputs and its loss that stay. train.py does "
+            "not keep them, so plan without --keep-outputs."
+        )
     return f"{comment(headline(plan, parts), *comments)}\n{shlex.join(command)}\n"
 
 
@@ -84,11 +95,11 @@ def _options(options: StepOptions) -> list[str]:
     words = [*words]
     words += _habits(options)
     kwargs = dict(options.model_kwargs)
+    if options.num_classes is not None:
+        kwargs["num_classes"] = options.num_classes
     if options.image_size is not None:
         channels = kwargs.get("in_chans", _COLOUR_CHANNELS)
         words += ["--input-size", str(channels), *map(str, options.image_size)]
-    if options.num_classes is not None:
-        words += ["--num-classes", str(options.num_classes)]
     if options.channels_last:
         words.append("--channels-last")
     if options.grad_checkpointing:

@@ -48,8 +48,6 @@ def lines(plan: Plan) -> str:
         )
     if options.precision in _PRECISIONS:
         arguments.append(_PRECISIONS[options.precision])
-    if options.grad_checkpointing:
-        arguments.append("gradient_checkpointing=True")
     optimizers = _FUSED_OPTIMIZERS if options.fused else _OPTIMIZERS
     if options.optimizer in optimizers:
         arguments.append(f'optim="{optimizers[options.optimizer]}"')
@@ -64,11 +62,13 @@ def lines(plan: Plan) -> str:
         comments.append("Images of a batch are in torch.channels_last too: your data_collator.")
     if plan.world_size > 1:
         comments.append(f"Start it with: torchrun --nproc-per-node={plan.world_size} SCRIPT.")
-    # An argument of transformers turns checkpointing on, so only these lines are needed.
-    model = [line for line in model_lines(plan) if line.startswith("model.to(")]
+    # The argument gradient_checkpointing needs a model of transformers. These lines set what the
+    # plan's trials had, for a model of timm in any module.
+    model = model_lines(plan)
+    is_converted = any("torch." in line for line in model)
     written = [
         comment(headline(plan, parts), *parts.comments, *comments),
-        *(("import torch",) if model else ()),
+        *(("import torch",) if is_converted else ()),
         "from transformers import TrainingArguments",
         "",
         *model,

@@ -29,6 +29,7 @@ _SMALL_CLASSIFIER = 10
 # Lion keeps one number for every parameter, and Adafactor one for every row and column.
 _ONE_NUMBER = "lion"
 _NEXT_TO_NOTHING = "adafactor"
+_NO_HEADROOM = "no micro-batch leaves the headroom without allocator retries"
 # timm's optimizers that keep one number for every parameter.
 _KEEP_ONE_NUMBER = frozenset(("momentum", "sgd", "sgdp", "sgdw", "nesterov", "lion"))
 
@@ -238,7 +239,7 @@ def _planned(
         reason = str(error)
     except DoesNotFitError as error:
         needed = error.needed_bytes
-        reason = str(error) if needed is None else f"needs {format_bytes(needed)} at batch size 1"
+        reason = _NO_HEADROOM if needed is None else f"needs {format_bytes(needed)} at batch size 1"
     else:
         return Alternative(
             change=change,

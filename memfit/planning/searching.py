@@ -42,26 +42,11 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range, and make integers of numbers such as NumPy's."""
-        headroom: object = self.headroom
-        if not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
-            raise UsageError(
-                f"The headroom must be at least 0 and below 1, not {headroom!r}"
-                f"{_as_share(headroom)}"
-            )
+        search.checked_headroom(self.headroom)
         most = self.max_batch_size
         most = None if most is None else parse_count("max_batch_size", most)
         object.__setattr__(self, "max_batch_size", most)
         object.__setattr__(self, "multiple_of", parse_count("multiple_of", self.multiple_of))
-
-
-def _as_share(headroom: object) -> str:
-    """Return a question, if this is a percentage that would be a share."""
-    number = headroom.removesuffix("%") if isinstance(headroom, str) else headroom
-    try:
-        share = float(str(number)) / 100
-    except ValueError:
-        return "."
-    return f"; did you mean {share:g}?" if 0 < share < 1 else "."
 
 
 def probe_on(

@@ -6,6 +6,7 @@ read in a review.
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class Baselines:
             return
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            version, self._kept = read["schema_version"], dict(read["peaks"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            version, peaks = read["schema_version"], dict(read["peaks"])
+            if version == _SCHEMA_VERSION:
+                self._kept = {name: _checked(entry) for name, entry in peaks.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{path} is no baseline of memfit's: give another file, or delete it and run again "
                 "to write one."
@@ -52,6 +55,22 @@ class Baselines:
     def __contains__(self, name: object) -> bool:
         """Whether a peak is kept under a name."""
         return name in self._kept
+
+    def others_words(self, name: str) -> str:
+        """Say which peaks are kept besides one, for a user who may have meant another.
+
+        Args:
+            name: The name of the step that was asked for.
+
+        Returns:
+            The end of a sentence; empty if no others are kept.
+        """
+        others = [each for each in self._kept if each != name]
+        if not others:
+            return ""
+        (near,) = difflib.get_close_matches(name, others, n=1, cutoff=0)
+        count = f"{len(others)} other{'s' if len(others) > 1 else ''}"
+        return f", beside {count} (the nearest is of {near})"
 
     def keep(self, name: str, peak: Peak, *, source: Source, torch_version: str) -> None:
         """Keep a peak, and write the file.
@@ -113,6 +132,21 @@ class Baselines:
             shares=tuple(sorted(shares, key=lambda share: (-share.grown_bytes, share.module))),
             remark=_remark(kept, source, torch_version),
         )
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a kept peak, if it has all that `compare` reads.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: It has not.
+    """
+    sizes = [entry["total_bytes"], *entry["shares"].values()]
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError("a size is not a number of bytes")
+    for key in entry["shares"]:
+        Role(key.rpartition(" ")[2])
+    Source(entry["source"])
+    return {**entry, "torch_version": str(entry["torch_version"])}
 
 
 def _shares_of(peak: Peak) -> dict[str, int]:

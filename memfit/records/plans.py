@@ -259,3 +259,26 @@ class Exploration(Record):
     baseline: Alternative
     alternatives: tuple[Alternative, ...]
     source: Source = Source.SIMULATED
+
+    @property
+    def gains(self) -> tuple[Alternative, ...]:
+        """The alternatives with which more fits than with the unchanged step.
+
+        If the unchanged step fits whole, these are the alternatives that need fewer bytes for it.
+        """
+        return tuple(each for each in self.alternatives if self._is_gain(each))
+
+    @property
+    def others(self) -> tuple[Alternative, ...]:
+        """The alternatives with which no more fits, or which the model cannot have."""
+        return tuple(each for each in self.alternatives if not self._is_gain(each))
+
+    def _is_gain(self, alternative: Alternative) -> bool:
+        now, then = self.baseline, alternative
+        if not (now.micro_batch_sizes and then.micro_batch_sizes):
+            return bool(then.micro_batch_sizes)
+        before = now.recommended_micro_batch_size or 0, not now.edge_found
+        after = then.recommended_micro_batch_size or 0, not then.edge_found
+        if after != before or now.edge_found:
+            return after > before
+        return (then.peak_reserved_bytes or 0) < (now.peak_reserved_bytes or 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
+from collections.abc import Iterable
 from typing import Any
 
 from memfit.errors import UsageError
@@ -24,6 +26,43 @@ class Precision(str, enum.Enum):
     AMP_FP16 = "amp-fp16"
     BF16 = "bf16"
     AUTO = "auto"
+
+    @classmethod
+    def named(cls, given: object, *, known: Iterable[Precision] | None = None) -> Precision:
+        """Return the precision of a name.
+
+        Args:
+            given: The name, or the precision itself.
+            known: The precisions that may be chosen; by default all.
+
+        Raises:
+            UsageError: There is no such precision. The message has the nearest ones.
+        """
+        choices = [choice.value for choice in known or cls]
+        if given in choices:
+            return cls(given)
+        near = [name for name in _near(str(given)) if name in choices]
+        instead = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise UsageError(
+            f"There is no precision {str(given)!r}{instead} Choose one of {', '.join(choices)}."
+        )
+
+
+_OTHER_NAMES = {
+    "fp32": "float32 float f32 32 full single double float64 fp64 no none tf32 32-true fp32-true",
+    "amp-fp16": "fp16 float16 half f16 16 amp mixed 16-mixed fp16-mixed mixed-fp16 amp-float16",
+    "amp-bf16": "bfloat16 amp-bfloat16 amp mixed bf16-mixed mixed-bf16",
+    "bf16": "bfloat16 bf16-true",
+}
+"""What torch, Lightning, Accelerate and transformers call the precisions. memfit trains no weights
+in float16, so the nearest to `fp16` is `amp-fp16`."""
+
+
+def _near(given: str) -> list[str]:
+    """Return the precisions that a wrong name may mean."""
+    name = given.lower().removeprefix("torch.").replace("_", "-").strip()
+    alike = [known for known, others in _OTHER_NAMES.items() if name in (known, *others.split())]
+    return alike or difflib.get_close_matches(name, [choice.value for choice in Precision], n=1)
 
 
 class Averaging(str, enum.Enum):

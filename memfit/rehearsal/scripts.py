@@ -30,7 +30,7 @@ from memfit.records import (
 )
 from memfit.rehearsal.children import Output
 from memfit.rehearsal.run import Rehearsed, rehearse_command
-from memfit.units import format_bytes
+from memfit.units import format_bytes, parse_count
 
 __all__ = ["Progress", "ScriptSearch", "plan_command", "probe_command"]
 
@@ -64,12 +64,11 @@ class ScriptSearch:
 
     def __post_init__(self) -> None:
         """Refuse settings with which no search is possible."""
-        if not 0 <= self.headroom < 1:
-            raise UsageError(f"The headroom must be at least 0 and below 1, not {self.headroom}.")
+        search.checked_headroom(self.headroom)
         for name in ("multiple_of", "max_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}.")
+            if value is not None:
+                object.__setattr__(self, name, parse_count(name, value))
 
 
 def probe_command(

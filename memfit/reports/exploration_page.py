@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memfit.records import Alternative, Exploration
 from memfit.reports.html import Page, Panel, bar_chart, render, upright
-from memfit.reports.plan import alternative_cells
+from memfit.reports.plan import alternative_cells, words_without_gain
 from memfit.reports.probe import step_words
 from memfit.units import GIB, MIB, format_bytes
 
@@ -17,7 +17,7 @@ def page(exploration: Exploration) -> str:
     Args:
         exploration: The exploration.
     """
-    everything = (exploration.baseline, *exploration.alternatives)
+    everything = (exploration.baseline, *exploration.gains)
     best = max(everything, key=lambda each: each.recommended_micro_batch_size or 0)
     ranks = f" over {exploration.world_size} ranks" if exploration.world_size > 1 else ""
     return render(
@@ -48,11 +48,11 @@ def panels(exploration: Exploration) -> tuple[Panel, ...]:
     Args:
         exploration: The exploration.
     """
-    everything = (exploration.baseline, *exploration.alternatives)
-    return (_sizes(everything), _peaks(exploration, everything))
+    everything = (exploration.baseline, *exploration.gains)
+    return (_sizes(exploration, everything), _peaks(exploration, everything))
 
 
-def _sizes(everything: tuple[Alternative, ...]) -> Panel:
+def _sizes(exploration: Exploration, everything: tuple[Alternative, ...]) -> Panel:
     names = [_name(each) for each in everything]
     heights = [float(each.recommended_micro_batch_size or 0) for each in everything]
     bars = {"largest micro-batch": (names, heights)}
@@ -63,6 +63,7 @@ def _sizes(everything: tuple[Alternative, ...]) -> Panel:
         note=(
             "With the headroom kept free and no allocator retries. Changes that affect "
             "training least come first. ≥ means that no more was needed."
+            f"{' ' + words_without_gain(exploration) if exploration.others else ''}"
         ),
         data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{_name(each)}: {_fits(each)}" for each in everything),

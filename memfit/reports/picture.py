@@ -107,8 +107,10 @@ def _timeline(axes: Axes, profile: MemoryProfile) -> None:
     for phase, end in zip(timeline.phases, ends, strict=True):
         axes.axvline(phase.begin, color="#888888", linewidth=0.7, linestyle=":")
         if end - phase.begin > _LABEL_SHARE * count:
-            axes.text(phase.begin, top, f" {phase.name}", va="top", color="#555555")
-    axes.axvline(peak.moment, color="#1f5fae", linewidth=1)
+            name = axes.text(phase.begin, top, f" {phase.name}", va="top", color="#555555")
+            # The line of the peak passes behind the name.
+            name.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axes.axvline(peak.moment, color="#1f5fae", linewidth=1, label="the moment of the peak")
     axes.set_xlim(0, count)
     axes.set_ylim(0, top)
     axes.set_xlabel("event of the step")

@@ -117,6 +117,8 @@ def _trials(
             color=_RECOMMENDED if own else _FITS if trial.fits else _RAN_OUT,
             markersize=8 if own else 6,
             linestyle="none",
+            # The first that ran out is beside the last that fitted, and a dot would hide it.
+            zorder=2 if trial.fits else 3,
         )
     usable = capacity.usable_bytes / unit
     axes.axhline(usable, color="#888888", linewidth=1, linestyle=":")

@@ -12,7 +12,13 @@ from memfit.reports.sources import about, no_gpu_took_part
 from memfit.reports.tables import cards_table, plain_table
 from memfit.units import format_bytes, format_parts
 
-__all__ = ["alternative_cells", "render", "render_exploration", "render_survey"]
+__all__ = [
+    "alternative_cells",
+    "render",
+    "render_exploration",
+    "render_survey",
+    "words_without_gain",
+]
 
 
 def render(plan: Plan) -> RenderableType:
@@ -127,7 +133,7 @@ def render_exploration(exploration: Exploration) -> RenderableType:
     table.add_column("plan", justify="right")
     table.add_column("peak", justify="right")
     table.add_column("at the cost of")
-    for alternative in (exploration.baseline, *exploration.alternatives):
+    for alternative in (exploration.baseline, *exploration.gains):
         change, fits, parts, *others = alternative_cells(alternative)
         shown = Text(fits, "" if alternative.micro_batch_sizes else "red")
         table.add_row(change, shown, Text(parts, "bold green"), *others)
@@ -148,7 +154,23 @@ def render_exploration(exploration: Exploration) -> RenderableType:
             "fits: the largest micro-batch that leaves the headroom and needs no allocator "
             "retries. ≥: no more is needed."
         ),
+        *([Text(words_without_gain(exploration))] if exploration.others else []),
     )
+
+
+def words_without_gain(exploration: Exploration) -> str:
+    """Return a sentence on the changes with which no more fits.
+
+    Args:
+        exploration: The exploration; it has such changes.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for each in exploration.others:
+        _, fits, *_, cost = alternative_cells(each)
+        reason = fits if each.micro_batch_sizes else cost.rstrip(".")
+        by_reason.setdefault(reason, []).append(each.change)
+    said = [f"{', '.join(changes)}: {reason}" for reason, changes in by_reason.items()]
+    return f"Tried, and no more fits. {'; '.join(said)}."
 
 
 def alternative_cells(alternative: Alternative) -> tuple[str, ...]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from memfit.search.headroom import Recommended, has_headroom, limit_of, recommended
+from memfit.search.headroom import (
+    Recommended,
+    checked_headroom,
+    has_headroom,
+    limit_of,
+    recommended,
+)
 from memfit.search.largest import DEFAULT_CEILING, Found, find_largest
 
 __all__ = [
     "DEFAULT_CEILING",
     "Found",
     "Recommended",
+    "checked_headroom",
     "find_largest",
     "has_headroom",
     "limit_of",

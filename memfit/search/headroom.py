@@ -5,14 +5,41 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from memfit.errors import UsageError
 from memfit.records import Trial
 from memfit.search import extrapolate
 from memfit.search.largest import Found, TrialFunction
 
-__all__ = ["Recommended", "has_headroom", "limit_of", "recommended"]
+__all__ = ["Recommended", "checked_headroom", "has_headroom", "limit_of", "recommended"]
 
 # A recommendation is looked for to this part of itself.
 _CLOSE = 22
+
+
+def checked_headroom(headroom: object) -> float:
+    """Return the share of the memory to keep free, if it is one.
+
+    Args:
+        headroom: What the user gave.
+
+    Raises:
+        UsageError: It is not a number from 0 to below 1.
+    """
+    if isinstance(headroom, (int, float)) and 0 <= headroom < 1:
+        return headroom
+    raise UsageError(
+        f"The headroom must be at least 0 and below 1, not {headroom!r}{_as_share(headroom)}"
+    )
+
+
+def _as_share(headroom: object) -> str:
+    """Return a question, if this is a percentage that would be a share."""
+    number = headroom.removesuffix("%") if isinstance(headroom, str) else headroom
+    try:
+        share = float(str(number)) / 100
+    except ValueError:
+        return "."
+    return f"; did you mean {share:g}?" if 0 < share < 1 else "."
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from memfit.errors import WorkloadError
 from memfit.memory import oom
 from memfit.step.nesting import leaves_of, map_leaves
 
-__all__ = ["call_model", "split_batch", "users_code"]
+__all__ = ["call_loss", "call_model", "split_batch", "users_code"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _SHAPE_ERRORS = (RuntimeError, ValueError, IndexError)
@@ -62,6 +62,36 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
             if reason is None:
                 raise
             raise WorkloadError(reason) from error
+
+
+def call_loss(loss: Callable[..., Any], outputs: Any, targets: tuple[Any, ...]) -> Any:
+    """Call a loss with the model's outputs and the batch's targets.
+
+    Args:
+        loss: The loss.
+        outputs: What the model returned.
+        targets: The targets, one by one.
+
+    Raises:
+        WorkloadError: The loss takes another number of targets.
+    """
+    try:
+        return loss(outputs, *targets)
+    except TypeError as error:
+        function = loss.forward if isinstance(loss, nn.Module) else loss
+        try:
+            inspect.signature(function).bind(outputs, *targets)
+        except TypeError as mismatch:
+            name = getattr(function, "__name__", type(loss).__name__)
+            given = f"{len(targets)} targets" if len(targets) != 1 else "1 target"
+            raise WorkloadError(
+                f"The loss {name if name != 'forward' else type(loss).__name__} cannot take the "
+                f"model's outputs and the batch's {given} ({mismatch}). A batch is (inputs, "
+                "targets); num_inputs says how many of its first parts are inputs."
+            ) from error
+        except ValueError:  # a function of C, without a signature
+            pass
+        raise
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -20,7 +20,7 @@ from memfit.errors import WorkloadError
 from memfit.step.batch_rules import ROOT, BatchRules, entries_of, holds_parts, is_plain
 from memfit.step.leaves import is_array, is_part, num_along
 from memfit.step.nesting import Opened, opened
-from memfit.step.refusals import no_reading, told, two_sizes
+from memfit.step.refusals import check_batch, no_reading, told, two_sizes
 
 __all__ = ["Kind", "Role", "Roles", "roles_of"]
 
@@ -101,6 +101,7 @@ def roles_of(
         if found:
             break
     if not found:
+        check_batch(batch)
         raise WorkloadError(no_reading(batch, rules, num_samples))
     if len(found) > 1:
         raise WorkloadError(two_sizes(batch, rules, list(found)))

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from memfit.errors import WorkloadError
 from memfit.step.batch_rules import ROOT, BatchRules, entries_of, holds_parts, is_plain
@@ -18,6 +18,7 @@ from memfit.step.nesting import opened
 __all__ = [
     "check_batch",
     "check_loss",
+    "check_model",
     "check_optimizer",
     "check_subject",
     "no_reading",
@@ -43,6 +44,11 @@ def check_subject(subject: object, workload: type) -> None:
     if isinstance(subject, (str, workload)):
         return
     kind = type(subject).__name__
+    if isinstance(subject, type) and issubclass(subject, nn.Module):
+        raise WorkloadError(
+            f"{subject.__name__} is a class, not an instance, and a model alone is not a whole "
+            "training step. Give memfit.Workload(model, batch, loss, optimizer)."
+        )
     if isinstance(subject, nn.Module):
         raise WorkloadError(
             f"A {kind} alone is not a whole training step. Give "
@@ -53,6 +59,25 @@ def check_subject(subject: object, workload: type) -> None:
         f"Give the name of a timm model or a memfit.Workload, not {_full_name(subject)}. A fastai "
         "Learner, a LightningModule and a transformers Trainer are taken too."
     )
+
+
+def check_model(model: object) -> None:
+    """Refuse a value that is no model.
+
+    Raises:
+        WorkloadError: The value is a class, or no `nn.Module`.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise WorkloadError(
+            f"The model is the class {model.__name__}, not an instance. Give an instance, "
+            f"{model.__name__}(...)."
+        )
+    hint = ""
+    if isinstance(model, str):
+        hint = ". A timm model is given by its name in place of a Workload"
+    raise WorkloadError(f"The model must be an nn.Module, not {type(model).__name__}{hint}.")
 
 
 def check_loss(loss: object) -> None:
@@ -67,7 +92,11 @@ def check_loss(loss: object) -> None:
             f"outputs would become its settings. Give an instance, {loss.__name__}()."
         )
     if not callable(loss):
-        raise WorkloadError(f"The loss must be a function, not {type(loss).__name__}.")
+        raise WorkloadError(
+            "The loss must be a function of the outputs and targets, such as "
+            f"torch.nn.functional.cross_entropy, not {type(loss).__name__}. For a model that "
+            "returns its loss, give lambda outputs: outputs.loss."
+        )
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -90,14 +119,24 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_batch(batch: object) -> None:
-    """Refuse a loader of batches in place of a batch.
+    """Refuse what makes batches in place of a batch.
 
     Raises:
-        WorkloadError: The value is a loader.
+        WorkloadError: The value is a loader, an iterator or a data set.
     """
+    kind = type(batch).__name__
+    if isinstance(batch, Iterator):
+        raise WorkloadError(
+            f"The batch is a {kind}, an iterator over batches. Give one of them: next(iterator)."
+        )
+    if isinstance(batch, Dataset):
+        raise WorkloadError(
+            f"The batch is a {kind}, which holds samples. Give a batch of its loader: "
+            "next(iter(loader))."
+        )
     if isinstance(batch, DataLoader) or type(batch).__name__.endswith("DataLoader"):
         raise WorkloadError(
-            f"The batch is a {type(batch).__name__}, which makes batches. Give one "
+            f"The batch is a {kind}, which makes batches. Give one "
             "of its batches: next(iter(loader))."
         )
 

@@ -21,7 +21,7 @@ from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
 from memfit.memory import oom
 from memfit.records import Averaging, Evaluation, Precision, StepOptions
-from memfit.step.calling import call_model, users_code
+from memfit.step.calling import call_loss, call_model, users_code
 from memfit.step.draws import Draws
 from memfit.step.loop_habits import StepInBackward, WeightAverage
 from memfit.step.optimizers import stepped_by
@@ -288,7 +288,7 @@ class PreparedStep:
             else self._draws.watched(*self._generators())
         ):
             with self.precision_policy.forward():
-                loss = self._loss(self._outputs_of(inputs), *targets)
+                loss = call_loss(self._loss, self._outputs_of(inputs), targets)
             loss = added(loss)
             check_loss(loss)
             self._hold(loss=loss)

@@ -7,6 +7,7 @@ downloaded. Importing timm takes seconds, so it is imported when it is first nee
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import re
@@ -23,12 +24,13 @@ from memfit.errors import NotSimulatedError, UnknownModelError, UnsupportedError
 from memfit.memory.collector import collector_paused
 from memfit.records import StepOptions
 from memfit.step.unfilled import UnfilledWeights
-from memfit.units import parse_image_size
+from memfit.units import parse_count, parse_image_size
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = [
+    "as_built",
     "check_model_name",
     "check_optimizer_name",
     "fused_attention",
@@ -43,6 +45,8 @@ __all__ = [
 
 _LEARNING_RATE = 1e-4
 _LIKE = 0.75
+# What these errors say is a sentence. Of a KeyError it is only the key.
+_SAYS_ENOUGH = (TypeError, ValueError, RuntimeError, AssertionError)
 _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 
 
@@ -125,10 +129,21 @@ def check_model_name(name: str) -> None:
         UnknownModelError: timm has no such model. The message gives the nearest names.
     """
     timm = import_timm()
-    if ":" in name or "/" in name:
+    if name.endswith(".py"):
         raise UnknownModelError(
-            f"{name!r} is on a hub or on a disk, and memfit downloads nothing. Give "
-            "the name of an architecture from timm.list_models()."
+            f"{name!r} is a script and no model: rehearse it, with memfit rehearse --gpu NAME -- "
+            f"python {name}."
+        )
+    if ":" in name or "/" in name:
+        own = re.split("[:/]", name)[-1]
+        known = timm.is_model(own.partition(".")[0])
+        instead = (
+            f"; did you mean {own}?"
+            if known
+            else (". Give the name of an architecture from timm.list_models().")
+        )
+        raise UnknownModelError(
+            f"{name!r} is on a hub or on a disk, and memfit downloads nothing{instead}"
         )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -167,6 +182,32 @@ def image_size_of(name: str) -> tuple[int, int] | None:
         return None
     _, height, width = config.input_size
     return height, width
+
+
+def as_built(name: str, options: StepOptions) -> StepOptions:
+    """Return the options with an image size that was given in either of two ways in both.
+
+    Args:
+        name: The model's name.
+        options: The step's options.
+
+    Returns:
+        Options with the image size and, for a model that is built for one size, its argument
+        `img_size`. They are unchanged for the model's own size.
+
+    Raises:
+        UsageError: The two ways differ, or one of them is no image size.
+    """
+    size = _image_size_asked(name, options)
+    if size is None:
+        return options
+    kwargs = dict(options.model_kwargs)
+    config = import_timm().models.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        # Only models that are built for one image size take this. Other models take any size.
+        height, width = size
+        kwargs["img_size"] = height if height == width else size
+    return dataclasses.replace(options, image_size=size, model_kwargs=tuple(kwargs.items()))
 
 
 def timm_parts(
@@ -227,10 +268,7 @@ def _image_size_asked(name: str, options: StepOptions) -> tuple[int, int] | None
     built = dict(options.model_kwargs).get("img_size")
     if built is None:
         return options.image_size
-    try:
-        size = parse_image_size(tuple(built) if isinstance(built, list) else built)
-    except TypeError:
-        raise UsageError(f"img_size must be pixels, not {built!r}.") from None
+    size = parse_image_size(built)
     if options.image_size not in (None, size):
         raise UsageError(
             f"{name} was asked for with images of {options.image_size[0]}x{options.image_size[1]} "
@@ -251,21 +289,25 @@ def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Mod
 
 def _created(name: str, options: StepOptions) -> nn.Module:
     timm = import_timm()
-    kwargs = dict(options.model_kwargs)
+    kwargs = dict(as_built(name, options).model_kwargs)
     if options.num_classes is not None:
         kwargs["num_classes"] = options.num_classes
     if kwargs.pop("pretrained", False):
         raise UsageError(
-            f"memfit builds {name} with random weights, which take as many bytes, and downloads "
+            f"The weights of {name} are random, which take as many bytes, and memfit downloads "
             "nothing: leave out pretrained=True."
         )
-    config = timm.models.get_pretrained_cfg(name)
-    if options.image_size is not None and config is not None and config.fixed_input_size:
-        # Only models that are built for one image size take this. Other models take any size.
-        kwargs["img_size"] = options.image_size
+    if kwargs.pop("checkpoint_path", None):
+        raise UsageError(
+            f"The weights of {name} are random, which take as many bytes: leave out "
+            "checkpoint_path."
+        )
+    if "in_chans" in kwargs:
+        kwargs["in_chans"] = parse_count("in_chans", kwargs["in_chans"])
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:
+        # The model's arguments are the user's, and what models raise for wrong ones differs.
         given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
         asked = f" with {given}" if given else ""
         if "img_size" in kwargs and "'img_size'" in str(error):
@@ -273,8 +315,10 @@ def _created(name: str, options: StepOptions) -> nn.Module:
                 f"{name} is built without an image size, and takes images of any: give image_size "
                 "(--image-size) instead of img_size."
             ) from error
-        hint = _nearest_argument(name, str(error))
-        raise UsageError(f"timm cannot build {name}{asked}: {error}{hint}") from error
+        why = str(error).strip().partition("\n")[0]
+        said = why if isinstance(error, _SAYS_ENOUGH) and why else f"{type(error).__name__} {why}"
+        hint = _nearest_argument(name, why)
+        raise UsageError(f"timm cannot build {name}{asked}: {said.strip()}{hint}") from error
     return model
 
 

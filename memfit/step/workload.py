@@ -77,11 +77,11 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Refuse parts that cannot make a training step."""
-        if not isinstance(self.model, nn.Module):
-            raise WorkloadError(f"The model must be an nn.Module, not {_kind(self.model)}.")
+        refusals.check_model(self.model)
         refusals.check_loss(self.loss)
         refusals.check_optimizer(self.optimizer)
-        refusals.check_batch(self.batch)
+        if self.cut is None:
+            refusals.check_batch(self.batch)
         if self.num_inputs < 1:
             raise WorkloadError(f"num_inputs must be at least 1, not {self.num_inputs}.")
         if not any(parameter.requires_grad for parameter in self.model.parameters()):

@@ -140,6 +140,8 @@ def cards_named(gpus: Sequence[str] | None, options: SearchKeywords) -> tuple[st
         gpus: Names of the catalogue, if any were given.
         options: The caller's other options, in which `memory` may be text.
     """
+    if isinstance(gpus, str):
+        raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
     memory = options.get("memory")
     if memory is not None:
         options["memory"] = parse_bytes(memory)

@@ -7,9 +7,11 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from memfit.errors import UnknownModelError, UsageError
 from memfit.step.timm_models import check_model_name, import_timm
+from memfit.sweeping.wildcards import nearest_pattern
 from memfit.units import parse_image_size
 
 __all__ = ["Selected", "family_of", "select"]
@@ -43,11 +45,21 @@ def select(patterns: str | Iterable[str]) -> tuple[Selected, ...]:
         UnknownModelError: timm has no model of a name, or none that a wildcard matches.
         UsageError: No pattern was given, or a file cannot be read or is empty.
     """
-    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    given = _names((patterns,) if isinstance(patterns, str) else tuple(patterns))
     if not given:
         raise UsageError("No model was named: give names, wildcards such as 'convnext_*', or all.")
     found = [model for pattern in given for model in _meant(pattern)]
     return tuple(dict.fromkeys(found))
+
+
+def _names(patterns: tuple[object, ...]) -> tuple[str, ...]:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UsageError(
+                f"A model is named here as timm names it, and {type(pattern).__name__} is no name. "
+                "memfit.survey takes a Workload."
+            )
+    return cast("tuple[str, ...]", patterns)
 
 
 def _meant(pattern: str) -> Sequence[Selected]:
@@ -79,9 +91,10 @@ def _matching(pattern: str) -> Sequence[Selected]:
         known = import_timm().list_models()
         matched = fnmatch.filter(known, name)
         if not matched:
+            near = nearest_pattern(name, known)
+            instead = f"; did you mean {near!r}?" if near else ", and no name is near it."
             raise UnknownModelError(
-                f"No model of timm {import_timm().__version__} matches {name!r}: it has "
-                f"{len(known)}, such as {known[0]} and {known[-1]}."
+                f"No model of timm {import_timm().__version__} matches {name!r}{instead}"
             )
         return [Selected(each, image_size) for each in matched]
     check_model_name(name)

@@ -343,9 +343,10 @@ def test_what_makes_no_step_gets_a_sentence(
         (2, {"weight": "tokens"}, "not 'tokens'"),
         (2, {"weight": None}, "not None"),
         (2, {"clip_grad_norm": 0.0}, "must be above 0, not 0.0"),
-        (2, {"precision": "auto"}, "not 'auto'"),
+        (2, {"precision": "auto"}, "no precision 'auto'. Choose one of fp32"),
         (2, {"multiple_of": 0}, "must be at least 1, not 0"),
-        (2, {"loss": "mse"}, "must be a function, not str"),
+        (2, {"loss": "mse"}, "must be a function of the outputs and targets, .* not str"),
+        (2, {"loss": nn.MSELoss}, "is the class MSELoss, not an instance"),
     ],
 )
 def test_arguments_that_cannot_be_get_a_sentence(

@@ -169,7 +169,7 @@ def test_progress_hears_of_every_trial() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"precision": "fp8"}, "no precision 'fp8'; choose one of fp32"),
+        ({"precision": "fp8"}, "no precision 'fp8'. Choose one of fp32"),
         ({"headroom": 1.0}, "headroom"),
         ({"multiple_of": 0}, "multiple_of"),
         ({"max_batch_size": 0}, "max_batch_size"),

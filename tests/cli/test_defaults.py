@@ -11,6 +11,7 @@ from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
 from memfit.cli import completion, main
+from memfit.cli.defaults import defaults_of, find_table, parameters_of
 
 
 def run(*arguments: str) -> Any:
@@ -46,12 +47,14 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
     assert (options["precision"], options["image_size"]) == ("amp-fp16", [64, 64])
     assert (options["channels_last"], options["model_kwargs"]) == (True, [["in_chans", 1]])
     assert "Defaults from" in result.stderr
-    assert "gpus t4" in result.stderr
+    assert "gpu t4" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("[tool.memfit.prob]\n", "no option 'prob'; did you mean probe?"),
+        ("[tool]\nmemfit = 3\n", "tool.memfit must be a table, not 3"),
         ('[tool.memfit]\nprecisoin = "fp32"\n', "no option 'precisoin'; did you mean precision?"),
         ("[tool.memfit.probe]\neffective-batch = 3\n", "[tool.memfit.probe] has no option"),
         ("[tool.memfit]\nprobe = 3\n", "probe is the name of a command, so it must be a table"),
@@ -68,6 +71,64 @@ def test_mistakes_in_it_get_one_sentence(
     assert result.exit_code == 2
     assert says in result.stderr
     assert "pyproject.toml" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("num-classes = 2.5", "num-classes takes a whole number, not 2.5"),
+        ("prefetch = 1.5", "prefetch takes a whole number, not 1.5"),
+        ("multiple-of = 2.5", "multiple_of must be a whole number, not 2.5"),
+        ('headroom = "5%"', "not '5%'; did you mean 0.05?"),
+        ('channels-last = "yes"', "channels-last takes true or false, not 'yes'"),
+        ("channels-last = 1", "channels-last takes true or false, not 1"),
+        ("image-size = [224, 224]", "image-size takes one value, not [224, 224]"),
+        ("optimizer = true", "optimizer takes a value, not True"),
+        ('precision = "fp16"', "did you mean amp-fp16?"),
+        ("memory = 16", "Did you mean '16GiB'?"),
+        ('gpu = "rtx309o"', "There is no GPU 'rtx309o'"),
+        ('gpu = ["t4", 3]', "There is no GPU '3'"),
+    ],
+)
+def test_values_of_another_kind_get_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str
+) -> None:
+    """Before, 2.5 was the whole number 2, and a text in place of a list was its letters."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, f"[tool.memfit.probe]\n{text}\n")
+    more = (
+        ()
+        if "gpu" in text
+        else ("--gpu", "any", "--memory", "4GiB")[: 2 + 2 * ("memory" not in text)]
+    )
+    result = run("probe", "test_vit", "--engine", "simulate", *more)
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert str(tmp_path) in result.stderr
+
+
+def test_one_value_may_stand_for_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers and precisions are lists for sweep only, and each command takes what it needs."""
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        "[tool.memfit]\n"
+        'gpu = "t4"\n'
+        'optimizer = "lion"\n'
+        "ema = true\n"
+        "[tool.memfit.sweep]\n"
+        'precision = ["fp32", "amp-fp16"]\n',
+    )
+    probed = run("probe", "test_vit", "--json", "--engine", "simulate", "--max-batch-size", "3")
+    (plain,) = json.loads(probed.stdout)["results"]
+    assert (plain["options"]["optimizer"], plain["options"]["ema"]) == ("lion", "device")
+    sweep, found = main.commands["sweep"], find_table(tmp_path)
+    assert found is not None
+    own = defaults_of(*found, main.commands, "sweep")
+    given = sweep.make_context("sweep", ["test_vit"], default_map=parameters_of(own, sweep)).params
+    assert given["optimizers"] == ("lion",)
+    assert given["precisions"] == ("fp32", "amp-fp16")
+    assert given["gpus"] == ("t4",)
 
 
 def test_a_project_without_the_table_is_left_alone(

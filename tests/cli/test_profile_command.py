@@ -125,7 +125,7 @@ def test_a_peak_above_the_baseline_ends_with_code_5(tmp_path: Path) -> None:
     asked = ("profile", *step, "--gpu", "t4", "--engine", "simulate", "--baseline", str(baseline))
     first = CliRunner().invoke(main, [*asked])
     assert first.exit_code == 0, first.output
-    assert "is kept in" in first.stderr
+    assert "It is kept there now." in first.stderr
     assert CliRunner().invoke(main, [*asked]).exit_code == 0
     kept = json.loads(baseline.read_text())
     (peak,) = kept["peaks"].values()
@@ -136,3 +136,55 @@ def test_a_peak_above_the_baseline_ends_with_code_5(tmp_path: Path) -> None:
     grown = CliRunner().invoke(main, [*asked])
     assert grown.exit_code == 5
     assert "blocks.0.mlp.fc1" in grown.stderr
+
+
+def test_a_peak_of_another_step_is_kept_beside_the_first(tmp_path: Path) -> None:
+    """The message names the nearest, in case it was meant; what does not fit is not kept."""
+    baseline = tmp_path / "peaks.json"
+    asked = ("profile", "test_vit", "--engine", "simulate", "--baseline", str(baseline))
+    for card in ("t4", "rtx3090"):
+        last = CliRunner().invoke(main, [*asked, "--batch-size", "8", "--gpu", card])
+        assert last.exit_code == 0, last.output
+    assert "kept there now, beside 1 other (the nearest is of test_vit at batch" in last.stderr
+    again = CliRunner().invoke(main, [*asked, "--batch-size", "8", "--gpu", "t4"])
+    assert "it has not grown" in again.stderr
+    before = baseline.read_text()
+    large = CliRunner().invoke(
+        main, [*asked, "--batch-size", "4096", "--gpu", "any", "--memory", "1GiB"]
+    )
+    assert large.exit_code == 3
+    assert "its peak is not kept" in large.stderr
+    assert baseline.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "[1]",
+        '{"schema_version": 1, "results": []}',
+        '{"schema_version": 1, "peaks": {"a": {}}}',
+        '{"schema_version": 1, "peaks": {"a": 3}}',
+        (
+            '{"schema_version": 1, "peaks": {"a": {"total_bytes": "1", "source": "simulated",'
+            ' "torch_version": "2", "shares": {}}}}'
+        ),
+        (
+            '{"schema_version": 1, "peaks": {"a": {"total_bytes": 1, "source": "simulated",'
+            ' "torch_version": "2", "shares": {"fc nothing": 1}}}}'
+        ),
+        '{"schema_version": 99, "peaks": {}}',
+    ],
+)
+def test_a_file_that_is_no_baseline_is_refused_before_the_work(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence says what to do, and the file is as it was."""
+    monkeypatch.setattr("memfit.api.profile", lambda *_args, **_more: pytest.fail("it ran"))
+    path = tmp_path / "peaks.json"
+    path.write_text(text)
+    result = run("--batch-size", "8", "--gpu", "t4", "--baseline", str(path))
+    assert result.exit_code == 2, result.output
+    assert "delete it and run again to write one." in result.stderr
+    assert path.read_text() == text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from integrations.zoo import reset_accelerate
 from memfit.errors import UsageError
 from memfit.integrations import TRAINERS, lines_for
 from memfit.records import Plan, Precision, StepOptions
+from memfit.step.timm_models import as_built
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -192,10 +195,6 @@ def test_transformers(options: dict[str, Any], tmp_path: Path) -> None:
             scores = self.net(x)
             return {"loss": F.cross_entropy(scores, labels), "logits": scores}
 
-        def gradient_checkpointing_enable(self, **_keywords: Any) -> None:
-            """Work as `PreTrainedModel` does."""
-            net.set_grad_checkpointing()
-
     model = Wrapped()
     text = lines_for(planned(**options), "transformers")
     assert "inputs of all 2 micro-batches" in text
@@ -220,12 +219,54 @@ def test_timm_takes_every_flag() -> None:
         "drop_rate": 0.2,
         "in_chans": 1,
         "global_pool": "avg",
+        "num_classes": 7,
         "act_layer": "gelu",
     }
     text = lines_for(planned(model_kwargs=tuple(given.items())), "timm")
-    assert "--drop-path 0.1 --drop 0.2 --gp avg --in-chans 1 --model-kwargs act_layer=gelu" in text
+    assert (
+        "--drop-path 0.1 --drop 0.2 --gp avg --in-chans 1 --num-classes 7 "
+        "--model-kwargs act_layer=gelu"
+    ) in text
+    with pytest.raises(UsageError, match="sets the model's argument scriptable itself"):
+        lines_for(planned(model_kwargs=(("scriptable", True),)), "timm")
     assert "--device cpu" in text
     assert "--device" not in lines_for(planned(device="NVIDIA L4"), "timm")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": (96, 96)},
+        {"image_size": (96, 64)},
+        {"model_kwargs": (("img_size", 96), ("num_classes", 5), ("in_chans", 1))},
+    ],
+)
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_timm_builds_the_model_for_the_images_that_it_loads(
+    model: str, options: dict[str, Any]
+) -> None:
+    """--input-size is the loader's only. A model of a fixed size needs an argument besides."""
+    import timm
+    from timm.utils import ParseKwargs
+
+    if model == "test_resnet" and "model_kwargs" in options:
+        options = {"model_kwargs": (("num_classes", 5), ("in_chans", 1))}
+    plan = planned(**options)
+    plan = dataclasses.replace(plan, subject=model, options=as_built(model, plan.options))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--input-size", nargs=3, type=int, default=[1, 160, 160])
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--in-chans", type=int)
+    parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    read, _ = parser.parse_known_args(shlex.split(lines_for(plan, "timm"), comments=True))
+    # The call of train.py.
+    made = timm.create_model(
+        model,
+        num_classes=read.num_classes,
+        in_chans=read.in_chans or read.input_size[0],
+        **read.model_kwargs,
+    )
+    assert made(torch.randn(1, *read.input_size)).shape[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_each_trainer_is_told_the_precision_and_its_code_compiles(
             compile(text, trainer, "exec")
         assert ("2" in re.findall(r"(?:processes |node=|devices=)(\d)", text)) is (ranks == 2)
     assert "lamb" in lines_for(plan, "transformers")
-    assert "gradient_checkpointing=True" in lines_for(plan, "transformers")
+    assert "part.set_grad_checkpointing()" in lines_for(plan, "transformers")
     adamw = with_options(plan, precision=precision, optimizer="adamw")
     assert 'optim="adamw_torch"' in lines_for(adamw, "transformers")
 
@@ -239,6 +239,7 @@ def test_what_a_loop_does_beside_the_step_is_carried_or_refused(option: str, tra
     if trainer == "timm":
         assert all(flag in text for flag in flags)
         assert ("--no-prefetcher" in text) is (option != "prefetch")
+        assert ("plan without --keep-outputs" in said) is (option == "keeps_outputs")
     elif (trainer, option) == ("transformers", "fused"):
         assert 'optim="adamw_torch_fused"' in text
     elif (trainer, option) == ("fastai", "fused"):

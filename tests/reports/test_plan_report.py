@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 from accumulation.parts import plan_of
 from rich.console import Console, RenderableType
@@ -20,6 +21,7 @@ from memfit.records import (
     StepOptions,
     Trial,
 )
+from memfit.reports.exploration_page import page
 from memfit.reports.plan import render, render_exploration, render_survey
 from memfit.units import GIB, MIB
 
@@ -139,6 +141,75 @@ def test_an_exploration_shows_what_each_change_does() -> None:
     assert lines[6].split()[:5] == ["a", "smaller", "image", "≥", "40"]
     assert exploration.to_dict()["alternatives"][0]["accumulation_steps"] == 2
     assert as_it_is.micro_batch_size is None
+
+
+def test_a_change_that_makes_no_more_fit_is_not_offered() -> None:
+    """It is named below the table, with what would fit. JSON has all of them."""
+    fits_40 = Alternative(
+        change="",
+        costs="",
+        options=StepOptions(precision=Precision.FP32),
+        micro_batch_sizes=(32, 32),
+        recommended_micro_batch_size=40,
+        edge_found=True,
+        peak_reserved_bytes=7 * GIB,
+    )
+
+    def changed(change: str, **fields: Any) -> Alternative:
+        return dataclasses.replace(fits_40, change=change, costs="something", **fields)
+
+    fewer = changed("optimizer lion", recommended_micro_batch_size=38)
+    same = changed("channels last", peak_reserved_bytes=6 * GIB)
+    none = changed("checkpointing", micro_batch_sizes=(), reason="net has none.")
+    more = changed("a smaller image", recommended_micro_batch_size=50)
+    enough = changed("bf16 weights", recommended_micro_batch_size=64, edge_found=False)
+    exploration = Exploration(
+        subject="net",
+        device="a card",
+        capacity=example().capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=fits_40,
+        alternatives=(same, none, fewer, more, enough),
+    )
+    assert exploration.gains == (more, enough)
+    text = text_of(render_exploration(exploration))
+    table, _, below = text.partition("fits: the largest")
+    assert "lion" not in table
+    assert "a smaller image" in table
+    assert (
+        "Tried, and no more fits. channels last: 40; checkpointing: net has none; optimizer lion: "
+        "38." in " ".join(below.split())
+    )
+    shown = page(exploration)
+    assert "optimizer lion: 38" in shown
+    assert '["as it is", "a smaller image", "bf16 weights"]' in shown
+    assert len(exploration.to_dict()["alternatives"]) == 5
+
+
+def test_if_all_fits_a_change_is_offered_that_needs_less() -> None:
+    """Then more samples are no gain."""
+    whole = Alternative(
+        change="",
+        costs="",
+        options=StepOptions(precision=Precision.FP32),
+        micro_batch_sizes=(64,),
+        recommended_micro_batch_size=64,
+        edge_found=False,
+        peak_reserved_bytes=7 * GIB,
+    )
+    less = dataclasses.replace(whole, change="a", peak_reserved_bytes=6 * GIB)
+    more = dataclasses.replace(whole, change="b", peak_reserved_bytes=8 * GIB)
+    exploration = Exploration(
+        subject="net",
+        device="a card",
+        capacity=example().capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=whole,
+        alternatives=(less, more),
+    )
+    assert (exploration.gains, exploration.others) == ((less,), (more,))
 
 
 def test_the_limit_of_a_plan_says_that_larger_parts_needed_retries() -> None:

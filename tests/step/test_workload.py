@@ -279,7 +279,7 @@ def good(**changes: Any) -> Workload:
         ({"model": "resnet18"}, "must be an nn.Module, not str"),
         ({"model": nn.ReLU()}, "nothing to train"),
         ({"model": nn.Linear(4, 3).eval()}, "evaluation mode"),
-        ({"loss": 3}, "must be a function, not int"),
+        ({"loss": 3}, "must be a function of the outputs and targets, .* not int"),
         ({"optimizer": 3}, "must be a torch.optim.Optimizer"),
         ({"optimizer": torch.optim.SGD(nn.Linear(4, 3).parameters())}, "no parameter of the model"),
         ({"batch": (x, torch.zeros(3))}, "leading dimensions differ"),

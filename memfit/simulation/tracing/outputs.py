@@ -3,7 +3,8 @@
 PyTorch's own meta functions are written in Python. Their checks and type promotion take most of a
 trace's time. This module handles only the plain cases: operands of one type, and layouts that allow
 only one result. In these cases the outputs are the same as PyTorch's, which a test checks. All
-other cases are left to PyTorch.
+other cases are left to PyTorch, and so are operands of sizes that do not fit together: PyTorch says
+what is wrong with them.
 """
 
 from __future__ import annotations
@@ -95,15 +96,19 @@ def _softmax_backward(
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    return left.new_empty((left.shape[0], right.shape[1])) if _alike(left, right) else None
+    if not _alike(left, right) or left.shape[1] != right.shape[0]:
+        return None
+    return left.new_empty((left.shape[0], right.shape[1]))
 
 
 def _addmm(bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    return _mm(left, right) if _alike(bias, left) else None
+    if not _alike(bias, left) or bias.shape[-1] not in (1, right.shape[1]):
+        return None
+    return _mm(left, right)
 
 
 def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    if not _alike(left, right):
+    if not _alike(left, right) or left.shape[::2] != right.shape[:2]:
         return None
     return left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
 
@@ -131,6 +136,8 @@ def _layer_norm(
     data: torch.Tensor, shape: Any, weight: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor, ...] | None:
     if not data.is_contiguous() or (weight is not None and weight.dtype is not data.dtype):
+        return None
+    if tuple(data.shape[data.ndim - len(shape) :]) != tuple(shape):
         return None
     rows = (*data.shape[: data.ndim - len(shape)], *(1,) * len(shape))
     return (torch.empty_like(data), *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
