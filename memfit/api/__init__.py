@@ -16,9 +16,10 @@ with collector_paused(for_good=True):
     from memfit.api.profiling import DEFAULT_GPU, profile
     from memfit.api.steps import default_gpus, has_gpu
     from memfit.api.verifying import verify
-    from memfit.reports.short import register
+    from memfit.reports import short, short_findings
 
-register()
+short.register()
+short_findings.register()
 
 __all__ = [
     "DEFAULT_GPU",

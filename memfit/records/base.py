@@ -54,6 +54,11 @@ class Record:
         """Return the HTML that a notebook shows; `None` to show plain text."""
         return looks.html_of(self)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Write what IPython's shell shows: the text of `print`."""
+        del cycle
+        printer.text(str(self))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON, with a `schema_version`.
 

@@ -298,9 +298,10 @@ class MemoryProfile(Record):
     capacity: Capacity
     outcome: Outcome
     message: str | None
-    timeline: Timeline
+    # A megabyte of numbers, which a Python shell would print.
+    timeline: Timeline = dataclasses.field(repr=False)
     peak: Peak
-    blocks: tuple[MemoryBlock, ...]
+    blocks: tuple[MemoryBlock, ...] = dataclasses.field(repr=False)
     cards: tuple[CardLine, ...]
     advice: tuple[Change, ...]
     seconds: float

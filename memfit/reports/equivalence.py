@@ -22,7 +22,7 @@ from memfit.records import (
 )
 from memfit.reports.tables import plain_table
 
-__all__ = ["render"]
+__all__ = ["cut_words", "render", "verdict_words"]
 
 _NUM_PARAMETERS = 5
 _NUM_MIXERS = 8
@@ -134,7 +134,7 @@ def render(result: Equivalence) -> RenderableType:
     parts: list[RenderableType] = [_verdict(result), "", _checks(result)]
     worst = _worst_check(result)
     if worst is not None:
-        parts += ["", Text(f"furthest apart in {worst.precision}, {_cut(worst.cut)}:", "dim")]
+        parts += ["", Text(f"furthest apart in {worst.precision}, {cut_words(worst.cut)}:", "dim")]
         parts.append(_parameters(worst))
     if result.mixing_layers:
         parts += ["", _mixers(result)]
@@ -142,6 +142,15 @@ def render(result: Equivalence) -> RenderableType:
         if lines:
             parts += [title, *(Text(line) for line in lines)]
     return Group(*parts)
+
+
+def verdict_words(result: Equivalence) -> str:
+    """Return the verdict in one line.
+
+    Args:
+        result: The verification's result.
+    """
+    return _verdict(result).plain
 
 
 def _verdict(result: Equivalence) -> Text:
@@ -198,8 +207,8 @@ def _checks(result: Equivalence) -> Table:
         table.add_row(
             check.precision,
             check.device,
-            _cut(check.cut),
-            _cut(check.reference),
+            cut_words(check.cut),
+            cut_words(check.reference),
             _number(check.worst_relative_error),
             Text(f"{check.num_differing} of {check.num_parameters}",
                  "green" if check.passed else "red"),
@@ -269,7 +278,7 @@ def _loop(result: Equivalence) -> list[str]:
     for window in result.loop:
         seen = ", ".join(f"{weight:.4g}" for weight in window.weights)
         right = ", ".join(f"{weight:.4g}" for weight in window.expected_weights)
-        lines.append(f"  {_cut(window.cut)}: weights {seen}; right are {right}")
+        lines.append(f"  {cut_words(window.cut)}: weights {seen}; right are {right}")
     return lines if result.loop_faults else ["The accumulation loop is right.", *lines]
 
 
@@ -399,7 +408,12 @@ def _count(term: LossTerm) -> str:
     return "samples" if term.weighting is LossWeighting.SAMPLES else term.weighting.value
 
 
-def _cut(cut: tuple[int, ...]) -> str:
+def cut_words(cut: tuple[int, ...]) -> str:
+    """Return the samples of micro-batches in a few words.
+
+    Args:
+        cut: The samples of each micro-batch; one number for the full batch.
+    """
     if len(cut) == 1:
         return f"the full {cut[0]}"
     if len(set(cut)) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import io
+import textwrap
 
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from memfit.reports.sources import about, how_it_was_had, no_gpu_took_part, said
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
-__all__ = ["Short", "as_html", "as_text", "register", "short"]
+__all__ = ["Short", "as_html", "as_text", "html_table", "register", "short", "text_table"]
 
 _WIDTH = 100
 _LEFT = "padding:.1em 1em .1em 0;text-align:left;vertical-align:top"
@@ -61,7 +62,15 @@ def as_text(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
     Args:
         record: The result.
     """
-    shown = short(record)
+    return text_table(short(record))
+
+
+def text_table(shown: Short) -> str:
+    """Return the few lines as text.
+
+    Args:
+        shown: The result in a few lines.
+    """
     table = plain_table(*shown.header, has_header=bool(shown.header))
     for row in shown.rows:
         table.add_row(*row)
@@ -69,7 +78,7 @@ def as_text(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    return "\n".join([shown.title, *lines, shown.note])
+    return "\n".join([shown.title, *lines, textwrap.fill(shown.note, _WIDTH)])
 
 
 def as_html(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
@@ -78,7 +87,15 @@ def as_html(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
     Args:
         record: The result.
     """
-    shown = short(record)
+    return html_table(short(record))
+
+
+def html_table(shown: Short) -> str:
+    """Return the few lines as HTML.
+
+    Args:
+        shown: The result in a few lines.
+    """
 
     def line(cells: tuple[str, ...], tag: str) -> str:
         inner = "".join(f'<{tag} style="{_LEFT}">{html.escape(cell)}</{tag}>' for cell in cells)

@@ -253,7 +253,7 @@ def test_timm_builds_the_model_for_the_images_that_it_loads(
         options = {"model_kwargs": (("num_classes", 5), ("in_chans", 1))}
     plan = planned(**options)
     plan = dataclasses.replace(plan, subject=model, options=as_built(model, plan.options))
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--input-size", nargs=3, type=int, default=[1, 160, 160])
     parser.add_argument("--num-classes", type=int)
     parser.add_argument("--in-chans", type=int)

@@ -107,8 +107,8 @@ def test_timm_gets_its_own_flags() -> None:
         "# 256 = 2 x 64 x 2 ranks, measured for cpu in amp-bf16.\n"
         "torchrun --nproc-per-node=2 train.py --data-dir DATA --model net --batch-size 64 "
         "--grad-accum-steps 2 --device cpu --amp --amp-dtype bfloat16 --opt lamb "
-        "--input-size 1 320 240 --num-classes 10 --channels-last --grad-checkpointing "
-        "--drop-path 0.1 --in-chans 1 --model-kwargs act_layer=gelu\n"
+        "--input-size 1 320 240 --channels-last --grad-checkpointing --drop-path 0.1 "
+        "--in-chans 1 --num-classes 10 --model-kwargs act_layer=gelu\n"
     )
 
 

@@ -183,7 +183,8 @@ def test_a_change_that_makes_no_more_fit_is_not_offered() -> None:
     )
     shown = page(exploration)
     assert "optimizer lion: 38" in shown
-    assert '["as it is", "a smaller image", "bf16 weights"]' in shown
+    assert shown.count("optimizer lion") == 1
+    assert "a smaller image" in shown
     assert len(exploration.to_dict()["alternatives"]) == 5
 
 

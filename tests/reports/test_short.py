@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+from types import SimpleNamespace
 
 from accumulation.parts import plan_of
 
 from memfit.records import (
+    Alternative,
     Capacity,
+    Choice,
+    ChoiceRow,
+    Exploration,
     Outcome,
     PlanAnswer,
     PlanSurvey,
@@ -20,10 +26,14 @@ from memfit.records import (
     Trial,
 )
 from memfit.records.looks import html_of
-from memfit.reports.short import register
+from memfit.reports import short, short_findings
 from memfit.units import GIB
+from reports.profiles import PROFILE
+from reports.test_equivalence_report import EQUAL
+from reports.test_sweep_report import SWEEP
 
-register()
+short.register()
+short_findings.register()
 
 TRIAL = Trial(
     batch_size=60, outcome=Outcome.FITS, source=Source.SIMULATED, peak_reserved_bytes=20 * GIB
@@ -94,3 +104,71 @@ def test_what_has_no_look_is_its_fields() -> None:
     options = StepOptions()
     assert str(options) == repr(options)
     assert options._repr_html_() is None
+
+
+def test_what_is_found_about_a_step_is_short_too() -> None:
+    """Verifications, profiles, explorations and sweeps: 30 lines at most, also in a notebook."""
+    options = StepOptions(precision=Precision.FP32)
+    now = Alternative(
+        change="",
+        costs="",
+        options=options,
+        micro_batch_sizes=(32, 32),
+        recommended_micro_batch_size=40,
+        edge_found=True,
+        peak_reserved_bytes=GIB,
+    )
+    exploration = Exploration(
+        subject="net",
+        device="a card",
+        capacity=RESULT.capacity,
+        effective_batch_size=64,
+        world_size=1,
+        baseline=now,
+        alternatives=(
+            dataclasses.replace(now, change="bf16 weights", recommended_micro_batch_size=50),
+            dataclasses.replace(now, change="optimizer lion", recommended_micro_batch_size=30),
+        ),
+    )
+    row = dataclasses.replace(SWEEP.rows[0], max_batch_size=123)
+    sweep = dataclasses.replace(SWEEP, rows=(row,) * 50)
+    choice = Choice(
+        device="Tesla T4",
+        effective_batch_size=64,
+        rows=(
+            ChoiceRow(
+                model="net.in1k",
+                device="Tesla T4",
+                source=Source.SIMULATED,
+                options=options,
+                top1_percent=81.25,
+                micro_batch_sizes=(32, 32),
+            ),
+        ),
+        num_tried=3,
+        num_known=1371,
+        accuracy_source="timm",
+    )
+    unfit = dataclasses.replace(PROFILE, message="3 GiB are missing.")
+    for record, signs in (
+        (EQUAL, ("equal: vit_tiny at 8 x 4", "2e-15", "0 of 3", "fp32")),
+        (PROFILE, ("peak", "activations saved for backward", "%", PROFILE.device)),
+        (unfit, ("It does not fit: 3 GiB are missing.",)),
+        (
+            exploration,
+            ("as it is", "bf16 weights", "50", "Tried, and no more fits. optimizer lion"),
+        ),
+        (sweep, ("largest", "123", "and 38 more")),
+        (choice, ("net.in1k", "81.2%", "2 x 32", "3 of 1371 models")),
+    ):
+        text = str(record)
+        assert len(text.splitlines()) <= 30
+        assert max(map(len, text.splitlines()[1:-1])) <= 100
+        assert all(sign in text for sign in signs), text
+        shown = html_of(record)
+        assert shown is not None
+        assert "<table>" in shown
+    assert len(repr(PROFILE)) < 5000
+    printer = io.StringIO()
+    EQUAL._repr_pretty_(SimpleNamespace(text=printer.write), cycle=False)
+    assert printer.getvalue() == str(EQUAL)

@@ -69,7 +69,7 @@ def test_feature_extractors_are_refused() -> None:
 @pytest.mark.parametrize(
     ("keyword", "value", "message"),
     [
-        ("pretrained", True, r"random weights.*leave out pretrained=True"),
+        ("pretrained", True, r"are random.*leave out pretrained=True"),
         ("img_size", 64, r"takes images of any: give image_size"),
     ],
 )

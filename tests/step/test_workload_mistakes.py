@@ -127,7 +127,7 @@ def test_a_model_that_cannot_take_the_batch_is_not_answered_about() -> None:
     """A simulation raises PyTorch's own error for sizes that do not fit together."""
     wrong = workload(batch=(torch.randn(2, 4), torch.randn(2, 1)))
     for evaluate in (None, "alone"):
-        with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size mismatch"):
+        with pytest.raises(RuntimeError, match=r"cannot be multiplied|same reduction dim"):
             memfit.probe(wrong, gpu="t4", engine="simulate", max_batch_size=2, evaluate=evaluate)
 
 
