@@ -166,6 +166,6 @@ def _compare(found: MemoryProfile, kept: Baselines, tolerance: float, *, path: P
         raise PeakGrewError(growth_words(growth))
     click.echo(
         f"The peak is {format_bytes(growth.after_bytes)}, and {format_bytes(growth.before_bytes)} "
-        f"is kept in {path}: it has not grown.",
+        f"is kept in {path}: it has not grown by more than {tolerance:.0%}.",
         err=True,
     )

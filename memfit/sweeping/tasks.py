@@ -19,7 +19,7 @@ from memfit.backends import Backend
 from memfit.cards import find_gpu
 from memfit.errors import MemfitError
 from memfit.planning import run_search
-from memfit.records import ProbeResult, StepOptions, SweepRow, Trial
+from memfit.records import Precision, ProbeResult, StepOptions, SweepRow, Trial
 from memfit.rehearsal.engines import engine_for_several, source_of
 from memfit.step.calling import call_model
 from memfit.step.timm_models import import_timm
@@ -66,7 +66,9 @@ def facts_of(step: TrainingStep) -> Facts:
     Raises:
         UsageError: timm cannot build the model.
     """
-    prepared = step.prepare(torch.device("meta"))
+    # Each card chooses its own precision later, and the counts are the same in all of them.
+    counted = dataclasses.replace(step.options, precision=Precision.FP32)
+    prepared = dataclasses.replace(step, options=counted).prepare(torch.device("meta"))
     model = prepared.model
     flops = None
     # Some models need values in their forward pass. Their operations are not counted.

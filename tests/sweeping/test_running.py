@@ -55,6 +55,16 @@ def swept(
     return memfit.sweep(models, **given)
 
 
+def test_each_card_chooses_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `auto`, the default, the model is counted before any card has chosen."""
+    found = swept(monkeypatch, Here(), ["test_vit"], precisions=["auto"])
+    assert [(row.options.precision.value, row.reason) for row in found.rows] == [
+        ("amp-bf16", None),
+        ("amp-fp16", None),
+    ]
+    assert all(row.max_batch_size and row.num_parameters for row in found.rows)
+
+
 def test_rows_are_what_a_survey_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are in the order of the question, with what a model has on every card."""
     found = swept(monkeypatch, Here())
