@@ -302,16 +302,25 @@ class _Shown:
         elif self._trainer is not None and isinstance(found[0], Plan):
             from memfit.integrations import lines_for
 
-            emitted = lines_for(_built(found[0]), self._trainer)
+            emitted = lines_for(_built(found[0], self._trainer), self._trainer)
             click.echo(err=True)
             click.echo(emitted, nl=False)
 
 
-def _built(plan: Plan) -> Plan:
-    """Return the plan with all that a model's image size changes, for a model of timm."""
+def _built(plan: Plan, trainer: str) -> Plan:
+    """Return the plan with all that a model's image size changes, for a model of timm.
+
+    Raises:
+        UsageError: The lines are for timm's own trainer, and the model is not timm's.
+    """
     from memfit.step.timm_models import as_built, import_timm
 
     if not import_timm().is_model(plan.subject.partition(".")[0]):
+        if trainer == "timm":
+            raise UsageError(
+                f"timm's train.py trains timm's models by their names, and {plan.subject} is not "
+                "one of them: emit pytorch."
+            )
         return plan
     return dataclasses.replace(plan, options=as_built(plan.subject, plan.options))
 

@@ -57,6 +57,11 @@ def test_a_step_of_ones_own_is_probed_planned_and_profiled(module: str) -> None:
     planned = run("plan", f"{module}:Holder.ready", *place, "--effective-batch", "64")
     assert planned.exit_code == 0, planned.output
     assert "Linear" in planned.output
+    emitted = run(
+        "plan", f"{module}:Holder.ready", *place, "--effective-batch", "64", "--emit", "timm"
+    )
+    assert emitted.exit_code == 2
+    assert "trains timm's models by their names, and Linear is not one" in emitted.stderr
     profiled = run("profile", f"{module}:make_workload", *place, "--batch-size", "8")
     assert profiled.exit_code == 0, profiled.output
 
