@@ -180,11 +180,19 @@ def _excess(difference: ParameterDifference) -> float:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Rounding:
-    """Unit roundoffs of a check: of written gradients, and of the sums inside them."""
+    """Unit roundoffs of a check: of written gradients, and of the sums inside them.
+
+    Args:
+        written: Of each element on its own.
+        summed: Of the sums.
+        num_summands: The number of values in a sum.
+        shared: What all elements of a gradient may be off by together.
+    """
 
     written: float
     summed: float
     num_summands: int
+    shared: float = 0.0
 
     @property
     def vanishing(self) -> float:
@@ -203,8 +211,12 @@ class _Rounding:
         )
         written = _UNIT_ROUNDOFF[_WRITTEN_IN[bench.precision]]
         summed = _UNIT_ROUNDOFF[torch.float64 if bench.precision is None else torch.float32]
+        shared = 0.0
         if bench.precision is not None and bench.device.type == "cuda" and _may_use_tf32():
             written = max(written, _TF32_ROUNDOFF)
+            # A weight is rounded once for all samples. Whether it is rounded depends on the kernel,
+            # which depends on the batch size. So both operands may differ in both passes.
+            shared = 4 * _TF32_ROUNDOFF
         # A user's model may have weights of a narrower type than the precision.
         for parameter in bench.parameters().values():
             written = max(written, _UNIT_ROUNDOFF.get(parameter.dtype, 0.0))
@@ -212,6 +224,7 @@ class _Rounding:
             written=written,
             summed=summed,
             num_summands=max(1, bench.num_samples * max(1, per_sample)),
+            shared=shared,
         )
 
 
@@ -283,6 +296,7 @@ def _difference(
         if abs(scale - 1) > scale_bound:
             # Equal elements are rounded alike, so only rounding of different ones averages out.
             scale_bound = _averaged(bound, likely, min(carrying, _num_different(b)))
+        scale_bound = min(bound, max(scale_bound, rounding.shared))
     return ParameterDifference(
         name=name,
         relative_error=apart / unit,

@@ -357,7 +357,7 @@ def test_real_cards_give_an_answer_with_its_certificate(
     assert abs(second.max_batch_size - first.max_batch_size) <= near
     assert second.recommended_batch_size == first.recommended_batch_size
     assert len(first.trials) <= 12
-    assert clean_gpu() == before
+    assert clean_gpu() <= before
     stand = first.recommended_batch_size
     assert stand is not None
     trial = trials_of(first, stand)[-1]

@@ -18,10 +18,11 @@ def test_a_recorded_history_is_explained(tmp_path: Path) -> None:
     """Roles are known, the peak is the allocator's, and advice is simulated for the card."""
     path = tmp_path / "out.pickle"
     profile = memfit.profile(
-        "test_vit.r160_in1k", 16, device="cuda", precision="amp-bf16", snapshot=path
+        "test_vit.r160_in1k", 64, device="cuda", precision="amp-bf16", snapshot=path
     )
     assert profile.source is (Source.REHEARSED if is_rehearsed() else Source.MEASURED)
-    assert profile.peak.bytes_of(Role.ACTIVATIONS) > profile.peak.bytes_of(Role.WORKSPACES)
+    # 64 images: on Hopper, cuBLAS keeps two workspaces of 32 MiB.
+    assert profile.peak.bytes_of(Role.ACTIVATIONS) > profile.peak.bytes_of(Role.WORKSPACES) > 0
     assert profile.peak.bytes_of(Role.PARAMETERS) > 0
     assert profile.peak.bytes_of(Role.OPTIMIZER_STATE) > 0
     assert "(unknown)" not in {block.module for block in profile.blocks}

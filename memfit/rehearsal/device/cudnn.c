@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "libraries.h"
+#include "cudnn.h"
 
 enum { /* cudnnStatus_t */
     CUDNN_NOT_INITIALIZED = 1001,
@@ -29,7 +29,6 @@ enum { /* cudnnStatus_t */
 enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t */
     ENGINE_DESCRIPTOR = 2,
     DEVICEPROP_DESCRIPTOR = 38,
-    HEURISTICS_OPERATION_GRAPH = 201,
     HEURISTICS_DEVICEPROP = 204,
     CONFIG_ENGINE = 300,
     CONFIG_WORKSPACE_BYTES = 303,
@@ -43,19 +42,12 @@ enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBacken
     DEVICEPROP_HANDLE = 2701,
     DEVICEPROP_JSON = 2702,
     TYPE_HANDLE = 0,
-    TYPE_INT64 = 3,
-    TYPE_DESCRIPTOR = 15,
     TYPE_BEHAVIOR_NOTE = 19,
     TYPE_CHAR = 24,
     COMPILED_AT_RUN_TIME = 0, /* a behavior note */
 };
-typedef void *Descriptor;
 
-static Status (*real_create)(int, Descriptor *);
-static Status (*real_set)(Descriptor, int, int, int64_t, const void *);
-static Status (*real_get)(Descriptor, int, int, int64_t, int64_t *, void *);
-static Status (*real_finalize)(Descriptor);
-static Status (*real_destroy)(Descriptor);
+Backend cudnn;
 static Descriptor properties;
 static char properties_text[2048];
 static Status properties_status = CUDNN_NOT_INITIALIZED;
@@ -85,12 +77,12 @@ static int describe(char *text, size_t num_bytes) {
 }
 
 static void load(void) {
-    *(void **)&real_create = real_function("libcudnn.so.9", "cudnnBackendCreateDescriptor");
-    *(void **)&real_set = real_function("libcudnn.so.9", "cudnnBackendSetAttribute");
-    *(void **)&real_get = real_function("libcudnn.so.9", "cudnnBackendGetAttribute");
-    *(void **)&real_finalize = real_function("libcudnn.so.9", "cudnnBackendFinalize");
-    *(void **)&real_destroy = real_function("libcudnn.so.9", "cudnnBackendDestroyDescriptor");
-    if (!real_create || !real_set || !real_get || !real_finalize || !real_destroy)
+    *(void **)&cudnn.create = real_function("libcudnn.so.9", "cudnnBackendCreateDescriptor");
+    *(void **)&cudnn.set = real_function("libcudnn.so.9", "cudnnBackendSetAttribute");
+    *(void **)&cudnn.get = real_function("libcudnn.so.9", "cudnnBackendGetAttribute");
+    *(void **)&cudnn.finalize = real_function("libcudnn.so.9", "cudnnBackendFinalize");
+    *(void **)&cudnn.destroy = real_function("libcudnn.so.9", "cudnnBackendDestroyDescriptor");
+    if (!cudnn.create || !cudnn.set || !cudnn.get || !cudnn.finalize || !cudnn.destroy)
         return;
     /* cuDNN for CUDA 13 has no kernels before Turing. It describes such a card all the same, and
        would then find no plan for it. */
@@ -99,11 +91,11 @@ static void load(void) {
         return;
     }
     int length = describe(properties_text, sizeof properties_text);
-    Status status = real_create(DEVICEPROP_DESCRIPTOR, &properties);
+    Status status = cudnn.create(DEVICEPROP_DESCRIPTOR, &properties);
     if (!status)
-        status = real_set(properties, DEVICEPROP_JSON, TYPE_CHAR, length, properties_text);
+        status = cudnn.set(properties, DEVICEPROP_JSON, TYPE_CHAR, length, properties_text);
     if (!status)
-        status = real_finalize(properties);
+        status = cudnn.finalize(properties);
     properties_status = status;
 }
 
@@ -170,11 +162,11 @@ static int is_compiled_at_run_time(Descriptor config) {
     Descriptor engine = NULL;
     int64_t count = 0;
     int notes[16], is_compiled = 0;
-    if (real_create(ENGINE_DESCRIPTOR, &engine)) return 0;
-    if (!real_get(config, CONFIG_ENGINE, TYPE_DESCRIPTOR, 1, &count, &engine) && count == 1 &&
-        !real_get(engine, ENGINE_BEHAVIOR_NOTE, TYPE_BEHAVIOR_NOTE, 16, &count, notes))
+    if (cudnn.create(ENGINE_DESCRIPTOR, &engine)) return 0;
+    if (!cudnn.get(config, CONFIG_ENGINE, TYPE_DESCRIPTOR, 1, &count, &engine) && count == 1 &&
+        !cudnn.get(engine, ENGINE_BEHAVIOR_NOTE, TYPE_BEHAVIOR_NOTE, 16, &count, notes))
         for (int64_t i = 0; i < count && i < 16; i++) is_compiled |= notes[i] == COMPILED_AT_RUN_TIME;
-    real_destroy(engine);
+    cudnn.destroy(engine);
     return is_compiled;
 }
 
@@ -182,13 +174,19 @@ API Status cudnnBackendFinalize(Descriptor descriptor) {
     Status status = ready();
     if (status) return status;
     Plan plan = plan_of(descriptor);
-    int64_t count = 0, workspace = 0;
-    if (plan.config && is_compiled_at_run_time(plan.config) &&
-        !real_get(plan.config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
+    int64_t count = 0, workspace = plan.config ? product_bytes(plan.config) : -1;
+    if (workspace >= 0) {
         assume(descriptor, workspace);
         return OK;
     }
-    return real_finalize(descriptor);
+    if (plan.config && is_compiled_at_run_time(plan.config) &&
+        !cudnn.get(plan.config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
+        assume(descriptor, workspace);
+        return OK;
+    }
+    status = cudnn.finalize(descriptor);
+    if (!status) product_finalized(descriptor);
+    return status;
 }
 
 API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, int64_t asked, int64_t *count, void *elements) {
@@ -202,14 +200,16 @@ API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, i
             return OK;
         }
     }
-    return real_get(descriptor, name, type, asked, count, elements);
+    if (name == HEURISTICS_RESULTS) return product_results(descriptor, type, asked, count, elements);
+    return cudnn.get(descriptor, name, type, asked, count, elements);
 }
 
 API Status cudnnBackendDestroyDescriptor(Descriptor descriptor) {
     Status status = ready();
     if (status) return status;
     forget(descriptor);
-    return real_destroy(descriptor);
+    product_forget(descriptor);
+    return cudnn.destroy(descriptor);
 }
 
 API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, int64_t count,
@@ -219,19 +219,21 @@ API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, i
         return status;
     if (type == TYPE_HANDLE) {
         if (name == PLAN_HANDLE)
-            return real_set(descriptor, PLAN_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+            return cudnn.set(descriptor, PLAN_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
         if (name == DEVICEPROP_HANDLE)
-            return real_set(descriptor, DEVICEPROP_JSON, TYPE_CHAR,
+            return cudnn.set(descriptor, DEVICEPROP_JSON, TYPE_CHAR,
                             (int64_t)strlen(properties_text), properties_text);
         return OK; /* a graph of operations needs no device */
     }
-    status = real_set(descriptor, name, type, count, elements);
+    status = cudnn.set(descriptor, name, type, count, elements);
+    if (!status && type == TYPE_DESCRIPTOR)
+        product_set(descriptor, name, count, elements);
     if (!status && name == PLAN_CONFIG && count == 1)
         remember_config(descriptor, *(const Descriptor *)elements);
     if (!status && name == HEURISTICS_OPERATION_GRAPH)
-        status = real_set(descriptor, HEURISTICS_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+        status = cudnn.set(descriptor, HEURISTICS_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
     if (!status && name == ENGINE_OPERATION_GRAPH)
-        status = real_set(descriptor, ENGINE_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
+        status = cudnn.set(descriptor, ENGINE_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
     return status;
 }
 

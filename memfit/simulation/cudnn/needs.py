@@ -7,6 +7,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import torch
+
 from memfit.cards import Gpu
 from memfit.simulation.cudnn.answers import Workspaces, workspaces_of
 from memfit.simulation.cudnn.questions import Convolution
@@ -37,8 +39,11 @@ class WorkspaceRule:
             gpu: The card.
             sizes: The shapes of the input, the weight and the output, one after another.
         """
+        sized = self._sized(sizes)
+        if _is_product(gpu, sized):
+            return sized.cublaslt_bytes or 0
         workspaces = None if self.is_quick else _answers(gpu)
-        found = None if workspaces is None else workspaces.of(self._sized(sizes))
+        found = None if workspaces is None else workspaces.of(sized)
         if found is not None:
             return found
         return self.bound_bytes_per_element * sum(map(math.prod, _shapes(sizes)))
@@ -55,7 +60,7 @@ class WorkspaceRule:
             yield 0
             return
         sized = self._sized(sizes)
-        for rank in itertools.count(1):
+        for rank in itertools.count(0 if _is_product(gpu, sized) else 1):
             found = workspaces.of(dataclasses.replace(sized, rank=rank))
             if found is None:
                 return
@@ -76,6 +81,13 @@ def _shapes(sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def asks_cudnn(gpu: Gpu) -> bool:
     """Whether the installed cuDNN says the workspaces of a card."""
     return _answers(gpu) is not None
+
+
+def _is_product(gpu: Gpu, convolution: Convolution) -> bool:
+    """Whether a plan of cuBLASLt comes before the plans that cuDNN names without a device."""
+    if gpu.vendor == "AMD" or convolution.tries_plans or convolution.cublaslt_bytes is None:
+        return False
+    return convolution.dtype != "float32" or torch.backends.cudnn.allow_tf32
 
 
 def _answers(gpu: Gpu) -> Workspaces | None:

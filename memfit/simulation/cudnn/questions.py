@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from typing import Final
 
 __all__ = ["Convolution", "ConvolutionKernel"]
+
+_NUM_DIMS: Final = 4  # (N, C, H, W)
+_HALF: Final = frozenset({"bfloat16", "float16"})
+_FEW_CHANNELS: Final = 32
+_MOST_PRODUCTS: Final = 3  # times the bytes of input and output
+_FLOAT_BYTES: Final = 4
 
 
 class ConvolutionKernel(str, enum.Enum):
@@ -49,6 +57,47 @@ class Convolution:
     dilation: tuple[int, ...]
     tries_plans: bool = False
     rank: int = 0
+
+    @property
+    def cublaslt_bytes(self) -> int | None:
+        """The workspace of the convolution as cuBLASLt's product of matrices.
+
+        On a real device, cuDNN has engines that call cuBLASLt, and puts them first for most 1x1
+        convolutions of NCHW tensors. They are not in the list for a card that is only described.
+        Forward and the input's gradient need no workspace. The weight's gradient keeps one product
+        for each sample, in fp32, and sums them. Where the products are many times the tensors, or
+        an fp32 input has few channels, another engine does it.
+
+        Source: lists of plans and workspaces of cuDNN 9.19 on an H100
+            (benchmarks/data/h100-convolutions.csv). Which engine comes first is cuDNN's secret:
+            the two limits for the weight's gradient are read off that file. On it, torch's
+            workspace is right up to 400 bytes for 90% of 2,340 kernels of 1x1 convolutions, and
+            without this rule for 22%. What is wrong are mostly images of 7x7.
+
+        Returns:
+            Bytes; `None` if cuDNN takes another engine.
+        """
+        spatial = self.input_shape[2:]
+        pixels = math.prod(spatial)
+        is_pointwise = (
+            len(self.input_shape) == _NUM_DIMS
+            and set(self.weight_shape[2:]) == set(self.stride) == {1}
+            and not any(self.padding)
+            and self.weight_shape[1] == self.input_shape[1]
+        )
+        if not is_pointwise or self.is_channels_last or pixels == 1:
+            return None
+        samples, channels = self.input_shape[:2]
+        if self.kernel is ConvolutionKernel.FILTER:
+            num_bytes = samples * math.prod(self.weight_shape) * _FLOAT_BYTES
+            element_bytes = 2 if self.dtype in _HALF else _FLOAT_BYTES
+            tensors = samples * pixels * (channels + self.weight_shape[0]) * element_bytes
+            is_cheap = num_bytes <= _MOST_PRODUCTS * tensors
+            is_wide = self.dtype in _HALF or channels > _FEW_CHANNELS
+            return num_bytes if is_cheap and is_wide else None
+        # Tensor cores read two halves at a time, and rows of an odd length do not begin there.
+        is_odd = self.dtype in _HALF and pixels % 2 == 1
+        return None if is_odd and self.kernel is ConvolutionKernel.FORWARD else 0
 
     @property
     def text(self) -> str:

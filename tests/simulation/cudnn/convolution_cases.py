@@ -19,6 +19,10 @@ SHAPES = (
     (16, 256, 14, 512, 1, 2, 1, False),
     (16, 64, 28, 64, 3, 1, 4, False),
     (9, 32, 14, 16, 4, 2, 1, True),
+    # Products of matrices, and two whose filters' gradients are none.
+    (16, 256, 28, 64, 1, 1, 1, False),
+    (8, 24, 28, 96, 1, 1, 1, False),
+    (4, 320, 7, 640, 1, 1, 1, False),
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MASKS = {

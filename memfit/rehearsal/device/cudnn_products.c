@@ -1,0 +1,145 @@
+/* 1x1 convolutions as products of matrices. On a real device, cuDNN's heuristics put its engines that
+   call cuBLASLt before all others for most of them, if their tensors are NCHW: each image is a
+   matrix then, and nothing has to be turned around. The engines need cuBLASLt's own handle, so cuDNN
+   does not list them for a card that is only described. Here a plan that stands for them goes to the
+   front of the list. The rule and its figures: memfit/simulation/cudnn/questions.py. */
+#include <stdlib.h>
+
+#include "cudnn.h"
+
+enum { /* cudnnBackendAttributeName_t */
+    CONVOLUTION_STRIDES = 103,
+    CONVOLUTION_POST_PADDINGS = 104,
+    CONVOLUTION_PRE_PADDINGS = 105,
+    FORWARD_CONVOLUTION = 702, FORWARD_WEIGHT, FORWARD_INPUT, FORWARD_OUTPUT,
+    DATA_CONVOLUTION = 708, DATA_WEIGHT, DATA_INPUT, DATA_OUTPUT,
+    FILTER_CONVOLUTION = 714, FILTER_WEIGHT, FILTER_INPUT, FILTER_OUTPUT,
+    GRAPH_OPERATIONS = 801,
+    TENSOR_DATA_TYPE = 901, TENSOR_DIMENSIONS, TENSOR_STRIDES,
+    FLOAT32 = 0, FLOAT16 = 2, BFLOAT16 = 9, /* cudnnDataType_t */
+    NUM_DIMENSIONS = 4,
+    FEW_CHANNELS = 32,
+    MOST_PRODUCTS = 3, /* times the bytes of input and output */
+};
+
+/* What is known of a descriptor: an operation's parts, and the workspace of it as a product, which
+   goes on to its graph, the list of heuristics and the first configuration of the list. */
+typedef struct Known {
+    Descriptor of, convolution, weight, input;
+    int first; /* the first attribute of the operation's kind */
+    int64_t num_bytes;
+    struct Known *next;
+} Known;
+static Known *known[4096];
+
+static Known **place_of(Descriptor descriptor) {
+    Known **at = &known[(uintptr_t)descriptor / 16 % 4096];
+    while (*at && (*at)->of != descriptor) at = &(*at)->next;
+    return at;
+}
+
+static Known *entry_of(Descriptor descriptor) {
+    Known **at = place_of(descriptor);
+    if (!*at && (*at = calloc(1, sizeof **at))) (*at)->of = descriptor, (*at)->num_bytes = -1;
+    return *at;
+}
+
+int64_t product_bytes(Descriptor descriptor) {
+    device_lock();
+    Known *found = *place_of(descriptor);
+    int64_t num_bytes = found ? found->num_bytes : -1;
+    device_unlock();
+    return num_bytes;
+}
+
+static void pass_on(Descriptor to, int64_t num_bytes) {
+    if (num_bytes < 0) return;
+    device_lock();
+    Known *entry = entry_of(to);
+    if (entry) entry->num_bytes = num_bytes;
+    device_unlock();
+}
+
+void product_forget(Descriptor descriptor) {
+    device_lock();
+    Known **at = place_of(descriptor), *found = *at;
+    if (found) *at = found->next;
+    device_unlock();
+    free(found);
+}
+
+void product_set(Descriptor descriptor, int name, int64_t count, const void *elements) {
+    if (count != 1) return;
+    Descriptor given = *(const Descriptor *)elements;
+    if (name == GRAPH_OPERATIONS || name == HEURISTICS_OPERATION_GRAPH) pass_on(descriptor, product_bytes(given));
+    if (name < FORWARD_CONVOLUTION || name > FILTER_OUTPUT) return;
+    int part = (name - FORWARD_CONVOLUTION) % 6;
+    device_lock();
+    Known *entry = entry_of(descriptor);
+    if (entry) {
+        entry->first = name - part;
+        if (part == 0) entry->convolution = given;
+        else if (part == FORWARD_WEIGHT - FORWARD_CONVOLUTION) entry->weight = given;
+        else if (part == FORWARD_INPUT - FORWARD_CONVOLUTION) entry->input = given;
+    }
+    device_unlock();
+}
+
+/* Numbers of a descriptor; 0 unless there are `count` of them. */
+static int numbers(Descriptor descriptor, int name, int64_t count, int64_t *into) {
+    int64_t found = 0;
+    return descriptor && !cudnn.get(descriptor, name, TYPE_INT64, count, &found, into) && found == count;
+}
+
+static int64_t bytes_of(const Known *operation) {
+    int64_t x[NUM_DIMENSIONS + 1], w[NUM_DIMENSIONS + 1], strides[NUM_DIMENSIONS], steps[2], before[2], after[2], count = 0;
+    int dtype = -1;
+    if (!numbers(operation->input, TENSOR_DIMENSIONS, NUM_DIMENSIONS, x) ||
+        !numbers(operation->weight, TENSOR_DIMENSIONS, NUM_DIMENSIONS, w) ||
+        !numbers(operation->input, TENSOR_STRIDES, NUM_DIMENSIONS, strides) ||
+        !numbers(operation->convolution, CONVOLUTION_STRIDES, 2, steps) ||
+        !numbers(operation->convolution, CONVOLUTION_PRE_PADDINGS, 2, before) ||
+        !numbers(operation->convolution, CONVOLUTION_POST_PADDINGS, 2, after) ||
+        cudnn.get(operation->input, TENSOR_DATA_TYPE, TYPE_DATA_TYPE, 1, &count, &dtype))
+        return -1;
+    int64_t pixels = x[2] * x[3];
+    int is_plain = w[2] == 1 && w[3] == 1 && w[1] == x[1] && steps[0] == 1 && steps[1] == 1 && !before[0] &&
+                   !before[1] && !after[0] && !after[1];
+    int is_nchw = strides[3] == 1 && strides[2] == x[3] && strides[1] == pixels;
+    int is_half = dtype == FLOAT16 || dtype == BFLOAT16;
+    if (!is_plain || !is_nchw || pixels == 1 || (!is_half && dtype != FLOAT32)) return -1;
+    if (operation->first == FILTER_CONVOLUTION) {
+        int64_t num_bytes = x[0] * w[0] * w[1] * (int64_t)sizeof(float);
+        int64_t tensors = x[0] * pixels * (x[1] + w[0]) * (is_half ? 2 : 4);
+        int is_wide = is_half || x[1] > FEW_CHANNELS;
+        return is_wide && num_bytes <= MOST_PRODUCTS * tensors ? num_bytes : -1;
+    }
+    return operation->first == FORWARD_CONVOLUTION && is_half && pixels % 2 ? -1 : 0;
+}
+
+void product_finalized(Descriptor descriptor) {
+    device_lock();
+    Known *found = *place_of(descriptor), copy = found ? *found : (Known){0};
+    device_unlock();
+    if (copy.first) pass_on(descriptor, bytes_of(&copy));
+}
+
+Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *count, void *elements) {
+    int64_t num_bytes = product_bytes(heuristics), filled = 0;
+    if (num_bytes < 0) return cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, count, elements);
+    Descriptor *configs = elements;
+    if (asked < 1 || !configs) {
+        Status status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, count, elements);
+        if (!status && count && *count) ++*count;
+        return status;
+    }
+    /* The one in front is a copy of the real first one: torch reads its notes, and nothing else. */
+    Status status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, 1, &filled, configs);
+    if (!status && filled && asked > 1)
+        status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked - 1, &filled, configs + 1);
+    else filled = 0;
+    if (status) return status;
+    if (count) *count = filled + 1;
+    pass_on(configs[0], num_bytes);
+    return OK;
+}
