@@ -16,7 +16,8 @@ from memfit.backends.traces import Replay, TraceCache, kept_workspaces, workspac
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
 from memfit.records import Capacity, Evaluation, Outcome, Precision, Source, Trial
-from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
+from memfit.simulation.allocator.compiled import new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
 from memfit.step.training_step import TrainingStep
@@ -248,7 +249,7 @@ class SimulatedBackend:
         is_rough = self._is_rough and traced.has_slow_needs
         key = (self._gpu, batch_size, capacity_bytes, is_rough)
         if key not in traced.replays:
-            allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=self._settings)
+            allocator = new_allocator(capacity_bytes=capacity_bytes, settings=self._settings)
             peaks: list[int] = []
             message = None
             try:

@@ -200,7 +200,7 @@ class Traced:
         object.__setattr__(self, "has_slow_needs", self.trace.schedule.has_slow_needs)
 
     def schedule_on(self, gpu: Gpu, *, is_rough: bool) -> StepSchedule:
-        """Return the schedule with the scratch memory of a card; see `Schedule` for `is_rough`."""
+        """Return the schedule with the scratch memory of a card; see `CardSizes` for `is_rough`."""
         key = (gpu, is_rough)
         if key not in self._schedules:
             self._schedules[key] = self.trace.schedule.on(gpu, is_rough=is_rough)

@@ -188,7 +188,7 @@ class _Run:
 
     def play(self, schedule: Schedule) -> None:
         """Carry out a stretch of events."""
-        schedule.play(self._allocator, self._batch_size, player=self._carry_out)
+        schedule.watch(self._carry_out, self._batch_size)
 
     def _carry_out(self, event: Event, num_bytes: int, growth: float) -> None:
         if event.action is Action.USER_DEFINED:

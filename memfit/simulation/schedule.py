@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from memfit.cards import Gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
-from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.growth import grown, matches
-from memfit.simulation.needs import Need, NeedEvent, nearby_batch_size
+from memfit.simulation.needs import Need, NeedEvent
+from memfit.simulation.program import Allocator, CardSizes, Player, Program
 from memfit.simulation.tensor_lines import largest_within, tensor_lines
 
 __all__ = [
@@ -30,8 +30,7 @@ __all__ = [
 _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
-_ALLOC, _ALLOC_IF_ROOM = Action.ALLOC, Action.ALLOC_IF_ROOM
-_FREE_COMPLETED = Action.FREE_COMPLETED
+_ALLOC, _FREE_COMPLETED = Action.ALLOC, Action.FREE_COMPLETED
 # More than the allocations of any trace.
 _IDS_OF_AN_ITERATION = 1 << 40
 # A step that keeps more in every iteration is said to grow when it would double within so many.
@@ -57,13 +56,6 @@ class StreamsDifferError(MemfitError):
     """Two batch sizes made different events, so other batch sizes cannot be derived from them."""
 
 
-_Line = tuple[Action, int, int, float, Event]
-"""An event in the form that a replay reads fastest, with what a sample adds to its bytes."""
-
-Player = Callable[[Event, int, float], None]
-"""Carries out an event, given the bytes that it asks for and the bytes that a sample adds."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """A stretch of events, affine in the batch size.
@@ -74,66 +66,34 @@ class Schedule:
         batch_size: Samples that `events` was recorded with.
         outliving: Allocations that are still there when the stretch ends, by their ids. The number
             says how many repetitions later the stretch frees them; 0 for never.
-        gpu: The card that decides the size of what is a `Need`. It is there if any event is one.
-        is_rough: Slow needs are found at a batch size nearby and scaled, so that a search can look
-            around quickly.
+        sizes: The sizes of what is a `Need`, on a card. They are there if any event is one.
     """
 
     events: tuple[Event, ...]
     growth_bytes: tuple[float, ...]
     batch_size: int
     outliving: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    gpu: Gpu | None = None
-    is_rough: bool = False
-    _program: tuple[_Line, ...] = dataclasses.field(init=False, repr=False, compare=False)
-    # The position of every need, that of its free, and its number among the different needs.
-    _needs: tuple[tuple[int, int, int], ...] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )
-    _different_needs: tuple[NeedEvent, ...] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )
-    _sizes: dict[Need, int] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    # The program at the last batch size: iterations are replayed one after another.
-    _programs: dict[int, Sequence[_Line]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    sizes: CardSizes | None = dataclasses.field(default=None, repr=False, compare=False)
+    _program: Program = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Put the events into the form that a replay reads fastest."""
-        program = tuple(
-            (event.action, event.id, event.num_bytes, growth, event)
-            for event, growth in zip(self.events, self.growth_bytes, strict=True)
-        )
+        """Keep the events in the form that a replay reads fastest."""
+        program = Program(self.events, self.growth_bytes, self.batch_size)
         object.__setattr__(self, "_program", program)
-        frees = {e.id: at for at, e in enumerate(self.events) if e.action is _FREE_COMPLETED}
-        needs: list[tuple[int, int, int]] = []
-        different: dict[tuple[Need, tuple[float, ...]], tuple[int, NeedEvent]] = {}
-        for at, event in enumerate(self.events):
-            if isinstance(event, NeedEvent):
-                key = event.need, event.growth
-                number, _ = different.setdefault(key, (len(different), event))
-                needs.append((at, frees[event.id], number))
-        object.__setattr__(self, "_needs", tuple(needs))
-        object.__setattr__(self, "_different_needs", tuple(e for _, e in different.values()))
 
-    def on(self, gpu: Gpu, *, is_rough: bool = False) -> Schedule:
+    def on(self, sizes: CardSizes) -> Schedule:
         """Return this schedule with the sizes that a card decides."""
-        if not self._needs:
+        if not self._program.different_needs:
             return self
         # A copy, because making the program anew would take longer than many replays.
         made = copy.copy(self)
-        fields = {"gpu": gpu, "is_rough": is_rough, "_sizes": {}, "_programs": {}}
-        for name, value in fields.items():
-            object.__setattr__(made, name, value)
+        object.__setattr__(made, "sizes", sizes)
         return made
 
     @property
     def has_slow_needs(self) -> bool:
         """Whether the size of any event takes milliseconds to find."""
-        return any(event.need.is_slow for event in self._different_needs)
+        return any(event.need.is_slow for event in self._program.different_needs)
 
     @classmethod
     def fixed(cls, events: Sequence[Event]) -> Schedule:
@@ -220,98 +180,35 @@ class Schedule:
 
     def at(self, batch_size: int) -> Iterator[Event]:
         """Yield the events as they would be at a batch size."""
-        more = batch_size - self.batch_size
-        for _, _, num_bytes, growth, event in self._program_at(batch_size):
-            asked = int(num_bytes + growth * more) if growth else num_bytes
+        for event, asked, _ in self._program.events_at(batch_size, self.sizes):
             if asked != event.num_bytes:
                 yield dataclasses.replace(event, num_bytes=max(0, asked))
             else:
                 yield event
 
-    def _program_at(self, batch_size: int) -> Sequence[_Line]:
-        """Return the program with the size of every need. What needs nothing is left out."""
-        if not self._needs:
-            return self._program
-        known = self._programs.get(batch_size)
-        if known is not None:
-            return known
-        program: list[_Line | None] = list(self._program)
-        sizes = [self._size_of(event, batch_size) for event in self._different_needs]
-        for at, freed, number in self._needs:
-            event = self.events[at]
-            if sizes[number]:
-                program[at] = (event.action, event.id, sizes[number], 0, event)
-            else:
-                program[at] = program[freed] = None
-        found = [line for line in program if line is not None]
-        self._programs.clear()
-        self._programs[batch_size] = found
-        return found
+    def watch(self, player: Player, batch_size: int) -> None:
+        """Hand each event to a function, for example to record it.
 
-    def _size_of(self, event: NeedEvent, batch_size: int) -> int:
-        assert self.gpu is not None, "a schedule with needs is replayed on a card"
-        is_scaled = self.is_rough and event.need.is_slow
-        asked = nearby_batch_size(batch_size) if is_scaled else batch_size
-        need = event.need_after(asked - self.batch_size)
-        num_bytes = self._sizes.get(need)
-        if num_bytes is None:
-            num_bytes = self._sizes[need] = need.on(self.gpu)
-        return num_bytes * batch_size // asked
+        Args:
+            player: Called with an event, the bytes that it asks for, and what a sample adds.
+            batch_size: Samples in each micro-batch.
+        """
+        for event, asked, growth in self._program.events_at(batch_size, self.sizes):
+            is_need = isinstance(event, NeedEvent) and any(event.growth)
+            player(event, asked, asked / batch_size if is_need else growth)
 
     def play(
-        self,
-        allocator: CachingAllocator,
-        batch_size: int,
-        *,
-        player: Player | None = None,
-        plans: dict[Need, int] | None = None,
+        self, allocator: Allocator, batch_size: int, *, plans: dict[Need, int] | None = None
     ) -> None:
         """Replay the events on an allocator.
 
         Args:
             allocator: The allocator.
             batch_size: Samples in each micro-batch.
-            player: Carries out each event instead of the allocator, for example to record it.
             plans: What is asked for in place of what found no room before. It is kept up to date.
         """
         plans = {} if plans is None else plans
-        more = batch_size - self.batch_size
-        allocate, free = allocator.allocate, allocator.free
-        for action, number, num_bytes, growth, event in self._program_at(batch_size):
-            asked = int(num_bytes + growth * more) if growth else num_bytes
-            if player is not None:
-                is_need = isinstance(event, NeedEvent) and any(event.growth)
-                player(event, asked, asked / batch_size if is_need else growth)
-            # The code of `carry_out`, repeated because a search runs it a hundred thousand times.
-            elif action is _ALLOC:
-                allocate(number, asked)
-            elif action is _FREE_COMPLETED:
-                free(number)
-            elif isinstance(event, NeedEvent) and action is _ALLOC_IF_ROOM:
-                if plans:
-                    asked = plans.get(event.need_after(more), asked)
-                if not allocator.carry_out(action, number, asked):
-                    need = event.need_after(more)
-                    plans[need] = self._instead(allocator, number, need)
-            else:
-                allocator.carry_out(action, number, asked)
-
-    def _instead(self, allocator: CachingAllocator, number: int, need: Need) -> int:
-        """Ask for what a need takes where its bytes found no room.
-
-        Returns:
-            The bytes that found room. torch keeps the plan that needs them.
-
-        Raises:
-            AllocatorOutOfMemoryError: None of them found room.
-        """
-        assert self.gpu is not None
-        num_bytes = 0
-        for num_bytes in need.instead_on(self.gpu):
-            if num_bytes <= 0 or allocator.carry_out(_ALLOC_IF_ROOM, number, num_bytes):
-                return num_bytes
-        allocator.allocate(number, num_bytes)
-        return num_bytes
+        self._program.play(allocator, batch_size, sizes=self.sizes, plans=plans)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,10 +231,11 @@ class StepSchedule:
 
         Args:
             gpu: The card.
-            is_rough: See `Schedule`.
+            is_rough: See `CardSizes`.
         """
+        sizes = CardSizes(gpu, is_rough=is_rough)
         parts = (self.setup, self.first, self.later)
-        setup, first, later = (part.on(gpu, is_rough=is_rough) for part in parts)
+        setup, first, later = (part.on(sizes) for part in parts)
         if setup is self.setup and first is self.first and later is self.later:
             return self
         return dataclasses.replace(self, setup=setup, first=first, later=later)
@@ -357,7 +255,7 @@ class StepSchedule:
         for schedule in self._stretches(num_iterations):
             yield from schedule.at(batch_size)
 
-    def play(self, allocator: CachingAllocator, batch_size: int) -> Iterator[int]:
+    def play(self, allocator: Allocator, batch_size: int) -> Iterator[int]:
         """Replay on an allocator until the peak has settled.
 
         Args:
@@ -376,7 +274,7 @@ class StepSchedule:
             if schedule is not self.setup:
                 yield allocator.stats.peak_reserved_bytes
 
-    def until_settled(self, allocator: CachingAllocator) -> Iterator[Schedule]:
+    def until_settled(self, allocator: Allocator) -> Iterator[Schedule]:
         """Yield the stretches to replay, one after another, until the peak has settled.
 
         The optimizer's state belongs to the peak from the second iteration on. A later iteration

@@ -37,6 +37,22 @@ SEGMENT_ROUNDING_BYTES: Final = 2 * MIB
 class AllocatorOutOfMemoryError(MemfitError):
     """The simulated device has no room for a request, even after the cache was given back."""
 
+    @classmethod
+    def because(
+        cls,
+        num_bytes: int,
+        *,
+        reserved_bytes: int,
+        allocated_bytes: int,
+        capacity_bytes: float | None,
+    ) -> AllocatorOutOfMemoryError:
+        """Return the error of a request, with what the allocator held then."""
+        return cls(
+            f"The simulated device ran out of memory: {num_bytes} bytes were asked for, "
+            f"{reserved_bytes} are reserved of which {allocated_bytes} are in use, and its "
+            f"capacity is {capacity_bytes}."
+        )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AllocatorStats:
@@ -205,11 +221,11 @@ class CachingAllocator:
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
         block = self._take_free(pool, size) or self._take_new(pool, size)
         if block is None:
-            device = self._device
-            raise AllocatorOutOfMemoryError(
-                f"The simulated device ran out of memory: {num_bytes} bytes were asked for, "
-                f"{device.taken_bytes} are reserved of which {self._allocated} are in use, and its "
-                f"capacity is {device.capacity_bytes}."
+            raise AllocatorOutOfMemoryError.because(
+                num_bytes,
+                reserved_bytes=self._device.taken_bytes,
+                allocated_bytes=self._allocated,
+                capacity_bytes=self._device.capacity_bytes,
             )
         self._hand_out(block, block_id, size, num_bytes)
 

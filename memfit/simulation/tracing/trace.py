@@ -173,13 +173,13 @@ def trace_step(
         stack.callback(recorder.close)
         stack.enter_context(semantics)
         stack.enter_context(dispatched(recorder.handle))
-        schedule = _record(prepared, recorder, options, batch_sizes, draws)
+        schedule, depends_on_batch = _record(prepared, recorder, options, batch_sizes, draws)
     return StepTrace(
         schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
         attention=tuple(semantics.attention.items()),
         num_operations=recorder.num_operations,
         has_tf32=recorder.has_tf32,
-        depends_on_batch=recorder.num_answers > 0,
+        depends_on_batch=depends_on_batch,
     )
 
 
@@ -189,7 +189,8 @@ def _record(
     options: TraceOptions,
     batch_sizes: tuple[int, int],
     draws: Draws,
-) -> StepSchedule:
+) -> tuple[StepSchedule, bool]:
+    """Return the events, and whether the step asked for values of its batch."""
     # The model is there before the step begins to hold more: averages, an optimizer's state.
     for tensor in prepared.held_tensors():
         recorder.see(tensor)
@@ -198,9 +199,11 @@ def _record(
         recorder.see(tensor)
     setup = recorder.cut()
     iterated: list[int] = []
+    answers: list[int] = []
 
     def iterate(batch_size: int) -> Iteration:
         recorder.forget_plans()
+        before = recorder.num_answers
         recorder.num_operations = 0
         is_watched = draws.share is not None or not iterated
         with prepared.drawing(draws) if is_watched else contextlib.nullcontext():
@@ -208,6 +211,9 @@ def _record(
         if draws.share is None and draws.num_seen:
             raise StepDrawsError("The step draws single numbers.")
         iterated.append(batch_size)
+        # An optimizer asks how many steps it took, and whether its gradients are finite. Its
+        # answers are the same for every batch.
+        answers.append(recorder.num_answers - before)
         run = tuple(recorder.cut())
         setup.extend(recorder.take_residents())
         prepared.update()
@@ -215,11 +221,12 @@ def _record(
 
     schedule = settle(setup, iterate, batch_sizes=batch_sizes, only_first=PLANS_TRIED)
     first = schedule.first
-    return dataclasses.replace(
+    schedule = dataclasses.replace(
         schedule,
         setup=_with_prefetched(schedule.setup, prepared),
         first=first if options.cudnn_benchmark else first.without(PLANS_TRIED),
     )
+    return schedule, any(answers)
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep) -> Schedule:
