@@ -37,6 +37,7 @@ __all__ = [
     "memory_events",
     "mkldnn_layout",
     "num_owners",
+    "plainly",
     "pytree",
     "recorded_history",
     "run_backward",
@@ -114,8 +115,6 @@ NEEDS: Final = {
     ),
 }
 """For each name, the purpose and what still works without it, as the error says."""
-
-_ATEN: Final = _SIMULATING
 
 
 def _missing(name: str, needs: tuple[str, str]) -> UnsupportedError:
@@ -238,6 +237,13 @@ def dispatched(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) ->
         yield
 
 
+def plainly() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which no function mode is called, if this torch has one."""
+    import torch
+
+    return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
+
+
 def schema_of(func: Any) -> Any:
     """Return an operation's name and arguments."""
     return _of(func, "torch._ops.OpOverload._schema")
@@ -245,8 +251,7 @@ def schema_of(func: Any) -> Any:
 
 def version_of(tensor: Any) -> int:
     """Return how often a tensor was written to in place."""
-    version: int = _of(tensor, "torch.Tensor._version")
-    return version
+    return int(_of(tensor, "torch.Tensor._version"))
 
 
 def is_view(tensor: Any) -> bool:
@@ -284,7 +289,7 @@ def aten(name: str) -> Any:
     """
     found = aten_if_there(name)
     if found is None:
-        raise _missing(f"torch.ops.aten.{name}", _ATEN)
+        raise _missing(f"torch.ops.aten.{name}", _SIMULATING)
     return found
 
 
@@ -353,8 +358,7 @@ def is_compiled(value: Any) -> bool:
 
 def storage_id(storage: Any) -> int:
     """Return a number that no other living storage has."""
-    number: int = _of(storage, "torch.UntypedStorage._cdata")
-    return number
+    return int(_of(storage, "torch.UntypedStorage._cdata"))
 
 
 def sparse_parts(tensor: Any) -> tuple[Any, Any]:
@@ -375,8 +379,7 @@ def num_owners(tensor: Any) -> tuple[int, int]:
 
 def graph_task() -> int:
     """Return the number of the backward pass that this thread runs; -1 if it runs none."""
-    number: int = _find("torch._C._current_graph_task_id")()
-    return number
+    return int(_find("torch._C._current_graph_task_id")())
 
 
 def current_node() -> Any:
@@ -386,14 +389,12 @@ def current_node() -> Any:
 
 def sequence_number() -> int:
     """Return the number that the next node of this thread's graph will have."""
-    number: int = _find("torch._C._autograd._get_sequence_nr")()
-    return number
+    return int(_find("torch._C._autograd._get_sequence_nr")())
 
 
 def sequence_number_of(node: Any) -> int:
     """Return a node's number, which it got when forward made it."""
-    number: int = _of(node, "torch.autograd.graph.Node._sequence_nr")()
-    return number
+    return int(_of(node, "torch.autograd.graph.Node._sequence_nr")())
 
 
 def run_backward(output: Any, gradient: Any) -> None:
@@ -416,8 +417,7 @@ def run_backward(output: Any, gradient: Any) -> None:
 
 def allocator_snapshot() -> dict[str, Any]:
     """Return the blocks and the recorded history of the caching allocators of all GPUs."""
-    snapshot: dict[str, Any] = _find("torch.cuda.memory._snapshot")()
-    return snapshot
+    return dict(_find("torch.cuda.memory._snapshot")())
 
 
 @contextlib.contextmanager

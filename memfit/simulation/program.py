@@ -218,9 +218,7 @@ class Program:
         return [plans.get(event.need_after(more), -1) for event in self.different_needs]
 
 
-def _instead(
-    allocator: Allocator, number: int, need: Need, sizes: CardSizes | None
-) -> int:
+def _instead(allocator: Allocator, number: int, need: Need, sizes: CardSizes | None) -> int:
     """Ask for what a need takes where its bytes found no room.
 
     Returns:

@@ -23,6 +23,7 @@ from memfit._torch_private import (
     dispatched,
     graph_task,
     num_owners,
+    plainly,
     storage_id,
 )
 from memfit.errors import NotSimulatedError
@@ -86,6 +87,12 @@ class Recorder:
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and record what it allocates."""
+        # What is read of tensors here is no question of the model's. Without this, every attribute
+        # would be looked up through the function modes that correct what a model does.
+        with plainly():
+            return self._handle(func, args, kwargs)
+
+    def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.num_operations += 1
         if self._looks_for_residents:
             self._see_arguments(args)

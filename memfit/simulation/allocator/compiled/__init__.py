@@ -28,7 +28,15 @@ from memfit.simulation.allocator.caching import (
 )
 from memfit.simulation.allocator.settings import AllocatorSettings
 
-__all__ = ["LIBRARY", "CompiledAllocator", "EventTable", "compile_library", "new_allocator"]
+__all__ = [
+    "LIBRARY",
+    "CompiledAllocator",
+    "EventTable",
+    "carried_folder",
+    "compile_library",
+    "new_allocator",
+    "opened",
+]
 
 LIBRARY = "libmemfit_replay.so"
 _SOURCE = Path(__file__).with_name("replay.c")
@@ -228,9 +236,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:20]
 
 
-def compile_library(
-    folder: Path, command: tuple[str, ...], *, flags: tuple[str, ...] = ()
-) -> None:
+def compile_library(folder: Path, command: tuple[str, ...], *, flags: tuple[str, ...] = ()) -> None:
     """Compile the library into a folder.
 
     Args:
@@ -254,27 +260,24 @@ def _library() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(str(_library_folder() / LIBRARY))
+        return opened(_library_folder())
     except (UnsupportedError, OSError) as exc:
         _log.debug("Steps are replayed in Python: %s", exc)
         return None
-    handle = ctypes.c_void_p
+
+
+def opened(folder: Path) -> ctypes.CDLL:
+    """Return the library in a folder, with the types of its functions."""
+    library = ctypes.CDLL(str(folder / LIBRARY))
+    handle, number = ctypes.c_void_p, ctypes.c_int64
     library.memfit_allocator_new.restype = handle
-    library.memfit_allocator_new.argtypes = (ctypes.c_int64, ctypes.c_int64)
-    library.memfit_allocator_delete.argtypes = (handle,)
+    library.memfit_allocator_new.argtypes = (number, number)
     library.memfit_allocator_delete.restype = None
-    library.memfit_allocator_stats.argtypes = (handle, handle)
+    library.memfit_allocator_delete.argtypes = (handle,)
     library.memfit_allocator_stats.restype = None
-    library.memfit_allocator_request.argtypes = (handle, ctypes.c_int64, ctypes.c_int64)
-    library.memfit_allocator_play.argtypes = (
-        handle,
-        handle,
-        ctypes.c_int64,
-        handle,
-        handle,
-        handle,
-        handle,
-    )
+    library.memfit_allocator_stats.argtypes = (handle, handle)
+    library.memfit_allocator_request.argtypes = (handle, number, number)
+    library.memfit_allocator_play.argtypes = (handle, handle, number, *[handle] * 4)
     return library
 
 
@@ -292,5 +295,3 @@ def _library_folder() -> Path:
     return compile_into_cache(
         "replay", source_digest(), compile_into, names=(LIBRARY,), loads="the replay of a step"
     )
-
-
