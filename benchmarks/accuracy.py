@@ -1,10 +1,11 @@
-"""How right the simulation is, against published measurements of two real GPUs.
+"""How right the simulation is, against published measurements of real GPUs.
 
     python benchmarks/accuracy.py --data FOLDER [--sample N] [--seed S] [--jobs J] [--json FILE]
                                   [--rows FILE] [--ask-cudnn]
 
-FOLDER has `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted) and
-`timm-train-a100-40gb.csv` (peak memory of a process). docs/accuracy.md says where they come from
+FOLDER has `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitted),
+`timm-train-a100-40gb.csv` (peak memory of a process) and `pepr-rtx3090.csv` (peaks of the
+allocator). A table that is not there is left out. docs/accuracy.md says where they come from
 and how to read the output. Nothing is downloaded. With --rows, a line of JSON is written for each
 row as soon as it is known. A run that was interrupted then goes on where it stopped.
 """
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy_report import LADDER, report_ladder, report_peaks
+from accuracy_report import LADDER, report_allocator_peaks, report_ladder, report_peaks
 
 MIB = 2**20
 
@@ -35,6 +36,10 @@ RTX_3090_CONTEXT_MIB = 1687
 # :4096:2:16:8 came later; torch 1.12's workspaces are 4 MiB (pytorch/pytorch#86167).
 RTX_3090_BLAS_BYTES = 4 * MIB
 A100_BLAS_BYTES = 8_519_680
+PEPR_BLAS_BYTES = 8_519_680
+PEPR_BATCH_SIZE = 32
+PEPR_IMAGE_SIZE = 256
+PEPR_NUM_CLASSES = 7
 # The heads of old models: today some of these names have no classes in their configuration.
 NUM_CLASSES = 1000
 
@@ -70,15 +75,26 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     tasks = _sampled(
-        [*_ladder_tasks(arguments.data), *_peak_tasks(arguments.data)],
+        [
+            *_ladder_tasks(arguments.data),
+            *_peak_tasks(arguments.data),
+            *_pepr_tasks(arguments.data),
+        ],
         arguments.sample,
         arguments.seed,
     )
     tasks = [dataclasses.replace(task, asks_cudnn=arguments.ask_cudnn) for task in tasks]
     rows = _rows(tasks, arguments.rows, arguments.jobs)
-    ladder = [row for row in rows if row["kind"] == "ladder"]
-    peaks = [row for row in rows if row["kind"] == "peak"]
-    summary = {"ladder": report_ladder(ladder), "peak": report_peaks(peaks)}
+    reports = {
+        "ladder": report_ladder,
+        "peak": report_peaks,
+        "pepr": report_allocator_peaks,
+    }
+    summary = {}
+    for kind, report in reports.items():
+        told = [row for row in rows if row["kind"] == kind]
+        if told:
+            summary[kind] = report(told)
     print(f"\n{len(tasks)} traces in {time.perf_counter() - start:.0f} s")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
@@ -120,19 +136,27 @@ def _peak_tasks(folder: Path) -> list[Task]:
     return [Task("peak", name, "nchw", None, tuple(rows)) for name, rows in by_model.items()]
 
 
+def _pepr_tasks(folder: Path) -> list[Task]:
+    rows = _read(folder / "pepr-rtx3090.csv")
+    return [Task("pepr", row["model"], "nchw", PEPR_IMAGE_SIZE, (row,)) for row in rows]
+
+
 def _read(path: Path) -> list[dict[str, str]]:
+    if not path.parent.is_dir():
+        sys.exit(f"There is no folder {path.parent}: give --data the folder of the tables.")
     try:
         with path.open(newline="") as file:
             return list(csv.DictReader(file))
     except FileNotFoundError:
-        sys.exit(f"There is no {path.name} in {path.parent}: give --data the folder of the tables.")
+        print(f"There is no {path.name}: its rows are left out.")
+        return []
 
 
 def _sampled(tasks: list[Task], num_models: int | None, seed: int) -> list[Task]:
     if num_models is None:
         return tasks
     chosen = []
-    for kind in ("ladder", "peak"):
+    for kind in ("ladder", "peak", "pepr"):
         models = sorted({task.model for task in tasks if task.kind == kind})
         kept = set(random.Random(seed).sample(models, min(num_models, len(models))))  # noqa: S311 - a sample
         chosen += [task for task in tasks if task.kind == kind and task.model in kept]
@@ -152,7 +176,7 @@ def _mapped(
 def _run(task: Task) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
     try:
-        return _ladder_rows(task) if task.kind == "ladder" else _peak_rows(task)
+        return {"ladder": _ladder_rows, "peak": _peak_rows, "pepr": _pepr_rows}[task.kind](task)
     except Exception as error:  # noqa: BLE001 - every row is shown, this one with its reason
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         return [{"kind": task.kind, **row, "error": reason} for row in task.rows]
@@ -171,19 +195,23 @@ def _trace(task: Task) -> Any:
 
     torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)
-    is_ladder = task.kind == "ladder"
-    capability = (8, 6) if is_ladder else (8, 0)
+    is_ladder, is_pepr = task.kind == "ladder", task.kind == "pepr"
+    capability = (8, 0) if task.kind == "peak" else (8, 6)
     size = task.image_size
+    has_no_classes = config is not None and config.num_classes == 0
+    # `cudnn.benchmark` is off by default. PePR turned `cudnn.deterministic` on.
+    torch.backends.cudnn.deterministic = is_pepr
     step = (OldStep if is_ladder else TrainingStep)(
         subject=task.model,
         options=StepOptions(
             precision=Precision.AMP_FP16 if is_ladder else Precision.FP32,
-            optimizer="sgd",
+            optimizer="adam" if is_pepr else "sgd",
             channels_last=task.memory_format == "nhwc",
             image_size=None if size is None else (size, size),
-            num_classes=NUM_CLASSES if config is not None and config.num_classes == 0 else None,
+            num_classes=PEPR_NUM_CLASSES if is_pepr else NUM_CLASSES if has_no_classes else None,
+            keeps_outputs=is_pepr,
             # timm's PrefetchLoader: one batch in the loop's variable, and one in the generator's.
-            prefetch=0 if is_ladder else 2,
+            prefetch=2 if task.kind == "peak" else 0,
         ),
     )
     # Torch of those days kept the BLAS workspaces that `_replay` allocates.
@@ -192,19 +220,26 @@ def _trace(task: Task) -> Any:
     )
     # One tensor at a time in SGD, as in torch 1.12.
     options = TraceOptions(
-        compute_capability=capability, kernels=kernels, uses_foreach=not is_ladder
+        compute_capability=capability,
+        kernels=kernels,
+        uses_foreach=not is_ladder,
+        cudnn_benchmark=not is_pepr,
     )
     if is_ladder:
         with attention_written_out():
             return trace(step, options, precision_policy=OldPrecision(step.options.precision))
+    if is_pepr:
+        return trace(step, options)
     # One batch more is on its way in bytes.
     return with_batch_of_bytes(trace(step, options), step)
 
 
 def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:
-    from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+    from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
+    from memfit.simulation.allocator.compiled import new_allocator
+    from memfit.simulation.allocator.settings import AllocatorSettings
 
-    allocator = CachingAllocator(capacity_bytes=capacity_bytes)
+    allocator = new_allocator(capacity_bytes=capacity_bytes, settings=AllocatorSettings())
     try:
         for handle in (-1_000_001, -1_000_002):
             allocator.allocate(handle, blas_bytes)
@@ -259,6 +294,16 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
             {"kind": "peak", **row, "reserved_mib": round(stats.peak_reserved_bytes / MIB, 1)}
         )
     return rows
+
+
+def _pepr_rows(task: Task) -> list[dict[str, Any]]:
+    (row,) = task.rows
+    stats = _replay(_trace(task), PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES, capacity_bytes=None)
+    found = {
+        "simulated_allocated_bytes": stats.peak_allocated_bytes,
+        "simulated_reserved_bytes": stats.peak_reserved_bytes,
+    }
+    return [{"kind": "pepr", **row, **found}]
 
 
 if __name__ == "__main__":

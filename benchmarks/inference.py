@@ -9,8 +9,10 @@ ladder of batch sizes on any error. Its forward pass runs under `no_grad` in amp
 `cudnn.benchmark` on. A row is exact if the same rung is the largest that fits here. Only eager rows
 with a failing size are taken. One of the published runs began at 512: no row of it is above, and
 tiny models are at 512 too. So a row at the largest size of its run has no failing size, whatever
-the table says. docs/accuracy.md says how to read the output. With --rows, a line of JSON is kept
-for each row, and a run that was interrupted goes on where it stopped.
+the table says. A rung fits if the simulation's allocator serves the step, and no operator of that
+torch refuses so many samples (`inference_loops.py`). docs/accuracy.md says how to read the output.
+With --rows, a line of JSON is kept for each row, and a run that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -118,14 +120,19 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
         with _trials(row, engine) as trial:
             found = _largest(trial, fits)
             peaks = {
-                f"peak_at_{name}": trial(size).peak_reserved_bytes
+                f"peak_at_{name}": trial.trial(size).peak_reserved_bytes
                 for name, size in (("fit", fits), ("failed", failed))
+            }
+            refusal = trial.refusal
+            limits = {
+                "most_samples": None if refusal is None else refusal.most_samples,
+                "refusal": None if refusal is None else refusal.reason,
             }
     except MemfitError as error:
         return {"found": None, "error": str(error)[:200]}
     except Exception as error:  # noqa: BLE001 - one model of 900 must not end the others
         return {"found": None, "error": f"{type(error).__name__}: {error}"[:200]}
-    return {"found": found, "error": None, "capacity": _CAPACITY[row["gpu"]], **peaks}
+    return {"found": found, "error": None, "capacity": _CAPACITY[row["gpu"]], **peaks, **limits}
 
 
 _CAPACITY: dict[str, int] = {}
@@ -135,8 +142,13 @@ class _trials:  # noqa: N801 - used as a function
     """Trials of a row's forward pass on its card."""
 
     def __init__(self, row: dict[str, str], engine: str) -> None:
+        import torch
+        from inference_loops import InputsMadeOnce, refusals_of
+
         from memfit.api.cards import Cards
         from memfit.api.steps import describe
+        from memfit.backends.simulated import SimulatedBackend
+        from memfit.cards import find_gpu
         from memfit.records import Engine
 
         self._step = describe(
@@ -151,11 +163,27 @@ class _trials:  # noqa: N801 - used as a function
         if _BACKENDS.get("key") != key:
             if "cards" in _BACKENDS:
                 _BACKENDS.pop("cards").__exit__()
-            _BACKENDS.update(key=key, cards=Cards(Engine(engine)).__enter__(), step=self._step)
+            _BACKENDS.update(
+                key=key,
+                cards=Cards(Engine(engine)).__enter__(),
+                traces=InputsMadeOnce(),
+                step=self._step,
+            )
         self._step = _BACKENDS["step"]
-        self._card = _BACKENDS["cards"].open(CARDS[row["gpu"]], None, self._step)
+        if engine == "simulate":
+            gpu = find_gpu(CARDS[row["gpu"]])
+            self._card: Any = SimulatedBackend(gpu, traces=_BACKENDS["traces"])
+        else:
+            self._card = _BACKENDS["cards"].open(CARDS[row["gpu"]], None, self._step)
         self._known: dict[int, Any] = {}
         self._gpu = row["gpu"]
+        refusals = refusals_of(
+            self._step.prepare(torch.device("meta")).model,
+            int(row["image_size"]),
+            is_last=row["memory_format"] == "nhwc",
+            release=row["torch"],
+        )
+        self.refusal = min(refusals, key=lambda refusal: refusal.most_samples, default=None)
 
     def __enter__(self) -> _trials:
         self._card.__enter__()
@@ -165,7 +193,14 @@ class _trials:  # noqa: N801 - used as a function
     def __exit__(self, *exc_info: object) -> None:
         self._card.__exit__(*exc_info)
 
-    def __call__(self, batch_size: int) -> Any:
+    def fits(self, batch_size: int) -> bool:
+        """Whether the batch size fits, and no operator refuses it."""
+        if self.refusal is not None and batch_size > self.refusal.most_samples:
+            return False
+        return bool(self.trial(batch_size).fits)
+
+    def trial(self, batch_size: int) -> Any:
+        """Try a batch size, once."""
         if batch_size not in self._known:
             self._known[batch_size] = self._card.trial(self._step, batch_size)
         return self._known[batch_size]
@@ -174,13 +209,13 @@ class _trials:  # noqa: N801 - used as a function
 def _largest(trial: _trials, start: int) -> int:
     """Return the largest rung that fits, searched from a rung on."""
     at = LADDER.index(start)
-    if trial(LADDER[at]).fits:
-        while at and trial(LADDER[at - 1]).fits:
+    if trial.fits(LADDER[at]):
+        while at and trial.fits(LADDER[at - 1]):
             at -= 1
         return LADDER[at]
     while at + 1 < len(LADDER):
         at += 1
-        if trial(LADDER[at]).fits:
+        if trial.fits(LADDER[at]):
             return LADDER[at]
     return 0
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sqlite3
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
@@ -47,8 +49,10 @@ class Workspaces:
     def __init__(self, plans: Asked, *, path: Path | None) -> None:
         self._plans = plans
         self._path = path
-        self._known: dict[str, int | None] = self._read()
+        self._known: dict[str, int | None] = {}
         self._new: dict[str, int | None] = {}
+        # The open file, and the process that opened it: a fork must not use it.
+        self._reader: tuple[int, sqlite3.Connection | None] | None = None
 
     def of(self, convolution: Convolution) -> int | None:
         """Return the workspace of a convolution.
@@ -61,7 +65,11 @@ class Workspaces:
         """
         text = convolution.text
         if text not in self._known:
-            self._known[text] = self._new[text] = self._plans.workspace_bytes(convolution)
+            kept = self._looked_up(text)
+            if kept is None:
+                kept = (self._plans.workspace_bytes(convolution),)
+                self._new[text] = kept[0]
+            self._known[text] = kept[0]
         return self._known[text]
 
     def keep(self) -> None:
@@ -70,17 +78,49 @@ class Workspaces:
             self._write(self._new.items())
             self._new = {}
 
-    def _read(self) -> dict[str, int | None]:
-        if self._path is None or not self._path.exists():
-            return {}
+    def _looked_up(self, text: str) -> tuple[int | None] | None:
+        """Return an answer that the file holds; `None` if it does not."""
+        database = self._opened_to_read()
+        if database is None:
+            return None
         try:
-            with self._opened() as database:
-                return dict(database.execute("SELECT question, num_bytes FROM answers"))
-        except (sqlite3.Error, OSError) as exc:
-            _log.debug("%s cannot be read: %s", self._path, exc)
-            with contextlib.suppress(OSError):
-                self._path.unlink()
-            return {}
+            row = database.execute(
+                "SELECT num_bytes FROM answers WHERE question = ?", (text,)
+            ).fetchone()
+        except sqlite3.Error as exc:
+            self._give_up(exc)
+            return None
+        return None if row is None else (row[0],)
+
+    def _opened_to_read(self) -> sqlite3.Connection | None:
+        if self._reader is None or self._reader[0] != os.getpid():
+            self._reader = (os.getpid(), self._connected())
+        return self._reader[1]
+
+    def _connected(self) -> sqlite3.Connection | None:
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            database = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode=ro",
+                uri=True,
+                timeout=_SECONDS_TO_WAIT,
+                check_same_thread=False,
+            )
+        except sqlite3.Error as exc:
+            _log.debug("%s cannot be opened: %s", self._path, exc)
+            return None
+        weakref.finalize(self, database.close)
+        return database
+
+    def _give_up(self, exc: sqlite3.Error) -> None:
+        """Delete a file that cannot be read, and read no more from it."""
+        _log.debug("%s cannot be read: %s", self._path, exc)
+        self._reader = (os.getpid(), None)
+        if isinstance(exc, sqlite3.OperationalError) or self._path is None:
+            return  # It is only busy, or has no table yet.
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
     def _write(self, answers: Iterable[tuple[str, int | None]]) -> None:
         if self._path is None:

@@ -141,6 +141,8 @@ class CudnnPlans:
         major, minor = compute_capability
         properties = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
         self._properties = self._cudnn.create_device_properties(json.dumps(properties))
+        # The question whose plans were last asked for by rank, the rest of them, and their answers.
+        self._ranked: tuple[Convolution, Iterator[int], list[int]] | None = None
 
     @property
     def version(self) -> int:
@@ -168,8 +170,15 @@ class CudnnPlans:
             return max(itertools.islice(tried, limit), default=None)
         # Making a list takes most of the time. torch takes the first plan of both lists, so the
         # second list is made only if the first one has no plan.
-        plans = self._workspaces(convolution, [[heuristics], [fallback]])
-        return next(itertools.islice(plans, convolution.rank, None), None)
+        if not convolution.rank:
+            return next(self._workspaces(convolution, [[heuristics], [fallback]]), None)
+        # Where a workspace finds no room, the next ranks are asked for one after another.
+        asked = dataclasses.replace(convolution, rank=0)
+        if self._ranked is None or self._ranked[0] != asked:
+            self._ranked = (asked, self._workspaces(asked, [[heuristics], [fallback]]), [])
+        _, plans, found = self._ranked
+        found += itertools.islice(plans, max(0, convolution.rank + 1 - len(found)))
+        return found[convolution.rank] if convolution.rank < len(found) else None
 
     def _workspaces(self, convolution: Convolution, lists: list[list[Any]]) -> Iterator[int]:
         """Yield the workspace of each plan that can be built, in the order of the lists."""

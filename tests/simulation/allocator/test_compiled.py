@@ -176,7 +176,7 @@ def test_the_source_compiles_without_warnings_and_touches_no_foreign_memory(tmp_
         Event(action=Action.ALLOC, id=number, num_bytes=(number + 1) * MIB) for number in range(20)
     ]
     events += [dataclasses.replace(e, action=Action.FREE_COMPLETED) for e in events[::3]]
-    events += [Event(action=Action.ALLOC, id=100, num_bytes=90 * MIB)]
+    events += [Event(action=Action.ALLOC, id=100, num_bytes=230 * MIB)]
     stretch = Schedule.fixed(events)
     quick = CompiledAllocator(library, capacity_bytes=270 * MIB, large_segment_bytes=20 * MIB)
     slow = CachingAllocator(capacity_bytes=270 * MIB)

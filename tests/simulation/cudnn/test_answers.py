@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,25 @@ def test_a_broken_file_is_asked_again(tmp_path: Path) -> None:
     workspaces = Workspaces(Counted(), path=path)
     assert workspaces.of(sized(5)) == 5000
     workspaces.keep()
-    assert Workspaces(Counted(), path=path)._known == {sized(5).text: 5000}
+    second = Counted()
+    assert Workspaces(second, path=path).of(sized(5)) == 5000
+    assert second.num_asked == 0
+
+
+def test_a_fork_opens_the_file_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open database must not be used by two processes at once."""
+    path = tmp_path / "answers.sqlite"
+    first = Workspaces(Counted(), path=path)
+    first.of(sized(5))
+    first.keep()
+    counted = Counted()
+    again = Workspaces(counted, path=path)
+    again.of(sized(5))
+    opened = again._opened_to_read()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert again._opened_to_read() is not opened
+    assert again.of(sized(5)) == 5000
+    assert counted.num_asked == 0
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:

@@ -168,3 +168,15 @@ def test_what_weights_decide_is_refused() -> None:
     """The message has the module, and says what to do instead."""
     with pytest.raises(NotSimulatedError, match=r"Routes needs the values.*memfit rehearse"):
         traced(Routes(), torch.zeros(4, 4))
+
+
+def test_what_an_optimizer_asks_does_not_depend_on_the_batch() -> None:
+    """Adam asks how many steps it took. The step is not traced again for a larger batch."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    workload = Workload(model, torch.zeros(7, 4), lambda out: out.sum(), optimizer)
+    step = TrainingStep(subject=workload, options=StepOptions(precision=Precision.FP32))
+    kernels = Kernels(compute_capability=(8, 0))
+    found = trace(step, TraceOptions(compute_capability=(8, 0), kernels=kernels))
+    assert not found.depends_on_batch
+    assert found.schedule.later.batch_size < 7

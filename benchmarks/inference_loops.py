@@ -1,0 +1,161 @@
+"""What timm's inference benchmark and its releases of torch did, and a step of memfit's does not.
+
+The benchmark steps down its ladder on any error. So a row can end at a batch size that an operator
+of that torch refuses, however much memory is free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memfit.backends.traces import TraceCache, Traced, trace, trace_options
+from memfit.cards import Gpu
+from memfit.records import Action, Event
+from memfit.simulation.schedule import Schedule
+from memfit.simulation.tracing.convolutions import is_depthwise
+from memfit.simulation.tracing.trace import StepTrace
+from memfit.step.training_step import TrainingStep
+
+__all__ = ["InputsMadeOnce", "Refusal", "refusals_of"]
+
+# CUDA's limit on the second and third dimension of a grid. Both attention kernels count samples
+# there (pytorch/pytorch#146704).
+_MOST_ATTENTIONS = 65_535
+# The memory-efficient kernel runs in chunks since then (pytorch/pytorch#154029).
+_EFFICIENT_IN_CHUNKS = (2, 8)
+# torch's own depthwise kernels index with 32 bits. Since then, cuDNN gets what is larger
+# (pytorch/pytorch#152816, #153101).
+_MOST_ELEMENTS = 2**31 - 2
+_LARGE_TO_CUDNN = (2, 8)
+_MADE_BY = ("aten.randn.default", "aten.randint.default")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """An operator that fails with more than so many samples."""
+
+    most_samples: int
+    reason: str
+
+
+def refusals_of(model: Any, image_size: int, *, is_last: bool, release: str) -> list[Refusal]:
+    """Return the operators of a forward pass in amp-fp16 that fail with too many samples.
+
+    Args:
+        model: The model on the meta device.
+        image_size: The pixels of a side.
+        is_last: Whether it runs in channels-last.
+        release: The release of torch, such as "2.4.0".
+    """
+    version = tuple(map(int, release.split(".")[:2]))
+    calls = _Calls()
+    images = torch.randn(1, 3, image_size, image_size, device="meta")
+    with torch.no_grad(), calls, _Convolutions(calls):
+        model.eval()(images)
+    found = []
+    for num_attentions, has_mask in calls.attentions:
+        if not has_mask or version < _EFFICIENT_IN_CHUNKS:
+            kernel = "memory-efficient" if has_mask else "flash"
+            reason = f"{kernel} attention of more than 65,535 windows"
+            found.append(Refusal(_MOST_ATTENTIONS // num_attentions, reason))
+    if version < _LARGE_TO_CUDNN:
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        for shape, output, weight_shape, parameters in calls.convolutions:
+            data = torch.empty(64, *shape, dtype=torch.half, device="meta", memory_format=layout)
+            weight = torch.empty(weight_shape, dtype=torch.half, device="meta")
+            if is_depthwise(data, weight.contiguous(memory_format=layout), parameters):
+                most = _MOST_ELEMENTS // max(shape.numel(), output.numel())
+                found.append(Refusal(most, "a depthwise convolution of 2^31 elements"))
+    return found
+
+
+class _Calls(TorchFunctionMode):
+    """Notes what decides, for one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions: set[tuple[int, bool]] = set()
+        self.convolutions: set[tuple[Any, ...]] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")  # noqa: PLR2004
+            self.attentions.add((args[0].shape[0], mask is not None))
+        return func(*args, **kwargs)
+
+
+class _Convolutions(TorchDispatchMode):
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and args[8] > 1:
+            parameters = tuple(
+                tuple(value) if isinstance(value, list) else value for value in args[3:9]
+            )
+            shapes = args[0].shape[1:], result.shape[1:], args[1].shape
+            self._calls.convolutions.add((*shapes, parameters))
+        return result
+
+
+class InputsMadeOnce(TraceCache):
+    """Traces in which the batch is there from the start, as in that benchmark.
+
+    A step of memfit's makes a batch for each iteration, as a loader does. Then the blocks of the
+    inputs are cut from others, and other blocks from theirs.
+    """
+
+    def find(self, step: TrainingStep, gpu: Gpu) -> Traced:
+        """Return a trace that holds for a card, made now if there is none yet."""
+        options = trace_options(gpu)
+        for traced in self._traced:
+            if traced.holds_for(step, options):
+                return traced
+        self.add(step, options, _with_inputs_made_once(trace(step, options)))
+        return self._traced[-1]
+
+
+def _with_inputs_made_once(made: StepTrace) -> StepTrace:
+    schedule = made.schedule
+    first, inputs = _without_inputs(schedule.first)
+    later, _ = _without_inputs(schedule.later)
+    setup = schedule.setup
+    events, growth = list(setup.events), list(setup.growth_bytes)
+    for event, grows_by in inputs:
+        at_setup = event.num_bytes + grows_by * (setup.batch_size - schedule.first.batch_size)
+        events.append(dataclasses.replace(event, num_bytes=int(at_setup)))
+        growth.append(grows_by)
+    longer = dataclasses.replace(setup, events=tuple(events), growth_bytes=tuple(growth))
+    made_once = dataclasses.replace(schedule, setup=longer, first=first, later=later)
+    return dataclasses.replace(made, schedule=made_once)
+
+
+def _without_inputs(stretch: Schedule) -> tuple[Schedule, list[tuple[Event, float]]]:
+    pairs = list(zip(stretch.events, stretch.growth_bytes, strict=True))
+    made = [
+        (event, growth)
+        for event, growth in pairs[: len(_MADE_BY)]
+        if event.action is Action.ALLOC and event.origin in _MADE_BY
+    ]
+    ids = {event.id for event, _ in made}
+    kept = [(event, growth) for event, growth in pairs if event.id not in ids]
+    shorter = dataclasses.replace(
+        stretch,
+        events=tuple(event for event, _ in kept),
+        growth_bytes=tuple(growth for _, growth in kept),
+    )
+    return shorter, made
