@@ -65,11 +65,10 @@ class _OldAutocast(CudaAutocast):
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Keep the casts until backward ends, because loops called backward inside autocast."""
-        self._is_entered = True
-        try:
+        with super().forward():
             yield
-        finally:
-            self._is_entered = False
+            kept = dict(self._cache)
+        self._cache.update(kept)
 
     def call(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]

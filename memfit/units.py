@@ -5,12 +5,14 @@ Inside memfit, bytes are `int`. Text becomes a number here. Rates and durations 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import itertools
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from memfit.errors import UsageError
 
@@ -24,6 +26,7 @@ __all__ = [
     "parse_bytes",
     "parse_count",
     "parse_image_size",
+    "parse_value",
     "whole_number",
 ]
 
@@ -130,6 +133,18 @@ def parse_count(what: str, value: object) -> int:
     if count < 1:
         raise UsageError(f"{what} must be at least 1, not {count}.")
     return count
+
+
+def parse_value(text: str) -> Any:
+    """Read a value of Python's own literals, such as `0.1`, `True` or `(7, 7)`.
+
+    Args:
+        text: The value. Whatever is no literal is text itself.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def parse_image_size(size: str | int | Sequence[int]) -> tuple[int, int]:

@@ -5,7 +5,6 @@ Commands pass the values on to the public functions, which check them.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +16,7 @@ import click
 from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
 from memfit.records import Averaging, Engine, Evaluation, Precision
+from memfit.units import parse_value
 
 __all__ = [
     "PRECISION",
@@ -354,10 +354,7 @@ def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
             raise UsageError(
                 f"{pair!r} is not of the form KEY=VALUE. Write, for example, drop_path_rate=0.1."
             )
-        try:
-            arguments[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            arguments[key] = text
+        arguments[key] = parse_value(text)
     return arguments
 
 

@@ -12,7 +12,6 @@ Source: huggingface/pytorch-image-models, train.py (`_parse_args`, `main`): SGD 
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import shlex
@@ -21,6 +20,7 @@ from typing import Any, Final, NoReturn
 
 from memfit.errors import UsageError
 from memfit.records import Averaging, Precision
+from memfit.units import parse_value
 
 __all__ = ["TrainArguments", "read_train_arguments"]
 
@@ -68,9 +68,11 @@ _REFUSED: Final = {
     "torchcompile": "a compiled model",
     "torchcompile-mode": "a compiled model",
     "kd-model-name": "a teacher",
+    "aug-splits": "several splits of each batch",
+}
+_REFUSED_LISTS: Final = {
     "train-img-sizes": "batches of several sizes",
     "train-batch-sizes": "batches of several sizes",
-    "aug-splits": "several splits of each batch",
 }
 _SHORT: Final = {"batch-size": "-b", "validation-batch-size": "-vb", "workers": "-j"}
 _MODEL_ARGUMENTS: Final = {
@@ -140,7 +142,7 @@ def read_train_arguments(text: str) -> TrainArguments:
     read, unknown = parser.parse_known_args(words)
     if unknown:
         raise UsageError(_no_such(unknown[0], parser.known))
-    for name, what in {**_REFUSED_SWITCHES, **_REFUSED}.items():
+    for name, what in {**_REFUSED_SWITCHES, **_REFUSED, **_REFUSED_LISTS}.items():
         if getattr(read, name.replace("-", "_")):
             raise UsageError(
                 f"--{name} is {what}, and memfit has no such option. Rehearse the command instead: "
@@ -186,8 +188,8 @@ def _parser() -> _Parser:
         if name == "torchcompile":
             parser.flag(name, nargs="?", const="inductor")
         else:
-            parser.flag(name, nargs="+" if name.startswith("train-") and name in _REFUSED else None)
-    for name in _SKIPPED_LISTS.split():
+            parser.flag(name)
+    for name in (*_SKIPPED_LISTS.split(), *_REFUSED_LISTS):
         parser.flag(name, nargs="+")
     _add_read(parser)
     return parser
@@ -287,10 +289,7 @@ def _pairs(flag: str, words: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f"{flag} takes KEY=VALUE, not {word!r}.")
-        try:
-            found[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[key] = text
+        found[key] = parse_value(text)
     return found
 
 

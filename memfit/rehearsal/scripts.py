@@ -246,13 +246,6 @@ class _Runs:
             return self._bounds.gpu.usable_bytes
         return None if self._last is None else self._last.capacity.usable_bytes
 
-    @property
-    def _safe_bytes(self) -> int:
-        """The bytes that a recommendation counts on."""
-        assert self.capacity_bytes is not None
-        cautious = None if self._bounds.gpu is None else self._bounds.gpu.cautious_bytes
-        return self.capacity_bytes if cautious is None else cautious
-
     def words(self, batch_size: int, steps: int) -> tuple[str, ...]:
         """Return the command for a batch size."""
         return tuple(
@@ -308,14 +301,16 @@ class _Runs:
 
     def has_headroom(self, trial: Trial) -> bool:
         """Whether a trial leaves the headroom free."""
-        return search.has_headroom(trial, search.limit_of(self._safe_bytes, self._bounds.headroom))
+        return search.has_headroom(
+            trial, search.limit_of(self.last.capacity.safe_bytes, self._bounds.headroom)
+        )
 
     def recommended(self, found: search.Found) -> int | None:
         """Return the batch size to train with."""
         return search.recommended(
             self.of_batch_size,
             found,
-            capacity_bytes=self._safe_bytes,
+            capacity_bytes=self.last.capacity.safe_bytes,
             headroom=self._bounds.headroom,
             multiple_of=self._bounds.multiple_of,
         ).batch_size

@@ -13,6 +13,7 @@ from memfit.units import GIB, MIB, format_bytes
 
 __all__ = ["command_page", "memory_panel", "page", "survey_page", "trials_panel"]
 
+_SEARCH_ENDED = "the search's end"
 _FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
 
 
@@ -22,7 +23,6 @@ def page(result: ProbeResult) -> str:
     Args:
         result: The probe's result.
     """
-    recommended = result.recommended_batch_size
     largest = about(result.max_batch_size, result.trials)
     panels = [
         memory_panel(
@@ -35,21 +35,17 @@ def page(result: ProbeResult) -> str:
     if any(trial.samples_per_second for trial in result.trials):
         panels.append(_throughput(result))
     panels.append(trials_panel(result.trials, result.predictions))
-    proof = (
-        f"{result.max_batch_size + 1} ran out of memory"
-        if result.edge_found
-        else "the search's end"
+    lead, facts = _answer(
+        result.recommended_batch_size,
+        largest,
+        f"{result.max_batch_size + 1} ran out of memory" if result.edge_found else _SEARCH_ENDED,
     )
     return render(
         Page(
             title=f"{result.subject}: the largest batch size",
-            lead=(
-                f"Train with {recommended or 'none that keeps the headroom'}; "
-                f"the largest that fits is {largest} ({proof})."
-            ),
+            lead=lead,
             facts=(
-                ("Recommended", "none" if recommended is None else str(recommended)),
-                ("Largest", largest),
+                *facts,
                 ("Device", result.device),
                 ("Usable", format_bytes(result.capacity_bytes)),
                 ("Step", ", ".join(step_words(result.options))),
@@ -67,20 +63,19 @@ def command_page(found: CommandProbe) -> str:
     Args:
         found: The result of the probe.
     """
-    best, stand = found.max_batch_size, found.recommended_batch_size
-    usable_bytes = found.capacity.usable_bytes
-    proof = f"{best + 1} ran out of memory" if found.proved else "the search's end"
+    best, usable_bytes = found.max_batch_size, found.capacity.usable_bytes
+    lead, facts = _answer(
+        found.recommended_batch_size,
+        str(best),
+        f"{best + 1} ran out of memory" if found.proved else _SEARCH_ENDED,
+    )
     return render(
         Page(
             title=f"{shlex.join(found.command)}: the largest batch size",
-            lead=(
-                f"Train with {stand if stand is not None else 'none that keeps the headroom'}; the "
-                f"largest that fits is {best} ({proof})."
-            ),
+            lead=lead,
             warning=" ".join(note for note in found.notes if "not trust" in note) or None,
             facts=(
-                ("Recommended", "none" if stand is None else str(stand)),
-                ("Largest", str(best)),
+                *facts,
                 ("Device", found.device),
                 ("Usable", format_bytes(usable_bytes)),
                 ("Figures", found.source.value),
@@ -102,6 +97,18 @@ def command_page(found: CommandProbe) -> str:
             ),
         )
     )
+
+
+def _answer(
+    recommended: int | None, largest: str, proof: str
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the sentence that a page begins with, and its first facts."""
+    lead = (
+        f"Train with {recommended or 'none that keeps the headroom'}; "
+        f"the largest that fits is {largest} ({proof})."
+    )
+    named = "none" if recommended is None else str(recommended)
+    return lead, (("Recommended", named), ("Largest", largest))
 
 
 def survey_page(survey: Survey) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memfit.records import Source, SweepRow, Trial
+from memfit.records import Source, Sweep, SweepRow, Trial
 
-__all__ = ["QUICK", "about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels"]
+__all__ = ["about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels", "said_of_sweep"]
 
 _HOW = {
     Source.MEASURED: "Measured",
@@ -43,11 +43,20 @@ def about(number: int, trials: Iterable[Trial | SweepRow]) -> str:
     return f"about {number}" if any(trial.is_approximate for trial in trials) else str(number)
 
 
-QUICK = (
+_QUICK = (
     "cuDNN was not asked for the workspaces of convolutions, so the recommended batch size of a "
     "convolutional model can be a tenth too large."
 )
 """What a report says of a quick sweep."""
+
+
+def said_of_sweep(sweep: Sweep) -> tuple[str, ...]:
+    """Return the sentences on how the figures of a sweep were had.
+
+    Args:
+        sweep: The sweep.
+    """
+    return (*said_of_kernels(sweep.rows), *((_QUICK,) if sweep.is_quick else ()))
 
 
 def said_of_kernels(trials: Iterable[Trial | SweepRow]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from memfit.accuracies import best_of
 from memfit.errors import UsageError
 from memfit.records import Choice, ChoiceRow, Sweep, SweepRow
 from memfit.reports.probe import step_words
-from memfit.reports.sources import QUICK, about, said_of_kernels
+from memfit.reports.sources import about, said_of_sweep
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -192,8 +192,7 @@ def _note(sweep: Sweep, *, has_steps: bool) -> str:
     words.append("top-1: the best published weights on ImageNet")
     if not sweep.is_complete:
         words.append(f"interrupted: {num_done} of {sweep.num_steps} are done")
-    quick = (QUICK,) if sweep.is_quick else ()
-    return " ".join(("; ".join(words) + ".", *said_of_kernels(sweep.rows), *quick))
+    return " ".join(("; ".join(words) + ".", *said_of_sweep(sweep)))
 
 
 def row_words(rows: Sequence[SweepRow]) -> str:

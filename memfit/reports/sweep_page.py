@@ -16,7 +16,7 @@ from memfit.accuracies import accuracy_source, best_of
 from memfit.records import StepOptions, Sweep, SweepRow
 from memfit.reports.html import source_of
 from memfit.reports.probe import step_words
-from memfit.reports.sources import QUICK, said_of_kernels
+from memfit.reports.sources import said_of_sweep
 
 __all__ = ["page"]
 
@@ -49,7 +49,7 @@ def page(sweep: Sweep) -> str:
 def _lead(sweep: Sweep, num_models: int) -> str:
     cards = f"{len(sweep.gpus)} card{'s' * (len(sweep.gpus) > 1)}"
     lead = f"{num_models} model{'s' * (num_models != 1)} on {cards}. Nothing was measured."
-    lead = " ".join((lead, *said_of_kernels(sweep.rows), *((QUICK,) if sweep.is_quick else ())))
+    lead = " ".join((lead, *said_of_sweep(sweep)))
     return lead if sweep.is_complete else f"{lead} The sweep was interrupted: models are missing."
 
 

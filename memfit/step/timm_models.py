@@ -278,13 +278,17 @@ def _image_size_asked(name: str, options: StepOptions) -> tuple[int, int] | None
 
 
 def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Module:
-    if device.type == "meta":
-        # A model that computes with tensors while it is built cannot be built without values. It
-        # raises one of these errors, and is built with values below.
+    if device.type != "meta":
+        return _created(name, options)
+    try:
         # Filling a meta tensor does nothing, and takes time.
-        with contextlib.suppress(NotImplementedError, UsageError), device, UnfilledWeights():
+        with device, UnfilledWeights():
             return _created(name, options)
-    return _created(name, options)
+    except (NotImplementedError, UsageError):
+        # Some models compute with tensors while they are built, and a meta tensor has no values:
+        # `.item()` refuses it, which `_created` takes for a wrong argument. These models are built
+        # with values. An argument that is wrong is refused then as well.
+        return _created(name, options)
 
 
 def _created(name: str, options: StepOptions) -> nn.Module:

@@ -56,7 +56,7 @@ def reduction_scratch(
 ) -> Script:
     """Return the part of the script that follows the outputs; see `reduction`."""
     gone = {dim % data.ndim for dim in dims} if dims else set(range(data.ndim))
-    described = [data.element_size(), partial_bytes, input_vector, int(data.storage_offset())]
+    described = [partial_bytes, input_vector, int(data.storage_offset())]
     for dim, (size, stride) in enumerate(zip(data.shape, data.stride(), strict=True)):
         described += (int(dim in gone), size, stride)
     numbers = tuple(described)
@@ -75,7 +75,6 @@ def input_vector(item_bytes: int) -> int:
 def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
     """Return the buffer of partial sums when the rows of a contiguous matrix are added."""
     numbers = (
-        item_bytes,
         4,
         input_vector(item_bytes),
         0,
@@ -115,7 +114,7 @@ class _Config:
 
     @classmethod
     def of(cls, gpu: Gpu, numbers: Sequence[int]) -> _Config:
-        _, partial_bytes, values_at_once, offset, *rest = numbers
+        partial_bytes, values_at_once, offset, *rest = numbers
         given = [_Dim(bool(rest[i]), *rest[i + 1 : i + 3]) for i in range(0, len(rest), 3)]
         dims = _coalesced(given)
         num_outputs = math.prod(dim.size for dim in dims if not dim.is_reduced)
