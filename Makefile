@@ -12,7 +12,7 @@ OLDEST := torch==2.8.0 torchvision==0.23.0
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebook,sweep,trainers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebook,optimizers,sweep,trainers]'
 	touch $@
 
 demo: $(STAMP)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         PlanSurvey,
         Precision,
         ProbeResult,
+        Recomputation,
         Role,
         Source,
         StepOptions,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         Verdict,
     )
     from memfit.rehearsal.activate import rehearse
+    from memfit.step.checkpointing import checkpoint
     from memfit.step.workload import Workload
     from memfit.sweeping import choose, sweep
 
@@ -104,6 +106,7 @@ _HOMES = {
         "PlanSurvey",
         "Precision",
         "ProbeResult",
+        "Recomputation",
         "Role",
         "Source",
         "StepOptions",
@@ -115,6 +118,7 @@ _HOMES = {
         "Verdict",
     ),
     "memfit.rehearsal.activate": ("rehearse",),
+    "memfit.step.checkpointing": ("checkpoint",),
     "memfit.step.workload": ("Workload",),
     "memfit.sweeping": ("choose", "sweep"),
 }
@@ -145,6 +149,7 @@ __all__ = [
     "Precision",
     "ProbeResult",
     "RankFailedError",
+    "Recomputation",
     "Role",
     "Source",
     "StepCrashedError",
@@ -162,6 +167,7 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "__version__",
+    "checkpoint",
     "choose",
     "estimate",
     "explore",

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from memfit import partition
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
-from memfit.api.steps import Subject, check_accumulates
+from memfit.api.steps import Subject, check_accumulates, chooses_blocks
 from memfit.backends import Backend
 from memfit.errors import UsageError
 from memfit.planning import PlanTarget, plan_on
@@ -113,10 +113,17 @@ def plan(
         UnsupportedError: This system cannot run such a trial.
     """
     share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
+    chooses = chooses_blocks(options)
+    if chooses:
+        del options["checkpoint"]
     asked = Asked.of(subject, samples_per_step=share, **options)
     check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
-        effective_batch_size, asked.search, world_size=world_size, objective=objective
+        effective_batch_size,
+        asked.search,
+        world_size=world_size,
+        objective=objective,
+        chooses_blocks=chooses,
     )
     instead = asked.cards_instead(device, gpu)
     if (gpu is not None or instead) and target.objective is Objective.FASTEST:
@@ -160,10 +167,17 @@ def survey_plans(
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
     share = partition.share_of(*partition.check_target(effective_batch_size, world_size))
+    chooses = chooses_blocks(options)
+    if chooses:
+        del options["checkpoint"]
     asked = Asked.of(subject, samples_per_step=share, **options)
     check_accumulates(asked.step, "A plan")
     target = PlanTarget.of(
-        effective_batch_size, asked.search, world_size=world_size, objective=objective
+        effective_batch_size,
+        asked.search,
+        world_size=world_size,
+        objective=objective,
+        chooses_blocks=chooses,
     )
     if target.objective is Objective.FASTEST:
         raise UsageError(_NO_SECONDS)

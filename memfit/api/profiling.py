@@ -181,8 +181,8 @@ def _profiled(
         begins(2)
         advice = advise(found.profile, step, backends[0]) if has_advice else ()
     except UnsupportedError:
-        # The measured result is valid without the simulated cards.
-        if gpu is not None:
+        # What was measured or rehearsed is valid without the simulated cards.
+        if compared or found.profile.source is Source.SIMULATED:
             raise
         lines, advice = (), ()
     return dataclasses.replace(found.profile, cards=lines, advice=advice)

@@ -26,6 +26,7 @@ __all__ = [
     "SubjectKeywords",
     "cards_instead",
     "check_accumulates",
+    "chooses_blocks",
     "default_gpus",
     "describe",
     "has_gpu",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _DEFAULT_OPTIMIZER = "adamw"
+_CHOSEN = "auto"
 # What the public functions take besides the step's options, for a question after a wrong name.
 _BESIDES = ("gpu", "device", "memory", "engine", "headroom", "multiple_of", "max_batch_size")
 _Choice = TypeVar("_Choice", bound=enum.Enum)
@@ -65,6 +67,10 @@ class StepKeywords(TypedDict, total=False):
         evaluate: Run a forward pass without gradients instead of training: True or `"alone"` with
             nothing but the model, `"in-training"` beside the state of a training run.
         no_grad: Evaluate under `torch.no_grad()` instead of `torch.inference_mode()`.
+        compile: Compile the model with `torch.compile`; off by default. Each trial compiles for its
+            own batch size. It cannot be simulated.
+        checkpoint: Modules that are recomputed in backward: a name as in `named_modules()`, a
+            pattern such as `"blocks.*"`, or several. For `plan`, `"auto"` chooses them.
     """
 
     precision: str | Precision
@@ -82,6 +88,8 @@ class StepKeywords(TypedDict, total=False):
     optimizer_in_backward: bool
     evaluate: bool | str | Evaluation | None
     no_grad: bool
+    compile: bool
+    checkpoint: str | Sequence[str]
 
 
 class SubjectKeywords(StepKeywords, total=False):
@@ -157,12 +165,14 @@ def describe(
             model_kwargs=_arguments(options.get("model_kwargs")),
             keeps_outputs=_switch("keeps_outputs", options),
             ema=_chosen("ema", Averaging, options.get("ema")),
-            frozen=_patterns(options.get("frozen", ())),
+            frozen=_patterns("frozen", options.get("frozen", ()), "parameter names"),
             prefetch=_whole("prefetch", options.get("prefetch", 0)),
             fused=_switch("fused", options),
             optimizer_in_backward=_switch("optimizer_in_backward", options),
             evaluate=_chosen("evaluate", Evaluation, options.get("evaluate")),
             no_grad=_switch("no_grad", options),
+            compile=_switch("compile", options),
+            checkpoint=_blocks(options.get("checkpoint", ())),
         ),
     )
 
@@ -302,13 +312,42 @@ def _chosen(option: str, kind: type[_Choice], given: object) -> _Choice | None:
         raise UsageError(f"{option} is True, False, {names}, not {given!r}.") from None
 
 
-def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+def chooses_blocks(options: StepKeywords) -> bool:
+    """Whether `checkpoint` is `"auto"`, so that a plan chooses the blocks.
+
+    Raises:
+        UsageError: It is combined with names, or with checkpointing of every block.
+    """
+    given = options.get("checkpoint", ())
+    if _CHOSEN not in ((given,) if isinstance(given, str) else tuple(given or ())):
+        return False
+    if given != _CHOSEN and tuple(given) != (_CHOSEN,):
+        raise UsageError("checkpoint is 'auto', or names of blocks, not both.")
+    if options.get("grad_checkpointing"):
+        raise UsageError(
+            "grad_checkpointing recomputes every block, and checkpoint 'auto' chooses some: leave "
+            "one of the two out."
+        )
+    return True
+
+
+def _blocks(given: str | Sequence[str]) -> tuple[str, ...]:
+    patterns = _patterns("checkpoint", given, "module names")
+    if _CHOSEN in patterns:
+        raise UsageError(
+            "checkpoint 'auto' chooses blocks for the batch size of a plan: ask memfit.plan "
+            "(memfit plan), and give its blocks here."
+        )
+    return patterns
+
+
+def _patterns(option: str, given: str | Sequence[str], of_what: str) -> tuple[str, ...]:
     patterns = (given,) if isinstance(given, str) else tuple(given)
     given_ones: tuple[object, ...] = patterns
     for pattern in given_ones:
         if not isinstance(pattern, str) or not pattern:
             raise UsageError(
-                f"frozen is a pattern of parameter names such as 'layer1.*', or several, not "
+                f"{option} is a pattern of {of_what} such as 'layer1.*', or several, not "
                 f"{pattern!r}."
             )
     return patterns

@@ -74,6 +74,11 @@ def verify(
     made, step_options = taken(subject, options)
     step = describe(made, **step_options)
     check_accumulates(step, "verify")
+    if step.options.compile:
+        raise UsageError(
+            "verify watches single layers, which compiled code does not have: leave compile "
+            "(--compile) out. Accumulation is the same with it."
+        )
     step = describe(made, accumulate=True, **step_options)
     micro_batch_size = parse_count("The micro-batch size", micro_batch_size)
     accumulation_steps = parse_count("The accumulation steps", accumulation_steps)

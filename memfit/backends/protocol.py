@@ -173,12 +173,21 @@ def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     """
     if simulated is None:
         return Prediction()
+    is_compiled = step.options.compile
+    if is_compiled:
+        # The step without compilation says where to begin. It is no prediction to show.
+        step = dataclasses.replace(step, options=dataclasses.replace(step.options, compile=False))
     try:
         edge = simulated.expected_edge(step)
     except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
         # A step that cannot run without values gets no prediction, but its trials still run.
         return Prediction()
-    return Prediction(batch_size=edge, step=step, simulated=simulated, scout=simulated.scout())
+    return Prediction(
+        batch_size=edge,
+        step=step,
+        simulated=None if is_compiled else simulated,
+        scout=simulated.scout(),
+    )
 
 
 class HasPrecision(Protocol):

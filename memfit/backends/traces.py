@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from memfit.cards import Gpu
+from memfit.errors import NotSimulatedError
 from memfit.memory.restore import preserved
 from memfit.records import WorkspaceSource
 from memfit.simulation.allocator.caching import AllocatorStats
@@ -69,11 +70,15 @@ def trace(
         watcher: Told of every allocation.
 
     Raises:
-        UnsupportedError: The step needs values that a meta tensor does not have.
+        UnsupportedError: The step needs values that a meta tensor does not have, or is compiled.
     """
     precision_policy = precision_policy or MetaPrecision(
         step.options.precision, caches=step.options.evaluate is None or step.options.no_grad
     )
+    if step.options.compile:
+        raise NotSimulatedError.because(
+            step.name, "it is compiled, and a simulation does not see what its kernels keep"
+        )
     if not isinstance(step.subject, str):
         subject = step.subject
         refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)

@@ -105,7 +105,7 @@ _STEP_OPTIONS: _Options = {
         "--optimizer",
         default="adamw",
         show_default=True,
-        help="The name of an optimizer that timm knows.",
+        help="The name of an optimizer that timm knows, or such as torchao.AdamW8bit.",
     ),
     "image_size": click.option(
         "--image-size",
@@ -175,6 +175,16 @@ _STEP_OPTIONS: _Options = {
         "--no-grad",
         is_flag=True,
         help="Evaluate under no_grad(), which keeps autocast's copies, not inference_mode().",
+    ),
+    "checkpoint": click.option(
+        "--checkpoint",
+        multiple=True,
+        metavar="BLOCK",
+        help="A module that is recomputed in backward, such as 'blocks.0'; may be repeated. In "
+        "`memfit plan`, auto chooses the fewest operations for which the plan fits.",
+    ),
+    "compile": click.option(
+        "--compile", is_flag=True, help="Compile the model with torch.compile (not simulated)."
     ),
 }
 

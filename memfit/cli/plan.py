@@ -134,7 +134,7 @@ def plan(
             as_json=output is Format.JSON,
         )
         return
-    _check_together(trainer=trainer, output=output, explore=explore, device=given.device)
+    _check_together(given, trainer=trainer, output=output, explore=explore)
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
@@ -194,13 +194,17 @@ def plan(
         refuse_unfit(result)
 
 
-def _check_together(
-    *, trainer: str | None, output: Format, explore: bool, device: str | None
-) -> None:
+def _check_together(given: Given, *, trainer: str | None, output: Format, explore: bool) -> None:
     """Refuse options that exclude each other."""
+    device = given.device
     if trainer and output is not Format.TEXT:
         raise UsageError(
             f"Give --emit or --{output.value}, not both. With either, nothing else is printed."
+        )
+    if explore and "auto" in given.step["checkpoint"]:
+        raise UsageError(
+            "--explore tries one change at a time, and --checkpoint auto is one: leave one of the "
+            "two out."
         )
     if explore and device is not None and device.partition(":")[0] == "cpu":
         raise UsageError(

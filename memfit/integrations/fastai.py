@@ -11,8 +11,14 @@ from __future__ import annotations
 
 from memfit.errors import UsageError
 from memfit.integrations.equal import comment, equal_parts, headline
-from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
-from memfit.records import Plan, Precision
+from memfit.integrations.step_lines import (
+    brought,
+    is_on_cpu,
+    model_lines,
+    package_of,
+    refuse_on_cpu,
+)
+from memfit.records import Plan, Precision, StepOptions
 
 __all__ = ["lines"]
 
@@ -35,6 +41,7 @@ def lines(plan: Plan) -> str:
         )
     parts = equal_parts(plan, "fastai")
     options = plan.options
+    imported, function = _optimizer(options)
     comments = [
         *brought(plan, optimizer=None),
         (
@@ -73,7 +80,7 @@ def lines(plan: Plan) -> str:
         *(("from functools import partial", "") if is_named else ()),
         *(("import torch",) if model else ()),
         f"from fastai.vision.all import {', '.join(sorted(imports))}",
-        *(("from timm.optim import create_optimizer_v2",) if is_named else ()),
+        *imported,
         "",
         "",
         "class DropLeftover(Callback):",
@@ -84,17 +91,7 @@ def lines(plan: Plan) -> str:
         "",
         *model,
         f"dls = DataLoaders.from_dsets(train, valid, bs={parts.micro_batch_size}{device})",
-        *(
-            (
-                (
-                    "opt_func = partial(OptimWrapper, "
-                    f'opt=partial(create_optimizer_v2, opt="{options.optimizer}"'
-                    f"{', fused=True' if options.fused else ''}))"
-                ),
-            )
-            if is_named
-            else ()
-        ),
+        *function,
         f"callbacks = [{', '.join(callbacks)}]",
         (
             f"learn = Learner(dls, model, loss_func=loss_fn, cbs=callbacks"
@@ -102,3 +99,20 @@ def lines(plan: Plan) -> str:
         ),
     ]
     return "\n".join(written) + "\n"
+
+
+def _optimizer(options: StepOptions) -> tuple[list[str], list[str]]:
+    """Return the line that imports the plan's optimizer, and the line that tells fastai of it."""
+    name = options.optimizer
+    if name is None:
+        return [], []
+    package = package_of(name)
+    if package is not None:
+        made = name.removeprefix(f"{package}.")
+        return [f"from {package}.optim import {made}"], [
+            f"opt_func = partial(OptimWrapper, opt={made})"
+        ]
+    fused = ", fused=True" if options.fused else ""
+    return ["from timm.optim import create_optimizer_v2"], [
+        f'opt_func = partial(OptimWrapper, opt=partial(create_optimizer_v2, opt="{name}"{fused}))'
+    ]

@@ -31,7 +31,9 @@ def lines(plan: Plan) -> str:
     """
     refuse_on_cpu(plan, "Lightning", Precision.AMP_FP16)
     parts = equal_parts(plan, "Lightning")
-    model = [line for line in model_lines(plan, model="module") if "bfloat16" not in line]
+    # Names of blocks are those inside the module's model.
+    name = "module.model" if plan.options.checkpoint else "module"
+    model = [line for line in model_lines(plan, model=name) if "bfloat16" not in line]
     comments = [
         *brought(plan, model="module's model", optimizer="What configure_optimizers returns"),
         (

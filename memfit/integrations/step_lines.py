@@ -10,7 +10,14 @@ from __future__ import annotations
 from memfit.errors import UsageError
 from memfit.records import Averaging, Plan, Precision
 
-__all__ = ["are_images_channels_last", "brought", "is_on_cpu", "model_lines", "refuse_on_cpu"]
+__all__ = [
+    "are_images_channels_last",
+    "brought",
+    "is_on_cpu",
+    "model_lines",
+    "package_of",
+    "refuse_on_cpu",
+]
 
 
 def is_on_cpu(plan: Plan) -> bool:
@@ -50,10 +57,24 @@ def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimi
         )
     if options.optimizer is not None and optimizer is not None:
         said.append(
-            f"{optimizer} is timm.optim.create_optimizer_v2({model}, opt={options.optimizer!r}) "
-            "with your learning rate: another may need more memory."
+            f"{optimizer} is {_made_by(options.optimizer, model)} with your learning rate: another "
+            "may need more memory."
         )
     return [*said, *_habits(plan, model, makes_optimizer=optimizer is None)]
+
+
+def package_of(optimizer: str | None) -> str | None:
+    """Return the package of an optimizer that is named by it, such as `torchao.AdamW8bit`."""
+    package, dot, _ = (optimizer or "").partition(".")
+    return package if dot else None
+
+
+def _made_by(optimizer: str, model: str) -> str:
+    package = package_of(optimizer)
+    if package is None:
+        return f"timm.optim.create_optimizer_v2({model}, opt={optimizer!r})"
+    name = optimizer.removeprefix(f"{package}.")
+    return f"{package}.optim.{name}({model}.parameters())"
 
 
 def _habits(plan: Plan, model: str, *, makes_optimizer: bool) -> list[str]:
@@ -106,11 +127,33 @@ def model_lines(plan: Plan, *, model: str = "model") -> list[str]:
             '    if hasattr(part, "set_grad_checkpointing"):',
             "        part.set_grad_checkpointing()",
         ]
+    if options.checkpoint:
+        lines += _checkpoint_lines(options.checkpoint, model)
     if options.channels_last:
         lines.append(f"{model}.to(memory_format=torch.channels_last)")
     if options.precision is Precision.BF16:
         lines.append(f"{model}.to(torch.bfloat16)")
+    if options.compile:
+        # A second size would be compiled for all sizes, with other kernels than in the trials.
+        is_one_size = len(set(plan.micro_batch_sizes)) == 1
+        lines.append(f"{model}.compile({'' if is_one_size else 'dynamic=False'})")
     return lines
+
+
+def _checkpoint_lines(blocks: tuple[str, ...], model: str) -> list[str]:
+    """Return the lines that recompute some blocks of a model in backward."""
+    if any(set(name) & set("*?[") for name in blocks):
+        return ["import memfit", f"memfit.checkpoint({model}, {list(blocks)!r})"]
+    return [
+        "import functools",
+        "from torch.utils.checkpoint import checkpoint",
+        "recomputed = [",
+        *(f'    "{name}",' for name in blocks),
+        "]",
+        "for name in recomputed:",
+        f"    block = {model}.get_submodule(name)",
+        "    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)",
+    ]
 
 
 def refuse_on_cpu(plan: Plan, trainer: str, *precisions: Precision) -> None:

@@ -10,7 +10,7 @@ import shlex
 
 from memfit.errors import UsageError
 from memfit.integrations.equal import comment, equal_parts, headline
-from memfit.integrations.step_lines import is_on_cpu
+from memfit.integrations.step_lines import is_on_cpu, package_of
 from memfit.records import Averaging, Plan, Precision, StepOptions
 
 __all__ = ["lines"]
@@ -45,6 +45,14 @@ def lines(plan: Plan) -> str:
         raise UsageError(
             "timm's train.py sets the model's argument scriptable itself: plan without it, or emit "
             "pytorch."
+        )
+    if plan.options.checkpoint:
+        raise UsageError("timm's train.py has no flag that recomputes single blocks: emit pytorch.")
+    package = package_of(plan.options.optimizer)
+    if package is not None:
+        raise UsageError(
+            f"timm's train.py makes no optimizer of {package} by this name, and the plan is for "
+            f"{plan.options.optimizer}: emit pytorch."
         )
     parts = equal_parts(plan, "timm's train.py")
     program = (
@@ -104,6 +112,8 @@ def _options(options: StepOptions) -> list[str]:
         words.append("--channels-last")
     if options.grad_checkpointing:
         words.append("--grad-checkpointing")
+    if options.compile:
+        words.append("--torchcompile")
     for name, flag in _OWN_FLAGS.items():
         if name in kwargs:
             words += [flag, str(kwargs.pop(name))]

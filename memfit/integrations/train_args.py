@@ -65,8 +65,7 @@ _REFUSED_SWITCHES: Final = {
 }
 _REFUSED: Final = {
     "config": "arguments in a file",
-    "torchcompile": "a compiled model",
-    "torchcompile-mode": "a compiled model",
+    "torchcompile-mode": "a mode of torch.compile other than the default",
     "kd-model-name": "a teacher",
     "aug-splits": "several splits of each batch",
 }
@@ -83,6 +82,7 @@ _MODEL_ARGUMENTS: Final = {
     "bn_eps": ("bn_eps", float),
 }
 _COLOUR_CHANNELS: Final = 3
+_INDUCTOR: Final = "inductor"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,10 +185,7 @@ def _parser() -> _Parser:
     for name in (*_SKIPPED_SWITCHES.split(), *_REFUSED_SWITCHES, *_SWITCHES.split()):
         parser.flag(name, action="store_true")
     for name in (*_SKIPPED.split(), *_REFUSED):
-        if name == "torchcompile":
-            parser.flag(name, nargs="?", const="inductor")
-        else:
-            parser.flag(name)
+        parser.flag(name)
     for name in (*_SKIPPED_LISTS.split(), *_REFUSED_LISTS):
         parser.flag(name, nargs="+")
     _add_read(parser)
@@ -198,6 +195,7 @@ def _parser() -> _Parser:
 def _add_read(parser: _Parser) -> None:
     """Add the arguments whose values are read, beside the switches."""
     parser.flag("model", default="resnet50")
+    parser.flag("torchcompile", nargs="?", const=_INDUCTOR)
     parser.flag("opt", default="sgd")
     parser.flag("amp-dtype", default="float16", choices=("float16", "bfloat16"))
     parser.flag("model-dtype", choices=("float32", "float16", "bfloat16"))
@@ -255,7 +253,17 @@ def _keywords(read: argparse.Namespace) -> dict[str, Any]:
         "ema": ema,
         "prefetch": 0 if read.no_prefetcher or (read.device or "").startswith("cpu") else 1,
         "fused": _is_fused(read),
+        "compile": _is_compiled(read),
     }
+
+
+def _is_compiled(read: argparse.Namespace) -> bool:
+    if read.torchcompile not in (None, _INDUCTOR):
+        raise UsageError(
+            f"memfit compiles with {_INDUCTOR} only, not with {read.torchcompile!r}. Rehearse the "
+            "command instead: memfit rehearse --gpu NAME -- python train.py ..."
+        )
+    return read.torchcompile is not None
 
 
 def _precision(read: argparse.Namespace) -> Precision:

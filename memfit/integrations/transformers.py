@@ -18,7 +18,18 @@ __all__ = ["lines"]
 
 _PRECISIONS = {Precision.AMP_BF16: "bf16=True", Precision.AMP_FP16: "fp16=True"}
 _FUSED_OPTIMIZERS = {"adamw": "adamw_torch_fused"}
-_OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "adafactor": "adafactor"}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "sgd": "sgd",
+    "adafactor": "adafactor",
+    "bnbadamw8bit": "adamw_bnb_8bit",
+    "bitsandbytes.AdamW8bit": "adamw_bnb_8bit",
+    "bitsandbytes.PagedAdamW8bit": "paged_adamw_8bit",
+    "bitsandbytes.Lion8bit": "lion_8bit",
+    "bitsandbytes.PagedLion8bit": "paged_lion_8bit",
+    "torchao.AdamW8bit": "adamw_torch_8bit",
+    "torchao.AdamW4bit": "adamw_torch_4bit",
+}
 
 
 def lines(plan: Plan) -> str:

@@ -11,14 +11,16 @@ import torch
 from memfit import partition, search
 from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
+from memfit.planning.recomputing import recomputed
 from memfit.planning.searching import SearchOptions, run_search, run_trial
-from memfit.records import Objective, Plan, ProbeResult, Source, Trial
+from memfit.records import Objective, Plan, ProbeResult, Recomputation, Source, Trial
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["PlanTarget", "plan_on"]
 
 # Batch norm may refuse fewer samples.
 _FEWEST = 2
+_NOTHING_AGAIN = "It fits without recomputing any block, so none was chosen."
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +33,14 @@ class PlanTarget:
         objective: The aim of the plan.
         search: How micro-batches are searched. Every micro-batch except one of a step is a multiple
             of its `multiple_of`.
+        chooses_blocks: Choose blocks to recompute if the step does not fit without.
     """
 
     effective_batch_size: int
     world_size: int
     objective: Objective
     search: SearchOptions
+    chooses_blocks: bool = False
 
     @classmethod
     def of(
@@ -46,6 +50,7 @@ class PlanTarget:
         *,
         world_size: object = 1,
         objective: str | Objective = Objective.LARGEST,
+        chooses_blocks: bool = False,
     ) -> PlanTarget:
         """Check the arguments.
 
@@ -63,6 +68,7 @@ class PlanTarget:
             world_size=ranks,
             objective=Objective(objective),
             search=search,
+            chooses_blocks=chooses_blocks,
         )
 
     @property
@@ -103,17 +109,41 @@ def plan_on(
         UsageError: No plan can meet the target.
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
     """
-    accumulating = dataclasses.replace(
-        step, options=dataclasses.replace(step.options, accumulate=True)
-    )
     with opened as backend:
-        return _Planner(
+        step = with_precision(step, backend)
+        if not target.chooses_blocks:
+            return _planned(backend, step, target, progress)
+        chosen = recomputed(
             backend,
-            with_precision(step, backend),
-            with_precision(accumulating, backend),
-            target,
-            progress,
-        ).plan()
+            step,
+            share=target.share,
+            part_of=target.part_of,
+            options=target.search,
+            progress=progress,
+        )
+        if chosen.largest is not None:
+            limited = dataclasses.replace(target.search, max_batch_size=chosen.largest)
+            target = dataclasses.replace(target, search=limited)
+        plan = _planned(backend, chosen.step, target, progress)
+        remark = _NOTHING_AGAIN if chosen.found is None else _how_to(chosen.found)
+        return dataclasses.replace(
+            plan, recomputation=chosen.found, remarks=(*plan.remarks, remark)
+        )
+
+
+def _planned(
+    backend: Backend,
+    step: TrainingStep,
+    target: PlanTarget,
+    progress: Callable[[Trial], None] | None,
+) -> Plan:
+    options = dataclasses.replace(step.options, accumulate=True)
+    accumulating = dataclasses.replace(step, options=options)
+    return _Planner(backend, step, accumulating, target, progress).plan()
+
+
+def _how_to(found: Recomputation) -> str:
+    return f"In your script: memfit.checkpoint(model, {list(found.blocks)!r})"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from memfit.step import runner
 __all__ = [
     "AVERAGE",
     "BATCH",
+    "COMPILED",
     "LOSS",
     "OPTIMIZER",
     "ModuleStack",
@@ -40,6 +41,7 @@ LOSS: Final = "(loss)"
 OPTIMIZER: Final = "(optimizer)"
 BATCH: Final = "(batch)"
 AVERAGE: Final = "(EMA of the weights)"
+COMPILED: Final = "(compiled model)"
 
 _OWN = Path(__file__).parent.parent
 _TORCH = Path(torch.__file__).parent

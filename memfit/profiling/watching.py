@@ -20,6 +20,7 @@ from memfit._torch_private import pytree, sparse_parts
 from memfit.profiling.modules import (
     AVERAGE,
     BATCH,
+    COMPILED,
     LOSS,
     OPTIMIZER,
     ModuleStack,
@@ -51,6 +52,7 @@ class StepNotes:
         self._model = prepared.model
         self._copy_bytes = copy_bytes
         self._rounds_to = rounds_to
+        self._is_compiled = prepared.has_compiled_code
         self._stack = ModuleStack(self._model, entered=self._enter)
         self._phases: list[PhaseStart] = []
         self._work: list[ModuleActive] = []
@@ -69,7 +71,11 @@ class StepNotes:
             gradients_ready=self._see_gradients,
             stepped=self._see_state,
         )
-        with self._stack.watched(), phases.watched(self._prepared):
+        with contextlib.ExitStack() as stack:
+            if not self._is_compiled:
+                # Hooks would become part of the compiled code.
+                stack.enter_context(self._stack.watched())
+            stack.enter_context(phases.watched(self._prepared))
             yield
 
     def start(self) -> tuple[tuple[int, int], ...]:
@@ -116,7 +122,8 @@ class StepNotes:
     def _begin(self, name: str) -> None:
         now = time.time_ns()
         self._phases.append(PhaseStart(time_ns=now, name=name))
-        module = {FORWARD: BATCH, BACKWARD: LOSS}.get(name, OPTIMIZER)
+        backward = COMPILED if self._is_compiled else LOSS
+        module = {FORWARD: BATCH, BACKWARD: backward}.get(name, OPTIMIZER)
         self._work.append(ModuleActive(time_ns=now, module=module, is_forward=False))
 
     def _enter(self, path: str) -> None:
@@ -130,9 +137,14 @@ class StepNotes:
         for leaf in pytree.tree_leaves(batch):
             if isinstance(leaf, torch.Tensor):
                 self._settle(leaf, Role.INPUTS, BATCH)
+        if self._is_compiled:
+            now = time.time_ns()
+            self._work.append(ModuleActive(time_ns=now, module=COMPILED, is_forward=True))
 
     def _see_graph(self, loss: torch.Tensor) -> None:
         """Hook every node of the graph, so that the time at which it runs is noted."""
+        if self._is_compiled:
+            return
         seen = {loss.grad_fn}
         left = [loss.grad_fn]
         while left:

@@ -37,6 +37,7 @@ from memfit.records.plans import (
     Plan,
     PlanAnswer,
     PlanSurvey,
+    Recomputation,
 )
 from memfit.records.profiles import (
     CardLine,
@@ -134,6 +135,7 @@ __all__ = [
     "Precision",
     "ProbeResult",
     "ReadKind",
+    "Recomputation",
     "Record",
     "RecordedStep",
     "Rehearsal",

@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "PlanAnswer",
     "PlanSurvey",
+    "Recomputation",
 ]
 
 
@@ -31,6 +32,23 @@ class Objective(str, enum.Enum):
     LARGEST = "largest"
     FASTEST = "fastest"
     EVEN = "even"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputation(Record):
+    """Which blocks of a model are computed again in backward, chosen so that a plan fits.
+
+    Args:
+        blocks: The names of the blocks.
+        num_blocks: How many blocks the model has.
+        forward_share: The operations that are done again, as a share of those of forward.
+        forward_share_of_all: The same if every block were recomputed.
+    """
+
+    blocks: tuple[str, ...]
+    num_blocks: int
+    forward_share: float
+    forward_share_of_all: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +82,8 @@ class Plan(Record):
         environment: Environment variables of the trials that training needs too, as NAME=value.
         remarks: Remarks about the micro-batches, in sentences.
         exploration: What would fit after single changes of the step, if that was asked for.
+        recomputation: The blocks that were chosen to be recomputed, if that was asked for and
+            is needed.
         seconds: Wall time of the planning.
         torch_version: The torch that ran.
     """
@@ -89,6 +109,7 @@ class Plan(Record):
     environment: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     exploration: Exploration | None = None
+    recomputation: Recomputation | None = None
     seconds: float
     torch_version: str
 

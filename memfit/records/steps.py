@@ -111,6 +111,8 @@ class StepOptions(Record):
         evaluate: Run a forward pass without gradients instead of training; `None` to train.
         no_grad: Evaluate under `torch.no_grad()` instead of `torch.inference_mode()`. In mixed
             precision autocast then keeps its copies of the weights until the pass ends.
+        compile: Compile the model with `torch.compile`, for the batch size of each trial.
+        checkpoint: Modules that are recomputed in backward, by their names or patterns of them.
     """
 
     precision: Precision = Precision.AUTO
@@ -129,11 +131,14 @@ class StepOptions(Record):
     optimizer_in_backward: bool = False
     evaluate: Evaluation | None = None
     no_grad: bool = False
+    compile: bool = False
+    checkpoint: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a classifier without classes, and options that exclude each other."""
         # A record that was read from JSON has lists.
         object.__setattr__(self, "frozen", tuple(self.frozen))
+        object.__setattr__(self, "checkpoint", tuple(self.checkpoint))
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes must be at least 1, not {self.num_classes}.")
         if self.optimizer_in_backward and self.accumulate:
@@ -145,6 +150,11 @@ class StepOptions(Record):
             raise UsageError(
                 "optimizer_in_backward has no gradients left that a GradScaler could check: train "
                 "in amp-bf16, bf16 or fp32."
+            )
+        if self.checkpoint and self.grad_checkpointing:
+            raise UsageError(
+                "grad_checkpointing recomputes every block, and checkpoint names some: leave one "
+                "of the two out."
             )
         if self.no_grad and self.evaluate is None:
             raise UsageError("no_grad says how an evaluation runs: give evaluate too.")

@@ -19,6 +19,7 @@ from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
 from memfit.rehearsal.build import LIBRARY, NVML_LIBRARY, library_folder
 from memfit.units import parse_bytes
+from memfit.user_cache import cache_folder
 
 __all__ = [
     "CARD_VARIABLE",
@@ -138,6 +139,8 @@ def rehearsed_environment(
         CARD_VARIABLE: _settings(card, num_gpus=num_gpus, others_bytes=others_bytes),
         # Triton looks for the driver in the linker's cache, which does not list loaded libraries.
         "TRITON_LIBCUDA_PATH": str(folder),
+        # Kernels are chosen by time, and here no time is real: a real run must not find the choice.
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "inductor"),
         # A variable that hides a real GPU must not hide the rehearsed one.
         "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in range(num_gpus)),
     }

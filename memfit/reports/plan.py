@@ -65,6 +65,14 @@ def _answers(plan: Plan) -> Table:
             f"{plan.source.value}; {format_bytes(free)} of "
             f"{format_bytes(plan.capacity.usable_bytes)} left",
         )
+    again = plan.recomputation
+    if again is not None:
+        table.add_row(
+            "recomputed",
+            f"{len(again.blocks)} of {again.num_blocks}",
+            f"blocks: {again.forward_share:.0%} of the operations of forward again, "
+            f"{again.forward_share_of_all:.0%} for all blocks",
+        )
     edge = plan.max_micro_batch_size
     if plan.edge_found:
         table.add_row(

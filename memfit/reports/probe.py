@@ -36,6 +36,7 @@ __all__ = [
 _OUT_OF_MEMORY = "out of memory"
 _ACCUMULATED = "accumulated"
 _NUM_HOLES = 3
+_MOST_NAMED = 3
 
 
 def render(result: ProbeResult) -> RenderableType:
@@ -96,15 +97,24 @@ def step_words(options: StepOptions) -> list[str]:
         "outputs kept": options.keeps_outputs,
         "fused optimizer": options.fused,
         "optimizer in backward": options.optimizer_in_backward,
+        "compiled": options.compile,
     }
     words += [word for word, is_set in flags.items() if is_set]
     if options.ema is not None:
         words.append("EMA" if options.ema is Averaging.DEVICE else "EMA in host memory")
     if options.frozen:
         words.append(f"frozen {', '.join(options.frozen)}")
+    if options.checkpoint:
+        words.append(_recomputed(options.checkpoint))
     if options.prefetch:
         words.append(f"{options.prefetch} prefetched")
     return words + [f"{key}={value}" for key, value in options.model_kwargs]
+
+
+def _recomputed(blocks: tuple[str, ...]) -> str:
+    if len(blocks) > _MOST_NAMED:
+        return f"{len(blocks)} blocks recomputed"
+    return f"{', '.join(blocks)} recomputed"
 
 
 def trial_table(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ()) -> Table:

@@ -22,6 +22,7 @@ from memfit.errors import WorkloadError
 from memfit.memory import oom
 from memfit.records import Averaging, Evaluation, Precision, StepOptions
 from memfit.step.calling import call_loss, call_model, users_code
+from memfit.step.compiling import CompiledModel
 from memfit.step.draws import Draws
 from memfit.step.loop_habits import StepInBackward, WeightAverage
 from memfit.step.optimizers import stepped_by
@@ -83,6 +84,7 @@ class PreparedStep:
         self._options = options
         self._average: WeightAverage | None = None
         self._in_backward: StepInBackward | None = None
+        self._compiled = CompiledModel(model) if options.compile else None
         self._modes: list[tuple[nn.Module, bool]] = []
         self._held: dict[str, Any] = {}
         self._waiting: deque[tuple[Any, tuple[Any, ...]]] = deque()
@@ -97,12 +99,16 @@ class PreparedStep:
         Args:
             draws: Counts the draws, and forces them if it has a share.
         """
-        is_plain = not any(map(is_compiled, self.model.modules()))
-        self._draws = draws if is_plain else None
+        self._draws = None if self.has_compiled_code else draws
         try:
             yield
         finally:
             self._draws = None
+
+    @property
+    def has_compiled_code(self) -> bool:
+        """Whether the model, or a part of it, is compiled, so that its modules are not followed."""
+        return self._compiled is not None or any(map(is_compiled, self.model.modules()))
 
     @property
     def loss_module(self) -> nn.Module | None:
@@ -188,6 +194,8 @@ class PreparedStep:
             module.training = mode
         self._modes = []
         self._in_backward = self._average = None
+        if self._compiled is not None:
+            self._compiled.forget()
         self._held.clear()
         self._waiting.clear()
         if self._optimizer is not None and not self._had_state:
@@ -295,7 +303,8 @@ class PreparedStep:
             self.precision_policy.backward(loss / self.num_micro_batches)
 
     def _outputs_of(self, inputs: Any) -> Any:
-        outputs = call_model(self.model, inputs)
+        model = self.model if self._compiled is None else self._compiled.module
+        outputs = call_model(model, inputs)
         self._hold(outputs=outputs)
         return outputs
 

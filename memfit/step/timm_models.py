@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from memfit.errors import NotSimulatedError, UnknownModelError, UnsupportedError, UsageError
 from memfit.memory.collector import collector_paused
 from memfit.records import StepOptions
+from memfit.step import packaged_optimizers
 from memfit.step.unfilled import UnfilledWeights
 from memfit.units import parse_count, parse_image_size
 
@@ -53,10 +54,17 @@ _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 def make_optimizer(model: nn.Module, name: str, *, fused: bool = False) -> Optimizer:
     """Make an optimizer over a model's parameters as timm's training script does.
 
+    An optimizer of another package (`memfit.step.packaged_optimizers`) gets the same two groups.
+
     Raises:
         NotSimulatedError: The model is on the meta device, and the optimizer needs a GPU.
         UsageError: timm cannot make the optimizer here.
     """
+    if packaged_optimizers.is_packaged(name):
+        if fused:
+            raise UsageError(f"The optimizer {name} has kernels of its own: leave fused out.")
+        groups = import_timm().optim.param_groups_weight_decay(model, _WEIGHT_DECAY)
+        return packaged_optimizers.made(name, groups, model, learning_rate=_LEARNING_RATE)
     try:
         made: Optimizer = import_timm().optim.create_optimizer_v2(
             model,
@@ -158,14 +166,19 @@ def check_model_name(name: str) -> None:
 
 
 def check_optimizer_name(name: str) -> None:
-    """Refuse a name that no timm optimizer has.
+    """Refuse a name that no optimizer of timm's, bitsandbytes' or torchao's has.
 
     Raises:
-        UsageError: timm has no such optimizer. The message gives the nearest names.
+        UsageError: There is no such optimizer, or its package is not installed. The message gives
+            the nearest names.
     """
+    packaged_optimizers.check_package(name)
+    if packaged_optimizers.is_packaged(name):
+        return
     known = import_timm().optim.list_optimizers()
     if name.removeprefix("lookahead_") not in known:
-        raise UsageError(f"timm has no optimizer {name!r}{_nearest(name, known) or '.'}")
+        near = packaged_optimizers.without_package(name) or _nearest(name, known)
+        raise UsageError(f"timm has no optimizer {name!r}{near or '.'}")
 
 
 def image_size_of(name: str) -> tuple[int, int] | None:

@@ -21,6 +21,8 @@ from memfit.errors import UsageError, WorkloadError
 from memfit.records import Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batches import Layout
+from memfit.step.checkpointing import checkpoint, matched_blocks
+from memfit.step.compiling import check_can_compile, check_not_compiled
 from memfit.step.loop_habits import freeze
 from memfit.step.optimizers import check_steps_alone
 from memfit.step.runner import PrecisionPolicy, PreparedStep
@@ -82,6 +84,8 @@ class TrainingStep:
                         f"{option} is for timm models by name; {self.subject.name} is trained as "
                         "it is."
                     )
+            if self.options.compile:
+                check_not_compiled(self.subject.model, self.name)
         else:
             timm_models.check_model_name(self.subject)
         if self.options.optimizer is not None:
@@ -147,7 +151,10 @@ class TrainingStep:
 
         Raises:
             UsageError: The model cannot be built, or does not work with one of the options.
+            UnsupportedError: The model has to be compiled, and that cannot be done here.
         """
+        if self.options.compile:
+            check_can_compile(device)
         described = self
         options = self.options
         if isinstance(self.subject, Workload) and self.subject.keeps_outputs:
@@ -277,3 +284,4 @@ def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.de
             raise UsageError(
                 f"{name} has no gradient checkpointing (no working set_grad_checkpointing)."
             ) from None
+    checkpoint(model, matched_blocks(model, options.checkpoint, name=name))

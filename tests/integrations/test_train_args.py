@@ -36,8 +36,8 @@ def test_a_recipe_is_read_whole() -> None:
         "/data --model convnext_base -b 64 --grad-accum-steps 4 --amp --amp-dtype bfloat16 --opt "
         "adamw --opt-kwargs fused=True --opt-betas 0.9 0.95 --lr 1e-3 --sched cosine --model-ema "
         "--model-ema-force-cpu --mixup 0.2 --drop-path 0.1 --drop 0.2 --input-size 1 320 240 "
-        "--num-classes 10 --channels-last --grad-checkpointing --no-prefetcher -j 8 --aa "
-        "rand-m9-mstd0.5 -vb 256 --model-kwargs ls_init_value=1e-6 conv_mlp=True"
+        "--num-classes 10 --channels-last --grad-checkpointing --torchcompile --no-prefetcher -j 8 "
+        "--aa rand-m9-mstd0.5 -vb 256 --model-kwargs ls_init_value=1e-6 conv_mlp=True"
     )
     assert (read.model, read.samples_per_rank) == ("convnext_base", 256)
     assert dict(read.keywords) == {
@@ -57,6 +57,7 @@ def test_a_recipe_is_read_whole() -> None:
         "ema": Averaging.CPU,
         "prefetch": 0,
         "fused": True,
+        "compile": True,
     }
     assert [remark.split()[0] for remark in read.remarks] == ["Mixup", "Validation"]
 
@@ -80,7 +81,8 @@ def test_the_precision_is_train_pys(text: str, precision: Precision) -> None:
         ("--modle resnet50", "no argument --modle; the nearest is --model"),
         ("/data more", "takes one folder of data, and 'more' is one more word"),
         ("-b many", "invalid int value: 'many'"),
-        ("--torchcompile", "--torchcompile is a compiled model, .* memfit rehearse"),
+        ("--torchcompile eager", "inductor only, not with 'eager'"),
+        ("--torchcompile-mode max-autotune", "a mode of torch.compile .* memfit rehearse"),
         ("--kd-model-name resnet18", "--kd-model-name is a teacher"),
         ("--train-img-sizes 128 224", "batches of several sizes"),
         ("--model-dtype float16", "no trials of a model in float16"),
