@@ -33,7 +33,7 @@ class Stage(nn.Module):
         return added
 
 
-WIDTHS = (512, 256) * 8
+WIDTHS = (512, 256) * 4
 
 
 def workload() -> memfit.Workload:
@@ -52,9 +52,9 @@ def planned(samples: int, memory: str, **options: Any) -> memfit.Plan:
 
 def test_it_fits_where_nothing_did_and_costs_less_than_all() -> None:
     """The whole share runs in one step; with less room, more is recomputed."""
-    assert planned(8192, "1250MiB").accumulation_steps > 1
+    assert planned(8192, "850MiB").accumulation_steps > 1
     costs = []
-    for memory in ("1250MiB", "1000MiB"):
+    for memory in ("850MiB", "790MiB"):
         found = planned(8192, memory, checkpoint="auto")
         assert found.micro_batch_sizes == (8192,)
         again = found.recomputation
@@ -76,7 +76,7 @@ def test_what_is_foreseen_is_what_a_step_with_these_blocks_holds(model: str) -> 
     data = recomputable(step, card.gpu, 96)
     names = [block.name for block in data.blocks]
     assert 0.5 < data.share_of(names) <= 1
-    for chosen in ((), names[:1], names[::2], names):
+    for chosen in ((), names[::2], names):
         found = memfit.estimate(
             model, 96, gpu="rtx3060", image_size=160, precision="amp-bf16", checkpoint=chosen
         )
@@ -85,7 +85,7 @@ def test_what_is_foreseen_is_what_a_step_with_these_blocks_holds(model: str) -> 
 
 def test_what_fits_as_it_is_is_left_alone() -> None:
     """No block is chosen, and the plan says so."""
-    found = planned(64, "1500MiB", checkpoint="auto")
+    found = planned(64, "810MiB", checkpoint="auto")
     assert found.recomputation is None
     assert found.options.checkpoint == ()
     assert "fits without recomputing any block" in found.remarks[-1]
@@ -93,8 +93,8 @@ def test_what_fits_as_it_is_is_left_alone() -> None:
 
 def test_what_never_fits_whole_accumulates_with_the_fewest_steps() -> None:
     """The micro-batch is the largest that fits with every block recomputed."""
-    found = planned(32_768, "800MiB", checkpoint="auto")
-    plain = planned(32_768, "800MiB")
+    found = planned(16_384, "650MiB", checkpoint="auto")
+    plain = planned(16_384, "650MiB")
     assert found.recomputation is not None
     assert 1 < found.accumulation_steps < plain.accumulation_steps
     with pytest.raises(DoesNotFitError):
@@ -103,7 +103,7 @@ def test_what_never_fits_whole_accumulates_with_the_fewest_steps() -> None:
 
 def test_the_lines_to_paste_recompute_the_same_blocks() -> None:
     """They need nothing of memfit, and gradients are equal."""
-    found = planned(8192, "1150MiB", checkpoint="auto")
+    found = planned(8192, "790MiB", checkpoint="auto")
     text = lines_for(found, "pytorch")
     start = text.index("import functools")
     lines = text[start : text.index("loader = ", start)]
