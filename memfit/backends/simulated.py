@@ -247,7 +247,7 @@ class SimulatedBackend:
         traced = self._traces.find(step, self._gpu)
         # Without slow needs, a rough replay is the exact one, and is not run twice.
         is_rough = self._is_rough and traced.has_slow_needs
-        key = (self._gpu, batch_size, capacity_bytes, is_rough)
+        key = (self._gpu, batch_size, capacity_bytes, is_rough, self._settings)
         if key not in traced.replays:
             allocator = new_allocator(capacity_bytes=capacity_bytes, settings=self._settings)
             peaks: list[int] = []

@@ -13,6 +13,7 @@ from memfit.errors import NotSimulatedError
 from memfit.memory.restore import preserved
 from memfit.records import WorkspaceSource
 from memfit.simulation.allocator.caching import AllocatorStats
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
@@ -187,13 +188,14 @@ class Traced:
         step: What was traced.
         options: What decided the trace besides.
         trace: The trace.
-        replays: By card, batch size, capacity, and whether it was a rough one.
+        replays: By card, batch size, capacity, whether it was a rough one, and the allocator's
+            options.
     """
 
     step: TrainingStep
     options: TraceOptions
     trace: StepTrace
-    replays: dict[tuple[Gpu, int, int | None, bool], Replay] = dataclasses.field(
+    replays: dict[tuple[Gpu, int, int | None, bool, AllocatorSettings], Replay] = dataclasses.field(
         default_factory=dict
     )
     has_slow_needs: bool = dataclasses.field(init=False)

@@ -67,6 +67,22 @@ def test_an_estimate_is_one_trial() -> None:
         memfit.estimate(MODEL, 0, gpu="3090")
 
 
+def test_a_replay_with_other_options_is_another_one() -> None:
+    """Backends that share traces may have other options of the allocator."""
+    shared = TraceCache()
+    peaks = [
+        SimulatedBackend(
+            find_gpu("3090"),
+            settings=AllocatorSettings(large_segment_bytes=size * MIB),
+            traces=shared,
+        )
+        .trial(step(), 8)
+        .peak_reserved_bytes
+        for size in (20, 64)
+    ]
+    assert peaks[0] != peaks[1]
+
+
 def test_more_memory_takes_more() -> None:
     """The same card with its memory overridden."""
     sizes = [
