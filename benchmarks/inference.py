@@ -1,7 +1,7 @@
 """How right `evaluate` is, against timm's published inference benchmarks of three cards.
 
     python benchmarks/inference.py --data FILE [--engine simulate|rehearse] [--sample N] [--seed S]
-                                   [--rows FILE]
+                                   [--rows FILE] [--fast-norm]
 
 FILE is a table with the columns model, gpu, torch, memory_format, precision, compiled, image_size,
 batch_size_that_fit and batch_size_that_failed. timm's benchmark starts at 1024 and steps down a
@@ -49,7 +49,16 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="only so many models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
+    parser.add_argument(
+        "--fast-norm",
+        action="store_true",
+        help="norms compute in half precision (--fast-norm of timm's benchmark)",
+    )
     arguments = parser.parse_args()
+    if arguments.fast_norm:
+        import timm
+
+        timm.layers.set_fast_norm(True)
     start = time.perf_counter()
     warnings.filterwarnings("ignore")
     tasks = _tasks(arguments.data, arguments.sample, arguments.seed)
