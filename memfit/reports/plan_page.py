@@ -24,6 +24,8 @@ def page(plan: Plan) -> str:
     peak = plan.peak_reserved_bytes
     edge = about(plan.max_micro_batch_size, plan.trials)
     most = edge if plan.edge_found else f"at least {edge}"
+    again = plan.recomputation
+    recomputed = "" if again is None else f"{len(again.blocks)} of {again.num_blocks} blocks"
     panels = [
         memory_panel(
             plan.trials,
@@ -46,6 +48,7 @@ def page(plan: Plan) -> str:
                 ("Steps", str(plan.accumulation_steps)),
                 ("Largest micro-batch", most),
                 *((("Peak", format_bytes(peak)),) if peak is not None else ()),
+                *((("Recomputed", recomputed),) if recomputed else ()),
                 ("Device", plan.device),
                 ("Usable", format_bytes(plan.capacity.usable_bytes)),
                 ("Step", ", ".join(step_words(plan.options))),

@@ -151,6 +151,9 @@ def _plan(plan: Plan) -> Short:
     if peak is not None:
         usable = format_bytes(plan.capacity.usable_bytes)
         rows.append(("peak", f"{format_bytes(peak)} of {usable}"))
+    again = plan.recomputation
+    if again is not None:
+        rows.append(("recomputed", f"{len(again.blocks)} of {again.num_blocks} blocks"))
     return Short(
         title=f"{plan.effective_batch_size} samples a step{ranks}: {plan.subject} on "
         f"{plan.device}: {', '.join(step_words(plan.options))}",

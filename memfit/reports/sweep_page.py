@@ -7,6 +7,7 @@ on a dozen cards stays small. `page/sweep.js` draws it.
 from __future__ import annotations
 
 import functools
+import shlex
 from typing import Any
 
 import jinja2
@@ -108,6 +109,8 @@ def _command_options(options: StepOptions) -> str:
         words.append(f"--num-classes {options.num_classes}")
     words += ["--channels-last"] * options.channels_last
     words += ["--grad-checkpointing"] * options.grad_checkpointing
+    words += ["--compile"] * options.compile
+    words += [f"--checkpoint {shlex.quote(name)}" for name in options.checkpoint]
     return " ".join(words)
 
 

@@ -17,12 +17,16 @@ from memfit.records import (
     PlanAnswer,
     PlanSurvey,
     Precision,
+    Recomputation,
     Source,
     StepOptions,
     Trial,
 )
+from memfit.reports import plan_page
 from memfit.reports.exploration_page import page
 from memfit.reports.plan import render, render_exploration, render_survey
+from memfit.reports.probe import step_words
+from memfit.reports.short import register
 from memfit.units import GIB, MIB
 
 
@@ -219,3 +223,24 @@ def test_the_limit_of_a_plan_says_that_larger_parts_needed_retries() -> None:
     retried = dataclasses.replace(plan.trials[0], batch_size=25, num_alloc_retries=1)
     text = text_of(render(dataclasses.replace(plan, trials=(*plan.trials, retried))))
     assert "micro-batch with 5% kept free, no retries: the plan's limit" in text
+
+
+def test_what_is_recomputed_is_said_with_its_cost() -> None:
+    """The table, the page, the short form and the step's words say it, and name a few blocks."""
+    blocks = ("layer1.0", "layer2.0")
+    found = dataclasses.replace(
+        plan_of(64, 64),
+        options=StepOptions(precision=Precision.FP32, checkpoint=blocks, compile=True),
+        recomputation=Recomputation(
+            blocks=blocks, num_blocks=16, forward_share=0.214, forward_share_of_all=0.97
+        ),
+    )
+    text = " ".join(text_of(render(found)).split())
+    assert "2 of 16" in text
+    assert "blocks: 21% of the operations of forward again, 97% for all blocks" in text
+    assert "compiled · layer1.0, layer2.0 recomputed" in text
+    assert "2 of 16 blocks" in plan_page.page(found)
+    register()
+    assert "2 of 16 blocks" in str(found)
+    many = dataclasses.replace(found.options, checkpoint=tuple(map(str, range(9))))
+    assert "9 blocks recomputed" in step_words(many)
