@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
-from memfit.simulation.cudnn.plans import CudnnPlans, PlanSettings, cudnn_plans
+from memfit.simulation.cudnn.plans import ANY_QUESTION, PlanSettings, cudnn_plans
 from memfit.simulation.cudnn.questions import Convolution
 from memfit.user_cache import cache_folder
 
@@ -148,21 +148,23 @@ def workspaces_of(compute_capability: tuple[int, int]) -> Workspaces | None:
         compute_capability: Such as (8, 6).
 
     Returns:
-        The answers, shared in this process; `None` if cuDNN cannot be asked.
+        The answers, shared in this process; `None` if cuDNN cannot be asked, or does not know such
+        cards.
     """
     return _workspaces(compute_capability, PlanSettings.current())
 
 
 @functools.cache
 def _workspaces(compute_capability: tuple[int, int], settings: PlanSettings) -> Workspaces | None:
-    plans: CudnnPlans | None = cudnn_plans(compute_capability, settings)
+    plans = cudnn_plans(compute_capability, settings)
     if plans is None:
         return None
     major, minor = compute_capability
     name = f"{plans.version}-{major}.{minor}-{settings.text}.sqlite"
     opened = Workspaces(plans, path=cache_folder() / "cudnn" / name)
     _opened.append(opened)
-    return opened
+    # A file that has this answer spares a first question, which takes a hundred milliseconds.
+    return None if opened.of(ANY_QUESTION) is None else opened
 
 
 def keep_answers() -> None:

@@ -24,7 +24,7 @@ import torch
 
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
 
-__all__ = ["CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
+__all__ = ["ANY_QUESTION", "CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
 _FIRST_VERSION: Final = 90800
 _PACKAGE: Final = "cudnn"
@@ -119,12 +119,11 @@ def cudnn_plans(
         settings: What leaves plans out; `None` for the settings of this process.
 
     Returns:
-        What answers; `None` if cuDNN cannot be asked, or does not know such cards.
+        What answers; `None` if cuDNN cannot be asked.
     """
     if missing_cudnn() is not None:
         return None
-    plans = CudnnPlans(compute_capability, settings or PlanSettings.current())
-    return plans if plans.knows_card else None
+    return CudnnPlans(compute_capability, settings or PlanSettings.current())
 
 
 class CudnnPlans:
@@ -138,9 +137,7 @@ class CudnnPlans:
     def __init__(self, compute_capability: tuple[int, int], settings: PlanSettings) -> None:
         self.settings = settings
         self._cudnn = importlib.import_module(_PACKAGE)
-        major, minor = compute_capability
-        properties = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
-        self._properties = self._cudnn.create_device_properties(json.dumps(properties))
+        self._capability = compute_capability
         # The question whose plans were last asked for by rank, the rest of them, and their answers.
         self._ranked: tuple[Convolution, Iterator[int], list[int]] | None = None
 
@@ -150,9 +147,10 @@ class CudnnPlans:
         return int(self._cudnn.backend_version())
 
     @functools.cached_property
-    def knows_card(self) -> bool:
-        """Whether cuDNN has plans for such a card."""
-        return self.workspace_bytes(_TRIAL_QUESTION) is not None
+    def _properties(self) -> Any:
+        major, minor = self._capability
+        properties = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
+        return self._cudnn.create_device_properties(json.dumps(properties))
 
     def workspace_bytes(self, convolution: Convolution) -> int | None:
         """Return the workspace of the plan that is taken, or of the largest plan that is tried.
@@ -277,7 +275,8 @@ def _strides(shape: tuple[int, ...], *, is_last: bool) -> list[int]:
     return strides
 
 
-_TRIAL_QUESTION: Final = Convolution(
+# A convolution for which cuDNN has a plan on every card that it knows.
+ANY_QUESTION: Final = Convolution(
     kernel=ConvolutionKernel.FORWARD,
     dtype="float32",
     is_channels_last=False,
