@@ -1,11 +1,12 @@
 """Do accumulated gradients equal the full batch's, and if not, what makes them differ?
 
-`verification` runs the experiments of the other modules:
+`verification` runs the experiments of the other modules on a `subject`; `proof` has those that the
+verdict rests on.
 
 - `gradients` accumulates gradients. Every pass begins from one `state`. `widening` makes all of it
   float64.
-- `comparison` compares gradients, and allows the differences that rounding explains. `passes` does
-  both for one precision.
+- `comparison` compares gradients, and allows the differences that rounding explains. `rounds` does
+  both once, and `passes` until random draws are dealt with.
 - `mixing` finds layers that mix samples.
 - `weighting` finds out what losses average over. `measuring` measures the weights of their `terms`,
   and `counting` counts what a batch contains.
@@ -14,7 +15,7 @@
 """
 
 from memfit.equivalence.loops import AccumulationLoop
-from memfit.equivalence.passes import Progress
+from memfit.equivalence.rounds import Progress
 from memfit.equivalence.splits import splits_of
 from memfit.equivalence.verification import verify
 

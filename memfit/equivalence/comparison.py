@@ -293,7 +293,8 @@ def _difference(
     if scale is not None:
         carrying = _num_carrying(b)
         scale_bound = _averaged(bound, likely, carrying)
-        if abs(scale - 1) > scale_bound:
+        # If the distance is too large, it does not matter how closely the scale is judged.
+        if abs(scale - 1) > scale_bound and apart / unit <= bound:
             # Equal elements are rounded alike, so only rounding of different ones averages out.
             scale_bound = _averaged(bound, likely, min(carrying, _num_different(b)))
         scale_bound = min(bound, max(scale_bound, rounding.shared))

@@ -17,13 +17,12 @@ from memfit.equivalence.samples import Samples, was_written_to
 from memfit.equivalence.splits import spans
 from memfit.equivalence.state import held_by, same_start
 from memfit.equivalence.terms import named_losses
-from memfit.errors import MemfitError, WorkloadError
-from memfit.memory import oom
+from memfit.errors import WorkloadError
 from memfit.records import Precision
 from memfit.step.calling import call_loss, call_model, users_code
 from memfit.step.runner import autocast
 
-__all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "error_in", "gradients"]
+__all__ = ["FP64", "CheckSetup", "Gradients", "SingleSampleError", "dense", "gradients"]
 
 FP64 = "fp64"
 
@@ -157,7 +156,7 @@ def gradients(
     bench: CheckSetup,
     cut: Sequence[int],
     *,
-    weights: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]] | None = None,
     order: torch.Tensor | None = None,
     forgets: bool = False,
 ) -> Gradients:
@@ -169,7 +168,7 @@ def gradients(
         bench: The step to run.
         cut: Samples in each micro-batch; they add up to the effective batch.
         weights: For each micro-batch the factors of its losses, in the order of the losses. A loss
-            with the factor 0 contributes nothing, even if it is NaN.
+            with the factor 0 contributes nothing, even if it is NaN. `None` for 1 everywhere.
         order: The order of the bench's samples, if it differs from the order in which random draws
             were recorded. A pass over parts of the batch must have run before, because it shows
             which draws belong to which samples.
@@ -202,7 +201,7 @@ def _pass(
     bench: CheckSetup,
     cut: Sequence[int],
     *,
-    weights: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]] | None,
     loss_scale: float,
     order: torch.Tensor | None,
     forgets: bool,
@@ -216,7 +215,7 @@ def _pass(
         same_start(bench.holders, parameters.values()) as put_back,
         _squares_noted(parameters, squares),
     ):
-        for (start, stop), shares in zip(spans(cut), weights, strict=True):
+        for (start, stop), shares in zip(spans(cut), weights or (None,) * len(cut), strict=True):
             if order is not None:
                 draws = bench.draws.replayed_in(order)
             elif whole:
@@ -244,11 +243,11 @@ def _pass(
 
 
 def _weighted(
-    bench: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float]
+    bench: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float] | None
 ) -> torch.Tensor | None:
     """Return the sum of losses, each times its share; `None` if all shares are 0."""
     total = None
-    for loss, share in zip(losses.values(), shares, strict=True):
+    for loss, share in zip(losses.values(), shares or (1.0,) * len(losses), strict=True):
         if share and loss.requires_grad:
             bench.check_finite(loss)
             total = loss * share if total is None else total + loss * share
@@ -298,26 +297,3 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex:
         return torch.complex128 if dtype is torch.complex128 else torch.complex64
     return dtype if dtype is torch.float64 else torch.float32
-
-
-def error_in(setup: CheckSetup) -> Exception | None:
-    """Run a batch forward and backward; return its exception, if memory is not the cause.
-
-    Raises:
-        MemfitError: The step is not valid in any precision.
-    """
-    parameters = setup.parameters().values()
-    try:
-        with same_start(setup.holders, parameters), setup.draws.recorded():
-            losses = setup.losses_of(0, setup.num_samples).values()
-            torch.stack([loss for loss in losses if loss.requires_grad]).sum().backward()
-    except MemfitError:
-        raise
-    except Exception as error:
-        if oom.classify(error) is not oom.Likelihood.NO:
-            raise
-        return error
-    finally:
-        for parameter in parameters:
-            parameter.grad = None
-    return None

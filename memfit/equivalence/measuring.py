@@ -59,16 +59,17 @@ class Measured:
 def outputs_of(setup: CheckSetup) -> Any | None:
     """Return the model's outputs, if all of them have samples in their first dimension."""
     size = setup.num_samples
-    for count in (size, *((size // 2,) if size >= 4 else ())):  # noqa: PLR2004 - no single samples
+    outputs = None
+    # The whole batch comes last, so that its draws are those that are replayed.
+    for count in (*((size // 2,) if size >= 4 else ()), size):  # noqa: PLR2004 - no single samples
         inputs, _ = setup.samples.of(0, count)
         with same_start(setup.holders), setup.draws.recorded():
-            outputs = pytree.tree_leaves(call_model(setup.model, inputs))
-        tensors = [leaf for leaf in outputs if isinstance(leaf, torch.Tensor)]
+            outputs = _detached(call_model(setup.model, inputs))
+        leaves = pytree.tree_leaves(outputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not tensors or any(leaf.ndim == 0 or len(leaf) != count for leaf in tensors):
             return None
-    inputs, _ = setup.samples.of(0, size)
-    with same_start(setup.holders), setup.draws.recorded():
-        return _detached(call_model(setup.model, inputs))
+    return outputs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -51,17 +52,25 @@ NUM_SAMPLES = 4
 
 _SIZES = ((3, 4), (2, 4), (4, 8))  # some models take only even numbers
 
+_NUM_SHARED = 4
+
 # In layers that do not mix, the elements of an unchanged sample are the same bit for bit.
 MOVED = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Suspect:
-    """A layer whose output changed for other samples when one sample changed."""
+    """A layer whose output changed for other samples when one sample changed.
+
+    Args:
+        layer: The layer to blame.
+        moved: The change of the other samples, relative to the norm of the output.
+        by_row: The largest change of each row.
+    """
 
     layer: str
     moved: float
-    difference: torch.Tensor
+    by_row: torch.Tensor
 
 
 def layer_name(name: str) -> str:
@@ -83,12 +92,29 @@ def mixing_layers(
         The layers that mix, each with the change of the other samples.
     """
     sizes = [(num, more) for num, more in _SIZES if more <= samples.num_samples]
+    for num, more in sizes:
+        # Some models take only batches of certain sizes. If parameters need no gradient, nothing
+        # is kept for a backward pass, but a model may differentiate by its own parameters.
+        with contextlib.suppress(Exception), _constant_parameters(model):
+            return _mixing_layers(model, Exchange(model, samples.first(more), num), close)
     for num, more in sizes[:-1]:
-        # Some models take only batches of certain sizes.
         with contextlib.suppress(Exception):
             return _mixing_layers(model, Exchange(model, samples.first(more), num), close)
     num, more = sizes[-1]
     return _mixing_layers(model, Exchange(model, samples.first(more), num), close)
+
+
+@contextlib.contextmanager
+def _constant_parameters(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient in the block."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +151,23 @@ class Exchange:
         per_sample = tensor.shape[dim] // self.num
         return tensor.narrow(dim, sample * per_sample, per_sample)
 
+    def apart_in_others(
+        self, old: torch.Tensor, new: torch.Tensor, longer: torch.Size | None, sample: int
+    ) -> float:
+        """Return the distance of two outputs in all samples but one."""
+        dim = self._dim(old, longer)
+        if dim is None:
+            return float(torch.linalg.vector_norm(new - old))
+        size = old.shape[dim]
+        start, stop = (size // self.num * place for place in (sample, sample + 1))
+        others = [(at, end - at) for at, end in ((0, start), (stop, size)) if at < end]
+        return math.hypot(
+            *(
+                float(torch.linalg.vector_norm(new.narrow(dim, *span) - old.narrow(dim, *span)))
+                for span in others
+            )
+        )
+
     def by_row(self, difference: torch.Tensor, longer: torch.Size | None) -> torch.Tensor:
         """Return the largest change of each row; of each element, if there are no samples."""
         dim = self._dim(difference, longer)
@@ -145,11 +188,21 @@ def _mixing_layers(model: nn.Module, one: Exchange, close: float) -> tuple[Mixin
     longer = _shapes(model, one.all_inputs)
     before: dict[ValuePlace, torch.Tensor] = {}
 
+    # Most outputs are also the input of the next layer, and share its copy.
+    last: deque[tuple[torch.Tensor, int, torch.Tensor]] = deque(maxlen=_NUM_SHARED)
+
     def note(_maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
-        before[key] = leaf.detach().clone()
+        now = version_of(leaf)
+        same = (copy for tensor, version, copy in last if tensor is leaf and version == now)
+        copy = next(same, None)
+        if copy is None:
+            copy = leaf.detach().clone()
+            last.append((leaf, now, copy))
+        before[key] = copy
         return leaf
 
     MixingSearch(note, is_repeating=True).run(model, one.inputs())
+    last.clear()
     run = _Run(before=before, longer=longer, close=close)
     found, inside = _found(one, run)
     if inside:
@@ -222,10 +275,7 @@ def _found(one: Exchange, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
         all_seen.append(others)
         for key in [key for key in first if key in left and key in others]:
             suspect, other = first[key], others[key]
-            longer = run.longer.get(key)
-            shared = torch.minimum(
-                one.by_row(suspect.difference, longer), one.by_row(other.difference, longer)
-            )
+            shared = torch.minimum(suspect.by_row, other.by_row)
             if float(shared.max()) <= run.close * _rms(run.before[key]):
                 continue
             left.discard(key)
@@ -363,15 +413,18 @@ def _suspects(one: Exchange, sample: int, run: _Run) -> dict[ValuePlace, _Suspec
             # If the data decides which layers run, there may be no value to compare with. A single
             # number belongs to no sample. If a later layer combines it with samples, that mixes.
             return leaf
-        others, seen = old.clone(), leaf.detach()
-        own = one.own_rows(others, run.longer.get(key), sample)
-        if own is not None:
-            own.copy_(one.own_rows(seen, run.longer.get(key), sample))  # type: ignore[arg-type]
-        foreign = float(torch.linalg.vector_norm(seen - others))
+        longer, seen = run.longer.get(key), leaf.detach()
+        foreign = one.apart_in_others(old, seen, longer, sample)
+        if foreign == 0:
+            return leaf
         norm = float(torch.linalg.vector_norm(old)) or 1.0
         if not foreign > run.close * norm:
             return leaf
-        found[key] = _Suspect(maker, foreign / norm, seen - old)
+        found[key] = _Suspect(maker, foreign / norm, one.by_row(seen - old, longer))
+        others = old.clone()
+        own = one.own_rows(others, longer, sample)
+        if own is not None:
+            own.copy_(one.own_rows(seen, longer, sample))  # type: ignore[arg-type]
         return with_values(leaf, others)
 
     MixingSearch(compare, is_repeating=bool(run.unseen)).run(one.model, one.inputs(changed=sample))

@@ -282,6 +282,8 @@ class Equivalence(Record):
             gradients differ.
         changes_batch: Forward or the loss changes the batch in place; every pass got its own copy.
         single_precision: Why float32 was used instead of float64; `None` if float64 was used.
+        used_smaller_images: The comparison in float64 ran on smaller images than training, because
+            layers that mix had decided the verdict.
         replayed: Layers whose random draws were replayed sample by sample.
         switched_off: Layers whose randomness was switched off because it cannot be replayed.
         held_fixed: Layers whose random draws were replaced by one value for all samples, because
@@ -317,6 +319,7 @@ class Equivalence(Record):
     carried: tuple[str, ...] = ()
     changes_batch: bool = False
     single_precision: str | None = None
+    used_smaller_images: bool = False
     replayed: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
     held_fixed: tuple[str, ...] = ()

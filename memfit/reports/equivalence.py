@@ -337,13 +337,7 @@ def _only_single_samples_differ(result: Equivalence) -> bool:
 
 
 def _notes(result: Equivalence) -> list[str]:
-    notes = [check.message for check in result.checks if check.message is not None][:1]
-    if result.single_precision is not None:
-        notes.append(
-            f"The step cannot run in float64 ({result.single_precision}), so float32 stands in, "
-            "with a bound of 1e-4."
-        )
-    notes += _weights(result)
+    notes = [*_about_checks(result), *_weights(result)]
     if result.buffers and result.buffers[0].full is None:
         worst = result.buffers[0]
         notes.append(
@@ -380,6 +374,20 @@ def _notes(result: Equivalence) -> list[str]:
         )
     notes.append(f"Measured on {result.device} in {result.seconds:.1f} s, torch "
                  f"{result.torch_version}.")  # fmt: skip
+    return notes
+
+
+def _about_checks(result: Equivalence) -> list[str]:
+    notes = [check.message for check in result.checks if check.message is not None][:1]
+    if result.single_precision is not None:
+        notes.append(
+            f"The step cannot run in float64 ({result.single_precision}), so float32 stands in, "
+            "with a bound of 1e-4."
+        )
+    if result.used_smaller_images:
+        notes.append(
+            "Layers that mix decide the verdict, so the float64 comparison used smaller images."
+        )
     return notes
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "import_timm",
     "make_optimizer",
     "patches_of",
+    "smaller_images",
     "split_images",
     "timm_parts",
     "uses_fused_attention",
@@ -48,6 +49,7 @@ _LEARNING_RATE = 1e-4
 _LIKE = 0.75
 # What these errors say is a sentence. Of a KeyError it is only the key.
 _SAYS_ENOUGH = (TypeError, ValueError, RuntimeError, AssertionError)
+_SMALL_SIDE = 64  # networks of convolutions still have 2 x 2 pixels in their last layer
 _WEIGHT_DECAY = 0.01  # not zero, so that timm makes its two parameter groups
 
 
@@ -404,6 +406,24 @@ def split_images(batch: Any) -> tuple[Any, tuple[Any, ...]]:
     """Return the images of a batch, and its classes as the only targets."""
     images, classes = batch
     return images, (classes,)
+
+
+def smaller_images(model: nn.Module, batch: Any) -> Any | None:
+    """Return a batch with images of at most 64 pixels a side, cut out of the batch's own.
+
+    Args:
+        model: A model of timm's.
+        batch: Images and classes.
+
+    Returns:
+        The batch; `None` if the model takes one size only, or if the images are small already.
+    """
+    images, classes = batch
+    height, width = (min(side, _SMALL_SIDE) for side in images.shape[-2:])
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("fixed_input_size") or (height, width) == images.shape[-2:]:
+        return None
+    return images[..., :height, :width].contiguous(), classes
 
 
 def _classification_loss(outputs: Any, classes: torch.Tensor) -> torch.Tensor:

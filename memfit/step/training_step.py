@@ -221,6 +221,20 @@ class TrainingStep:
             wanted.append(f"resnetv2_{base.removeprefix('resnet')}x1_bit")
         return tuple(name for name in wanted if timm_models.import_timm().is_model(name))
 
+    def smaller_images(self, model: nn.Module, batch: Any) -> Any | None:
+        """Return a batch with smaller images, for experiments that need no large ones.
+
+        Args:
+            model: The model of the step.
+            batch: A batch of the step.
+
+        Returns:
+            The batch; `None` if the model takes one size only, or if the images are small already.
+        """
+        if not isinstance(self.subject, str):
+            return None
+        return timm_models.smaller_images(model, batch)
+
     def convert(self, model: nn.Module, device: torch.device) -> Callable[[Any], Any]:
         """Convert a model in place, as the options say.
 

@@ -152,3 +152,21 @@ def test_a_layer_that_sorts_samples_and_puts_them_back_mixes_nothing() -> None:
     assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), Sorting()), WIDTH) == []
     mixing = nn.Sequential(Sorting(), nn.BatchNorm1d(WIDTH), Sorting())
     assert mixers_of(mixing, WIDTH) == ["1"]
+
+
+class _StepsInside(nn.Module):
+    """Takes a step down the gradient of its own weights in forward, as meta-learning does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        error = self.inner(x).square().mean()
+        (slope,) = torch.autograd.grad(error, self.inner.weight, create_graph=True)
+        return nn.functional.linear(x, self.inner.weight - 0.1 * slope)
+
+
+def test_a_model_that_differentiates_by_its_own_weights() -> None:
+    """The search needs their gradients, and finds that a step on the batch mixes samples."""
+    assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), _StepsInside()), WIDTH) == ["1"]

@@ -77,6 +77,52 @@ def test_batch_norm_differs_and_frozen_is_equal(name: str) -> None:
     assert frozen.buffers == ()
 
 
+def test_a_known_verdict_takes_no_more_passes_than_it_needs() -> None:
+    """Layers that mix are found on small images, and only equal micro-batches are compared."""
+    seen: list[str] = []
+    result = verify(
+        TrainingStep(
+            subject="test_resnet",
+            options=StepOptions(precision=Precision.FP32, image_size=(80, 80)),
+        ),
+        CPU,
+        micro_batch_size=4,
+        accumulation_steps=2,
+        progress=lambda what, _done, _planned: seen.append(what),
+    )
+    assert result.verdict is Verdict.DIFFERS
+    assert result.used_smaller_images
+    assert [(one.precision, one.cut) for one in result.checks] == [
+        ("fp64", (4, 4)),
+        ("fp32", (4, 4)),
+    ]
+    assert result.order_error is not None
+    assert [what for what in seen if what[:4] in ("fp64", "fp32")] == [
+        "fp64: 8",
+        "fp64: 2 x 4",
+        "fp64: the samples in another order",
+        "fp32: 8",
+        "fp32: 2 x 4",
+    ]
+
+
+def test_an_open_verdict_is_found_on_whole_images() -> None:
+    """If the layers that mix are frozen, all comparisons have images of the user's size."""
+    result = verify(
+        TrainingStep(
+            subject="test_resnet",
+            options=StepOptions(precision=Precision.FP32, image_size=(80, 80)),
+        ),
+        CPU,
+        micro_batch_size=4,
+        accumulation_steps=2,
+        freeze_bn=True,
+    )
+    assert result.verdict is Verdict.EQUAL
+    assert not result.used_smaller_images
+    assert [one.cut for one in result.checks] == [(4, 4), (4, 2, 2)] * 2
+
+
 def test_a_hand_written_batch_norm() -> None:
     """The layer is found although no list of names contains it."""
     result = check(mlp(HandWrittenNorm(WIDTH)))

@@ -227,9 +227,18 @@ def test_micro_batches_of_one_that_batch_norm_cannot_take() -> None:
         check(mlp(nn.BatchNorm1d(WIDTH)), micro_batch_size=1)
 
 
-def test_a_last_micro_batch_of_one_that_batch_norm_cannot_take() -> None:
+class _NotOfOne(nn.Module):
+    """Refuses a single sample, as batch normalisation does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise ValueError("Expected more than 1 value per channel")
+        return x
+
+
+def test_a_last_micro_batch_of_one_that_the_model_cannot_take() -> None:
     """The even cut is compared, and the report says that the other is missing."""
-    result = check(mlp(nn.BatchNorm1d(WIDTH)), micro_batch_size=2)
+    result = check(mlp(_NotOfOne()), micro_batch_size=2)
     assert [check.cut for check in result.checks] == [(2, 2, 2)] * 2
     assert result.checks[0].message is not None
     assert "so 2 + 1 + 2 + 1 was not compared" in result.checks[0].message
