@@ -296,12 +296,16 @@ class Accumulator:
             for loss, weight in zip(losses, self._terms.for_each(losses, weights), strict=True)
             if weight != 0
         ]
-        if not weighted and not is_needed:
-            return torch.zeros((), device=self._device, dtype=losses[0].dtype)
-        if not weighted:
+        flows = any(
+            loss.requires_grad for loss in weighted
+        )  # not if an accuracy is all that counts
+        if not flows and not is_needed:
+            zero = torch.zeros((), device=self._device, dtype=losses[0].dtype)
+            return sum(weighted, start=zero)
+        if not flows:
             # Such a loss is NaN, and NaN times 0 is NaN. Outputs times 0 are 0.
             leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
-            weighted = [leaf.sum() * 0 for leaf in leaves]
+            weighted += [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         self._stepping.backward(part)
         return part.detach()

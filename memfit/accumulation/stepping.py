@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from memfit.step.optimizers import stepped_by
+from memfit.step.optimizers import stepped_by, without_closure
 
 __all__ = ["PlainStepping", "Stepping"]
 
@@ -78,13 +78,14 @@ class PlainStepping:
                 self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(list(stepped_by(self._optimizer)), self._clip_grad_norm)
         is_skipped = False
-        if self._scaler is None:
-            self._optimizer.step()
-        else:
-            scale = None if self._scheduler is None else self._scaler.get_scale()
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            is_skipped = scale is not None and self._scaler.get_scale() < scale
+        with without_closure(self._optimizer):
+            if self._scaler is None:
+                self._optimizer.step()
+            else:
+                scale = None if self._scheduler is None else self._scaler.get_scale()
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+                is_skipped = scale is not None and self._scaler.get_scale() < scale
         if self._scheduler is not None and not is_skipped:
             self._scheduler.step()
 

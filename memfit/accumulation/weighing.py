@@ -16,7 +16,7 @@ import torch
 
 from memfit.cards import is_rehearsed
 from memfit.errors import UsageError, WorkloadError
-from memfit.step.runner import check_loss
+from memfit.step.runner import check_losses
 
 __all__ = ["LossTerms", "Weight", "Weights", "check_weight", "counts_of", "shares_of"]
 
@@ -194,8 +194,7 @@ class LossTerms:
                 f"The loss function returned {len(losses)} losses, and there are "
                 f"{len(self.weights)} weights."
             )
-        for loss in losses:
-            check_loss(loss)
+        check_losses(losses)
         return [loss.reshape(()) for loss in losses]
 
     def for_each(self, losses: Sequence[torch.Tensor], weights: Sequence[float]) -> Sequence[float]:

@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from memfit.errors import WorkloadError
-from memfit.step.runner import check_loss
+from memfit.step.runner import check_loss, check_losses
 
 __all__ = ["Parts", "Term", "kinds_of_summands", "named_losses", "summands"]
 
@@ -84,13 +83,7 @@ def named_losses(returned: Any) -> dict[str, torch.Tensor]:
     else:
         check_loss(returned)
         return {"loss": returned.reshape(())}
-    for loss in losses.values():
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or loss.requires_grad:
-            check_loss(loss)
-    if not any(loss.requires_grad for loss in losses.values()):
-        raise WorkloadError(
-            "None of the losses has a gradient, because none depends on the parameters."
-        )
+    check_losses(tuple(losses.values()))
     return {name: loss.reshape(()) for name, loss in losses.items()}
 
 

@@ -115,6 +115,7 @@ def verify(
         replayed=united(compared.replayed, trained.replayed),
         switched_off=united(compared.switched_off, trained.switched_off),
         held_fixed=united(compared.fixed, trained.fixed),
+        draws_on_host=compared.drawn_by_host or trained.drawn_by_host,
         num_moved_parameters=subject.num_moved,
         num_jittered_samples=subject.num_jittered,
         loop=proof.loop,

@@ -288,6 +288,8 @@ class Equivalence(Record):
         switched_off: Layers whose randomness was switched off because it cannot be replayed.
         held_fixed: Layers whose random draws were replaced by one value for all samples, because
             memfit cannot tell which draw belongs to which sample.
+        draws_on_host: Python or NumPy drew random numbers. Every pass began with the same seed, so
+            a number for the whole pass was the same in all of them.
         num_moved_parameters: Parameters at zero that were given other values, because at zero they
             hide other parameters' gradients.
         num_jittered_samples: Samples that were copies of others and were made different.
@@ -323,6 +325,7 @@ class Equivalence(Record):
     replayed: tuple[str, ...] = ()
     switched_off: tuple[str, ...] = ()
     held_fixed: tuple[str, ...] = ()
+    draws_on_host: bool = False
     num_moved_parameters: int = 0
     num_jittered_samples: int = 0
     loop: tuple[LoopWindow, ...] = ()

@@ -350,6 +350,11 @@ def _notes(result: Equivalence) -> list[str]:
         notes.append(f"No gradient reaches {_names(result.unreached)}.")
     if result.replayed:
         notes.append(f"Random draws were replayed sample by sample in {_names(result.replayed)}.")
+    if result.draws_on_host:
+        notes.append(
+            "Python or NumPy drew random numbers. Every pass began with the same seed, so that a "
+            "number for the whole pass was the same in each."
+        )
     if result.held_fixed:
         notes.append(
             f"Random draws in {_names(result.held_fixed)} had one value for all "

@@ -7,6 +7,7 @@ backward over the whole batch. With accumulated gradients there is no such funct
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from memfit.errors import WorkloadError
 
-__all__ = ["check_steps_alone", "required_arguments", "stepped_by"]
+__all__ = ["check_steps_alone", "required_arguments", "stepped_by", "without_closure"]
 
 
 def check_steps_alone(optimizer: Optimizer) -> None:
@@ -27,7 +28,28 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     is_sam = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
     if not is_sam and "closure" not in required_arguments(optimizer.step):
         return
-    raise WorkloadError(
+    raise _needs_closure(optimizer)
+
+
+@contextlib.contextmanager
+def without_closure(optimizer: Optimizer) -> Iterator[None]:
+    """Step an optimizer in the block, and explain its error if it asks for a closure.
+
+    Some optimizers have a default for the closure, and refuse that default when they step.
+
+    Raises:
+        WorkloadError: The optimizer needs a closure.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if "closure" not in str(error):
+            raise
+        raise _needs_closure(optimizer) from error
+
+
+def _needs_closure(optimizer: Optimizer) -> WorkloadError:
+    return WorkloadError(
         f"{type(optimizer).__name__} runs forward and backward again in its own "
         "step, through a closure. memfit runs each micro-batch once before an "
         "optimizer step. Train with an optimizer that needs no closure, or use "

@@ -25,7 +25,7 @@ from memfit.step.calling import call_loss, call_model, users_code
 from memfit.step.compiling import CompiledModel
 from memfit.step.draws import Draws
 from memfit.step.loop_habits import StepInBackward, WeightAverage
-from memfit.step.optimizers import stepped_by
+from memfit.step.optimizers import stepped_by, without_closure
 from memfit.step.precision import PrecisionPolicy, TorchPrecision, autocast
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "added",
     "autocast",
     "check_loss",
+    "check_losses",
 ]
 
 # Every module has these, and torch fills them.
@@ -240,7 +241,8 @@ class PreparedStep:
             return
         assert self._optimizer is not None
         with users_code():
-            self.precision_policy.step(self._optimizer)
+            with without_closure(self._optimizer):
+                self.precision_policy.step(self._optimizer)
             self._optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update()
@@ -254,7 +256,8 @@ class PreparedStep:
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            self._optimizer.step()
+            with without_closure(self._optimizer):
+                self._optimizer.step()
         finally:
             # This also runs if the optimizer refused them. Some take only sparse gradients.
             for parameter in parameters:
@@ -353,9 +356,26 @@ def added(losses: Any) -> Any:
     several = tuple(losses.values()) if isinstance(losses, Mapping) else losses
     if not isinstance(several, (tuple, list)) or not several:
         return losses
-    for loss in several:
-        check_loss(loss)
+    check_losses(several)
     return torch.stack([loss.reshape(()) for loss in several]).sum()
+
+
+def check_losses(losses: Sequence[object]) -> None:
+    """Refuse losses whose sum `backward` cannot begin with.
+
+    Some of them may have no gradient, such as an accuracy among the losses.
+
+    Raises:
+        WorkloadError: A loss is not one number, or none has a gradient.
+    """
+    for loss in losses:
+        _check_is_number(loss)
+    if not any(isinstance(loss, torch.Tensor) and loss.requires_grad for loss in losses):
+        if len(losses) == 1:
+            check_loss(losses[0])
+        raise WorkloadError(
+            "None of the losses has a gradient, because none depends on the parameters."
+        )
 
 
 def check_loss(loss: object) -> None:
@@ -364,6 +384,12 @@ def check_loss(loss: object) -> None:
     Raises:
         WorkloadError: The loss is not one number that has a gradient.
     """
+    _check_is_number(loss)
+    if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+        raise WorkloadError("The loss has no gradient: it does not depend on the parameters.")
+
+
+def _check_is_number(loss: object) -> None:
     if not isinstance(loss, torch.Tensor):
         raise WorkloadError(f"The loss must be a tensor of one number, not {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -371,5 +397,3 @@ def check_loss(loss: object) -> None:
             f"The loss has the shape {tuple(loss.shape)}, but backward needs a "
             "single number. End the loss with .mean() or .sum()."
         )
-    if not loss.requires_grad:
-        raise WorkloadError("The loss has no gradient: it does not depend on the parameters.")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.optim import Optimizer, lr_scheduler
 
-from memfit import Accumulator, Workload
+from memfit import Accumulator, Workload, estimate
 from memfit.errors import UsageError, WorkloadError
 
 
@@ -79,6 +79,31 @@ def test_optimizers_that_ask_for_the_loss_again_are_refused(make: Any) -> None:
     batch = (torch.randn(8, 8), torch.randint(3, (8,)))
     with pytest.raises(WorkloadError, match=says):
         Workload(model, batch, F.cross_entropy, make(model.parameters()))
+
+
+class AsksWhenItSteps(Optimizer):
+    """Nothing but an error in its step tells that it needs a closure."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Refuse to go without a closure."""
+        assert closure is not None, "this optimizer needs a closure"
+
+
+def test_an_optimizer_that_asks_for_the_loss_when_it_steps() -> None:
+    """Its error is explained, in training and in a trial, and no gradient is left."""
+    model = nn.Linear(8, 3)
+    batch = (torch.randn(8, 8), torch.randint(3, (8,)))
+    optimizer = AsksWhenItSteps(model.parameters())
+    says = "AsksWhenItSteps runs forward and backward again in its own step"
+    with pytest.raises(WorkloadError, match=says):
+        Accumulator(model, optimizer, 4, loss=F.cross_entropy).step(batch)
+    assert model.weight.grad is None
+    workload = Workload(model, batch, F.cross_entropy, optimizer)
+    with pytest.raises(WorkloadError, match=says):
+        estimate(workload, 4, gpu="rtx3060", engine="simulate")
 
 
 class Broken(torch.optim.SGD):

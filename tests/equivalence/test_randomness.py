@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import random
+
 import pytest
 import torch
+from rich.console import Console
 from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
 from memfit.records import GradientFault, Verdict
+from memfit.reports.equivalence import render
 
 
 class Noise(nn.Module):
@@ -126,3 +131,26 @@ def test_a_layer_that_cannot_be_switched_off() -> None:
     assert result.verdict is Verdict.DIFFERS
     assert GradientFault.DRAWS_NOT_REPLAYED in result.faults
     assert result.switched_off == ()
+
+
+class LayerDrop(nn.Module):
+    """Skips a layer in half of all passes, by a number that Python draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = random.random() < 0.5  # noqa: S311 - of a layer
+        return x if skips and self.training else torch.tanh(self.inner(x))
+
+
+@pytest.mark.parametrize("is_drawing", [True, False])
+def test_a_number_that_python_draws_for_a_whole_pass(is_drawing: bool) -> None:
+    """It is the same in every pass, and the report says that numbers were drawn."""
+    result = check(mlp(LayerDrop() if is_drawing else nn.Dropout(0.3)))
+    assert result.verdict is Verdict.EQUAL
+    assert result.draws_on_host is is_drawing
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(result))
+    assert ("Python or NumPy drew random numbers." in console.export_text()) is is_drawing
