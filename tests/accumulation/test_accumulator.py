@@ -142,7 +142,7 @@ def test_a_loss_without_a_gradient_is_added_to_the_number_alone(weight: Any) -> 
     optimizer = sgd(model)
     x, y = batch_of(8)
     y[:4] = -100
-    count = {"loss": lambda batch: (batch[1] >= 0).sum(), "accuracy": "samples"}
+    count: dict[str, Any] = {"loss": lambda b: (b[1] >= 0).sum(), "accuracy": "samples"}
 
     def losses(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         right = (outputs.argmax(1) == targets).to(outputs.dtype).mean()
