@@ -322,10 +322,9 @@ def _advice(result: Equivalence) -> list[str]:
         )
     if _only_single_samples_differ(result):
         lines.append(
-            "Only cuts with a micro-batch of one sample differ, because a kernel "
-            "treats a single sample differently. Avoid such cuts. (Batch "
-            "normalisation on the CPU does so in torch 2.15; see "
-            "docs/equivalence.md.)"
+            "Only cuts with a micro-batch of one sample differ, because a kernel treats a single "
+            "sample differently. Avoid such cuts. (Batch normalisation on the CPU does so in torch "
+            "2.15; see docs/equivalence.md.)"
         )
     return lines
 
@@ -357,9 +356,8 @@ def _notes(result: Equivalence) -> list[str]:
         )
     if result.held_fixed:
         notes.append(
-            f"Random draws in {_names(result.held_fixed)} had one value for all "
-            "samples, because memfit cannot tell which draw belongs to which "
-            "sample."
+            f"Random draws in {_names(result.held_fixed)} had one value for all samples, because "
+            "memfit cannot tell which draw belongs to which sample."
         )
     if result.changes_batch:
         notes.append("Forward changes the batch in place, so every pass got its own copy.")
@@ -367,15 +365,13 @@ def _notes(result: Equivalence) -> list[str]:
         notes.append(f"Randomness was switched off in {_names(result.switched_off)}.")
     if result.num_jittered_samples:
         notes.append(
-            f"{_counted(result.num_jittered_samples, 'sample')} were copies of "
-            "others. memfit changed them a little, because copies hide layers that "
-            "mix samples."
+            f"{_counted(result.num_jittered_samples, 'sample')} were copies of others. memfit "
+            "changed them a little, because copies hide layers that mix samples."
         )
     if result.num_moved_parameters:
         notes.append(
-            f"{_counted(result.num_moved_parameters, 'parameter')} at zero had "
-            "other values during the check, because zeros hide the gradients of "
-            "other parameters."
+            f"{_counted(result.num_moved_parameters, 'parameter')} at zero had other values "
+            "during the check, because zeros hide the gradients of other parameters."
         )
     notes.append(f"Measured on {result.device} in {result.seconds:.1f} s, torch "
                  f"{result.torch_version}.")  # fmt: skip

@@ -135,43 +135,6 @@ def test_losses_of_one_weight_are_added() -> None:
     assert relative_error(seen.steps[0], expected) < BOUND
 
 
-@pytest.mark.parametrize("weight", ["samples", {"loss": None, "accuracy": "samples"}])
-def test_a_loss_without_a_gradient_is_added_to_the_number_alone(weight: Any) -> None:
-    """An accuracy among the losses changes no gradient, also where nothing else counts."""
-    model = small_model()
-    optimizer = sgd(model)
-    x, y = batch_of(8)
-    y[:4] = -100
-    count: dict[str, Any] = {"loss": lambda b: (b[1] >= 0).sum(), "accuracy": "samples"}
-
-    def losses(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        right = (outputs.argmax(1) == targets).to(outputs.dtype).mean()
-        by_target = F.cross_entropy(outputs, targets)
-        mean = outputs.square().mean()
-        return {"loss": by_target if isinstance(weight, dict) else mean, "accuracy": right}
-
-    expected = full_batch_gradients(model, optimizer, lambda: losses(model(x), y)["loss"])
-    whole = sum(loss.item() for loss in losses(model(x), y).values())
-    seen = GradientRecorder(optimizer)
-    accumulator = Accumulator(
-        model, optimizer, 4, loss=losses, weight=count if isinstance(weight, dict) else weight
-    )
-    assert float(accumulator.step((x, y))) == pytest.approx(whole, rel=1e-12)
-    assert relative_error(seen.steps[0], expected) < BOUND
-
-
-def test_losses_without_any_gradient_get_a_sentence() -> None:
-    """Nothing could be trained."""
-    model = small_model()
-
-    def losses(outputs: torch.Tensor, _targets: torch.Tensor) -> list[torch.Tensor]:
-        return [outputs.detach().mean(), outputs.detach().abs().mean()]
-
-    accumulator = Accumulator(model, sgd(model), 4, loss=losses)
-    with pytest.raises(WorkloadError, match="None of the losses has a gradient"):
-        accumulator.step(batch_of(8))
-
-
 def test_a_sum_is_not_weighted() -> None:
     """Each micro-batch's sum counts unchanged."""
     model = small_model()
