@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -111,7 +112,10 @@ def _constant_parameters(model: nn.Module) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            # A reentrant checkpoint warns of it.
+            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
