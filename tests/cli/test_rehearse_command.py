@@ -79,6 +79,10 @@ def test_cards_are_one_table_and_the_smallest_decides() -> None:
         ),
         (("--gpu", "rtx3060", "--", "pyhton", "train.py"), "There is no command 'pyhton'"),
         (
+            ("--gpu", "rtx3060", "--num-gpus", "0", "--", "python"),
+            "can rehearse 1 to 16 GPUs, not 0",
+        ),
+        (
             ("--gpu", "rtx3060", "--gpu", "h100", "--html", "x.html", "--", "python"),
             "Give one --gpu",
         ),
