@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from memfit._torch_private import pytree
+from memfit.equivalence.exchange import Exchange
 from memfit.equivalence.mixing import (
     MOVED,
     NUM_SAMPLES,
-    Exchange,
     is_inside,
     is_numbers,
     named_layers,

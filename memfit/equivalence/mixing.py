@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from torch import nn
 
 from memfit._torch_private import pytree, version_of
 from memfit.equivalence.blame import Blame, ValuePlace
+from memfit.equivalence.exchange import Exchange
 from memfit.equivalence.randomness import rolled_permutations, seed_all
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.state import same_start
@@ -34,7 +35,6 @@ from memfit.step.calling import call_model
 __all__ = [
     "MOVED",
     "NUM_SAMPLES",
-    "Exchange",
     "MixingSearch",
     "is_inside",
     "is_numbers",
@@ -121,73 +121,6 @@ def _constant_parameters(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Exchange:
-    """The samples of one experiment: some that run, and one that replaces one of them.
-
-    Args:
-        model: The model.
-        samples: All samples.
-        num: How many of them run.
-    """
-
-    model: nn.Module
-    samples: Samples
-    num: int
-
-    def inputs(self, changed: int | None = None) -> Any:
-        """Return the inputs of the samples that run, with one of them replaced."""
-        rows = [self.num if row == changed else row for row in range(self.num)]
-        return self.samples.picked(rows).of(0, self.num)[0]
-
-    @property
-    def all_inputs(self) -> Any:
-        """The inputs of all samples."""
-        return self.samples.of(0, self.samples.num_samples)[0]
-
-    def own_rows(
-        self, tensor: torch.Tensor, longer: torch.Size | None, sample: int
-    ) -> torch.Tensor | None:
-        """Return one sample's part of a layer's output; `None` if the output has no samples."""
-        dim = self._dim(tensor, longer)
-        if dim is None:
-            return None
-        per_sample = tensor.shape[dim] // self.num
-        return tensor.narrow(dim, sample * per_sample, per_sample)
-
-    def apart_in_others(
-        self, old: torch.Tensor, new: torch.Tensor, longer: torch.Size | None, sample: int
-    ) -> float:
-        """Return the distance of two outputs in all samples but one."""
-        dim = self._dim(old, longer)
-        if dim is None:
-            return float(torch.linalg.vector_norm(new - old))
-        size = old.shape[dim]
-        start, stop = (size // self.num * place for place in (sample, sample + 1))
-        others = [(at, end - at) for at, end in ((0, start), (stop, size)) if at < end]
-        return math.hypot(
-            *(
-                float(torch.linalg.vector_norm(new.narrow(dim, *span) - old.narrow(dim, *span)))
-                for span in others
-            )
-        )
-
-    def by_row(self, difference: torch.Tensor, longer: torch.Size | None) -> torch.Tensor:
-        """Return the largest change of each row; of each element, if there are no samples."""
-        dim = self._dim(difference, longer)
-        if dim is None or difference.ndim == 1:
-            return difference.abs()
-        return difference.abs().movedim(dim, 0).flatten(1).amax(1)
-
-    def _dim(self, tensor: torch.Tensor, longer: torch.Size | None) -> int | None:
-        """Return the dimension of a layer's output that has the samples."""
-        if longer is None or len(longer) != tensor.ndim:
-            return None
-        sizes = enumerate(zip(tensor.shape, longer, strict=True))
-        num, more = self.num, self.samples.num_samples
-        return next((dim for dim, (a, b) in sizes if a != b and a * more == b * num), None)
-
-
 def _mixing_layers(model: nn.Module, one: Exchange, close: float) -> tuple[MixingLayer, ...]:
     longer = _shapes(model, one.all_inputs)
     before: dict[ValuePlace, torch.Tensor] = {}
@@ -207,7 +140,7 @@ def _mixing_layers(model: nn.Module, one: Exchange, close: float) -> tuple[Mixin
 
     MixingSearch(note, is_repeating=True).run(model, one.inputs())
     last.clear()
-    run = _Run(before=before, longer=longer, close=close)
+    run = _Run(before=before, longer=longer, close=close, of_one=_of_one_sample(before, longer))
     found, inside = _found(one, run)
     if inside:
         # Some layers sort samples by their values, and put them back: a mixture of experts. So a
@@ -256,13 +189,36 @@ class _Run:
         before: The values of the unchanged batch.
         longer: The shapes of the values of a larger batch.
         close: The largest change that counts as rounding.
+        of_one: Layers and calls that pass on values of single samples.
         unseen: Layers that are judged by their outputs alone.
     """
 
     before: dict[ValuePlace, torch.Tensor]
     longer: dict[ValuePlace, torch.Size]
     close: float
+    of_one: frozenset[tuple[str, int, str]]
     unseen: frozenset[str] = frozenset()
+
+
+def _of_one_sample(
+    before: Mapping[ValuePlace, torch.Tensor], longer: Mapping[ValuePlace, torch.Size]
+) -> frozenset[tuple[str, int, str]]:
+    """Return the places whose values belong to single samples.
+
+    A list of images has one value more for one sample more. A loop over samples has more calls. It
+    cannot be told which sample such a value belongs to, so it is not judged and not put back.
+    """
+
+    def counted(places: Mapping[ValuePlace, object]) -> tuple[Counter[Any], Counter[Any]]:
+        calls = {(layer, call) for layer, call, _, _ in places}
+        return Counter(place[:3] for place in places), Counter(layer for layer, _ in calls)
+
+    (values, calls), (more_values, more_calls) = counted(before), counted(longer)
+    return frozenset(
+        place
+        for place in values
+        if values[place] != more_values[place] or calls[place[0]] != more_calls[place[0]]
+    )
 
 
 def _found(one: Exchange, run: _Run) -> tuple[dict[str, float], frozenset[str]]:
@@ -409,7 +365,7 @@ def _suspects(one: Exchange, sample: int, run: _Run) -> dict[ValuePlace, _Suspec
 
     def compare(maker: str, key: ValuePlace, leaf: torch.Tensor) -> torch.Tensor:
         old = run.before.get(key)
-        if is_unseen(maker, key, run.unseen):
+        if is_unseen(maker, key, run.unseen) or key[:3] in run.of_one:
             return leaf
         other_shape = old is not None and old.shape != leaf.shape
         maker = blame.of(maker, key, has_other_shape=other_shape)

@@ -170,3 +170,38 @@ class _StepsInside(nn.Module):
 def test_a_model_that_differentiates_by_its_own_weights() -> None:
     """The search needs their gradients, and finds that a step on the batch mixes samples."""
     assert mixers_of(nn.Sequential(nn.Linear(WIDTH, WIDTH), _StepsInside()), WIDTH) == ["1"]
+
+
+class _Listed(nn.Module):
+    """Takes a list of samples, as detectors do, and normalises over all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, *samples: torch.Tensor) -> torch.Tensor:
+        each = [self.first(one[None]) for one in samples]
+        result: torch.Tensor = self.norm(torch.cat(each))
+        return result
+
+
+class _Detector(nn.Module):
+    """Passes its list of samples on to another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Listed()
+
+    def forward(self, samples: list[torch.Tensor]) -> torch.Tensor:
+        result: torch.Tensor = self.inner(*samples)
+        return result
+
+
+def test_a_layer_that_mixes_samples_of_a_list() -> None:
+    """Single samples are passed on as they are, so that the batch norm behind them is named."""
+    batch = (list(samples_of(WIDTH).batch), torch.arange(NUM_SAMPLES))
+    layout = Layout.of(batch, num_samples=NUM_SAMPLES)
+    samples = Samples(batch=batch, layout=layout, split=lambda batch: ((batch[0],), ()))
+    found = mixing_layers(_Detector().double(), samples)
+    assert [mixer.name for mixer in found] == ["inner.norm"]
