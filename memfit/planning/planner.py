@@ -113,6 +113,7 @@ def plan_on(
         step = with_precision(step, backend)
         if not target.chooses_blocks:
             return _planned(backend, step, target, progress)
+        start = time.perf_counter()
         chosen = recomputed(
             backend,
             step,
@@ -127,7 +128,10 @@ def plan_on(
         plan = _planned(backend, chosen.step, target, progress)
         remark = _NOTHING_AGAIN if chosen.found is None else _how_to(chosen.found)
         return dataclasses.replace(
-            plan, recomputation=chosen.found, remarks=(*plan.remarks, remark)
+            plan,
+            recomputation=chosen.found,
+            remarks=(*plan.remarks, remark),
+            seconds=time.perf_counter() - start,
         )
 
 
