@@ -93,7 +93,7 @@ def _profile(found: MemoryProfile) -> Short:
                 if share.num_bytes
             ),
         ),
-        note=said if found.message is None else f"{said} It does not fit: {found.message}",
+        note=said if found.message is None else f"{said} {found.message}",
     )
 
 

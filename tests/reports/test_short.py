@@ -149,11 +149,11 @@ def test_what_is_found_about_a_step_is_short_too() -> None:
         num_known=1371,
         accuracy_source="timm",
     )
-    unfit = dataclasses.replace(PROFILE, message="3 GiB are missing.")
+    unfit = dataclasses.replace(PROFILE, message="It does not fit: 3 GiB are missing.")
     for record, signs in (
         (EQUAL, ("equal: vit_tiny at 8 x 4", "2e-15", "0 of 3", "fp32")),
         (PROFILE, ("peak", "activations saved for backward", "%", PROFILE.device)),
-        (unfit, ("It does not fit: 3 GiB are missing.",)),
+        (unfit, ("not measured. It does not fit: 3 GiB are missing.",)),
         (
             exploration,
             ("as it is", "bf16 weights", "50", "Tried, and no more fits. optimizer lion"),
