@@ -193,6 +193,7 @@ class _Run:
     def _carry_out(self, event: Event, num_bytes: int, growth: float) -> None:
         if event.action is Action.USER_DEFINED:
             self._marks.append((event.origin, len(self._allocated)))
+            self._allocator.carry_out(event.action, event.id, num_bytes)
             return
         if event.action in (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM):
             if not self._allocate(event, num_bytes, growth):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memfit.cards import find_gpu
+from memfit.simulation.allocator.addresses import HANDLE_BYTES, Addresses
 
 from .conftest import Rehearsed
 
@@ -177,3 +178,48 @@ def test_the_asynchronous_backend_holds_and_fails_as_a_pool(rehearsed: Rehearsed
         "trimmed": 0,
         "fits": False,
     }
+
+
+def test_memory_lies_where_the_simulation_puts_it(rehearsed: Rehearsed) -> None:
+    """The device and the simulation place memory by one rule, before and after the first kernel."""
+    sizes = [20, 2, 30, 20, 40, 2, 14, 196, 2, 12, 20, 20, 50, 26, 6, 100, 8, 20, 2, 34] * 6
+    seen = rehearsed(
+        f"""
+        sizes = {sizes}
+        taken, places = [], []
+        def take(num_mib):
+            pointer = ctypes.c_void_p()
+            assert device.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(num_mib * MIB)) == 0
+            taken.append(pointer.value)
+            places.append(pointer.value)
+        kernels = torch.empty(1, device="cuda")
+        first = kernels.data_ptr()
+        for number, num_mib in enumerate(sizes):
+            if number == 40:
+                kernels.add_(1)
+            if number == 60:
+                handle = ctypes.c_void_p()
+                assert device.cublasCreate_v2(ctypes.byref(handle)) == 0
+            if number % 3 == 2:
+                gone = taken.pop(number * 7 % len(taken))
+                assert device.cudaFree(ctypes.c_void_p(gone)) == 0
+            take(num_mib)
+        answer(places=[place - first for place in places])
+        """,
+        memory="20GiB",
+    )
+
+    addresses = Addresses()
+    first = addresses.place(2 * MIB)
+    taken: list[tuple[int, int]] = []
+    places = []
+    for number, num_mib in enumerate(sizes):
+        if number == 40:
+            addresses.run_kernels()
+        if number == 60:
+            addresses.place(HANDLE_BYTES)
+        if number % 3 == 2:
+            addresses.vacate(*taken.pop(number * 7 % len(taken)))
+        taken.append((addresses.place(num_mib * MIB), num_mib * MIB))
+        places.append(taken[-1][0] - first)
+    assert seen["places"] == places

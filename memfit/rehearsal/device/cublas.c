@@ -4,6 +4,11 @@
 #include <string.h>
 
 #include "libraries.h"
+#include "memory.h"
+
+/* What a handle takes of the addresses, beside the workspace that torch gives it: seen on an H100 (see
+   addresses.c). Its bytes are in the context's. */
+#define HANDLE_BYTES (64 * MIB)
 
 enum { CUBLAS_INVALID_VALUE = 7, CUBLAS_NOT_SUPPORTED = 15 };
 
@@ -41,8 +46,20 @@ X(Drotmg_v2) X(RotgEx) X(RotmgEx) X(Srotmg_v2) X(Uint8gemmBias)
     ANSWERS_INT(cublasS##name, k) ANSWERS_INT(cublasD##name, k) ANSWERS_INT(cublasC##name, k) ANSWERS_INT(cublasZ##name, k)
 RIGHT(geqrfBatched, 6) RIGHT(gelsBatched, 9) RIGHT(getrsBatched, 9)
 
-API Status cublasCreate_v2(Handle **handle) { return create_handle(handle); }
-API Status cublasDestroy_v2(Handle *handle) { return destroy_handle(handle); }
+API Status cublasCreate_v2(Handle **handle) {
+    Status status = create_handle(handle);
+    if (status) return status;
+    device_lock();
+    (*handle)->held = take_addresses(HANDLE_BYTES, current_device());
+    device_unlock();
+    return OK;
+}
+API Status cublasDestroy_v2(Handle *handle) {
+    device_lock();
+    if (handle->held) give_addresses(handle->held);
+    device_unlock();
+    return destroy_handle(handle);
+}
 API Status cublasSetStream_v2(Handle *handle, void *stream) { return set_stream(handle, stream); }
 API Status cublasGetStream_v2(const Handle *handle, void **stream) { return get_stream(handle, stream); }
 RETURNS(cublasSetWorkspace_v2, OK)

@@ -93,7 +93,7 @@ Status fail(Status error); /* remembers it for cudaGetLastError, and returns it 
 const char *error_name(int error, int is_driver);
 const char *error_text(int error);
 
-/* memory.c: to be called with the lock held, save `is_device_pointer` and `device_of`. */
+/* memory.c, addresses.c: to be called with the lock held, save `is_device_pointer` and `device_of`. */
 typedef struct {
     size_t total_bytes, used_bytes, peak_bytes; /* used: without the context and the others */
     size_t free_bytes;                          /* as cudaMemGetInfo says */
@@ -114,6 +114,9 @@ int device_of(const void *pointer); /* -1 for the host's */
    does not count as a read of the device: a library's functions call it. */
 int device_copy(void *to, const void *from, size_t num_bytes);
 void device_fill(void *to, int byte, size_t num_bytes);
+
+/* addresses.c */
+void run_kernels(int device); /* the driver gives up addresses at the first kernel; takes the lock */
 
 /* kernels.c, streams.c */
 void count_launch(void *stream); /* a kernel, or a library's call, was put on a stream */

@@ -10,6 +10,7 @@ typedef struct {
     void *stream;
     int pointer_mode, math_mode, atomics_mode, sm_count, emulation[5];
     int *mantissa_bits;
+    void *held; /* addresses of cuBLAS's own */
 } Handle;
 
 /* libraries.c */

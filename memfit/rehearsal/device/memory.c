@@ -1,28 +1,15 @@
-/* Device memory: addresses, the budget, cudaMalloc and cudaFree.
+/* Device memory: the budget, cudaMalloc and cudaFree. addresses.c says where it lies.
 
-   Addresses are reserved without access, so a card of any size costs nothing. The budget is the
-   card's total, less the context and what other processes hold. Allocations of 1 MiB and more take
-   whole pages of 2 MiB; smaller ones share pages, as they do with the real driver. */
+   The budget is the card's total, less the context and what other processes hold. Allocations of 1
+   MiB and more take whole pages of 2 MiB; smaller ones share pages, as they do with the real
+   driver. */
 #include "memory.h"
 #include "streams.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define SMALL_BYTES (1 * MIB)
-#define LARGEST_SPACE ((size_t)16 << 40)
-#define SMALLEST_SPACE ((size_t)64 << 30)
-
-char *space;
-size_t space_bytes;
-Page *pages;
-
-typedef struct {
-    uint32_t first, count; /* pages */
-} Range;
-static Range *ranges; /* in the order of their addresses */
-static size_t num_ranges, room_ranges;
 
 typedef struct {
     char *base;
@@ -36,93 +23,6 @@ static struct {
     size_t used, peak, missing, num_failures;
     int is_touched;
 } devices[MAX_DEVICES];
-
-size_t whole_pages(size_t num_bytes) { return (num_bytes + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1); }
-
-static int reserve_space(void) {
-    for (size_t size = LARGEST_SPACE; size >= SMALLEST_SPACE; size /= 2) {
-        char *at = mmap(0, size + PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (at == MAP_FAILED) continue;
-        size_t table = size / PAGE_BYTES * sizeof(Page);
-        void *entries = mmap(0, table, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (entries == MAP_FAILED) {
-            munmap(at, size + PAGE_BYTES);
-            continue;
-        }
-        pages = entries;
-        space_bytes = size;
-        __atomic_store_n(&space, (char *)(((uintptr_t)at + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1)), __ATOMIC_RELEASE);
-        return 1;
-    }
-    return 0;
-}
-
-int is_device_pointer(const void *pointer) {
-    const char *base = __atomic_load_n(&space, __ATOMIC_ACQUIRE);
-    return base && (const char *)pointer >= base && (const char *)pointer < base + space_bytes;
-}
-
-int device_of(const void *pointer) {
-    if (!is_device_pointer(pointer)) return -1;
-    int owner = pages[(size_t)((const char *)pointer - space) / PAGE_BYTES].owner;
-    return owner ? owner - 1 : 0;
-}
-
-void set_owner(const void *pointer, size_t num_bytes, int device) {
-    size_t first = (size_t)((const char *)pointer - space) / PAGE_BYTES;
-    for (size_t i = 0; i < num_bytes / PAGE_BYTES; i++) pages[first + i].owner = (uint8_t)(device + 1);
-}
-
-static void *grown(void *table, size_t *room, size_t used, size_t entry) {
-    if (used < *room) return table;
-    size_t wanted = *room ? 2 * *room : 256;
-    void *larger = realloc(table, wanted * entry);
-    if (larger) *room = wanted;
-    return larger;
-}
-
-char *take_addresses(size_t num_bytes, int device) {
-    if (!space && !reserve_space()) return 0;
-    size_t count = whole_pages(num_bytes) / PAGE_BYTES, at = 0, i = 0;
-    for (; i < num_ranges; at = ranges[i].first + ranges[i].count, i++)
-        if (ranges[i].first - at >= count) break;
-    if (count == 0 || at + count > space_bytes / PAGE_BYTES) return 0;
-    Range *larger = grown(ranges, &room_ranges, num_ranges, sizeof *ranges);
-    if (!larger) return 0;
-    ranges = larger;
-    memmove(ranges + i + 1, ranges + i, (num_ranges++ - i) * sizeof *ranges);
-    ranges[i] = (Range){(uint32_t)at, (uint32_t)count};
-    char *base = space + at * PAGE_BYTES;
-    set_owner(base, count * PAGE_BYTES, device);
-    return base;
-}
-
-static Range *range_at(const void *pointer) {
-    if (!is_device_pointer(pointer)) return 0;
-    size_t page = (size_t)((const char *)pointer - space) / PAGE_BYTES, low = 0, high = num_ranges;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        if (ranges[middle].first + ranges[middle].count <= page) low = middle + 1;
-        else high = middle;
-    }
-    return low < num_ranges && ranges[low].first <= page ? &ranges[low] : 0;
-}
-
-size_t addresses_at(const void *pointer, char **base) {
-    Range *range = range_at(pointer);
-    if (!range) return 0;
-    if (base) *base = space + range->first * PAGE_BYTES;
-    return range->count * PAGE_BYTES;
-}
-
-int give_addresses(void *base) {
-    Range *range = range_at(base);
-    if (!range || space + range->first * PAGE_BYTES != (char *)base) return 0;
-    forget_contents(base, range->count * PAGE_BYTES);
-    set_owner(base, range->count * PAGE_BYTES, -1);
-    memmove(range, range + 1, (size_t)(ranges + --num_ranges - range) * sizeof *range);
-    return 1;
-}
 
 static size_t taken_by_process(int device) {
     return devices[device].used + (devices[device].is_touched ? card()->context_bytes : 0);
@@ -253,8 +153,6 @@ static int give_small(void *pointer) {
     }
     return 1;
 }
-
-char *context_addresses(size_t num_bytes) { return take_addresses(num_bytes, current_device()); }
 
 /* ---- what programs call */
 

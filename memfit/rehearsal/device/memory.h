@@ -1,5 +1,5 @@
-/* Addresses and contents of device memory: what memory.c, contents.c, virtual_memory.c and pools.c
-   share. Call everything here with the lock held, unless its comment says otherwise. */
+/* Addresses and contents of device memory: what addresses.c, memory.c, contents.c, virtual_memory.c
+   and pools.c share. Call everything here with the lock held, unless its comment says otherwise. */
 #ifndef MEMFIT_MEMORY_H
 #define MEMFIT_MEMORY_H
 
@@ -17,6 +17,7 @@ typedef struct {
     uint8_t is_kept;  /* its contents are in the host's memory */
 } Page;
 
+/* addresses.c */
 extern char *space; /* the first address; null until the first allocation */
 extern size_t space_bytes;
 extern Page *pages; /* of the whole space */
@@ -26,6 +27,9 @@ char *take_addresses(size_t num_bytes, int device);      /* whole pages; -1: of 
 size_t addresses_at(const void *pointer, char **base);   /* the range around it; 0: none */
 int give_addresses(void *base);                          /* 0: nothing begins there */
 void set_owner(const void *pointer, size_t num_bytes, int device);
+void *grown(void *table, size_t *room, size_t used, size_t entry); /* with room for one more; null: as it was */
+
+/* memory.c */
 Status charge(int device, size_t num_bytes);             /* of the budget; OUT_OF_MEMORY */
 void refund(int device, size_t num_bytes);
 size_t small_room(const void *pointer, char **base);     /* the small allocation around it; 0: none */

@@ -78,6 +78,7 @@ static Status wait_for(void *handle) {
 
 void count_launch(void *stream) {
     __atomic_add_fetch(&num_launches, 1, __ATOMIC_RELAXED);
+    run_kernels(current_device());
     add_node(stream, 0, 0);
 }
 API uint64_t memfit_rehearsal_num_launches(void) { return num_launches; }

@@ -39,7 +39,7 @@ void **last_node_slot(Graph *graph);
 void free_graph(Graph *graph);
 void bury(void); /* without the lock, after free_graph: destroys what was kept for the graph alone */
 
-/* copies.c and memory.c */
+/* copies.c and addresses.c */
 Status copy_now(void *to, const void *from, size_t num_bytes);
 Status copy_later(void *to, const void *from, size_t num_bytes, void *stream);
 char *context_addresses(size_t num_bytes); /* outside the budget: with the lock held */

@@ -7,52 +7,26 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from memfit.simulation.allocator.addresses import Addresses
+
 __all__ = ["Block", "DeviceMemory", "Pool", "absorb", "split"]
 
 
 class DeviceMemory:
-    """Counts the bytes that are taken from a device, and places them at the lowest addresses.
-
-    The driver uses addresses again that were given back. The rehearsed device does the same. The
-    address decides which of two free blocks of the same size is taken.
+    """Counts the bytes that are taken from a device, and has their addresses.
 
     Args:
         capacity_bytes: Bytes that the device has; infinity for no limit.
     """
 
-    __slots__ = ("_end", "_holes", "capacity_bytes", "num_calls", "peak_bytes", "taken_bytes")
+    __slots__ = ("addresses", "capacity_bytes", "num_calls", "peak_bytes", "taken_bytes")
 
     def __init__(self, capacity_bytes: float) -> None:
         self.capacity_bytes = capacity_bytes
         self.taken_bytes = 0
         self.peak_bytes = 0
         self.num_calls = 0
-        self._end = 0
-        # The free addresses below the end, as (start, bytes), in order.
-        self._holes: list[tuple[int, int]] = []
-
-    def place(self, num_bytes: int) -> int:
-        """Return the lowest free address with room for so many bytes, and take it."""
-        for index, (start, size) in enumerate(self._holes):
-            if size > num_bytes:
-                self._holes[index] = (start + num_bytes, size - num_bytes)
-                return start
-            if size == num_bytes:
-                del self._holes[index]
-                return start
-        start, self._end = self._end, self._end + num_bytes
-        return start
-
-    def vacate(self, address: int, num_bytes: int) -> None:
-        """Give addresses back."""
-        index = bisect_left(self._holes, (address,))
-        if index < len(self._holes) and self._holes[index][0] == address + num_bytes:
-            num_bytes += self._holes.pop(index)[1]
-        if index and sum(self._holes[index - 1]) == address:
-            address, before = self._holes.pop(index - 1)
-            num_bytes += before
-            index -= 1
-        self._holes.insert(index, (address, num_bytes))
+        self.addresses = Addresses()
 
     def take(self, num_bytes: int) -> bool:
         """Take memory if there is enough. Return whether it was taken."""

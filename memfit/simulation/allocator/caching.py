@@ -19,6 +19,7 @@ from typing import Final
 
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
+from memfit.simulation.allocator.addresses import HANDLE_BYTES
 from memfit.simulation.allocator.blocks import Block, DeviceMemory, Pool, absorb, split
 from memfit.simulation.allocator.expandable import expand, preferred, unmap
 from memfit.simulation.allocator.segments import Segment, lay_out
@@ -175,6 +176,8 @@ class CachingAllocator:
     def carry_out(self, action: Action, block_id: int, num_bytes: int) -> bool:
         """Carry out one action. Actions on segments do nothing, because segments are computed here.
 
+        A phase that begins runs kernels.
+
         Args:
             action: The action.
             block_id: The id of the allocation.
@@ -199,6 +202,8 @@ class CachingAllocator:
                 return False
         elif action is Action.EMPTY_CACHE:
             self.empty_cache()
+        elif action is Action.USER_DEFINED:
+            self._run_kernels()
         return True
 
     def allocate(self, block_id: int, num_bytes: int) -> None:
@@ -344,7 +349,7 @@ class CachingAllocator:
         segment = self._segment_bytes(size)
         if not self._device.take(segment):
             return None
-        return Block(self._device.place(segment), segment, pool)
+        return Block(self._device.addresses.place(segment), segment, pool)
 
     def _segment_bytes(self, size: int) -> int:
         if size <= SMALL_REQUEST_BYTES:
@@ -376,7 +381,7 @@ class CachingAllocator:
     def _release(self, block: Block) -> None:
         block.pool.remove(block)
         self._device.give_back(block.size)
-        self._device.vacate(block.address, block.size)
+        self._device.addresses.vacate(block.address, block.size)
 
     def _release_available(self, pool: Pool, size: int) -> bool:
         """With `max_split_size_mb`, give back just enough oversized blocks for a request."""
@@ -394,6 +399,12 @@ class CachingAllocator:
             self._release(block)
             released += block.size
         return released >= wanted
+
+    def _run_kernels(self) -> None:
+        addresses = self._device.addresses
+        if addresses.run_kernels():
+            # cuBLAS's first handle is made soon after.
+            addresses.place(HANDLE_BYTES)
 
     def _collect_garbage(self) -> None:
         """Give back free segments that were unused for longer than the average."""

@@ -257,18 +257,3 @@ def test_constants_are_those_of_the_installed_torch() -> None:
         "kRoundLarge": module.SEGMENT_ROUNDING_BYTES,
     }
     assert {name: constants[name] for name in ours} == ours
-
-
-def test_addresses_are_used_again() -> None:
-    """New memory lies at the lowest addresses that were given back and that have room."""
-    allocator = CachingAllocator()
-    for number, size in enumerate((20, 40, 30, 50)):
-        allocator.allocate(number, size * MIB)
-    assert [allocator.address_of(number) // MIB for number in range(4)] == [0, 20, 60, 90]
-    for number in (1, 2):
-        allocator.free(number)
-    allocator.empty_cache()
-    allocator.allocate(4, 60 * MIB)
-    allocator.allocate(5, 80 * MIB)
-    allocator.allocate(6, 10 * MIB)
-    assert [allocator.address_of(number) // MIB for number in (4, 5, 6)] == [20, 140, 80]
