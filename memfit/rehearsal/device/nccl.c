@@ -224,8 +224,20 @@ RETURNS(ncclRedOpDestroy, OK)
 
 /* ---- collectives ---- */
 
+/* torch's watchdog keeps what a collective wrote until it next looks, which it does ten times a second.
+   A first step on a card takes longer than that, so the gradients' first buckets are gone when DDP
+   makes new ones. Here a step takes a few hundredths of a second. So the first broadcast after a
+   reduction, which is that of the new buckets, waits for the watchdog. Seen on an H100 with torch
+   2.11.0+cu130 on 2026-11-27. */
+static int has_reduced, has_waited;
+static void wait_for_watchdog(void) {
+    if (!__atomic_load_n(&has_reduced, __ATOMIC_RELAXED) || __atomic_exchange_n(&has_waited, 1, __ATOMIC_RELAXED)) return;
+    nanosleep(&(struct timespec){.tv_nsec = 250000000}, NULL);
+}
+
 API Status ncclAllReduce(const void *from, void *to, size_t count, int type, int operation, const Communicator *comm, void *stream) {
     collective_reduce(to, from, count, type, operation, comm->num_ranks);
+    __atomic_store_n(&has_reduced, 1, __ATOMIC_RELAXED);
     count_launch(stream);
     return OK;
 }
@@ -242,6 +254,7 @@ API Status ncclReduceScatter(const void *from, void *to, size_t count, int type,
 }
 API Status ncclBroadcast(const void *from, void *to, size_t count, int type, int root, const Communicator *comm, void *stream) {
     size_t bytes = count * collective_type_bytes(type);
+    wait_for_watchdog();
     if (root == comm->rank || from != to) collective_copy(to, from, bytes, 1);
     is_remembered((Message){to, from, bytes, root, comm});
     count_launch(stream);

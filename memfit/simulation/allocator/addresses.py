@@ -57,7 +57,9 @@ class _Region:
             return None
         start, size = best
         at = self.holes.index(best)
-        self.holes[at : at + 1] = [(start + num_bytes, size - num_bytes)] if size > num_bytes else []
+        self.holes[at : at + 1] = (
+            [(start + num_bytes, size - num_bytes)] if size > num_bytes else []
+        )
         return start
 
     def give_back(self, address: int, num_bytes: int) -> None:
