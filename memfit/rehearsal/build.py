@@ -1,7 +1,7 @@
 """Compiles the library of the rehearsed device, or finds the one in the wheel.
 
 At the first use, the library is compiled with the system's C compiler into the user's cache
-(`memfit.compiling`).
+(`memfit.user_cache`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from memfit.compiling import compile_into_cache, compiler, run_compiler
 from memfit.errors import UnsupportedError
+from memfit.user_cache import compile_into_cache, compiler, run_compiler
 
 __all__ = [
     "LIBRARY",

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.cards import Gpu, find_gpu
-from memfit.compiling import compiler
 from memfit.records import Action, Event
 from memfit.simulation.allocator import compiled as module
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
@@ -23,6 +22,7 @@ from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.program import Allocator
 from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.units import KIB, MIB
+from memfit.user_cache import compiler
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or compiler() is None, reason="needs Linux and a C compiler"

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from memfit.compiling import compile_into_cache, compiler, run_compiler
 from memfit.errors import UnsupportedError
 from memfit.records import Action
 from memfit.simulation.allocator.caching import (
@@ -27,6 +26,7 @@ from memfit.simulation.allocator.caching import (
     CachingAllocator,
 )
 from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.user_cache import compile_into_cache, compiler, run_compiler
 
 __all__ = [
     "LIBRARY",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 LIBRARY = "libmemfit_replay.so"
-_SOURCE = Path(__file__).with_name("replay.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("replay.c", "addresses.h", "live.h"))
 _CARRIED = Path(__file__).with_name("lib")
 # Without contraction, products and sums are rounded as Python rounds them.
 _COMPILING = ("-std=gnu11", "-O2", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-shared")
@@ -49,6 +49,8 @@ _CODES: Final = {
     Action.TRY_ALLOC: 2,
     Action.ALLOC_IF_ROOM: 3,
     Action.EMPTY_CACHE: 4,
+    # A phase that begins runs kernels.
+    Action.USER_DEFINED: 6,
 }
 _CHANGEABLE_PLAN: Final = 5
 _ENDED, _OUT_OF_MEMORY, _PLAN_FINDS_NO_ROOM = range(3)
@@ -81,7 +83,7 @@ class EventTable:
     def __init__(
         self, lines: Sequence[tuple[Action, int, int, float]], needs: dict[int, int]
     ) -> None:
-        # Actions on segments, and marks, change nothing.
+        # Actions on segments change nothing.
         self.positions = [at for at, line in enumerate(lines) if line[0] in _CODES]
         told = [(*lines[at], needs.get(at, _NO_NEED)) for at in self.positions]
         self._lists = (
@@ -232,7 +234,8 @@ def carried_folder(root: Path) -> Path:
 def source_digest() -> str:
     """Return a digest of the source and of the way in which it is compiled."""
     digest = hashlib.sha256(" ".join(_COMPILING).encode())
-    digest.update(_SOURCE.read_bytes())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:20]
 
 
@@ -249,7 +252,8 @@ def compile_library(folder: Path, command: tuple[str, ...], *, flags: tuple[str,
     """
     target = str(folder / LIBRARY)
     run_compiler(
-        [*command, *_COMPILING, *flags, "-o", target, str(_SOURCE)], makes="the replay of a step"
+        [*command, *_COMPILING, *flags, "-o", target, str(_SOURCES[0])],
+        makes="the replay of a step",
     )
 
 

@@ -12,8 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "addresses.h"
+#include "live.h"
+
 #define EXPORTED __attribute__((visibility("default")))
-#define MIB ((int64_t)1 << 20)
 
 enum {
     MIN_BLOCK_BYTES = 512,
@@ -26,7 +28,7 @@ static const int64_t MIN_OWN_SEGMENT_BYTES = 10 * MIB;
 static const int64_t SEGMENT_ROUNDING_BYTES = 2 * MIB;
 
 /* What an event does, as `_CODES` in __init__.py numbers it. */
-enum { ALLOC, FREE_COMPLETED, TRY_ALLOC, ALLOC_IF_ROOM, EMPTY_CACHE, CHANGEABLE_PLAN };
+enum { ALLOC, FREE_COMPLETED, TRY_ALLOC, ALLOC_IF_ROOM, EMPTY_CACHE, CHANGEABLE_PLAN, RUN_KERNELS };
 /* How a stretch of events ended, as `_Ending` in __init__.py numbers it. */
 enum { ENDED, OUT_OF_MEMORY, PLAN_FINDS_NO_ROOM, NO_HOST_MEMORY };
 
@@ -52,16 +54,6 @@ struct Pool {
     bool is_small;
 };
 
-typedef struct {
-    int64_t start, size;
-} Hole;
-
-/* The blocks in use by their ids: open addressing, at most half full. */
-typedef struct {
-    int64_t id;
-    Block *block;
-} Slot;
-
 typedef struct Chunk Chunk;
 struct Chunk {
     Chunk *next;
@@ -70,13 +62,11 @@ struct Chunk {
 
 typedef struct {
     int64_t capacity, large_segment;
-    int64_t taken, peak_taken, device_calls, end;
+    int64_t taken, peak_taken, device_calls;
     int64_t requested, allocated, peak_requested, peak_allocated, retries;
     Pool small, large;
-    Hole *holes; /* The free addresses below the end, in order. */
-    int64_t num_holes, room_for_holes;
-    Slot *slots;
-    int64_t num_live, num_slots;
+    Addresses addresses;
+    Live live;
     Chunk *chunks;
     Block *unused;
     bool has_no_host_memory;
@@ -168,7 +158,7 @@ static void put_in(Allocator *self, Block *block)
     block->is_free = true;
 }
 
-/* --- the device: bytes and addresses ---------------------------------------------------------- */
+/* --- the device's bytes ----------------------------------------------------------------------- */
 
 static bool take(Allocator *self, int64_t size)
 {
@@ -179,118 +169,6 @@ static bool take(Allocator *self, int64_t size)
     if (self->taken > self->peak_taken)
         self->peak_taken = self->taken;
     return true;
-}
-
-static void delete_hole(Allocator *self, int64_t index)
-{
-    self->num_holes--;
-    memmove(&self->holes[index], &self->holes[index + 1],
-            (size_t)(self->num_holes - index) * sizeof(Hole));
-}
-
-/* The lowest free address with room for so many bytes. */
-static int64_t place(Allocator *self, int64_t size)
-{
-    for (int64_t index = 0; index < self->num_holes; index++) {
-        Hole *hole = &self->holes[index];
-        if (hole->size < size)
-            continue;
-        int64_t start = hole->start;
-        if (hole->size == size) {
-            delete_hole(self, index);
-        } else {
-            hole->start += size;
-            hole->size -= size;
-        }
-        return start;
-    }
-    int64_t start = self->end;
-    self->end += size;
-    return start;
-}
-
-static void vacate(Allocator *self, int64_t address, int64_t size)
-{
-    int64_t index = 0;
-    while (index < self->num_holes && self->holes[index].start < address)
-        index++;
-    if (index < self->num_holes && self->holes[index].start == address + size) {
-        size += self->holes[index].size;
-        delete_hole(self, index);
-    }
-    if (index && self->holes[index - 1].start + self->holes[index - 1].size == address) {
-        self->holes[index - 1].size += size;
-        return;
-    }
-    if (!reserve(self, (void **)&self->holes, &self->room_for_holes, self->num_holes, sizeof(Hole)))
-        return;
-    memmove(&self->holes[index + 1], &self->holes[index],
-            (size_t)(self->num_holes - index) * sizeof(Hole));
-    self->holes[index] = (Hole){address, size};
-    self->num_holes++;
-}
-
-/* --- blocks in use, by id --------------------------------------------------------------------- */
-
-static int64_t home_of(const Allocator *self, int64_t id)
-{
-    uint64_t mixed = (uint64_t)id * 0x9E3779B97F4A7C15u;
-    return (int64_t)((mixed ^ (mixed >> 32)) & (uint64_t)(self->num_slots - 1));
-}
-
-/* The slot of an id, or the empty slot where it would be. */
-static Slot *slot_of(Allocator *self, int64_t id)
-{
-    int64_t index = home_of(self, id);
-    while (self->slots[index].block && self->slots[index].id != id)
-        index = (index + 1) & (self->num_slots - 1);
-    return &self->slots[index];
-}
-
-static bool remember(Allocator *self, int64_t id, Block *block)
-{
-    if (2 * (self->num_live + 1) > self->num_slots) {
-        Slot *old = self->slots;
-        int64_t num_old = self->num_slots;
-        int64_t more = num_old ? 2 * num_old : FIRST_ROOM;
-        Slot *grown = calloc((size_t)more, sizeof(Slot));
-        if (!grown) {
-            self->has_no_host_memory = true;
-            return false;
-        }
-        self->slots = grown;
-        self->num_slots = more;
-        for (int64_t index = 0; index < num_old; index++)
-            if (old[index].block)
-                *slot_of(self, old[index].id) = old[index];
-        free(old);
-    }
-    Slot *slot = slot_of(self, id);
-    self->num_live += !slot->block;
-    *slot = (Slot){id, block};
-    return true;
-}
-
-/* Takes an id out. The ids behind it move up, so that none is cut off from its home. */
-static Block *forget(Allocator *self, int64_t id)
-{
-    if (!self->num_slots)
-        return NULL;
-    Slot *slot = slot_of(self, id);
-    Block *block = slot->block;
-    if (!block)
-        return NULL;
-    self->num_live--;
-    int64_t mask = self->num_slots - 1, hole = slot - self->slots;
-    for (int64_t index = (hole + 1) & mask; self->slots[index].block; index = (index + 1) & mask) {
-        int64_t home = home_of(self, self->slots[index].id);
-        if (((index - home) & mask) >= ((index - hole) & mask)) {
-            self->slots[hole] = self->slots[index];
-            hole = index;
-        }
-    }
-    self->slots[hole].block = NULL;
-    return block;
 }
 
 /* --- the allocator ---------------------------------------------------------------------------- */
@@ -309,7 +187,12 @@ static Block *from_device(Allocator *self, Pool *pool, int64_t size)
     int64_t segment = segment_bytes(self, size);
     if (!take(self, segment))
         return NULL;
-    return new_block(self, place(self, segment), segment, pool);
+    int64_t address = place(&self->addresses, segment);
+    if (address == NOWHERE) {
+        self->has_no_host_memory = true;
+        return NULL;
+    }
+    return new_block(self, address, segment, pool);
 }
 
 /* Gives back all segments without blocks in use. */
@@ -327,7 +210,8 @@ static void empty_cache(Allocator *self)
             }
             self->device_calls++;
             self->taken -= block->size;
-            vacate(self, block->address, block->size);
+            if (!vacate(&self->addresses, block->address, block->size))
+                self->has_no_host_memory = true;
             drop(self, block);
         }
         pool->count = kept;
@@ -368,7 +252,8 @@ static bool allocate(Allocator *self, int64_t id, int64_t bytes, bool gives_back
         put_in(self, following);
     }
     block->requested = bytes;
-    remember(self, id, block);
+    if (!remember(&self->live, id, block))
+        self->has_no_host_memory = true;
     self->requested += bytes;
     if (self->requested > self->peak_requested)
         self->peak_requested = self->requested;
@@ -381,7 +266,7 @@ static bool allocate(Allocator *self, int64_t id, int64_t bytes, bool gives_back
 /* Frees a block, and joins it with its free neighbours. */
 static void release(Allocator *self, int64_t id)
 {
-    Block *block = forget(self, id);
+    Block *block = forget(&self->live, id);
     if (!block)
         return;
     self->requested -= block->requested;
@@ -410,6 +295,11 @@ static void release(Allocator *self, int64_t id)
 EXPORTED Allocator *memfit_allocator_new(int64_t capacity, int64_t large_segment)
 {
     Allocator *self = calloc(1, sizeof *self);
+    if (self && !addresses_begin(&self->addresses)) {
+        addresses_end(&self->addresses);
+        free(self);
+        return NULL;
+    }
     if (self) {
         self->capacity = capacity; /* Negative for no limit. */
         self->large_segment = large_segment;
@@ -427,8 +317,8 @@ EXPORTED void memfit_allocator_delete(Allocator *self)
     }
     free(self->small.entries);
     free(self->large.entries);
-    free(self->holes);
-    free(self->slots);
+    addresses_end(&self->addresses);
+    free(self->live.slots);
     free(self);
 }
 
@@ -476,6 +366,11 @@ EXPORTED int memfit_allocator_play(Allocator *self, const Program *program, int6
         }
         if (code == EMPTY_CACHE) {
             empty_cache(self);
+            continue;
+        }
+        if (code == RUN_KERNELS) {
+            if (!run_kernels(&self->addresses))
+                return NO_HOST_MEMORY;
             continue;
         }
         int32_t need = program->needs[*at];
