@@ -54,6 +54,10 @@ def refusals_of(model: Any, image_size: int, *, is_last: bool, release: str) -> 
     """
     version = tuple(map(int, release.split(".")[:2]))
     calls = _Calls()
+    for module in model.modules():
+        if hasattr(module, "_fast_norm"):
+            # It asks for the autocast of the meta device, which has none outside a trace.
+            module._fast_norm = False
     images = torch.randn(1, 3, image_size, image_size, device="meta")
     with torch.no_grad(), calls, _Convolutions(calls):
         model.eval()(images)
