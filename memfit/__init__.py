@@ -14,7 +14,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from memfit.accumulation import Accumulator, MicroBatch, micro_batches
-    from memfit.api import estimate, explore, plan, probe, profile, survey, survey_plans, verify
+    from memfit.api import (
+        estimate,
+        explore,
+        plan,
+        plan_together,
+        probe,
+        profile,
+        survey,
+        survey_plans,
+        verify,
+    )
     from memfit.errors import (
         DataEndedError,
         DoesNotFitError,
@@ -69,6 +79,7 @@ _HOMES = {
         "estimate",
         "explore",
         "plan",
+        "plan_together",
         "probe",
         "profile",
         "survey",
@@ -173,6 +184,7 @@ __all__ = [
     "explore",
     "micro_batches",
     "plan",
+    "plan_together",
     "probe",
     "profile",
     "rehearse",

@@ -22,6 +22,7 @@ __all__ = [
     "cut",
     "equal_part",
     "share_of",
+    "shares_by",
     "sizes_to_time",
     "smallest_of",
     "split",
@@ -91,6 +92,33 @@ def check_target(effective_batch_size: object, world_size: object = 1) -> tuple[
 def share_of(effective_batch_size: int, world_size: int) -> int:
     """Return the samples that the first rank takes: no rank takes more."""
     return -(-effective_batch_size // world_size)
+
+
+def shares_by(effective_batch_size: int, limits: Sequence[int]) -> tuple[int, ...]:
+    """Share samples by what ranks can take at a time, so that all need equally many micro-batches.
+
+    Args:
+        effective_batch_size: Samples to share, at least one for each rank.
+        limits: Each rank's largest micro-batch, at least 1.
+
+    Returns:
+        Each rank's samples, at least 1. If n times the limits are enough for all samples, no rank
+        gets more than n times its limit.
+    """
+    total = sum(limits)
+    shares = [effective_batch_size * limit // total for limit in limits]
+    # What rounding has left over goes to the ranks that lost most by it.
+    by_loss = sorted(
+        range(len(limits)),
+        key=lambda rank: (-(effective_batch_size * limits[rank] % total), rank),
+    )
+    for rank in by_loss[: effective_batch_size - sum(shares)]:
+        shares[rank] += 1
+    for rank, share in enumerate(shares):
+        if share == 0:
+            shares[shares.index(max(shares))] -= 1
+            shares[rank] = 1
+    return tuple(shares)
 
 
 def cut(

@@ -16,6 +16,7 @@ from memfit.partition import (
     cut,
     equal_part,
     share_of,
+    shares_by,
     sizes_to_time,
     split,
 )
@@ -33,7 +34,9 @@ def test_parts_sum_up_and_none_is_too_large(samples: int, largest: int, unit: in
     usable = largest // unit * unit or largest
     assert sum(parts) == samples
     assert max(parts) == parts[0] <= largest
-    assert len(parts) == (1 if samples <= largest else -(-samples // usable))
+    # The multiple is given up if the last part would be too small; then there can be fewer.
+    assert len(parts) in (-(-samples // usable), -(-samples // largest)) or samples <= largest
+    assert len(parts) == 1 or samples > largest
     assert list(parts) == sorted(parts, reverse=True)
     assert min(parts) >= 1
     odd = [part for part in parts if part % unit]
@@ -295,3 +298,15 @@ def test_halves_of_the_largest_are_timed() -> None:
     assert sizes_to_time(100) == (100, 50, 25, 12)
     assert sizes_to_time(64, multiple_of=16) == (64, 32, 16)
     assert sizes_to_time(1) == (1,)
+
+
+@given(st.lists(LARGEST, min_size=1, max_size=9), SAMPLES)
+def test_shares_follow_what_cards_have_room_for(limits: list[int], more: int) -> None:
+    """They sum up, each rank has a sample, and all need as many micro-batches as the whole does."""
+    samples = len(limits) - 1 + more
+    shares = shares_by(samples, limits)
+    assert sum(shares) == samples
+    assert min(shares) >= 1
+    num_steps = -(-samples // sum(limits))
+    if all(samples * limit >= sum(limits) for limit in limits):
+        assert all(share <= num_steps * limit for share, limit in zip(shares, limits, strict=True))

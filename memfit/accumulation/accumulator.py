@@ -130,6 +130,7 @@ class Accumulator:
         self._ranks: Ranks = ranks_of(model)
         if isinstance(plan, Plan):
             check_ranks(plan, self._ranks)
+            self._planned_size = plan.micro_batch_size_of(self._ranks.rank)
         if scaler is None and self._options.precision is Precision.AMP_FP16:
             scaler = torch.amp.GradScaler(self._device.type)
         self.scaler = scaler
@@ -252,6 +253,7 @@ class Accumulator:
             loss=loss,
             ending=AttemptOutcome(
                 micro_batch_size=size,
+                planned_size=self._planned_size,
                 ran_out=trouble.next_size is not None,
                 failed=trouble.error is not None,
             ),

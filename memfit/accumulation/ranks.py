@@ -35,12 +35,14 @@ class AttemptOutcome:
 
     Args:
         micro_batch_size: The most samples in the next micro-batches; the smallest of all ranks'
-            values is used.
+            values is used, if all began with the same.
+        planned_size: The most samples in a micro-batch when training began.
         ran_out: A micro-batch ran out of memory.
         failed: Something else went wrong, or there is no smaller size to try.
     """
 
     micro_batch_size: int
+    planned_size: int
     ran_out: bool = False
     failed: bool = False
 
@@ -51,6 +53,11 @@ class Ranks(Protocol):
     @property
     def world_size(self) -> int:
         """The number of ranks."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank, from 0."""
         ...
 
     @property
@@ -91,6 +98,7 @@ class SingleRank:
     """A process that trains without other ranks."""
 
     world_size = 1
+    rank = 0
     is_first = True
 
     def summed(self, values: Sequence[float]) -> list[float]:
@@ -150,9 +158,14 @@ class DistributedRanks:
         return int(self._group.size())
 
     @property
+    def rank(self) -> int:
+        """The number of this rank in the group."""
+        return int(self._group.rank())
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the group's first rank."""
-        return int(self._group.rank()) == 0
+        return self.rank == 0
 
     def summed(self, values: Sequence[float]) -> list[float]:
         """Return the sums of values over the ranks."""
@@ -181,16 +194,28 @@ class DistributedRanks:
         return context
 
     def agree(self, ending: AttemptOutcome) -> AttemptOutcome:
-        """Tell the other ranks how the attempt ended here; return how it ended for all."""
-        message = [-ending.micro_batch_size, int(ending.ran_out), int(ending.failed)]
+        """Tell the other ranks how the attempt ended here; return how it ended for all.
+
+        Ranks that began with micro-batches of different sizes have different cards, so each of them
+        keeps a size of its own.
+        """
+        planned = ending.planned_size
+        message = [-ending.micro_batch_size, planned, -planned]
+        message += [int(ending.ran_out), int(ending.failed)]
         message += map(int, self._has_gradient or [False] * len(self._parameters))
         tensor = torch.tensor(message, dtype=torch.int64, device=self._device)
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self._group)
-        size, ran_out, failed, *has_gradient = tensor.tolist()
+        size, largest, smallest, ran_out, failed, *has_gradient = tensor.tolist()
+        is_alike = largest == -smallest
         # The model's own next forward, for example in an evaluation, shares buffers again.
         self._model.require_forward_param_sync = True
         self._has_gradient = [bool(has) for has in has_gradient]
-        return AttemptOutcome(micro_batch_size=-size, ran_out=bool(ran_out), failed=bool(failed))
+        return AttemptOutcome(
+            micro_batch_size=-size if is_alike else ending.micro_batch_size,
+            planned_size=planned,
+            ran_out=bool(ran_out),
+            failed=bool(failed),
+        )
 
     def prepare(self) -> None:
         """Give every parameter that has no gradient on this rank a gradient of zeros.

@@ -81,7 +81,7 @@ def micro_batches(
     layout = Layout.of(batch, rules)
     sizes = partition.cut(
         layout.num_samples,
-        plan.micro_batch_size,
+        plan.micro_batch_size_of(distributed.get_rank()) if plan.ranks else plan.micro_batch_size,
         multiple_of=plan.multiple_of,
         smallest=plan.smallest_micro_batch_size,
     )

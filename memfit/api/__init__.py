@@ -11,7 +11,7 @@ from memfit.memory.collector import collector_paused
 # These import torch, which creates very many objects that are never freed.
 with collector_paused(for_good=True):
     from memfit.api.exploring import explore
-    from memfit.api.planning import plan, survey_plans
+    from memfit.api.planning import plan, plan_together, survey_plans
     from memfit.api.probing import estimate, probe, survey
     from memfit.api.profiling import DEFAULT_GPU, profile
     from memfit.api.steps import default_gpus, has_gpu
@@ -28,6 +28,7 @@ __all__ = [
     "explore",
     "has_gpu",
     "plan",
+    "plan_together",
     "probe",
     "profile",
     "survey",

@@ -16,13 +16,14 @@ from memfit.api.steps import (
     default_gpus,
     describe,
     own_device,
+    refuse_rank,
     taken,
 )
 from memfit.backends import Backend, open_backend
 from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchOptions
-from memfit.records import Engine, Source
+from memfit.records import Engine, Parallel, Source
 from memfit.rehearsal.engines import engine_for_several, engine_of, source_of
 from memfit.step.training_step import TrainingStep
 from memfit.units import parse_bytes
@@ -96,6 +97,8 @@ class Asked:
         subject: Subject,
         *,
         accumulate: bool = False,
+        parallel: str | Parallel | None = None,
+        world_size: int = 1,
         samples_per_step: int | None = None,
         **options: Unpack[SearchKeywords],
     ) -> Asked:
@@ -104,6 +107,8 @@ class Asked:
         Args:
             subject: A timm model's name, a workload, or a trainer's own object.
             accumulate: Run two micro-batches before each optimizer step instead of one.
+            parallel: How the ranks share the model, if there are several.
+            world_size: The number of ranks that train together.
             samples_per_step: Samples of one rank in an optimizer step, if that is planned.
             **options: The options of the step and of the search.
 
@@ -117,7 +122,13 @@ class Asked:
             subject, cast("SubjectKeywords", given), samples_per_step=samples_per_step
         )
         return cls(
-            step=describe(made, accumulate=accumulate, **step_options),
+            step=describe(
+                made,
+                accumulate=accumulate,
+                parallel=parallel,
+                world_size=world_size,
+                **step_options,
+            ),
             search=SearchOptions(**searched),
             memory_bytes=None if memory is None else parse_bytes(memory),
             engine=engine,
@@ -126,7 +137,15 @@ class Asked:
     @property
     def source_for_several(self) -> Source:
         """Where the figures of several cards come from."""
-        return source_of(engine_for_several(self.engine))
+        return source_of(self._engine_for_several)
+
+    @property
+    def _engine_for_several(self) -> Engine:
+        """How several cards are tried; one rank of many is always rehearsed."""
+        chosen = engine_of(self.engine)
+        if chosen is Engine.AUTO and self.step.options.parallel is not None:
+            return Engine.REHEARSE
+        return engine_for_several(chosen)
 
     def cards_instead(self, device: str | None, gpu: str | None) -> tuple[str, ...]:
         """Return the cards to try if the caller named no card and no device.
@@ -161,6 +180,7 @@ class Asked:
         if gpu is not None:
             with Cards(engine_of(self.engine)) as cards:
                 return ask(cards.open(gpu, self.memory_bytes, self.step))
+        refuse_rank(self.step, "A device of this machine")
         return ask(
             open_backend(
                 own_device(self.step.subject, device),
@@ -191,7 +211,7 @@ class Asked:
         """
         found = [find_gpu(name, total_bytes=self.memory_bytes) for name in gpus]
         answers = []
-        with Cards(engine_for_several(self.engine), is_quick=is_quick) as cards:
+        with Cards(self._engine_for_several, is_quick=is_quick) as cards:
             for done, (name, card) in enumerate(zip(gpus, found, strict=True)):
                 if progress is not None:
                     progress(card.name, done, len(gpus))

@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from memfit.api.steps import refuse_rank
 from memfit.backends import Backend
 from memfit.backends.rehearsed import RehearsalServers, RehearsedBackend
 from memfit.backends.rehearsed.parcel import packed
@@ -77,12 +78,17 @@ class Cards:
 
         Raises:
             UsageError: There is no such card, or it cannot be rehearsed.
-            UnsupportedError: Rehearsal was asked for, and this system cannot rehearse.
+            UnsupportedError: Rehearsal was asked for, or the step is one rank of many, and this
+                system cannot rehearse.
         """
         card = find_gpu(gpu, total_bytes=memory_bytes)
         if self._engine is Engine.SIMULATE:
+            refuse_rank(step, "A simulation")
             return SimulatedBackend(card, traces=self._traces)
-        if self._engine is Engine.AUTO and not self._can_rehearse(card, step):
+        is_rank = step.options.parallel is not None
+        if is_rank:
+            _check_takes_ranks(card, step)
+        elif self._engine is Engine.AUTO and not self._can_rehearse(card, step):
             return SimulatedBackend(card, traces=self._traces)
         counterpart = SimulatedBackend(card, traces=self._traces)
         return RehearsedBackend(card, self._servers, counterpart=counterpart)
@@ -99,3 +105,22 @@ class Cards:
         except (UnsupportedError, UsageError):
             return False
         return True
+
+
+def _check_takes_ranks(card: Gpu, step: TrainingStep) -> None:
+    """Refuse one rank of many on a card that cannot be rehearsed here.
+
+    Raises:
+        UsageError: The card is not NVIDIA's.
+        UnsupportedError: This system cannot rehearse.
+    """
+    options = step.options
+    assert options.parallel is not None
+    try:
+        rehearsed_environment(card, environment=os.environ)
+    except (UnsupportedError, UsageError) as error:
+        reason = str(error).partition(". ")[0].removesuffix(".")
+        raise type(error)(
+            f"{reason}. One rank of {options.world_size} ({options.parallel.value}) can only be "
+            "rehearsed: leave parallel and world_size out, and the process alone is simulated."
+        ) from error

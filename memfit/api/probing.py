@@ -12,7 +12,7 @@ from memfit.api.progress import StageProgress, TrialProgress, Watching, watched
 from memfit.api.steps import Subject, SubjectKeywords
 from memfit.backends import Backend, with_precision
 from memfit.planning import probe_on
-from memfit.records import Engine, ProbeResult, Survey, SurveyAnswer, Trial
+from memfit.records import Engine, Parallel, ProbeResult, Survey, SurveyAnswer, Trial
 from memfit.units import parse_count
 
 __all__ = ["ProbeKeywords", "estimate", "probe", "survey"]
@@ -23,10 +23,14 @@ class ProbeKeywords(SearchKeywords, total=False):
 
     Args:
         accumulate: As in `probe`.
+        parallel: As in `probe`.
+        world_size: As in `probe`.
         progress: As in `probe`.
     """
 
     accumulate: bool
+    parallel: str | Parallel | None
+    world_size: int
     progress: TrialProgress
 
 
@@ -58,6 +62,8 @@ def probe(
     device: str | None = None,
     gpu: str | None = None,
     accumulate: bool = False,
+    parallel: str | Parallel | None = None,
+    world_size: int = 1,
     progress: TrialProgress = "bar",
     **options: Unpack[SearchKeywords],
 ) -> ProbeResult | Survey:
@@ -74,6 +80,11 @@ def probe(
         gpu: A card that is not in this machine, by its name in the catalogue (`"rtx3090"`), or
             `"any"` with `memory`. Then nothing is measured, and the result says so.
         accumulate: Probe the micro-batch of a step that accumulates gradients.
+        parallel: How several ranks share the model: `"ddp"` (`DistributedDataParallel`),
+            `"ddp-bucket-view"` (the same with `gradient_as_bucket_view`) or `"fsdp2"`
+            (`fully_shard` on each block and on the model). The trial is one rank, on a rehearsed
+            card. Default: `"ddp"` if there are several ranks.
+        world_size: The number of ranks that train together, each on a device of this kind.
         progress: `"bar"` shows the trials in a terminal or a notebook, after two seconds. A
             function is called with each trial when it has ended. `None` shows nothing.
         **options: The search and the step itself.
@@ -106,7 +117,9 @@ def probe(
         DoesNotFitError: Not even the smallest batch fits.
         UnsupportedError: This system cannot run such a trial.
     """
-    asked = Asked.of(subject, accumulate=accumulate, **options)
+    asked = Asked.of(
+        subject, accumulate=accumulate, parallel=parallel, world_size=world_size, **options
+    )
     instead = asked.cards_instead(device, gpu)
     with watched(f"probing {asked.step.name}", trials=progress) as watching:
         if len(instead) > 1:
@@ -121,6 +134,8 @@ def survey(
     *,
     gpus: Sequence[str] | None = None,
     accumulate: bool = False,
+    parallel: str | Parallel | None = None,
+    world_size: int = 1,
     progress: StageProgress = "bar",
     **options: Unpack[SearchKeywords],
 ) -> Survey:
@@ -133,6 +148,8 @@ def survey(
         gpus: Names of the catalogue. Default: a short list of common cards; with `memory`, one card
             with that much memory.
         accumulate: As in `probe`.
+        parallel: As in `probe`. With it, engine `"auto"` rehearses each card.
+        world_size: As in `probe`.
         progress: `"bar"`, `None`, or a function. It is called with the next card's name, the number
             of cards done, and the number of all cards.
         **options: As in `probe`. `memory` is the memory of each card. Engine `"auto"` simulates.
@@ -145,7 +162,9 @@ def survey(
         UsageError: An argument is not valid.
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
-    asked = Asked.of(subject, accumulate=accumulate, **options)
+    asked = Asked.of(
+        subject, accumulate=accumulate, parallel=parallel, world_size=world_size, **options
+    )
     with watched(f"probing {asked.step.name}", stages=progress) as watching:
         return _surveyed(asked, asked.cards_named(gpus), watching)
 
@@ -177,6 +196,8 @@ def estimate(
     memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
+    parallel: str | Parallel | None = None,
+    world_size: int = 1,
     **options: Unpack[SubjectKeywords],
 ) -> Trial:
     """Try one batch size of a training step on a GPU that is not in this machine.
@@ -189,6 +210,8 @@ def estimate(
         memory: The card's memory, instead of the catalogue's value.
         engine: As in `probe`.
         accumulate: As in `probe`.
+        parallel: As in `probe`.
+        world_size: As in `probe`.
         **options: As in `probe`.
 
     Returns:
@@ -199,7 +222,15 @@ def estimate(
         UnsupportedError: The step cannot be traced, because it needs real values.
     """
     batch_size = parse_count("The batch size", batch_size)
-    asked = Asked.of(subject, accumulate=accumulate, memory=memory, engine=engine, **options)
+    asked = Asked.of(
+        subject,
+        accumulate=accumulate,
+        parallel=parallel,
+        world_size=world_size,
+        memory=memory,
+        engine=engine,
+        **options,
+    )
 
     def tried(card: Backend) -> Trial:
         with card as backend:

@@ -15,7 +15,15 @@ from typing_extensions import Unpack
 from memfit.api.asking import check_place
 from memfit.api.cards import Cards
 from memfit.api.progress import StageProgress, watched
-from memfit.api.steps import Subject, SubjectKeywords, cards_instead, describe, own_device, taken
+from memfit.api.steps import (
+    Subject,
+    SubjectKeywords,
+    cards_instead,
+    describe,
+    own_device,
+    refuse_rank,
+    taken,
+)
 from memfit.backends import Backend, SimulatedGpu, device_of, open_backend, with_precision
 from memfit.backends.cpu.machine import UnlimitedCpu
 from memfit.backends.simulated import SimulatedBackend
@@ -30,7 +38,7 @@ from memfit.profiling import (
     profile_device,
     profile_gpu,
 )
-from memfit.records import Engine, MemoryProfile, Source
+from memfit.records import Engine, MemoryProfile, Parallel, Source
 from memfit.rehearsal.engines import engine_of
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
@@ -54,6 +62,8 @@ def profile(
     memory: str | float | None = None,
     engine: str | Engine = Engine.AUTO,
     accumulate: bool = False,
+    parallel: str | Parallel | None = None,
+    world_size: int = 1,
     advice: bool = True,
     snapshot: str | Path | None = None,
     progress: StageProgress = "bar",
@@ -75,6 +85,9 @@ def profile(
         memory: The memory of each simulated card, instead of the catalogue's value.
         engine: As in `probe`. A step that does not fit is simulated, to show what it needs.
         accumulate: Run two micro-batches before the optimizer's step instead of one.
+        parallel: As in `probe`. Then only the step itself is profiled, because other batch sizes,
+            changes and cards would be simulated.
+        world_size: As in `probe`.
         advice: Look for changes that would lower the peak, and at other batch sizes. This takes
             most of the time of a simulated profile.
         snapshot: A file for the allocator's history, a pickle in the format of
@@ -110,7 +123,16 @@ def profile(
             "A CPU has no caching allocator, so there is no snapshot to write. "
             "Profile on a GPU, or name one with --gpu."
         )
-    described = describe(subject, accumulate=accumulate, **step_options)
+    described = describe(
+        subject,
+        accumulate=accumulate,
+        parallel=parallel,
+        world_size=world_size,
+        **step_options,
+    )
+    is_rank = described.options.parallel is not None
+    if is_rank and compared:
+        refuse_rank(described, f"The chart for {compared[0]} is simulated and")
     with watched(f"profiling {described.name}", stages=progress) as watching:
 
         def begins(done: int) -> None:
@@ -125,7 +147,7 @@ def profile(
             compared=compared,
             memory_bytes=None if memory is None else parse_bytes(memory),
             engine=engine_of(engine),
-            asks_more=advice or bool(compared),
+            asks_more=(advice or bool(compared)) and not is_rank,
             snapshot=None if snapshot is None else Path(snapshot),
             begins=begins,
         )
@@ -164,6 +186,7 @@ def _profiled(
         cards.insert(0, card)
     else:
         assert place is not None
+        refuse_rank(described, "A device of this machine")
         found, step, counterpart = _profile_here(described, batch_size, place)
         if counterpart is not None:
             cards.insert(0, counterpart.gpu)
@@ -199,6 +222,10 @@ def _profile_card(
     """Profile on a card that is not in this machine, with the backend's own method."""
     counterpart = card.simulated_counterpart()
     assert counterpart is not None
+    if step.options.parallel is not None:
+        # Whether it fits or not: there is no simulation of one rank of many.
+        with card:
+            return card.call(profile_current_gpu, step, batch_size)
     if card.source is not Source.SIMULATED:
         with contextlib.suppress(DoesNotFitError), card:
             return card.call(profile_current_gpu, step, batch_size)

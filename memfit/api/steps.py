@@ -14,7 +14,7 @@ from memfit.backends import device_of
 from memfit.cards import ANY_GPU, COMMON_GPUS
 from memfit.errors import UsageError
 from memfit.integrations.objects import Subject, subject_of
-from memfit.records import Averaging, Evaluation, Precision, StepOptions
+from memfit.records import Averaging, Evaluation, Parallel, Precision, StepOptions
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
@@ -31,6 +31,7 @@ __all__ = [
     "describe",
     "has_gpu",
     "own_device",
+    "refuse_rank",
     "taken",
 ]
 
@@ -132,13 +133,20 @@ def taken(
 
 
 def describe(
-    subject: str | Workload, *, accumulate: bool = False, **options: Unpack[StepKeywords]
+    subject: str | Workload,
+    *,
+    accumulate: bool = False,
+    parallel: str | Parallel | None = None,
+    world_size: int = 1,
+    **options: Unpack[StepKeywords],
 ) -> TrainingStep:
     """Check the arguments, and describe the training step.
 
     Args:
         subject: A timm model's name, or a workload.
         accumulate: Run two micro-batches before each optimizer step instead of one.
+        parallel: How the ranks share the model. Default: `"ddp"` if there are several ranks.
+        world_size: The number of ranks that train together; the step is that of the first.
         **options: The step's options.
 
     Returns:
@@ -173,6 +181,7 @@ def describe(
             no_grad=_switch("no_grad", options),
             compile=_switch("compile", options),
             checkpoint=_blocks(options.get("checkpoint", ())),
+            **_ranks(parallel, world_size),
         ),
     )
 
@@ -188,6 +197,25 @@ def _unknown_option(name: str) -> str:
         f"there is no option {name!r}; {hint} training step has "
         f"{', '.join(StepKeywords.__annotations__)}"
     )
+
+
+def refuse_rank(step: TrainingStep, where: str) -> None:
+    """Refuse a step that is one rank of many, where the others cannot be left out.
+
+    Args:
+        step: The step.
+        where: What tries the step, as the subject of a sentence.
+
+    Raises:
+        UsageError: The step is one rank of many.
+    """
+    options = step.options
+    if options.parallel is not None:
+        raise UsageError(
+            f"{where} cannot try one rank of {options.world_size} "
+            f"({options.parallel.value}). A rehearsed card can: name it with gpu (--gpu), with the "
+            "engine 'rehearse'."
+        )
 
 
 def check_accumulates(step: TrainingStep, what: str) -> None:
@@ -339,6 +367,19 @@ def _blocks(given: str | Sequence[str]) -> tuple[str, ...]:
             "(memfit plan), and give its blocks here."
         )
     return patterns
+
+
+def _ranks(parallel: str | Parallel | None, world_size: int) -> dict[str, Any]:
+    """Return the options of a step that say which ranks it belongs to."""
+    count = parse_count("The world size", world_size)
+    if parallel is None and count == 1:
+        return {}
+    try:
+        chosen = Parallel(parallel or Parallel.DDP)
+    except ValueError:
+        known = ", ".join(choice.value for choice in Parallel)
+        raise UsageError(f"There is no parallel {parallel!r}; choose one of {known}.") from None
+    return {"parallel": chosen, "world_size": count}
 
 
 def _patterns(option: str, given: str | Sequence[str], of_what: str) -> tuple[str, ...]:

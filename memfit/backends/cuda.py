@@ -109,6 +109,11 @@ class CudaBackend:
         """Whether a step can fit only after the allocator gave back its cache and asked again."""
         return True
 
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether a trial can be one rank of many."""
+        return False
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and where that figure comes from."""
         return self._capacity
@@ -130,7 +135,11 @@ class CudaBackend:
         if attempt.is_suspected and not self._is_memory(prepared, attempt):
             # Memory was not the cause, so the same error is raised again.
             attempt = self._attempt(prepared, batch_size, suspects_are_errors=True)
-        return attempt.trial
+        if not prepared.is_rank:
+            return attempt.trial
+        # Shards cannot be made whole again, so a rank's model is used for one trial.
+        self.__exit__()
+        return dataclasses.replace(attempt.trial, left_behind_bytes=None)
 
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int | None:
         """Return what a batch size that did not fit takes without the cap, if it fits then."""
@@ -271,12 +280,16 @@ class CudaBackend:
     def _is_memory(self, prepared: PreparedStep, attempt: _Attempt) -> bool:
         """Whether a suspected failure goes away with more room, or at least with less to hold."""
         batch_size = attempt.trial.batch_size
+        peak = attempt.trial.peak_reserved_bytes or 0
+        is_nearly_full = peak >= _NEARLY_FULL_SHARE * self._capacity.usable_bytes
+        if prepared.is_rank:
+            # What a rank holds of the failed trial would be in the way of another one.
+            return is_nearly_full
         if self._memory_bytes is not None:
             with _capped(self._device, None):
                 roomier = self._attempt(prepared, batch_size)
             return roomier.trial.fits or not roomier.is_suspected
-        peak = attempt.trial.peak_reserved_bytes or 0
-        if batch_size == 1 or peak < _NEARLY_FULL_SHARE * self._capacity.usable_bytes:
+        if batch_size == 1 or not is_nearly_full:
             return False
         return self._attempt(prepared, batch_size // 2).trial.fits
 

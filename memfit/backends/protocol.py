@@ -74,6 +74,11 @@ class Backend(Protocol):
         """Whether the allocator gives back its cache and retries when memory is short."""
         ...
 
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether a trial can be one rank of many (`StepOptions.parallel`)."""
+        ...
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and the source of that figure."""
         ...
@@ -173,10 +178,11 @@ def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     """
     if simulated is None:
         return Prediction()
-    is_compiled = step.options.compile
-    if is_compiled:
-        # The step without compilation says where to begin. It is no prediction to show.
-        step = dataclasses.replace(step, options=dataclasses.replace(step.options, compile=False))
+    is_other = step.options.compile or step.options.parallel is not None
+    if is_other:
+        # The plain step of a process alone says where to begin. It is no prediction to show.
+        plain = dataclasses.replace(step.options, compile=False, parallel=None, world_size=1)
+        step = dataclasses.replace(step, options=plain)
     try:
         edge = simulated.expected_edge(step)
     except Exception:  # noqa: BLE001 - the user's own code, on tensors it was not written for
@@ -185,7 +191,7 @@ def predicted(simulated: SimulatedGpu | None, step: TrainingStep) -> Prediction:
     return Prediction(
         batch_size=edge,
         step=step,
-        simulated=None if is_compiled else simulated,
+        simulated=None if is_other else simulated,
         scout=simulated.scout(),
     )
 

@@ -94,6 +94,11 @@ class SimulatedBackend:
         """Whether a step can fit only after the allocator gave back its cache and asked again."""
         return True
 
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether a trial can be one rank of many."""
+        return False
+
     def capacity(self) -> Capacity:
         """Return what the caching allocator could take of the card."""
         gpu = self._gpu

@@ -80,6 +80,8 @@ def trace(
         raise NotSimulatedError.because(
             step.name, "it is compiled, and a simulation does not see what its kernels keep"
         )
+    if step.options.parallel is not None:
+        raise NotSimulatedError.because(step.name, "a simulation has no other ranks")
     if not isinstance(step.subject, str):
         subject = step.subject
         refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)

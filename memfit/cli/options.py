@@ -15,7 +15,7 @@ import click
 
 from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
-from memfit.records import Averaging, Engine, Evaluation, Precision
+from memfit.records import Averaging, Engine, Evaluation, Parallel, Precision
 from memfit.units import parse_value
 
 __all__ = [
@@ -27,8 +27,10 @@ __all__ = [
     "as_typed",
     "models_argument",
     "optional_models_argument",
+    "parallel_option",
     "parse_model_kwargs",
     "shared_options",
+    "world_size_option",
 ]
 
 _Command = Callable[..., Any]
@@ -39,6 +41,24 @@ models_argument = click.argument(
 )
 optional_models_argument = click.argument(
     "models", metavar="MODEL...", nargs=-1, shell_complete=complete_models
+)
+
+
+world_size_option = click.option(
+    "--world-size",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="RANKS",
+    help="Try one rank of so many that train together. The card is rehearsed.",
+)
+parallel_option = click.option(
+    "--parallel",
+    type=click.Choice([choice.value for choice in Parallel]),
+    help=(
+        "How the ranks of --world-size share the model: DistributedDataParallel (the default), the "
+        "same with gradient_as_bucket_view, or fully_shard on each block."
+    ),
 )
 
 

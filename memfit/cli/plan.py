@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import Given, as_typed, optional_models_argument, shared_options
+from memfit.cli.options import (
+    Given,
+    as_typed,
+    optional_models_argument,
+    parallel_option,
+    shared_options,
+)
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 _A_CARD = "rtx4090"
+_FEWEST_RANKS = 2
 _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
 
 
@@ -57,6 +64,15 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
     default=1,
     show_default=True,
     help="Number of ranks that share these samples.",
+)
+@parallel_option
+@click.option(
+    "--together",
+    is_flag=True,
+    help=(
+        "The cards of --gpu train together, one rank on each, in this order. Each takes the share "
+        "that it has room for."
+    ),
 )
 @click.option(
     "--objective",
@@ -98,6 +114,8 @@ def plan(
     models: tuple[str, ...],
     effective_batch_size: Any,
     world_size: int,
+    parallel: str | None,
+    together: bool,
     objective: str,
     explore: bool,
     trainer: str | None,
@@ -134,43 +152,46 @@ def plan(
             as_json=output is Format.JSON,
         )
         return
-    _check_together(given, trainer=trainer, output=output, explore=explore)
+    _check_together(given, trainer=trainer, output=output, explore=explore, parallel=parallel)
+    _check_cards_together(
+        given,
+        together=together,
+        others={
+            "--device": given.device is not None,
+            "--world-size": world_size != 1,
+            "--objective": objective != Objective.LARGEST.value,
+            "--explore": explore,
+            "--train-args": train_args is not None,
+            "--html": html is not None,
+            "--plot": plot is not None,
+        },
+    )
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
     cards = cards_for(given, models)
-    is_survey = given.device is None and len(cards) > 1
+    is_survey = given.device is None and len(cards) > 1 and not together
     if is_survey and (explore or trainer):
         option = "--explore" if explore else "--emit"
         raise UsageError(f"{option} is for one device. Give one --gpu, such as --gpu {_A_CARD}.")
-    from memfit import api
-
-    target: dict[str, Any] = {
-        "world_size": world_size,
-        "objective": objective,
-        **given.keywords,
-    }
+    target: dict[str, Any] = {"world_size": world_size, "objective": objective}
     shown = _Shown(trainer=trainer, output=output)
 
     subjects = list(map(subject_of, models))
 
     def ask(model: Subject) -> Plan | PlanSurvey:
-        with under_way(f"planning for {name_of(model)}") as bar:
-            if is_survey:
-                return api.survey_plans(
-                    model, effective_batch_size, gpus=cards, progress=bar.stage, **target
-                )
-            card = cards[0] if cards else None
-            return api.plan(
-                model,
-                effective_batch_size,
-                device=given.device,
-                gpu=card,
-                progress=bar.trial,
-                **target,
-            )
+        return _ask(
+            model,
+            effective_batch_size,
+            cards=cards,
+            given=given,
+            together=together,
+            target={**target, "parallel": parallel},
+        )
 
     def explored() -> Exploration:
+        from memfit import api
+
         with under_way(f"exploring {name_of(subjects[0])}") as bar:
             card = cards[0] if cards else None
             return api.explore(
@@ -180,6 +201,7 @@ def plan(
                 gpu=card,
                 progress=bar.stage,
                 **target,
+                **given.keywords,
             )
 
     shown.arguments = read
@@ -194,7 +216,9 @@ def plan(
         refuse_unfit(result)
 
 
-def _check_together(given: Given, *, trainer: str | None, output: Format, explore: bool) -> None:
+def _check_together(
+    given: Given, *, trainer: str | None, output: Format, explore: bool, parallel: str | None
+) -> None:
     """Refuse options that exclude each other."""
     device = given.device
     if trainer and output is not Format.TEXT:
@@ -206,10 +230,71 @@ def _check_together(given: Given, *, trainer: str | None, output: Format, explor
             "--explore tries one change at a time, and --checkpoint auto is one: leave one of the "
             "two out."
         )
+    if explore and parallel is not None:
+        raise UsageError(
+            "--explore tries changes by simulation, which has no ranks: leave --parallel out."
+        )
     if explore and device is not None and device.partition(":")[0] == "cpu":
         raise UsageError(
             "--explore tries changes by simulation, and only GPUs can be "
             "simulated. Give it with --gpu, or with --device cuda."
+        )
+
+
+def _check_cards_together(given: Given, *, together: bool, others: Mapping[str, bool]) -> None:
+    """Refuse options that do not go with a rank on each card.
+
+    Args:
+        given: The options that the user gave.
+        together: Whether there is a rank on each card.
+        others: Which of the other options were given.
+    """
+    if not together:
+        return
+    if len(given.gpus) < _FEWEST_RANKS:
+        raise UsageError(
+            f"--together has one rank on each card: give several, such as --gpu {_A_CARD} --gpu "
+            "rtx3060."
+        )
+    option = next((name for name, is_given in others.items() if is_given), None)
+    if option is not None:
+        raise UsageError(f"{option} cannot be given with --together: leave one of the two out.")
+
+
+def _ask(
+    model: Subject,
+    effective_batch_size: Any,
+    *,
+    cards: Sequence[str],
+    given: Given,
+    together: bool,
+    target: Mapping[str, Any],
+) -> Plan | PlanSurvey:
+    """Plan for one model: on a device or card, on several, or for ranks on several."""
+    from memfit import api
+
+    with under_way(f"planning for {name_of(model)}") as bar:
+        if together:
+            return api.plan_together(
+                model,
+                effective_batch_size,
+                gpus=cards,
+                parallel=target["parallel"],
+                progress=bar.trial,
+                **given.keywords,
+            )
+        options = {**target, **given.keywords}
+        if given.device is None and len(cards) > 1:
+            return api.survey_plans(
+                model, effective_batch_size, gpus=cards, progress=bar.stage, **options
+            )
+        return api.plan(
+            model,
+            effective_batch_size,
+            device=given.device,
+            gpu=cards[0] if cards else None,
+            progress=bar.trial,
+            **options,
         )
 
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.options import Given, models_argument, shared_options
+from memfit.cli.options import (
+    Given,
+    models_argument,
+    parallel_option,
+    shared_options,
+    world_size_option,
+)
 from memfit.cli.output import (
     Format,
     check_picture,
@@ -39,6 +45,8 @@ __all__ = ["probe"]
     is_flag=True,
     help="Find the largest micro-batch of a step that accumulates gradients.",
 )
+@world_size_option
+@parallel_option
 @html_option
 @plot_option
 @format_options
@@ -47,6 +55,8 @@ def probe(
     models: tuple[str, ...],
     given: Given,
     accumulate: bool,
+    world_size: int,
+    parallel: str | None,
     html: Path | None,
     plot: Path | None,
     output: Format,
@@ -66,7 +76,7 @@ def probe(
         memfit probe --gpu rtx4090 -- python train.py --batch-size {}
     """
     if is_script(models):
-        probe_script(models, given, as_json=output is Format.JSON, html=html)
+        probe_script(models, given, world_size=world_size, as_json=output is Format.JSON, html=html)
         return
     check_writable(html, plot)
     check_picture(plot)
@@ -74,7 +84,12 @@ def probe(
     cards = cards_for(given, models)
     from memfit import api
 
-    asked: dict[str, Any] = {"accumulate": accumulate, **given.keywords}
+    asked: dict[str, Any] = {
+        "accumulate": accumulate,
+        "world_size": world_size,
+        "parallel": parallel,
+        **given.keywords,
+    }
 
     subjects = list(map(subject_of, models))
 

@@ -10,7 +10,13 @@ import click
 
 from memfit.cli.asking import cards_for, under_way
 from memfit.cli.completion import complete_models
-from memfit.cli.options import Given, NumberRange, shared_options
+from memfit.cli.options import (
+    Given,
+    NumberRange,
+    parallel_option,
+    shared_options,
+    world_size_option,
+)
 from memfit.cli.output import (
     OUTPUT,
     check_picture,
@@ -40,6 +46,8 @@ __all__ = ["profile"]
     is_flag=True,
     help="Accumulate: run two micro-batches before the optimizer's step.",
 )
+@world_size_option
+@parallel_option
 @html_option
 @plot_option
 @click.option(
@@ -69,6 +77,8 @@ def profile(
     batch_size: int,
     given: Given,
     accumulate: bool,
+    world_size: int,
+    parallel: str | None,
     html: Path | None,
     plot: Path | None,
     snapshot: Path | None,
@@ -107,6 +117,8 @@ def profile(
             gpu=cards[0] if cards else None,
             compared=cards[1:],
             accumulate=accumulate,
+            world_size=world_size,
+            parallel=parallel,
             snapshot=snapshot,
             progress=bar.stage,
             **given.keywords,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +17,10 @@ from memfit.records import Rehearsal, RehearsalEnd
 if TYPE_CHECKING:
     from memfit.rehearsal.ranks import LoneRank
 
-__all__ = ["ranks_of", "rehearse"]
+__all__ = ["rehearse"]
 
 _SIGNAL_CODES = 128
 _INTERRUPTED = 130
-_RANKS = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
 
 
 @click.command(
@@ -102,6 +99,7 @@ def rehearse(
     from memfit.cards import find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
     from memfit.rehearsal.children import Output
+    from memfit.rehearsal.ranks import num_launched
     from memfit.rehearsal.run import rehearse_command
     from memfit.reports.rehearsal import render, render_several
     from memfit.units import parse_bytes
@@ -118,7 +116,7 @@ def rehearse(
     lone_rank = _lone_rank(command, rank, world_size, num_gpus)
     count = num_gpus
     if count is None:
-        count = ranks_of(command) if lone_rank is None else lone_rank.gpus_of_node
+        count = num_launched(command) if lone_rank is None else lone_rank.gpus_of_node
     environments = [
         rehearsed_environment(card, num_gpus=count, environment=os.environ) for card in cards
     ]
@@ -158,28 +156,14 @@ def rehearse(
 def _lone_rank(
     command: tuple[str, ...], rank: int | None, world_size: int | None, num_gpus: int | None
 ) -> LoneRank | None:
-    from memfit.rehearsal.ranks import LoneRank
+    from memfit.rehearsal.ranks import LoneRank, refuse_launcher
 
     if world_size is None:
         if rank is not None:
             raise UsageError("--rank says which rank of --world-size is rehearsed. Give both.")
         return None
-    if any(_RANKS.fullmatch(word) for word in command):
-        raise UsageError(
-            "The command starts its ranks itself. Leave out --world-size, or give the script "
-            "without torchrun."
-        )
+    refuse_launcher(command)
     return LoneRank(rank=rank or 0, world_size=world_size, num_gpus=num_gpus)
-
-
-def ranks_of(command: tuple[str, ...]) -> int:
-    """Return how many ranks torchrun starts here, each with its own GPU; 1 without torchrun."""
-    for word, following in itertools.pairwise((*command, "")):
-        match = _RANKS.fullmatch(word)
-        if match is not None:
-            count = match[1] or following
-            return int(count) if count.isdecimal() else 1
-    return 1
 
 
 def _exit_code(rehearsals: list[Rehearsal]) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -14,15 +14,17 @@ from click.core import ParameterSource
 from memfit.cli.asking import under_way
 from memfit.cli.options import Given
 from memfit.cli.output import check_writable, print_json, write
-from memfit.cli.rehearse import ranks_of
 from memfit.errors import UsageError
 from memfit.records import CommandPlan, CommandProbe, Record
 from memfit.units import parse_bytes
 
+if TYPE_CHECKING:
+    from memfit.rehearsal.ranks import LoneRank
+
 __all__ = ["is_script", "plan_script", "probe_script"]
 
 _SHARED = ("models", "gpus", "memory", "headroom", "multiple_of", "as_json")
-_OF_PROBE = (*_SHARED, "max_batch_size", "html")
+_OF_PROBE = (*_SHARED, "max_batch_size", "world_size", "html")
 _OF_PLAN = (*_SHARED, "effective_batch_size", "world_size")
 
 
@@ -33,16 +35,23 @@ def is_script(words: tuple[str, ...]) -> bool:
 
 
 def probe_script(
-    words: tuple[str, ...], given: Given, *, as_json: bool, html: Path | None = None
+    words: tuple[str, ...],
+    given: Given,
+    *,
+    world_size: int,
+    as_json: bool,
+    html: Path | None = None,
 ) -> None:
     """Find the largest batch size of a command.
 
     Args:
         words: The command's words.
         given: The options that the user gave.
+        world_size: The number of ranks; with several, each run is rank 0 of so many.
         as_json: Print JSON.
         html: Write the result to this file as a page.
     """
+    from memfit.rehearsal.ranks import LoneRank, refuse_launcher
     from memfit.rehearsal.scripts import Progress, ScriptSearch, probe_command
     from memfit.reports.rehearsal import render_probe
 
@@ -54,7 +63,13 @@ def probe_script(
     def run(search: ScriptSearch, progress: Progress) -> CommandProbe:
         return probe_command(words, search, progress=progress)
 
-    found = _on_cards(words, run, given)
+    if world_size > 1 and not given.gpus:
+        raise UsageError("--world-size rehearses one rank of many: name a card with --gpu.")
+    lone_rank = None
+    if world_size != 1:
+        refuse_launcher(words)
+        lone_rank = LoneRank(rank=0, world_size=world_size)
+    found = _on_cards(words, run, given, lone_rank)
     if html is not None:
         from memfit.reports.probe_page import command_page
 
@@ -81,6 +96,7 @@ def plan_script(
         world_size: The number of ranks that share these samples.
         as_json: Print JSON.
     """
+    from memfit.rehearsal.ranks import LoneRank, launcher_of
     from memfit.rehearsal.scripts import Progress, ScriptSearch, plan_command
     from memfit.reports.rehearsal import render_plan
 
@@ -91,17 +107,22 @@ def plan_script(
             words, effective_batch_size, search, world_size=world_size, progress=progress
         )
 
-    _show(_on_cards(words, run, given), render_plan, as_json=as_json)
+    # A launcher starts the ranks itself. On a GPU that is here, no rank can be alone.
+    is_alone = world_size > 1 and bool(given.gpus) and launcher_of(words) is None
+    lone_rank = LoneRank(rank=0, world_size=world_size) if is_alone else None
+    _show(_on_cards(words, run, given, lone_rank), render_plan, as_json=as_json)
 
 
 def _on_cards(
     words: tuple[str, ...],
     run: Callable[..., Any],
     given: Given,
+    lone_rank: LoneRank | None,
 ) -> Iterator[Any]:
     """Yield the result for one card after another, or for this machine's GPU."""
     from memfit.cards import Gpu, find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.ranks import num_launched
     from memfit.rehearsal.scripts import ScriptSearch
 
     if given.memory is not None and not given.gpus:
@@ -111,14 +132,18 @@ def _on_cards(
         )
     total_bytes = None if given.memory is None else parse_bytes(given.memory)
     cards: list[Gpu | None] = [find_gpu(name, total_bytes=total_bytes) for name in given.gpus]
+    num_gpus = num_launched(words) if lone_rank is None else lone_rank.gpus_of_node
     for card in cards or [None]:
         environment = (
             {}
             if card is None
-            else rehearsed_environment(card, num_gpus=ranks_of(words), environment=os.environ)
+            else rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
         )
         with under_way("running the command") as bar:
-            found = run(ScriptSearch(gpu=card, environment=environment, **given.search), bar.trial)
+            search = ScriptSearch(
+                gpu=card, environment=environment, lone_rank=lone_rank, **given.search
+            )
+            found = run(search, bar.trial)
         yield found
 
 

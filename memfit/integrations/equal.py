@@ -51,6 +51,11 @@ def equal_parts(plan: Plan, trainer: str) -> EqualParts:
     Raises:
         UsageError: There are no equal parts near the plan's own.
     """
+    if plan.ranks:
+        raise UsageError(
+            f"{trainer} gives each rank the same number of samples, and the cards of this plan "
+            "take different ones: emit pytorch, or plan for equal ranks (world_size)."
+        )
     if plan.is_even:
         return EqualParts(
             micro_batch_size=plan.micro_batch_size,
@@ -106,8 +111,13 @@ def refuse_other_ranks(plan: Plan, ranks: int) -> None:
     """Refuse a trainer whose number of processes is not the plan's.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is not, or the ranks have different cards.
     """
+    if plan.ranks:
+        raise UsageError(
+            "The cards of this plan take different shares, and the Trainer gives each rank the "
+            "same: use memfit.Accumulator, or plan for equal ranks (world_size)."
+        )
     if ranks != plan.world_size:
         raise UsageError(
             f"The plan is for {plan.world_size} ranks, and the Trainer has {ranks}: plan with "

@@ -17,7 +17,8 @@ def lines(plan: Plan) -> str:
 
     They expect `model`, `optimizer`, `loss_fn` and `dataset`.
     """
-    return "\n\n".join((_loader(plan), _accumulator(plan), _by_hand(plan))) + "\n"
+    loader = _loader_of_ranks(plan) if plan.ranks else _loader(plan)
+    return "\n\n".join((loader, _accumulator(plan), _by_hand(plan))) + "\n"
 
 
 def _loader(plan: Plan) -> str:
@@ -59,12 +60,43 @@ def _loader(plan: Plan) -> str:
     )
 
 
+def _loader_of_ranks(plan: Plan) -> str:
+    """Return a loader that gives each rank its own share of every effective batch."""
+    shares = tuple(part.share for part in plan.ranks)
+    sizes = tuple(part.micro_batch_sizes[0] for part in plan.ranks)
+    parts = "; ".join(
+        f"rank {rank} on {part.device}: {format_parts(part.micro_batch_sizes)}"
+        for rank, part in enumerate(plan.ranks)
+    )
+    samples = plan.effective_batch_size
+    return (
+        comment(
+            f"{samples} over {plan.world_size} ranks, {plan.source.value} in "
+            f"{plan.options.precision.value}. {parts}. The model is a DistributedDataParallel.",
+            *brought(plan, model="the model inside"),
+        )
+        + "\nimport torch\nfrom torch import distributed\n"
+        + "from torch.utils.data import DataLoader\n\n"
+        + _model(plan)
+        + f"shares, sizes = {shares}, {sizes}\n"
+        + "rank = distributed.get_rank()\n\n\n"
+        + "def batches(epoch):  # the same order on all ranks; of each batch this rank's share\n"
+        + "    generator = torch.Generator().manual_seed(epoch)\n"
+        + "    order = torch.randperm(len(dataset), generator=generator).tolist()\n"
+        + "    start = sum(shares[:rank])\n"
+        + f"    for first in range(0, len(order) - {samples} + 1, {samples}):\n"
+        + "        yield order[first + start : first + start + shares[rank]]\n\n\n"
+        + "loader = DataLoader(dataset, batch_sampler=list(batches(epoch=0)))"
+    )
+
+
 def _model(plan: Plan) -> str:
     return "".join(f"{line}\n" for line in model_lines(plan))
 
 
 def _accumulator(plan: Plan) -> str:
-    arguments = ["model", "optimizer", str(plan.micro_batch_size), "loss=loss_fn"]
+    size = "sizes[rank]" if plan.ranks else str(plan.micro_batch_size)
+    arguments = ["model", "optimizer", size, "loss=loss_fn"]
     if plan.multiple_of > 1:
         arguments.append(f"multiple_of={plan.multiple_of}")
     if plan.options.precision is not Precision.FP32:
@@ -113,6 +145,11 @@ def _by_hand(plan: Plan) -> str:
 
 def _parts(plan: Plan) -> list[str]:
     """Return lines that cut a batch as in the plan; a short last batch is cut the same way."""
+    if plan.ranks:
+        return [
+            "num_parts = -(-len(x) // sizes[rank])",
+            "parts = list(zip(x.tensor_split(num_parts), y.tensor_split(num_parts)))",
+        ]
     size, share = plan.micro_batch_size, plan.share_of(0)
     by_size = [size] * (share // size) + [share % size] * (share % size > 0)
     if tuple(by_size) == plan.micro_batch_sizes:

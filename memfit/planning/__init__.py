@@ -7,8 +7,9 @@ This package decides the order of trials. `memfit.search` decides which batch si
 from __future__ import annotations
 
 from memfit.planning.alternatives import ChangeKind, StepChange, changes_of, explore_on
-from memfit.planning.planner import PlanTarget, plan_on
+from memfit.planning.planner import PlanTarget, plan_on, uncounted
 from memfit.planning.searching import SearchOptions, probe_on, run_search
+from memfit.planning.together import plan_together
 
 __all__ = [
     "ChangeKind",
@@ -18,6 +19,8 @@ __all__ = [
     "changes_of",
     "explore_on",
     "plan_on",
+    "plan_together",
     "probe_on",
     "run_search",
+    "uncounted",
 ]

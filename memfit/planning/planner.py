@@ -13,10 +13,10 @@ from memfit.backends import Backend, with_precision
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning.recomputing import recomputed
 from memfit.planning.searching import SearchOptions, run_search, run_trial
-from memfit.records import Objective, Plan, ProbeResult, Recomputation, Source, Trial
+from memfit.records import Objective, Parallel, Plan, ProbeResult, Recomputation, Source, Trial
 from memfit.step.training_step import TrainingStep
 
-__all__ = ["PlanTarget", "plan_on"]
+__all__ = ["PlanTarget", "as_rank", "plan_on", "uncounted"]
 
 # Batch norm may refuse fewer samples.
 _FEWEST = 2
@@ -110,7 +110,7 @@ def plan_on(
         DoesNotFitError: Not even the smallest micro-batch fits with the headroom.
     """
     with opened as backend:
-        step = with_precision(step, backend)
+        step = as_rank(with_precision(step, backend), target, backend)
         if not target.chooses_blocks:
             return _planned(backend, step, target, progress)
         start = time.perf_counter()
@@ -148,6 +148,41 @@ def _planned(
 
 def _how_to(found: Recomputation) -> str:
     return f"In your script: memfit.checkpoint(model, {list(found.blocks)!r})"
+
+
+def as_rank(step: TrainingStep, target: PlanTarget, backend: Backend) -> TrainingStep:
+    """Return the step of one rank in a `DistributedDataParallel`, if the backend can try it.
+
+    Args:
+        step: The step.
+        target: The target of the plan.
+        backend: The backend that will try it.
+    """
+    options = step.options
+    if target.world_size == 1 or options.parallel is not None or not backend.takes_ranks:
+        return step
+    if target.chooses_blocks or options.compile:
+        # Blocks are chosen by a trace, and a compiled model is not wrapped.
+        return step
+    ranked = dataclasses.replace(options, parallel=Parallel.DDP, world_size=target.world_size)
+    return dataclasses.replace(step, options=ranked)
+
+
+def uncounted(step: TrainingStep, target: PlanTarget) -> tuple[str, ...]:
+    """Return a remark if there are several ranks and trials of a step are of a process alone.
+
+    Args:
+        step: The step that was tried.
+        target: The target of the plan.
+    """
+    if target.world_size == 1 or step.options.parallel is not None:
+        return ()
+    remark = (
+        f"Trials were of one process alone. What {target.world_size} ranks add on each of them is "
+        "not counted: DistributedDataParallel's buckets are as large as all gradients. A "
+        "rehearsal counts them (--parallel ddp)."
+    )
+    return (remark,)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,7 +407,7 @@ class _Planner:
             samples_per_second=parts.samples_per_second,
             trials=tuple(self._trials),
             environment=self._backend.environment,
-            remarks=(*remarks, *parts.remarks),
+            remarks=(*remarks, *parts.remarks, *uncounted(step, target)),
             seconds=time.perf_counter() - self._start,
             torch_version=torch.__version__,
         )

@@ -91,10 +91,11 @@ def profile_device(
     # The except block keeps the step's tensors alive, so memory is released after it.
     release(device)
     if recorded is None:
+        hint = " Simulate it with --gpu to see what is missing."
         raise DoesNotFitError(
             f"A batch of {batch_size} does not fit {backend.device_name} "
-            f"({format_bytes(backend.capacity().usable_bytes)} usable): {message} Simulate it with "
-            "--gpu to see what is missing."
+            f"({format_bytes(backend.capacity().usable_bytes)} usable): {message}"
+            f"{hint if step.options.parallel is None else ''}"
         )
     timeline, blocks, snapshot = recorded
     profile = MemoryProfile(

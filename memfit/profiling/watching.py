@@ -186,6 +186,10 @@ class StepNotes:
             for part in sparse_parts(tensor):
                 self._settle(part, role, module, known)
             return
+        # A shard is a tensor around the part that this rank holds.
+        local = getattr(tensor, "to_local", None)
+        if local is not None:
+            tensor = local()
         if tensor.device.type != self._device.type or not tensor.untyped_storage().nbytes():
             return
         storage = tensor.untyped_storage()

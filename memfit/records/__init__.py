@@ -37,6 +37,7 @@ from memfit.records.plans import (
     Plan,
     PlanAnswer,
     PlanSurvey,
+    RankPart,
     Recomputation,
 )
 from memfit.records.profiles import (
@@ -68,6 +69,7 @@ from memfit.records.rehearsals import (
 from memfit.records.steps import (
     Averaging,
     Evaluation,
+    Parallel,
     Precision,
     StepOptions,
 )
@@ -126,6 +128,7 @@ __all__ = [
     "ModuleShare",
     "Objective",
     "Outcome",
+    "Parallel",
     "ParameterDifference",
     "Peak",
     "Phase",
@@ -134,6 +137,7 @@ __all__ = [
     "PlanSurvey",
     "Precision",
     "ProbeResult",
+    "RankPart",
     "ReadKind",
     "Recomputation",
     "Record",

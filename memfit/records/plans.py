@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "PlanAnswer",
     "PlanSurvey",
+    "RankPart",
     "Recomputation",
 ]
 
@@ -49,6 +50,36 @@ class Recomputation(Record):
     num_blocks: int
     forward_share: float
     forward_share_of_all: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RankPart(Record):
+    """One rank's part of a plan whose ranks have different cards.
+
+    Args:
+        device: The card's name.
+        source: Rehearsed or simulated.
+        capacity: The bytes that the step may use on this card.
+        micro_batch_sizes: The rank's micro-batches of one optimizer step, in samples.
+        recommended_micro_batch_size: The largest that keeps the headroom on this card.
+        peak_reserved_bytes: Peak of the rank's own micro-batch, which was tried.
+        trials: Every trial on this card.
+    """
+
+    device: str
+    source: Source
+    capacity: Capacity
+    micro_batch_sizes: tuple[int, ...]
+    recommended_micro_batch_size: int
+    peak_reserved_bytes: int | None
+    trials: tuple[Trial, ...]
+
+    _derived: ClassVar[tuple[str, ...]] = ("share",)
+
+    @property
+    def share(self) -> int:
+        """Samples of the rank in each optimizer step."""
+        return sum(self.micro_batch_sizes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +115,8 @@ class Plan(Record):
         exploration: What would fit after single changes of the step, if that was asked for.
         recomputation: The blocks that were chosen to be recomputed, if that was asked for and
             is needed.
+        ranks: Each rank's part, if the ranks have different cards. Then the fields above are the
+            first rank's, and `device` names all cards. Empty if all ranks have the same card.
         seconds: Wall time of the planning.
         torch_version: The torch that ran.
     """
@@ -110,6 +143,7 @@ class Plan(Record):
     remarks: tuple[str, ...] = ()
     exploration: Exploration | None = None
     recomputation: Recomputation | None = None
+    ranks: tuple[RankPart, ...] = ()
     seconds: float
     torch_version: str
 
@@ -138,6 +172,8 @@ class Plan(Record):
     @property
     def is_even(self) -> bool:
         """Whether every micro-batch of every rank has the same size."""
+        if any(part.micro_batch_sizes != self.micro_batch_sizes for part in self.ranks):
+            return False
         return self.micro_batch_sizes == (self.micro_batch_size,) * self.accumulation_steps and (
             self.effective_batch_size % self.world_size == 0
         )
@@ -148,8 +184,18 @@ class Plan(Record):
         Args:
             rank: From 0 to below `world_size`.
         """
+        if self.ranks:
+            return self.ranks[rank].share
         share, rest = divmod(self.effective_batch_size, self.world_size)
         return share + (rank < rest)
+
+    def micro_batch_size_of(self, rank: int) -> int:
+        """Return the samples in the largest micro-batch of a rank.
+
+        Args:
+            rank: From 0 to below `world_size`.
+        """
+        return self.ranks[rank].micro_batch_sizes[0] if self.ranks else self.micro_batch_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

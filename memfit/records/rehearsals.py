@@ -350,6 +350,7 @@ class CommandPlan(Record):
         accumulation_steps: Micro-batches before each optimizer step.
         headroom: The share of the capacity that is kept free.
         trials: Every trial, in the order in which they ran.
+        notes: More remarks, each a sentence.
         seconds: Wall time of the whole planning.
     """
 
@@ -364,6 +365,7 @@ class CommandPlan(Record):
     accumulation_steps: int
     headroom: float
     trials: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
     seconds: float
 
     def __post_init__(self) -> None:

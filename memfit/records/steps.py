@@ -11,7 +11,9 @@ from typing import Any
 from memfit.errors import UsageError
 from memfit.records.base import Record
 
-__all__ = ["Averaging", "Evaluation", "Precision", "StepOptions"]
+__all__ = ["Averaging", "Evaluation", "Parallel", "Precision", "StepOptions"]
+
+_FEWEST_RANKS = 2
 
 
 class Precision(str, enum.Enum):
@@ -87,6 +89,19 @@ class Evaluation(str, enum.Enum):
     IN_TRAINING = "in-training"
 
 
+class Parallel(str, enum.Enum):
+    """How the ranks of a training run share the model.
+
+    `DDP`: each rank has the whole model, in a `DistributedDataParallel`. `DDP_BUCKET_VIEW`: the
+    same with `gradient_as_bucket_view`. `FSDP2`: each rank has a shard, by `fully_shard` on each
+    block and on the model.
+    """
+
+    DDP = "ddp"
+    DDP_BUCKET_VIEW = "ddp-bucket-view"
+    FSDP2 = "fsdp2"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions(Record):
     """The options of a training step, without its model and its batch size.
@@ -113,6 +128,8 @@ class StepOptions(Record):
             precision autocast then keeps its copies of the weights until the pass ends.
         compile: Compile the model with `torch.compile`, for the batch size of each trial.
         checkpoint: Modules that are recomputed in backward, by their names or patterns of them.
+        parallel: How the ranks share the model; `None` for a process that trains alone.
+        world_size: The number of ranks. A trial is the first of them.
     """
 
     precision: Precision = Precision.AUTO
@@ -133,6 +150,8 @@ class StepOptions(Record):
     no_grad: bool = False
     compile: bool = False
     checkpoint: tuple[str, ...] = ()
+    parallel: Parallel | None = None
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         """Refuse a classifier without classes, and options that exclude each other."""
@@ -161,4 +180,37 @@ class StepOptions(Record):
         if self.evaluate is not None and self.accumulate:
             raise UsageError(
                 "An evaluation has no gradients to accumulate: leave evaluate or accumulate out."
+            )
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Refuse ranks that cannot train so."""
+        if self.parallel is None:
+            if self.world_size != 1:
+                raise ValueError("ranks share a model in some way")
+            return
+        if self.world_size < _FEWEST_RANKS:
+            raise UsageError(
+                f"parallel={self.parallel.value!r} is for several ranks: give a world_size of at "
+                f"least {_FEWEST_RANKS}, not {self.world_size}."
+            )
+        if self.evaluate is Evaluation.ALONE and self.parallel is not Parallel.FSDP2:
+            raise UsageError(
+                "An evaluation alone has no gradients that ranks could sum: leave parallel and "
+                "world_size out, or give parallel='fsdp2' or evaluate='in-training'."
+            )
+        if self.compile:
+            raise UsageError(
+                "A compiled model is not tried with other ranks: leave compile or parallel and "
+                "world_size out, or rehearse a script that does both."
+            )
+        if self.optimizer_in_backward:
+            raise UsageError(
+                "optimizer_in_backward steps before the ranks have met, so it does not go with "
+                "parallel: leave one of the two out."
+            )
+        if self.parallel is Parallel.FSDP2 and self.channels_last:
+            raise UsageError(
+                "fully_shard (parallel='fsdp2') takes no weights in channels_last: leave "
+                "channels_last out."
             )

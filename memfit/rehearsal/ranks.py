@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Final
 
 from memfit.errors import UsageError
 
-__all__ = ["LoneRank"]
+__all__ = ["LoneRank", "launcher_of", "num_launched", "refuse_launcher"]
 
 _GPUS_OF_A_NODE = 8
+_NUM_RANKS: Final = re.compile(r"--nproc[-_]per[-_]node(?:=(\d+))?$")
+_LAUNCHERS: Final = ("torchrun", "accelerate", "deepspeed", "mpirun", "horovodrun", "srun")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,3 +75,47 @@ class LoneRank:
             # while Python waits for the monitor's end.
             "TORCH_NCCL_ENABLE_MONITORING": "0",
         }
+
+    @property
+    def note(self) -> str:
+        """What a report says of runs that were this rank alone."""
+        return (
+            f"Each run was rank {self.rank} of {self.world_size} alone. Start the command on each "
+            "rank, as torchrun does."
+        )
+
+
+def launcher_of(command: Sequence[str]) -> str | None:
+    """Return the word of a command that starts ranks by itself; `None` if there is none."""
+    return next(
+        (
+            word
+            for word in command
+            if PurePath(word).name in _LAUNCHERS or _NUM_RANKS.fullmatch(word)
+        ),
+        None,
+    )
+
+
+def refuse_launcher(command: Sequence[str]) -> None:
+    """Refuse a command that starts ranks by itself.
+
+    Raises:
+        UsageError: It does.
+    """
+    launcher = launcher_of(command)
+    if launcher is not None:
+        raise UsageError(
+            f"The command starts its ranks itself ({launcher}). Leave out --world-size, or give "
+            "the script without the launcher."
+        )
+
+
+def num_launched(command: Sequence[str]) -> int:
+    """Return how many ranks torchrun starts here, each with its own GPU; 1 without torchrun."""
+    for word, following in itertools.pairwise((*command, "")):
+        match = _NUM_RANKS.fullmatch(word)
+        if match is not None:
+            count = match[1] or following
+            return int(count) if count.isdecimal() else 1
+    return 1

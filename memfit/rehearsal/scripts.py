@@ -29,6 +29,7 @@ from memfit.records import (
     Trial,
 )
 from memfit.rehearsal.children import Output
+from memfit.rehearsal.ranks import LoneRank, launcher_of
 from memfit.rehearsal.run import Rehearsed, rehearse_command
 from memfit.units import format_bytes, parse_count
 
@@ -54,6 +55,8 @@ class ScriptSearch:
         headroom: The share of the capacity that the recommendation keeps free.
         multiple_of: The recommendation is a multiple of this number.
         max_batch_size: The largest batch size that is tried; `None` for the search's own limit.
+        lone_rank: The rank that each run is; `None` if the command starts its ranks itself, or has
+            none.
     """
 
     gpu: Gpu | None
@@ -61,6 +64,7 @@ class ScriptSearch:
     headroom: float = 0.05
     multiple_of: int = 1
     max_batch_size: int | None = None
+    lone_rank: LoneRank | None = None
 
     def __post_init__(self) -> None:
         """Refuse settings with which no search is possible."""
@@ -104,7 +108,7 @@ def probe_command(
         headroom=bounds.headroom,
         multiple_of=bounds.multiple_of,
         trials=tuple(runs.trials),
-        notes=(*notes, *runs.doubts()),
+        notes=(*notes, *_rank_notes(template, bounds), *runs.doubts()),
         seconds=time.perf_counter() - start,
     )
 
@@ -155,7 +159,24 @@ def plan_command(
         accumulation_steps=share // micro,
         headroom=bounds.headroom,
         trials=tuple(runs.trials),
+        notes=(*_rank_notes(template, bounds, num_ranks=ranks), *runs.doubts()),
         seconds=time.perf_counter() - start,
+    )
+
+
+def _rank_notes(
+    template: Sequence[str], bounds: ScriptSearch, *, num_ranks: int = 1
+) -> tuple[str, ...]:
+    """Say that runs were one rank of many, or that they were not although there are several."""
+    if bounds.lone_rank is not None:
+        return (bounds.lone_rank.note,)
+    if num_ranks == 1 or launcher_of(template) is not None:
+        return ()
+    return (
+        (
+            f"Each run was one process alone, so what {num_ranks} ranks add on each of them is not "
+            "counted. With --gpu, one rank is rehearsed."
+        ),
     )
 
 
@@ -274,7 +295,13 @@ class _Runs:
             name, _, value = words[0].partition("=")
             variables[name] = value
             words = words[1:]
-        found = rehearse_command(words, self._bounds.gpu, variables, output=Output.KEPT)
+        found = rehearse_command(
+            words,
+            self._bounds.gpu,
+            variables,
+            output=Output.KEPT,
+            lone_rank=self._bounds.lone_rank,
+        )
         self._last = found.rehearsal
         trial = _trial_of(found, batch_size, steps)
         took_steps = any(earlier.num_iterations for earlier in self.trials)

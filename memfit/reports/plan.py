@@ -30,6 +30,8 @@ def render(plan: Plan) -> RenderableType:
     Returns:
         An object for `rich.console.Console.print`.
     """
+    if plan.ranks:
+        return _of_ranks(plan)
     return Group(
         heading(plan),
         "",
@@ -40,6 +42,43 @@ def render(plan: Plan) -> RenderableType:
         *(Text(remark) for remark in plan.remarks),
         *(Text(note) for note in trial_notes(plan)),
         *(("", render_exploration(plan.exploration)) if plan.exploration else ()),
+    )
+
+
+def _of_ranks(plan: Plan) -> RenderableType:
+    """Lay out a plan whose ranks have different cards."""
+    table = plain_table()
+    table.add_column("rank", justify="right")
+    table.add_column("card")
+    for name in ("samples", "plan", "peak", "left"):
+        table.add_column(name, justify="right")
+    for rank, part in enumerate(plan.ranks):
+        peak = part.peak_reserved_bytes
+        table.add_row(
+            str(rank),
+            part.device,
+            str(part.share),
+            Text(format_parts(part.micro_batch_sizes), "bold green"),
+            "" if peak is None else format_bytes(peak),
+            "" if peak is None else format_bytes(part.capacity.usable_bytes - peak),
+        )
+    num_trials = sum(
+        len(part.trials) for part in {part.device: part for part in plan.ranks}.values()
+    )
+    return Group(
+        Text.assemble(
+            (plan.subject, "bold"),
+            f": {plan.effective_batch_size} samples a step over {plan.world_size} ranks\n",
+            (" · ".join(step_words(plan.options)), "dim"),
+        ),
+        "",
+        table,
+        "",
+        *(Text(remark) for remark in plan.remarks),
+        Text(
+            f"{plan.source.value.capitalize()} in {num_trials} trials and {plan.seconds:.1f} s "
+            f"with torch {plan.torch_version}."
+        ),
     )
 
 

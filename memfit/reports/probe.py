@@ -10,6 +10,7 @@ from memfit.records import (
     Averaging,
     DeviceProcess,
     Evaluation,
+    Parallel,
     Plan,
     ProbeResult,
     Source,
@@ -37,6 +38,11 @@ _OUT_OF_MEMORY = "out of memory"
 _ACCUMULATED = "accumulated"
 _NUM_HOLES = 3
 _MOST_NAMED = 3
+_PARALLEL = {
+    Parallel.DDP: "DDP",
+    Parallel.DDP_BUCKET_VIEW: "DDP with gradients as bucket views",
+    Parallel.FSDP2: "FSDP2",
+}
 
 
 def render(result: ProbeResult) -> RenderableType:
@@ -102,6 +108,8 @@ def step_words(options: StepOptions) -> list[str]:
     words += [word for word, is_set in flags.items() if is_set]
     if options.ema is not None:
         words.append("EMA" if options.ema is Averaging.DEVICE else "EMA in host memory")
+    if options.parallel is not None:
+        words.append(f"{_PARALLEL[options.parallel]}, rank 0 of {options.world_size}")
     if options.frozen:
         words.append(f"frozen {', '.join(options.frozen)}")
     if options.checkpoint:

@@ -134,6 +134,7 @@ def render_plan(found: CommandPlan) -> RenderableType:
         Text(f"with {found.headroom:.0%} kept free and no allocator retries. Train with:"),
         Text(shlex.join(found.command), "bold"),
         "",
+        *(Text(note) for note in found.notes),
         Text(_in_trials(found), "dim"),
     )
 

@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 from memfit._torch_private import is_compiled
 from memfit.errors import WorkloadError
 from memfit.memory import oom
-from memfit.records import Averaging, Evaluation, Precision, StepOptions
+from memfit.records import Averaging, Evaluation, Parallel, Precision, StepOptions
 from memfit.step.calling import call_loss, call_model, users_code
 from memfit.step.compiling import CompiledModel
 from memfit.step.draws import Draws
 from memfit.step.loop_habits import StepInBackward, WeightAverage
 from memfit.step.optimizers import stepped_by, without_closure
 from memfit.step.precision import PrecisionPolicy, TorchPrecision, autocast
+from memfit.step.ranks import Replicated, check_all_used
 
 __all__ = [
     "PrecisionPolicy",
@@ -37,6 +38,7 @@ __all__ = [
     "check_losses",
 ]
 
+_DDP = (Parallel.DDP, Parallel.DDP_BUCKET_VIEW)
 # Every module has these, and torch fills them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -86,6 +88,10 @@ class PreparedStep:
         self._average: WeightAverage | None = None
         self._in_backward: StepInBackward | None = None
         self._compiled = CompiledModel(model) if options.compile else None
+        self._replicated: Replicated | None = None
+        if options.parallel in _DDP:
+            has_views = options.parallel is Parallel.DDP_BUCKET_VIEW
+            self._replicated = Replicated(model, device, has_views=has_views)
         self._modes: list[tuple[nn.Module, bool]] = []
         self._held: dict[str, Any] = {}
         self._waiting: deque[tuple[Any, tuple[Any, ...]]] = deque()
@@ -136,6 +142,11 @@ class PreparedStep:
         yield from self.averages
 
     @property
+    def is_rank(self) -> bool:
+        """Whether it is one rank of many."""
+        return self._options.parallel is not None
+
+    @property
     def averages(self) -> Sequence[torch.Tensor]:
         """The tensors of the average of the weights; empty if there is none."""
         return () if self._average is None else self._average.tensors
@@ -164,6 +175,9 @@ class PreparedStep:
 
     def _begin_training(self) -> None:
         options = self._options
+        if self._replicated is not None:
+            # As in a script: the wrapper and its buckets are there before the optimizer.
+            _ = self._replicated.module
         self._optimizer = self._make_optimizer()
         if isinstance(self._optimizer, torch.optim.LBFGS):
             raise WorkloadError(
@@ -197,6 +211,8 @@ class PreparedStep:
         self._in_backward = self._average = None
         if self._compiled is not None:
             self._compiled.forget()
+        if self._replicated is not None:
+            self._replicated.forget()
         self._held.clear()
         self._waiting.clear()
         if self._optimizer is not None and not self._had_state:
@@ -232,8 +248,12 @@ class PreparedStep:
         if self._optimizer is None:
             self.begin()
         with users_code():
-            for _ in range(self.num_micro_batches):
-                self._backward(batch_size)
+            for index in range(self.num_micro_batches):
+                is_last = index == self.num_micro_batches - 1
+                with contextlib.nullcontext() if is_last else self._unsynchronised():
+                    self._backward(batch_size)
+            if self._replicated is not None:
+                check_all_used(self.model)
 
     def update(self) -> None:
         """Run the second part: the optimizer's step. Then drop the gradients."""
@@ -305,8 +325,19 @@ class PreparedStep:
             self._hold(loss=loss)
             self.precision_policy.backward(loss / self.num_micro_batches)
 
+    def _unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context for micro-batches before the last one.
+
+        FSDP2 sums gradients in every micro-batch, so that no rank holds whole gradients.
+        """
+        if self._replicated is None:
+            return contextlib.nullcontext()
+        return self._replicated.unsynchronised()
+
     def _outputs_of(self, inputs: Any) -> Any:
-        model = self.model if self._compiled is None else self._compiled.module
+        model = self.model
+        for wrapper in (self._compiled, self._replicated):
+            model = model if wrapper is None else wrapper.module
         outputs = call_model(model, inputs)
         self._hold(outputs=outputs)
         return outputs

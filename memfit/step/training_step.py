@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 
 from memfit._torch_private import pytree
 from memfit.errors import UsageError, WorkloadError
-from memfit.records import Precision, StepOptions
+from memfit.records import Parallel, Precision, StepOptions
 from memfit.step import batches, timm_models
 from memfit.step.batches import Layout
 from memfit.step.checkpointing import checkpoint, matched_blocks
 from memfit.step.compiling import check_can_compile, check_not_compiled
 from memfit.step.loop_habits import freeze
 from memfit.step.optimizers import check_steps_alone
+from memfit.step.ranks import join_ranks, shard
 from memfit.step.runner import PrecisionPolicy, PreparedStep
 from memfit.step.workload import OptimizerFactory, Workload
 
@@ -95,6 +96,12 @@ class TrainingStep:
                 f"{self.name} brings its own optimizer: give that one fused=True, or give the "
                 "workload the optimizer's name."
             )
+        if self.options.parallel is Parallel.FSDP2 and self.live_optimizer is not None:
+            raise UsageError(
+                f"The optimizer of {self.name} holds whole parameters, and fully_shard makes "
+                "shards of them: give the workload a function that makes the optimizer, or its "
+                "name."
+            )
 
     @property
     def name(self) -> str:
@@ -155,6 +162,8 @@ class TrainingStep:
         """
         if self.options.compile:
             check_can_compile(device)
+        if self.options.parallel is not None and device.type != "cuda":
+            raise ValueError(f"ranks are rehearsed on a card, not on {device}")
         described = self
         options = self.options
         if isinstance(self.subject, Workload) and self.subject.keeps_outputs:
@@ -282,7 +291,10 @@ def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
 
 
 def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.device) -> None:
-    model.to(device)
+    if options.parallel is not None:
+        join_ranks(options.world_size, device)
+    if options.parallel is not Parallel.FSDP2:
+        model.to(device)
     freeze(model, options.frozen, name=name)
     if options.precision is Precision.BF16:
         model.to(torch.bfloat16)
@@ -299,3 +311,6 @@ def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.de
                 f"{name} has no gradient checkpointing (no working set_grad_checkpointing)."
             ) from None
     checkpoint(model, matched_blocks(model, options.checkpoint, name=name))
+    if options.parallel is Parallel.FSDP2:
+        shard(model, options.world_size, device)
+        model.to(device)

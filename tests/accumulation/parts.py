@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from memfit import Plan
 from memfit.partition import cut
-from memfit.records import Capacity, Objective, Precision, Source, StepOptions
+from memfit.records import Capacity, Objective, Precision, RankPart, Source, StepOptions
 from memfit.units import GIB
 
 
@@ -101,6 +102,24 @@ class Failing:
 
 def out_of_memory() -> Exception:
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def plan_of_cards(*sizes: tuple[int, ...]) -> Plan:
+    """Return a plan whose ranks have these micro-batches, each on a card of its own."""
+    plan = plan_of(sum(map(sum, sizes)), sizes[0][0], world_size=len(sizes))
+    ranks = tuple(
+        RankPart(
+            device=f"card {rank}",
+            source=Source.SIMULATED,
+            capacity=plan.capacity,
+            micro_batch_sizes=parts,
+            recommended_micro_batch_size=parts[0],
+            peak_reserved_bytes=None,
+            trials=(),
+        )
+        for rank, parts in enumerate(sizes)
+    )
+    return dataclasses.replace(plan, micro_batch_sizes=sizes[0], ranks=ranks)
 
 
 def plan_of(effective: int, micro: int, *, world_size: int = 1, multiple_of: int = 1) -> Plan:

@@ -13,6 +13,8 @@ HERE = Path(__file__).parent
 CASES = (
     "gradients_are_the_whole_batchs",
     "one_that_runs_out_takes_the_other_along",
+    "ranks_of_different_cards_keep_their_own_sizes",
+    "a_plan_for_different_cards_is_carried_out",
     "everything_is_as_if_it_had_not_run_out",
     "a_failure_on_one_rank_ends_the_step_on_both",
     "nothing_to_average_over_is_said_on_both",

@@ -24,6 +24,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 from accumulation.parts import (
     Failing,
@@ -32,11 +33,13 @@ from accumulation.parts import (
     full_batch_gradients,
     out_of_memory,
     plan_of,
+    plan_of_cards,
     relative_error,
 )
 from memfit import Accumulator, micro_batches
 from memfit.accumulation import ranks
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError, WorkloadError
+from memfit.integrations import lines_for
 
 RANK = int(sys.argv[1]) if len(sys.argv) > 1 else 0
 TIMEOUT = dt.timedelta(seconds=45)
@@ -162,6 +165,71 @@ def one_that_runs_out_takes_the_other_along() -> None:
         assert accumulator.micro_batch_size == 2
         assert relative_error(seen.steps[0], expected) < BOUND
         assert_same_on_both(seen.steps[0])
+
+
+def ranks_of_different_cards_keep_their_own_sizes() -> None:
+    """Shares and micro-batches differ, and only the rank that runs out takes smaller ones."""
+    torch.manual_seed(0)
+    reference = Net().double()
+    shares, _ = data((11, 6))
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    whole_loss = functools.partial(mean_over_all, reference, shares, over="targets")
+    expected = full_batch_gradients(reference, optimizer, whole_loss)
+    for calls, sizes in ((set(), (4, 2)), ({1} if RANK == 1 else set(), (4, 1))):
+        model = together(copy.deepcopy(reference))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen = GradientRecorder(optimizer)
+        accumulator = Accumulator(
+            model,
+            optimizer,
+            (4, 2)[RANK],
+            loss=Failing(calls, out_of_memory, "backward"),
+            weight=WEIGHTS["targets"],
+        )
+        accumulator.step(shares[RANK])
+        assert accumulator.micro_batch_size == sizes[RANK]
+        assert relative_error(seen.steps[0], expected) < BOUND
+        assert_same_on_both(seen.steps[0])
+
+
+def a_plan_for_different_cards_is_carried_out() -> None:
+    """By the Accumulator, by a loop of one's own, and by the two loops that are emitted."""
+    plan = plan_of_cards((4, 4, 3), (2, 2, 2))
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 4)).double()
+    x, y = torch.randn(17, 5).double(), torch.randint(4, (17,))
+    expected: list[torch.Tensor | None] = list(
+        torch.autograd.grad(F.cross_entropy(reference(x), y), list(reference.parameters()))
+    )
+    mine = slice(0, 11) if RANK == 0 else slice(11, 17)
+    assert plan.share_of(RANK) == len(x[mine])
+    model = together(copy.deepcopy(reference))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = GradientRecorder(optimizer)
+    accumulator = Accumulator(model, optimizer, plan, loss=F.cross_entropy)
+    accumulator.step((x[mine], y[mine]))
+    assert accumulator.micro_batch_size == (4, 2)[RANK]
+    assert relative_error(seen.steps[0], expected) < BOUND
+    model = together(copy.deepcopy(reference))
+    micros = micro_batches(plan, (x[mine], y[mine]))
+    assert tuple(micro.num_samples for micro in micros) == plan.ranks[RANK].micro_batch_sizes
+    for micro in micros:
+        with contextlib.nullcontext() if micro.is_last else model.no_sync():
+            (F.cross_entropy(model(micro.batch[0]), micro.batch[1]) * micro.weight).backward()
+    assert relative_error([p.grad for p in model.parameters()], expected) < BOUND
+    loader, *loops = lines_for(plan, "pytorch").split("\n\n# ")
+    for loop in loops:
+        model = together(copy.deepcopy(reference))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen = GradientRecorder(optimizer)
+        names = {"model": model, "optimizer": optimizer, "loss_fn": F.cross_entropy}
+        names["dataset"] = TensorDataset(x, y)
+        exec(f"{loader}\n\n# {loop}", names)  # noqa: S102 - that is the test
+        assert len(seen.steps) == 1
+        # The loop by hand divides whole numbers of the device, which gives float32.
+        assert relative_error(seen.steps[0], expected) < 1e-6
+    with raises(UsageError, "the cards of this plan take different ones"):
+        lines_for(plan, "timm")
 
 
 def everything_is_as_if_it_had_not_run_out() -> None:
@@ -366,6 +434,8 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
 CASES = (
     gradients_are_the_whole_batchs,
     one_that_runs_out_takes_the_other_along,
+    ranks_of_different_cards_keep_their_own_sizes,
+    a_plan_for_different_cards_is_carried_out,
     everything_is_as_if_it_had_not_run_out,
     a_failure_on_one_rank_ends_the_step_on_both,
     nothing_to_average_over_is_said_on_both,

@@ -94,19 +94,3 @@ def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> N
     assert result.exit_code == 2
     assert sentence in result.output
     assert "Traceback" not in result.output
-
-
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        (("python", "train.py"), 1),
-        (("torchrun", "--nproc-per-node", "4", "train.py"), 4),
-        (("torchrun", "--nproc_per_node=2", "train.py"), 2),
-        (("torchrun", "--nproc-per-node", "gpu", "train.py"), 1),
-    ],
-)
-def test_ranks_of_a_command(command: tuple[str, ...], expected: int) -> None:
-    """Each of torchrun's ranks takes its own card."""
-    from memfit.cli.rehearse import ranks_of
-
-    assert ranks_of(command) == expected

@@ -39,6 +39,22 @@ TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.p
             ("plan", "--effective-batch", "64", "--explore", "--", "python", "{}", "{steps}"),
             "--explore cannot be given with a command after --",
         ),
+        (
+            ("probe", "--world-size", "2", "--", "python", "t.py", "{}"),
+            "--world-size rehearses one rank of many: name a card",
+        ),
+        (
+            ("probe", "--gpu", "t4", "--world-size", "2", "--", "torchrun", "t.py", "{}"),
+            "The command starts its ranks itself (torchrun)",
+        ),
+        (
+            ("probe", "--gpu", "t4", "--world-size", "0", "--", "python", "t.py", "{}"),
+            "--world-size must be at least 1, not 0",
+        ),
+        (
+            ("probe", "--gpu", "t4", "--parallel", "ddp", "--", "python", "t.py", "{}"),
+            "--parallel cannot be given with a command after --",
+        ),
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str) -> None:

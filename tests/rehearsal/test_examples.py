@@ -25,6 +25,7 @@ PEAKS = {
     "transformers_trainer": (479_930_604, 483_499_520, 528_482_304),
     "fastai_learner": (820_940_892, 821_995_520, 952_107_008),
     "timm_loader": (1_878_330_836, 1_906_401_280, 2_218_786_816),
+    # `tests/backends/test_rehearsed_ranks.py` holds a step's trial against these two.
     "ddp": (447_963_904, 454_145_536, 572_522_496),
     "fsdp2": (1_023_461_596, 1_023_880_704, 1_216_348_160),
 }

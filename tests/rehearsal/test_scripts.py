@@ -23,6 +23,7 @@ from memfit.records import (
     Source,
 )
 from memfit.rehearsal import scripts
+from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.run import Rehearsed
 from memfit.rehearsal.scripts import ScriptSearch, plan_command, probe_command
 from memfit.units import MIB
@@ -41,11 +42,13 @@ class Runs:
     num_samples: int = 1 << 20
     exit_code: int = 0
     seen: list[tuple[Sequence[str], Mapping[str, str]]] = dataclasses.field(default_factory=list)
+    ranks: list[LoneRank | None] = dataclasses.field(default_factory=list)
 
     def __call__(
         self, words: Sequence[str], gpu: Any, variables: Mapping[str, str], **_options: Any
     ) -> Rehearsed:
         self.seen.append((tuple(words), dict(variables)))
+        self.ranks.append(_options.get("lone_rank"))
         numbers = [int(word) for word in (*words, *variables.values()) if word.isdecimal()]
         batch_size = numbers[0]
         steps = int(words[words.index("--accumulate") + 1]) if "--accumulate" in words else 1
@@ -183,6 +186,20 @@ def test_a_place_for_the_batch_size_is_needed(command: tuple[str, ...], sentence
     """The message says what to write."""
     with pytest.raises(UsageError, match=sentence):
         probe_command(command, BOUNDS)
+
+
+def test_each_run_is_one_rank_of_many(runs: Runs) -> None:
+    """The notes say so, or that a process was alone although there are several ranks."""
+    rank = LoneRank(rank=0, world_size=8)
+    bounds = dataclasses.replace(BOUNDS, lone_rank=rank)
+    assert "rank 0 of 8 alone" in probe_command(COMMAND[:4], bounds).notes[0]
+    assert "rank 0 of 8 alone" in plan_command(COMMAND, 4096, bounds, world_size=8).notes[0]
+    assert set(runs.ranks) == {rank}
+    alone = plan_command(COMMAND, 4096, BOUNDS, world_size=8)
+    assert "what 8 ranks add on each of them is not counted" in alone.notes[0]
+    launched = ("torchrun", *COMMAND[1:])
+    assert not plan_command(launched, 4096, BOUNDS, world_size=8).notes
+    assert not plan_command(COMMAND, 4096, BOUNDS).notes
 
 
 def test_a_plan_needs_both_places_and_an_equal_share(runs: Runs) -> None:

@@ -100,6 +100,11 @@ class CpuBackend:
         """Whether the allocator gives back its cache and retries when memory is short."""
         return False
 
+    @property
+    def takes_ranks(self) -> bool:
+        """Whether a trial can be one rank of many."""
+        return False
+
     def capacity(self) -> Capacity:
         """Return how many bytes a training step may use, and the source of that figure."""
         return self._capacity
