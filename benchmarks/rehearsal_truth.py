@@ -103,10 +103,13 @@ def _compare_with_kept(path: Path, models: list[str]) -> None:
     _print_header(f"{card.name}, real on {kept['date']}", is_real=True)
     real = {_key_of(row): row for row in kept["real"]}
     pairs = []
-    for (row,) in _run_sides((rehearsed,), models):
-        if _key_of(row) in real:
-            pairs.append((real[_key_of(row)], row))
-            _print_row(*pairs[-1])
+    # Models that shared a process on the card share one here, because the driver's addresses depend
+    # on what was there before.
+    for together in kept["processes"]:
+        for (row,) in _run_sides((rehearsed,), [name for name in together if name in models]):
+            if _key_of(row) in real:
+                pairs.append((real[_key_of(row)], row))
+                _print_row(*pairs[-1])
     _print_summary(pairs)
 
 

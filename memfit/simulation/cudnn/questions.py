@@ -71,7 +71,7 @@ class Convolution:
         Source: lists of plans and workspaces of cuDNN 9.19 on an H100
             (benchmarks/data/h100-convolutions.csv). Which engine comes first is cuDNN's secret:
             the two limits for the weight's gradient are read off that file. On it, torch's
-            workspace is right up to 400 bytes for 90% of 2,340 kernels of 1x1 convolutions, and
+            workspace is right up to 400 bytes for 89% of 2,340 kernels of 1x1 convolutions, and
             without this rule for 22%. What is wrong are mostly images of 7x7.
 
         Returns:
