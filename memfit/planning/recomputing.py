@@ -183,6 +183,8 @@ class _Chooser:
                 room = (fits_at + fails_at) // 2
             elif names == self._all:
                 break
+            elif room <= least:
+                break
             else:
                 room = max(least, min(limit - beside, room - int(limit * _LEAST_SHARE)))
         if best is None and self._all not in tried:
