@@ -106,7 +106,11 @@ def test_the_largest_micro_batch_takes_the_fewest_steps(
         usable = accumulating // unit * unit or accumulating
         assert parts.sizes[0] <= accumulating
         expected = 1 if share <= accumulating else -(-share // usable)
-        assert len(parts.sizes) == expected
+        if expected > 1 and share % usable == 1 and usable < accumulating:
+            # A last part of one sample is avoided, if need be with parts that are no multiples.
+            assert -(-share // accumulating) <= len(parts.sizes) <= expected
+        else:
+            assert len(parts.sizes) == expected
 
 
 @given(SAMPLES, st.integers(1, 16), LARGEST, UNITS)

@@ -25,13 +25,13 @@ class CallStack:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names: list[str] = []
+        self._running: list[tuple[nn.Module, str]] = []
         self._handles: list[RemovableHandle] = []
 
     @property
     def innermost(self) -> str:
         """The path of the running layer: empty in the model itself, `LOSS` outside of the model."""
-        return self._names[-1] if self._names else LOSS
+        return self._running[-1][1] if self._running else LOSS
 
     def __enter__(self) -> Self:
         """Start to follow the layers."""
@@ -45,13 +45,15 @@ class CallStack:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._names.clear()
+        self._running.clear()
 
     def _entered(self, name: str) -> Any:
-        def enter(_module: nn.Module, _args: Any) -> None:
-            self._names.append(name)
+        def enter(module: nn.Module, _args: Any) -> None:
+            self._running.append((module, name))
 
         return enter
 
-    def _left(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._names.pop()
+    def _left(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        # A module that another hook refused to enter is left all the same.
+        if self._running and self._running[-1][0] is module:
+            self._running.pop()

@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import flop_registry
 
 from memfit._torch_private import dispatched, pytree, storage_id
 from memfit.backends.traces import trace, trace_options
@@ -70,6 +69,9 @@ def _flops_of(step: TrainingStep, names: Sequence[str]) -> dict[str, int] | None
         The operations of one forward; `None` if the model needs values, which a trace gives it and
         a plain forward on the meta device does not.
     """
+    # It reads torch's operations when it is imported, and a plan without blocks needs none.
+    from torch.utils.flop_counter import flop_registry
+
     prepared = step.prepare(META)
     inputs, _ = prepared.make_batch(_FEW)
     flops = dict.fromkeys(("", *names), 0)

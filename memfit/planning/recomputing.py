@@ -181,9 +181,7 @@ class _Chooser:
                 fails_at = room
             if fits_at is not None:
                 room = (fits_at + fails_at) // 2
-            elif names == self._all:
-                break
-            elif room <= least:
+            elif names == self._all or room <= least:
                 break
             else:
                 room = max(least, min(limit - beside, room - int(limit * _LEAST_SHARE)))

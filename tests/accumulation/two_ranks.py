@@ -17,7 +17,6 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,16 @@ from accumulation.parts import (
     plan_of_cards,
     relative_error,
 )
+from accumulation.ranks_parts import (
+    WEIGHTS,
+    Net,
+    assert_same_on_both,
+    data,
+    loss_over,
+    mean_over_all,
+    together,
+    whole_loss_of,
+)
 from memfit import Accumulator, micro_batches
 from memfit.accumulation import ranks
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError, WorkloadError
@@ -44,78 +53,6 @@ from memfit.integrations import lines_for
 RANK = int(sys.argv[1]) if len(sys.argv) > 1 else 0
 TIMEOUT = dt.timedelta(seconds=45)
 BOUND = 1e-10
-
-
-class Net(nn.Module):
-    """Mixes no samples; one rank alone uses one part of it, and no rank uses another part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.GELU(), nn.Linear(7, 4))
-        self.first_ranks = nn.Linear(5, 4)
-        self.nobodys = nn.Linear(5, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return scores of shape (samples, 4)."""
-        # Each sample says which rank it belongs to.
-        scores: torch.Tensor = self.body(x)
-        return scores + self.first_ranks(x) if x[0, 0] > 0 else scores
-
-
-def data(sizes: tuple[int, int]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Any]:
-    """Return the batch of each rank, and the whole batch."""
-    torch.manual_seed(5)
-    shares = []
-    for rank, size in enumerate(sizes):
-        x, y = torch.randn(size, 5).double(), torch.randint(4, (size,))
-        x[:, 0] = 1 - 2 * rank
-        y[: size // 3 + rank] = -100
-        shares.append((x, y))
-    return shares, shares
-
-
-def mean_over_all(model: Net, shares: list[Any], *, over: str) -> torch.Tensor:
-    """Return the loss of the whole effective batch, computed in one process."""
-    outputs = torch.cat([model(x) for x, _ in shares])
-    targets = torch.cat([y for _, y in shares])
-    if over == "targets":
-        return F.cross_entropy(outputs, targets)
-    total = F.cross_entropy(outputs, targets, reduction="sum")
-    return total if over == "sum" else total / len(targets)
-
-
-def loss_over(over: str) -> Callable[..., torch.Tensor]:
-    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if over == "targets":
-            return F.cross_entropy(outputs, targets)
-        total = F.cross_entropy(outputs, targets, reduction="sum")
-        return total if over == "sum" else total / len(targets)
-
-    return loss
-
-
-def together(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(model, **options)
-
-
-def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:
-    both = [torch.empty_like(tensor) for _ in range(2)]
-    distributed.all_gather(both, tensor.contiguous())
-    return both
-
-
-def assert_same_on_both(tensors: list[torch.Tensor | None]) -> None:
-    for tensor in tensors:
-        if tensor is not None:
-            one, other = gathered(tensor)
-            assert torch.equal(one, other)
-
-
-WEIGHTS: dict[str, Any] = {
-    "samples": "samples",
-    "targets": lambda batch: (batch[1] != -100).sum(),
-    "sum": "sum",
-}
 
 
 def gradients_are_the_whole_batchs() -> None:
@@ -349,10 +286,6 @@ def ranks_without_targets_take_part() -> None:
             )
             accumulator.step(shares[RANK])
             assert relative_error(seen.steps[0], expected) < BOUND
-
-
-def whole_loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model(x), y)
 
 
 def gradients_are_summed_in_buckets() -> None:
