@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu
 from memfit.errors import UnsupportedError, UsageError
@@ -36,6 +37,8 @@ CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 MAX_GPUS = 16
 _LIBRARIES = (LIBRARY, NVML_LIBRARY)
 _MACHINES = ("x86_64", "aarch64")
+_CUDA_WITHOUT_VOLTA: Final = 13
+_TURING: Final = (7, 5)
 _INSTEAD = (
     "The simulation works here: give the card as `gpu=` or `--gpu` with the engine `simulate`."
 )
@@ -151,7 +154,8 @@ def check_supported(card: Gpu) -> None:
 
     Raises:
         UsageError: The card is not NVIDIA's.
-        UnsupportedError: Another system than Linux, another processor, or a torch without CUDA.
+        UnsupportedError: Another system than Linux, another processor, a torch without CUDA, or a
+            card that is older than this torch's CUDA supports.
     """
     if card.vendor != "NVIDIA":
         raise UsageError(
@@ -177,6 +181,20 @@ def check_supported(card: Gpu) -> None:
             f"A rehearsal needs a torch that is built for CUDA; torch "
             f"{metadata.version('torch')} {kind}. {_INSTEAD}"
         )
+    found = re.search(
+        r"^cuda\b.*(\d\d)\.\d", _text_of(libraries.parent / "version.py"), re.MULTILINE
+    )
+    cuda = 0 if found is None else int(found[1])
+    if cuda >= _CUDA_WITHOUT_VOLTA and card.compute_capability < _TURING:
+        raise UnsupportedError(
+            f"{card.name} has compute capability {card.architecture}. This torch is built for CUDA "
+            f"{cuda}, which begins at 7.5, so it cannot train on such a card. A torch for CUDA "
+            f"12 can. {_INSTEAD}"
+        )
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _load() -> None:

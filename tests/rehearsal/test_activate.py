@@ -180,3 +180,23 @@ def importlib_spec(path: Path) -> object:
     from importlib.machinery import ModuleSpec
 
     return ModuleSpec("torch", None, origin=str(path))
+
+
+@pytest.mark.rehearses
+@pytest.mark.parametrize("cuda", ["12.8", "13.2"])
+def test_a_card_older_than_torchs_cuda_is_refused_and_simulated(
+    cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA 13 begins with Turing. `auto` simulates such a card."""
+    version = f'__version__ = "2.15.0"\ncuda: Optional[str] = "{cuda}"\n'
+    monkeypatch.setattr(activate, "_text_of", lambda _path: version)
+    card = find_gpu("p100")
+    if cuda == "12.8":
+        activate.check_supported(card)
+        return
+    with pytest.raises(UnsupportedError, match=r"built for CUDA 13, which begins at 7\.5"):
+        activate.check_supported(card)
+    activate.check_supported(find_gpu("t4"))
+    result = memfit.probe("test_vit", gpu="p100", max_batch_size=2, engine="auto")
+    assert isinstance(result, memfit.ProbeResult)
+    assert result.source is memfit.Source.SIMULATED
