@@ -23,7 +23,6 @@
 enum { /* cudnnStatus_t */
     CUDNN_NOT_INITIALIZED = 1001,
     CUDNN_BAD_PARAM = 2000,
-    CUDNN_ARCH_MISMATCH = 3007,
     CUDNN_NO_CUDA_GRAPHS = 3013,
 };
 enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t */
@@ -33,7 +32,6 @@ enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBacken
     CONFIG_ENGINE = 300,
     CONFIG_WORKSPACE_BYTES = 303,
     PLAN_HANDLE = 400,
-    PLAN_CONFIG = 401,
     PLAN_WORKSPACE_BYTES = 402,
     PLAN_DEVICEPROP = 407,
     ENGINE_OPERATION_GRAPH = 1300,
@@ -84,12 +82,6 @@ static void load(void) {
     *(void **)&cudnn.destroy = real_function("libcudnn.so.9", "cudnnBackendDestroyDescriptor");
     if (!cudnn.create || !cudnn.set || !cudnn.get || !cudnn.finalize || !cudnn.destroy)
         return;
-    /* cuDNN for CUDA 13 has no kernels before Turing. It describes such a card all the same, and
-       would then find no plan for it. */
-    if (cuda_version() >= 13000 && card()->major * 10 + card()->minor < 75) {
-        properties_status = CUDNN_ARCH_MISMATCH;
-        return;
-    }
     int length = describe(properties_text, sizeof properties_text);
     Status status = cudnn.create(DEVICEPROP_DESCRIPTOR, &properties);
     if (!status)
@@ -116,48 +108,6 @@ API Status cudnnSetStream(Handle *handle, void *stream) { return set_stream(hand
 
 API Status cudnnGetStream(const Handle *handle, void **stream) { return get_stream(handle, stream); }
 
-/* The configuration of each plan, from the time it is set to the plan's end. */
-typedef struct Plan {
-    Descriptor plan, config;
-    int is_assumed; /* not compiled: this is its workspace */
-    int64_t workspace_bytes;
-    struct Plan *next;
-} Plan;
-static Plan *plans[4096];
-
-static Plan **place_of(Descriptor plan) {
-    Plan **at = &plans[(uintptr_t)plan / 16 % 4096];
-    while (*at && (*at)->plan != plan) at = &(*at)->next;
-    return at;
-}
-static void remember_config(Descriptor plan, Descriptor config) {
-    device_lock();
-    Plan **at = place_of(plan);
-    if (!*at && (*at = calloc(1, sizeof **at))) (*at)->plan = plan;
-    if (*at) (*at)->config = config;
-    device_unlock();
-}
-static Plan plan_of(Descriptor plan) {
-    device_lock();
-    Plan *found = *place_of(plan), copy = found ? *found : (Plan){0};
-    device_unlock();
-    return copy;
-}
-static void assume(Descriptor plan, int64_t workspace_bytes) {
-    device_lock();
-    Plan *found = *place_of(plan);
-    if (found) found->is_assumed = 1;
-    if (found) found->workspace_bytes = workspace_bytes;
-    device_unlock();
-}
-static void forget(Descriptor plan) {
-    device_lock();
-    Plan **at = place_of(plan), *found = *at;
-    if (found) *at = found->next;
-    device_unlock();
-    free(found);
-}
-
 static int is_compiled_at_run_time(Descriptor config) {
     Descriptor engine = NULL;
     int64_t count = 0;
@@ -173,32 +123,26 @@ static int is_compiled_at_run_time(Descriptor config) {
 API Status cudnnBackendFinalize(Descriptor descriptor) {
     Status status = ready();
     if (status) return status;
-    Plan plan = plan_of(descriptor);
-    int64_t count = 0, workspace = plan.config ? product_bytes(plan.config) : -1;
-    if (workspace >= 0) {
-        assume(descriptor, workspace);
-        return OK;
-    }
-    if (plan.config && is_compiled_at_run_time(plan.config) &&
-        !cudnn.get(plan.config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
-        assume(descriptor, workspace);
+    Descriptor config = known_config(descriptor); /* only a plan has one */
+    if (config && known_bytes(descriptor) >= 0) return OK;
+    int64_t count = 0, workspace = 0;
+    if (config && is_compiled_at_run_time(config) &&
+        !cudnn.get(config, CONFIG_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1) {
+        know_bytes(descriptor, workspace);
         return OK;
     }
     status = cudnn.finalize(descriptor);
-    if (!status) product_finalized(descriptor);
+    if (!status) finalized(descriptor);
     return status;
 }
 
 API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, int64_t asked, int64_t *count, void *elements) {
     Status status = ready();
     if (status) return status;
-    if (name == PLAN_WORKSPACE_BYTES && type == TYPE_INT64 && asked > 0) {
-        Plan plan = plan_of(descriptor);
-        if (plan.is_assumed) {
-            if (count) *count = 1;
-            *(int64_t *)elements = plan.workspace_bytes;
-            return OK;
-        }
+    if (name == PLAN_WORKSPACE_BYTES && type == TYPE_INT64 && asked > 0 && known_bytes(descriptor) >= 0) {
+        if (count) *count = 1;
+        *(int64_t *)elements = known_bytes(descriptor);
+        return OK;
     }
     if (name == HEURISTICS_RESULTS) return product_results(descriptor, type, asked, count, elements);
     return cudnn.get(descriptor, name, type, asked, count, elements);
@@ -208,7 +152,6 @@ API Status cudnnBackendDestroyDescriptor(Descriptor descriptor) {
     Status status = ready();
     if (status) return status;
     forget(descriptor);
-    product_forget(descriptor);
     return cudnn.destroy(descriptor);
 }
 
@@ -227,9 +170,7 @@ API Status cudnnBackendSetAttribute(Descriptor descriptor, int name, int type, i
     }
     status = cudnn.set(descriptor, name, type, count, elements);
     if (!status && type == TYPE_DESCRIPTOR)
-        product_set(descriptor, name, count, elements);
-    if (!status && name == PLAN_CONFIG && count == 1)
-        remember_config(descriptor, *(const Descriptor *)elements);
+        remember(descriptor, name, count, elements);
     if (!status && name == HEURISTICS_OPERATION_GRAPH)
         status = cudnn.set(descriptor, HEURISTICS_DEVICEPROP, TYPE_DESCRIPTOR, 1, &properties);
     if (!status && name == ENGINE_OPERATION_GRAPH)

@@ -5,7 +5,7 @@
 #include "libraries.h"
 
 enum { TYPE_DATA_TYPE = 1, TYPE_INT64 = 3, TYPE_DESCRIPTOR = 15 }; /* cudnnBackendAttributeType_t */
-enum { HEURISTICS_OPERATION_GRAPH = 201, HEURISTICS_RESULTS = 202 }; /* cudnnBackendAttributeName_t */
+enum { HEURISTICS_OPERATION_GRAPH = 201, HEURISTICS_RESULTS, PLAN_CONFIG = 401 }; /* cudnnBackendAttributeName_t */
 
 typedef void *Descriptor;
 
@@ -18,12 +18,15 @@ typedef struct {
 } Backend;
 extern Backend cudnn;
 
-/* cudnn_products.c: convolutions that cuDNN gives to cuBLASLt. */
-void product_set(Descriptor descriptor, int name, int64_t count, const void *elements);
-void product_finalized(Descriptor descriptor);
-void product_forget(Descriptor descriptor);
-int64_t product_bytes(Descriptor descriptor); /* -1: this is no such convolution */
-/* The configurations of a list, with one more in front; the status of the real library's answer. */
+/* cudnn_products.c: what is known of descriptors. A plan with known bytes is not built: it is a
+   convolution that cuDNN gives to cuBLASLt, or it would be compiled at run time. */
+void remember(Descriptor descriptor, int name, int64_t count, const void *elements);
+void finalized(Descriptor descriptor);
+void forget(Descriptor descriptor);
+void know_bytes(Descriptor descriptor, int64_t num_bytes);
+int64_t known_bytes(Descriptor descriptor); /* of a workspace; -1: not known */
+Descriptor known_config(Descriptor plan);   /* NULL: it has none */
+/* The configurations of a list, with one more in front for a product; the real library's status. */
 Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *count, void *elements);
 
 #endif

@@ -22,10 +22,11 @@ enum { /* cudnnBackendAttributeName_t */
     MOST_PRODUCTS = 3, /* times the bytes of input and output */
 };
 
-/* What is known of a descriptor: an operation's parts, and the workspace of it as a product, which
-   goes on to its graph, the list of heuristics and the first configuration of the list. */
+/* What is known of a descriptor: an operation's parts, a plan's configuration, and a workspace. That of
+   an operation as a product goes on to its graph, the list of heuristics, the first configuration of the
+   list and the plan. */
 typedef struct Known {
-    Descriptor of, convolution, weight, input;
+    Descriptor of, convolution, weight, input, config;
     int first; /* the first attribute of the operation's kind */
     int64_t num_bytes;
     struct Known *next;
@@ -44,7 +45,7 @@ static Known *entry_of(Descriptor descriptor) {
     return *at;
 }
 
-int64_t product_bytes(Descriptor descriptor) {
+int64_t known_bytes(Descriptor descriptor) {
     device_lock();
     Known *found = *place_of(descriptor);
     int64_t num_bytes = found ? found->num_bytes : -1;
@@ -52,15 +53,23 @@ int64_t product_bytes(Descriptor descriptor) {
     return num_bytes;
 }
 
-static void pass_on(Descriptor to, int64_t num_bytes) {
+Descriptor known_config(Descriptor plan) {
+    device_lock();
+    Known *found = *place_of(plan);
+    Descriptor config = found ? found->config : NULL;
+    device_unlock();
+    return config;
+}
+
+void know_bytes(Descriptor descriptor, int64_t num_bytes) {
     if (num_bytes < 0) return;
     device_lock();
-    Known *entry = entry_of(to);
+    Known *entry = entry_of(descriptor);
     if (entry) entry->num_bytes = num_bytes;
     device_unlock();
 }
 
-void product_forget(Descriptor descriptor) {
+void forget(Descriptor descriptor) {
     device_lock();
     Known **at = place_of(descriptor), *found = *at;
     if (found) *at = found->next;
@@ -68,15 +77,18 @@ void product_forget(Descriptor descriptor) {
     free(found);
 }
 
-void product_set(Descriptor descriptor, int name, int64_t count, const void *elements) {
+void remember(Descriptor descriptor, int name, int64_t count, const void *elements) {
     if (count != 1) return;
     Descriptor given = *(const Descriptor *)elements;
-    if (name == GRAPH_OPERATIONS || name == HEURISTICS_OPERATION_GRAPH) pass_on(descriptor, product_bytes(given));
-    if (name < FORWARD_CONVOLUTION || name > FILTER_OUTPUT) return;
+    if (name == GRAPH_OPERATIONS || name == HEURISTICS_OPERATION_GRAPH || name == PLAN_CONFIG)
+        know_bytes(descriptor, known_bytes(given));
+    int is_part = name >= FORWARD_CONVOLUTION && name <= FILTER_OUTPUT;
+    if (!is_part && name != PLAN_CONFIG) return;
     int part = (name - FORWARD_CONVOLUTION) % 6;
     device_lock();
     Known *entry = entry_of(descriptor);
-    if (entry) {
+    if (entry && !is_part) entry->config = given;
+    else if (entry) {
         entry->first = name - part;
         if (part == 0) entry->convolution = given;
         else if (part == FORWARD_WEIGHT - FORWARD_CONVOLUTION) entry->weight = given;
@@ -117,15 +129,15 @@ static int64_t bytes_of(const Known *operation) {
     return operation->first == FORWARD_CONVOLUTION && is_half && pixels % 2 ? -1 : 0;
 }
 
-void product_finalized(Descriptor descriptor) {
+void finalized(Descriptor descriptor) {
     device_lock();
     Known *found = *place_of(descriptor), copy = found ? *found : (Known){0};
     device_unlock();
-    if (copy.first) pass_on(descriptor, bytes_of(&copy));
+    if (copy.first) know_bytes(descriptor, bytes_of(&copy));
 }
 
 Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *count, void *elements) {
-    int64_t num_bytes = product_bytes(heuristics), filled = 0;
+    int64_t num_bytes = known_bytes(heuristics), filled = 0;
     if (num_bytes < 0) return cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, count, elements);
     Descriptor *configs = elements;
     if (asked < 1 || !configs) {
@@ -140,6 +152,6 @@ Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *
     else filled = 0;
     if (status) return status;
     if (count) *count = filled + 1;
-    pass_on(configs[0], num_bytes);
+    know_bytes(configs[0], num_bytes);
     return OK;
 }
