@@ -103,6 +103,9 @@ def _flops_of(step: TrainingStep, names: Sequence[str]) -> dict[str, int] | None
         try:
             call_model(prepared.model, inputs)
         except (NotImplementedError, RuntimeError, TypeError):
+            # What meta tensors raise if values are asked of them: masks and `.tolist()`, `.item()`
+            # and conditions, `.numpy()` and formats. The trace before this went through, so it is
+            # no mistake of the model.
             return None
     return flops
 

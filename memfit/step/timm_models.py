@@ -300,9 +300,10 @@ def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Mod
         with device, UnfilledWeights():
             return _created(name, options)
     except (NotImplementedError, UsageError):
-        # Some models compute with tensors while they are built, and a meta tensor has no values:
-        # `.item()` refuses it, which `_created` takes for a wrong argument. These models are built
-        # with values. An argument that is wrong is refused then as well.
+        # Some models compute with tensors while they are built, and a meta tensor has no values: it
+        # raises NotImplementedError if it is copied, and RuntimeError for `.item()`, which
+        # `_created` takes for a wrong argument. Such models are built with values. An argument that
+        # is really wrong is refused again then.
         return _created(name, options)
 
 

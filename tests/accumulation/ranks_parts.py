@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.nn.parallel import DistributedDataParallel
+
+from accumulation.parts import full_batch_gradients
 
 
 class Net(nn.Module):
@@ -47,6 +50,18 @@ def mean_over_all(model: Net, shares: list[Any], *, over: str) -> torch.Tensor:
         return F.cross_entropy(outputs, targets)
     total = F.cross_entropy(outputs, targets, reduction="sum")
     return total if over == "sum" else total / len(targets)
+
+
+def whole_batch(
+    sizes: tuple[int, int], *, over: str = "targets"
+) -> tuple[Net, list[Any], list[torch.Tensor | None]]:
+    """Return a net, the batch of each rank, and the gradients of the whole batch in one process."""
+    torch.manual_seed(0)
+    reference = Net().double()
+    shares, _ = data(sizes)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    whole_loss = functools.partial(mean_over_all, reference, shares, over=over)
+    return reference, shares, full_batch_gradients(reference, optimizer, whole_loss)
 
 
 def loss_over(over: str) -> Callable[..., torch.Tensor]:

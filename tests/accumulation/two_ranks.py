@@ -43,6 +43,7 @@ from accumulation.ranks_parts import (
     loss_over,
     mean_over_all,
     together,
+    whole_batch,
     whole_loss_of,
 )
 from memfit import Accumulator, micro_batches
@@ -59,13 +60,8 @@ def gradients_are_the_whole_batchs() -> None:
     """Shares and counts are uneven, and one rank or none uses a part; recovery is on or off."""
     for recover in (True, False):
         for over, weight in WEIGHTS.items():
-            torch.manual_seed(0)
-            reference = Net().double()
-            shares, _ = data((11, 6))
-            optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+            reference, shares, expected = whole_batch((11, 6), over=over)
             whole = mean_over_all(reference, shares, over=over).item()
-            whole_loss = functools.partial(mean_over_all, reference, shares, over=over)
-            expected = full_batch_gradients(reference, optimizer, whole_loss)
             model = together(copy.deepcopy(reference), find_unused_parameters=not recover)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             seen = GradientRecorder(optimizer)
@@ -81,12 +77,7 @@ def gradients_are_the_whole_batchs() -> None:
 def one_that_runs_out_takes_the_other_along() -> None:
     """It runs out in forward or backward, in the first or the last micro-batch."""
     for failing, where in ((0, "forward"), (1, "forward"), (1, "backward"), (2, "backward")):
-        torch.manual_seed(0)
-        reference = Net().double()
-        shares, _ = data((12, 12))
-        optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-        whole_loss = functools.partial(mean_over_all, reference, shares, over="targets")
-        expected = full_batch_gradients(reference, optimizer, whole_loss)
+        reference, shares, expected = whole_batch((12, 12))
         model = together(copy.deepcopy(reference))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         seen = GradientRecorder(optimizer)
@@ -106,12 +97,7 @@ def one_that_runs_out_takes_the_other_along() -> None:
 
 def ranks_of_different_cards_keep_their_own_sizes() -> None:
     """Shares and micro-batches differ, and only the rank that runs out takes smaller ones."""
-    torch.manual_seed(0)
-    reference = Net().double()
-    shares, _ = data((11, 6))
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-    whole_loss = functools.partial(mean_over_all, reference, shares, over="targets")
-    expected = full_batch_gradients(reference, optimizer, whole_loss)
+    reference, shares, expected = whole_batch((11, 6))
     for calls, sizes in ((set(), (4, 2)), ({1} if RANK == 1 else set(), (4, 1))):
         model = together(copy.deepcopy(reference))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

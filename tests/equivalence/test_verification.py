@@ -77,14 +77,16 @@ def test_batch_norm_differs_and_frozen_is_equal(name: str) -> None:
     assert frozen.buffers == ()
 
 
+def resnet_on_80_px() -> TrainingStep:
+    options = StepOptions(precision=Precision.FP32, image_size=(80, 80))
+    return TrainingStep(subject="test_resnet", options=options)
+
+
 def test_a_known_verdict_takes_no_more_passes_than_it_needs() -> None:
     """Layers that mix are found on small images, and only equal micro-batches are compared."""
     seen: list[str] = []
     result = verify(
-        TrainingStep(
-            subject="test_resnet",
-            options=StepOptions(precision=Precision.FP32, image_size=(80, 80)),
-        ),
+        resnet_on_80_px(),
         CPU,
         micro_batch_size=4,
         accumulation_steps=2,
@@ -109,10 +111,7 @@ def test_a_known_verdict_takes_no_more_passes_than_it_needs() -> None:
 def test_an_open_verdict_is_found_on_whole_images() -> None:
     """If the layers that mix are frozen, all comparisons have images of the user's size."""
     result = verify(
-        TrainingStep(
-            subject="test_resnet",
-            options=StepOptions(precision=Precision.FP32, image_size=(80, 80)),
-        ),
+        resnet_on_80_px(),
         CPU,
         micro_batch_size=4,
         accumulation_steps=2,

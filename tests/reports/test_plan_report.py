@@ -109,31 +109,38 @@ def test_a_survey_is_one_table() -> None:
     assert "Simulated, not measured" in text
 
 
-def test_an_exploration_shows_what_each_change_does() -> None:
-    """The unchanged step comes first; a change that is impossible says why."""
-    options = StepOptions(precision=Precision.FP32)
-    as_it_is = Alternative(change="", costs="", options=options, reason="it needs 9 GiB")
-    leaner = Alternative(
-        change="gradient checkpointing",
-        costs="a second forward pass",
-        options=options,
-        micro_batch_sizes=(32, 32),
-        recommended_micro_batch_size=40,
-        edge_found=True,
-        peak_reserved_bytes=7 * GIB,
-    )
-    exploration = Exploration(
+FITS_40 = Alternative(
+    change="",
+    costs="",
+    options=StepOptions(precision=Precision.FP32),
+    micro_batch_sizes=(32, 32),
+    recommended_micro_batch_size=40,
+    edge_found=True,
+    peak_reserved_bytes=7 * GIB,
+)
+
+
+def exploration_of(baseline: Alternative, *alternatives: Alternative) -> Exploration:
+    return Exploration(
         subject="net",
         device="a card",
         capacity=example().capacity,
         effective_batch_size=64,
         world_size=1,
-        baseline=as_it_is,
-        alternatives=(
-            leaner,
-            dataclasses.replace(leaner, edge_found=False, change="a smaller image"),
-        ),
+        baseline=baseline,
+        alternatives=alternatives,
     )
+
+
+def test_an_exploration_shows_what_each_change_does() -> None:
+    """The unchanged step comes first; a change that is impossible says why."""
+    options = StepOptions(precision=Precision.FP32)
+    as_it_is = Alternative(change="", costs="", options=options, reason="it needs 9 GiB")
+    leaner = dataclasses.replace(
+        FITS_40, change="gradient checkpointing", costs="a second forward pass"
+    )
+    smaller = dataclasses.replace(leaner, edge_found=False, change="a smaller image")
+    exploration = exploration_of(as_it_is, leaner, smaller)
     lines = text_of(render_exploration(exploration)).splitlines()
     assert (
         lines[0]
@@ -149,33 +156,16 @@ def test_an_exploration_shows_what_each_change_does() -> None:
 
 def test_a_change_that_makes_no_more_fit_is_not_offered() -> None:
     """It is named below the table, with what would fit. JSON has all of them."""
-    fits_40 = Alternative(
-        change="",
-        costs="",
-        options=StepOptions(precision=Precision.FP32),
-        micro_batch_sizes=(32, 32),
-        recommended_micro_batch_size=40,
-        edge_found=True,
-        peak_reserved_bytes=7 * GIB,
-    )
 
     def changed(change: str, **fields: Any) -> Alternative:
-        return dataclasses.replace(fits_40, change=change, costs="something", **fields)
+        return dataclasses.replace(FITS_40, change=change, costs="something", **fields)
 
     fewer = changed("optimizer lion", recommended_micro_batch_size=38)
     same = changed("channels last", peak_reserved_bytes=6 * GIB)
     none = changed("checkpointing", micro_batch_sizes=(), reason="net has none.")
     more = changed("a smaller image", recommended_micro_batch_size=50)
     enough = changed("bf16 weights", recommended_micro_batch_size=64, edge_found=False)
-    exploration = Exploration(
-        subject="net",
-        device="a card",
-        capacity=example().capacity,
-        effective_batch_size=64,
-        world_size=1,
-        baseline=fits_40,
-        alternatives=(same, none, fewer, more, enough),
-    )
+    exploration = exploration_of(FITS_40, same, none, fewer, more, enough)
     assert exploration.gains == (more, enough)
     text = text_of(render_exploration(exploration))
     table, _, below = text.partition("fits: the largest")
