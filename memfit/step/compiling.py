@@ -9,8 +9,6 @@ compiles for its own batch size.
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from typing import Any, Final, cast
 
 import torch
@@ -18,12 +16,12 @@ from torch import nn
 
 from memfit._torch_private import is_compiled
 from memfit.errors import UnsupportedError, UsageError
+from memfit.user_cache import compiler
 
 __all__ = ["CompiledModel", "check_can_compile", "check_not_compiled"]
 
 _OLDEST: Final = (7, 0)
 """Source: torch._inductor, `GPUTooOldForTriton`."""
-_C_COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 def check_not_compiled(model: nn.Module, name: str) -> None:
@@ -60,7 +58,7 @@ def check_can_compile(device: torch.device) -> None:
         )
     if importlib.util.find_spec("triton") is None:
         raise UnsupportedError("torch.compile needs Triton for a GPU: pip install triton.")
-    if not os.environ.get("CC") and not any(map(shutil.which, _C_COMPILERS)):
+    if compiler() is None:
         raise UnsupportedError(
             "torch.compile needs a C compiler for Triton's launchers: install cc, gcc or clang, or "
             "name one in CC."
