@@ -76,6 +76,10 @@ def main() -> None:
         f"{platform.python_version()}, {os.cpu_count()} CPU cores (idle {share_idle:.0%}, load "
         f"{os.getloadavg()[0]:.1f}), {dt.datetime.now(tz=dt.timezone.utc).date()}"
     )
+    num_done = len({row.model for row in found.rows})
+    if not found.is_complete:
+        print(f"Interrupted: {num_done} of {len(names)} models are done, in {seconds:.0f} s.")
+        return
     print(
         f"{len(names) - len(failed)} of {len(names)} models on {len(found.gpus)} cards; "
         f"{num_asked} were not in the journal: {seconds:.0f} s, at most {format_bytes(most_bytes)} "

@@ -18,6 +18,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from memfit.cards import Gpu
 from memfit.errors import UsageError
 from memfit.records import Capacity, Rehearsal, RehearsalEnd, RehearsedProcess, Source
@@ -80,6 +82,10 @@ def rehearse_command(
         UsageError: There is no such command, or this machine has no GPU.
     """
     check_command(command)
+    if gpu is None and torch.cuda.device_count() == 0:
+        raise UsageError(
+            "There is no GPU here. Name a card with --gpu, and the command is rehearsed on it."
+        )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="memfit-rehearsal-") as name:
         folder = Path(name)
@@ -126,9 +132,15 @@ def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
         }
     seen = next((report for report in reports if report.devices), None)
     if seen is None:
-        raise UsageError(
-            "There is no GPU here. Name a card with --gpu, and the command is rehearsed on it."
-        )
+        # The command failed, ended or was ended before it came to the GPU.
+        return {
+            "device": "cuda",
+            "capacity": Capacity(
+                usable_bytes=0, total_bytes=0, origin="the command did not come to the GPU"
+            ),
+            "context_bytes": 0,
+            "source": Source.MEASURED,
+        }
     return {
         "device": seen.devices[0],
         "capacity": Capacity(

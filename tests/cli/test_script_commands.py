@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from memfit.cards import find_gpu
 from memfit.cli import main
+from memfit.rehearsal.activate import rehearsed_environment
 
 TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.py")
 
@@ -51,6 +55,11 @@ TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.p
             ("probe", "--gpu", "t4", "--world-size", "0", "--", "python", "t.py", "{}"),
             "--world-size must be at least 1, not 0",
         ),
+        pytest.param(
+            ("probe", "--", "python", "t.py", "{}"),
+            "There is no GPU here. Name a card with --gpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
         (
             ("probe", "--gpu", "t4", "--parallel", "ddp", "--", "python", "t.py", "{}"),
             "--parallel cannot be given with a command after --",
@@ -84,3 +93,22 @@ def test_a_plan_is_a_command_that_was_tried() -> None:
     assert (found["micro_batch_size"], found["accumulation_steps"]) == (16, 1)
     assert found["command"][-3:] == ["16", "4", "accumulate=1"]
     assert [trial["outcome"] for trial in found["trials"]] == ["fits"]
+
+
+@pytest.mark.rehearses
+def test_a_command_that_fails_before_it_came_to_the_gpu_is_said_to_fail() -> None:
+    """Without `--gpu` it runs on this machine's GPU, which is a rehearsed one here."""
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "memfit", "probe", "--"),
+            *(sys.executable, "-c", "raise SystemExit('no data: {}')", "{}"),
+        ],
+        env={**os.environ, **rehearsed_environment(find_gpu("t4"), environment=os.environ)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "failed by itself with exit code 1" in result.stderr
+    assert "no data: " in result.stderr
+    assert "no GPU" not in result.stderr
