@@ -205,7 +205,10 @@ def _quiet_profiler() -> Iterator[Any]:
     os.environ.setdefault(_LOG_LEVEL, "99")
     try:
         with torch.profiler.profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, with_stack=True
+            activities=[ProfilerActivity.CPU],
+            profile_memory=True,
+            with_stack=True,
+            acc_events=True,  # there is one cycle; torch 2.11 warns if this is not said
         ) as profiler:
             yield profiler
     finally:

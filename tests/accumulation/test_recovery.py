@@ -23,6 +23,7 @@ from memfit import Accumulator
 from memfit.accumulation import recovery
 from memfit.accumulation.recovery import RetryMonitor, smaller
 from memfit.errors import DoesNotFitError
+from memfit.memory.release import release
 from memfit.units import MIB
 
 
@@ -184,11 +185,12 @@ def test_a_failed_attempt_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> N
             outputs_seen.append(weakref.ref(outputs))
             return super().__call__(outputs, targets)
 
-    def release(_device: torch.device) -> int:
+    def released(device: torch.device) -> int:
+        num_bytes = release(device)
         alive.append(sum(reference() is not None for reference in outputs_seen))
-        return 0
+        return num_bytes
 
-    monkeypatch.setattr("memfit.accumulation.accumulator.release", release)
+    monkeypatch.setattr("memfit.accumulation.accumulator.release", released)
     trained(16, Watched({0}, out_of_memory, "forward"))
     assert alive == [0]
 

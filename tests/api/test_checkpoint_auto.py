@@ -11,11 +11,13 @@ from torch import nn
 import memfit
 from memfit.api.steps import describe
 from memfit.backends.simulated import SimulatedBackend
+from memfit.backends.traces import kept_workspaces
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.integrations import lines_for
 from memfit.planning.blocks import recomputable
 from memfit.step.checkpointing import blocks_of
+from memfit.units import MIB
 
 ON: dict[str, Any] = {"gpu": "any", "precision": "fp32", "progress": None}
 
@@ -43,8 +45,14 @@ def workload() -> memfit.Workload:
     return memfit.Workload(model, batch, nn.functional.mse_loss, "sgd")
 
 
-def planned(samples: int, memory: str, **options: Any) -> memfit.Plan:
-    """Return a plan on a card of a given size."""
+def kept_bytes(card: str) -> int:
+    """Return what BLAS keeps on a card beside every step: nothing since torch 2.15."""
+    return sum(kept_workspaces(find_gpu(card)).values())
+
+
+def planned(samples: int, mib: int, **options: Any) -> memfit.Plan:
+    """Return a plan on a card that has so many MiB for the step."""
+    memory = mib * MIB + kept_bytes("rtx3090")
     found = memfit.plan(workload(), samples, memory=memory, **{**ON, **options})
     assert isinstance(found, memfit.Plan)
     return found
@@ -52,10 +60,10 @@ def planned(samples: int, memory: str, **options: Any) -> memfit.Plan:
 
 def test_it_fits_where_nothing_did_and_costs_less_than_all() -> None:
     """The whole share runs in one step; with less room, more is recomputed."""
-    assert planned(8192, "850MiB").accumulation_steps > 1
+    assert planned(8192, 850).accumulation_steps > 1
     costs = []
-    for memory in ("850MiB", "790MiB"):
-        found = planned(8192, memory, checkpoint="auto")
+    for mib in (850, 790):
+        found = planned(8192, mib, checkpoint="auto")
         assert found.micro_batch_sizes == (8192,)
         again = found.recomputation
         assert again is not None
@@ -80,12 +88,13 @@ def test_what_is_foreseen_is_what_a_step_with_these_blocks_holds(model: str) -> 
         found = memfit.estimate(
             model, 96, gpu="rtx3060", image_size=160, precision="amp-bf16", checkpoint=chosen
         )
-        assert found.peak_requested_bytes == pytest.approx(data.peak_of(chosen), rel=0.02), chosen
+        foreseen = data.peak_of(chosen) + kept_bytes("rtx3060")
+        assert found.peak_requested_bytes == pytest.approx(foreseen, rel=0.02), chosen
 
 
 def test_what_fits_as_it_is_is_left_alone() -> None:
     """No block is chosen, and the plan says so."""
-    found = planned(64, "810MiB", checkpoint="auto")
+    found = planned(64, 810, checkpoint="auto")
     assert found.recomputation is None
     assert found.options.checkpoint == ()
     assert "fits without recomputing any block" in found.remarks[-1]
@@ -93,17 +102,17 @@ def test_what_fits_as_it_is_is_left_alone() -> None:
 
 def test_what_never_fits_whole_accumulates_with_the_fewest_steps() -> None:
     """The micro-batch is the largest that fits with every block recomputed."""
-    found = planned(16_384, "650MiB", checkpoint="auto")
-    plain = planned(16_384, "650MiB")
+    found = planned(16_384, 650, checkpoint="auto")
+    plain = planned(16_384, 650)
     assert found.recomputation is not None
     assert 1 < found.accumulation_steps < plain.accumulation_steps
     with pytest.raises(DoesNotFitError):
-        planned(64, "470MiB", checkpoint="auto")
+        planned(64, 470, checkpoint="auto")
 
 
 def test_the_lines_to_paste_recompute_the_same_blocks() -> None:
     """They need nothing of memfit, and gradients are equal."""
-    found = planned(8192, "790MiB", checkpoint="auto")
+    found = planned(8192, 790, checkpoint="auto")
     text = lines_for(found, "pytorch")
     start = text.index("import functools")
     lines = text[start : text.index("loader = ", start)]
@@ -126,9 +135,9 @@ def test_the_lines_to_paste_recompute_the_same_blocks() -> None:
 def test_bad_input_gets_a_sentence() -> None:
     """What cannot be chosen, and what excludes it, is named."""
     with pytest.raises(UsageError, match="'auto', or names of blocks, not both"):
-        planned(64, "1GiB", checkpoint=["auto", "0"])
+        planned(64, 1024, checkpoint=["auto", "0"])
     with pytest.raises(UsageError, match="leave one of the two out"):
-        planned(64, "1GiB", checkpoint="auto", grad_checkpointing=True)
+        planned(64, 1024, checkpoint="auto", grad_checkpointing=True)
     with pytest.raises(UsageError, match="has none: name the blocks"):
         memfit.plan(workload(), 64, device="cpu", memory="500MiB", checkpoint="auto")
     flat = memfit.Workload(

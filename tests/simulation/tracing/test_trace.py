@@ -101,7 +101,9 @@ def real_allocations(step: TrainingStep) -> collections.Counter[int]:
         prepared = step.prepare(torch.device("cpu"))
         prepared.begin()
         prepared.iterate(2)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
             prepared.iterate(2)
     results = profiler.profiler.kineto_results.events()
     sizes = (event.nbytes() for event in results if event.name() == "[memory]")
