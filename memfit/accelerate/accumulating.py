@@ -1,34 +1,26 @@
-"""Accelerate: an `Accumulator` over its objects, and a search that ends at the edge.
+"""An `Accumulator` over Accelerate's objects.
 
 Source: huggingface/accelerate, src/accelerate/accelerator.py (`backward` divides the loss by
     `gradient_accumulation_steps`), src/accelerate/optimizer.py (`AcceleratedOptimizer.step` does
-    nothing while `sync_gradients` is False), src/accelerate/utils/memory.py
-    (`find_executable_batch_size`).
+    nothing while `sync_gradients` is False).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memfit.accumulation import Accumulator as PlainAccumulator
 from memfit.accumulation import Weight
 from memfit.accumulation.stepping import PlainStepping
-from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
+from memfit.errors import UnsupportedError, UsageError
 from memfit.integrations.accelerate import PRECISIONS
-from memfit.memory import oom
-from memfit.memory.release import release
 from memfit.records import Plan, Precision
 from memfit.step.optimizers import stepped_by
-from memfit.units import parse_count
 
-__all__ = ["Accumulator", "find_executable_batch_size"]
-
-_NUM_STEPS: Final = 3
+__all__ = ["Accumulator"]
 
 
 class Accumulator(PlainAccumulator):
@@ -163,109 +155,3 @@ def _check(accelerator: Any, optimizer: Any, plan: Plan | int) -> None:
                 f"The plan is for {planned.value}, and the Accelerator has mixed_precision="
                 f"{given!r}: plan with that precision."
             )
-
-
-class _EnoughSteps(BaseException):
-    """Ends a trial of `find_executable_batch_size`. A user's `except Exception` lets it through."""
-
-
-def find_executable_batch_size(
-    function: Callable[..., Any] | None = None,
-    starting_batch_size: int = 128,
-    *,
-    num_steps: int = _NUM_STEPS,
-) -> Any:
-    """Run a function with the largest batch size that fits, up to a given one.
-
-    It is used as Accelerate's decorator of the same name. That one multiplies the batch size by 0.9
-    after each failure, so it ends below the edge. This one searches for the edge: a trial runs the
-    function until its optimizer has stepped a few times. Then the function runs to its end with the
-    largest batch size that fits.
-
-    Args:
-        function: A function whose first argument is the batch size. It makes everything that
-            depends on it, because it is started several times.
-        starting_batch_size: The largest batch size that is tried.
-        num_steps: The optimizer steps of a trial. The optimizer's state is there after the first.
-
-    Returns:
-        The function without its first argument; without `function`, a decorator.
-
-    Raises:
-        UsageError: A number is not valid.
-    """
-    if function is None:
-        return functools.partial(
-            find_executable_batch_size,
-            starting_batch_size=starting_batch_size,
-            num_steps=num_steps,
-        )
-    ceiling = parse_count("starting_batch_size", starting_batch_size)
-    steps = parse_count("num_steps", num_steps)
-
-    @functools.wraps(function)
-    def at_the_edge(*args: Any, **kwargs: Any) -> Any:
-        _refuse_ranks()
-        low, high = 0, ceiling + 1  # `low` fits, and `high` runs out or is not wanted
-        batch_size = ceiling
-        message = None
-        while high - low > 1:
-            message = _out_of_memory_in(
-                functools.partial(function, batch_size, *args, **kwargs), steps
-            )
-            low, high = (batch_size, high) if message is None else (low, batch_size)
-            batch_size = (low + high) // 2
-        if low == 0:
-            raise DoesNotFitError(
-                f"{getattr(function, '__name__', 'The function')} runs out of memory even with a "
-                f"batch size of 1: {message}"
-            )
-        return function(low, *args, **kwargs)
-
-    return at_the_edge
-
-
-def _refuse_ranks() -> None:
-    """Refuse to search in several processes, which would end at different batch sizes.
-
-    Raises:
-        UnsupportedError: There are several processes.
-    """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise UnsupportedError(
-                f"With {ranks} processes each would search for a batch size of its own: plan with "
-                f"memfit.plan(..., world_size={ranks})."
-            )
-
-
-def _out_of_memory_in(run: Callable[[], Any], num_steps: int) -> str | None:
-    """Run a function until optimizers have stepped so often, or to its end.
-
-    Returns:
-        The first line of the error if it ran out of memory; `None` if it did not.
-    """
-    num_done = 0
-
-    def count(*_: Any) -> None:
-        nonlocal num_done
-        num_done += 1
-        if num_done >= num_steps:
-            raise _EnoughSteps
-
-    handle = register_optimizer_step_post_hook(count)
-    message = None
-    try:
-        run()
-    except _EnoughSteps:
-        pass
-    except Exception as error:
-        if oom.classify(error) is oom.Likelihood.NO:
-            raise
-        message = oom.first_line(error)
-    finally:
-        handle.remove()
-    release(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return message

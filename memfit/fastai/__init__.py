@@ -1,0 +1,5 @@
+"""fastai: exact accumulation in a `Learner`."""
+
+from memfit.fastai.accumulating import Accumulate
+
+__all__ = ["Accumulate"]
