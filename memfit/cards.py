@@ -265,7 +265,8 @@ def _named(name: str) -> Gpu:
     gpu = known.get(_key(name))
     if gpu is None:
         near = difflib.get_close_matches(_key(name), known, n=3, cutoff=0.5)
-        names = dict.fromkeys(known[key].name for key in near)
+        cards = dict.fromkeys(known[key] for key in near)
+        names = [card.aliases[0] if card.aliases else card.name for card in cards]
         hint = f"; did you mean {' or '.join(names)}?" if names else "; see `memfit gpus`."
         raise UsageError(f"There is no GPU {name!r} in the catalogue{hint}")
     return gpu

@@ -222,13 +222,14 @@ def _profile_card(
     """Profile on a card that is not in this machine, with the backend's own method."""
     counterpart = card.simulated_counterpart()
     assert counterpart is not None
+    context_bytes = counterpart.gpu.context_bytes
     if step.options.parallel is not None:
         # Whether it fits or not: there is no simulation of one rank of many.
         with card:
-            return card.call(profile_current_gpu, step, batch_size)
+            return card.call(profile_current_gpu, step, batch_size, context_bytes)
     if card.source is not Source.SIMULATED:
         with contextlib.suppress(DoesNotFitError), card:
-            return card.call(profile_current_gpu, step, batch_size)
+            return card.call(profile_current_gpu, step, batch_size, context_bytes)
     return profile_gpu(
         step, batch_size, counterpart.gpu, traces=traces, keeps_history=keeps_history
     )

@@ -16,6 +16,7 @@ import click
 
 from memfit import __version__
 from memfit.cli.defaults import defaults_of, find_table, parameters_of
+from memfit.cli.missing import explained
 from memfit.errors import MemfitError
 
 __all__ = ["main", "run"]
@@ -27,9 +28,28 @@ _INTERRUPTED = 130
 class _Group(click.Group):
     """A group of commands; every error that a user caused ends with one sentence."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise explained(error, self.commands) from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if getattr(error, "possibilities", None):
+                raise
+            hint = f"A model comes after a command, as in `memfit probe {args[0]}`."
+            raise click.UsageError(f"{error.message} {hint}", ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            raise explained(error, self.commands) from None
         except MemfitError as error:
             _end(str(error), error.exit_code)
         except Exception as error:

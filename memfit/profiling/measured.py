@@ -67,7 +67,12 @@ class DeviceFacts(Protocol):
 
 
 def profile_device(
-    step: TrainingStep, batch_size: int, backend: DeviceFacts, device: torch.device
+    step: TrainingStep,
+    batch_size: int,
+    backend: DeviceFacts,
+    device: torch.device,
+    *,
+    context_bytes: int = 0,
 ) -> Profiled:
     """Run a training step on a device and record its allocations.
 
@@ -76,6 +81,8 @@ def profile_device(
         batch_size: Samples in each micro-batch, at least 1.
         backend: Says which device it is and how much memory it has.
         device: The device.
+        context_bytes: The bytes of the device that the process takes outside the allocator, if they
+            are known.
 
     Raises:
         DoesNotFitError: The step ran out of memory.
@@ -109,7 +116,7 @@ def profile_device(
         outcome=Outcome.FITS,
         message=None,
         timeline=timeline,
-        peak=peak_of(blocks, timeline),
+        peak=peak_of(blocks, timeline, context_bytes=context_bytes),
         blocks=blocks,
         cards=(),
         advice=(),
@@ -119,15 +126,19 @@ def profile_device(
     return Profiled(profile=profile, snapshot=snapshot)
 
 
-def profile_current_gpu(backend: Backend, step: TrainingStep, batch_size: int) -> Profiled:
+def profile_current_gpu(
+    backend: Backend, step: TrainingStep, batch_size: int, context_bytes: int
+) -> Profiled:
     """Profile a step on the current CUDA device; see `profile_device`.
 
     Args:
         backend: Says which device it is and how much memory it has.
         step: The step to train. Its precision is chosen.
         batch_size: Samples in each micro-batch, at least 1.
+        context_bytes: The bytes of the card that the process takes outside the allocator.
     """
-    return profile_device(step, batch_size, backend, torch.device("cuda"))
+    cuda = torch.device("cuda")
+    return profile_device(step, batch_size, backend, cuda, context_bytes=context_bytes)
 
 
 _Recorded = tuple[Timeline, tuple[MemoryBlock, ...], dict[str, Any] | None]

@@ -20,7 +20,7 @@ from memfit.records import (
 )
 from memfit.reports.sources import about, said_of_kernels
 from memfit.reports.tables import plain_table
-from memfit.units import format_bytes
+from memfit.units import MIB, format_bytes
 
 __all__ = [
     "heading",
@@ -254,7 +254,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             "(pip install 'memfit[cudnn]', for NVIDIA's cards)."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
-    if left:
+    if left >= MIB:
         said.append(
             f"Up to {format_bytes(left)} stayed allocated after a trial was cleaned "
             "up. A new process starts without it."

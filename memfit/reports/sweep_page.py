@@ -65,7 +65,7 @@ def _data(sweep: Sweep) -> dict[str, Any]:
     steps = [_step_name(row.options) for row in firsts]
     names = sorted(set(steps))
 
-    def of_cards(field: str) -> list[list[int | None]]:
+    def of_cards(field: str) -> list[list[Any]]:
         return [
             [getattr(rows[gpu], field) if gpu in rows else None for rows in by_step.values()]
             for gpu in sweep.gpus
@@ -82,11 +82,11 @@ def _data(sweep: Sweep) -> dict[str, Any]:
         "parameters": [row.num_parameters for row in firsts],
         "flops": [row.forward_flops for row in firsts],
         "top1": [None if known is None else known.top1_percent for known in accuracies],
-        "reason": [row.reason for row in firsts],
         "largest": of_cards("max_batch_size"),
         "recommended": of_cards("recommended_batch_size"),
         "peak": of_cards("peak_bytes"),
         "sample": of_cards("bytes_per_sample"),
+        "reason": of_cards("reason"),
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import memfit
 from memfit.backends.rehearsed.parcel import packed, unpacked
+from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
 from memfit.records import Outcome, Source, StepOptions
 from memfit.step.training_step import TrainingStep
@@ -122,7 +123,10 @@ def test_weights_that_do_not_fit_are_said_with_what_they_need() -> None:
 
 
 def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
-    """It comes from the allocator's history; shares add up and a snapshot can be written."""
+    """It comes from the allocator's history; shares add up and a snapshot can be written.
+
+    The CUDA context is among them, as in a simulated profile, so both have the same total.
+    """
     file = tmp_path / "history.pickle"
     profile = memfit.profile(
         perceptron(), 512, gpu="rtx3060", engine="rehearse", precision="fp32", snapshot=file
@@ -131,6 +135,7 @@ def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
     held = sum(share.num_bytes for share in profile.peak.roles)
     assert held == profile.peak.total_bytes
     assert profile.peak.bytes_of(memfit.Role.PARAMETERS) > 0
+    assert profile.peak.context_bytes == find_gpu("rtx3060").context_bytes
     assert file.stat().st_size > 0
 
 

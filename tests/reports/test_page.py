@@ -291,6 +291,25 @@ def test_dark_and_light(browser: Any, tmp_path: Path) -> None:
 
 
 @needs_browser
+def test_no_text_leaves_its_panel_on_a_phone(browser: Any, tmp_path: Path) -> None:
+    """The blocks of a moment have long names, which are cut at the panel's edge."""
+    phone = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    module = "layers.0.blocks.1.attention.projection.with.a.long.name"
+    blocks = tuple(dataclasses.replace(block, module=module) for block in PROFILE.blocks)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        drawn = opened(browser, dataclasses.replace(PROFILE, blocks=blocks), tmp_path)
+        beyond = drawn.execute_script(
+            "const panel = document.getElementById('timeline').getBoundingClientRect();"
+            "return [...document.querySelectorAll('#timeline .moment *')]"
+            ".filter((part) => part.getBoundingClientRect().right > panel.right).length"
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert beyond == 0
+
+
+@needs_browser
 def test_a_probes_page(browser: Any, tmp_path: Path) -> None:
     """Trials, predictions and throughput are drawn, and the table has every trial."""
     from selenium.webdriver.common.by import By

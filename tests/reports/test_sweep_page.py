@@ -128,6 +128,24 @@ def test_the_card_changes_the_figures(browser: Any, written: Path) -> None:
 
 
 @needs_browser
+def test_why_a_model_does_not_fit_is_the_chosen_cards_reason(browser: Any, tmp_path: Path) -> None:
+    """Another card has another reason, or fits."""
+    rows = tuple(
+        dataclasses.replace(
+            ROW, device=gpu, max_batch_size=None, reason=f"{ROW.model} does not fit {gpu}."
+        )
+        for gpu in COMMON_GPUS
+    )
+    path = tmp_path / "reasons.html"
+    path.write_text(page(dataclasses.replace(SWEEP, rows=rows, gpus=COMMON_GPUS)), encoding="utf-8")
+    drawn = opened(browser, path)
+    put(drawn, "card", "3")
+    drawn.execute_script("document.querySelector('#body button').click()")
+    words = drawn.execute_script("return document.getElementById('chosen-words').textContent")
+    assert words == f"{COMMON_GPUS[3]}: {ROW.model} does not fit {COMMON_GPUS[3]}."
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_nothing_is_wider_than_the_screen(browser: Any, written: Path, width: int) -> None:
     """The table scrolls in its own frame."""

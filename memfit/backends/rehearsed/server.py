@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -103,6 +104,8 @@ def _serve(connection: Connection, opening: Open) -> None:
     """Serve one card, in the child, and leave without running the parent's exit code."""
     os.environ.update(opening.environment)
     sys.path[:] = opening.search_path
+    # It is about speed, and the trial's DistributedDataParallel is memfit's.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         _answer_calls(connection, opening.memory_bytes)
     finally:

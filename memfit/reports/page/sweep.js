@@ -173,7 +173,7 @@
         if (column.key === "largest" && !fits) {
           const isUntried = data.parameters[i] === null;
           const cell = element("td", isUntried ? "not tried" : "does not fit", "reason number");
-          if (isUntried && data.reason[i]) cell.title = data.reason[i];
+          if (isUntried && data.reason[card()][i]) cell.title = data.reason[card()][i];
           row.append(cell);
           return;
         }
@@ -206,7 +206,7 @@
     const largest = data.largest[card()][i];
     at("chosen-name").textContent = data.model[i];
     at("chosen-words").textContent = largest === null
-      ? `${data.cards[card()]}: ${data.reason[i] || "does not fit"}`
+      ? `${data.cards[card()]}: ${data.reason[card()][i] || "does not fit"}`
       : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}.`;
     at("command").textContent = `memfit plan ${data.model[i]} --gpu "${data.cards[card()]}" --effective-batch 256 ${data.options[i]}`;
   };
