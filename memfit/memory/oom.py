@@ -11,7 +11,16 @@ import errno
 import sys
 from typing import Final
 
-__all__ = ["NEVER_MEMORY", "SIGNATURES", "Likelihood", "classify", "classify_text", "first_line"]
+__all__ = [
+    "NEVER_MEMORY",
+    "SIGNATURES",
+    "SIZE_LIMITS",
+    "Likelihood",
+    "classify",
+    "classify_text",
+    "first_line",
+    "is_size_limit",
+]
 
 
 class Likelihood(enum.Enum):
@@ -65,6 +74,21 @@ Source: pytorch/pytorch#81620.
 """
 
 
+SIZE_LIMITS: Final[tuple[str, ...]] = (
+    "invalid configuration argument",
+    "canUse32BitIndexMath",
+    "INT_MAX",
+    "without overflow",
+)
+"""Errors of operators that take only so many samples or elements, however much memory is free.
+
+A kernel's grid ends at 65,535 in two of its dimensions, and some kernels index with 32 bits.
+
+Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability";
+    pytorch/pytorch#142228 and #146704 (attention), #141789 (32 bits).
+"""
+
+
 def classify(error: BaseException) -> Likelihood:
     """Say whether an exception means that memory ran out.
 
@@ -89,6 +113,11 @@ def classify_text(text: str) -> Likelihood:
     if any(never in text for never in NEVER_MEMORY):
         return Likelihood.NO
     return next((verdict for part, verdict in SIGNATURES if part in text), Likelihood.NO)
+
+
+def is_size_limit(error: BaseException) -> bool:
+    """Say whether an operator refused the size of a tensor, and not memory ran out."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in SIZE_LIMITS)
 
 
 def first_line(error: BaseException) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from memfit import search
 from memfit.backends import Backend, Prediction, with_precision
 from memfit.errors import DataEndedError, DoesNotFitError, UsageError
+from memfit.memory import oom
 from memfit.memory.restore import save_random_states
 from memfit.records import ProbeResult, Source, Trial
 from memfit.step.made_batches import bytes_of
@@ -88,7 +89,7 @@ def run_search(
         earlier = next((t for t in trials if remarks and t.batch_size == batch_size), None)
         if earlier is not None:
             return earlier
-        trials.append(run_trial(backend, step, batch_size, is_first=not trials))
+        trials.append(_tried(backend, step, batch_size, is_first=not trials))
         if progress is not None:
             progress(trials[-1])
         return trials[-1]
@@ -119,13 +120,9 @@ def run_search(
             if trials[-1].source is Source.SIMULATED and found.batch_size is not None:
                 _check_data(step, found.batch_size)
             break
-        except DataEndedError as error:
-            fitting = (trial.batch_size for trial in trials if trial.fits)
-            end = error.num_samples or max(fitting, default=0)
-            if not 0 < end < ceiling:
-                raise
-            ceiling = end
-            remarks = (_data_ends(end),)
+        except (DataEndedError, _SizeLimitError) as end:
+            ceiling, remark = _ceiling_at(end, trial, trials, ceiling)
+            remarks = (remark,)
     if found.batch_size is None:
         raise _does_not_fit(step, backend, found)
     recommended = search.recommended(
@@ -154,6 +151,78 @@ def run_search(
         torch_version=torch.__version__,
         predictions=prediction.trials_of(tuple(trial.batch_size for trial in trials)),
         remarks=remarks,
+    )
+
+
+class _SizeLimitError(Exception):
+    """An operator did not take so many samples, and raised `error`."""
+
+    def __init__(self, batch_size: int, error: Exception) -> None:
+        super().__init__(batch_size)
+        self.batch_size = batch_size
+        # The traceback holds the tensors of the step that failed, and more trials follow.
+        self.error = error.with_traceback(None)
+
+
+def _tried(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:
+    try:
+        return run_trial(backend, step, batch_size, is_first=is_first)
+    except Exception as error:
+        if not oom.is_size_limit(error):
+            raise
+        limit = _SizeLimitError(batch_size, error)
+    raise limit
+
+
+def _ceiling_at(
+    end: DataEndedError | _SizeLimitError,
+    trial: Callable[[int], Trial],
+    trials: Sequence[Trial],
+    ceiling: int,
+) -> tuple[int, str]:
+    """Return the batch size that the search ends at instead, and a remark that says why.
+
+    Args:
+        end: What a batch size met.
+        trial: Tries a batch size.
+        trials: The trials until then.
+        ceiling: Where the search would have ended.
+
+    Raises:
+        DataEndedError: No smaller batch size is known to have data.
+        Exception: An operator's own error, if it refuses one sample as well.
+    """
+    low = max((trial.batch_size for trial in trials if trial.fits), default=0)
+    if isinstance(end, _SizeLimitError):
+        return _largest_taken(trial, low, end)
+    num_samples = end.num_samples or low
+    if not 0 < num_samples < ceiling:
+        raise end
+    return num_samples, _data_ends(num_samples)
+
+
+def _largest_taken(
+    trial: Callable[[int], Trial], low: int, limit: _SizeLimitError
+) -> tuple[int, str]:
+    """Return the batch size below the first one that an operator refuses, and a remark.
+
+    If memory runs out before, the batch size that is returned is an upper bound.
+    """
+    while limit.batch_size - low > 1:
+        middle = (low + limit.batch_size) // 2
+        try:
+            if not trial(middle).fits:
+                break
+        except _SizeLimitError as smaller:
+            limit = smaller
+        else:
+            low = middle
+    if limit.batch_size == 1:
+        raise limit.error
+    return limit.batch_size - 1, (
+        f"Batch size {limit.batch_size} fails however much memory is free, because "
+        f"an operator does not take so many samples ({oom.first_line(limit.error)}). "
+        "Larger batches were not tried."
     )
 
 

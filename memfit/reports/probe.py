@@ -195,7 +195,11 @@ def why_largest(result: ProbeResult) -> str:
     """
     best = result.max_batch_size
     if not result.edge_found:
-        said = "the limit of the search; more may fit (--max-batch-size)"
+        said = (
+            "where the search ended, for the reason below"
+            if result.remarks
+            else "the limit of the search; more may fit (--max-batch-size)"
+        )
     elif result.is_approximate:
         said = f"{best} fitted and {best + 1} ran out, with NVIDIA's kernels in place of AMD's"
     else:

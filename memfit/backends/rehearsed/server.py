@@ -154,3 +154,4 @@ def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
             except Exception as error:  # noqa: BLE001 - it is raised on the other side
                 answer = Answer(error=portable(error), where=traceback.format_exc())
             connection.send(answer)
+            del answer  # an error's traceback holds the tensors of the step that failed
