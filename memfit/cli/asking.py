@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from memfit.cli.subjects import Subject
     from memfit.reports.progress import Progress
 
-__all__ = ["ask_each", "cards_for", "check_single", "refuse_unfit", "under_way"]
+__all__ = ["ask_each", "cards_for", "check_cards", "check_single", "refuse_unfit", "under_way"]
 
 _Found = TypeVar("_Found")
 
@@ -44,9 +44,7 @@ def cards_for(given: Given, models: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: There is no such card, or the size is not valid.
     """
-    memory_bytes = None if given.memory is None else parse_bytes(given.memory)
-    for name in given.gpus:
-        find_gpu(name, total_bytes=memory_bytes)
+    memory_bytes = check_cards(given)
     if given.gpus or given.device is not None:
         _fork_ahead(given, models)
         return given.gpus
@@ -61,6 +59,24 @@ def cards_for(given: Given, models: Sequence[str]) -> tuple[str, ...]:
             err=True,
         )
     return cards
+
+
+def check_cards(given: Given) -> int | None:
+    """Check the names and the size of cards before torch is imported, which takes seconds.
+
+    Args:
+        given: The options that the user gave.
+
+    Returns:
+        What `--memory` says, in bytes.
+
+    Raises:
+        UsageError: There is no such card, or the size is not valid.
+    """
+    memory_bytes = None if given.memory is None else parse_bytes(given.memory)
+    for name in given.gpus:
+        find_gpu(name, total_bytes=memory_bytes)
+    return memory_bytes
 
 
 def _fork_ahead(given: Given, models: Sequence[str]) -> None:

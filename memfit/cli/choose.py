@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from memfit.cli.asking import check_cards
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, WholeRange, shared_options
 from memfit.cli.output import Format, format_options, print_csv, print_json
@@ -59,6 +60,7 @@ def choose(
     """
     if len(given.gpus) != 1:
         raise UsageError("A choice is for one card: give one --gpu, as in --gpu rtx3060.")
+    check_cards(given)
     from memfit import sweeping
     from memfit.reports.sweep import choice_rows, render_choice
 

@@ -87,7 +87,7 @@ def rehearse(
     snapshot: Path | None,
     as_json: bool,
 ) -> None:
-    """Run COMMAND unchanged for a GPU that is not in this machine, and show the memory it needs.
+    """Run COMMAND unchanged on a GPU that is not here, and show the memory that it needs.
 
     PyTorch's own CUDA software runs, but its kernels do nothing. Write COMMAND after two dashes:
 

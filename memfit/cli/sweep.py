@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from memfit.cli.asking import check_cards
 from memfit.cli.completion import complete_models
 from memfit.cli.options import PRECISION, Given, WholeRange, shared_options
 from memfit.cli.output import (
@@ -115,6 +116,7 @@ def sweep(
     goes on where it stopped.
     """
     check_writable(html, parquet)
+    check_cards(given)
     if parquet is not None:
         write_parquet(None, parquet)
     from memfit import sweeping

@@ -266,8 +266,11 @@ def test_a_mistyped_card_is_refused_before_torch_is_imported() -> None:
         "import sys, click.testing\n"
         "from memfit.cli import main\n"
         "run = click.testing.CliRunner().invoke\n"
-        "found = run(main, ['probe', 'resnet18', '--gpu', 'rtx309O'])\n"
-        "assert found.exit_code == 2 and 'did you mean' in found.stderr, found.output\n"
+        "for command in ('probe', 'sweep', 'choose'):\n"
+        "    arguments = [command, 'resnet18', '--gpu', 'rtx309O']\n"
+        "    arguments += ['--effective-batch', '8'] * (command == 'choose')\n"
+        "    found = run(main, arguments)\n"
+        "    assert found.exit_code == 2 and 'did you mean' in found.stderr, found.output\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
