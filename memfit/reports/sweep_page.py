@@ -6,6 +6,7 @@ on a dozen cards stays small. `page/sweep.js` draws it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 from typing import Any
@@ -95,7 +96,8 @@ def _key(row: SweepRow) -> _Key:
 
 
 def _step_name(options: StepOptions) -> str:
-    return ", ".join(step_words(options))
+    # The table has a column for the size of the images, so models of all sizes are shown together.
+    return ", ".join(step_words(dataclasses.replace(options, image_size=None)))
 
 
 def _command_options(options: StepOptions) -> str:

@@ -11,7 +11,7 @@ import timm
 
 from memfit.cards import COMMON_GPUS
 from memfit.records import Sweep
-from memfit.reports.sweep_page import page
+from memfit.reports.sweep_page import _data, page
 from reports.test_page import browser, needs_browser
 from reports.test_sweep_report import FAILED, ROW, SWEEP
 
@@ -158,13 +158,24 @@ def test_nothing_is_wider_than_the_screen(browser: Any, written: Path, width: in
     assert drawn.execute_script(wide) == 0
 
 
+def test_models_with_images_of_several_sizes_are_shown_together() -> None:
+    """The size is a column of the table, and no step of its own."""
+    sized = dataclasses.replace(ROW.options, image_size=(288, 288))
+    rows = (ROW, dataclasses.replace(ROW, options=sized))
+    data = _data(dataclasses.replace(SWEEP, rows=rows, gpus=(ROW.device,)))
+    assert (len(data["steps"]), data["step"]) == (1, [0, 0])
+    assert data["size"][1] == [288, 288]
+
+
 @needs_browser
 def test_a_sweep_in_which_nothing_fits(browser: Any, tmp_path: Path) -> None:
-    """The page opens, and says so."""
+    """The page opens, and says so, also in place of an empty plot."""
     path = tmp_path / "none.html"
     path.write_text(page(dataclasses.replace(SWEEP, rows=(FAILED,))), encoding="utf-8")
     drawn = opened(browser, path)
     assert (
         drawn.execute_script("return document.getElementById('count').textContent") == "0 of 1 fit"
     )
+    plot = drawn.find_element("id", "scatter").text
+    assert " ".join(plot.split()) == "None of these models fits and has a published accuracy."
     assert drawn.get_log("browser") == []

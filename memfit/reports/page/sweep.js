@@ -75,7 +75,7 @@
 
   const sizeOf = (i) => (data.size[i].length ? data.size[i].join("x") : "own size");
   const hover = (i) => `<b>${data.model[i]}</b><br>top-1 ${data.top1[i].toFixed(1)}%<br>largest batch ${data.largest[card()][i]}`
-    + `<br>recommended ${data.recommended[card()][i] ?? "none"}<br>${(data.parameters[i] / 1e6).toFixed(1)} M parameters, images ${sizeOf(i)}`;
+    + `<br>recommended ${data.recommended[card()][i] ?? "none"}<br>${(data.parameters[i] / 1e6).toFixed(1)} M parameters, ${data.size[i].length ? `images ${sizeOf(i)}` : "images of its own size"}`;
 
   const drawLegend = () => {
     at("legend").replaceChildren(...groups.map((group) => {
@@ -108,8 +108,11 @@
         },
       };
     });
-    const axis = { gridcolor: variable("--grid"), zerolinecolor: variable("--grid"), linecolor: variable("--line"), automargin: true };
+    const isEmpty = traces.every((trace) => !trace.x.length);
+    const axis = { visible: !isEmpty, gridcolor: variable("--grid"), zerolinecolor: variable("--grid"), linecolor: variable("--line"), automargin: true };
+    const words = { text: "None of these models fits and has a published accuracy.", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
     Plotly.react(at("scatter"), traces, {
+      annotations: isEmpty ? [words] : [],
       margin: { l: narrow.matches ? 44 : 60, r: 12, t: 8, b: 44 }, showlegend: false, hovermode: "closest",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: narrow.matches ? false : "zoom",
       font: { color: variable("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 13 },
@@ -142,7 +145,7 @@
       const isDown = sorted.key === column.key ? !sorted.isDown : Boolean(column.isNumber);
       sorted = { key: column.key, isDown };
       shownRows = NUM_ROWS;
-      draw();
+      drawTable(chosen());
     });
     head.scope = "col";
     head.append(button);
@@ -194,7 +197,7 @@
     at("more").hidden = rows.length <= shownRows;
     at("more").textContent = `show ${Math.min(NUM_ROWS, rows.length - shownRows)} more`;
   };
-  at("more").addEventListener("click", () => { shownRows += NUM_ROWS; draw(); });
+  at("more").addEventListener("click", () => { shownRows += NUM_ROWS; drawTable(chosen()); });
 
   // --- one model -------------------------------------------------------------------------------------
 
@@ -207,7 +210,7 @@
     at("chosen-name").textContent = data.model[i];
     at("chosen-words").textContent = largest === null
       ? `${data.cards[card()]}: ${data.reason[card()][i] || "does not fit"}`
-      : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}.`;
+      : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`;
     at("command").textContent = `memfit plan ${data.model[i]} --gpu "${data.cards[card()]}" --effective-batch 256 ${data.options[i]}`;
   };
   at("copy").addEventListener("click", async () => {
