@@ -163,9 +163,14 @@ def _home(name: str) -> Any:
 def _of(value: Any, name: str) -> Any:
     """Return the attribute of a torch object that the last part of a name of `NEEDS` gives."""
     try:
-        return getattr(value, name.rpartition(".")[2])
+        return getattr(value, _last_of(name))
     except AttributeError:
         raise _missing(name, NEEDS[name]) from None
+
+
+@functools.cache
+def _last_of(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 # --- batches and modules ------------------------------------------------------------------------

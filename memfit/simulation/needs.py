@@ -76,17 +76,20 @@ class NeedEvent(Event):
 
     def need_after(self, samples: int) -> Need:
         """Return the need with so many samples more than in the recording."""
-        if not any(self.growth):
-            return self.need
         need = self.need
-        numbers = tuple(
-            [
-                int(number + grown * samples)
-                for number, grown in zip(need.numbers, self.growth, strict=True)
-            ]
-        )
-        # Without `dataclasses.replace`, because a search asks a hundred thousand times.
+        numbers = self._numbers_after(samples)
         return Need(rule=need.rule, numbers=numbers, is_slow=need.is_slow, others=need.others)
+
+    def bytes_after(self, samples: int, gpu: Gpu) -> int:
+        """Return what is asked for on a card, with so many samples more than in the recording."""
+        # Without a `Need` in between, because a search asks a hundred thousand times.
+        return self.need.rule(gpu, *self._numbers_after(samples))
+
+    def _numbers_after(self, samples: int) -> tuple[int, ...]:
+        if not any(self.growth):
+            return self.need.numbers
+        pairs = zip(self.need.numbers, self.growth, strict=True)
+        return tuple([int(number + grown * samples) for number, grown in pairs])
 
 
 def nearby_batch_size(batch_size: int) -> int:

@@ -61,7 +61,7 @@ class CardSizes:
             asked = nearby if event.need.is_slow else batch_size
             num_bytes = self._sizes.get((number, asked))
             if num_bytes is None:
-                num_bytes = event.need_after(asked - recorded).on(self.gpu)
+                num_bytes = event.bytes_after(asked - recorded, self.gpu)
                 self._sizes[number, asked] = num_bytes
             found.append(num_bytes * batch_size // asked)
         return found

@@ -225,6 +225,9 @@ class StepSchedule:
     setup: Schedule
     first: Schedule
     later: Schedule
+    _lines: dict[float, float] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def on(self, gpu: Gpu, *, is_rough: bool = False) -> StepSchedule:
         """Return this step with the sizes that a card decides.
@@ -327,10 +330,14 @@ class StepSchedule:
         return largest_within(self._tensor_lines(), num_bytes)
 
     def _tensor_lines(self) -> dict[float, float]:
-        return tensor_lines(
-            (schedule.events, schedule.growth_bytes, schedule.batch_size)
-            for schedule in self._stretches(2)
-        )
+        if not self._lines:  # They are the same for every card.
+            self._lines.update(
+                tensor_lines(
+                    (schedule.events, schedule.growth_bytes, schedule.batch_size)
+                    for schedule in self._stretches(2)
+                )
+            )
+        return self._lines
 
     def _stretches(self, num_iterations: int) -> tuple[Schedule, ...]:
         later = (self.later.iteration(number) for number in range(1, num_iterations))

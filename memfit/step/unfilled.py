@@ -41,7 +41,7 @@ class UnfilledWeights(TorchFunctionMode):
         keywords = kwargs or {}
         if func in _FILLS or func in _ARITHMETIC:
             filled = args[0] if args else keywords["tensor"]
-            if filled.is_floating_point() and filled.numel() >= _LARGE:
+            if filled.is_meta or (filled.is_floating_point() and filled.numel() >= _LARGE):
                 return filled
         elif func is torch.Tensor.to and _is_moved_weight(*args, **keywords):
             return torch.empty_like(args[0], device=args[1])

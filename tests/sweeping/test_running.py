@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import memfit
 from memfit.errors import UsageError
-from memfit.records import SweepRow
+from memfit.records import Precision, StepOptions, SweepRow
 from memfit.simulation.cudnn import needs
+from memfit.step.training_step import TrainingStep
 from memfit.sweeping import running
 from memfit.sweeping.journal import Journal
-from memfit.sweeping.tasks import SweepTask
+from memfit.sweeping.tasks import SweepTask, facts_of
 from memfit.sweeping.workers import LocalPool
 
 GPUS = ("rtx3060", "t4")
@@ -85,6 +89,16 @@ def test_rows_are_what_a_survey_finds(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = row.bytes_per_sample * (row.max_batch_size or 0)
         assert whole == pytest.approx(answer.result.capacity_bytes, rel=0.1)
     assert found.rows[2].options.image_size == (96, 96)
+
+
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+def test_operations_are_those_of_torchs_counter(model: str) -> None:
+    """What is counted without torch's counter of modules is what the counter counts."""
+    step = TrainingStep(subject=model, options=StepOptions(precision=Precision.FP32))
+    built = timm.create_model(model).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        built(torch.empty(2, 3, 160, 160, device="meta"))
+    assert facts_of(step).forward_flops == counter.get_total_flops() // 2
 
 
 def test_a_quick_sweep_asks_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

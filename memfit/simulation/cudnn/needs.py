@@ -39,14 +39,16 @@ class WorkspaceRule:
             gpu: The card.
             sizes: The shapes of the input, the weight and the output, one after another.
         """
-        sized = self._sized(sizes)
-        if _is_product(gpu, sized):
-            return sized.cublaslt_bytes or 0
+        shapes = _shapes(sizes)
         workspaces = None if self.is_quick else _answers(gpu)
-        found = None if workspaces is None else workspaces.of(sized)
-        if found is not None:
-            return found
-        return self.bound_bytes_per_element * sum(map(math.prod, _shapes(sizes)))
+        if workspaces is not None or self.convolution.can_be_product:
+            sized = self._sized(shapes)
+            if _is_product(gpu, sized):
+                return sized.cublaslt_bytes or 0
+            found = None if workspaces is None else workspaces.of(sized)
+            if found is not None:
+                return found
+        return self.bound_bytes_per_element * sum(map(math.prod, shapes))
 
     def others(self, gpu: Gpu, *sizes: int) -> Iterator[int]:
         """Yield the workspaces of the plans that torch tries if the first one finds no room.
@@ -59,15 +61,15 @@ class WorkspaceRule:
         if workspaces is None:
             yield 0
             return
-        sized = self._sized(sizes)
+        sized = self._sized(_shapes(sizes))
         for rank in itertools.count(0 if _is_product(gpu, sized) else 1):
             found = workspaces.of(dataclasses.replace(sized, rank=rank))
             if found is None:
                 return
             yield found
 
-    def _sized(self, sizes: tuple[int, ...]) -> Convolution:
-        inputs, weight, output = _shapes(sizes)
+    def _sized(self, shapes: tuple[tuple[int, ...], ...]) -> Convolution:
+        inputs, weight, output = shapes
         return dataclasses.replace(
             self.convolution, input_shape=inputs, weight_shape=weight, output_shape=output
         )

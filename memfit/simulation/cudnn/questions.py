@@ -59,6 +59,11 @@ class Convolution:
     rank: int = 0
 
     @property
+    def can_be_product(self) -> bool:
+        """Whether `cublaslt_bytes` can be known, as far as this does not depend on the shapes."""
+        return not (self.is_channels_last or any(self.padding)) and set(self.stride) == {1}
+
+    @property
     def cublaslt_bytes(self) -> int | None:
         """The workspace of the convolution as cuBLASLt's product of matrices.
 
@@ -80,12 +85,12 @@ class Convolution:
         spatial = self.input_shape[2:]
         pixels = math.prod(spatial)
         is_pointwise = (
-            len(self.input_shape) == _NUM_DIMS
-            and set(self.weight_shape[2:]) == set(self.stride) == {1}
-            and not any(self.padding)
+            self.can_be_product
+            and len(self.input_shape) == _NUM_DIMS
+            and set(self.weight_shape[2:]) == {1}
             and self.weight_shape[1] == self.input_shape[1]
         )
-        if not is_pointwise or self.is_channels_last or pixels == 1:
+        if not is_pointwise or pixels == 1:
             return None
         samples, channels = self.input_shape[:2]
         if self.kernel is ConvolutionKernel.FILTER:

@@ -81,6 +81,10 @@ class KnownValues:
         reads = _reads_values(func)
         if not reads and not _leaves_meta(func, args, kwargs):
             return NOTHING
+        if func is self._item and not args[0].is_meta:
+            # An optimizer asks each of its counters.
+            self.num_answers += 1
+            return func(*args)
         known = _values_of((args, kwargs))
         if known is None:
             return 1.0 if func is self._item and _only_scales() else NOTHING
@@ -193,6 +197,9 @@ def _known(tensor: torch.Tensor) -> _Known | None:
 
 def _values_of(arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return arguments with values in place of tensors; `None` if a tensor has no known value."""
+    first = arguments[0][0] if arguments[0] else None
+    if isinstance(first, torch.Tensor) and first.is_meta and _known(first) is None:
+        return None  # As below, and quickly: nearly all operations are on such tensors.
     for tensor in _tensors_in(arguments):
         if tensor.is_meta and _known(tensor) is None:
             return None

@@ -16,8 +16,11 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten_if_there
+from memfit.simulation.tracing.remembered import Remembered
 
 __all__ = ["outputs"]
+
+_REMEMBERED: Final = Remembered()
 
 
 def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -33,6 +36,10 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     if _writes_lists(func) and args[0][0].is_meta:
         return None
+    return _REMEMBERED.run(_run, func, args, kwargs)
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     quick = None if kwargs else _quick().get(func)
     result = None if quick is None else quick(*args)
     return func(*args, **kwargs) if result is None else result

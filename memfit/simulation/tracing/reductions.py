@@ -11,6 +11,7 @@ Source: `setReduceConfig` and `ReduceConfig` in aten/src/ATen/native/cuda/Reduce
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Final
@@ -89,11 +90,11 @@ def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) 
 
 
 def _buffer_bytes(gpu: Gpu, *numbers: int) -> int:
-    return _Config.of(gpu, numbers).buffer_bytes
+    return _config_of(gpu, numbers).buffer_bytes
 
 
 def _semaphore_bytes(gpu: Gpu, *numbers: int) -> int:
-    return _Config.of(gpu, numbers).semaphore_bytes
+    return _config_of(gpu, numbers).semaphore_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ class _Config:
     semaphore_bytes: int
 
     @classmethod
-    def of(cls, gpu: Gpu, numbers: Sequence[int]) -> _Config:
+    def of(
+        cls, multiprocessors: int, threads_per_multiprocessor: int, numbers: Sequence[int]
+    ) -> _Config:
         partial_bytes, values_at_once, offset, *rest = numbers
         given = [_Dim(bool(rest[i]), *rest[i + 1 : i + 3]) for i in range(0, len(rest), 3)]
         dims = _coalesced(given)
@@ -142,8 +145,8 @@ class _Config:
             step_output *= block_height
         values = -(-num_inputs // step_input)
         grid = -(-(num_outputs // output_vector) // step_output)
-        blocks_per_multiprocessor = gpu.threads_per_multiprocessor // (block_width * block_height)
-        target = gpu.multiprocessors * blocks_per_multiprocessor
+        blocks_per_multiprocessor = threads_per_multiprocessor // (block_width * block_height)
+        target = multiprocessors * blocks_per_multiprocessor
         if not (reduces_y and values >= _MAX_VALUES_PER_THREAD and grid <= target):
             return cls(0, 0)
         blocks = max(
@@ -156,6 +159,16 @@ class _Config:
         if not along:
             num_bytes *= block_width * output_vector
         return cls(num_bytes, _SEMAPHORE_BYTES * grid)
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(multiprocessors: int, threads: int, numbers: tuple[int, ...]) -> _Config:
+    return _Config.of(multiprocessors, threads, numbers)
+
+
+def _config_of(gpu: Gpu, numbers: tuple[int, ...]) -> _Config:
+    """Return how a kernel is launched on a card. Its buffer and its semaphores both ask."""
+    return _config(gpu.multiprocessors, gpu.threads_per_multiprocessor, numbers)
 
 
 def _coalesced(dims: Sequence[_Dim]) -> list[_Dim]:
