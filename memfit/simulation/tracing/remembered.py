@@ -186,12 +186,10 @@ _NO_OUTPUTS: Final = _Outputs(None, ())
 
 def _outputs_of(result: Any, args: tuple[Any, ...]) -> _Outputs | None:
     """Describe what an operation returned; `None` if that is not only new tensors."""
-    if isinstance(result, torch.Tensor):
-        kind, outputs = None, (result,)
-    elif type(result) in {tuple, list}:
-        kind, outputs = type(result), tuple(result)
-    else:
+    kind = None if isinstance(result, torch.Tensor) else type(result)
+    if kind not in {None, tuple, list}:
         return None
+    outputs: tuple[Any, ...] = (result,) if kind is None else tuple(result)
     owners = {storage_id(tensor.untyped_storage()) for tensor in _tensors_in(args)}
     found: list[Any] = []
     for output in outputs:
