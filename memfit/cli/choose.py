@@ -12,6 +12,7 @@ from memfit.cli.options import Given, WholeRange, shared_options
 from memfit.cli.output import Format, format_options, print_csv, print_json
 from memfit.cli.sweeping import interrupted, on_each_row, pool_options, wide_console
 from memfit.errors import UsageError
+from memfit.units import parse_count
 
 __all__ = ["choose"]
 
@@ -61,6 +62,7 @@ def choose(
     if len(given.gpus) != 1:
         raise UsageError("A choice is for one card: give one --gpu, as in --gpu rtx3060.")
     check_cards(given)
+    parse_count("The effective batch size", effective_batch_size)
     from memfit import sweeping
     from memfit.reports.sweep import choice_rows, render_choice
 

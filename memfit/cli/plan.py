@@ -34,6 +34,7 @@ from memfit.cli.subjects import name_of, subject_of
 from memfit.cli.train_args import changes_for, given_by, require_models
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
+from memfit.units import parse_count
 
 if TYPE_CHECKING:
     from memfit.cli.subjects import Subject
@@ -169,6 +170,7 @@ def plan(
     check_writable(html, plot)
     check_picture(plot)
     check_single(models, html=html, plot=plot, explore=explore, emit=trainer)
+    parse_count("The effective batch size", effective_batch_size)
     cards = cards_for(given, models)
     is_survey = given.device is None and len(cards) > 1 and not together
     if is_survey and (explore or trainer):

@@ -29,7 +29,7 @@ from memfit.cli.output import (
 from memfit.cli.subjects import name_of, subject_of
 from memfit.errors import DoesNotFitError, PeakGrewError
 from memfit.records import MemoryProfile
-from memfit.units import format_bytes
+from memfit.units import format_bytes, parse_count
 
 if TYPE_CHECKING:
     from memfit.profiling.baselines import Baselines
@@ -96,6 +96,7 @@ def profile(
     """
     check_writable(html, plot, snapshot, baseline)
     check_picture(plot)
+    parse_count("The batch size", batch_size)
     cards = cards_for(given, (model,))
     from memfit import api
     from memfit.reports.profile import render

@@ -97,14 +97,12 @@ def rehearse(
     the command failed for another reason, it is the command's own exit code.
     """
     from memfit.cards import find_gpu
-    from memfit.rehearsal.activate import rehearsed_environment
-    from memfit.rehearsal.children import Output
-    from memfit.rehearsal.ranks import num_launched
-    from memfit.rehearsal.run import rehearse_command
-    from memfit.reports.rehearsal import render, render_several
+    from memfit.rehearsal.children import Output, check_command
     from memfit.units import parse_bytes
 
+    # What can be refused is refused before torch is imported, which takes seconds.
     check_writable(html, snapshot)
+    check_command(command)
     if not gpus:
         raise UsageError(
             "Name the card with --gpu, such as --gpu rtx4090. `memfit gpus` lists them."
@@ -113,6 +111,12 @@ def rehearse(
         raise UsageError("--html and --snapshot show one card. Give one --gpu.")
     total_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
+
+    from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.ranks import num_launched
+    from memfit.rehearsal.run import rehearse_command
+    from memfit.reports.rehearsal import render, render_several
+
     lone_rank = _lone_rank(command, rank, world_size, num_gpus)
     count = num_gpus
     if count is None:

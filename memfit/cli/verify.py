@@ -11,6 +11,7 @@ from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, shared_options
 from memfit.cli.output import print_json
 from memfit.cli.subjects import name_of, subject_of
+from memfit.units import parse_count
 
 __all__ = ["verify"]
 
@@ -60,6 +61,7 @@ def verify(
     the precision and on the device of training. Experiments find the layers that mix samples. The
     exit code is 0 if the gradients are equal, and 4 if they are not.
     """
+    parse_count("The micro-batch size", micro_batch_size)
     from memfit import api
     from memfit.reports.equivalence import render
 

@@ -40,7 +40,8 @@ _MACHINES = ("x86_64", "aarch64")
 _CUDA_WITHOUT_VOLTA: Final = 13
 _TURING: Final = (7, 5)
 _INSTEAD = (
-    "The simulation works here: give the card as `gpu=` or `--gpu` with the engine `simulate`."
+    "The simulation works here: `memfit probe MODEL --gpu NAME --engine simulate`, or in Python "
+    'memfit.probe(model, gpu=..., engine="simulate").'
 )
 
 

@@ -260,18 +260,26 @@ def test_memory_without_a_card_is_one_card(tmp_path: Path) -> None:
     assert "test_vit on any GPU" in result.stdout
 
 
-def test_a_mistyped_card_is_refused_before_torch_is_imported() -> None:
+def test_what_is_mistyped_is_refused_before_torch_is_imported() -> None:
     """So the error comes at once."""
     script = (
         "import sys, click.testing\n"
         "from memfit.cli import main\n"
         "run = click.testing.CliRunner().invoke\n"
-        "for command in ('probe', 'sweep', 'choose'):\n"
-        "    arguments = [command, 'resnet18', '--gpu', 'rtx309O']\n"
-        "    arguments += ['--effective-batch', '8'] * (command == 'choose')\n"
-        "    found = run(main, arguments)\n"
-        "    assert found.exit_code == 2 and 'did you mean' in found.stderr, found.output\n"
-        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules), 'imported'\n"
+        "for typed, says in [\n"
+        "    ('probe resnet18 --gpu rtx309O', 'did you mean'),\n"
+        "    ('sweep resnet18 --gpu rtx309O', 'did you mean'),\n"
+        "    ('choose --gpu rtx309O --effective-batch 8', 'did you mean'),\n"
+        "    ('rehearse --gpu rtx309O -- python x.py', 'did you mean'),\n"
+        "    ('rehearse --gpu t4 -- no-such-program', 'no command'),\n"
+        "    ('plan resnet18 --gpu t4 --effective-batch 0', 'at least 1, not 0'),\n"
+        "    ('choose --gpu t4 --effective-batch 0', 'at least 1, not 0'),\n"
+        "    ('profile resnet18 --gpu t4 --batch-size 0', 'at least 1, not 0'),\n"
+        "    ('verify resnet18 --micro-batch 0 --accumulation-steps 2', 'at least 1, not 0'),\n"
+        "]:\n"
+        "    found = run(main, typed.split())\n"
+        "    assert found.exit_code == 2 and says in found.stderr, (typed, found.output)\n"
+        "    assert not {'torch', 'timm', 'numpy'} & set(sys.modules), typed\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
