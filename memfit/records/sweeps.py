@@ -134,7 +134,7 @@ class ChoiceRow(MicroBatched):
             normalisation makes it inexact. `None` if nothing is accumulated.
         peak_bytes: The peak of reserved bytes of the plan.
         num_parameters: The model's parameters.
-        reason: Why there is no plan, in a sentence.
+        reason: Why there is no plan, or why it is not chosen, in a sentence.
     """
 
     model: str

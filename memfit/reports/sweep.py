@@ -310,7 +310,7 @@ def render_choice(choice: Choice) -> RenderableType:
     Args:
         choice: The choice.
     """
-    fits = [row for row in choice.rows if row.micro_batch_sizes]
+    fits = [row for row in choice.rows if row.reason is None]
     table = plain_table()
     table.add_column("model", no_wrap=True)
     for name in ("image", "top-1", "plan", "peak", "parameters"):
@@ -325,14 +325,14 @@ def render_choice(choice: Choice) -> RenderableType:
             format_parts(row.micro_batch_sizes),
             _text(row.peak_bytes, format_bytes),
             _text(row.num_parameters, _millions),
-            {None: "none", True: "exact", False: "batch norm: not exact"}[row.is_exact],
+            {None: "not needed", True: "exact", False: "batch norm: not exact"}[row.is_exact],
             _more(row),
         )
     parts: list[RenderableType] = [
         Text(f"{choice.device}, effective batch {choice.effective_batch_size}", "bold"),
         table,
     ]
-    unfit = (row for row in choice.rows if not row.micro_batch_sizes)
+    unfit = (row for row in choice.rows if row.reason is not None)
     parts.extend(Text(f"  {row.model}: {row.reason}") for row in unfit)
     # Each model has its own image size, which is in its line.
     own = dataclasses.replace(fits[0].options, image_size=None) if fits else None

@@ -202,7 +202,7 @@ def choose(
             f"None of {len(rows)} models fits {device} at an effective batch of {batch_size} in at "
             f"most {most_steps} steps.{why}"
         )
-    failed = [row for row in rows if not fits(row)] if given else []
+    failed = [_with_reason(row, most_steps) for row in rows if not fits(row)] if given else []
     return Choice(
         device=device,
         effective_batch_size=batch_size,
@@ -212,6 +212,14 @@ def choose(
         accuracy_source=accuracy_source(),
         is_complete=is_complete,
     )
+
+
+def _with_reason(row: ChoiceRow, most_steps: int) -> ChoiceRow:
+    """Say why a model that was asked for is not chosen, if its row does not."""
+    if row.reason is not None:
+        return row
+    reason = f"it needs {row.accumulation_steps} accumulation steps, more than {most_steps}."
+    return dataclasses.replace(row, reason=reason)
 
 
 def _candidates(patterns: tuple[str, ...]) -> Iterator[tuple[Selected, Accuracy | None]]:

@@ -158,6 +158,11 @@ def test_a_choice_says_what_accumulation_costs() -> None:
         accuracy_source="From timm, 2025-10-30.",
     )
     shown = text(render_choice(choice))
+    # A model that needs too many steps has a plan and a reason; it is not in the table.
+    slow = dataclasses.replace(CHOSEN, model="slow", reason="it needs 3 accumulation steps.")
+    assert "slow: it needs 3 accumulation steps." in text(
+        render_choice(dataclasses.replace(choice, rows=(CHOSEN, slow)))
+    )
     assert "81.2% (at 288)" in shown
     assert "2 x 90 + 76" in shown
     assert "batch norm: not exact" in shown

@@ -19,6 +19,7 @@ def test_the_road_to_the_top_on_a_smaller_card() -> None:
         precision="amp-fp16",
         optimizer="adam",
         num_classes=10,
+        max_steps=2,
         progress=None,
     )
     assert found.device == "NVIDIA GeForce RTX 3060"
@@ -27,6 +28,11 @@ def test_the_road_to_the_top_on_a_smaller_card() -> None:
         for row in found.rows
     }
     assert {name: row.accumulation_steps for name, row in rows.items()} == STEPS
+    # A model that was asked for is in the answer, with the reason why it is not chosen.
+    reasons = {name: row.reason for name, row in rows.items() if row.reason}
+    assert reasons == {
+        "vit_large_patch16_224@224": "it needs 3 accumulation steps, more than 2.",
+    }
     for name, row in rows.items():
         assert sum(row.micro_batch_sizes or ()) == 64
         # None of them normalises over the batch, so accumulation is exact where it is needed.
