@@ -125,7 +125,7 @@ def _row(family: str, model: str, side: int) -> str:
         _error(plain, "fp32"),
         rounded.verdict.value if mixes else "",
         _error(rounded, "fp64") if mixes else "",
-        f"{rounded.verdict.value}, {_error(rounded, 'amp-bf16')}",
+        f"{rounded.verdict.value}, {_error(rounded, 'amp-bf16')}{_noise(rounded)}",
         f"{plain.seconds + rounded.seconds:.1f}",
     )
     return f"| {' | '.join(cells)} |"
@@ -134,6 +134,13 @@ def _row(family: str, model: str, side: int) -> str:
 def _error(result: Equivalence, precision: str) -> str:
     error = result.worst_relative_error(precision)
     return "" if error is None else f"{error:.1e}"
+
+
+def _noise(result: Equivalence) -> str:
+    noisy = max(result.checks, key=lambda check: check.noise or 0.0)
+    if noisy.noise is None:
+        return ""
+    return f"; {noisy.num_in_noise} of {noisy.num_parameters} in noise, {noisy.noise:.1e}"
 
 
 def _verified(model: str, side: int, precision: Precision, *, freeze_bn: bool) -> Equivalence:

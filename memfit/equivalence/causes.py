@@ -164,7 +164,7 @@ def _run_once(setup: CheckSetup) -> None:
 
 
 def _differ(setup: CheckSetup, one: Gradients, other: Gradients, cut: tuple[int, ...]) -> bool:
-    compared = check(setup, one, other, shuffled=None, reference_cut=cut, cut=cut, is_proof=True)
+    compared = check(setup, one, other, reference_cut=cut, cut=cut, is_proof=True)
     return not compared.worst_relative_error <= ceiling_of(setup, is_proof=True)
 
 
@@ -180,7 +180,6 @@ def _forgetting_helps(setup: CheckSetup, compared: Compared, weights: Weights) -
         setup,
         forgetful,
         compared.accumulated,
-        shuffled=None,
         reference_cut=cut,
         cut=cut,
         is_proof=True,

@@ -11,10 +11,15 @@ up three terms:
 - Summing: each gradient is a sum of n values (samples x values of a sample), added in the
   accumulator's type. The term is v x sqrt(n) x the same norm, as in random-walk rounding.
 - Amplified rounding: layers can amplify earlier rounding. The reference is computed once more with
-  its samples in another order, and a multiple of that difference is allowed.
+  its samples in another order, and a multiple of that difference is allowed. If that does not
+  explain the difference, the reference is computed again with its weights changed by one unit
+  roundoff at random. Another order leaves the rounding inside a layer as it is if a kernel computes
+  each sample alike; other weights do not.
 
-No bound is larger than the ceiling of its precision. In float64 the ceiling is 1e-6. If another
-order of samples changes a gradient by more than that, the order itself matters, not rounding.
+No bound of a proof is larger than its ceiling. In float64 the ceiling is 1e-6. If another order of
+samples changes a gradient by more than that, the order itself matters, not rounding. In the
+precision of training, a gradient whose bound is above the floor of its precision is in noise: the
+comparison says nothing about it, and the report says so.
 
 The rounding errors of m elements average out. So the scale of a gradient has a tighter bound than
 its distance: 5 / sqrt(m) of the error that is likely for one element. This bound finds an error of
@@ -23,7 +28,8 @@ gradient is compared with the typical one, because rounding of larger values mak
 digits.
 
 Source: Higham and Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci.
-    Comput. 41(5), 2019, for sqrt(n) in place of n.
+    Comput. 41(5), 2019, for sqrt(n) in place of n. Parker, "Monte Carlo arithmetic", UCLA
+    CSD-970002, 1997, for random changes of one unit roundoff.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -38,7 +45,7 @@ from memfit.equivalence.gradients import CheckSetup, Gradients
 from memfit.records import GradientCheck, ParameterDifference, Precision
 from memfit.step.nesting import leaves_of
 
-__all__ = ["CEILING", "ceiling_of", "check", "vanishing_in"]
+__all__ = ["CEILING", "ceiling_of", "check", "roundoff_of", "vanishing_in"]
 
 _NUM_LISTED = 20
 _PERMUTATION_FACTOR = 4.0  # both differences have the same spread; 4 of it miss 1 in 10^4
@@ -65,9 +72,11 @@ CEILING = 1e-6
 """No relative error above this is ever called equal in float64. Rounding is about 1e-15 there, and
 an ill-conditioned model may lose half of the sixteen digits."""
 
-_CEILINGS = {torch.float64: CEILING, torch.float32: 1e-2}
 _CEILING_OF_PROOF = 1e-4  # in float32, if the step cannot run in float64
-_CEILING_BELOW = 0.75  # for types of two or three digits; a missing gradient has an error of 1
+
+# If rounding alone may move a gradient further than this, it is in noise.
+_NOISE_FLOOR = {torch.float32: 1e-2}
+_NOISE_FLOOR_BELOW = 0.1  # for types of two or three digits
 
 
 def check(
@@ -75,7 +84,8 @@ def check(
     reference: Gradients,
     other: Gradients,
     *,
-    shuffled: Gradients | None,
+    shuffled: Gradients | None = None,
+    rounded: Sequence[Gradients] = (),
     reference_cut: tuple[int, ...],
     cut: tuple[int, ...],
     vanishing: frozenset[str] = frozenset(),
@@ -89,7 +99,9 @@ def check(
         reference: The full batch's gradients.
         other: The gradients of the same batch in another cut.
         shuffled: The reference computed again, with the samples in another order; `None` to allow
-            no amplified rounding.
+            no rounding that the order amplifies.
+        rounded: The reference computed again, with its weights within one rounding; empty to allow
+            no rounding that the layers amplify.
         reference_cut: How the reference was cut; a single micro-batch if it was not.
         cut: How the batch was cut for `other`.
         vanishing: Parameters whose gradient is known to be zero apart from rounding.
@@ -101,18 +113,21 @@ def check(
     """
     rounding = _Rounding.of(bench)
     typical = _typical(reference)
-    ceiling = ceiling_of(bench, is_proof=is_proof)
+    ceiling = ceiling_of(bench, is_proof=is_proof) if is_proof else math.inf
+    floor = math.inf if is_proof else _noise_floor(bench)
     compared = [
         _difference(
             name,
             reference.values[name],
             other.values[name],
             None if shuffled is None else shuffled.values[name],
+            [one.values[name] for one in rounded],
             written=math.sqrt(reference.written_squares[name] + other.written_squares[name]),
             typical=typical,
             rounding=rounding,
             known_to_vanish=name in vanishing,
             ceiling=ceiling,
+            floor=floor,
         )
         for name in reference.values
         if not (reference.values[name] is None and other.values[name] is None)
@@ -128,23 +143,34 @@ def check(
         num_parameters=len(compared),
         num_differing=sum(difference.differs for difference in compared),
         worst=tuple(compared[:_NUM_LISTED]),
-        worst_relative_error=max((d.relative_error for d in compared), default=0.0),
+        worst_relative_error=max(
+            (d.relative_error for d in compared if not d.in_noise), default=0.0
+        ),
+        num_in_noise=sum(difference.in_noise for difference in compared),
+        noise=max((d.relative_error for d in compared if d.in_noise), default=None),
         message=message,
     )
 
 
 def ceiling_of(bench: CheckSetup, *, is_proof: bool) -> float:
-    """Return the relative error above which gradients are never equal, whatever the rounding.
+    """Return the relative error above which a difference is hardly rounding.
 
     Args:
         bench: The step that was run.
-        is_proof: The verdict rests on this precision.
+        is_proof: The verdict rests on this precision, so gradients are never equal above it.
     """
     if bench.precision is None:
         return CEILING
-    if is_proof:
-        return _CEILING_OF_PROOF
-    return min(_CEILING_BELOW, _CEILINGS.get(_WRITTEN_IN[bench.precision], _CEILING_BELOW))
+    return _CEILING_OF_PROOF if is_proof else _noise_floor(bench)
+
+
+def roundoff_of(bench: CheckSetup) -> float:
+    """Return the unit roundoff of the type that gradients are written in."""
+    return _Rounding.of(bench).written
+
+
+def _noise_floor(bench: CheckSetup) -> float:
+    return _NOISE_FLOOR.get(_WRITTEN_IN[bench.precision], _NOISE_FLOOR_BELOW)
 
 
 def vanishing_in(bench: CheckSetup, reference: Gradients) -> frozenset[str]:
@@ -249,12 +275,14 @@ def _difference(
     reference: torch.Tensor | None,
     other: torch.Tensor | None,
     shuffled: torch.Tensor | None,
+    rounded: Sequence[torch.Tensor | None],
     *,
     written: float,
     typical: float,
     rounding: _Rounding,
     known_to_vanish: bool,
     ceiling: float,
+    floor: float,
 ) -> ParameterDifference:
     if reference is None or other is None:
         # Only one of the two passes gave this parameter a gradient.
@@ -268,6 +296,8 @@ def _difference(
         )
     b, a = _flat(reference), _flat(other)
     noise = 0.0 if shuffled is None else _norm(_flat(shuffled) - b)
+    moves = [_flat(one) - b for one in rounded if one is not None]
+    amplified = max([noise, *map(_norm, moves)])
     norm, apart = _norm(b), _norm(a - b)
     usual = typical * math.sqrt(b.numel())
     vanishes = known_to_vanish or norm <= rounding.vanishing * usual
@@ -283,21 +313,28 @@ def _difference(
         )
     summing = rounding.summed * math.sqrt(rounding.num_summands)
     other_terms = summing * (written + usual) + _PERMUTATION_FACTOR * noise
+    more = _PERMUTATION_FACTOR * (amplified - noise)
     # A vanishing gradient is a sum of rounding of typical size, so that size counts.
     writing = rounding.written * (usual if vanishes else written)
-    likely = (writing + other_terms) / unit
-    bound = min(ceiling, (_WRITING_FACTOR * writing + other_terms) / unit)
+    tight = (_WRITING_FACTOR * writing + other_terms) / unit
+    bound = min(ceiling, tight + more / unit)
+    is_within = apart / unit <= tight
+    in_noise = bound > floor and not is_within
+    likely = (writing + other_terms + (0.0 if is_within else more)) / unit
     # The difference is small and exact, so the scale that follows from it is exact too.
     scale = None if vanishes else 1 + float(torch.dot(a - b, b)) / norm**2
     scale_bound = bound
-    if scale is not None:
+    if scale is not None and not in_noise:
         carrying = _num_carrying(b)
         scale_bound = _averaged(bound, likely, carrying)
         # If the distance is too large, it does not matter how closely the scale is judged.
         if abs(scale - 1) > scale_bound and apart / unit <= bound:
             # Equal elements are rounded alike, so only rounding of different ones averages out.
             scale_bound = _averaged(bound, likely, min(carrying, _num_different(b)))
-        scale_bound = min(bound, max(scale_bound, rounding.shared))
+        # Neither does rounding average out that is shared by many elements.
+        shared = _root_mean_square([float(torch.dot(move, b)) / norm**2 for move in moves])
+        scale_bound = max(scale_bound, rounding.shared, _PERMUTATION_FACTOR * shared)
+        scale_bound = min(bound, scale_bound)
     return ParameterDifference(
         name=name,
         relative_error=apart / unit,
@@ -305,7 +342,12 @@ def _difference(
         scale=scale,
         scale_bound=scale_bound,
         vanishes=vanishes,
+        in_noise=in_noise,
     )
+
+
+def _root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / max(1, len(values)))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from memfit.equivalence.comparison import ceiling_of, check, vanishing_in
+from memfit.equivalence.comparison import ceiling_of, check, roundoff_of, vanishing_in
 from memfit.equivalence.gradient_flow import DetachWatch
 from memfit.equivalence.gradients import CheckSetup, Gradients, SingleSampleError, gradients
 from memfit.equivalence.mixing import layer_name
@@ -27,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what runs next, the passes done and the passes in all."""
 
 _NUM_PASSES = 4  # the reference, two cuts, and the samples in another order
+_NUM_ROUNDED = 4  # changes of the weights within one rounding
 _NUM_EXPERIMENTS = 2  # on mixing and on the loss, before the first round
 
 
@@ -207,16 +209,19 @@ def run_round(
             others, message = _more_cuts(run, cuts[1:], others, message)
             checks = against.checks(others, message)
     order_error = None
-    # In the proof, another order of the samples is always tried. In other precisions it is tried
-    # only if a check failed, because it takes one more pass. It shows rounding that layers amplify.
-    if is_proof or not (beyond or all(one.passed for one in checks.values())):
+    # In the proof, another order of the samples is always tried. In other precisions rounding that
+    # layers amplify is measured only if a check failed, because it takes more passes.
+    if is_proof or not (beyond or _all_passed(checks)):
         work.next(f"{bench.precision_name}: the samples in another order")
         shuffled = _reordered(bench, reference_cut, weights)
-        if shuffled is not None:
-            if not beyond:
-                checks = against.checks(others, message, shuffled=shuffled)
-            if is_proof:
-                order_error = against.check(shuffled, reference_cut).worst_relative_error
+        if shuffled is not None and is_proof:
+            order_error = against.check(shuffled, reference_cut).worst_relative_error
+        if not beyond:
+            checks = against.checks(others, message, shuffled=shuffled)
+            if not is_decided and against.may_be_rounding(checks):
+                work.next(f"{bench.precision_name}: weights within one rounding")
+                rounded = _rounded_otherwise(bench, reference_cut, weights)
+                checks = against.checks(others, message, shuffled=shuffled, rounded=rounded)
     shown = next((cut for cut, one in checks.items() if not one.passed), cuts[0])
     unreached = tuple(
         name
@@ -260,6 +265,7 @@ class _Reference:
         cut: tuple[int, ...],
         *,
         shuffled: Gradients | None = None,
+        rounded: Sequence[Gradients] = (),
         message: str | None = None,
     ) -> GradientCheck:
         """Compare with the gradients of another cut."""
@@ -268,6 +274,7 @@ class _Reference:
             self.gradients,
             other,
             shuffled=shuffled,
+            rounded=rounded,
             reference_cut=self.cut,
             cut=cut,
             vanishing=self.vanishing,
@@ -278,15 +285,22 @@ class _Reference:
     def checks(
         self,
         others: Mapping[tuple[int, ...], Gradients],
-        message: str | None,
+        message: str | None = None,
         *,
         shuffled: Gradients | None = None,
+        rounded: Sequence[Gradients] = (),
     ) -> dict[tuple[int, ...], GradientCheck]:
         """Compare with the gradients of several cuts."""
         return {
-            cut: self.check(other, cut, shuffled=shuffled, message=message)
+            cut: self.check(other, cut, shuffled=shuffled, rounded=rounded, message=message)
             for cut, other in others.items()
         }
+
+    def may_be_rounding(self, checks: Mapping[tuple[int, ...], GradientCheck]) -> bool:
+        """Whether some checks failed, and more rounding could explain each difference."""
+        failed = [one for one in checks.values() if not one.passed]
+        highest = ceiling_of(self.bench, is_proof=True) if self.is_proof else math.inf
+        return bool(failed) and all(one.worst_relative_error <= highest for one in failed)
 
 
 def _more_cuts(
@@ -317,9 +331,38 @@ def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gra
         turned = bench.reordered(torch.tensor(order))
     except WorkloadError:
         return None  # the user's own function cuts this batch, so it cannot be reordered
-    return gradients(
-        turned, cut, weights=weights.of(cut, turned.samples), order=torch.tensor(order)
-    )
+    shares = weights.of(cut, turned.samples)
+    return gradients(turned, cut, weights=shares, order=torch.tensor(order))
+
+
+def _rounded_otherwise(
+    bench: CheckSetup, cut: tuple[int, ...], weights: Weights
+) -> list[Gradients]:
+    """Return the reference's gradients with every weight changed by one rounding at most.
+
+    Whatever a kernel rounds, the values that come out of a layer change by about as much. One such
+    change may happen to leave a gradient's scale as it is, so there are several.
+    """
+    roundoff = roundoff_of(bench)
+    generator = torch.Generator().manual_seed(2)
+    kept = [(one, one.detach().to("cpu", copy=True)) for one in bench.parameters().values()]
+    found = []
+    try:
+        for _ in range(_NUM_ROUNDED):
+            with torch.no_grad():
+                for parameter, value in kept:
+                    change = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+                    parameter.copy_(value * (1 + roundoff * (2 * change - 1)))
+            found.append(gradients(bench, cut, weights=weights.of(cut, bench.samples)))
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+    return found
+
+
+def _all_passed(checks: Mapping[tuple[int, ...], GradientCheck]) -> bool:
+    return all(check.passed for check in checks.values())
 
 
 def _unless_out_of_memory(

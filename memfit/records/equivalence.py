@@ -156,6 +156,8 @@ class ParameterDifference(Record):
             vanishes.
         scale_bound: The largest `abs(scale - 1)` that rounding alone explains.
         vanishes: The gradient is zero apart from rounding.
+        in_noise: Rounding alone may move the gradient by more than a tenth (in fp32 by more than a
+            hundredth), so the comparison says nothing about this parameter.
     """
 
     name: str
@@ -164,6 +166,7 @@ class ParameterDifference(Record):
     scale: float | None
     scale_bound: float
     vanishes: bool = False
+    in_noise: bool = False
 
     @property
     def differs(self) -> bool:
@@ -188,7 +191,9 @@ class GradientCheck(Record):
         num_parameters: Parameters compared.
         num_differing: Parameters that differ by more than rounding.
         worst: The parameters that differ most relative to their bounds, worst first.
-        worst_relative_error: The largest relative error of all parameters.
+        worst_relative_error: The largest relative error of all parameters that are not in noise.
+        num_in_noise: Parameters in noise, for which this precision shows nothing.
+        noise: The largest relative error of these; `None` if there are none.
         message: Why the full batch is not the reference; `None` if it is.
     """
 
@@ -202,6 +207,8 @@ class GradientCheck(Record):
     num_differing: int
     worst: tuple[ParameterDifference, ...]
     worst_relative_error: float
+    num_in_noise: int = 0
+    noise: float | None = None
     message: str | None = None
 
     _derived: ClassVar[tuple[str, ...]] = ("passed",)

@@ -244,6 +244,8 @@ def _parameters(check: GradientCheck) -> Table:
 def _remark(difference: ParameterDifference) -> Text:
     if difference.differs:
         return Text("differs", "red")
+    if difference.in_noise:
+        return Text("in noise", "dim")
     return Text("zero, apart from rounding" if difference.vanishes else "", "dim")
 
 
@@ -384,6 +386,15 @@ def _about_checks(result: Equivalence) -> list[str]:
         notes.append(
             f"The step cannot run in float64 ({result.single_precision}), so float32 stands in, "
             "with a bound of 1e-4."
+        )
+    noisy = max(result.checks, key=lambda check: check.noise or 0.0, default=None)
+    if noisy is not None and noisy.noise is not None:
+        notes.append(
+            f"In {noisy.precision}, {_counted(noisy.num_in_noise, 'gradient')} of "
+            f"{noisy.num_parameters} are in noise: rounding the weights or another order of the "
+            "samples moves them as much as cutting the batch does "
+            f"({_number(noisy.noise)}). {noisy.precision} shows nothing about them. What is said "
+            f"about them rests on {'float64' if result.single_precision is None else 'float32'}."
         )
     if result.used_smaller_images:
         notes.append(

@@ -251,6 +251,38 @@ def test_the_same_layer_without_the_error_passes_in_bf16() -> None:
     assert check(model, precision=Precision.AMP_BF16).verdict is Verdict.EQUAL
 
 
+class KernelBySize(nn.Module):
+    """A product that sums in another order in large batches, as BLAS libraries do."""
+
+    def __init__(self, *, loses_gradient: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self.bias = nn.Parameter(torch.full((WIDTH,), 30.0))
+        self.loses_gradient = loses_gradient
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) <= 4 or x.dtype is torch.float64:
+            return F.linear(x, self.weight, self.bias)
+        half = WIDTH // 2
+        weight = self.weight.detach() if self.loses_gradient else self.weight
+        first = F.linear(x[:, :half], weight[:, :half], self.bias)
+        return first + F.linear(x[:, half:], weight[:, half:])
+
+
+@pytest.mark.parametrize("loses_gradient", [False, True])
+def test_rounding_that_depends_on_the_batch_size(loses_gradient: bool) -> None:
+    """It is noise in bf16, and no difference. A gradient that is missing there is one."""
+    torch.manual_seed(0)
+    model = mlp(KernelBySize(loses_gradient=loses_gradient), nn.LayerNorm(WIDTH))
+    result = check(model, precision=Precision.AMP_BF16)
+    assert all(one.passed for one in result.checks if one.precision == "fp64")
+    noisy = [one for one in result.checks if one.num_in_noise]
+    assert noisy
+    assert all(one.precision == "amp-bf16" for one in noisy)
+    assert all(one.worst_relative_error < (one.noise or 0) for one in noisy if one.passed)
+    assert result.verdict is (Verdict.DIFFERS if loses_gradient else Verdict.EQUAL)
+
+
 def test_fp16_autocast_scales_its_loss() -> None:
     """After an overflow the scale is smaller, as with a GradScaler."""
 

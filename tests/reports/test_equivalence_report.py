@@ -247,3 +247,15 @@ def test_every_fault_of_a_loop_has_its_sentence(fault: LoopFault) -> None:
     report = text(DIFFERS, loop=(window,), loop_faults=(fault,))
     assert "The loop " in report
     assert "8 + 4: weights 0.5, 0.5; right are 0.6667, 0.3333" in report
+
+
+def test_gradients_in_noise_are_no_proof() -> None:
+    """The report says about how many parameters a precision shows nothing."""
+    noisy = dataclasses.replace(SMALL, relative_error=0.4, bound=0.9, in_noise=True)
+    check = dataclasses.replace(
+        PASSED, precision="amp-bf16", worst=(noisy,), num_in_noise=2, noise=0.4
+    )
+    said = " ".join(text(EQUAL, checks=(PASSED, check)).split())
+    assert "In amp-bf16, 2 gradients of 3 are in noise" in said
+    assert "does (4.0e-01). amp-bf16 shows nothing about them." in said
+    assert "rests on float64" in said
