@@ -91,7 +91,7 @@ def trace(
         # A user's batch function may draw random numbers, and a step may throw switches.
         with preserved():
             return trace_step(
-                step.prepare(META, precision_policy=precision_policy),
+                lambda: step.prepare(META, precision_policy=precision_policy),
                 precision_policy=precision_policy,
                 options=options,
                 name=step.name,

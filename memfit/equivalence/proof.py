@@ -190,6 +190,11 @@ def _experiments(
         # The draws of the first pass are kept, because micro-batches replay them.
         apart = dataclasses.replace(setup, draws=Draws(model, setup.num_samples))
         weights = weighting.of_step(apart, cuts[-1], is_mixing=known)
+        if weights.mixer is not None and apart.draws.drawing:
+            # The draws may have been replayed for the wrong samples.
+            fixed = Draws(model, setup.num_samples, held_fixed=True)
+            apart = dataclasses.replace(setup, draws=fixed)
+            weights = weighting.of_step(apart, cuts[-1], is_mixing=known)
         if weights.mixer is not None:
             mixing = (*mixing, *(scaling_layers(apart) or (weights.mixer,)))
         left = [mixer for mixer in mixing if not mixer.frozen]

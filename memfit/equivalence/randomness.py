@@ -206,9 +206,9 @@ class Draws:
         return drawn if drawn is not None and drawn.shape == draw.shape else None
 
     def _is_loop(self, layer: str) -> bool:
-        """Whether a layer seems to draw for one sample after the other: its draws have no rows."""
+        """Whether a layer seems to draw for one sample after the other: some draws have no rows."""
         recorded = self._recorded.get(layer, ())
-        return len({drawn.shape for drawn, _ in recorded}) > 1 and not any(
+        return len({drawn.shape for drawn, _ in recorded}) > 1 and not all(
             drawn.ndim and len(drawn) % self._num_samples == 0 for drawn, _ in recorded
         )
 

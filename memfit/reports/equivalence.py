@@ -25,6 +25,7 @@ from memfit.reports.tables import plain_table
 __all__ = ["cut_words", "render", "verdict_words"]
 
 _NUM_PARAMETERS = 5
+_EXPLAINED = 1e-4  # in float32: some weights give the whole gradient
 _NUM_MIXERS = 8
 _NUM_NAMES = 4
 _ONE_PERCENT = 0.01
@@ -316,7 +317,14 @@ def _advice(result: Equivalence) -> list[str]:
             "weights the gradients are exact:"
         )
         lines += [f"  {term.name}: {_count(term)}" for term in result.terms]
-    if any(mixer.mixes_in is MixesIn.LOSS for mixer in mixing):
+    losses = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.LOSS]
+    if any(mixer.moved <= _EXPLAINED for mixer in losses):
+        lines.append(
+            "The loss divides by a number that depends on the model's outputs, such as the boxes "
+            "that a detector samples. So no count of the batch gives its weights. Divide by a "
+            "number that the batch decides, or accept the difference that is shown here."
+        )
+    elif losses:
         lines.append(
             "A loss over pairs of samples needs the whole batch at once. Gather "
             "the outputs of all micro-batches before the loss (GradCache), or do "

@@ -5,16 +5,21 @@ the optimizer's state, and tables that a model makes at their first use. If a mo
 from one iteration to the next, the second iteration is the first that frees such tensors. This
 module compares iterations until two in a row do the same. The later one then stands for all
 iterations after it. This module does not use torch.
+
+How much an allocation grows with the batch size is known from two batch sizes. If a step frees all
+that it allocates, two iterations in a row can have two sizes. If it keeps something, what it keeps
+has the size of the batch that it came from. So the step then runs twice from its beginning, with
+one size each time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from memfit.records import Action, Event
-from memfit.simulation.growth import grown
 from memfit.simulation.schedule import (
     Schedule,
     StepSchedule,
@@ -22,7 +27,7 @@ from memfit.simulation.schedule import (
     id_in_iteration,
 )
 
-__all__ = ["Iteration", "settle"]
+__all__ = ["Choose", "Iteration", "Recorded", "settle"]
 
 _MAX_ITERATIONS = 6
 _FREE = Action.FREE_COMPLETED
@@ -54,20 +59,31 @@ class Iteration:
         return tuple(e for e in self.events if e.action is Action.ALLOC and e.id not in freed)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A step that ran from its beginning.
+
+    Args:
+        setup: The allocations that exist before the first iteration.
+        iterations: What the iterations did, in order.
+    """
+
+    setup: tuple[Event, ...]
+    iterations: tuple[Iteration, ...]
+
+
+Choose = Callable[[Sequence[Iteration]], int | None]
+"""Told the iterations so far; returns the batch size of the next one, or `None` to end."""
+
+
 def settle(
-    setup: Sequence[Event],
-    iterate: Callable[[int], Iteration],
-    *,
-    batch_sizes: tuple[int, int],
-    only_first: str,
+    record: Callable[[Choose], Recorded], *, batch_sizes: tuple[int, int], only_first: str
 ) -> StepSchedule:
     """Iterate a step until it repeats itself, and return what it does from then on.
 
     Args:
-        setup: The allocations that exist before the first iteration.
-        iterate: Runs one iteration at a batch size.
-        batch_sizes: Two different batch sizes. Iterations take them in turn, because the growth
-            with the batch size is known only from two.
+        record: Runs the step from its beginning.
+        batch_sizes: Two different batch sizes, because one does not show the growth.
         only_first: The origin of events that only the first iteration with a shape has.
 
     Returns:
@@ -78,26 +94,40 @@ def settle(
         StreamsDifferError: No two iterations in a row did the same.
     """
     small, large = batch_sizes
-    iterations = [iterate(large), iterate(small)]
-    if not iterations[1].left():
-        try:
-            return _plain(setup, iterations[0], iterations[1], only_first)
-        except StreamsDifferError:
-            pass
-    steps = None
-    while len(iterations) < _MAX_ITERATIONS:
-        iterations.append(iterate(large if len(iterations) % 2 == 0 else small))
-        latest = _Steps(iterations)
-        steps = latest if latest.is_steady else None
+    num_done = 0
+
+    def in_turn(done: Sequence[Iteration]) -> int | None:
+        nonlocal num_done
+        num_done = len(done)
+        return (large, small, None)[num_done]
+
+    try:
+        recorded = record(in_turn)
+    except Exception:
+        # A model may refuse a batch if it keeps a tensor of a batch of another size.
+        if not num_done:
+            raise
+    else:
+        warm, other = recorded.iterations
+        if not other.left():
+            with contextlib.suppress(StreamsDifferError):
+                return _plain(recorded.setup, warm, other, only_first)
+
+    def until_it_repeats(done: Sequence[Iteration]) -> int | None:
+        steps = _Steps(done)
         # If memory only grows, it may be a queue that is not full yet.
-        if steps is not None and not steps.keeps_for_good:
-            break
-    if steps is not None:
-        return steps.repeated(setup, only_first)
-    raise StreamsDifferError(
-        f"No two of {_MAX_ITERATIONS} iterations in a row allocate the same, at the batch sizes "
-        f"{small} and {large} in turn."
-    )
+        ends = len(done) >= _MAX_ITERATIONS or (steps.is_steady and not steps.keeps_for_good)
+        return None if ends else small
+
+    others = record(until_it_repeats).iterations
+    recorded = record(lambda done: large if len(done) < len(others) else None)
+    steps = _Steps(recorded.iterations, others)
+    if not steps.is_steady:
+        raise StreamsDifferError(
+            f"No two of {_MAX_ITERATIONS} iterations in a row allocate the same, with {large} "
+            "samples in each."
+        )
+    return steps.repeated(recorded.setup, only_first)
 
 
 def _plain(
@@ -111,10 +141,19 @@ def _plain(
 
 
 class _Steps:
-    """Iterations in which an allocation is identified by its position in its own iteration."""
+    """Iterations in which an allocation is identified by its position in its own iteration.
 
-    def __init__(self, iterations: Sequence[Iteration]) -> None:
+    Args:
+        iterations: The iterations, all at one batch size.
+        others: The same iterations at another batch size, if they are known.
+    """
+
+    def __init__(
+        self, iterations: Sequence[Iteration], others: Sequence[Iteration] | None = None
+    ) -> None:
         self._iterations = iterations
+        self._others = others or iterations
+        self._pairs: dict[int, list[tuple[Event, float]]] = {}
         # For each id, the iteration and the position among the iteration's allocations.
         self._places: dict[int, tuple[int, int]] = {}
         self._made: list[list[Event]] = []
@@ -127,12 +166,13 @@ class _Steps:
     @property
     def is_steady(self) -> bool:
         """Whether the last two iterations do the same."""
-        return self._course(self._last) == self._course(self._last - 1)
+        return self._last > 0 and self._course(self._last) == self._course(self._last - 1)
 
     @property
     def keeps_for_good(self) -> bool:
         """Whether the last iteration allocates something that no later iteration frees."""
-        return 0 in self._later().outliving.values()
+        lags = self._lags()
+        return any(lags.get(event.id) is None for event in self._iterations[self._last].left())
 
     def repeated(self, setup: Sequence[Event], only_first: str) -> StepSchedule:
         """Return the last iteration, repeated, after what the earlier iterations left behind."""
@@ -150,30 +190,42 @@ class _Steps:
                 # An allocation from before the first iteration is identified by its id.
                 made_in, at = self._places.get(event.id, (None, event.id))
                 told = (-1 if made_in is None else number - made_in, at)
-            course.append((event.action, event.origin, told))
+            course.append((event.action, event.origin, event.num_bytes, told))
         return course
 
-    def _later(self) -> Schedule:
-        last, before = self._iterations[self._last], self._iterations[self._last - 1]
+    def _lags(self) -> dict[int, int]:
+        """Return how many iterations later each kept allocation is freed, by its id."""
         made = self._made[self._last]
-        samples = last.batch_size - before.batch_size
-        lags = {event.id: 0 for event in last.left()}
-        events, growth = [], []
-        for event, other in zip(last.events, before.events, strict=True):
-            named = event
+        lags = {}
+        for event in self._iterations[self._last].events:
             made_in, at = self._places.get(event.id, (self._last, 0))
             if event.action is _FREE and made_in != self._last:
-                named = dataclasses.replace(event, id=made[at].id)
-                lags[named.id] = self._last - made_in
-            # The earlier iteration is compared, so its samples count the other way.
-            kept, grows_by = grown(named, other, -samples)
-            events.append(kept)
+                lags[made[at].id] = self._last - made_in
+        return lags
+
+    def _grown(self, number: int) -> list[tuple[Event, float]]:
+        """Return an iteration's events, each with what it grows by with every further sample."""
+        if number not in self._pairs:
+            one, other = self._iterations[number], self._others[number]
+            between = Schedule.between(
+                one.events, other.events, batch_sizes=(one.batch_size, other.batch_size)
+            )
+            self._pairs[number] = list(zip(between.events, between.growth_bytes, strict=True))
+        return self._pairs[number]
+
+    def _later(self) -> Schedule:
+        last, made = self._iterations[self._last], self._made[self._last]
+        events, growth = [], []
+        for event, grows_by in self._grown(self._last):
+            made_in, at = self._places.get(event.id, (self._last, 0))
+            is_older = event.action is _FREE and made_in != self._last
+            events.append(dataclasses.replace(event, id=made[at].id) if is_older else event)
             growth.append(grows_by)
         return Schedule(
             events=tuple(events),
             growth_bytes=tuple(growth),
             batch_size=last.batch_size,
-            outliving=lags,
+            outliving={event.id: 0 for event in last.left()} | self._lags(),
         )
 
     def _with_left_over(self, setup: Sequence[Event], later: Schedule) -> Schedule:
@@ -187,8 +239,9 @@ class _Steps:
         freed = {e.id for iteration in earlier for e in iteration.events if e.action is _FREE}
         events, growth = list(setup), [0.0] * len(setup)
         for number, iteration in enumerate(earlier):
-            for event in iteration.left():
-                if event.id in freed:
+            left = {event.id for event in iteration.left()} - freed
+            for event, grows_by in self._grown(number) if left else ():
+                if event.action is not Action.ALLOC or event.id not in left:
                     continue
                 _, at = self._places[event.id]
                 counterpart = made[at].id if at < len(made) else None
@@ -200,7 +253,7 @@ class _Steps:
                     growth.append(grown * 1.0)
                 else:
                     events.append(event)
-                    growth.append(0)
+                    growth.append(grows_by)
         # Use the batch size of `later`, because its events were recorded at that size.
         return Schedule(
             events=tuple(events), growth_bytes=tuple(growth), batch_size=later.batch_size

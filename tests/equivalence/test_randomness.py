@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from equivalence.models import NUM_CLASSES, WIDTH, check, mlp
-from memfit.records import GradientFault, Verdict
+from memfit.records import GradientFault, LossWeighting, Verdict
 from memfit.reports.equivalence import render
 
 
@@ -112,6 +112,31 @@ def test_draws_of_a_loop_over_samples_are_replayed() -> None:
     """Each sample gets its own permutation again, whose length depends on the sample."""
     result = check(mlp(Sampler()))
     assert (result.verdict, result.replayed) == (Verdict.EQUAL, ("2",))
+
+
+class Detector(nn.Module):
+    """Samples boxes of each image at random, and computes its losses inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: torch.Tensor, num_boxes: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for row, number in zip(x, num_boxes.tolist(), strict=True):
+            boxes = self.inner(row * torch.arange(1.0, 1 + number, dtype=x.dtype)[:, None])
+            losses.append(boxes[torch.randperm(number)[:3]].square().sum())
+        return torch.stack(losses).sum() / (3 * len(x))
+
+
+@pytest.mark.parametrize("spread", [8, 7])
+def test_samples_drawn_by_a_detector(spread: int) -> None:
+    """Some images have as many boxes as the batch has images, or as another image has."""
+    numbers = torch.tensor([8, 16, 9, 8, 11, 9, 8, 24])
+    batch = {"x": torch.randn(8, WIDTH), "num_boxes": numbers.clamp(max=3 * spread)}
+    result = check(Detector(), lambda loss: loss, batch, accumulation_steps=2)
+    assert result.verdict is Verdict.EQUAL
+    assert result.terms[0].weighting is LossWeighting.SAMPLES
 
 
 class DrawnFromTheBatch(nn.Module):

@@ -249,6 +249,15 @@ def test_every_fault_of_a_loop_has_its_sentence(fault: LoopFault) -> None:
     assert "8 + 4: weights 0.5, 0.5; right are 0.6667, 0.3333" in report
 
 
+@pytest.mark.parametrize(
+    ("moved", "line"), [(0.4, "(GradCache)"), (0.0, "such as the boxes that a detector samples")]
+)
+def test_what_fits_a_loss_that_mixes(moved: float, line: str) -> None:
+    """If some weights are exact, but change with the outputs, gathering outputs does not help."""
+    mixer = MixingLayer(name="loss", type_name="f", mixes_in=MixesIn.LOSS, moved=moved)
+    assert line in " ".join(text(DIFFERS, mixing_layers=(mixer,)).split())
+
+
 def test_gradients_in_noise_are_no_proof() -> None:
     """The report says about how many parameters a precision shows nothing."""
     noisy = dataclasses.replace(SMALL, relative_error=0.4, bound=0.9, in_noise=True)

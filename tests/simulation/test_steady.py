@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import copy
 
 import pytest
 
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.schedule import StepSchedule, StreamsDifferError, traced_id
-from memfit.simulation.steady import Iteration, settle
+from memfit.simulation.steady import Choose, Iteration, Recorded, settle
 
 SAMPLE = 1000
 WEIGHTS = 5000
@@ -56,7 +57,15 @@ class Step:
 
 def settled(step: Step) -> StepSchedule:
     weights = Event(action=Action.ALLOC, id=1, num_bytes=WEIGHTS, origin="model")
-    return settle([weights], step.iterate, batch_sizes=(2, 3), only_first="plan")
+
+    def record(choose: Choose) -> Recorded:
+        fresh = copy.deepcopy(step)
+        iterations: list[Iteration] = []
+        while (batch_size := choose(iterations)) is not None:
+            iterations.append(fresh.iterate(batch_size))
+        return Recorded(setup=(weights,), iterations=tuple(iterations))
+
+    return settle(record, batch_sizes=(2, 3), only_first="plan")
 
 
 def peak_and_rest(schedule: StepSchedule, batch_size: int) -> tuple[int, int]:

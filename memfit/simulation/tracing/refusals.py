@@ -51,20 +51,34 @@ def explained(model: nn.Module, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except StreamsDifferError as error:
-        raise NotSimulatedError.because(
-            name,
-            (
-                "its iterations never repeat what they allocate, so a few of them do "
-                "not show what all of them need (does the step choose at random what "
-                "it runs, or alternate?)"
-            ),
-        ) from error
     except (NotImplementedError, RuntimeError, TypeError) as error:
         reason = _reason(model, error)
         if reason is None:
             raise
         raise NotSimulatedError.because(name, reason) from error
+
+
+@contextlib.contextmanager
+def repeats(name: str) -> Iterator[None]:
+    """Say in a sentence that the iterations of a step do not repeat.
+
+    Args:
+        name: The name of the model in the sentence.
+
+    Raises:
+        NotSimulatedError: No iteration stands for all that follow.
+    """
+    try:
+        yield
+    except StreamsDifferError as error:
+        raise NotSimulatedError.because(
+            name,
+            (
+                "its iterations never repeat what they allocate, so a few of them do not show "
+                "what all of them need (does the step choose at random what it runs, alternate, "
+                "or keep more in each iteration?)"
+            ),
+        ) from error
 
 
 def refuse_compiled(*parts: Any, name: str) -> None:
@@ -120,27 +134,33 @@ def _compiled_in(part: Any) -> str | None:
             return f"{where} is compiled (torch.jit)"
         if is_compiled(module):
             return f"{where} is compiled (torch.compile)"
-        found = _compiled_function(module.forward, where)
+        found = _compiled_function(module.forward, where, type(module))
         if found is not None:
             return found
     return None
 
 
-def _compiled_function(function: Any, where: str) -> str | None:
+def _compiled_function(function: Any, where: str, owner: type | None = None) -> str | None:
     if isinstance(function, torch.jit.ScriptFunction):
         return f"{where} is compiled (torch.jit)"
     if is_compiled(function):
         return f"{where} is compiled (torch.compile)"
     if isinstance(function, Optimizer):
         return _compiled_function(function.step, type(function).__name__)
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    code = getattr(plain, "__code__", None)
-    if code is None:
-        return None
-    known = plain.__globals__
-    for called in code.co_names:
-        if is_compiled(known.get(called)):
-            return f"{where} calls {called}, which is compiled (torch.compile)"
+    waiting, seen = [getattr(function, "__func__", function)], set()
+    while waiting:
+        plain = inspect.unwrap(waiting.pop())
+        code = getattr(plain, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        for called in code.co_names:
+            # A name is a global one, or one of the model's methods.
+            for one in (plain.__globals__.get(called), getattr(owner, called, None)):
+                if is_compiled(one):
+                    return f"{where} calls {called}, which is compiled (torch.compile)"
+                if inspect.isfunction(one) and not one.__module__.startswith("torch."):
+                    waiting.append(one)
     return None
 
 

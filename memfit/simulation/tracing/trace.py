@@ -25,12 +25,12 @@ from memfit.errors import MemfitError
 from memfit.memory.collector import old_objects_set_aside
 from memfit.records import Action, Event
 from memfit.simulation.schedule import Schedule, StepSchedule
-from memfit.simulation.steady import Iteration, settle
+from memfit.simulation.steady import Choose, Iteration, Recorded, settle
 from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
 from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.recorder import PLANS_TRIED, Recorder, Watcher
-from memfit.simulation.tracing.refusals import explained
+from memfit.simulation.tracing.refusals import explained, repeats
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
 from memfit.simulation.tracing.workspace import Kernels
 
@@ -132,7 +132,7 @@ class PreparedStep(Protocol):
 
 
 def trace_step(
-    prepared: PreparedStep,
+    prepare: Callable[[], PreparedStep],
     *,
     precision_policy: MetaPrecision,
     options: TraceOptions,
@@ -144,7 +144,8 @@ def trace_step(
     """Trace a training step on the meta device.
 
     Args:
-        prepared: The step, made with `precision_policy`.
+        prepare: Makes the step, with `precision_policy`. A step that keeps tensors from one
+            iteration to the next is made several times.
         precision_policy: How the step computes in mixed precision.
         options: The other options of the trace.
         name: The name of the model in errors.
@@ -159,74 +160,96 @@ def trace_step(
         StepDrawsError: The step draws single numbers, and they were not forced.
         NotSimulatedError: The step needs values that a meta tensor does not have.
     """
-    recorder = Recorder(options.kernels, watcher)
-    semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
-        stack.enter_context(functional_layer_open())
-        stack.enter_context(regions_followed(precision_policy.autocast))
-        # The collector must not free tensors at times that depend on earlier work of the process.
-        stack.enter_context(old_objects_set_aside())
-        stack.enter_context(explained(prepared.model, name))
-        if watcher is not None:
-            stack.enter_context(watcher.watch(prepared, recorder.mark))
-        stack.callback(recorder.close)
-        stack.enter_context(semantics)
-        stack.enter_context(dispatched(recorder.handle))
-        schedule, depends_on_batch = _record(prepared, recorder, options, batch_sizes, draws)
-    return StepTrace(
-        schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
-        attention=tuple(semantics.attention.items()),
-        num_operations=recorder.num_operations,
-        has_tf32=recorder.has_tf32,
-        depends_on_batch=depends_on_batch,
-    )
+    latest: _Recording | None = None
 
+    def record(choose: Choose) -> Recorded:
+        nonlocal latest
+        latest = _Recording(prepare(), precision_policy, options, draws)
+        return latest.run(choose, watcher, name)
 
-def _record(
-    prepared: PreparedStep,
-    recorder: Recorder,
-    options: TraceOptions,
-    batch_sizes: tuple[int, int],
-    draws: Draws,
-) -> tuple[StepSchedule, bool]:
-    """Return the events, and whether the step asked for values of its batch."""
-    # The model is there before the step begins to hold more: averages, an optimizer's state.
-    for tensor in prepared.held_tensors():
-        recorder.see(tensor)
-    prepared.begin()
-    for tensor in prepared.held_tensors():
-        recorder.see(tensor)
-    setup = recorder.cut()
-    iterated: list[int] = []
-    answers: list[int] = []
-
-    def iterate(batch_size: int) -> Iteration:
-        recorder.forget_plans()
-        before = recorder.num_answers
-        recorder.num_operations = 0
-        is_watched = draws.share is not None or not iterated
-        with prepared.drawing(draws) if is_watched else contextlib.nullcontext():
-            prepared.accumulate(batch_size)
-        if draws.share is None and draws.num_seen:
-            raise StepDrawsError("The step draws single numbers.")
-        iterated.append(batch_size)
-        # An optimizer asks how many steps it took, and whether its gradients are finite. Its
-        # answers are the same for every batch.
-        answers.append(recorder.num_answers - before)
-        run = tuple(recorder.cut())
-        setup.extend(recorder.take_residents())
-        prepared.update()
-        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()))
-
-    schedule = settle(setup, iterate, batch_sizes=batch_sizes, only_first=PLANS_TRIED)
+    with repeats(name):
+        schedule = settle(record, batch_sizes=batch_sizes, only_first=PLANS_TRIED)
+    assert latest is not None
     first = schedule.first
     schedule = dataclasses.replace(
         schedule,
-        setup=_with_prefetched(schedule.setup, prepared),
+        setup=_with_prefetched(schedule.setup, latest.prepared),
         first=first if options.cudnn_benchmark else first.without(PLANS_TRIED),
     )
-    return schedule, any(answers)
+    return StepTrace(
+        schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
+        attention=tuple(latest.semantics.attention.items()),
+        num_operations=latest.recorder.num_operations,
+        has_tf32=latest.recorder.has_tf32,
+        depends_on_batch=latest.depends_on_batch,
+    )
+
+
+class _Recording:
+    """One run of a step from its beginning."""
+
+    def __init__(
+        self,
+        prepared: PreparedStep,
+        precision_policy: MetaPrecision,
+        options: TraceOptions,
+        draws: Draws,
+    ) -> None:
+        self.prepared = prepared
+        self._precision_policy = precision_policy
+        self._options = options
+        self._draws = draws
+        self.semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
+        self.depends_on_batch = False
+        self.recorder: Recorder
+
+    def run(self, choose: Choose, watcher: Watcher | None, name: str) -> Recorded:
+        """Iterate the step for as long as a batch size is chosen, and record what it allocates."""
+        prepared, options = self.prepared, self._options
+        recorder = self.recorder = Recorder(options.kernels, watcher)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
+            stack.enter_context(functional_layer_open())
+            stack.enter_context(regions_followed(self._precision_policy.autocast))
+            # The collector must not free tensors at times that depend on earlier work of the
+            # process.
+            stack.enter_context(old_objects_set_aside())
+            stack.enter_context(explained(prepared.model, name))
+            if watcher is not None:
+                stack.enter_context(watcher.watch(prepared, recorder.mark))
+            stack.callback(recorder.close)
+            stack.enter_context(self.semantics)
+            stack.enter_context(dispatched(recorder.handle))
+            # The model is there before the step begins to hold more: averages, an optimizer's
+            # state.
+            for tensor in prepared.held_tensors():
+                recorder.see(tensor)
+            prepared.begin()
+            for tensor in prepared.held_tensors():
+                recorder.see(tensor)
+            setup = recorder.cut()
+            iterations: list[Iteration] = []
+            while (batch_size := choose(iterations)) is not None:
+                iterations.append(self._iteration(batch_size, setup, is_first=not iterations))
+        return Recorded(setup=tuple(setup), iterations=tuple(iterations))
+
+    def _iteration(self, batch_size: int, setup: list[Event], *, is_first: bool) -> Iteration:
+        recorder, draws = self.recorder, self._draws
+        recorder.forget_plans()
+        before = recorder.num_answers
+        recorder.num_operations = 0
+        is_watched = draws.share is not None or is_first
+        with self.prepared.drawing(draws) if is_watched else contextlib.nullcontext():
+            self.prepared.accumulate(batch_size)
+        if draws.share is None and draws.num_seen:
+            raise StepDrawsError("The step draws single numbers.")
+        # An optimizer asks how many steps it took, and whether its gradients are finite. Its
+        # answers are the same for every batch.
+        self.depends_on_batch |= recorder.num_answers > before
+        run = tuple(recorder.cut())
+        setup.extend(recorder.take_residents())
+        self.prepared.update()
+        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()))
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep) -> Schedule:

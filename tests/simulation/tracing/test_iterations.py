@@ -72,6 +72,57 @@ def test_a_tensor_kept_from_one_iteration_to_the_next(keeps_all: bool) -> None:
     assert schedule.grows(1000, requested_peak(schedule, 1000)) == keeps_all
 
 
+class KeepsRows(nn.Module):
+    """Makes a table of the batch's size in its first forward, or adds the last batch's rows."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(64, 64), kind
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.layer(data)
+        if self.kind == "table":
+            if self.kept is None:
+                self.kept = torch.zeros(len(data), 1000, device=data.device)
+            return output + self.kept.sum()
+        before = torch.zeros_like(output) if self.kept is None else self.kept
+        self.kept = output.detach().clone()
+        if self.kind == "sum":
+            return output + before
+        return torch.cat([output, before]).relu()
+
+
+@pytest.mark.parametrize(("kind", "width"), [("table", 1000), ("sum", 64), ("rows", 64)])
+def test_what_is_kept_has_the_size_of_its_batch(kind: str, width: int) -> None:
+    """It grows with the batch, though two batch sizes are traced, and it may be used again."""
+    workload = Workload(KeepsRows(kind), torch.zeros(2, 64), lambda out: out.sum(), "sgd")
+    schedule = trace(step_of(workload), options()).schedule
+    held = [requested_after(schedule, size, 3) for size in (1000, 2000)]
+    assert held[1] - held[0] == 4 * width * 1000
+    peaks = [requested_peak(schedule, size) for size in (1000, 2000)]
+    rows = {"table": 4 * 1000, "sum": 5 * 4 * 64, "rows": 7 * 4 * 64}[kind]
+    assert peaks[1] - peaks[0] >= rows * 1000
+
+
+def test_rows_that_are_kept_for_good_in_one_tensor() -> None:
+    """No iteration is like another, so none stands for the others."""
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bank = nn.Linear(8, 8), torch.zeros(0, 8)
+
+        def forward(self, data: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.layer(data)
+            self.bank = torch.cat([self.bank.to(data.device), output.detach()])
+            return output
+
+    workload = Workload(Bank(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
+    with pytest.raises(NotSimulatedError, match="or keep more in each iteration"):
+        trace(step_of(workload), options())
+
+
 def requested_after(schedule: StepSchedule, batch_size: int, num_iterations: int) -> int:
     """Return the bytes that are held after this many iterations."""
     held: dict[int, int] = {}

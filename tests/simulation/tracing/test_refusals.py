@@ -93,6 +93,20 @@ class CallsCompiled(nn.Linear):
         return compiled_function(super().forward(data))
 
 
+class CallsMethod(nn.Linear):
+    """Calls a compiled method through a plain one."""
+
+    @torch.compile
+    def inner(self, data: torch.Tensor) -> torch.Tensor:
+        return super().forward(data)
+
+    def outer(self, data: torch.Tensor) -> torch.Tensor:
+        return self.inner(data)  # type: ignore[no-any-return]
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return self.outer(data)
+
+
 class IsCompiled(nn.Linear):
     """Has a compiled forward."""
 
@@ -124,6 +138,7 @@ def compiled_step() -> torch.optim.Optimizer:
         (compiled_in_place(), "Linear '0' is compiled"),
         (IsCompiled(4, 4), "IsCompiled is compiled"),
         (CallsCompiled(4, 4), "CallsCompiled calls compiled_function, which is compiled"),
+        (CallsMethod(4, 4), "CallsMethod calls inner, which is compiled"),
         (compiled_function, "it is compiled"),
         (compiled_step(), "SGD is compiled"),
     ],
