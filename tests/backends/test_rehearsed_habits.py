@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pinned import IS_PINNED
 from torch import nn
 
 import memfit
@@ -16,6 +17,7 @@ from memfit.api.steps import describe
 from memfit.backends import with_precision
 from memfit.records import Engine, Source
 from memfit.step.training_step import TrainingStep
+from memfit.units import MIB
 
 pytestmark = pytest.mark.rehearses
 
@@ -31,6 +33,10 @@ _EVALUATIONS: tuple[dict[str, Any], ...] = (
     {"evaluate": True, "no_grad": True},
     {"evaluate": "in-training", "ema": True},
 )
+
+
+# Older releases keep the workspaces of BLAS from one pass to the next.
+KEPT_BYTES = 0 if IS_PINNED else 12 * MIB
 
 
 # One process rehearses all of them, because each start takes seconds.
@@ -59,7 +65,7 @@ def test_habits_and_evaluations_take_the_same_bytes() -> None:
         assert [one for _, one, _ in added] == [other for _, _, other in added], added
         for options in _EVALUATIONS:
             one, other = peaks(rehearsed, **options), peaks(simulated, **options)
-            assert other == pytest.approx(one, rel=0.005), options
+            assert other == pytest.approx(one, rel=0.005, abs=KEPT_BYTES), options
 
 
 class Chain(nn.Module):

