@@ -45,13 +45,19 @@ def main() -> None:
     if arguments.sample is not None:
         names = random.Random(arguments.seed).sample(names, arguments.sample)  # noqa: S311 - a sample
     most_bytes = num_asked = 0
+    # Of each process, those that have ended too.
+    cpu_seconds: dict[int, float] = {}
 
     def watch(_what: str, done: int, total: int) -> None:
         nonlocal most_bytes, num_asked
         num_asked = num_asked or total - done
         here = psutil.Process()
-        held = [process.memory_info().rss for process in (here, *here.children(recursive=True))]
-        most_bytes = max(most_bytes, sum(held))
+        held = 0
+        for process in (here, *here.children(recursive=True)):
+            held += process.memory_info().rss
+            used = process.cpu_times()
+            cpu_seconds[process.pid] = used.user + used.system
+        most_bytes = max(most_bytes, held)
 
     start, idle = time.perf_counter(), psutil.cpu_times().idle
     found = memfit.sweep(
@@ -88,6 +94,11 @@ def main() -> None:
     if num_asked:
         each = seconds / num_asked
         print(f"{each:.2f} s a model, so {each * num_all / 60:.0f} minutes for all {num_all}")
+        each = sum(cpu_seconds.values()) / num_asked
+        print(
+            f"{each:.2f} CPU s a model, so {each * num_all / 60 / 2:.0f} minutes for all {num_all} "
+            "on two cores that do nothing else"
+        )
     for model, reason in failed.items():
         print(f"  {model}: {reason}")
 

@@ -28,8 +28,14 @@ typedef struct {
 } Region;
 
 typedef struct {
+    int64_t start, end;
+} Span;
+
+typedef struct {
     Region *regions; /* The newest last. */
     int64_t count, room;
+    Span *spans; /* Of all regions but the first, the highest first. */
+    int64_t num_spans, room_for_spans;
     bool has_run_kernels;
 } Addresses;
 
@@ -107,6 +113,40 @@ static bool add_region(Addresses *self, int64_t start, int64_t end)
     return true;
 }
 
+/* The index of the first span that begins at an address or below it. */
+static int64_t span_at(const Addresses *self, int64_t start)
+{
+    int64_t low = 0, high = self->num_spans;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (self->spans[middle].start > start)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static bool add_span(Addresses *self, int64_t start, int64_t end)
+{
+    int64_t index = span_at(self, start);
+    if (!more_room((void **)&self->spans, &self->room_for_spans, self->num_spans, sizeof(Span)))
+        return false;
+    memmove(&self->spans[index + 1], &self->spans[index],
+            (size_t)(self->num_spans - index) * sizeof(Span));
+    self->spans[index] = (Span){start, end};
+    self->num_spans++;
+    return true;
+}
+
+static void delete_span(Addresses *self, int64_t start)
+{
+    int64_t index = span_at(self, start);
+    self->num_spans--;
+    memmove(&self->spans[index], &self->spans[index + 1],
+            (size_t)(self->num_spans - index) * sizeof(Span));
+}
+
 static bool addresses_begin(Addresses *self)
 {
     return add_region(self, BASE, BASE + FIRST_REGION_BYTES) &&
@@ -119,23 +159,19 @@ static void addresses_end(Addresses *self)
     for (int64_t index = 0; index < self->count; index++)
         free(self->regions[index].holes);
     free(self->regions);
+    free(self->spans);
 }
 
 /* The end of the highest gap below the first region that has room for a new region. */
 static int64_t end_of_gap(const Addresses *self, int64_t size)
 {
     int64_t end = BASE - GAP_BYTES;
-    for (;;) {
-        const Region *nearest = NULL; /* the highest region that begins below the end */
-        for (int64_t index = 1; index < self->count; index++) {
-            const Region *region = &self->regions[index];
-            if (region->start < end && (!nearest || region->start > nearest->start))
-                nearest = region;
-        }
-        if (!nearest || end - nearest->end >= size)
+    for (int64_t index = 0; index < self->num_spans; index++) {
+        if (end - self->spans[index].end >= size)
             return end;
-        end = nearest->start;
+        end = self->spans[index].start;
     }
+    return end;
 }
 
 static int64_t place(Addresses *self, int64_t size)
@@ -147,7 +183,7 @@ static int64_t place(Addresses *self, int64_t size)
     }
     int64_t whole = (size + STEP_BYTES - 1) / STEP_BYTES * STEP_BYTES;
     int64_t end = end_of_gap(self, whole);
-    if (!add_region(self, end - whole, end))
+    if (!add_region(self, end - whole, end) || !add_span(self, end - whole, end))
         return NOWHERE;
     Region *region = &self->regions[self->count - 1];
     return make_hole(region, end - whole, whole) ? take_hole(region, size) : NOWHERE;
@@ -164,6 +200,7 @@ static bool vacate(Addresses *self, int64_t address, int64_t size)
             return false;
         if (index && region->holes[0].size == region->end - region->start) {
             free(region->holes);
+            delete_span(self, region->start);
             self->count--;
             memmove(region, region + 1, (size_t)(self->count - index) * sizeof(Region));
         }
