@@ -1,18 +1,20 @@
 """How right `evaluate` is, against timm's published inference benchmarks of three cards.
 
     python benchmarks/inference.py --data FILE [--engine simulate|rehearse] [--sample N] [--seed S]
-                                   [--rows FILE] [--fast-norm]
+                                   [--rows FILE] [--torch RELEASE] [--fast-norm]
 
 FILE is a table with the columns model, gpu, torch, memory_format, precision, compiled, image_size,
 batch_size_that_fit and batch_size_that_failed. timm's benchmark starts at 1024 and steps down a
-ladder of batch sizes on any error. Its forward pass runs under `no_grad` in amp-fp16, with
-`cudnn.benchmark` on. A row is exact if the same rung is the largest that fits here. Only eager rows
-with a failing size are taken. One of the published runs began at 512: no row of it is above, and
-tiny models are at 512 too. So a row at the largest size of its run has no failing size, whatever
-the table says. A rung fits if the simulation's allocator serves the step, and no operator of that
-torch refuses so many samples (`inference_loops.py`). docs/accuracy.md says how to read the output.
-With --rows, a line of JSON is kept for each row, and a run that was interrupted goes on where it
-stopped.
+ladder of batch sizes on any error. Its forward pass is in amp-fp16, with `cudnn.benchmark` on. It
+runs under `no_grad`, and since timm 1.0.17 (the rows of torch 2.9) under `inference_mode`. A row is
+exact if the same loop ends at the same rung here. What a failed attempt leaves behind is in
+`inference_ladders.py`, and what operators of those releases refuse in `inference_loops.py`. Only
+eager rows with a failing size are taken. One of the published runs began at 512: no row of it is
+above, and tiny models are at 512 too. So a row at the largest size of its run has no failing size,
+whatever the table says. docs/accuracy.md says how to read the output. With --rows, a line of JSON
+is kept for each row, and a run that was interrupted goes on where it stopped. --torch takes the
+rows of one release only, so that it can run with the timm of that time: put it first in PYTHONPATH
+(1.0.9 for torch 2.4, 1.0.24 for torch 2.9).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="only so many models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
+    parser.add_argument("--torch", metavar="RELEASE", help="only rows of it, such as 2.4")
     parser.add_argument(
         "--fast-norm",
         action="store_true",
@@ -62,6 +65,10 @@ def main() -> None:
     start = time.perf_counter()
     warnings.filterwarnings("ignore")
     tasks = _tasks(arguments.data, arguments.sample, arguments.seed)
+    if arguments.torch:
+        tasks = [
+            [row for row in task if row["torch"].startswith(arguments.torch)] for task in tasks
+        ]
     rows = list(_rows(tasks, arguments.engine, arguments.rows))
     report(rows, arguments.engine)
     print(f"{len(tasks)} models and layouts in {time.perf_counter() - start:.0f} s")
@@ -71,16 +78,11 @@ def _tasks(path: Path, sample: int | None, seed: int) -> list[list[dict[str, str
     """Return the rows of the table, those of one model, image size and layout together."""
     with path.open(newline="") as file:
         eager = [row for row in csv.DictReader(file) if row["compiled"] == "0"]
-    begins: dict[tuple[str, ...], int] = {}
     for row in eager:
-        run = (row["gpu"], row["torch"], row["memory_format"])
-        begins[run] = max(begins.get(run, 0), int(row["batch_size_that_fit"]))
+        run = _run_of(row)
+        _BEGINS[run] = max(_BEGINS.get(run, 0), int(row["batch_size_that_fit"]))
     failing = [row for row in eager if row["batch_size_that_failed"]]
-    rows = [
-        row
-        for row in failing
-        if int(row["batch_size_that_fit"]) < begins[row["gpu"], row["torch"], row["memory_format"]]
-    ]
+    rows = [row for row in failing if int(row["batch_size_that_fit"]) < _BEGINS[_run_of(row)]]
     print(
         f"{len(failing)} eager rows name a failing size; {len(failing) - len(rows)} of them are at "
         "the size that their run began with"
@@ -114,7 +116,13 @@ def _rows(
         print(f"\r{done + 1} of {len(tasks)}", end="", file=sys.stderr, flush=True)
 
 
+def _run_of(row: dict[str, str]) -> tuple[str, ...]:
+    return row["gpu"], row["torch"], row["memory_format"]
+
+
 _BACKENDS: dict[str, Any] = {}
+# The batch size that each published run began with.
+_BEGINS: dict[tuple[str, ...], int] = {}
 
 
 def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
@@ -127,10 +135,11 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
     fits, failed = int(row["batch_size_that_fit"]), int(row["batch_size_that_failed"])
     try:
         with _trials(row, engine) as trial:
-            found = _largest(trial, fits)
+            found = trial.rung([size for size in LADDER if size <= _BEGINS[_run_of(row)]])
+            # How full the card is with nothing left behind, for the rows that are off.
+            sizes = () if found == fits else (("fit", fits), ("failed", failed))
             peaks = {
-                f"peak_at_{name}": trial.trial(size).peak_reserved_bytes
-                for name, size in (("fit", fits), ("failed", failed))
+                f"peak_at_{name}": trial.trial(size).peak_reserved_bytes for name, size in sizes
             }
             refusal = trial.refusal
             limits = {
@@ -147,11 +156,15 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
 _CAPACITY: dict[str, int] = {}
 
 
+_INFERENCE_MODE_SINCE = "2.9"
+
+
 class _trials:  # noqa: N801 - used as a function
     """Trials of a row's forward pass on its card."""
 
     def __init__(self, row: dict[str, str], engine: str) -> None:
         import torch
+        from inference_ladders import Images
         from inference_loops import InputsMadeOnce, refusals_of
 
         from memfit.api.cards import Cards
@@ -166,9 +179,12 @@ class _trials:  # noqa: N801 - used as a function
             image_size=int(row["image_size"]),
             channels_last=row["memory_format"] == "nhwc",
             evaluate=True,
-            no_grad=True,
+            no_grad=row["torch"] < _INFERENCE_MODE_SINCE,
         )
-        key = "|".join((row["model"], row["image_size"], row["memory_format"]))
+        self._images = Images(int(row["image_size"]), is_last=row["memory_format"] == "nhwc")
+        key = "|".join(
+            (row["model"], row["image_size"], row["memory_format"], str(self._step.options.no_grad))
+        )
         if _BACKENDS.get("key") != key:
             if "cards" in _BACKENDS:
                 _BACKENDS.pop("cards").__exit__()
@@ -179,9 +195,10 @@ class _trials:  # noqa: N801 - used as a function
                 step=self._step,
             )
         self._step = _BACKENDS["step"]
+        self._traces = _BACKENDS["traces"]
         if engine == "simulate":
             gpu = find_gpu(CARDS[row["gpu"]])
-            self._card: Any = SimulatedBackend(gpu, traces=_BACKENDS["traces"])
+            self._card: Any = SimulatedBackend(gpu, traces=self._traces)
         else:
             self._card = _BACKENDS["cards"].open(CARDS[row["gpu"]], None, self._step)
         self._known: dict[int, Any] = {}
@@ -202,31 +219,30 @@ class _trials:  # noqa: N801 - used as a function
     def __exit__(self, *exc_info: object) -> None:
         self._card.__exit__(*exc_info)
 
-    def fits(self, batch_size: int) -> bool:
-        """Whether the batch size fits, and no operator refuses it."""
-        if self.refusal is not None and batch_size > self.refusal.most_samples:
-            return False
-        return bool(self.trial(batch_size).fits)
+    def rung(self, rungs: list[int]) -> int:
+        """Return the batch size at which timm's loop ends."""
+        from inference_ladders import rehearsed_rung, simulated_rung
+
+        from memfit.backends.simulated import SimulatedBackend
+
+        most = None if self.refusal is None else self.refusal.most_samples
+        if not isinstance(self._card, SimulatedBackend):
+            found: int = self._card.call(rehearsed_rung, self._step, rungs, self._images, most)
+            return found
+        gpu = self._card.gpu
+        return simulated_rung(
+            self._traces.find(self._step, gpu).schedule_on(gpu, is_rough=False),
+            rungs,
+            self._images,
+            capacity_bytes=self._card.capacity().usable_bytes,
+            most_samples=most,
+        )
 
     def trial(self, batch_size: int) -> Any:
         """Try a batch size, once."""
         if batch_size not in self._known:
             self._known[batch_size] = self._card.trial(self._step, batch_size)
         return self._known[batch_size]
-
-
-def _largest(trial: _trials, start: int) -> int:
-    """Return the largest rung that fits, searched from a rung on."""
-    at = LADDER.index(start)
-    if trial.fits(LADDER[at]):
-        while at and trial.fits(LADDER[at - 1]):
-            at -= 1
-        return LADDER[at]
-    while at + 1 < len(LADDER):
-        at += 1
-        if trial.fits(LADDER[at]):
-            return LADDER[at]
-    return 0
 
 
 def report(rows: list[dict[str, Any]], engine: str) -> None:
@@ -276,7 +292,7 @@ def kind_of(row: dict[str, Any]) -> str:
         return "exact"
     if difference < 0:
         return "too low"
-    is_far = row["peak_at_failed"] < _FAR_BELOW * row["capacity"]
+    is_far = row.get("peak_at_failed", 0) < _FAR_BELOW * row["capacity"]
     return "far below" if is_far else "too high"
 
 

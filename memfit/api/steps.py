@@ -100,10 +100,13 @@ class SubjectKeywords(StepKeywords, total=False):
         datamodule: For a `LightningModule`: its `LightningDataModule`, or a loader. Default: the
             module's own `train_dataloader`.
         trainer: For a `LightningModule`: the `Trainer`, whose precision is taken.
+        method: For a `LightningModule`: `"fit"` (the default), `"validate"`, `"test"` or
+            `"predict"`, as for Lightning's `Tuner`. All but the first are evaluations.
     """
 
     datamodule: Any
     trainer: Any
+    method: str | None
 
 
 def taken(
@@ -123,12 +126,19 @@ def taken(
         UsageError: An option does not belong to the subject.
     """
     options = options.copy()
+    method = options.pop("method", None)
     made = subject_of(
         subject,
         datamodule=options.pop("datamodule", None),
         trainer=options.pop("trainer", None),
+        method=method,
+        evaluate=options.get("evaluate"),
         samples_per_step=samples_per_step,
     )
+    if method not in (None, "fit") and not options.get("evaluate"):
+        options["evaluate"] = True
+    if options.get("evaluate") and getattr(made, "evaluates_in_no_grad", False):
+        options["no_grad"] = True
     return made, options
 
 

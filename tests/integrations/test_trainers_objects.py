@@ -18,6 +18,7 @@ from memfit.backends.rehearsed import RehearsalServers
 from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
+from memfit.integrations.train_args import read_train_arguments
 from memfit.records import GradientFault, Precision
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.units import parse_bytes
@@ -27,25 +28,46 @@ pytestmark = pytest.mark.filterwarnings("default")
 FASTAI = pytest.mark.needs("fastai")
 LIGHTNING = pytest.mark.needs("pytorch_lightning")
 TRANSFORMERS = pytest.mark.needs("transformers", "accelerate")
+ACCELERATE = pytest.mark.needs("accelerate")
+# On the second card in mixed precision: with a gradient scaler, or in bfloat16.
 CASES = [
-    pytest.param("lightning", "rtx3060", "1GiB", marks=LIGHTNING),
-    pytest.param("lightning", "a100-40gb", "2GiB", marks=LIGHTNING),
-    pytest.param("transformers", "rtx3060", "1GiB", marks=TRANSFORMERS),
+    pytest.param("lightning", "rtx3060", "fp32", marks=LIGHTNING),
+    pytest.param("lightning", "a100-40gb", "amp-fp16", marks=LIGHTNING),
+    pytest.param("transformers", "rtx3060", "fp32", marks=TRANSFORMERS),
+    pytest.param("transformers", "a100-40gb", "amp-fp16", marks=TRANSFORMERS),
+    pytest.param("fastai", "rtx3060", "fp32", marks=FASTAI),
+    pytest.param("fastai", "a100-40gb", "amp-fp16", marks=FASTAI),
+    pytest.param("accelerate", "rtx3060", "fp32", marks=ACCELERATE),
+    pytest.param("accelerate", "a100-40gb", "amp-fp16", marks=ACCELERATE),
+    pytest.param("timm", "rtx3060", "fp32"),
+    pytest.param("timm", "a100-40gb", "amp-bf16"),
 ]
+MEMORY = "1GiB"
 
 
 def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, dict[str, Any]]:
     """Return a trainer's own object, and what is given beside it."""
-    is_mixed = precision is Precision.AMP_BF16
+    if name == "timm":
+        amp = "" if precision is Precision.FP32 else "--amp --amp-dtype bfloat16"
+        read = read_train_arguments(
+            f"--model {zoo.TIMM_MODEL} --img-size {zoo.TIMM_SIZE} --num-classes {zoo.NUM_CLASSES} "
+            + amp
+        )
+        return read.model, dict(read.keywords)
+    if name == "accelerate":
+        workload = memfit.Workload(
+            zoo.Net(), zoo.images(4).tensors, torch.nn.CrossEntropyLoss(), "adamw"
+        )
+        return workload, {"accumulate": True, "precision": precision}
     if name == "fastai":
-        learn = zoo.learner()
-        return (learn.to_bf16() if is_mixed else learn), {}
+        return zoo.in_precision(zoo.learner(), precision.value), {}
     if name == "lightning":
-        trainer = zoo.lightning_trainer(precision="bf16-mixed" if is_mixed else "32-true")
+        trainer = zoo.lightning_trainer(precision=zoo.LIGHTNING[precision.value])
         loader = DataLoader(zoo.images(8), batch_size=4)
         return zoo.lightning_module(), {"datamodule": loader, "trainer": trainer}
     zoo.reset_accelerate()
-    return zoo.transformers_trainer(bf16=is_mixed), {}
+    kinds = {kind: precision.value == f"amp-{kind}" for kind in ("bf16", "fp16")}
+    return zoo.transformers_trainer(**kinds), {}
 
 
 TRAINERS = (
@@ -63,17 +85,18 @@ def servers() -> Iterator[RehearsalServers]:
 
 
 @pytest.mark.rehearses
-@pytest.mark.parametrize(("name", "card", "memory"), CASES)
+@pytest.mark.parametrize(("name", "card", "precision"), CASES)
 def test_the_named_batch_size_trains_and_one_more_sample_does_not(
-    servers: RehearsalServers, name: str, card: str, memory: str
+    servers: RehearsalServers, name: str, card: str, precision: str
 ) -> None:
     """The trainer's own loop runs on the same card, rehearsed; importing it takes seconds."""
-    made, beside = subject(name)
-    found = memfit.probe(made, gpu=card, memory=memory, engine="rehearse", progress=None, **beside)
-    gpu = find_gpu(card, total_bytes=parse_bytes(memory))
+    made, beside = subject(name, precision=Precision(precision))
+    found = memfit.probe(made, gpu=card, memory=MEMORY, engine="rehearse", progress=None, **beside)
+    assert found.options.precision.value == precision
+    gpu = find_gpu(card, total_bytes=parse_bytes(MEMORY))
     servers.open(gpu)
     trained = [
-        servers.call("integrations.zoo:trains", None, name, batch_size, {})
+        servers.call("integrations.zoo:trains", None, name, batch_size, {"precision": precision})
         for batch_size in (found.max_batch_size, found.max_batch_size + 1)
     ]
     servers.close()

@@ -9,11 +9,14 @@ import warnings
 from typing import Any
 
 import torch
+from accumulation.parts import plan_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.utils.data import DataLoader, TensorDataset
 
 IMAGE_SIZE, NUM_CLASSES = 64, 5
+LIGHTNING = {"fp32": "32-true", "amp-bf16": "bf16-mixed", "amp-fp16": "16-mixed"}
+TIMM_MODEL, TIMM_SIZE = "test_resnet", 96
 
 
 class Net(nn.Module):
@@ -38,11 +41,11 @@ class Net(nn.Module):
         return scores
 
 
-def images(num_samples: int) -> TensorDataset:
+def images(num_samples: int, size: int = IMAGE_SIZE) -> TensorDataset:
     """Return a data set of images and classes."""
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(
-        torch.randn(num_samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        torch.randn(num_samples, 3, size, size, generator=generator),
         torch.randint(NUM_CLASSES, (num_samples,), generator=generator),
     )
 
@@ -64,11 +67,16 @@ def learner(
     return learn
 
 
+def in_precision(learn: Any, precision: str) -> Any:
+    """Return a learner that trains in a precision."""
+    if precision == "fp32":
+        return learn
+    return learn.to_bf16() if precision == "amp-bf16" else learn.to_fp16()
+
+
 def train_fastai(batch_size: int, *, precision: str = "fp32") -> None:
     """Fit a learner on the GPU, without validation."""
-    learn = learner(batch_size, device="cuda")
-    if precision == "amp-bf16":
-        learn.to_bf16()
+    learn = in_precision(learner(batch_size, device="cuda"), precision)
     learn._do_epoch_validate = lambda *_: None
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, lr=0.1)
@@ -92,6 +100,17 @@ def lightning_module(**options: Any) -> Any:
             loss = F.cross_entropy(self.net(x), y)
             self.log("loss", loss)
             return loss
+
+        def validation_step(self, batch: Any, _index: int) -> Any:
+            """Return the loss of a batch, and log it."""
+            x, y = batch
+            loss = F.cross_entropy(self.net(x), y)
+            self.log("val_loss", loss)
+            return loss
+
+        def predict_step(self, batch: Any, _index: int) -> Any:
+            """Return the probabilities of each class."""
+            return self.net(batch[0]).softmax(1)
 
         def configure_optimizers(self) -> Any:
             """Return an optimizer, and a schedule that asks the trainer for its steps."""
@@ -120,9 +139,15 @@ def lightning_trainer(accelerator: str = "cpu", **options: Any) -> Any:
 
 def train_lightning(batch_size: int, *, precision: str = "fp32") -> None:
     """Fit a module on the GPU."""
-    names = {"fp32": "32-true", "amp-bf16": "bf16-mixed"}
-    trainer = lightning_trainer("gpu", max_steps=4, precision=names[precision])
+    trainer = lightning_trainer("gpu", max_steps=4, precision=LIGHTNING[precision])
     trainer.fit(lightning_module(), DataLoader(images(4 * batch_size), batch_size=batch_size))
+
+
+def evaluate_lightning(batch_size: int, *, method: str, **trainers: Any) -> None:
+    """Validate a module, or let it predict, on the GPU."""
+    trainer = lightning_trainer("gpu", **trainers)
+    run = getattr(trainer, method)
+    run(lightning_module(), DataLoader(images(3 * batch_size), batch_size=batch_size))
 
 
 class Wrapped(nn.Module):
@@ -170,18 +195,65 @@ def transformers_trainer(
 
 def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments: Any) -> None:
     """Train with a Trainer on the GPU."""
-    transformers_trainer(
-        batch_size, device="cuda", bf16=precision == "amp-bf16", **arguments
-    ).train()
+    kinds = {kind: precision == f"amp-{kind}" for kind in ("bf16", "fp16")}
+    transformers_trainer(batch_size, device="cuda", **kinds, **arguments).train()
+
+
+def train_accelerate(batch_size: int, *, precision: str = "fp32") -> None:
+    """Accumulate two micro-batches in each step, with objects that Accelerate prepared."""
+    import accelerate
+
+    from memfit.accelerate import Accumulator
+
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision.removeprefix("amp-").replace("fp32", "no")
+    )
+    net = Net()
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    accumulator = Accumulator(
+        accelerator,
+        model,
+        optimizer,
+        plan_of(2 * batch_size, batch_size),
+        loss=nn.CrossEntropyLoss(),
+        recover=False,
+    )
+    for batch in DataLoader(images(6 * batch_size), batch_size=2 * batch_size):
+        accumulator.step(batch)
+
+
+def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
+    """Train as train.py does: its loader, its scaler and its order of calls."""
+    import timm
+    from timm.data.loader import PrefetchLoader
+    from timm.optim import create_optimizer_v2
+
+    model = timm.create_model(TIMM_MODEL, num_classes=NUM_CLASSES).cuda()
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "amp-bf16")
+    x, y = images(4 * batch_size, TIMM_SIZE).tensors
+    pixels = TensorDataset(x.mul(50).clamp(0, 255).byte(), y)
+    loader = PrefetchLoader(DataLoader(pixels, batch_size=batch_size), device=torch.device("cuda"))
+    for images_, targets in loader:
+        with autocast:
+            outputs = model(images_)
+            loss = F.cross_entropy(outputs, targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        optimizer.zero_grad()
 
 
 def trains(_backend: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
     """Whether a trainer trains with a batch size on this process's GPU, or runs out of memory."""
     reset_accelerate()
-    train = {
+    train: Any = {
         "fastai": train_fastai,
         "lightning": train_lightning,
         "transformers": train_transformers,
+        "evaluation": evaluate_lightning,
+        "accelerate": train_accelerate,
+        "timm": train_timm,
     }[name]
     try:
         with warnings.catch_warnings(), open_output():

@@ -73,6 +73,8 @@ class Answer:
 def main() -> None:
     """Serve in a new Python, until the other side is gone."""
     # What every card needs, imported once.
+    # Triton warns whoever compiles of a default of its next release.
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     with collector_paused(for_good=True):
         for name in ("torch", "timm", "memfit.backends.cuda"):
             importlib.import_module(name)

@@ -36,6 +36,8 @@ def subject_of(
     *,
     datamodule: Any = None,
     trainer: Any = None,
+    method: str | None = None,
+    evaluate: object = None,
     samples_per_step: int | None = None,
 ) -> Any:
     """Return a trainer's own object as a workload, and anything else as it is.
@@ -44,18 +46,25 @@ def subject_of(
         subject: A timm model's name, a workload, a trainer's own object, or something else.
         datamodule: For a `LightningModule`: its data, a `LightningDataModule` or a loader.
         trainer: For a `LightningModule`: its `Trainer`.
+        method: For a `LightningModule`: what its `Trainer` does, such as `"validate"`.
+        evaluate: The option `evaluate` of the step.
         samples_per_step: Samples that one process has in an optimizer step, if that is planned.
 
     Raises:
-        UsageError: `datamodule` or `trainer` is given beside something else.
+        UsageError: `datamodule`, `trainer` or `method` is given beside something else.
     """
     if is_of(subject, "lightning", "LightningModule") or is_of(
         subject, "pytorch_lightning", "LightningModule"
     ):
-        from memfit.integrations.objects.lightning import workload_of_module
+        from memfit.integrations.objects.lightning import Method, workload_of_module
 
-        return workload_of_module(subject, datamodule=datamodule, trainer=trainer)
-    for name, given in (("datamodule", datamodule), ("trainer", trainer)):
+        return workload_of_module(
+            subject,
+            datamodule=datamodule,
+            trainer=trainer,
+            method=Method.named(method, evaluate=evaluate),
+        )
+    for name, given in (("datamodule", datamodule), ("trainer", trainer), ("method", method)):
         if given is not None:
             raise UsageError(f"{name}= goes with a LightningModule, not with {_kind(subject)}.")
     if is_of(subject, "fastai", "Learner"):

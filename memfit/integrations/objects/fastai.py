@@ -130,7 +130,8 @@ class _LearnersStep(TrainersStep):
         return loss
 
     def _set_modes(self) -> None:
-        if self.model.training:
+        is_validation = not torch.is_grad_enabled()
+        if self.model.training or is_validation:
             return
         self.model.train()
         if self._freezes_norm:

@@ -90,10 +90,12 @@ class TrainersWorkload(Workload):
     Args:
         own_precision: The precision that the trainer is set to.
         accumulates: The step always accumulates.
+        evaluates_in_no_grad: The trainer evaluates under `no_grad`, not in inference mode.
     """
 
     own_precision: Precision = dataclasses.field(default=Precision.FP32, kw_only=True)
     accumulates: bool = dataclasses.field(default=False, kw_only=True)
+    evaluates_in_no_grad: bool = dataclasses.field(default=True, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -113,6 +115,7 @@ def step_of(
     *,
     precision: Precision,
     accumulates: bool = False,
+    evaluates_in_no_grad: bool = True,
     held_samples: HeldSamples | None = None,
 ) -> TrainersWorkload:
     """Return the workload of a trainer's step.
@@ -123,6 +126,7 @@ def step_of(
         optimizer: The trainer's optimizer, or a function that makes one.
         precision: The precision that the trainer is set to.
         accumulates: The step always accumulates.
+        evaluates_in_no_grad: The trainer evaluates under `no_grad`, not in inference mode.
         held_samples: The samples that the trainer has on the device beside a micro-batch.
 
     Raises:
@@ -136,6 +140,7 @@ def step_of(
         optimizer=optimizer,
         own_precision=precision,
         accumulates=accumulates,
+        evaluates_in_no_grad=evaluates_in_no_grad,
     )
 
 

@@ -123,7 +123,8 @@ class _TrainersOwnStep(TrainersStep):
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         # All micro-batches of a step stay until those of the next step are there.
         self._kept = (batch, made_real(held))
-        self.model.train()
+        if torch.is_grad_enabled():
+            self.model.train()
         self._checkpoint()
         model = _Float32Outputs(self.model) if self._is_mixed else self.model
         loss: torch.Tensor = self._trainer.compute_loss(model, dict(batch))

@@ -1,0 +1,176 @@
+"""timm's loop over batch sizes, with what a failed attempt leaves behind.
+
+timm's benchmark makes the model anew for each attempt, and gives the cache back before. At that
+moment the failed attempt's model and images are still there. They are freed when the next model has
+been made, and the next images take the place of the last ones, in a segment that is larger than
+they are. So a batch size is tried in less room than a first attempt has.
+
+Source: `_try_run` in timm's benchmark.py (1.0.9 and 1.0.24), `decay_batch_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from memfit.records import Action
+from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
+from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable, new_allocator
+from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.step.training_step import TrainingStep
+
+__all__ = ["Images", "rehearsed_rung", "simulated_rung"]
+
+_NUM_ITERATIONS = 4
+_FLOAT_BYTES = 4
+# More than the ids of any schedule. Attempts alternate between two ranges of ids.
+_IDS_OF_AN_ATTEMPT = 1 << 52
+_CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of a run: pixels of a side, and whether they are made channels-last."""
+
+    size: int
+    is_last: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one image in float32."""
+        return _CHANNELS * self.size**2 * _FLOAT_BYTES
+
+
+def simulated_rung(
+    schedule: StepSchedule,
+    rungs: Sequence[int],
+    images: Images,
+    *,
+    capacity_bytes: int,
+    most_samples: int | None,
+) -> int:
+    """Return the first batch size of a ladder that fits, or 0.
+
+    Args:
+        schedule: The step on a card; its setup ends with the inputs.
+        rungs: The batch sizes, in the order of the attempts.
+        images: The images.
+        capacity_bytes: What the allocator can take of the card.
+        most_samples: An operator refuses more.
+    """
+    allocator = new_allocator(capacity_bytes=capacity_bytes, settings=AllocatorSettings())
+    assert isinstance(allocator, CompiledAllocator), "it needs a C compiler"
+    model, inputs = _cut(schedule.setup)
+    held: list[int] = []
+    for number, batch_size in enumerate(rungs):
+        own_ids = _IDS_OF_AN_ATTEMPT * (number % 2)
+        model, inputs = _moved(model, own_ids), _moved(inputs, own_ids)
+        _play(allocator, [(Action.EMPTY_CACHE, 0)])
+        try:
+            model.play(allocator, batch_size)
+            _free(allocator, held)
+            held = _ids(model)
+            if images.is_last:
+                # randn makes them in NCHW, and the copy replaces them.
+                made = own_ids + _IDS_OF_AN_ATTEMPT - 1
+                allocator.allocate(made, images.num_bytes * batch_size)
+                inputs.play(allocator, batch_size)
+                _free(allocator, [made])
+            else:
+                inputs.play(allocator, batch_size)
+            held += _ids(inputs)
+            if most_samples is None or batch_size <= most_samples:
+                _iterate(allocator, schedule, batch_size)
+                return batch_size
+        except AllocatorOutOfMemoryError:
+            held = _ids(model) + _ids(inputs)
+            made = own_ids + _IDS_OF_AN_ATTEMPT - 1
+            _free(allocator, {made, *_ids(schedule.first), *_ids(schedule.later)})
+    return 0
+
+
+def _iterate(allocator: CompiledAllocator, schedule: StepSchedule, batch_size: int) -> None:
+    plans: dict[Any, int] = {}
+    schedule.first.play(allocator, batch_size, plans=plans)
+    for number in range(1, _NUM_ITERATIONS):
+        num_calls = allocator.num_device_calls
+        schedule.later.iteration(number).play(allocator, batch_size, plans=plans)
+        if allocator.num_device_calls == num_calls:
+            return
+
+
+def _cut(setup: Schedule) -> tuple[Schedule, Schedule]:
+    """Return the events of the model, and those of the images. Classes are not made."""
+    at = next(at for at, growth in enumerate(setup.growth_bytes) if growth)
+    return tuple(
+        dataclasses.replace(setup, events=setup.events[part], growth_bytes=setup.growth_bytes[part])
+        for part in (slice(at), slice(at, at + 1))
+    )  # type: ignore[return-value]
+
+
+def _moved(schedule: Schedule, own_ids: int) -> Schedule:
+    events = tuple(
+        dataclasses.replace(event, id=event.id % _IDS_OF_AN_ATTEMPT + own_ids)
+        for event in schedule.events
+    )
+    return dataclasses.replace(schedule, events=events)
+
+
+def _ids(schedule: Schedule) -> list[int]:
+    return [event.id for event in schedule.events]
+
+
+def _free(allocator: CompiledAllocator, ids: Iterable[int]) -> None:
+    _play(allocator, [(Action.FREE_COMPLETED, number) for number in ids])
+
+
+def _play(allocator: CompiledAllocator, actions: list[tuple[Action, int]]) -> None:
+    table = EventTable([(action, number, 0, 0) for action, number in actions], {})
+    allocator.play(table, 0, sizes=array("q", [0]), plans=array("q", [0]))
+
+
+class _Attempt:
+    """One batch size: a new model on the card, and then its images and forward passes."""
+
+    def __init__(self, step: TrainingStep, batch_size: int) -> None:
+        self._prepared = step.prepare(torch.device("cuda"))
+        self._prepared.begin()
+        self._batch_size = batch_size
+        self._no_grad = step.options.no_grad
+
+    def run(self, images: Images, most_samples: int | None) -> None:
+        """Run a few forward passes, as timm's `InferenceBenchmarkRunner.run` does."""
+        with torch.no_grad() if self._no_grad else torch.inference_mode():
+            shape = self._batch_size, _CHANNELS, images.size, images.size
+            made = torch.randn(shape, device="cuda")
+            if images.is_last:
+                made = made.contiguous(memory_format=torch.channels_last)
+            self._images = made
+            if most_samples is not None and self._batch_size > most_samples:
+                raise RuntimeError("an operator refuses so many samples")
+            for _ in range(_NUM_ITERATIONS):
+                with torch.autocast("cuda", torch.float16):
+                    self._prepared.model(self._images)
+
+
+def rehearsed_rung(
+    _backend: Any, step: TrainingStep, rungs: Sequence[int], images: Images, most: int | None
+) -> int:
+    """Return the first batch size of a ladder that fits on this process's card, or 0."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for batch_size in rungs:
+        try:
+            torch.cuda.empty_cache()
+            attempt = _Attempt(step, batch_size)
+            attempt.run(images, most)
+        except RuntimeError:
+            continue
+        del attempt
+        return batch_size
+    return 0
