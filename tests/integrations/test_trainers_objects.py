@@ -66,7 +66,7 @@ def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, d
         loader = DataLoader(zoo.images(8), batch_size=4)
         return zoo.lightning_module(), {"datamodule": loader, "trainer": trainer}
     zoo.reset_accelerate()
-    kinds = {kind: precision.value == f"amp-{kind}" for kind in ("bf16", "fp16")}
+    kinds: dict[str, Any] = {kind: precision.value == f"amp-{kind}" for kind in ("bf16", "fp16")}
     return zoo.transformers_trainer(**kinds), {}
 
 

@@ -195,7 +195,7 @@ def transformers_trainer(
 
 def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments: Any) -> None:
     """Train with a Trainer on the GPU."""
-    kinds = {kind: precision == f"amp-{kind}" for kind in ("bf16", "fp16")}
+    kinds: dict[str, Any] = {kind: precision == f"amp-{kind}" for kind in ("bf16", "fp16")}
     transformers_trainer(batch_size, device="cuda", **kinds, **arguments).train()
 
 
