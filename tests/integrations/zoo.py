@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 IMAGE_SIZE, NUM_CLASSES = 64, 5
 LIGHTNING = {"fp32": "32-true", "amp-bf16": "bf16-mixed", "amp-fp16": "16-mixed"}
-TIMM_MODEL, TIMM_SIZE = "test_resnet", 96
+TIMM_MODEL, TIMM_SIZE = "test_resnet", 160
 
 
 class Net(nn.Module):
@@ -41,11 +41,11 @@ class Net(nn.Module):
         return scores
 
 
-def images(num_samples: int, size: int = IMAGE_SIZE) -> TensorDataset:
+def images(num_samples: int) -> TensorDataset:
     """Return a data set of images and classes."""
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(
-        torch.randn(num_samples, 3, size, size, generator=generator),
+        torch.randn(num_samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
         torch.randint(NUM_CLASSES, (num_samples,), generator=generator),
     )
 
@@ -231,8 +231,10 @@ def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
     model = timm.create_model(TIMM_MODEL, num_classes=NUM_CLASSES).cuda()
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "amp-bf16")
-    x, y = images(4 * batch_size, TIMM_SIZE).tensors
-    pixels = TensorDataset(x.mul(50).clamp(0, 255).byte(), y)
+    # One image many times, because so many would take seconds to draw.
+    pixel = torch.zeros(1, 3, TIMM_SIZE, TIMM_SIZE, dtype=torch.uint8)
+    num_samples = 3 * batch_size
+    pixels = TensorDataset(pixel.expand(num_samples, -1, -1, -1), torch.zeros(num_samples).long())
     loader = PrefetchLoader(DataLoader(pixels, batch_size=batch_size), device=torch.device("cuda"))
     for images_, targets in loader:
         with autocast:
