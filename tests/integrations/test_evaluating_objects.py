@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader
 
 import memfit
 from integrations import zoo
-from memfit.backends.rehearsed import RehearsalServers
-from memfit.cards import find_gpu
+from memfit.api.asking import Asked
+from memfit.api.cards import Cards
 from memfit.errors import UsageError
-from memfit.records import Evaluation
-from memfit.rehearsal.activate import rehearsed_environment
-from memfit.units import parse_bytes
+from memfit.planning import probe_on
+from memfit.records import Engine, Evaluation
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -25,42 +24,45 @@ def loader(num_samples: int = 8) -> Any:
     return DataLoader(zoo.images(num_samples), batch_size=4)
 
 
+@pytest.fixture(scope="module")
+def cards() -> Iterator[Cards]:
+    """Return cards that are rehearsed in one process, because each start takes seconds."""
+    with Cards(Engine.REHEARSE) as made:
+        yield made
+
+
 @pytest.mark.rehearses
 @pytest.mark.needs("pytorch_lightning")
-def test_the_named_batch_size_evaluates_and_one_more_sample_does_not() -> None:
+@pytest.mark.parametrize(
+    ("method", "card", "options"),
+    [
+        ("validate", "rtx3060", {"precision": "bf16-mixed", "inference_mode": False}),
+        ("predict", "a100-40gb", {}),
+    ],
+)
+def test_the_named_batch_size_evaluates_and_one_more_sample_does_not(
+    cards: Cards, method: str, card: str, options: dict[str, Any]
+) -> None:
     """Lightning's own loops run on the same card, rehearsed, one with `no_grad`."""
-    cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
-        ("validate", "rtx3060", {}),
-        ("validate", "a100-40gb", {"precision": "bf16-mixed", "inference_mode": False}),
-        ("predict", "rtx3060", {}),
+    asked = Asked.of(
+        zoo.lightning_module(),
+        memory="1GiB",
+        headroom=0.0,
+        datamodule=loader(),
+        trainer=zoo.lightning_trainer(**options),
+        method=method,
     )
-    ended = {}
-    for method, card, options in cases:
-        found = memfit.probe(
-            zoo.lightning_module(),
-            gpu=card,
-            memory="1GiB",
-            engine="rehearse",
-            progress=None,
-            datamodule=loader(),
-            trainer=zoo.lightning_trainer(**options),
-            method=method,
-        )
-        assert found.options.evaluate is Evaluation.ALONE
-        assert found.options.no_grad is bool(options)
-        with RehearsalServers(
-            lambda card: rehearsed_environment(card, environment=os.environ)
-        ) as servers:
-            servers.open(find_gpu(card, total_bytes=parse_bytes("1GiB")))
-            for batch_size in (found.max_batch_size, found.max_batch_size + 1):
-                ended[method, card, batch_size - found.max_batch_size] = servers.call(
-                    "integrations.zoo:trains",
-                    None,
-                    "evaluation",
-                    batch_size,
-                    {"method": method, **options},
-                )
-    assert ended == {(*key[:2], more): not more for key in cases for more in (0, 1)}
+    step = asked.step
+    found = probe_on(cards.open(card, asked.memory_bytes, step), step, asked.search)
+    assert found.options.evaluate is Evaluation.ALONE
+    assert found.options.no_grad is bool(options)
+    sizes = found.max_batch_size, found.max_batch_size + 1
+    with cards.open(card, asked.memory_bytes, step) as opened:
+        evaluated = [
+            opened.call(zoo.trains, step, "evaluation", size, {"method": method, **options})
+            for size in sizes
+        ]
+    assert evaluated == [True, False]
 
 
 class Modes(torch.nn.Module):

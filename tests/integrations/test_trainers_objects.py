@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +13,13 @@ from torch.utils.data import DataLoader
 
 import memfit
 from integrations import zoo
-from memfit.backends.rehearsed import RehearsalServers
-from memfit.cards import find_gpu
+from memfit.api.asking import Asked
+from memfit.api.cards import Cards
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
 from memfit.integrations.train_args import read_train_arguments
-from memfit.records import GradientFault, Precision
-from memfit.rehearsal.activate import rehearsed_environment
-from memfit.units import parse_bytes
+from memfit.planning import probe_on
+from memfit.records import Engine, GradientFault, Precision
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -78,28 +76,28 @@ TRAINERS = (
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[RehearsalServers]:
-    """Return the process in which trainers train on cards that are not there."""
-    with RehearsalServers(lambda card: rehearsed_environment(card, environment=os.environ)) as made:
+def cards() -> Iterator[Cards]:
+    """Return cards that are rehearsed in one process, because each start takes seconds."""
+    with Cards(Engine.REHEARSE) as made:
         yield made
 
 
 @pytest.mark.rehearses
 @pytest.mark.parametrize(("name", "card", "precision"), CASES)
 def test_the_named_batch_size_trains_and_one_more_sample_does_not(
-    servers: RehearsalServers, name: str, card: str, precision: str
+    cards: Cards, name: str, card: str, precision: str
 ) -> None:
     """The trainer's own loop runs on the same card, rehearsed; importing it takes seconds."""
     made, beside = subject(name, precision=Precision(precision))
-    found = memfit.probe(made, gpu=card, memory=MEMORY, engine="rehearse", progress=None, **beside)
+    asked = Asked.of(made, memory=MEMORY, headroom=0.0, **beside)
+    found = probe_on(cards.open(card, asked.memory_bytes, asked.step), asked.step, asked.search)
     assert found.options.precision.value == precision
-    gpu = find_gpu(card, total_bytes=parse_bytes(MEMORY))
-    servers.open(gpu)
-    trained = [
-        servers.call("integrations.zoo:trains", None, name, batch_size, {"precision": precision})
-        for batch_size in (found.max_batch_size, found.max_batch_size + 1)
-    ]
-    servers.close()
+    sizes = found.max_batch_size, found.max_batch_size + 1
+    with cards.open(card, asked.memory_bytes, asked.step) as opened:
+        trained = [
+            opened.call(zoo.trains, asked.step, name, size, {"precision": precision})
+            for size in sizes
+        ]
     assert trained == [True, False]
 
 

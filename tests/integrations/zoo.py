@@ -246,7 +246,7 @@ def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
         optimizer.zero_grad()
 
 
-def trains(_backend: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
+def trains(_backend: Any, _step: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
     """Whether a trainer trains with a batch size on this process's GPU, or runs out of memory."""
     reset_accelerate()
     train: Any = {
