@@ -251,7 +251,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             "the same step needs more memory."
         )
     if any(trial.workspaces is WorkspaceSource.CUDNN for trial in result.trials):
-        said.append("The installed cuDNN said the workspaces of the convolutions.")
+        said.append("The installed cuDNN was asked for the workspaces of the convolutions.")
     elif any(trial.workspaces is WorkspaceSource.BOUND for trial in result.trials):
         said.append(
             "The workspaces of the convolutions are bounds, because cuDNN could not be asked "

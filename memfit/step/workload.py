@@ -32,7 +32,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 _FEW = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Workload:
     """A training step made of the user's own objects.
 
@@ -103,6 +103,13 @@ class Workload:
             self._example_layout.certain()
         else:
             _ = self.rules  # making the rules checks them
+
+    def __repr__(self) -> str:
+        """Name the parts. A model and a batch in full would fill pages."""
+        made = callable(self.batch)
+        batch = "batch=a function" if made else f"batch of {self.example_batch_size}"
+        loss, optimizer = _name_of(self.loss), _name_of(self.optimizer)
+        return f"Workload({self.name}, {batch}, loss={loss}, optimizer={optimizer})"
 
     @functools.cached_property
     def rules(self) -> BatchRules:
@@ -205,6 +212,12 @@ class Workload:
             return self.layout_of(_FEW)
         except WorkloadError:
             return None
+
+
+def _name_of(value: object) -> str:
+    """Return the name of a function or a class, a text itself, or the name of an object's class."""
+    name = value if isinstance(value, str) else getattr(value, "__name__", None)
+    return name if isinstance(name, str) else _kind(value)
 
 
 def _kind(value: object) -> str:

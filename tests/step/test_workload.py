@@ -57,6 +57,15 @@ def test_timm_models_train_in_every_way(options: dict[str, Any]) -> None:
     assert all(parameter.grad is None for parameter in made.model.parameters())
 
 
+def test_a_workload_is_printed_in_a_line() -> None:
+    """Its parts are named. The model and the batch in full would fill pages."""
+    batch = (torch.zeros(3, 4), torch.zeros(3, 2))
+    shown = repr(Workload(nn.Linear(4, 2), batch, nn.MSELoss(), torch.optim.AdamW))
+    assert shown == "Workload(Linear, batch of 3, loss=MSELoss, optimizer=AdamW)"
+    shown = repr(Workload(nn.Linear(4, 2), lambda _: batch, nn.functional.mse_loss, "sgd"))
+    assert shown == "Workload(Linear, batch=a function, loss=mse_loss, optimizer=sgd)"
+
+
 def test_options_reach_the_model() -> None:
     """The model has the precision, layout, classes and checkpointing that were asked for."""
     made = prepared("resnet10t", channels_last=True, num_classes=7, grad_checkpointing=True)
