@@ -40,14 +40,13 @@ class WorkspaceRule:
             sizes: The shapes of the input, the weight and the output, one after another.
         """
         shapes = _shapes(sizes)
+        product_bytes = self._product_bytes(gpu, shapes)
+        if product_bytes is not None:
+            return product_bytes
         workspaces = None if self.is_quick else _answers(gpu)
-        if workspaces is not None or self.convolution.can_be_product:
-            sized = self._sized(shapes)
-            if _is_product(gpu, sized):
-                return sized.cublaslt_bytes or 0
-            found = None if workspaces is None else workspaces.of(sized)
-            if found is not None:
-                return found
+        found = None if workspaces is None else workspaces.of(self._sized(shapes))
+        if found is not None:
+            return found
         return self.bound_bytes_per_element * sum(map(math.prod, shapes))
 
     def others(self, gpu: Gpu, *sizes: int) -> Iterator[int]:
@@ -61,12 +60,22 @@ class WorkspaceRule:
         if workspaces is None:
             yield 0
             return
-        sized = self._sized(_shapes(sizes))
-        for rank in itertools.count(0 if _is_product(gpu, sized) else 1):
+        shapes = _shapes(sizes)
+        sized = self._sized(shapes)
+        for rank in itertools.count(1 if self._product_bytes(gpu, shapes) is None else 0):
             found = workspaces.of(dataclasses.replace(sized, rank=rank))
             if found is None:
                 return
             yield found
+
+    def _product_bytes(self, gpu: Gpu, shapes: tuple[tuple[int, ...], ...]) -> int | None:
+        """Return the workspace of cuBLASLt's plan, if it comes before those that cuDNN names."""
+        asked = self.convolution
+        if gpu.vendor == "AMD" or asked.tries_plans:
+            return None
+        if asked.dtype == "float32" and not torch.backends.cudnn.allow_tf32:
+            return None
+        return asked.product_bytes(*shapes[:2])
 
     def _sized(self, shapes: tuple[tuple[int, ...], ...]) -> Convolution:
         inputs, weight, output = shapes
@@ -83,13 +92,6 @@ def _shapes(sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def asks_cudnn(gpu: Gpu) -> bool:
     """Whether the installed cuDNN says the workspaces of a card."""
     return _answers(gpu) is not None
-
-
-def _is_product(gpu: Gpu, convolution: Convolution) -> bool:
-    """Whether a plan of cuBLASLt comes before the plans that cuDNN names without a device."""
-    if gpu.vendor == "AMD" or convolution.tries_plans or convolution.cublaslt_bytes is None:
-        return False
-    return convolution.dtype != "float32" or torch.backends.cudnn.allow_tf32
 
 
 def _answers(gpu: Gpu) -> Workspaces | None:

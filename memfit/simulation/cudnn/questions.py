@@ -59,11 +59,6 @@ class Convolution:
     rank: int = 0
 
     @property
-    def can_be_product(self) -> bool:
-        """Whether `cublaslt_bytes` can be known, as far as this does not depend on the shapes."""
-        return not (self.is_channels_last or any(self.padding)) and set(self.stride) == {1}
-
-    @property
     def cublaslt_bytes(self) -> int | None:
         """The workspace of the convolution as cuBLASLt's product of matrices.
 
@@ -82,21 +77,30 @@ class Convolution:
         Returns:
             Bytes; `None` if cuDNN takes another engine.
         """
-        spatial = self.input_shape[2:]
-        pixels = math.prod(spatial)
+        return self.product_bytes(self.input_shape, self.weight_shape)
+
+    def product_bytes(
+        self, input_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+    ) -> int | None:
+        """Return `cublaslt_bytes` of such a convolution with other shapes.
+
+        A search asks many times, and a changed copy of the convolution would take longer.
+        """
         is_pointwise = (
-            self.can_be_product
-            and len(self.input_shape) == _NUM_DIMS
-            and set(self.weight_shape[2:]) == {1}
-            and self.weight_shape[1] == self.input_shape[1]
+            not self.is_channels_last
+            and len(input_shape) == _NUM_DIMS
+            and not any(self.padding)
+            and set(weight_shape[2:]) == set(self.stride) == {1}
+            and weight_shape[1] == input_shape[1]
         )
+        pixels = math.prod(input_shape[2:])
         if not is_pointwise or pixels == 1:
             return None
-        samples, channels = self.input_shape[:2]
+        samples, channels = input_shape[:2]
         if self.kernel is ConvolutionKernel.FILTER:
-            num_bytes = samples * math.prod(self.weight_shape) * _FLOAT_BYTES
+            num_bytes = samples * math.prod(weight_shape) * _FLOAT_BYTES
             element_bytes = 2 if self.dtype in _HALF else _FLOAT_BYTES
-            tensors = samples * pixels * (channels + self.weight_shape[0]) * element_bytes
+            tensors = samples * pixels * (channels + weight_shape[0]) * element_bytes
             is_cheap = num_bytes <= _MOST_PRODUCTS * tensors
             is_wide = self.dtype in _HALF or channels > _FEW_CHANNELS
             return num_bytes if is_cheap and is_wide else None
