@@ -72,9 +72,15 @@ def micro_batches(
 
     Raises:
         WorkloadError: The batch has no batch size, or the loss has nothing to average over.
-        UsageError: The plan is for several ranks, and the process group does not match it.
+        UsageError: The plan is for several ranks, and the process group does not match it,
+            or it is no plan.
     """
     check_weight(weight)
+    if not isinstance(plan, Plan):
+        raise UsageError(
+            f"micro_batches takes the Plan that memfit.plan returns, not {plan!r}. An Accumulator "
+            "also takes a number of samples."
+        )
     if plan.world_size > 1:
         _check_world(plan.world_size)
     rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)

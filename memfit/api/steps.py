@@ -200,7 +200,11 @@ def _unknown_option(name: str) -> str:
     """Return a message on an option that a function does not have."""
     if name in _BESIDES:
         # Other functions have it, but not this one.
-        return f"this function has no option {name!r}"
+        instead = (
+            ". memfit.verify computes gradients on the CPU or on a GPU that is here (device), and "
+            "functions for several cards take gpus=[...]"
+        )
+        return f"this function has no option {name!r}{instead if name == 'gpu' else ''}"
     near = difflib.get_close_matches(name, [*_BESIDES, *StepKeywords.__annotations__], n=1)
     hint = f"did you mean {near[0]}? A" if near else "a"
     return (

@@ -330,15 +330,14 @@ def render_choice(choice: Choice) -> RenderableType:
         )
     parts: list[RenderableType] = [
         Text(f"{choice.device}, effective batch {choice.effective_batch_size}", "bold"),
-        table,
+        *([table] if fits else []),
     ]
     unfit = (row for row in choice.rows if row.reason is not None)
     parts.extend(Text(f"  {row.model}: {row.reason}") for row in unfit)
     # Each model has its own image size, which is in its line.
     own = dataclasses.replace(fits[0].options, image_size=None) if fits else None
-    step = ", ".join(step_words(own)) if own is not None else ""
-    source = fits[0].source.value if fits else ""
-    first = f"{choice.num_tried} of {choice.num_known} models were tried, {source}: {step}."
+    how = f", {fits[0].source.value}: {', '.join(step_words(own))}" if own is not None else ""
+    first = f"{choice.num_tried} of {choice.num_known} models were tried{how}."
     if not choice.is_complete:
         first += " It was interrupted, so better models may be missing."
     parts += [Text(first, "dim"), Text(choice.accuracy_source, "dim")]

@@ -93,6 +93,13 @@ def test_what_cannot_be_split_gets_a_sentence(
         micro_batches(plan_of(4, 2), batch, **options)
 
 
+def test_a_number_is_no_plan() -> None:
+    """An Accumulator takes one, and the message says so."""
+    number: Any = 4
+    with pytest.raises(UsageError, match=r"takes the Plan that memfit[.]plan returns, not 4"):
+        micro_batches(number, torch.zeros(8, 2))
+
+
 def test_a_plan_for_several_ranks_wants_those_ranks() -> None:
     """One process alone would silently train on a part of the effective batch."""
     with pytest.raises(UsageError, match=r"for 4 ranks, and there is 1: plan with world_size=1"):

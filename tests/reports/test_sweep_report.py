@@ -169,6 +169,11 @@ def test_a_choice_says_what_accumulation_costs() -> None:
     assert "180 (2.0x)" in shown
     assert "too large." in shown
     assert "From timm, 2025-10-30." in shown
+    none = dataclasses.replace(choice, rows=(), num_tried=0, is_complete=False)
+    assert text(render_choice(none)).splitlines()[:2] == [
+        "Tesla T4, effective batch 256",
+        "0 of 3 models were tried. It was interrupted, so better models may be missing.",
+    ]
     names, first, _ = choice_rows(choice)
     assert dict(zip(names, first, strict=True))["accumulation_steps"] == 3
     assert ChoiceRow.from_dict(CHOSEN.to_dict()) == CHOSEN
