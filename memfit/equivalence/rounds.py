@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from memfit.equivalence.comparison import ceiling_of, check, roundoff_of, vanishing_in
+from memfit.equivalence.comparison import ceiling_of, check, vanishing_in
 from memfit.equivalence.gradient_flow import DetachWatch
 from memfit.equivalence.gradients import CheckSetup, Gradients, SingleSampleError, gradients
 from memfit.equivalence.mixing import layer_name
+from memfit.equivalence.rounding import reordered, rounded_otherwise
 from memfit.equivalence.splits import written
 from memfit.equivalence.weighting import Weights
-from memfit.errors import DoesNotFitError, WorkloadError
+from memfit.errors import DoesNotFitError
 from memfit.memory import oom
 from memfit.memory.release import release
 from memfit.records import BufferDrift, GradientCheck
@@ -28,7 +29,6 @@ Progress = Callable[[str, int, int], None]
 """Called with what runs next, the passes done and the passes in all."""
 
 _NUM_PASSES = 4  # the reference, two cuts, and the samples in another order
-_NUM_ROUNDED = 4  # changes of the weights within one rounding
 _NUM_EXPERIMENTS = 2  # on mixing and on the loss, before the first round
 
 
@@ -213,14 +213,14 @@ def run_round(
     # layers amplify is measured only if a check failed, because it takes more passes.
     if is_proof or not (beyond or _all_passed(checks)):
         work.next(f"{bench.precision_name}: the samples in another order")
-        shuffled = _reordered(bench, reference_cut, weights)
+        shuffled = reordered(bench, reference_cut, weights)
         if shuffled is not None and is_proof:
             order_error = against.check(shuffled, reference_cut).worst_relative_error
         if not beyond:
             checks = against.checks(others, message, shuffled=shuffled)
             if not is_decided and against.may_be_rounding(checks):
                 work.next(f"{bench.precision_name}: weights within one rounding")
-                rounded = _rounded_otherwise(bench, reference_cut, weights)
+                rounded = rounded_otherwise(bench, reference_cut, weights)
                 checks = against.checks(others, message, shuffled=shuffled, rounded=rounded)
     shown = next((cut for cut, one in checks.items() if not one.passed), cuts[0])
     unreached = tuple(
@@ -317,48 +317,6 @@ def _more_cuts(
             found[cut] = result
         message = why or message
     return found, message
-
-
-def _reordered(bench: CheckSetup, cut: tuple[int, ...], weights: Weights) -> Gradients | None:
-    """Return the reference's gradients with the samples in another order, if there is one."""
-    size = bench.num_samples
-    # No sample keeps its place, its neighbours, or its partner in a pair.
-    even, odd = range(0, size, 2), range(1, size, 2)
-    order = [2, 1, 0] if size == 3 else [*reversed(even), *reversed(odd)]  # noqa: PLR2004
-    if size == 2:  # noqa: PLR2004 - a pair has one other order
-        order = [1, 0]
-    try:
-        turned = bench.reordered(torch.tensor(order))
-    except WorkloadError:
-        return None  # the user's own function cuts this batch, so it cannot be reordered
-    shares = weights.of(cut, turned.samples)
-    return gradients(turned, cut, weights=shares, order=torch.tensor(order))
-
-
-def _rounded_otherwise(
-    bench: CheckSetup, cut: tuple[int, ...], weights: Weights
-) -> list[Gradients]:
-    """Return the reference's gradients with every weight changed by one rounding at most.
-
-    Whatever a kernel rounds, the values that come out of a layer change by about as much. One such
-    change may happen to leave a gradient's scale as it is, so there are several.
-    """
-    roundoff = roundoff_of(bench)
-    generator = torch.Generator().manual_seed(2)
-    kept = [(one, one.detach().to("cpu", copy=True)) for one in bench.parameters().values()]
-    found = []
-    try:
-        for _ in range(_NUM_ROUNDED):
-            with torch.no_grad():
-                for parameter, value in kept:
-                    change = torch.rand(value.shape, generator=generator, dtype=torch.float64)
-                    parameter.copy_(value * (1 + roundoff * (2 * change - 1)))
-            found.append(gradients(bench, cut, weights=weights.of(cut, bench.samples)))
-    finally:
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
-    return found
 
 
 def _all_passed(checks: Mapping[tuple[int, ...], GradientCheck]) -> bool:

@@ -2,7 +2,8 @@
 
 Those that compute the loss again within their step are refused. L-BFGS computes the loss several
 times in one step, and SAM computes it twice. Both take a function (a closure) that runs forward and
-backward over the whole batch. With accumulated gradients there is no such function.
+backward over the whole batch. With accumulated gradients there is no such function. Adahessian
+differentiates gradients once more, so it needs a graph that was dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ __all__ = ["check_steps_alone", "required_arguments", "stepped_by", "without_clo
 
 
 def check_steps_alone(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose step needs a closure.
+    """Refuse an optimizer whose step needs a closure, or the graph of the gradients.
 
     Raises:
-        WorkloadError: The optimizer needs a closure.
+        WorkloadError: The optimizer needs either.
     """
+    # timm's mark for optimizers that need backward(create_graph=True).
+    if getattr(optimizer, "is_second_order", False):
+        raise WorkloadError(
+            f"{type(optimizer).__name__} differentiates the gradients once more, which needs "
+            "backward(create_graph=True). memfit's steps do not keep that graph. Train with an "
+            "optimizer that needs gradients only, or use this one in your own loop."
+        )
     is_sam = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
     if not is_sam and "closure" not in required_arguments(optimizer.step):
         return

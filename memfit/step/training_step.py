@@ -8,7 +8,6 @@ measure them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -275,8 +274,14 @@ def _optimizer_maker(
     if isinstance(optimizer, Optimizer):
         return lambda: optimizer
     if isinstance(optimizer, str):
-        return functools.partial(timm_models.make_optimizer, model, optimizer, fused=fused)
+        return lambda: _named(optimizer, model, fused=fused)
     return lambda: _made(optimizer, model)
+
+
+def _named(name: str, model: nn.Module, *, fused: bool) -> Optimizer:
+    made = timm_models.make_optimizer(model, name, fused=fused)
+    check_steps_alone(made)
+    return made
 
 
 def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:

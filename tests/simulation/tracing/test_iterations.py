@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 from traced_steps import options, requested_peak, step_of
 
@@ -167,6 +168,17 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     )
     with pytest.raises(WorkloadError, match="LBFGS runs forward and backward again"):
         trace(step_of(workload), options())
+
+
+@pytest.mark.parametrize("is_made", [False, True])
+def test_an_optimizer_that_needs_second_derivatives_is_refused(is_made: bool) -> None:
+    """The graph of the gradients is not kept."""
+    model, name = nn.Linear(3, 3), "adahessian"
+    optimizer = create_optimizer_v2(model, name, lr=1e-3) if is_made else name
+    with pytest.raises(WorkloadError, match="Adahessian differentiates the gradients once more"):
+        trace(
+            step_of(Workload(model, torch.zeros(2, 3), lambda out: out.sum(), optimizer)), options()
+        )
 
 
 def test_a_timm_optimizer_that_needs_a_gpu_is_named() -> None:
