@@ -83,6 +83,9 @@ def render(page: Page) -> str:
     )
 
 
+_FEW = 5
+
+
 def line_chart(
     lines: Mapping[str, tuple[list[float], list[float]]],
     *,
@@ -111,7 +114,12 @@ def line_chart(
         }
         for name, (x, y) in lines.items()
     ]
-    axes = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": y_title}}}
+    x_axis: dict[str, Any] = {"title": {"text": x_title}}
+    places = [place for x, _ in lines.values() for place in x]
+    if places and max(places) - min(places) <= _FEW:
+        # There is no half of a sample.
+        x_axis["dtick"] = 1
+    axes = {"xaxis": x_axis, "yaxis": {"title": {"text": y_title}}}
     return {"traces": traces, "layout": {**axes, **(layout or {})}}
 
 

@@ -25,7 +25,15 @@ from memfit.reports.probe import trial_table
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
-__all__ = ["doubts", "render", "render_plan", "render_probe", "render_several", "short_line"]
+__all__ = [
+    "doubts",
+    "first_words",
+    "render",
+    "render_plan",
+    "render_probe",
+    "render_several",
+    "short_line",
+]
 
 _NUM_STEPS = 6
 _NUM_READS = 6
@@ -174,6 +182,11 @@ def doubts(rehearsal: Rehearsal) -> str | None:
     )
 
 
+def first_words(message: str) -> str:
+    """Return torch's message without its links, and of several lines the first."""
+    return message.partition("\n")[0].partition("  See ")[0]
+
+
 def short_line(place: str | None) -> str:
     """Return a line's short path, relative to the working folder or to a package."""
     path, _, number = (place or "").rpartition(":")
@@ -210,7 +223,7 @@ def _answer(rehearsal: Rehearsal) -> Iterator[RenderableType]:
         else:
             yield from _shortage(rehearsal.shortage)
         if rehearsal.message is not None:
-            yield Text(rehearsal.message.partition("\n")[0].partition("  See ")[0], "dim")
+            yield Text(first_words(rehearsal.message), "dim")
         return
     if largest is not None:
         assert rehearsal.total_bytes is not None

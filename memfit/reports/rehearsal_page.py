@@ -5,7 +5,7 @@ from __future__ import annotations
 from memfit.records import HeldBytes, RecordedStep, Rehearsal, RehearsalEnd
 from memfit.reports.html import Page, Panel, render
 from memfit.reports.profile_page import blocks_panel, step_panels
-from memfit.reports.rehearsal import doubts, short_line
+from memfit.reports.rehearsal import doubts, first_words, short_line
 from memfit.reports.roles import STYLES
 from memfit.units import format_bytes
 
@@ -54,29 +54,33 @@ def _warning(rehearsal: Rehearsal) -> str | None:
             if rehearsal.shortage is None
             else f" {format_bytes(rehearsal.shortage.missing_bytes)} were missing."
         )
-        return f"It does not fit.{missing} {rehearsal.message or ''}".strip()
+        return f"It does not fit.{missing} {first_words(rehearsal.message or '')}".strip()
     return doubts(rehearsal)
 
 
 def _tables(rehearsal: Rehearsal) -> list[Panel]:
-    panels = [
-        _table(
-            "processes",
-            "Steps of every process",
-            "The peaks of each optimizer step, with everything since the one before.",
-            ("process", "step", "requested", "allocated", "reserved", "retries"),
-            tuple(
-                (
-                    f"{process.process}" if process.rank is None else f"rank {process.rank}",
-                    str(step.number),
-                    *_held(step.peak),
-                    str(step.num_alloc_retries),
-                )
-                for process in rehearsal.processes
-                for step in process.steps
-            ),
+    steps = tuple(
+        (
+            f"{process.process}" if process.rank is None else f"rank {process.rank}",
+            str(step.number),
+            *_held(step.peak),
+            str(step.num_alloc_retries),
         )
-    ]
+        for process in rehearsal.processes
+        for step in process.steps
+    )
+    panels = []
+    # A command that ran out in its first step took none.
+    if steps:
+        panels.append(
+            _table(
+                "processes",
+                "Steps of every process",
+                "The peaks of each optimizer step, with everything since the one before.",
+                ("process", "step", "requested", "allocated", "reserved", "retries"),
+                steps,
+            )
+        )
     reads = next((process.reads for process in rehearsal.processes if process.reads), ())
     if reads:
         panels.append(

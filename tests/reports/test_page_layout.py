@@ -10,6 +10,7 @@ import pytest
 
 from memfit.records import Alternative, Exploration, Precision, StepOptions, Survey, SurveyAnswer
 from memfit.reports import exploration_page, probe_page
+from memfit.reports.html import line_chart
 from memfit.reports.profile_page import page
 from memfit.units import MIB
 from reports.profiles import PROFILE
@@ -121,3 +122,16 @@ def test_limits_that_are_close_share_a_label() -> None:
     assert "A has 7836 MiB; E has 8200 MiB; 1 more below" in text
     assert "C has 15.6 GiB" in text
     assert "D has 23.4 GiB" in text
+
+
+def test_no_axis_has_half_a_sample() -> None:
+    """The batch sizes of a few trials that are close together have ticks at whole numbers."""
+
+    def axis(sizes: list[float]) -> dict[str, Any]:
+        lines = {"fits": (sizes, [1.0] * len(sizes))}
+        chart = line_chart(lines, x_title="batch size", y_title="GiB")
+        found: dict[str, Any] = chart["layout"]["xaxis"]
+        return found
+
+    assert axis([256.0])["dtick"] == 1
+    assert "dtick" not in axis([1.0, 256.0])

@@ -20,6 +20,7 @@ from memfit.records import (
     RehearsedStep,
     Shortage,
 )
+from memfit.reports import rehearsal_page
 from memfit.reports.rehearsal import doubts, render, render_several, short_line
 from memfit.units import GIB, MIB
 
@@ -216,3 +217,14 @@ def test_a_record_is_plain_values() -> None:
     assert plain["peak"]["reserved_bytes"] == 1020 * MIB
     assert plain["processes"][0]["shortages"][0]["missing_bytes"] == 500 * MIB
     assert plain["message"].startswith("CUDA out of memory.")
+
+
+def test_the_page_of_a_command_that_ran_out_at_once() -> None:
+    """It says what torch said, without its link. A table without a step is left out."""
+    process = dataclasses.replace(RAN_OUT.processes[0], steps=())
+    ran_out = dataclasses.replace(RAN_OUT, processes=(process,))
+    assert rehearsal_page._warning(ran_out) == (
+        "It does not fit. 500 MiB were missing. CUDA out of memory. Tried to allocate 600.00 MiB."
+    )
+    assert rehearsal_page._tables(ran_out) == []
+    assert [panel.key for panel in rehearsal_page._tables(RAN_OUT)] == ["processes"]
