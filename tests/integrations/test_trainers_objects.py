@@ -17,6 +17,7 @@ from memfit.api.asking import Asked
 from memfit.api.cards import Cards
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
+from memfit.integrations.train_args import read_train_arguments
 from memfit.planning import probe_on
 from memfit.records import Engine, GradientFault, Precision
 
@@ -29,12 +30,22 @@ CASES = [
     pytest.param("lightning", "rtx3060", "fp32", marks=LIGHTNING),
     pytest.param("lightning", "a100-40gb", "fp32", marks=LIGHTNING),
     pytest.param("transformers", "rtx3060", "fp32", marks=TRANSFORMERS),
+    pytest.param("fastai", "rtx3060", "fp32", marks=FASTAI),
+    pytest.param("fastai", "a100-40gb", "amp-fp16", marks=FASTAI),
+    pytest.param("timm", "a100-40gb", "amp-bf16"),
 ]
 MEMORY = "1GiB"
 
 
 def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, dict[str, Any]]:
     """Return a trainer's own object, and what is given beside it."""
+    if name == "timm":
+        amp = "" if precision is Precision.FP32 else "--amp --amp-dtype bfloat16"
+        read = read_train_arguments(
+            f"--model {zoo.TIMM_MODEL} --img-size {zoo.TIMM_SIZE} --num-classes {zoo.NUM_CLASSES} "
+            + amp
+        )
+        return read.model, dict(read.keywords)
     if name == "fastai":
         return zoo.in_precision(zoo.learner(), precision.value), {}
     if name == "lightning":

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 IMAGE_SIZE, NUM_CLASSES = 64, 5
 LIGHTNING = {"fp32": "32-true", "amp-bf16": "bf16-mixed", "amp-fp16": "16-mixed"}
+TIMM_MODEL, TIMM_SIZE = "test_resnet", 160
 
 
 class Net(nn.Module):
@@ -197,6 +198,30 @@ def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments:
     transformers_trainer(batch_size, device="cuda", **kinds, **arguments).train()
 
 
+def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
+    """Train as train.py does: its loader, its scaler and its order of calls."""
+    import timm
+    from timm.data.loader import PrefetchLoader
+    from timm.optim import create_optimizer_v2
+
+    model = timm.create_model(TIMM_MODEL, num_classes=NUM_CLASSES).cuda()
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, momentum=0.9)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "amp-bf16")
+    # One image many times, because so many would take seconds to draw.
+    pixel = torch.zeros(1, 3, TIMM_SIZE, TIMM_SIZE, dtype=torch.uint8)
+    num_samples = 3 * batch_size
+    pixels = TensorDataset(pixel.expand(num_samples, -1, -1, -1), torch.zeros(num_samples).long())
+    loader = PrefetchLoader(DataLoader(pixels, batch_size=batch_size), device=torch.device("cuda"))
+    for images_, targets in loader:
+        with autocast:
+            outputs = model(images_)
+            loss = F.cross_entropy(outputs, targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        optimizer.zero_grad()
+
+
 def trains(_backend: Any, _step: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
     """Whether a trainer trains with a batch size on this process's GPU, or runs out of memory."""
     reset_accelerate()
@@ -205,6 +230,7 @@ def trains(_backend: Any, _step: Any, name: str, batch_size: int, options: dict[
         "lightning": train_lightning,
         "transformers": train_transformers,
         "evaluation": evaluate_lightning,
+        "timm": train_timm,
     }[name]
     try:
         with warnings.catch_warnings(), open_output():

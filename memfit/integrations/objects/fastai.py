@@ -119,14 +119,15 @@ class _LearnersStep(TrainersStep):
 
     def forward(self, batch: Any, held: Any = None) -> torch.Tensor:
         inputs, targets = batch[: self._num_inputs], batch[self._num_inputs :]
-        # The batch before this one is still there. In fastai it is part of a cycle of references,
-        # so it stays until Python's garbage collector runs.
+        # The two batches before this one are still there. In fastai they are part of cycles of
+        # references, so they stay until Python's garbage collector runs.
         self._set_modes()
         predictions = self.model(*inputs)
         if self._is_mixed:
             predictions = map_leaves(as_float32, predictions)
         loss: torch.Tensor = self._loss(predictions, *targets)
-        self._kept = (predictions, (loss, loss.clone()), batch, made_real(held))
+        kept = predictions, (loss, loss.clone()), batch, made_real(held)
+        self._kept = (*self._kept[-1:], kept)
         return loss
 
     def _set_modes(self) -> None:
