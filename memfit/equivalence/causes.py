@@ -73,7 +73,10 @@ def find_causes(
         The causes; empty if gradients are equal.
     """
     hidden = _hidden_by_draws(compared, mixing)
-    if compared.passed and not compared.order_matters and not hidden:
+    # Layers may mix and leave all gradients as they are. If a loss mixes and the gradients agree,
+    # then only because of the values of this batch.
+    loss_mixes = any(one.mixes_in is MixesIn.LOSS for one in mixing)
+    if compared.passed and not (compared.order_matters or hidden or loss_mixes):
         return Causes()
     work.next("looking for the reason")
     carries = _forgetting_helps(setup, compared, weights)

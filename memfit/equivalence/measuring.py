@@ -30,6 +30,7 @@ __all__ = ["Measured", "Measures", "outputs_of"]
 
 _NUM_SKETCHED = 512
 _MOVED_SPREAD = 0.05
+_MOVED_FAR = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ class Measures:
     outputs: Any | None
 
     def of(
-        self, cut: Sequence[int], samples: Samples, split: Parts, *, moved: bool = False
+        self, cut: Sequence[int], samples: Samples, split: Parts, *, moved: int = 0
     ) -> list[Measured]:
         """Measure the weights of a cut.
 
@@ -93,7 +94,8 @@ class Measures:
             cut: Samples in each part.
             samples: The whole batch.
             split: Whether a loss that is one number is measured in parts.
-            moved: Measure with other outputs, or other parameters, for the same batch.
+            moved: Measure with other outputs, or other parameters, for the same batch: each sample
+                takes the outputs of the sample that is so many places before it.
 
         Returns:
             The weights of each loss; empty if its summands depend on the samples.
@@ -103,12 +105,12 @@ class Measures:
         return self._in_outputs(cut, samples, split, moved)
 
     def _in_outputs(
-        self, cut: Sequence[int], samples: Samples, split: Parts, moved: bool
+        self, cut: Sequence[int], samples: Samples, split: Parts, moved: int
     ) -> list[Measured]:
         repeated = torch.arange(sum(cut)) % self.setup.num_samples
         outputs = batches.reordered(self.outputs, repeated)
-        if moved:  # each sample's outputs go to its neighbour: values that the loss can take
-            outputs = _mapped(lambda leaf: leaf.roll(1, 0), outputs)
+        if moved:  # values that the loss can take
+            outputs = _mapped(lambda leaf: leaf.roll(moved, 0), outputs)
 
         def gradients(start: int, stop: int) -> dict[str, list[torch.Tensor]]:
             _, targets = samples.of(start, stop)
@@ -146,7 +148,7 @@ class Measures:
         return found
 
     def _in_parameters(
-        self, cut: Sequence[int], samples: Samples, split: Parts, moved: bool
+        self, cut: Sequence[int], samples: Samples, split: Parts, moved: int
     ) -> list[Measured]:
         setup = dataclasses.replace(self.setup, samples=samples)
         wanted = list(setup.parameters().values())
@@ -154,7 +156,7 @@ class Measures:
         def gradients(start: int, stop: int) -> dict[str, torch.Tensor]:
             with same_start(setup.holders), self._draws(start, stop):
                 if moved:
-                    _move(wanted)
+                    _move(wanted, _MOVED_SPREAD if moved == 1 else _MOVED_FAR)
                 losses = setup.losses_of(start, stop)
                 return {term.name: _sketch(term.gradient(wanted)) for term in _terms(losses, split)}
 
@@ -269,12 +271,12 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
 
 
-def _move(parameters: Iterable[torch.Tensor]) -> None:
+def _move(parameters: Iterable[torch.Tensor], spread: float) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.mul_(1 + _MOVED_SPREAD * noise.to(parameter.dtype))
+            parameter.mul_(1 + spread * noise.to(parameter.dtype))
 
 
 def _mapped(change: Callable[[torch.Tensor], torch.Tensor], values: Any) -> Any:

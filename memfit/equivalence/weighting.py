@@ -30,6 +30,7 @@ from memfit.records import LossTerm, LossWeighting, MixesIn, MixingLayer
 
 __all__ = ["Weights", "in_parameters", "of_step"]
 
+_MOST_MOVES = 8
 _MOST_CLASSES = 4096
 _MOST_HELD = 16
 
@@ -158,7 +159,7 @@ class _Finder:
             return SAMPLES  # a loss without a gradient
         for count in (SAMPLES, SUM):
             if self._fits(count, self._cut, measured):
-                return count
+                return count if self._holds(count, index, split) else None
         singles = self._singles(index, split)
         named = list(candidates(samples, self._weights_of_classes()))
         if singles is not None and singles.unexplained <= self._close:
@@ -168,12 +169,33 @@ class _Finder:
             if self._fits(count, self._cut, measured) and (
                 singles is None or self._fits(count, (1,) * samples.num_samples, singles)
             ):
-                return count
+                return count if self._holds(count, index, split) else None
         return self._unnamed(index, measured, split)
 
     def _fits(self, count: Count, cut: Sequence[int], measured: Measured) -> bool:
         shares = count.shares(cut, self._setup.samples)
         return shares is not None and measured.off(shares) <= self._close
+
+    def _holds(self, count: Count, index: int, split: Parts) -> bool:
+        """Whether a count gives the weights for other outputs of the same batch as well.
+
+        A loss over the hardest samples, or over the largest one, may happen to have such weights.
+        """
+        if self._measures.outputs is None:
+            return True
+        samples = self._setup.samples
+        for moved in self._moves:
+            again = self._measures.of(self._cut, samples, split, moved=moved)
+            is_known = bool(again) and math.isfinite(again[index].unexplained)
+            if is_known and not self._fits(count, self._cut, again[index]):
+                return False
+        return True
+
+    @property
+    def _moves(self) -> Iterable[int]:
+        """By how many places outputs go on; few, if the model has to run again."""
+        most = 2 if self._measures.outputs is None else _MOST_MOVES
+        return range(1, max(2, min(most + 1, self._setup.num_samples)))
 
     def _singles(self, index: int, split: Parts) -> Measured | None:
         """Measure each sample as a separate part, if the step takes single samples."""
@@ -190,13 +212,14 @@ class _Finder:
         of the batch is the same for other outputs. A factor that changes with them is not a count.
         """
         samples = self._setup.samples
-        again = self._measures.of(self._cut, samples, split, moved=True)[index]
-        same = all(
-            math.isclose(one, other, rel_tol=10 * self._close, abs_tol=self._close)
-            for one, other in zip(measured.weights, again.weights, strict=True)
-        )
-        if not same or not again.unexplained <= self._close:
-            return None
+        for moved in self._moves:
+            again = self._measures.of(self._cut, samples, split, moved=moved)[index]
+            same = all(
+                math.isclose(one, other, rel_tol=10 * self._close, abs_tol=self._close)
+                for one, other in zip(measured.weights, again.weights, strict=True)
+            )
+            if not same or not again.unexplained <= self._close:
+                return None
 
         def measure(cut: Sequence[int], of: Samples) -> tuple[float, ...]:
             return self._measures.of(cut, of, split)[index].weights

@@ -13,21 +13,19 @@ from memfit.records import (
     GradientCheck,
     GradientFault,
     LoopFault,
-    LossTerm,
     LossWeighting,
     MixesIn,
     MixingLayer,
     ParameterDifference,
     Verdict,
 )
+from memfit.reports.equivalence_advice import advice, count_words, named
 from memfit.reports.tables import plain_table
 
 __all__ = ["cut_words", "render", "verdict_words"]
 
 _NUM_PARAMETERS = 5
-_EXPLAINED = 1e-4  # in float32: some weights give the whole gradient
 _NUM_MIXERS = 8
-_NUM_NAMES = 4
 _ONE_PERCENT = 0.01
 
 _WEIGHTINGS = {
@@ -57,31 +55,6 @@ _HEADLINES = {
     LossWeighting.CLASSES: ", weighted by the weights of classes",
     LossWeighting.SEVERAL: ", with a weight for each loss",
     LossWeighting.MEASURED: ", with the weights that were measured",
-}
-
-_CAUSES = {
-    GradientFault.DEPENDS_ON_ORDER: (
-        "Another order of the samples changes the gradient of the full batch, "
-        "so it matters where a batch is cut. Keep samples that belong together "
-        "in one micro-batch, or make them one sample of the batch (a pair, a "
-        "triplet)."
-    ),
-    GradientFault.CARRIES_STATE: (
-        "One forward pass changes something that the next one uses, and "
-        "accumulation runs several passes. Make this change after the "
-        "optimizer's step (a teacher, a queue), or accept the difference that "
-        "is shown here."
-    ),
-    GradientFault.DRAWS_NOT_REPLAYED: (
-        "Random numbers are drawn for the whole batch, and a micro-batch draws "
-        "other numbers. So the gradients cannot be compared."
-    ),
-    GradientFault.DOES_NOT_REPEAT: (
-        "The same pass from the same state gives another gradient. Something "
-        "outside the model and the loss keeps state, or a kernel is not "
-        "deterministic."
-    ),
-    GradientFault.UNEXPLAINED: "None of memfit's experiments shows the reason.",
 }
 
 _SHORT = {
@@ -139,7 +112,7 @@ def render(result: Equivalence) -> RenderableType:
         parts.append(_parameters(worst))
     if result.mixing_layers:
         parts += ["", _mixers(result)]
-    for title, lines in (("", _loop(result)), ("", _advice(result)), ("", _notes(result))):
+    for title, lines in (("", _loop(result)), ("", advice(result)), ("", _notes(result))):
         if lines:
             parts += [title, *(Text(line) for line in lines)]
     return Group(*parts)
@@ -170,7 +143,7 @@ def _verdict(result: Equivalence) -> Text:
     if result.verdict is Verdict.DETACHED:
         cut_off = _counted(len(result.unreached), "parameter")
         return Text.assemble(
-            ("detached", "bold red"), f"{what}, {_names(result.detaching)} cuts off {cut_off}"
+            ("detached", "bold red"), f"{what}, {named(result.detaching)} cuts off {cut_off}"
         )
     return Text.assemble(("differs", "bold red"), f"{what}, {_cause(result)}")
 
@@ -183,16 +156,20 @@ def _cause(result: Equivalence) -> str:
     off = f"gradients off by up to {_number(worst)}"
     if not failed:
         by_order = GradientFault.DEPENDS_ON_ORDER in result.faults
-        off = f"another order moves gradients by {_number(worst)}" if by_order else "at random"
+        off = "the gradients of this batch happen to agree"
+        if GradientFault.DOES_NOT_REPEAT in result.faults:
+            off = "at random"
+        if by_order:
+            off = f"another order moves gradients by {_number(worst)}"
     mixing = [mixer for mixer in result.mixing_layers if not mixer.frozen]
     if mixing:
         return f"{_who_mixes(mixing)} samples; {off}"
     if result.detaching:
-        return f"{_names(result.detaching)} detaches; {off}"
+        return f"{named(result.detaching)} detaches; {off}"
     causes = [_SHORT[fault] for fault in result.faults if fault in _SHORT]
     moved = result.carried or result.stateful
     if GradientFault.CARRIES_STATE in result.faults and moved:
-        causes = [f"a forward pass changes {_names(moved)} for the next"]
+        causes = [f"a forward pass changes {named(moved)} for the next"]
     return f"{' and '.join(causes)}; {off}" if causes else off
 
 
@@ -285,66 +262,6 @@ def _loop(result: Equivalence) -> list[str]:
     return lines if result.loop_faults else ["The accumulation loop is right.", *lines]
 
 
-def _advice(result: Equivalence) -> list[str]:
-    lines = []
-    mixing = [mixer for mixer in result.mixing_layers if not mixer.frozen]
-    layers = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.FORWARD]
-    if layers and all(mixer.stops_in_eval for mixer in layers):
-        lines.append(
-            "Freeze the layers that mix (.eval()), and check that with "
-            "--freeze-bn. Or use larger micro-batches. Or accept the difference "
-            "that is shown here."
-        )
-    elif layers and all(mixer.stops_in_eval is None for mixer in layers):
-        lines.append(
-            "Compute it for each sample alone, or accept the difference that is shown here."
-        )
-    elif layers:
-        lines.append(
-            "Evaluation mode does not stop all of the mixing. Use normalisation "
-            "within each sample, or accept the difference that is shown here."
-        )
-    if result.alternatives:
-        lines.append(
-            f"timm has these variants, which memfit did not check: {_names(result.alternatives)}."
-        )
-    lines += [_CAUSES[fault] for fault in result.faults if fault in _CAUSES]
-    if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
-        lines.append(
-            "The loss is one number that adds means over different counts, so no "
-            "single weight of a micro-batch is right. Return the losses as a "
-            "dictionary, and give the Accumulator a weight for each. With these "
-            "weights the gradients are exact:"
-        )
-        lines += [f"  {term.name}: {_count(term)}" for term in result.terms]
-    losses = [mixer for mixer in mixing if mixer.mixes_in is MixesIn.LOSS]
-    if any(mixer.moved <= _EXPLAINED for mixer in losses):
-        lines.append(
-            "The loss divides by a number that depends on the model's outputs, such as the boxes "
-            "that a detector samples. So no count of the batch gives its weights. Divide by a "
-            "number that the batch decides, or accept the difference that is shown here."
-        )
-    elif losses:
-        lines.append(
-            "A loss over pairs of samples needs the whole batch at once. Gather "
-            "the outputs of all micro-batches before the loss (GradCache), or do "
-            "not cut the batch."
-        )
-    if _only_single_samples_differ(result):
-        lines.append(
-            "Only cuts with a micro-batch of one sample differ, because a kernel treats a single "
-            "sample differently. Avoid such cuts. (Batch normalisation on the CPU does so in torch "
-            "2.15; see docs/equivalence.md.)"
-        )
-    return lines
-
-
-def _only_single_samples_differ(result: Equivalence) -> bool:
-    failed = [check for check in result.checks if not check.passed]
-    passed = [check for check in result.checks if check.passed and 1 not in check.cut]
-    return bool(failed) and bool(passed) and all(1 in check.cut for check in failed)
-
-
 def _notes(result: Equivalence) -> list[str]:
     notes = [*_about_checks(result), *_weights(result)]
     if result.buffers and result.buffers[0].full is None:
@@ -356,9 +273,9 @@ def _notes(result: Equivalence) -> list[str]:
             "micro-batch."
         )
     if result.unreached and result.verdict is not Verdict.DETACHED:
-        notes.append(f"No gradient reaches {_names(result.unreached)}.")
+        notes.append(f"No gradient reaches {named(result.unreached)}.")
     if result.replayed:
-        notes.append(f"Random draws were replayed sample by sample in {_names(result.replayed)}.")
+        notes.append(f"Random draws were replayed sample by sample in {named(result.replayed)}.")
     if result.draws_on_host:
         notes.append(
             "Python or NumPy drew random numbers. Every pass began with the same seed, so that a "
@@ -366,13 +283,13 @@ def _notes(result: Equivalence) -> list[str]:
         )
     if result.held_fixed:
         notes.append(
-            f"Random draws in {_names(result.held_fixed)} had one value for all samples, because "
+            f"Random draws in {named(result.held_fixed)} had one value for all samples, because "
             "memfit cannot tell which draw belongs to which sample."
         )
     if result.changes_batch:
         notes.append("Forward changes the batch in place, so every pass got its own copy.")
     if result.switched_off:
-        notes.append(f"Randomness was switched off in {_names(result.switched_off)}.")
+        notes.append(f"Randomness was switched off in {named(result.switched_off)}.")
     if result.num_jittered_samples:
         notes.append(
             f"{_counted(result.num_jittered_samples, 'sample')} were copies of others. memfit "
@@ -422,18 +339,12 @@ def _weights(result: Equivalence) -> list[str]:
             f"this batch is off by {_share(result.off_by_samples)}."
         )
     if result.weighting is LossWeighting.SEVERAL:
-        of_each = ", ".join(f"{term.name}: {_count(term)}" for term in result.terms)
+        of_each = ", ".join(f"{term.name}: {count_words(term)}" for term in result.terms)
         return [f"The losses average over different things: {of_each}.", *instead]
     line = _WEIGHTINGS[result.weighting]
     counts = {term.counts for term in result.terms}
     named = counts.pop() if len(counts) == 1 else None
     return [line if named is None else f"{line} What counts is {named}.", *instead]
-
-
-def _count(term: LossTerm) -> str:
-    if term.counts is not None:
-        return term.counts
-    return "samples" if term.weighting is LossWeighting.SAMPLES else term.weighting.value
 
 
 def cut_words(cut: tuple[int, ...]) -> str:
@@ -461,8 +372,3 @@ def _share(value: float) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _names(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:_NUM_NAMES])
-    return shown if len(names) <= _NUM_NAMES else f"{shown} and {len(names) - _NUM_NAMES} more"

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, sentences, token_loss
+from equivalence.models import NUM_CLASSES, check, sentences, token_loss
 from memfit.equivalence.gradients import CheckSetup
 from memfit.equivalence.randomness import Draws
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.weighting import Weights, of_step
-from memfit.records import LossWeighting, MixesIn
+from memfit.records import GradientFault, LossWeighting, MixesIn, Verdict
 from memfit.step.batches import Layout
 
 CUTS = st.lists(st.integers(1, 5), min_size=2, max_size=5).filter(lambda cut: len(set(cut)) > 1)
@@ -258,3 +258,26 @@ def test_a_loss_that_mixes(loss: Any, inside: bool) -> None:
     weights, _ = found(loss, (scores(6),), (3, 2, 1), inside=inside)
     assert weights.mixer is not None
     assert (weights.mixer.name, weights.mixer.mixes_in) == ("loss", MixesIn.LOSS)
+
+
+def hardest(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the hardest sample."""
+    return F.cross_entropy(outputs, targets, reduction="none").max()
+
+
+def harder_half(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of the harder half of the samples."""
+    return F.cross_entropy(outputs, targets, reduction="none").topk(len(outputs) // 2).values.mean()
+
+
+@pytest.mark.parametrize("loss", [hardest, harder_half])
+def test_a_loss_over_the_hardest_samples_mixes(loss: Any) -> None:
+    """Some weights are exact for this batch, but other outputs need other weights."""
+    torch.manual_seed(3)
+    data, classes = torch.randn(8, 6), torch.randint(3, (8,))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    result = check(model, loss, (data, classes), accumulation_steps=2)
+    assert result.verdict is Verdict.DIFFERS
+    assert result.faults == (GradientFault.MIXES_SAMPLES,)
+    assert [mixer.name for mixer in result.mixing_layers] == ["loss"]

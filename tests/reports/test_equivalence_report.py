@@ -250,7 +250,8 @@ def test_every_fault_of_a_loop_has_its_sentence(fault: LoopFault) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moved", "line"), [(0.4, "(GradCache)"), (0.0, "such as the boxes that a detector samples")]
+    ("moved", "line"),
+    [(0.4, "(GradCache)"), (0.0, "depend on the model's outputs, such as the boxes")],
 )
 def test_what_fits_a_loss_that_mixes(moved: float, line: str) -> None:
     """If some weights are exact, but change with the outputs, gathering outputs does not help."""
