@@ -114,15 +114,15 @@ NEEDS: Final = {
         "Probing, planning and profiling on a device of this machine still work (--device).",
     ),
 }
+_LAST: Final = {name: name.rpartition(".")[2] for name in NEEDS}
 """For each name, the purpose and what still works without it, as the error says."""
 
 
 def _missing(name: str, needs: tuple[str, str]) -> UnsupportedError:
     import torch
 
-    purpose, rest = needs
     return UnsupportedError(
-        f"torch {torch.__version__} has no {name}, which memfit needs {purpose}. {rest}"
+        f"torch {torch.__version__} has no {name}, which memfit needs {needs[0]}. {needs[1]}"
     )
 
 
@@ -163,14 +163,9 @@ def _home(name: str) -> Any:
 def _of(value: Any, name: str) -> Any:
     """Return the attribute of a torch object that the last part of a name of `NEEDS` gives."""
     try:
-        return getattr(value, _last_of(name))
+        return getattr(value, _LAST[name])
     except AttributeError:
         raise _missing(name, NEEDS[name]) from None
-
-
-@functools.cache
-def _last_of(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 # --- batches and modules ------------------------------------------------------------------------
