@@ -102,7 +102,6 @@ def rehearse(
 
     # What can be refused is refused before torch is imported, which takes seconds.
     check_writable(html, snapshot)
-    check_command(command)
     if not gpus:
         raise UsageError(
             "Name the card with --gpu, such as --gpu rtx4090. `memfit gpus` lists them."
@@ -111,13 +110,14 @@ def rehearse(
         raise UsageError("--html and --snapshot show one card. Give one --gpu.")
     total_bytes = None if memory is None else parse_bytes(memory)
     cards = [find_gpu(name, total_bytes=total_bytes) for name in gpus]
+    lone_rank = _lone_rank(command, rank, world_size, num_gpus)
+    check_command(command)
 
     from memfit.rehearsal.activate import rehearsed_environment
     from memfit.rehearsal.ranks import num_launched
     from memfit.rehearsal.run import rehearse_command
     from memfit.reports.rehearsal import render, render_several
 
-    lone_rank = _lone_rank(command, rank, world_size, num_gpus)
     count = num_gpus
     if count is None:
         count = num_launched(command) if lone_rank is None else lone_rank.gpus_of_node
