@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +16,15 @@ import memfit
 from integrations import zoo
 from memfit.api.asking import Asked
 from memfit.api.cards import Cards
+from memfit.backends.rehearsed import RehearsalServers
+from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
 from memfit.integrations.train_args import read_train_arguments
 from memfit.planning import probe_on
 from memfit.records import Engine, GradientFault, Precision
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.units import parse_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -27,14 +32,15 @@ FASTAI = pytest.mark.needs("fastai")
 LIGHTNING = pytest.mark.needs("pytorch_lightning")
 TRANSFORMERS = pytest.mark.needs("transformers", "accelerate")
 CASES = [
-    pytest.param("lightning", "rtx3060", "fp32", marks=LIGHTNING),
-    pytest.param("lightning", "a100-40gb", "fp32", marks=LIGHTNING),
-    pytest.param("transformers", "rtx3060", "fp32", marks=TRANSFORMERS),
+    pytest.param("lightning", "rtx3060", "1GiB", marks=LIGHTNING),
+    pytest.param("lightning", "a100-40gb", "2GiB", marks=LIGHTNING),
+    pytest.param("transformers", "rtx3060", "1GiB", marks=TRANSFORMERS),
+]
+MORE_CASES = [
     pytest.param("fastai", "rtx3060", "fp32", marks=FASTAI),
     pytest.param("fastai", "a100-40gb", "amp-fp16", marks=FASTAI),
     pytest.param("timm", "a100-40gb", "amp-bf16"),
 ]
-MEMORY = "1GiB"
 
 
 def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, dict[str, Any]]:
@@ -65,6 +71,31 @@ TRAINERS = (
 
 
 @pytest.fixture(scope="module")
+def servers() -> Iterator[RehearsalServers]:
+    """Return the process in which trainers train on cards that are not there."""
+    with RehearsalServers(lambda card: rehearsed_environment(card, environment=os.environ)) as made:
+        yield made
+
+
+@pytest.mark.rehearses
+@pytest.mark.parametrize(("name", "card", "memory"), CASES)
+def test_the_named_batch_size_trains_and_one_more_sample_does_not(
+    servers: RehearsalServers, name: str, card: str, memory: str
+) -> None:
+    """The trainer's own loop runs on the same card, rehearsed; importing it takes seconds."""
+    made, beside = subject(name)
+    found = memfit.probe(made, gpu=card, memory=memory, engine="rehearse", progress=None, **beside)
+    gpu = find_gpu(card, total_bytes=parse_bytes(memory))
+    servers.open(gpu)
+    trained = [
+        servers.call("integrations.zoo:trains", None, name, batch_size, {})
+        for batch_size in (found.max_batch_size, found.max_batch_size + 1)
+    ]
+    servers.close()
+    assert trained == [True, False]
+
+
+@pytest.fixture(scope="module")
 def cards() -> Iterator[Cards]:
     """Return cards that are rehearsed in one process, because each start takes seconds."""
     with Cards(Engine.REHEARSE) as made:
@@ -72,13 +103,13 @@ def cards() -> Iterator[Cards]:
 
 
 @pytest.mark.rehearses
-@pytest.mark.parametrize(("name", "card", "precision"), CASES)
-def test_the_named_batch_size_trains_and_one_more_sample_does_not(
+@pytest.mark.parametrize(("name", "card", "precision"), MORE_CASES)
+def test_so_it_is_in_mixed_precision_and_other_loops(
     cards: Cards, name: str, card: str, precision: str
 ) -> None:
-    """The trainer's own loop runs on the same card, rehearsed; importing it takes seconds."""
+    """fastai's `fit`, with its scaler too, and the order of calls in timm's train.py."""
     made, beside = subject(name, precision=Precision(precision))
-    asked = Asked.of(made, memory=MEMORY, headroom=0.0, **beside)
+    asked = Asked.of(made, memory="1GiB", headroom=0.0, **beside)
     found = probe_on(cards.open(card, asked.memory_bytes, asked.step), asked.step, asked.search)
     assert found.options.precision.value == precision
     sizes = found.max_batch_size, found.max_batch_size + 1

@@ -222,8 +222,10 @@ def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
         optimizer.zero_grad()
 
 
-def trains(_backend: Any, _step: Any, name: str, batch_size: int, options: dict[str, Any]) -> bool:
+def trains(_backend: Any, *arguments: Any) -> bool:
     """Whether a trainer trains with a batch size on this process's GPU, or runs out of memory."""
+    # A step may come first.
+    name, batch_size, options = arguments[-3:]
     reset_accelerate()
     train: Any = {
         "fastai": train_fastai,
