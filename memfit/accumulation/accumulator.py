@@ -140,7 +140,7 @@ class Accumulator:
         self._size = self._planned_size
         self._parameters: list[nn.Parameter] = []
         self._start = StepStart((model, loss)) if recover else None
-        self._pressure = RetryMonitor(self._device)
+        self._retries = RetryMonitor(self._device)
 
     @property
     def micro_batch_size(self) -> int:
@@ -247,7 +247,7 @@ class Accumulator:
         size = self._size
         if trouble.next_size is not None:
             size = trouble.next_size
-        elif self._pressure.is_repeated():
+        elif self._retries.is_repeated():
             size = smaller(size, multiple_of=self._multiple_of) or size
         return _Attempt(
             loss=loss,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from memfit._torch_private import copy_each, version_of
-from memfit.accumulation.reach import held_by
+from memfit.accumulation.held_objects import held_by
 from memfit.errors import WorkloadError
 from memfit.memory.attributes import save_held
 from memfit.memory.restore import save_random_states

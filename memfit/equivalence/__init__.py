@@ -15,8 +15,8 @@ verdict rests on.
 """
 
 from memfit.equivalence.loops import AccumulationLoop
-from memfit.equivalence.rounds import Progress
 from memfit.equivalence.splits import splits_of
 from memfit.equivalence.verification import verify
+from memfit.equivalence.whole_and_cut import Progress
 
 __all__ = ["AccumulationLoop", "Progress", "splits_of", "verify"]

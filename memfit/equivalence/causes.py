@@ -21,9 +21,9 @@ from memfit.equivalence.gradient_flow import stateful_layers
 from memfit.equivalence.gradients import CheckSetup, Gradients, gradients
 from memfit.equivalence.halves import layers_that_see_the_cut
 from memfit.equivalence.mixing import NUM_SAMPLES
-from memfit.equivalence.rounds import Compared, PassCounter
 from memfit.equivalence.state import changed_state, same_start
 from memfit.equivalence.weighting import Weights, in_parameters
+from memfit.equivalence.whole_and_cut import Compared, PassCounter
 from memfit.records import GradientFault, LossWeighting, MixesIn, MixingLayer
 
 __all__ = ["Causes", "error_by_samples", "find_causes", "scaling_layers"]

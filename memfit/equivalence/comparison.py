@@ -80,7 +80,7 @@ _NOISE_FLOOR_BELOW = 0.1  # for types of two or three digits
 
 
 def check(
-    bench: CheckSetup,
+    setup: CheckSetup,
     reference: Gradients,
     other: Gradients,
     *,
@@ -95,7 +95,7 @@ def check(
     """Compare two gradients of one effective batch.
 
     Args:
-        bench: The step that was run.
+        setup: The step that was run.
         reference: The full batch's gradients.
         other: The gradients of the same batch in another cut.
         shuffled: The reference computed again, with the samples in another order; `None` to allow
@@ -111,10 +111,10 @@ def check(
     Returns:
         The comparison.
     """
-    rounding = _Rounding.of(bench)
+    rounding = _Rounding.of(setup)
     typical = _typical(reference)
-    ceiling = ceiling_of(bench, is_proof=is_proof) if is_proof else math.inf
-    floor = math.inf if is_proof else _noise_floor(bench)
+    ceiling = ceiling_of(setup, is_proof=is_proof) if is_proof else math.inf
+    floor = math.inf if is_proof else _noise_floor(setup)
     compared = [
         _difference(
             name,
@@ -134,8 +134,8 @@ def check(
     ]
     compared.sort(key=_excess, reverse=True)
     return GradientCheck(
-        precision=bench.precision_name,
-        device=str(bench.device),
+        precision=setup.precision_name,
+        device=str(setup.device),
         reference=reference_cut,
         cut=cut,
         unit_roundoff=rounding.written,
@@ -152,35 +152,35 @@ def check(
     )
 
 
-def ceiling_of(bench: CheckSetup, *, is_proof: bool) -> float:
+def ceiling_of(setup: CheckSetup, *, is_proof: bool) -> float:
     """Return the relative error above which a difference is hardly rounding.
 
     Args:
-        bench: The step that was run.
+        setup: The step that was run.
         is_proof: The verdict rests on this precision, so gradients are never equal above it.
     """
-    if bench.precision is None:
+    if setup.precision is None:
         return CEILING
-    return _CEILING_OF_PROOF if is_proof else _noise_floor(bench)
+    return _CEILING_OF_PROOF if is_proof else _noise_floor(setup)
 
 
-def roundoff_of(bench: CheckSetup) -> float:
+def roundoff_of(setup: CheckSetup) -> float:
     """Return the unit roundoff of the type that gradients are written in."""
-    return _Rounding.of(bench).written
+    return _Rounding.of(setup).written
 
 
-def _noise_floor(bench: CheckSetup) -> float:
-    return _NOISE_FLOOR.get(_WRITTEN_IN[bench.precision], _NOISE_FLOOR_BELOW)
+def _noise_floor(setup: CheckSetup) -> float:
+    return _NOISE_FLOOR.get(_WRITTEN_IN[setup.precision], _NOISE_FLOOR_BELOW)
 
 
-def vanishing_in(bench: CheckSetup, reference: Gradients) -> frozenset[str]:
+def vanishing_in(setup: CheckSetup, reference: Gradients) -> frozenset[str]:
     """Return the parameters whose gradient is zero apart from rounding.
 
     Args:
-        bench: The step that was run. Only float64 can tell zero from a small gradient.
+        setup: The step that was run. Only float64 can tell zero from a small gradient.
         reference: The full batch's gradients.
     """
-    share = _Rounding.of(bench).vanishing * _typical(reference)
+    share = _Rounding.of(setup).vanishing * _typical(reference)
     return frozenset(
         name
         for name, value in reference.values.items()
@@ -226,30 +226,30 @@ class _Rounding:
         return math.sqrt(self.summed)
 
     @classmethod
-    def of(cls, bench: CheckSetup) -> _Rounding:
+    def of(cls, setup: CheckSetup) -> _Rounding:
         per_sample = max(
             (
-                leaf.numel() // bench.num_samples
-                for leaf in leaves_of(bench.samples.batch)
+                leaf.numel() // setup.num_samples
+                for leaf in leaves_of(setup.samples.batch)
                 if isinstance(leaf, torch.Tensor)
             ),
             default=1,
         )
-        written = _UNIT_ROUNDOFF[_WRITTEN_IN[bench.precision]]
-        summed = _UNIT_ROUNDOFF[torch.float64 if bench.precision is None else torch.float32]
+        written = _UNIT_ROUNDOFF[_WRITTEN_IN[setup.precision]]
+        summed = _UNIT_ROUNDOFF[torch.float64 if setup.precision is None else torch.float32]
         shared = 0.0
-        if bench.precision is not None and bench.device.type == "cuda" and _may_use_tf32():
+        if setup.precision is not None and setup.device.type == "cuda" and _may_use_tf32():
             written = max(written, _TF32_ROUNDOFF)
             # A weight is rounded once for all samples. Whether it is rounded depends on the kernel,
             # which depends on the batch size. So both operands may differ in both passes.
             shared = 4 * _TF32_ROUNDOFF
         # A user's model may have weights of a narrower type than the precision.
-        for parameter in bench.parameters().values():
+        for parameter in setup.parameters().values():
             written = max(written, _UNIT_ROUNDOFF.get(parameter.dtype, 0.0))
         return cls(
             written=written,
             summed=summed,
-            num_summands=max(1, bench.num_samples * max(1, per_sample)),
+            num_summands=max(1, setup.num_samples * max(1, per_sample)),
             shared=shared,
         )
 

@@ -153,7 +153,7 @@ class Gradients:
 
 
 def gradients(
-    bench: CheckSetup,
+    setup: CheckSetup,
     cut: Sequence[int],
     *,
     weights: Sequence[Sequence[float]] | None = None,
@@ -165,11 +165,11 @@ def gradients(
     Afterwards the state is the same as before, and the parameters' `.grad` is None.
 
     Args:
-        bench: The step to run.
+        setup: The step to run.
         cut: Samples in each micro-batch; they add up to the effective batch.
         weights: For each micro-batch the factors of its losses, in the order of the losses. A loss
             with the factor 0 contributes nothing, even if it is NaN. `None` for 1 everywhere.
-        order: The order of the bench's samples, if it differs from the order in which random draws
+        order: The order of the setup's samples, if it differs from the order in which random draws
             were recorded. A pass over parts of the batch must have run before, because it shows
             which draws belong to which samples.
         forgets: Restore everything except gradients after each micro-batch, unlike a training loop.
@@ -181,14 +181,14 @@ def gradients(
         WorkloadError: As in `CheckSetup.losses_of`; or a loss is not finite, or the gradients
             overflow at every loss scale.
     """
-    loss_scale = _FIRST_LOSS_SCALE if bench.precision is Precision.AMP_FP16 else 1.0
+    loss_scale = _FIRST_LOSS_SCALE if setup.precision is Precision.AMP_FP16 else 1.0
     while True:
         result = _pass(
-            bench, cut, weights=weights, loss_scale=loss_scale, order=order, forgets=forgets
+            setup, cut, weights=weights, loss_scale=loss_scale, order=order, forgets=forgets
         )
         # The squares are sums, so any value that is not finite shows in them. As the scaler would,
         # try again with a smaller scale, the same for every micro-batch.
-        if bench.precision is not Precision.AMP_FP16 or loss_scale <= 1 or _finite(result):
+        if setup.precision is not Precision.AMP_FP16 or loss_scale <= 1 or _finite(result):
             return result
         loss_scale /= 2**4
 
@@ -198,7 +198,7 @@ def _finite(result: Gradients) -> bool:
 
 
 def _pass(
-    bench: CheckSetup,
+    setup: CheckSetup,
     cut: Sequence[int],
     *,
     weights: Sequence[Sequence[float]] | None,
@@ -206,30 +206,30 @@ def _pass(
     order: torch.Tensor | None,
     forgets: bool,
 ) -> Gradients:
-    parameters = bench.parameters()
+    parameters = setup.parameters()
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
     for parameter in parameters.values():
         parameter.grad = None
     whole = len(cut) == 1
     with (
-        same_start(bench.holders, parameters.values()) as put_back,
+        same_start(setup.holders, parameters.values()) as put_back,
         _squares_noted(parameters, squares),
     ):
         for (start, stop), shares in zip(spans(cut), weights or (None,) * len(cut), strict=True):
             if order is not None:
-                draws = bench.draws.replayed_in(order)
+                draws = setup.draws.replayed_in(order)
             elif whole:
-                draws = bench.draws.recorded()
+                draws = setup.draws.recorded()
             else:
-                draws = bench.draws.replayed(start, stop)
+                draws = setup.draws.replayed(start, stop)
             with draws, users_code():
-                loss = _weighted(bench, bench.losses_of(start, stop), shares)
+                loss = _weighted(setup, setup.losses_of(start, stop), shares)
                 if loss is not None:
                     (loss * loss_scale).backward()
             del loss
             if forgets:
                 put_back()
-        buffers = bench.buffers()
+        buffers = setup.buffers()
         values: dict[str, torch.Tensor | None] = {}
         for name, parameter in parameters.items():
             grad = parameter.grad
@@ -243,13 +243,13 @@ def _pass(
 
 
 def _weighted(
-    bench: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float] | None
+    setup: CheckSetup, losses: dict[str, torch.Tensor], shares: Sequence[float] | None
 ) -> torch.Tensor | None:
     """Return the sum of losses, each times its share; `None` if all shares are 0."""
     total = None
     for loss, share in zip(losses.values(), shares or (1.0,) * len(losses), strict=True):
         if share and loss.requires_grad:
-            bench.check_finite(loss)
+            setup.check_finite(loss)
             total = loss * share if total is None else total + loss * share
     return total
 

@@ -15,15 +15,15 @@ from memfit.equivalence.calls import LOSS
 from memfit.equivalence.gradients import CheckSetup
 from memfit.equivalence.mixing import layer_name
 from memfit.equivalence.randomness import Draws
-from memfit.equivalence.rounds import Compared, FirstPass, PassCounter, run_round
 from memfit.equivalence.weighting import Weights
+from memfit.equivalence.whole_and_cut import Compared, FirstPass, PassCounter, run_round
 from memfit.memory import oom
 
 __all__ = ["compare", "in_eval"]
 
 
 def compare(
-    bench: CheckSetup,
+    setup: CheckSetup,
     cuts: Sequence[tuple[int, ...]],
     weights: Weights,
     work: PassCounter,
@@ -37,7 +37,7 @@ def compare(
     """Compare gradients, with random draws replayed, held fixed or switched off.
 
     Args:
-        bench: The step to run.
+        setup: The step to run.
         cuts: How its batch is cut.
         weights: What the loss averages over.
         work: The counter that is told what runs next.
@@ -56,9 +56,9 @@ def compare(
     before: tuple[Compared, CheckSetup] | None = None
     while True:
         try:
-            with in_eval(bench.model, off):
+            with in_eval(setup.model, off):
                 compared = run_round(
-                    bench,
+                    setup,
                     cuts,
                     weights,
                     work,
@@ -72,7 +72,7 @@ def compare(
                 raise
             return before  # in evaluation mode, a layer of a detector computes no losses
         first = None
-        draws = bench.draws
+        draws = setup.draws
         compared = dataclasses.replace(
             compared,
             drawing=frozenset(draws.drawing) | off,
@@ -84,15 +84,15 @@ def compare(
         equal = compared.passed and not compared.order_matters
         hold = False
         if more:
-            before = before or (compared, bench)
+            before = before or (compared, setup)
             off |= more
         elif equal or draws.held_fixed or not (suspect_draws and draws.drawing):
             # A layer may not work with one value for all; then the replayed draws count.
-            return (compared, bench) if equal or replayed is None else replayed
+            return (compared, setup) if equal or replayed is None else replayed
         else:
-            replayed, hold = (compared, bench), True
-        again = Draws(bench.model, bench.num_samples, held_fixed=hold or draws.held_fixed)
-        bench = dataclasses.replace(bench, draws=again)
+            replayed, hold = (compared, setup), True
+        again = Draws(setup.model, setup.num_samples, held_fixed=hold or draws.held_fixed)
+        setup = dataclasses.replace(setup, draws=again)
 
 
 @contextlib.contextmanager

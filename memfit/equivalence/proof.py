@@ -23,10 +23,10 @@ from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import mixing_layers
 from memfit.equivalence.passes import compare, in_eval
 from memfit.equivalence.randomness import Draws
-from memfit.equivalence.rounds import Compared, FirstPass, PassCounter
 from memfit.equivalence.samples import Samples
 from memfit.equivalence.subject import CPU, Subject
 from memfit.equivalence.weighting import Weights
+from memfit.equivalence.whole_and_cut import Compared, FirstPass, PassCounter
 from memfit.equivalence.widening import in_float64, widen
 from memfit.errors import MemfitError, WorkloadError
 from memfit.memory import oom

@@ -18,8 +18,8 @@ from memfit.equivalence.gradient_flow import cut_off as layers_cut_off
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.passes import compare, in_eval
 from memfit.equivalence.proof import Proof, proven
-from memfit.equivalence.rounds import Compared, PassCounter, Progress, united
 from memfit.equivalence.subject import Subject
+from memfit.equivalence.whole_and_cut import Compared, PassCounter, Progress, united
 from memfit.errors import UsageError
 from memfit.memory.restore import preserved
 from memfit.records import Equivalence, GradientFault, Verdict

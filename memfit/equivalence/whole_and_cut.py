@@ -134,14 +134,14 @@ class FirstPass:
     watch: DetachWatch
 
     @classmethod
-    def of(cls, bench: CheckSetup, run: Callable[[], Gradients | None]) -> FirstPass:
+    def of(cls, setup: CheckSetup, run: Callable[[], Gradients | None]) -> FirstPass:
         """Run the pass, and watch where gradients stop."""
-        with DetachWatch(bench.model) as watch:
+        with DetachWatch(setup.model) as watch:
             return cls(gradients=run(), watch=watch)
 
 
 def run_round(
-    bench: CheckSetup,
+    setup: CheckSetup,
     cuts: Sequence[tuple[int, ...]],
     weights: Weights,
     work: PassCounter,
@@ -154,7 +154,7 @@ def run_round(
     """Run a batch whole and cut, and compare the gradients.
 
     Args:
-        bench: The step to run.
+        setup: The step to run.
         cuts: How its batch is cut.
         weights: What the loss averages over.
         work: The counter that is told what runs next.
@@ -170,40 +170,40 @@ def run_round(
         DoesNotFitError: Not even a micro-batch fits the device.
     """
     message = None
-    reference_cut: tuple[int, ...] = (bench.num_samples,)
+    reference_cut: tuple[int, ...] = (setup.num_samples,)
 
     def run(cut: tuple[int, ...]) -> Gradients:
-        work.next(f"{bench.precision_name}: {written(cut)}")
-        return gradients(bench, cut, weights=weights.of(cut, bench.samples))
+        work.next(f"{setup.precision_name}: {written(cut)}")
+        return gradients(setup, cut, weights=weights.of(cut, setup.samples))
 
     if first is None:
-        first = FirstPass.of(bench, lambda: _unless_out_of_memory(run, reference_cut))
+        first = FirstPass.of(setup, lambda: _unless_out_of_memory(run, reference_cut))
     reference, whole_watch = first.gradients, first.watch
     if reference is None:
-        release(bench.device)
+        release(setup.device)
         message = (
-            f"The full batch of {bench.num_samples} does not fit {bench.device}, so "
+            f"The full batch of {setup.num_samples} does not fit {setup.device}, so "
             "two ways to cut it are compared instead."
         )
         reference_cut, cuts = cuts[0], cuts[1:]
         reference = _unless_out_of_memory(run, reference_cut)
     if reference is None:
         raise DoesNotFitError(
-            f"A micro-batch of {max(reference_cut)} does not fit {bench.device}. "
+            f"A micro-batch of {max(reference_cut)} does not fit {setup.device}. "
             "Give a smaller one."
         )
     against = _Reference(
-        bench=bench,
+        setup=setup,
         gradients=reference,
         cut=reference_cut,
         vanishing=vanishing,
         is_proof=is_proof,
     )
-    with DetachWatch(bench.model) as watch:
+    with DetachWatch(setup.model) as watch:
         others = {cuts[0]: run(cuts[0])}
         checks = against.checks(others, message)
         # Above its ceiling no difference is rounding, and no further pass changes that.
-        ceiling = ceiling_of(bench, is_proof=is_proof)
+        ceiling = ceiling_of(setup, is_proof=is_proof)
         beyond = is_decided and not checks[cuts[0]].worst_relative_error <= ceiling
         if not beyond:
             others, message = _more_cuts(run, cuts[1:], others, message)
@@ -212,15 +212,15 @@ def run_round(
     # In the proof, another order of the samples is always tried. In other precisions rounding that
     # layers amplify is measured only if a check failed, because it takes more passes.
     if is_proof or not (beyond or _all_passed(checks)):
-        work.next(f"{bench.precision_name}: the samples in another order")
-        shuffled = reordered(bench, reference_cut, weights)
+        work.next(f"{setup.precision_name}: the samples in another order")
+        shuffled = reordered(setup, reference_cut, weights)
         if shuffled is not None and is_proof:
             order_error = against.check(shuffled, reference_cut).worst_relative_error
         if not beyond:
             checks = against.checks(others, message, shuffled=shuffled)
             if not is_decided and against.may_be_rounding(checks):
-                work.next(f"{bench.precision_name}: weights within one rounding")
-                rounded = rounded_otherwise(bench, reference_cut, weights)
+                work.next(f"{setup.precision_name}: weights within one rounding")
+                rounded = rounded_otherwise(setup, reference_cut, weights)
                 checks = against.checks(others, message, shuffled=shuffled, rounded=rounded)
     shown = next((cut for cut, one in checks.items() if not one.passed), cuts[0])
     unreached = tuple(
@@ -240,12 +240,12 @@ def run_round(
         detaching=detaching,
         detaching_at_times=tuple(name for name in watch.layers if name not in whole_watch.layers),
         unreached=unreached,
-        cut_off=_cut_off(bench, unreached, detaching),
-        vanishing=vanishing_in(bench, reference),
+        cut_off=_cut_off(setup, unreached, detaching),
+        vanishing=vanishing_in(setup, reference),
         drifts=_drifts(reference, others[cuts[0]]),
         num_losses=len(weights.counts),
-        drawn_by_host=bench.draws.by_host,
-        batch_changed=bench.draws.batch_changed,
+        drawn_by_host=setup.draws.by_host,
+        batch_changed=setup.draws.batch_changed,
     )
 
 
@@ -253,7 +253,7 @@ def run_round(
 class _Reference:
     """The gradients that others are compared with, and how."""
 
-    bench: CheckSetup
+    setup: CheckSetup
     gradients: Gradients
     cut: tuple[int, ...]
     vanishing: frozenset[str]
@@ -270,7 +270,7 @@ class _Reference:
     ) -> GradientCheck:
         """Compare with the gradients of another cut."""
         return check(
-            self.bench,
+            self.setup,
             self.gradients,
             other,
             shuffled=shuffled,
@@ -299,7 +299,7 @@ class _Reference:
     def may_be_rounding(self, checks: Mapping[tuple[int, ...], GradientCheck]) -> bool:
         """Whether some checks failed, and more rounding could explain each difference."""
         failed = [one for one in checks.values() if not one.passed]
-        highest = ceiling_of(self.bench, is_proof=True) if self.is_proof else math.inf
+        highest = ceiling_of(self.setup, is_proof=True) if self.is_proof else math.inf
         return bool(failed) and all(one.worst_relative_error <= highest for one in failed)
 
 
@@ -355,14 +355,14 @@ def _detaching(*watches: DetachWatch) -> tuple[str, ...]:
 
 
 def _cut_off(
-    bench: CheckSetup, unreached: Collection[str], detaching: Collection[str]
+    setup: CheckSetup, unreached: Collection[str], detaching: Collection[str]
 ) -> tuple[str, ...]:
     """Return the parameters that forward uses and that a layer keeps gradients from.
 
     A parameter whose gradient is zero for every batch, such as an added constant whose derivative
     vanishes, does not count.
     """
-    parameters, used = bench.parameters(), bench.draws.used
+    parameters, used = setup.parameters(), setup.draws.used
     return tuple(
         name
         for name in unreached
