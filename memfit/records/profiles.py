@@ -307,7 +307,16 @@ class MemoryProfile(Record):
     seconds: float
     torch_version: str
 
-    _derived: ClassVar[tuple[str, ...]] = ("bytes_per_sample", "fixed_bytes")
+    _derived: ClassVar[tuple[str, ...]] = (
+        "peak_reserved_bytes",
+        "bytes_per_sample",
+        "fixed_bytes",
+    )
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """The bytes that the allocator had taken at the peak, as `Trial` has them."""
+        return self.peak.reserved_bytes
 
     @property
     def bytes_per_sample(self) -> float | None:
