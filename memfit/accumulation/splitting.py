@@ -77,8 +77,9 @@ def micro_batches(
     """
     check_weight(weight)
     if not isinstance(plan, Plan):
+        given = repr(plan) if isinstance(plan, (int, str)) else f"a {type(plan).__name__}"
         raise UsageError(
-            f"micro_batches takes the Plan that memfit.plan returns, not {plan!r}. An Accumulator "
+            f"micro_batches takes the Plan that memfit.plan returns, not {given}. An Accumulator "
             "also takes a number of samples."
         )
     if plan.world_size > 1:

@@ -31,7 +31,7 @@ from memfit.cli.output import (
 )
 from memfit.cli.scripts import is_script, plan_script
 from memfit.cli.subjects import name_of, subject_of
-from memfit.cli.train_args import changes_for, given_by, require_models
+from memfit.cli.train_args import changes_for, given_by, is_typed, require_models
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
 from memfit.units import parse_count
@@ -142,6 +142,8 @@ def plan(
     if train_args is not None:
         read, given = given_by(train_args, context, given, models=models)
         models = (read.model,)
+        if not is_typed(context, "effective_batch_size"):
+            effective_batch_size = None  # train.py's own batch counts, not a project's default
         effective_batch_size = read.samples_per_step(effective_batch_size, world_size)
     require_models(models, effective_batch_size)
     if is_script(models):

@@ -50,6 +50,18 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
     assert "gpu t4" in result.stderr
 
 
+def test_the_batch_of_train_args_counts_before_a_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was typed overrides the project's file, also inside --train-args."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "[tool.memfit.plan]\neffective-batch = 64\n")
+    result = run("plan", "--train-args", "--model test_vit -b 48 --amp", "--gpu", "t4", "--json")
+    assert result.exit_code == 0, result.output
+    (plan,) = json.loads(result.stdout)["results"]
+    assert plan["effective_batch_size"] == 48, plan
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -76,7 +76,7 @@ def repeats(name: str) -> Iterator[None]:
             (
                 "its iterations never repeat what they allocate, so a few of them do not show "
                 "what all of them need (does the step choose at random what it runs, alternate, "
-                "or keep more in each iteration?)"
+                "or keep more in each iteration? Or does it loop over the samples of a batch?)"
             ),
         ) from error
 
