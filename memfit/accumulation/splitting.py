@@ -77,11 +77,7 @@ def micro_batches(
     """
     check_weight(weight)
     if not isinstance(plan, Plan):
-        given = repr(plan) if isinstance(plan, (int, str)) else f"a {type(plan).__name__}"
-        raise UsageError(
-            f"micro_batches takes the Plan that memfit.plan returns, not {given}. An Accumulator "
-            "also takes a number of samples."
-        )
+        raise _no_plan(plan)
     if plan.world_size > 1:
         _check_world(plan.world_size)
     rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
@@ -109,6 +105,14 @@ def micro_batches(
             is_last=index == len(sizes) - 1,
         )
         for index, (part, size, share) in enumerate(zip(parts, sizes, shares, strict=True))
+    )
+
+
+def _no_plan(given: object) -> UsageError:
+    shown = repr(given) if isinstance(given, (int, str)) else f"a {type(given).__name__}"
+    return UsageError(
+        f"micro_batches takes the Plan that memfit.plan returns, not {shown}. An Accumulator "
+        "also takes a number of samples."
     )
 
 
