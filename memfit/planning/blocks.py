@@ -23,6 +23,8 @@ from memfit.memory.restore import preserved
 from memfit.records import Action, Event
 from memfit.simulation.recomputation import Block, Moment, Recomputable
 from memfit.simulation.schedule import traced_id
+from memfit.simulation.tracing.flops import flops_of_call
+from memfit.simulation.tracing.refusals import META_ERRORS
 from memfit.simulation.tracing.semantics import META
 from memfit.step.calling import call_model
 from memfit.step.checkpointing import blocks_of
@@ -69,9 +71,6 @@ def _flops_of(step: TrainingStep, names: Sequence[str]) -> dict[str, int] | None
         The operations of one forward; `None` if the model needs values, which a trace gives it and
         a plain forward on the meta device does not.
     """
-    # It reads torch's operations when it is imported, and a plan without blocks needs none.
-    from torch.utils.flop_counter import flop_registry
-
     prepared = step.prepare(META)
     inputs, _ = prepared.make_batch(_FEW)
     flops = dict.fromkeys(("", *names), 0)
@@ -79,10 +78,9 @@ def _flops_of(step: TrainingStep, names: Sequence[str]) -> dict[str, int] | None
 
     def count(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
-        counted = flop_registry.get(getattr(func, "overloadpacket", None))
-        if counted is not None:
-            for name in dict.fromkeys(("", running[-1])):
-                flops[name] += int(counted(*args, **kwargs, out_val=result))
+        num_flops = flops_of_call(func, args, kwargs, result)
+        for name in dict.fromkeys(("", running[-1])):
+            flops[name] += num_flops
         return result
 
     with contextlib.ExitStack() as stack:
@@ -102,10 +100,8 @@ def _flops_of(step: TrainingStep, names: Sequence[str]) -> dict[str, int] | None
         stack.enter_context(dispatched(count))
         try:
             call_model(prepared.model, inputs)
-        except (NotImplementedError, RuntimeError, TypeError):
-            # What meta tensors raise if values are asked of them: masks and `.tolist()`, `.item()`
-            # and conditions, `.numpy()` and formats. The trace before this went through, so it is
-            # no mistake of the model.
+        except META_ERRORS:
+            # The trace before this gave the model its values, so it is no mistake of the model.
             return None
     return flops
 

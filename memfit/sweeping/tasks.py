@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry
 
 import memfit
 from memfit._torch_private import dispatched, plainly
@@ -23,6 +21,7 @@ from memfit.errors import MemfitError
 from memfit.planning import run_search
 from memfit.records import Precision, ProbeResult, StepOptions, SweepRow, Trial
 from memfit.rehearsal.engines import engine_for_several, source_of
+from memfit.simulation.tracing.flops import flops_of_call
 from memfit.simulation.tracing.outputs import outputs
 from memfit.step.calling import call_model
 from memfit.step.timm_models import import_timm
@@ -92,9 +91,7 @@ def _forward_flops(model: nn.Module, make_batch: Callable[[int], Any]) -> int | 
         nonlocal num_flops
         with plainly():
             result = outputs(func, args, kwargs)
-        formula = _flops_by_operation().get(func)
-        if formula is not None:
-            num_flops += formula(*args, **kwargs, out_val=result)
+        num_flops += flops_of_call(func, args, kwargs, result)
         return result
 
     # Some models need values in their forward pass. Their operations are not counted.
@@ -105,16 +102,6 @@ def _forward_flops(model: nn.Module, make_batch: Callable[[int], Any]) -> int | 
             call_model(model, inputs)
         return num_flops // _COUNTED_SAMPLES
     return None
-
-
-@functools.cache
-def _flops_by_operation() -> dict[Any, Callable[..., int]]:
-    return {
-        getattr(packet, overload): formula
-        for packet, formula in flop_registry.items()
-        # What is no ordinary operation (flex attention) has no overloads.
-        for overload in getattr(packet, "overloads", tuple)()
-    }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

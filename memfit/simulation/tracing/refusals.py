@@ -19,7 +19,15 @@ from memfit._torch_private import is_compiled
 from memfit.errors import NotSimulatedError
 from memfit.simulation.schedule import StreamsDifferError
 
-__all__ = ["explained", "refuse_compiled", "refuse_sparse"]
+__all__ = ["META_ERRORS", "explained", "refuse_compiled", "refuse_sparse"]
+
+META_ERRORS: Final = (NotImplementedError, RuntimeError, TypeError)
+"""What torch raises if a meta tensor is asked for values, which it does not have.
+
+`NotImplementedError` is for copies out of it (`.cpu()`, `.tolist()`) and for operations whose
+output has a size that depends on values (a mask as an index, `nonzero`). `RuntimeError` is for
+single numbers (`.item()`, a condition, `range`), and `TypeError` for NumPy and format strings.
+"""
 
 _TORCH: Final = Path(torch.__file__).parent
 # These must not match "metadata" or the "meta" of meta-learning.
@@ -51,9 +59,9 @@ def explained(model: nn.Module, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (NotImplementedError, RuntimeError, TypeError) as error:
+    except META_ERRORS as error:
         reason = _reason(model, error)
-        if reason is None:
+        if reason is None:  # an error of the user's own code has the same types
             raise
         raise NotSimulatedError.because(name, reason) from error
 
