@@ -299,11 +299,10 @@ def _timm_model(name: str, options: StepOptions, device: torch.device) -> nn.Mod
         # Filling a meta tensor does nothing, and takes time.
         with device, UnfilledWeights():
             return _created(name, options)
-    except (NotImplementedError, UsageError):
-        # Some models compute with tensors while they are built, and a meta tensor has no values: it
-        # raises NotImplementedError if it is copied, and RuntimeError for `.item()`, which
-        # `_created` takes for a wrong argument. Such models are built with values. An argument that
-        # is really wrong is refused again then.
+    except UsageError:
+        # Some models compute with tensors while they are built, and a meta tensor has no values.
+        # `_created` takes every error inside the model for a wrong argument. So the model is built
+        # with values, and an argument that is really wrong is refused again.
         return _created(name, options)
 
 
