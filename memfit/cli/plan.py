@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
+from memfit.cli.defaults import is_typed
 from memfit.cli.options import (
     Given,
     as_typed,
@@ -31,7 +32,7 @@ from memfit.cli.output import (
 )
 from memfit.cli.scripts import is_script, plan_script
 from memfit.cli.subjects import name_of, subject_of
-from memfit.cli.train_args import changes_for, given_by, is_typed, require_models
+from memfit.cli.train_args import changes_for, given_by, require_models
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.records import Objective, Plan, PlanSurvey
 from memfit.units import parse_count

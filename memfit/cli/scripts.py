@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from memfit.cli.asking import under_way
+from memfit.cli.defaults import is_typed
 from memfit.cli.options import Given
 from memfit.cli.output import check_writable, print_json, write
 from memfit.errors import UsageError
@@ -162,8 +162,7 @@ def _refuse_others(words: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
-        is_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if is_given and name not in allowed:
+        if is_typed(context, name) and name not in allowed:
             raise UsageError(
                 f"{parameter.opts[0]} cannot be given with a command after --: "
                 f"{words[0]!r} has its own options."

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from memfit.cli.defaults import is_typed
 from memfit.cli.options import Given
 from memfit.errors import UsageError
 from memfit.integrations.equal import equal_parts
 from memfit.integrations.train_args import TrainArguments, read_train_arguments
 from memfit.records import Plan
 
-__all__ = ["changes_for", "given_by", "is_typed", "require_models"]
+__all__ = ["changes_for", "given_by", "require_models"]
 
 
 def require_models(models: tuple[str, ...], effective_batch_size: Any) -> None:
@@ -51,11 +52,6 @@ def given_by(
             raise UsageError(f"--train-args has the step's options: leave {parameter.opts[0]} out.")
     read = read_train_arguments(text)
     return read, dataclasses.replace(given, step={**given.step, **dict(read.keywords)})
-
-
-def is_typed(context: click.Context, name: str) -> bool:
-    """Whether the user typed an option. It may also come from a project's defaults."""
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def changes_for(plan: Plan, read: TrainArguments) -> list[str]:
