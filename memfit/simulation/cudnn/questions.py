@@ -58,9 +58,10 @@ class Convolution:
     tries_plans: bool = False
     rank: int = 0
 
-    @property
-    def cublaslt_bytes(self) -> int | None:
-        """The workspace of the convolution as cuBLASLt's product of matrices.
+    def product_bytes(
+        self, input_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+    ) -> int | None:
+        """Return the workspace of the convolution as cuBLASLt's product of matrices.
 
         On a real device, cuDNN has engines that call cuBLASLt, and puts them first for most 1x1
         convolutions of NCHW tensors. They are not in the list for a card that is only described.
@@ -74,17 +75,13 @@ class Convolution:
             workspace is right up to 400 bytes for 89% of 2,340 kernels of 1x1 convolutions, and
             without this rule for 22%. What is wrong are mostly images of 7x7.
 
+        Args:
+            input_shape: The shape of the input, in place of the convolution's own. A search asks
+                for many, and a changed copy of the convolution would take longer.
+            weight_shape: The shape of the weight, likewise.
+
         Returns:
             Bytes; `None` if cuDNN takes another engine.
-        """
-        return self.product_bytes(self.input_shape, self.weight_shape)
-
-    def product_bytes(
-        self, input_shape: tuple[int, ...], weight_shape: tuple[int, ...]
-    ) -> int | None:
-        """Return `cublaslt_bytes` of such a convolution with other shapes.
-
-        A search asks many times, and a changed copy of the convolution would take longer.
         """
         is_pointwise = (
             not self.is_channels_last
