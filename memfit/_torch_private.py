@@ -114,8 +114,8 @@ NEEDS: Final = {
         "Probing, planning and profiling on a device of this machine still work (--device).",
     ),
 }
-_LAST: Final = {name: name.rpartition(".")[2] for name in NEEDS}
 """For each name, the purpose and what still works without it, as the error says."""
+_LAST: Final = {name: name.rpartition(".")[2] for name in NEEDS}  # read at every operation
 
 
 def _missing(name: str, needs: tuple[str, str]) -> UnsupportedError:

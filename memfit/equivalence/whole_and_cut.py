@@ -285,7 +285,7 @@ class _Reference:
     def checks(
         self,
         others: Mapping[tuple[int, ...], Gradients],
-        message: str | None = None,
+        message: str | None,
         *,
         shuffled: Gradients | None = None,
         rounded: Sequence[Gradients] = (),

@@ -19,7 +19,7 @@ from memfit.records import (
     ParameterDifference,
     Verdict,
 )
-from memfit.reports.equivalence_advice import advice, count_words, named
+from memfit.reports.equivalence_advice import advice, count_words, first_names
 from memfit.reports.tables import plain_table
 
 __all__ = ["cut_words", "render", "verdict_words"]
@@ -143,7 +143,7 @@ def _verdict(result: Equivalence) -> Text:
     if result.verdict is Verdict.DETACHED:
         cut_off = _counted(len(result.unreached), "parameter")
         return Text.assemble(
-            ("detached", "bold red"), f"{what}, {named(result.detaching)} cuts off {cut_off}"
+            ("detached", "bold red"), f"{what}, {first_names(result.detaching)} cuts off {cut_off}"
         )
     return Text.assemble(("differs", "bold red"), f"{what}, {_cause(result)}")
 
@@ -165,11 +165,11 @@ def _cause(result: Equivalence) -> str:
     if mixing:
         return f"{_who_mixes(mixing)} samples; {off}"
     if result.detaching:
-        return f"{named(result.detaching)} detaches; {off}"
+        return f"{first_names(result.detaching)} detaches; {off}"
     causes = [_SHORT[fault] for fault in result.faults if fault in _SHORT]
     moved = result.carried or result.stateful
     if GradientFault.CARRIES_STATE in result.faults and moved:
-        causes = [f"a forward pass changes {named(moved)} for the next"]
+        causes = [f"a forward pass changes {first_names(moved)} for the next"]
     return f"{' and '.join(causes)}; {off}" if causes else off
 
 
@@ -273,9 +273,11 @@ def _notes(result: Equivalence) -> list[str]:
             "micro-batch."
         )
     if result.unreached and result.verdict is not Verdict.DETACHED:
-        notes.append(f"No gradient reaches {named(result.unreached)}.")
+        notes.append(f"No gradient reaches {first_names(result.unreached)}.")
     if result.replayed:
-        notes.append(f"Random draws were replayed sample by sample in {named(result.replayed)}.")
+        notes.append(
+            f"Random draws were replayed sample by sample in {first_names(result.replayed)}."
+        )
     if result.draws_on_host:
         notes.append(
             "Python or NumPy drew random numbers. Every pass began with the same seed, so that a "
@@ -283,13 +285,13 @@ def _notes(result: Equivalence) -> list[str]:
         )
     if result.held_fixed:
         notes.append(
-            f"Random draws in {named(result.held_fixed)} had one value for all samples, because "
-            "memfit cannot tell which draw belongs to which sample."
+            f"Random draws in {first_names(result.held_fixed)} had one value for all samples, "
+            "because memfit cannot tell which draw belongs to which sample."
         )
     if result.changes_batch:
         notes.append("Forward changes the batch in place, so every pass got its own copy.")
     if result.switched_off:
-        notes.append(f"Randomness was switched off in {named(result.switched_off)}.")
+        notes.append(f"Randomness was switched off in {first_names(result.switched_off)}.")
     if result.num_jittered_samples:
         notes.append(
             f"{_counted(result.num_jittered_samples, 'sample')} were copies of others. memfit "

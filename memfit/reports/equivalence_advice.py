@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memfit.records import Equivalence, GradientFault, LossTerm, LossWeighting, MixesIn
 
-__all__ = ["advice", "count_words", "named"]
+__all__ = ["advice", "count_words", "first_names"]
 
 _EXPLAINED = 1e-4  # in float32: some weights give the whole gradient
 _NUM_NAMES = 4
@@ -60,9 +60,8 @@ def advice(result: Equivalence) -> list[str]:
             "within each sample, or accept the difference that is shown here."
         )
     if result.alternatives:
-        lines.append(
-            f"timm has these variants, which memfit did not check: {named(result.alternatives)}."
-        )
+        variants = first_names(result.alternatives)
+        lines.append(f"timm has these variants, which memfit did not check: {variants}.")
     lines += [_CAUSES[fault] for fault in result.faults if fault in _CAUSES]
     if GradientFault.ADDS_DIFFERENT_MEANS in result.faults:
         lines.append(
@@ -107,7 +106,7 @@ def count_words(term: LossTerm) -> str:
     return "samples" if term.weighting is LossWeighting.SAMPLES else term.weighting.value
 
 
-def named(names: tuple[str, ...]) -> str:
+def first_names(names: tuple[str, ...]) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(names[:_NUM_NAMES])
     return shown if len(names) <= _NUM_NAMES else f"{shown} and {len(names) - _NUM_NAMES} more"

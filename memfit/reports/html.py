@@ -18,6 +18,7 @@ from markupsafe import Markup
 __all__ = ["Page", "Panel", "bar_chart", "level", "line_chart", "render", "source_of"]
 
 _BASIC = {"scatter", "bar", "pie"}
+_FEW = 5  # batch sizes that an axis can name one by one
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +82,6 @@ def render(page: Page) -> str:
         plotly=Markup(_plotly(page)),  # noqa: S704 - see above
         data={panel.key: panel.data for panel in page.panels},
     )
-
-
-_FEW = 5
 
 
 def line_chart(

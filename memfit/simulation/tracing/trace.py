@@ -164,8 +164,8 @@ def trace_step(
 
     def record(choose: Choose) -> Recorded:
         nonlocal latest
-        latest = _Recording(prepare(), precision_policy, options, draws)
-        return latest.run(choose, watcher, name)
+        latest = _Recording(prepare(), precision_policy, options, draws, watcher)
+        return latest.run(choose, name)
 
     with repeats(name):
         schedule = settle(record, batch_sizes=batch_sizes, only_first=PLANS_TRIED)
@@ -194,21 +194,22 @@ class _Recording:
         precision_policy: MetaPrecision,
         options: TraceOptions,
         draws: Draws,
+        watcher: Watcher | None,
     ) -> None:
         self.prepared = prepared
         self._precision_policy = precision_policy
         self._options = options
         self._draws = draws
+        self._watcher = watcher
+        self.recorder = Recorder(options.kernels, watcher)
         self.semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
         self.depends_on_batch = False
-        self.recorder: Recorder
 
-    def run(self, choose: Choose, watcher: Watcher | None, name: str) -> Recorded:
+    def run(self, choose: Choose, name: str) -> Recorded:
         """Iterate the step for as long as a batch size is chosen, and record what it allocates."""
-        prepared, options = self.prepared, self._options
-        recorder = self.recorder = Recorder(options.kernels, watcher)
+        prepared, recorder, watcher = self.prepared, self.recorder, self._watcher
         with contextlib.ExitStack() as stack:
-            stack.enter_context(foreach_on_meta(enabled=options.uses_foreach))
+            stack.enter_context(foreach_on_meta(enabled=self._options.uses_foreach))
             stack.enter_context(functional_layer_open())
             stack.enter_context(regions_followed(self._precision_policy.autocast))
             # The collector must not free tensors at times that depend on earlier work of the
