@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from pinned import IS_PINNED
 from torch import nn
 
 import memfit
@@ -128,6 +129,8 @@ def test_the_allocators_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
         assert one.peak_requested_bytes == other.peak_requested_bytes
     reserved = [[trial.peak_reserved_bytes for trial in found] for found in (expandable, native)]
     assert reserved[0] != reserved[1]
+    if IS_PINNED:
+        assert reserved[0][sizes.index(64)] != reserved[1][sizes.index(64)]
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:maybe")
     with pytest.raises(UsageError, match="'maybe' is not a value"):
         memfit.estimate(MODEL, 64, gpu="3090")

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from pinned import IS_PINNED
 from timm.layers import set_fused_attn, use_fused_attn
 from torch import nn
 
@@ -92,7 +93,7 @@ def test_fused_attention_that_was_turned_off() -> None:
 def test_lines_meet_the_cards() -> None:
     """Lines share batch sizes and rise, and the largest batch is that of a probe.
 
-    Some releases of cuDNN take smaller workspaces for larger batches, so a line can dip a little.
+    Older releases of cuDNN take smaller workspaces for some larger batches, so a line can dip.
     """
     traces = TraceCache()
     cards = [find_gpu("rtx3090", total_bytes=size * GIB) for size in (1, 2)]
@@ -101,7 +102,8 @@ def test_lines_meet_the_cards() -> None:
     assert [size for size, _ in lines[0].points] == [size for size, _ in lines[1].points]
     for line, card in zip(lines, cards, strict=True):
         taken = [num_bytes for _, num_bytes in line.points]
-        assert all(later > 0.95 * earlier for earlier, later in itertools.pairwise(taken))
+        rises = 1 if IS_PINNED else 0.95
+        assert all(later >= rises * earlier for earlier, later in itertools.pairwise(taken))
         assert taken[-1] > 2 * taken[0]
         assert dict(line.points)[8] == taken[1]
         edge = line.max_batch_size
