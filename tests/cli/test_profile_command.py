@@ -47,6 +47,7 @@ def test_json_has_the_documented_keys() -> None:
         "schema_version", "subject", "device", "source", "options", "batch_size",
         "num_micro_batches", "capacity", "outcome", "message", "timeline", "peak", "blocks",
         "cards", "advice", "seconds", "torch_version", "bytes_per_sample", "fixed_bytes",
+        "peak_reserved_bytes",
     }  # fmt: skip
     documented = (Path(__file__).parents[2] / "docs" / "profile.md").read_text(encoding="utf-8")
     for record in (found, found["peak"], found["timeline"], found["blocks"][0], found["cards"][0]):
