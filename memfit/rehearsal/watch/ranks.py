@@ -74,14 +74,19 @@ def _scatter(given: dict[str, Any], rank: int, _size: int) -> None:
 
 
 def stay_alone(c10d: ModuleType, *, rank: int, world_size: int) -> None:
-    """Let a process group begin with this rank alone, when it is made from the environment.
+    """Let a process group begin with this rank alone, also with a store that the script makes.
 
     Args:
         c10d: The module `torch.distributed.distributed_c10d`.
         rank: This rank.
         world_size: The number of ranks.
     """
-    store = type("LoneStore", (_LoneStore, c10d.Store), {})()
+    lone_store = type("LoneStore", (_LoneStore, c10d.Store), {})
+    for module in (c10d, sys.modules.get("torch.distributed")):
+        for name in ("TCPStore", "FileStore"):
+            if hasattr(module, name):
+                setattr(module, name, lone_store)
+    store = lone_store()
 
     def rendezvous(_url: str, **_options: Any) -> Any:
         yield store, rank, world_size
@@ -90,10 +95,18 @@ def stay_alone(c10d: ModuleType, *, rank: int, world_size: int) -> None:
 
 
 class _LoneStore:
-    """The methods of a store in this process. What another rank would have set is zeros."""
+    """The methods of a store in this process. What another rank would have set is zeros.
 
-    def __init__(self) -> None:
+    Args:
+        host_name: The host of a `TCPStore`, or the file of a `FileStore`. Nothing is asked there.
+        port: The port of a `TCPStore`.
+        _options: What else a real store takes.
+    """
+
+    def __init__(self, host_name: str = "", port: int = 0, *_options: Any, **_named: Any) -> None:
         super().__init__()
+        self.host = host_name
+        self.port = port
         self._values: dict[str, bytes] = {}
         self._lock = threading.Lock()
 

@@ -1,6 +1,7 @@
 """Collectives of objects and of flags, in a world of which this process is one rank.
 
-It also trains a recurrent layer, for which cuDNN takes memory that it does not tell.
+Its first process group has a store of its own. It also trains a recurrent layer, for which cuDNN
+takes memory that it does not tell.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from torch import distributed
 
 def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        host_name="localhost", port=29511, world_size=world_size, is_master=rank == 0
+    )
+    distributed.init_process_group("nccl", store=store, rank=rank, world_size=world_size)
+    distributed.destroy_process_group()
     distributed.init_process_group("nccl")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     every: list[object] = [None] * world_size
