@@ -32,6 +32,7 @@ from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
 from memfit.accumulation.stepping import PlainStepping, Stepping
+from memfit.accumulation.sums import check_means
 from memfit.accumulation.uncounted import check_counted
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
@@ -87,6 +88,7 @@ class Accumulator:
 
     Raises:
         UsageError: An argument has a wrong type or value.
+        WorkloadError: The optimizer holds no parameter of the model, or needs a closure.
         UnsupportedError: The model's parameters are sharded over ranks.
     """
 
@@ -116,7 +118,8 @@ class Accumulator:
         self._terms = LossTerms(weight)
         self._rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
         self._layout: Layout | None = None
-        check_optimizer(optimizer)
+        self._device = device_of(model)
+        check_optimizer(optimizer, model)
         check_scheduler(scheduler)
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise UsageError(f"clip_grad_norm must be above 0, not {clip_grad_norm}.")
@@ -126,7 +129,6 @@ class Accumulator:
         if self._multiple_of < 1:
             raise UsageError(f"multiple_of must be at least 1, not {multiple_of}.")
         self._options = with_precision(options, precision)
-        self._device = device_of(model)
         self._ranks: Ranks = ranks_of(model)
         if isinstance(plan, Plan):
             check_ranks(plan, self._ranks)
@@ -138,6 +140,7 @@ class Accumulator:
             optimizer, scaler=scaler, scheduler=scheduler, clip_grad_norm=clip_grad_norm
         )
         self._size = self._planned_size
+        self._is_checked = False
         self._parameters: list[nn.Parameter] = []
         self._start = StepStart((model, loss)) if recover else None
         self._retries = RetryMonitor(self._device)
@@ -166,8 +169,8 @@ class Accumulator:
             The loss of the whole effective batch, over all ranks: one number, detached.
 
         Raises:
-            WorkloadError: The batch has no batch size, the loss is not one number, or it is NaN
-                because a micro-batch has no valid target.
+            WorkloadError: The batch has no batch size, the loss is not one number or is a sum
+                that is weighted as a mean, or it is NaN because a micro-batch has no valid target.
             DoesNotFitError: Not even a micro-batch of one sample fits. Buffers and random states
                 are as before the step, and `.grad` is None.
             RankFailedError: The step failed on another rank.
@@ -292,6 +295,9 @@ class Accumulator:
         with autocast(self._device, options.precision):
             outputs = call_model(self._model, inputs)
             losses = self._terms.losses(call_loss(self._loss, outputs, targets))
+        if not self._is_checked:
+            check_means(self._terms.meant(losses), outputs)
+            self._is_checked = True
         weighted = [
             loss * weight
             # A loss that averages over nothing is 0 / 0, and adds nothing to the batch's loss.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from memfit.accumulation.ranks import Ranks
 from memfit.errors import UsageError
 from memfit.records import Plan, PlanSurvey, Precision, StepOptions
-from memfit.step.optimizers import check_steps_alone, required_arguments
+from memfit.step.optimizers import check_steps_alone, check_steps_model, required_arguments
 
 __all__ = [
     "check_optimizer",
@@ -47,12 +47,12 @@ def check_ranks(plan: Plan, ranks: Ranks) -> None:
         )
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Refuse what is no single optimizer that steps on the gradients that are there.
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuse what is no single optimizer that steps the model on the gradients that are there.
 
     Raises:
         UsageError: The value has no parameter groups or no `step`.
-        WorkloadError: The optimizer's step needs a closure.
+        WorkloadError: The optimizer's step needs a closure, or it was made for another model.
     """
     if not (hasattr(optimizer, "param_groups") and callable(getattr(optimizer, "step", None))):
         several = ""
@@ -63,6 +63,7 @@ def check_optimizer(optimizer: object) -> None:
             f"{several}."
         )
     check_steps_alone(cast("Optimizer", optimizer))
+    check_steps_model(cast("Optimizer", optimizer), model)
 
 
 def check_scheduler(scheduler: object) -> None:

@@ -197,6 +197,11 @@ class LossTerms:
         check_losses(losses)
         return [loss.reshape(()) for loss in losses]
 
+    def meant(self, losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the losses that are weighted as means over samples."""
+        weights = self.weights * len(losses) if self._is_single else self.weights
+        return [one for one, each in zip(losses, weights, strict=True) if each == "samples"]
+
     def for_each(self, losses: Sequence[torch.Tensor], weights: Sequence[float]) -> Sequence[float]:
         """Return one weight for each loss, also where one weight is given for all losses."""
         return [weights[0]] * len(losses) if self._is_single else weights

@@ -16,7 +16,7 @@ from memfit.api.steps import Subject, check_accumulates, chooses_blocks
 from memfit.backends import Backend
 from memfit.cards import find_gpu
 from memfit.errors import UsageError
-from memfit.planning import PlanTarget, plan_on, uncounted
+from memfit.planning import PlanTarget, plan_on, remarks_on
 from memfit.planning import plan_together as together
 from memfit.records import Objective, Parallel, Plan, PlanAnswer, PlanSurvey, Precision
 from memfit.rehearsal.engines import engine_of
@@ -308,5 +308,5 @@ def _surveyed(
             for answer in answers
         ),
         source=source,
-        remarks=(*asked.remarks_on(gpus), *uncounted(asked.step, target)),
+        remarks=(*asked.remarks_on(gpus), *remarks_on(asked.step, target)),
     )

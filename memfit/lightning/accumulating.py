@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
+from memfit.accumulation.sums import check_means
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.equal import refuse_other_ranks
 from memfit.integrations.objects.step import replaced
@@ -98,6 +99,7 @@ class _Steps:
         self._own_zero_grad = module.optimizer_zero_grad
         self._own_transfer = getattr(module, _TRANSFER, None)
         self._is_checked = False
+        self._is_mean = False
 
     def transfer(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Leave a batch to train on in host memory, and move any other to the device."""
@@ -111,7 +113,8 @@ class _Steps:
         """Run forward and backward on all micro-batches but the last, and forward on that.
 
         Raises:
-            WorkloadError: The module's own step returned no loss.
+            WorkloadError: The module's own step returned no loss, or a sum that is weighted as a
+                mean.
         """
         module, trainer = self._module, self._module.trainer
         self._check(trainer)
@@ -126,6 +129,9 @@ class _Steps:
                     f"{type(module).__name__}.training_step must return the loss of each "
                     f"micro-batch, or a dictionary with 'loss', not {type(loss).__name__}."
                 )
+            if self._weight == "samples" and not self._is_mean:
+                check_means([loss], ())
+                self._is_mean = True
             loss = loss * part.weight
             if part.is_last:
                 # The earlier parts are numbers here: their gradients are there already.

@@ -7,7 +7,7 @@ This package decides the order of trials. `memfit.search` decides which batch si
 from __future__ import annotations
 
 from memfit.planning.alternatives import ChangeKind, StepChange, changes_of, explore_on
-from memfit.planning.planner import PlanTarget, plan_on, uncounted
+from memfit.planning.planner import PlanTarget, plan_on, remarks_on
 from memfit.planning.searching import SearchOptions, probe_on, run_search
 from memfit.planning.together import plan_together
 
@@ -21,6 +21,6 @@ __all__ = [
     "plan_on",
     "plan_together",
     "probe_on",
+    "remarks_on",
     "run_search",
-    "uncounted",
 ]

@@ -16,10 +16,14 @@ from memfit.planning.searching import SearchOptions, run_search, run_trial
 from memfit.records import Objective, Parallel, Plan, ProbeResult, Recomputation, Source, Trial
 from memfit.step.training_step import TrainingStep
 
-__all__ = ["PlanTarget", "as_rank", "plan_on", "uncounted"]
+__all__ = ["PlanTarget", "as_rank", "plan_on", "remarks_on"]
 
 # Batch norm may refuse fewer samples.
 _FEWEST = 2
+_ADDS_UP = (
+    "The loss is a sum (reduction='sum'), so the losses of micro-batches are added unweighted: "
+    "give the Accumulator weight='sum'. Trainers that divide by the steps change its gradient."
+)
 _NOTHING_AGAIN = "It fits without recomputing any block, so none was chosen."
 
 
@@ -168,21 +172,24 @@ def as_rank(step: TrainingStep, target: PlanTarget, backend: Backend) -> Trainin
     return dataclasses.replace(step, options=ranked)
 
 
-def uncounted(step: TrainingStep, target: PlanTarget) -> tuple[str, ...]:
-    """Return a remark if there are several ranks and trials of a step are of a process alone.
+def remarks_on(step: TrainingStep, target: PlanTarget) -> tuple[str, ...]:
+    """Return what a user of any plan for this step and this target has to know.
 
     Args:
         step: The step that was tried.
         target: The target of the plan.
     """
+    remarks = []
+    if step.sums_samples and target.effective_batch_size > 1:
+        remarks.append(_ADDS_UP)
     if target.world_size == 1 or step.options.parallel is not None:
-        return ()
-    remark = (
+        return tuple(remarks)
+    remarks.append(
         f"Trials were of one process alone. What {target.world_size} ranks add on each of them is "
         "not counted: DistributedDataParallel's buckets are as large as all gradients. A "
         "rehearsal counts them (--parallel ddp)."
     )
-    return (remark,)
+    return tuple(remarks)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,7 +414,7 @@ class _Planner:
             samples_per_second=parts.samples_per_second,
             trials=tuple(self._trials),
             environment=self._backend.environment,
-            remarks=(*remarks, *parts.remarks, *uncounted(step, target)),
+            remarks=(*remarks, *parts.remarks, *remarks_on(step, target)),
             seconds=time.perf_counter() - self._start,
             torch_version=torch.__version__,
         )

@@ -17,7 +17,7 @@ import torch
 from memfit import partition, search
 from memfit.backends import Backend
 from memfit.errors import DoesNotFitError, UsageError
-from memfit.planning.planner import PlanTarget, as_rank, uncounted
+from memfit.planning.planner import PlanTarget, as_rank, remarks_on
 from memfit.planning.searching import run_search, run_trial
 from memfit.records import Capacity, Objective, Plan, ProbeResult, RankPart, Source, Trial
 from memfit.step.training_step import TrainingStep
@@ -214,7 +214,7 @@ class _Together:
             peak_reserved_bytes=first.peak_reserved_bytes,
             samples_per_second=None,
             trials=first.trials,
-            remarks=(*remarks, *uncounted(card.step, target)),
+            remarks=(*remarks, *remarks_on(card.step, target)),
             ranks=ranks,
             seconds=time.perf_counter() - self._start,
             torch_version=torch.__version__,

@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 
 from memfit.errors import WorkloadError
 
-__all__ = ["check_steps_alone", "required_arguments", "stepped_by", "without_closure"]
+__all__ = [
+    "check_steps_alone",
+    "check_steps_model",
+    "required_arguments",
+    "stepped_by",
+    "without_closure",
+]
 
 
 def check_steps_alone(optimizer: Optimizer) -> None:
@@ -37,6 +43,20 @@ def check_steps_alone(optimizer: Optimizer) -> None:
     if not is_sam and "closure" not in required_arguments(optimizer.step):
         return
     raise _needs_closure(optimizer)
+
+
+def check_steps_model(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that would not change the model.
+
+    Raises:
+        WorkloadError: The optimizer was made for another model.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for parameter in stepped_by(optimizer)):
+        raise WorkloadError(
+            "The optimizer holds no parameter of the model. Make it from this model: "
+            f"{type(optimizer).__name__}(model.parameters(), ...)."
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ measure them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,13 @@ class TrainingStep:
         if isinstance(self.subject, Workload) and isinstance(self.subject.optimizer, Optimizer):
             return self.subject.optimizer
         return None
+
+    @property
+    def sums_samples(self) -> bool:
+        """Whether the user's loss says that it adds samples up (`reduction="sum"`)."""
+        loss = self.subject.loss if isinstance(self.subject, Workload) else None
+        given = loss.keywords if isinstance(loss, functools.partial) else {}
+        return given.get("reduction", getattr(loss, "reduction", None)) == "sum"
 
     @property
     def live_tensors(self) -> tuple[torch.Tensor, ...]:

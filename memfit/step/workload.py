@@ -23,7 +23,7 @@ from memfit.step.batches import Layout
 from memfit.step.calling import split_batch
 from memfit.step.made_batches import check_made
 from memfit.step.meta_copy import without_values
-from memfit.step.optimizers import check_steps_alone, stepped_by
+from memfit.step.optimizers import check_steps_alone, check_steps_model
 
 __all__ = ["OptimizerFactory", "Workload"]
 
@@ -96,9 +96,7 @@ class Workload:
             )
         if isinstance(self.optimizer, Optimizer):
             check_steps_alone(self.optimizer)
-            own = {id(parameter) for parameter in self.model.parameters()}
-            if not any(id(parameter) in own for parameter in stepped_by(self.optimizer)):
-                raise WorkloadError("The optimizer holds no parameter of the model.")
+            check_steps_model(self.optimizer, self.model)
         if not callable(self.batch):
             self._example_layout.certain()
         else:

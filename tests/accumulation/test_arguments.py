@@ -81,6 +81,19 @@ def test_optimizers_that_ask_for_the_loss_again_are_refused(make: Any) -> None:
         Workload(model, batch, F.cross_entropy, make(model.parameters()))
 
 
+@pytest.mark.parametrize("recover", [True, False])
+def test_an_optimizer_of_another_model_is_refused(recover: bool) -> None:
+    """It would train nothing. The sentence is that of a workload."""
+    model, other = nn.Linear(8, 3), nn.Linear(8, 3)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    says = r"holds no parameter of the model. Make it from this model: SGD\(model.parameters"
+    with pytest.raises(WorkloadError, match=says):
+        Accumulator(model, optimizer, 4, loss=F.cross_entropy, recover=recover)
+    batch = (torch.randn(8, 8), torch.randint(3, (8,)))
+    with pytest.raises(WorkloadError, match=says):
+        Workload(model, batch, F.cross_entropy, optimizer)
+
+
 class AsksWhenItSteps(Optimizer):
     """Nothing but an error in its step tells that it needs a closure."""
 

@@ -44,6 +44,22 @@ def test_what_fits_whole_is_one_step() -> None:
     assert (found.max_micro_batch_size, found.edge_found) == (64, False)
 
 
+def test_a_loss_that_is_a_sum_is_told() -> None:
+    """Without the remark, the plan's user would weigh it as a mean."""
+
+    def remarks(reduction: str) -> str:
+        model = nn.Linear(8, 3)
+        batch = (torch.randn(8, 8), torch.randint(3, (8,)))
+        loss = nn.CrossEntropyLoss(reduction=reduction)
+        workload = memfit.Workload(model, batch, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+        found = memfit.plan(workload, 16, gpu="any", memory="1GiB", max_batch_size=8)
+        assert isinstance(found, memfit.Plan)
+        return " ".join(found.remarks)
+
+    assert "give the Accumulator weight='sum'" in remarks("sum")
+    assert "sum" not in remarks("mean")
+
+
 class Pooled(nn.Module):
     """Pools each channel to one value and normalises it, so it needs at least two samples."""
 
