@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from memfit.errors import MemfitError, WorkloadError
 from memfit.records import Action, Event
 from memfit.simulation.schedule import (
     Schedule,
@@ -103,9 +104,11 @@ def settle(
 
     try:
         recorded = record(in_turn)
-    except Exception:
-        # A model may refuse a batch if it keeps a tensor of a batch of another size.
-        if not num_done:
+    except Exception as error:
+        # A model may refuse a batch if it keeps a tensor of a batch of another size. Such an error
+        # can have any type. If it has another cause, it comes again below, with one size, and is
+        # raised there.
+        if not num_done or not _may_come_from_the_size(error):
             raise
     else:
         warm, other = recorded.iterations
@@ -128,6 +131,11 @@ def settle(
             "samples in each."
         )
     return steps.repeated(recorded.setup, only_first)
+
+
+def _may_come_from_the_size(error: Exception) -> bool:
+    """Whether an error is the user's own; `WorkloadError` explains some of those."""
+    return isinstance(error, WorkloadError) or not isinstance(error, MemfitError)
 
 
 def _plain(

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 
+from memfit.errors import NotSimulatedError, WorkloadError
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import CachingAllocator
 from memfit.simulation.schedule import StepSchedule, StreamsDifferError, traced_id
@@ -55,13 +56,37 @@ class Step:
         return Iteration(batch_size=batch_size, run=tuple(events), update=())
 
 
-def settled(step: Step) -> StepSchedule:
+def settled(
+    step: Step,
+    *,
+    error: Exception | None = None,
+    fails_always: bool = False,
+    runs: list[int] | None = None,
+) -> StepSchedule:
+    """Settle a step.
+
+    Args:
+        step: The step.
+        error: What its second iteration raises if its batch has another size.
+        fails_always: The second iteration raises it with a batch of any size.
+        runs: How many iterations each run from the beginning began is added to this.
+    """
     weights = Event(action=Action.ALLOC, id=1, num_bytes=WEIGHTS, origin="model")
+    runs = [] if runs is None else runs
 
     def record(choose: Choose) -> Recorded:
         fresh = copy.deepcopy(step)
         iterations: list[Iteration] = []
+        runs.append(0)
         while (batch_size := choose(iterations)) is not None:
+            runs[-1] += 1
+            is_second = len(iterations) == 1
+            if (
+                error is not None
+                and is_second
+                and (fails_always or iterations[0].batch_size != batch_size)
+            ):
+                raise error
             iterations.append(fresh.iterate(batch_size))
         return Recorded(setup=(weights,), iterations=tuple(iterations))
 
@@ -121,6 +146,23 @@ def test_iterations_that_never_repeat_are_an_error() -> None:
     """Here every second iteration does something else."""
     with pytest.raises(StreamsDifferError, match="No two of 6 iterations"):
         settled(Step(0, extra_at=(1, 3, 5)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size"), KeyError("rows"), WorkloadError("kept")])
+def test_a_batch_of_another_size_that_is_refused(error: Exception) -> None:
+    """A model that keeps the last batch may refuse the next one, with an error of any type."""
+    assert peak_and_rest(settled(Step(1), error=error), 100) == peak_and_rest(settled(Step(1)), 100)
+
+
+@pytest.mark.parametrize(
+    ("error", "num_runs"), [(RuntimeError("a bug"), 2), (NotSimulatedError("a value"), 1)]
+)
+def test_errors_that_have_another_cause(error: Exception, num_runs: int) -> None:
+    """They are raised as they came. memfit's own do not depend on the last batch's size."""
+    runs: list[int] = []
+    with pytest.raises(type(error), match=str(error)):
+        settled(Step(1), error=error, fails_always=True, runs=runs)
+    assert runs == [2] * num_runs
 
 
 def test_renamed_allocations_are_known_by_their_traced_id() -> None:
