@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -152,6 +152,16 @@ class CudnnPlans:
         properties = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
         return self._cudnn.create_device_properties(json.dumps(properties))
 
+    @functools.cached_property
+    def _new_graph(self) -> Callable[..., Any]:
+        """What makes a graph: the frontend's compiled class, or its class in Python.
+
+        Newer frontends have the latter. It makes the former, and takes as much time again.
+        """
+        compiled = getattr(self._cudnn, "_pybind_module", None)
+        made: Callable[..., Any] = getattr(compiled, "backend_graph", self._cudnn.pygraph)
+        return made
+
     def workspace_bytes(self, convolution: Convolution) -> int | None:
         """Return the workspace of the plan that is taken, or of the largest plan that is tried.
 
@@ -203,7 +213,7 @@ class CudnnPlans:
         """Return the graph of one convolution, with its plans in the order of the heuristics."""
         cudnn = self._cudnn
         dtype = getattr(cudnn.data_type, _DTYPES[convolution.dtype])
-        graph = cudnn.pygraph(
+        graph = self._new_graph(
             io_data_type=dtype,
             intermediate_data_type=cudnn.data_type.FLOAT,
             compute_data_type=cudnn.data_type.FLOAT,

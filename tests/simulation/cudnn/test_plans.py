@@ -65,6 +65,20 @@ def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, 
 
 
 @needs_cudnn
+@pytest.mark.parametrize("kernel", ConvolutionKernel)
+def test_the_compiled_graph_answers_as_the_frontends_own(kernel: ConvolutionKernel) -> None:
+    """With TF32 and without, for the plan that is taken and for those that are tried."""
+    import cudnn
+
+    for settings in ({}, {"allows_tf32": False, "is_deterministic": True}):
+        compiled, in_python = plans(**settings), plans(**settings)
+        in_python.__dict__["_new_graph"] = cudnn.pygraph
+        for tries in (False, True):
+            asked = dataclasses.replace(question(kernel), tries_plans=tries)
+            assert compiled.workspace_bytes(asked) == in_python.workspace_bytes(asked)
+
+
+@needs_cudnn
 def test_settings_leave_plans_out() -> None:
     """Without TF32 the filter's gradient takes another plan."""
     assert plans().workspace_bytes(question()) != plans(allows_tf32=False).workspace_bytes(
