@@ -6,11 +6,13 @@ Their states have 8 or 4 bits for each number, or lie in pages that the driver m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from torch import nn
@@ -26,6 +28,9 @@ _WITH_BITS: Final = re.compile(r"(paged)?_?([a-z]+?)_?(8|4)_?bit")
 # It lacks what `torch.optim.Optimizer` sets up, and steps on the CPU.
 _OF_THE_HOST: Final = "CPUOffloadOptimizer"
 _WHY: Final = "its own kernels run on a GPU only"
+# Loggers that warn of torchao's own affairs when it is imported: torch's, of a call that torchao
+# makes and torch holds for outdated, and its own, of kernels that it has for another torch.
+_WARN_AT_IMPORT: Final = ("torch.utils._pytree", "torchao")
 
 
 def is_packaged(name: str) -> bool:
@@ -125,6 +130,24 @@ def _classes_of(package: str) -> list[str]:
 
 def _optimizers_of(package: str) -> Any:
     try:
-        return importlib.import_module(f"{package}.optim")
+        with _without_lines_of(*_WARN_AT_IMPORT):
+            return importlib.import_module(f"{package}.optim")
     except (ImportError, OSError, RuntimeError) as error:
         raise UsageError(f"{package} cannot be imported: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_lines_of(*names: str) -> Iterator[None]:
+    """Drop what some loggers write in the block. Levels and handlers stay as the user set them."""
+
+    def drop(_record: logging.LogRecord) -> bool:
+        return False
+
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(drop)

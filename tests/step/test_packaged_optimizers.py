@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,3 +51,31 @@ def test_a_simulation_offers_the_rehearsal() -> None:
     """Their kernels run on a GPU only."""
     with pytest.raises(NotSimulatedError, match=r"own kernels run on a GPU only\. Rehearse it"):
         memfit.estimate("test_vit", 2, gpu="rtx3060", optimizer="bitsandbytes.Lion8bit")
+
+
+def test_what_a_package_logs_when_it_is_imported_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torchao makes torch warn. Before and after, both log as the user set them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").touch()
+    (tmp_path / "torchao" / "optim.py").write_text(
+        "import logging, torch\n"
+        "logging.getLogger('torch.utils._pytree').warning('outdated')\n"
+        "class AdamW8bit(torch.optim.AdamW): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    logger = logging.getLogger("torch.utils._pytree")
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.addHandler(caplog.handler)
+    try:
+        check_optimizer_name("torchao.AdamW8bit")
+        assert not caplog.records
+        logger.warning("afterwards")
+    finally:
+        logger.removeHandler(caplog.handler)
+        monkeypatch.delitem(sys.modules, "torchao.optim", raising=False)
+        monkeypatch.delitem(sys.modules, "torchao", raising=False)
+    assert {record.getMessage() for record in caplog.records} == {"afterwards"}
