@@ -51,6 +51,10 @@ class Role:
 
 _SHARED: Final = Role(Kind.SHARED)
 _ENTRIES: Final = Role(Kind.ENTRIES)
+_IMAGE_DIMS: Final = 3
+_MOST_CHANNELS: Final = 4
+_FEWEST_OBJECTS: Final = 3
+_FEWEST_IMAGES: Final = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +93,9 @@ def roles_of(
         UsageError: The rules name a part that the batch does not have.
     """
     reader = _Reader(rules.by_path(batch), rules.num_inputs)
+    strange = _list_of_samples(batch, reader.said)
+    if strange is not None:
+        raise WorkloadError(strange)
     if num_samples is not None:
         tried = [num_samples]
     else:
@@ -194,7 +201,8 @@ class _Reader:
             readings.append(_ENTRIES)
         if is_told:
             return readings
-        if self.lists_are_arguments and path in self._argument_lists:
+        is_argument_list = self.lists_are_arguments and path in self._argument_lists
+        if is_argument_list and not _look_like_samples(first.values):
             readings = []
         if any(container.keys != first.keys for container in containers):
             return readings
@@ -231,6 +239,36 @@ def _are_alike(values: Sequence[Any]) -> bool:
         if value is not None
     }
     return len(kinds) <= 1
+
+
+def _look_like_samples(values: Sequence[Any]) -> bool:
+    """Whether the entries of a list may be samples and not arguments: objects or images."""
+    if all(isinstance(value, torch.Tensor) or is_array(value) for value in values):
+        return all(value.ndim == _IMAGE_DIMS and len(value) <= _MOST_CHANNELS for value in values)
+    kinds = {
+        None if container is None else (type(value), container.keys)
+        for value in values
+        for container in [opened(value)]
+    }
+    return len(kinds) == 1 and None not in kinds
+
+
+def _list_of_samples(batch: Any, said: Mapping[str, int | None]) -> str | None:
+    """Return a sentence about a batch that is a list of samples in place of inputs and targets."""
+    if said or not isinstance(batch, (list, tuple)) or hasattr(batch, "_fields"):
+        return None
+    are_tensors = any(isinstance(value, torch.Tensor) or is_array(value) for value in batch)
+    # A batch may have two alike dictionaries, or query, key and value.
+    fewest = _FEWEST_IMAGES if are_tensors else _FEWEST_OBJECTS
+    if len(batch) < fewest or not (_are_alike(batch) and _look_like_samples(batch)):
+        return None
+    kind = type(batch).__name__
+    return (
+        f"The batch is a {kind} of {len(batch)} entries of the same kind, and memfit reads the "
+        f"elements of a {kind} as inputs and targets. If each of them is a sample, give the {kind} "
+        f"as the only input: (batch,), with {told(ROOT + '[0]', 0)}. If not, give batch_dims for "
+        "one of them."
+    )
 
 
 def _square(batch: Any, role: Role, size: int, said: Mapping[str, int | None]) -> str | None:

@@ -94,9 +94,11 @@ def picked(value: Any, dim: int, rows: Sequence[int]) -> Any:
 
 def _picked_sequences(packed: PackedSequence, rows: Sequence[int]) -> PackedSequence:
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
-    was_sorted = packed.sorted_indices is None
+    picked_lengths = lengths[list(rows)]
+    # Sequences that were packed as sorted may be picked in an order that is not.
+    is_sorted = packed.sorted_indices is None and bool((picked_lengths.diff() <= 0).all())
     return pack_padded_sequence(
-        padded[list(rows)], lengths[list(rows)], batch_first=True, enforce_sorted=was_sorted
+        padded[list(rows)], picked_lengths, batch_first=True, enforce_sorted=is_sorted
     )
 
 

@@ -178,11 +178,28 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     if len(counted) > 2:  # noqa: PLR2004 - a graph's nodes and edges, say
         advice = f"give {_CUT}; to search, a function of the batch size is enough"
     else:
-        advice = f"give {told(odd, None)} if that part belongs to all samples, or {_CUT}"
+        instead = _other_dimension(batch, odd, usual)
+        advice = f"give {told(odd, None)} if that part belongs to all samples, {instead}or {_CUT}"
     return (
         f"The batch's leading dimensions differ: {first[0]} has {first[1]} and "
         f"{second[0]} has {second[1]}; {advice}."
     )
+
+
+def _other_dimension(batch: Any, path: str, size: int) -> str:
+    """Return what to give if another dimension of a part counts the samples, as text."""
+    part = dict(_named_parts(batch, ROOT)).get(path)
+    shape = tuple(getattr(part, "shape", ()))
+    dims = [dim for dim, length in enumerate(shape) if length == size]
+    return f"{told(path, dims[0])} if dimension {dims[0]} counts them, " if len(dims) == 1 else ""
+
+
+def _named_parts(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield path, value
+    container = None if is_part(value) else opened(value)
+    if container is not None:
+        for key, inner in zip(container.keys, container.values, strict=True):
+            yield from _named_parts(inner, path + key)
 
 
 def _parts_of(

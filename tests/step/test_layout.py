@@ -180,6 +180,18 @@ def test_packed_sequences_are_cut() -> None:
     assert placed.data.data_ptr() != batch[0].data.data_ptr()
 
 
+def test_sequences_that_were_packed_as_sorted_are_picked_in_any_order() -> None:
+    """Their order may then be another, and the layers still give each its own state."""
+    sequences = [torch.full((length, 2), float(length)) for length in (5, 3, 3, 1)]
+    batch = (pack_sequence(sequences), torch.arange(4))
+    layout = Layout.of(batch)
+    part, labels = layout.reordered(batch, [3, 0, 2])
+    assert pad_packed_sequence(part)[1].tolist() == [1, 5, 3]
+    assert labels.tolist() == [3, 0, 2]
+    assert layout.reordered(batch, [0, 3])[0].sorted_indices is None
+    assert int(layout.resized(batch, 6)[0].batch_sizes[0]) == 6
+
+
 def test_a_list_of_arguments_is_no_list_of_samples() -> None:
     """It is a list of inputs or targets, and may have as many entries as there are rows."""
     batch = ([torch.zeros(2, 3), torch.ones(2, 3)], [torch.zeros(2), torch.ones(2)])
@@ -214,6 +226,58 @@ def test_as_many_boxes_as_channels_are_refused() -> None:
     assert Layout.of(DETECTION, told).num_samples == 6
     fewer = [{"boxes": torch.zeros(2, 4)} for _ in range(6)]
     assert Layout.of((DETECTION[0], fewer), BatchRules(num_inputs=2)).num_samples == 6
+
+
+def labelled_images(batch_size: int) -> list[Any]:
+    return [(torch.zeros(3, 8, 8), index) for index in range(batch_size)]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        labelled_images(7),
+        [{"image": torch.zeros(3, 8, 8), "label": torch.tensor(1)} for _ in range(7)],
+        [torch.zeros(3, 8, 8) for _ in range(7)],
+        [Pair(torch.zeros(8), torch.tensor(1)) for _ in range(7)],
+    ],
+)
+def test_a_batch_that_is_a_list_of_samples(samples: list[Any]) -> None:
+    """A loader that collates nothing gives such lists. They are never cut by channel."""
+    with pytest.raises(WorkloadError, match=r"list of 7 entries of the same kind.* \(batch,\)"):
+        Layout.of(samples)
+    with pytest.raises(WorkloadError, match=r"as 7 samples \(batch\[0\]\) or as [38] "):
+        Layout.of((samples,))
+    layout = Layout.of((samples,), BatchRules(dims={"batch[0]": 0}))
+    layout.certain()
+    assert layout.num_samples == 7
+    assert layout.is_one_each(0)
+    (part,) = layout.take((samples,), 2, 5)
+    assert len(part) == 3
+
+
+def test_a_function_that_makes_lists_of_samples() -> None:
+    """Two batch sizes show what the entries are."""
+    layout = Layout.of((labelled_images(7),), num_samples=7, other=((labelled_images(8),), 8))
+    (part,) = layout.take((labelled_images(7),), 0, 4)
+    assert [label for _, label in part] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ([torch.zeros(7, 3, 8, 8), torch.zeros(7, 3, 4, 4)],),
+        ([torch.zeros(7, 5), torch.zeros(7, 5)],),
+        ([{"ids": torch.zeros(7, 5)}, {"ids": torch.zeros(7, 5)}], torch.zeros(7)),
+        ({"ids": torch.zeros(7, 5)}, {"ids": torch.zeros(7, 5)}),
+        (torch.zeros(7, 5, 2), torch.zeros(7, 5, 2), torch.zeros(7, 5, 2)),
+    ],
+)
+def test_views_and_pairs_are_no_lists_of_samples(batch: Any) -> None:
+    """Crops, views, and two alike dictionaries each hold all samples."""
+    layout = Layout.of(batch)
+    layout.certain()
+    assert layout.num_samples == 7
+    assert all(len(leaf) == 2 for leaf in leaves_of(layout.take(batch, 0, 2)))
 
 
 def test_two_batches_tell_what_one_does_not() -> None:
@@ -260,6 +324,10 @@ class Opaque:
                 r"batch\[0\]\[0\] has 4 and batch\[0\]\[1\] has 6; give batch_dims="
                 r"\{'batch\[0\]\[1\]': None\} if that part belongs to all samples, or cut=function"
             ),
+        ),
+        (
+            (torch.zeros(5, 7, 8), torch.zeros(7)),
+            r"to all samples, batch_dims=\{'batch\[0\]': 1\} if dimension 1 counts them, or",
         ),
         (
             GRAPH,
