@@ -226,13 +226,13 @@ def dispatched(handle: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) ->
             Operations that it calls run normally.
     """
 
-    def dispatch(
-        _mode: Any, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def dispatch(_mode: Any, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return handle(func, args, kwargs or {})
 
     base = _find("torch.utils._python_dispatch.TorchDispatchMode")
-    mode: Any = type("Dispatching", (base,), {"__torch_dispatch__": dispatch})
+    # torch keeps its compiler out of such functions, with two more calls for each operation.
+    plain = {"__torch_dispatch__": dispatch, "_should_skip_dynamo": lambda: False}
+    mode: Any = type("Dispatching", (base,), plain)
     with mode():
         yield
 

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 import memfit
 from memfit import _torch_private
-from memfit._torch_private import NEEDS
+from memfit._torch_private import NEEDS, dispatched
 from memfit.errors import UnsupportedError
 
 PYTREE = "torch.utils._pytree"
@@ -241,3 +242,17 @@ def test_no_other_module_imports_a_private_name_of_torch() -> None:
                 continue
             found += [f"{path.name}: {name}" for name in names if name.startswith("_")]
     assert found == []
+
+
+def test_torchs_compiler_has_no_part_in_a_trace() -> None:
+    """torch would wrap each call of a dispatch mode, which takes time and loads the compiler."""
+    frames: list[str] = []
+
+    def handle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frames.extend(frame.filename for frame in traceback.extract_stack())
+        return func(*args, **kwargs)
+
+    with dispatched(handle):
+        torch.ones(2).add(1)
+    assert frames
+    assert not [name for name in frames if "_dynamo" in name or name.endswith("_compile.py")]

@@ -48,7 +48,7 @@ class CardSizes:
         self._is_rough = is_rough
         self._numbers: dict[Hashable, int] = {}
         self._needs_of: dict[Program, _Numbered] = {}
-        self._sizes: dict[tuple[int, int], int] = {}
+        self._sizes: dict[tuple[int, int | None], int] = {}
 
     def of(self, program: Program, batch_size: int) -> list[int]:
         """Return the bytes of each different need of a program, at a batch size."""
@@ -59,10 +59,12 @@ class CardSizes:
         found = []
         for number, event, recorded in needs:
             asked = nearby if event.need.is_slow else batch_size
-            num_bytes = self._sizes.get((number, asked))
+            # What does not grow is found once for all batch sizes.
+            key = number, asked if any(event.growth) else None
+            num_bytes = self._sizes.get(key)
             if num_bytes is None:
                 num_bytes = event.bytes_after(asked - recorded, self.gpu)
-                self._sizes[number, asked] = num_bytes
+                self._sizes[key] = num_bytes
             found.append(num_bytes * batch_size // asked)
         return found
 

@@ -28,6 +28,8 @@ _FILLS = frozenset(
     )
 )
 _ARITHMETIC = frozenset((torch.Tensor.mul_, torch.Tensor.add_, torch.Tensor.clamp_))
+# A meta tensor has no values, and PyTorch's own functions would check the arguments in Python.
+_CONSTANTS = frozenset((torch.Tensor.fill_, torch.Tensor.zero_))
 _LARGE = 2**14  # elements; smaller ones cost nothing, and may be more than weights
 
 
@@ -43,6 +45,8 @@ class UnfilledWeights(TorchFunctionMode):
             filled = args[0] if args else keywords["tensor"]
             if filled.is_meta or (filled.is_floating_point() and filled.numel() >= _LARGE):
                 return filled
+        elif func in _CONSTANTS and args and args[0].is_meta:
+            return args[0]
         elif func is torch.Tensor.to and _is_moved_weight(*args, **keywords):
             return torch.empty_like(args[0], device=args[1])
         return func(*args, **keywords)

@@ -34,6 +34,15 @@ def test_small_tensors_and_whole_numbers_are_filled() -> None:
         assert torch.zeros(2**15, dtype=torch.long).add_(3).min() == 3
 
 
+def test_meta_tensors_are_returned_unfilled_and_others_are_filled() -> None:
+    """A constant is a value too, so a meta tensor does not need it."""
+    with UnfilledWeights():
+        nothing = torch.empty(2**15, device="meta")
+        assert nothing.zero_() is nothing.fill_(3) is nothing
+        assert torch.empty(2**15).fill_(3).eq(3).all()
+        assert torch.ones(2**15).zero_().eq(0).all()
+
+
 @pytest.mark.gpu
 def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> None:
     """It takes the same bytes there, and what may be more than weights has its values."""

@@ -10,7 +10,6 @@ because training that works has no infinities and no NaNs.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten, aten_if_there, storage_id
+from memfit.simulation.tracing.by_operation import once_per_operation
 
 __all__ = ["NOTHING", "KnownValues", "mapped"]
 
@@ -58,12 +58,13 @@ class KnownValues:
         self.num_answers = 0
         self._index = aten("index.Tensor")
         self._item = aten("_local_scalar_dense.default")
+        # By id, because an operation's own hash is slow. None of them ever ends.
         self._finite = {
-            aten_if_there(f"{name}.default"): answer
+            id(aten_if_there(f"{name}.default")): answer
             for name, answer in (("isnan", False), ("isinf", False), ("isfinite", True))
         }
         self._compares = {
-            aten_if_there(f"{name}.{kind}"): name == "ne"
+            id(aten_if_there(f"{name}.{kind}")): name == "ne"
             for name in ("eq", "ne")
             for kind in ("Scalar", "Tensor")
         }
@@ -137,10 +138,10 @@ class KnownValues:
 
     def _note_finite(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> None:
         """Note that a tensor is finite, in each way in which a program can ask for it."""
-        answer = self._finite.get(func)
-        if answer is None and func in self._compares:
+        answer = self._finite.get(id(func))
+        if answer is None and id(func) in self._compares:
             one, other = args[:2]
-            is_different = self._compares[func]
+            is_different = self._compares[id(func)]
             if one is other:
                 answer = not is_different
             elif isinstance(other, float) and not math.isfinite(other):
@@ -271,19 +272,19 @@ def _on_meta(value: Any) -> Any:
     return type(value)(map(_on_meta, value)) if isinstance(value, (tuple, list)) else value
 
 
-@functools.cache
+@once_per_operation
 def _reads_values(func: Any) -> bool:
     """Whether an operation cannot be run without values."""
     tags = set(func.tags)
     return bool(tags & {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
-@functools.cache
+@once_per_operation
 def _is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
-@functools.cache
+@once_per_operation
 def _writes(func: Any) -> bool:
     """Whether an operation writes to its arguments: its name ends with `_`, or it has an `out`."""
     name, _, overload = func.__name__.partition(".")

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten_if_there
+from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.remembered import Remembered
 
 __all__ = ["outputs"]
@@ -40,9 +41,14 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    quick = None if kwargs else _quick().get(func)
+    quick = None if kwargs else _quick_of(func)
     result = None if quick is None else quick(*args)
     return func(*args, **kwargs) if result is None else result
+
+
+@once_per_operation
+def _quick_of(func: Any) -> Callable[..., Any] | None:
+    return _quick().get(func)
 
 
 @functools.cache
@@ -53,7 +59,7 @@ def _quick() -> dict[Any, Callable[..., Any]]:
     return found
 
 
-@functools.cache
+@once_per_operation
 def _writes_lists(func: Any) -> bool:
     """Whether it writes to lists of tensors, as `_foreach_add_` does, and returns nothing."""
     name: str = func.__name__.partition(".")[0]

@@ -29,6 +29,7 @@ from memfit._torch_private import (
 from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
 from memfit.simulation.needs import Need, NeedEvent
+from memfit.simulation.tracing.by_operation import name_of
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
@@ -79,7 +80,8 @@ class Recorder:
         self.has_tf32 = False
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
-        self._written_in_backward = {aten_if_there(name) for name in _WRITTEN_IN_BACKWARD} - {None}
+        written = (aten_if_there(name) for name in _WRITTEN_IN_BACKWARD)
+        self._written_in_backward = frozenset(id(func) for func in written if func is not None)
         self._known = KnownValues()
         self._is_closed = False
         self._residents: list[Event] = []
@@ -99,7 +101,7 @@ class Recorder:
         if func is self._add and self._accumulates_in_place(*args):
             return args[0]
         result = self._known.answer(func, args, kwargs)
-        if result is NOTHING and func in self._written_in_backward and _is_backward():
+        if result is NOTHING and id(func) in self._written_in_backward and _is_backward():
             # Under a dispatch mode, autograd writes these gradients to a new tensor. Without one it
             # writes to the zeros that it has just made (`index_backward` and others in
             # torch/csrc/autograd/FunctionsManual.cpp: areAnyTensorSubclassLike).
@@ -119,7 +121,7 @@ class Recorder:
                 made = [outputs[index] for index in line.indices] if line.indices else outputs
                 for output in made:
                     if isinstance(output, torch.Tensor):
-                        self._see(output, func, args)
+                        self._see(output, name_of(func), args)
             elif isinstance(line, Drop):
                 for name in line.names:
                     self._give_back(taken.pop(name, None))
@@ -199,7 +201,7 @@ class Recorder:
         """Write the name of a phase that begins."""
         self._write(Action.USER_DEFINED, 0, 0, name)
 
-    def _see(self, tensor: torch.Tensor, origin: Any, args: tuple[Any, ...] = ()) -> None:
+    def _see(self, tensor: torch.Tensor, origin: str, args: tuple[Any, ...] = ()) -> None:
         if tensor.layout is not torch.strided:
             raise NotSimulatedError.because(
                 "This step", f"{origin} makes a sparse tensor, whose bytes depend on values"
@@ -224,7 +226,7 @@ class Recorder:
                 watcher.freed(number)
 
         self._references[number] = weakref.ref(storage, ended)
-        self._write(Action.ALLOC, number, num_bytes, str(origin))
+        self._write(Action.ALLOC, number, num_bytes, origin)
         if watcher is not None:
             watcher.allocated(number, tensor, args)
 

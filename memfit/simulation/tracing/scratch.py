@@ -21,6 +21,7 @@ from memfit.simulation.tracing.attention_scratch import (
     efficient_forward,
     flash_backward,
 )
+from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.norm_scratch import (
     batch_norm,
     batch_norm_backward,
@@ -85,6 +86,7 @@ def torch_release() -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@once_per_operation
 def scratch_of(func: Any) -> _Rule | None:
     """Return the function that knows the script of an operation, if there is one."""
     return _rules().get(func)

@@ -82,7 +82,8 @@ class CudaSemantics(TorchFunctionMode):
             if answer is not None:
                 self._told_of_card = True
                 return answer
-        elif self._told_of_card:
+            return func(*args)
+        if self._told_of_card:
             args, kwargs = mapped(on_meta, (args, kwargs))
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
             # The meta device has no generator, and draws no random numbers.
