@@ -80,8 +80,9 @@ def save_held(
 
     Args:
         modules: The modules. The modules inside them are saved too.
-        others: Other objects. Only the optimizers, tensors and arrays that they hold are saved. The
-            counters and lists of a function are not, because a loss may count its calls.
+        others: Other objects. Only optimizers, tensors and arrays are saved, and lists, queues and
+            dictionaries of them. The counters of a function are not, because a loss may count its
+            calls.
         apart: Tensors that the caller saves and puts back itself.
 
     Returns:
@@ -124,11 +125,19 @@ class _Notes:
                 self.take(value, package)
 
     def take_tensors(self, value: object) -> None:
-        """Save an optimizer, or the tensors and arrays among an object's attributes."""
-        if isinstance(value, Optimizer):
+        """Save an optimizer, a tensor, a container of tensors, or an object's own tensors."""
+        if isinstance(value, Optimizer) or _is_array(value):
             self.take(value)
             return
+        if isinstance(value, (dict, list, deque)):
+            self._restores.append(_refilling_tensors(value))
+            for inner in filter(_is_array, _entries(value)):
+                self.take(inner)
+            return
         attributes = getattr(value, "__dict__", {})
+        for inner in attributes.values():
+            if isinstance(inner, (dict, list, deque)):
+                self.take_tensors(inner)
         held = {name: inner for name, inner in attributes.items() if _is_array(inner)}
         if held:
             self._restores.append(lambda: attributes.update(held))
@@ -284,6 +293,25 @@ def _refilling(
         (container.update if isinstance(container, set) else container.extend)(members)
 
     return fill_again
+
+
+def _refilling_tensors(
+    container: dict[Any, Any] | list[Any] | deque[Any],
+) -> Callable[[], None]:
+    """Return a function that gives a container its items back, if some are or were tensors."""
+    refill = _refilling(container)
+    had_tensors = any(map(_is_array, _entries(container)))
+
+    def refill_tensors() -> None:
+        # A memory bank may be empty when the first step begins.
+        if had_tensors or any(map(_is_array, _entries(container))):
+            refill()
+
+    return refill_tensors
+
+
+def _entries(container: dict[Any, Any] | list[Any] | deque[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
 
 
 def _are_same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:

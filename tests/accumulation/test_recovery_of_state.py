@@ -180,6 +180,34 @@ class Centred:
         return self(outputs, targets)
 
 
+class Banked:
+    """A loss that is an object but no module, and keeps the last means in a list."""
+
+    def __init__(self) -> None:
+        self.bank: list[torch.Tensor] = []
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return one number."""
+        self.bank.append(outputs.detach().mean(0))
+        return F.cross_entropy(outputs - torch.stack(self.bank).mean(0), targets)
+
+
+def with_bank() -> Callable[..., torch.Tensor]:
+    bank: collections.deque[torch.Tensor] = collections.deque(maxlen=3)
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        bank.append(outputs.detach().mean(0))
+        return F.cross_entropy(outputs - torch.stack([*bank]).mean(0), targets)
+
+    return loss
+
+
+def with_centre(outputs: torch.Tensor, targets: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(outputs - centre, targets)
+    centre.lerp_(outputs.detach().mean(0), 0.5)
+    return loss
+
+
 def around(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda outputs, targets: 2 * loss(outputs, targets)
 
@@ -201,6 +229,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Callable[..., torch
     "an adversary in a function": (plain, lambda: around(Adversary())),
     "a method of an object": (plain, lambda: Centred().method),
     "a partial of an object": (plain, lambda: functools.partial(Centred().method)),
+    "a partial with a tensor": (
+        plain,
+        lambda: functools.partial(with_centre, centre=torch.zeros(3)),
+    ),
+    "a bank in a function": (plain, with_bank),
+    "a bank of an object": (plain, Banked),
 }
 
 
