@@ -1,4 +1,4 @@
-"""Published accuracies of timm's pretrained weights on ImageNet.
+"""Published accuracies of timm's pretrained weights on ImageNet, and the weights' licences.
 
 The figures are in `accuracies.csv` beside this module; its first lines say where they come from and
 when. `benchmarks/accuracies.py` makes the file. Nothing here measures, and nothing is downloaded.
@@ -24,11 +24,13 @@ class Accuracy(Record):
         model: The model's name with the tag of its weights.
         image_size: The side of the images in pixels, as evaluated.
         top1_percent: Right first answers on the 50,000 images of ImageNet's validation set.
+        licence: The licence of the weights, as timm names it.
     """
 
     model: str
     image_size: int
     top1_percent: float
+    licence: str
 
     @property
     def architecture(self) -> str:
@@ -47,6 +49,7 @@ def _read() -> tuple[str, tuple[Accuracy, ...]]:
             model=row["model"],
             image_size=int(row["image_size"]),
             top1_percent=float(row["top1_percent"]),
+            licence=row["licence"],
         )
         for row in rows
     )

@@ -83,6 +83,8 @@ def _data(sweep: Sweep) -> dict[str, Any]:
         "parameters": [row.num_parameters for row in firsts],
         "flops": [row.forward_flops for row in firsts],
         "top1": [None if known is None else known.top1_percent for known in accuracies],
+        "weights": [None if known is None else known.model for known in accuracies],
+        "licence": [None if known is None else known.licence for known in accuracies],
         "largest": of_cards("max_batch_size"),
         "recommended": of_cards("recommended_batch_size"),
         "peak": of_cards("peak_bytes"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 
+from memfit.accuracies import accuracies, best_of
 from memfit.cards import COMMON_GPUS
 from memfit.records import Sweep
 from memfit.reports.sweep_page import _data, page
@@ -18,7 +19,7 @@ from reports.test_sweep_report import FAILED, ROW, SWEEP
 __all__ = ["browser"]
 
 MOST_BYTES = 3_000_000
-MOST_MILLISECONDS = 2000
+MOST_SECONDS = 2
 PHONE, DESKTOP = 390, 1400
 
 
@@ -53,6 +54,12 @@ def opened(browser: Any, path: Path, width: int = DESKTOP) -> Any:
     return browser
 
 
+def seconds_used(browser: Any) -> float:
+    """Return the CPU seconds that the page's thread has taken so far."""
+    metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    return float(next(each["value"] for each in metrics if each["name"] == "TaskDuration"))
+
+
 def names(browser: Any) -> list[str]:
     script = "return [...document.querySelectorAll('#body td button')].map((b) => b.textContent)"
     found: list[str] = browser.execute_script(script)
@@ -75,11 +82,23 @@ def test_all_of_timm_is_small(written: Path) -> None:
     assert "default-src 'none'" in text
 
 
+def test_each_accuracy_has_the_licence_of_its_weights() -> None:
+    """It is the one that timm names."""
+    for each in accuracies()[::50]:
+        config = timm.models.get_pretrained_cfg(each.model)
+        assert each.licence == (config.license or "unknown")
+
+
 @needs_browser
 def test_it_opens_fast_filters_and_sorts(browser: Any, written: Path) -> None:
     """Search, the filters, the columns and the command of a model."""
+    # The page's own seconds, because other processes may have the cores.
+    browser.get("about:blank")
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    before = seconds_used(browser)
     drawn = opened(browser, written)
-    assert int(drawn.execute_script("return document.body.dataset.drawn")) < 5 * MOST_MILLISECONDS
+    assert seconds_used(drawn) - before < MOST_SECONDS
+    assert drawn.execute_script("return document.body.dataset.drawn")
     points = "return document.querySelectorAll('#scatter .point').length"
     everything = drawn.execute_script(points)
     assert everything > 500
@@ -94,6 +113,14 @@ def test_it_opens_fast_filters_and_sorts(browser: Any, written: Path) -> None:
     )
     assert few == 500
     put(drawn, "parameters", "")
+    put(drawn, "licence", "cc-by-nc-4.0")
+    shown = names(drawn)
+    assert shown
+    assert {best.licence for name in shown if (best := best_of(name))} == {"cc-by-nc-4.0"}
+    drawn.execute_script("document.querySelector('#body button').click()")
+    words = drawn.execute_script("return document.getElementById('chosen-words').textContent")
+    assert words.endswith("licence: cc-by-nc-4.0.")
+    put(drawn, "licence", "")
     by_name = "document.querySelector('#head button').click()"
     drawn.execute_script(by_name)
     assert names(drawn) == sorted(names(drawn))
@@ -142,7 +169,7 @@ def test_why_a_model_does_not_fit_is_the_chosen_cards_reason(browser: Any, tmp_p
     put(drawn, "card", "3")
     drawn.execute_script("document.querySelector('#body button').click()")
     words = drawn.execute_script("return document.getElementById('chosen-words').textContent")
-    assert words == f"{COMMON_GPUS[3]}: {ROW.model} does not fit {COMMON_GPUS[3]}."
+    assert words.startswith(f"{COMMON_GPUS[3]}: {ROW.model} does not fit {COMMON_GPUS[3]}. ")
 
 
 @needs_browser

@@ -54,6 +54,9 @@
   fill(at("step"), data.steps);
   at("step-label").hidden = data.steps.length < 2;
   [...new Set(data.family)].sort().forEach((name) => at("family").append(element("option", name)));
+  const licences = [...new Set(data.licence)].filter(Boolean).sort();
+  licences.forEach((name) => at("licence").append(element("option", name)));
+  at("licence-label").hidden = licences.length < 2;
   SIZES.forEach((size) => {
     const option = element("option", `${size} M`);
     option.value = size * 1e6;
@@ -62,10 +65,11 @@
   const card = () => Number(at("card").value);
 
   const chosen = () => {
-    const [step, family, most, least] = ["step", "family", "parameters", "least"].map((id) => at(id).value);
+    const [step, family, most, least, licence] = ["step", "family", "parameters", "least", "licence"].map((id) => at(id).value);
     const words = at("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     return all.filter((i) => data.step[i] === Number(step)
       && (!family || data.family[i] === family)
+      && (!licence || data.licence[i] === licence)
       && (!most || (data.parameters[i] !== null && data.parameters[i] <= Number(most)))
       && (Number(least) <= 1 || (data.largest[card()][i] || 0) >= Number(least))
       && words.every((word) => data.model[i].toLowerCase().includes(word)));
@@ -136,6 +140,7 @@
     { key: "sample", name: "a sample", value: (i) => data.sample[card()][i], text: (i) => number(data.sample[card()][i], bytes), isNumber: true },
     { key: "parameters", name: "parameters", value: (i) => data.parameters[i], text: (i) => number(data.parameters[i], (v) => `${(v / 1e6).toFixed(1)} M`), isNumber: true },
     { key: "flops", name: "forward", value: (i) => data.flops[i], text: (i) => number(data.flops[i], (v) => `${(v / 1e9).toFixed(1)} GFLOP`), isNumber: true },
+    { key: "licence", name: "licence", value: (i) => data.licence[i] },
   ].filter((column) => column.key !== "size" || data.size.some((size) => size.length));
   columns.forEach((column) => {
     const head = element("th", undefined, column.isNumber ? "number" : undefined);
@@ -208,9 +213,10 @@
     const i = current;
     const largest = data.largest[card()][i];
     at("chosen-name").textContent = data.model[i];
-    at("chosen-words").textContent = largest === null
+    const weights = data.weights[i] === null ? "" : ` Top-1 of the weights ${data.weights[i]}, licence: ${data.licence[i]}.`;
+    at("chosen-words").textContent = (largest === null
       ? `${data.cards[card()]}: ${data.reason[card()][i] || "does not fit"}`
-      : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`;
+      : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`) + weights;
     at("command").textContent = `memfit plan ${data.model[i]} --gpu "${data.cards[card()]}" --effective-batch 256 ${data.options[i]}`;
   };
   at("copy").addEventListener("click", async () => {
