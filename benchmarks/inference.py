@@ -1,7 +1,7 @@
 """How right `evaluate` is, against timm's published inference benchmarks of three cards.
 
     python benchmarks/inference.py --data FILE [--engine simulate|rehearse] [--sample N] [--seed S]
-                                   [--rows FILE] [--torch RELEASE] [--fast-norm]
+                                   [--rows FILE] [--torch RELEASE]
 
 FILE is a table with the columns model, gpu, torch, memory_format, precision, compiled, image_size,
 batch_size_that_fit and batch_size_that_failed. timm's benchmark starts at 1024 and steps down a
@@ -15,6 +15,10 @@ whatever the table says. docs/accuracy.md says how to read the output. With --ro
 is kept for each row, and a run that was interrupted goes on where it stopped. --torch takes the
 rows of one release only, so that it can run with the timm of that time: put it first in PYTHONPATH
 (1.0.9 for torch 2.4, 1.0.24 for torch 2.9).
+
+Some runs had norms that compute in half precision (`--fast-norm`). The table does not say which,
+but bytes do: without it, rows of such a run need more than the card has at the size that fitted.
+It is one switch for a whole run of hundreds of rows (`_NORMS_IN_HALF`).
 """
 
 from __future__ import annotations
@@ -52,16 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
     parser.add_argument("--torch", metavar="RELEASE", help="only rows of it, such as 2.4")
-    parser.add_argument(
-        "--fast-norm",
-        action="store_true",
-        help="norms compute in half precision (--fast-norm of timm's benchmark)",
-    )
     arguments = parser.parse_args()
-    if arguments.fast_norm:
-        import timm
-
-        timm.layers.set_fast_norm(True)
     start = time.perf_counter()
     warnings.filterwarnings("ignore")
     tasks = _tasks(arguments.data, arguments.sample, arguments.seed)
@@ -154,7 +149,12 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
 
 
 _CAPACITY: dict[str, int] = {}
-
+# The runs with --fast-norm.
+_NORMS_IN_HALF = frozenset(
+    {
+        ("RTX 4090", "2.9.1", "nchw"),
+    }
+)
 
 _INFERENCE_MODE_SINCE = "2.9"
 
@@ -165,7 +165,7 @@ class _trials:  # noqa: N801 - used as a function
     def __init__(self, row: dict[str, str], engine: str) -> None:
         import torch
         from inference_ladders import Images
-        from inference_loops import InputsMadeOnce, refusals_of
+        from inference_loops import InputsMadeOnce, compute_norms_in_half, refusals_of
 
         from memfit.api.cards import Cards
         from memfit.api.steps import describe
@@ -173,6 +173,8 @@ class _trials:  # noqa: N801 - used as a function
         from memfit.cards import find_gpu
         from memfit.records import Engine
 
+        self._is_half = _run_of(row) in _NORMS_IN_HALF
+        compute_norms_in_half(self._is_half)
         self._step = describe(
             row["model"],
             precision="amp-fp16",
@@ -183,7 +185,10 @@ class _trials:  # noqa: N801 - used as a function
         )
         self._images = Images(int(row["image_size"]), is_last=row["memory_format"] == "nhwc")
         key = "|".join(
-            (row["model"], row["image_size"], row["memory_format"], str(self._step.options.no_grad))
+            (
+                *(row[name] for name in ("model", "image_size", "memory_format")),
+                f"{self._step.options.no_grad} {self._is_half}",
+            )
         )
         if _BACKENDS.get("key") != key:
             if "cards" in _BACKENDS:
@@ -227,7 +232,9 @@ class _trials:  # noqa: N801 - used as a function
 
         most = None if self.refusal is None else self.refusal.most_samples
         if not isinstance(self._card, SimulatedBackend):
-            found: int = self._card.call(rehearsed_rung, self._step, rungs, self._images, most)
+            found: int = self._card.call(
+                rehearsed_rung, self._step, rungs, self._images, most, self._is_half
+            )
             return found
         gpu = self._card.gpu
         return simulated_rung(

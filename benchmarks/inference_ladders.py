@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from inference_loops import compute_norms_in_half
 
 from memfit.records import Action
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
@@ -159,9 +160,15 @@ class _Attempt:
 
 
 def rehearsed_rung(
-    _backend: Any, step: TrainingStep, rungs: Sequence[int], images: Images, most: int | None
+    _backend: Any,
+    step: TrainingStep,
+    rungs: Sequence[int],
+    images: Images,
+    most: int | None,
+    has_half_norms: bool,
 ) -> int:
     """Return the first batch size of a ladder that fits on this process's card, or 0."""
+    compute_norms_in_half(has_half_norms)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     for batch_size in rungs:

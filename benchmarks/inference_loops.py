@@ -21,7 +21,7 @@ from memfit.simulation.tracing.convolutions import is_depthwise
 from memfit.simulation.tracing.trace import StepTrace
 from memfit.step.training_step import TrainingStep
 
-__all__ = ["InputsMadeOnce", "Refusal", "refusals_of"]
+__all__ = ["InputsMadeOnce", "Refusal", "compute_norms_in_half", "refusals_of"]
 
 # CUDA's limit on the second and third dimension of a grid. Both attention kernels count samples
 # there (pytorch/pytorch#146704).
@@ -33,6 +33,18 @@ _EFFICIENT_IN_CHUNKS = (2, 8)
 _MOST_ELEMENTS = 2**31 - 2
 _LARGE_TO_CUDNN = (2, 8)
 _MADE_BY = ("aten.randn.default", "aten.randint.default")
+
+
+def compute_norms_in_half(is_half: bool) -> None:
+    """Let the norms of models made from now on compute in autocast's type, or not.
+
+    An old timm gets the one function of a new one that memfit calls.
+    """
+    import timm
+
+    if not hasattr(timm.optim, "list_optimizers"):
+        timm.optim.list_optimizers = lambda *_, **__: ["adamw"]
+    timm.layers.set_fast_norm(is_half)
 
 
 @dataclasses.dataclass(frozen=True)

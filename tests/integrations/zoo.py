@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import tempfile
 import warnings
 from typing import Any
 
 import torch
+from accumulation.parts import plan_of
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 from torch.utils.data import DataLoader, TensorDataset
+
+from memfit.records import Precision, StepOptions
 
 IMAGE_SIZE, NUM_CLASSES = 64, 5
 LIGHTNING = {"fp32": "32-true", "amp-bf16": "bf16-mixed", "amp-fp16": "16-mixed"}
@@ -198,6 +202,30 @@ def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments:
     transformers_trainer(batch_size, device="cuda", **kinds, **arguments).train()
 
 
+def train_accelerate(batch_size: int, *, precision: str = "fp32") -> None:
+    """Accumulate two micro-batches in each step, with objects that Accelerate prepared."""
+    import accelerate
+
+    from memfit.accelerate import Accumulator
+
+    options = StepOptions(accumulate=True, precision=Precision(precision))
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision.removeprefix("amp-").replace("fp32", "no")
+    )
+    net = Net()
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    accumulator = Accumulator(
+        accelerator,
+        model,
+        optimizer,
+        dataclasses.replace(plan_of(2 * batch_size, batch_size), options=options),
+        loss=nn.CrossEntropyLoss(),
+        recover=False,
+    )
+    for batch in DataLoader(images(6 * batch_size), batch_size=2 * batch_size):
+        accumulator.step(batch)
+
+
 def train_timm(batch_size: int, *, precision: str = "fp32") -> None:
     """Train as train.py does: its loader, its scaler and its order of calls."""
     import timm
@@ -232,6 +260,7 @@ def trains(_backend: Any, *arguments: Any) -> bool:
         "lightning": train_lightning,
         "transformers": train_transformers,
         "evaluation": evaluate_lightning,
+        "accelerate": train_accelerate,
         "timm": train_timm,
     }[name]
     try:
