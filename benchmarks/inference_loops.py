@@ -40,7 +40,7 @@ def compute_norms_in_half(is_half: bool) -> None:
 
     An old timm gets the one function of a new one that memfit calls.
     """
-    import timm
+    import timm.optim
 
     if not hasattr(timm.optim, "list_optimizers"):
         timm.optim.list_optimizers = lambda *_, **__: ["adamw"]

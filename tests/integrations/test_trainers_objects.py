@@ -59,9 +59,7 @@ def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, d
         )
         return read.model, dict(read.keywords)
     if name == "accelerate":
-        workload = memfit.Workload(
-            zoo.Net(), zoo.images(4).tensors, torch.nn.CrossEntropyLoss(), "adamw"
-        )
+        workload = memfit.Workload(zoo.Net(), zoo.images(4).tensors, zoo.Fp32Loss(), "adamw")
         return workload, {"accumulate": True, "precision": precision.value}
     if name == "fastai":
         return zoo.in_precision(zoo.learner(), precision.value), {}
@@ -120,7 +118,9 @@ def test_so_it_is_in_mixed_precision_and_other_loops(
 ) -> None:
     """fastai's `fit`, with its scaler too, and the order of calls in timm's train.py."""
     made, beside = subject(name, precision=Precision(precision))
-    asked = Asked.of(made, **{"memory": "1GiB", "headroom": 0.0, **beside})
+    # The default headroom lets the search come from below, so the edge lives off no retries.
+    headroom = {"headroom": 0.0} if name not in ("accelerate", "lightning") else {}
+    asked = Asked.of(made, memory="1GiB", **headroom, **beside)
     found = probe_on(cards.open(card, asked.memory_bytes, asked.step), asked.step, asked.search)
     assert found.options.precision.value == precision
     sizes = found.max_batch_size, found.max_batch_size + 1

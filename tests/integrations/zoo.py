@@ -202,6 +202,14 @@ def train_transformers(batch_size: int, *, precision: str = "fp32", **arguments:
     transformers_trainer(batch_size, device="cuda", **kinds, **arguments).train()
 
 
+class Fp32Loss(nn.CrossEntropyLoss):
+    """Converts its scores first, as a model that Accelerate has prepared does."""
+
+    def forward(self, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss of scores in any precision."""
+        return super().forward(scores.float(), targets)
+
+
 def train_accelerate(batch_size: int, *, precision: str = "fp32") -> None:
     """Accumulate two micro-batches in each step, with objects that Accelerate prepared."""
     import accelerate
