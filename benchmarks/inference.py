@@ -72,7 +72,11 @@ def main() -> None:
         tasks = [
             [row for row in task if row["torch"].startswith(arguments.torch)] for task in tasks
         ]
-    rows = list(_rows(tasks, arguments.engine, arguments.rows))
+    try:
+        rows = list(_rows(tasks, arguments.engine, arguments.rows))
+    finally:
+        if "cards" in _BACKENDS:
+            _BACKENDS["cards"].__exit__()
     report(rows, arguments.engine)
     print(f"{len(tasks)} models and layouts in {time.perf_counter() - start:.0f} s")
 
@@ -227,14 +231,10 @@ class _trials:  # noqa: N801 - used as a function
             )
         )
         if _BACKENDS.get("key") != key:
-            if "cards" in _BACKENDS:
-                _BACKENDS.pop("cards").__exit__()
-            _BACKENDS.update(
-                key=key,
-                cards=Cards(Engine(engine)).__enter__(),
-                traces=InputsMadeOnce(),
-                step=self._step,
-            )
+            _BACKENDS.update(key=key, traces=InputsMadeOnce(), step=self._step)
+        if "cards" not in _BACKENDS:
+            # One process rehearses all rows, because each start takes seconds.
+            _BACKENDS["cards"] = Cards(Engine(engine)).__enter__()
         self._step = _BACKENDS["step"]
         self._traces = _BACKENDS["traces"]
         if engine == "simulate":

@@ -43,9 +43,7 @@ MORE_CASES = [
     pytest.param("timm", "a100-40gb", "amp-bf16"),
     pytest.param("timm", "rtx3060", "fp32"),
     pytest.param("transformers", "a100-40gb", "amp-fp16", marks=TRANSFORMERS),
-    pytest.param("lightning", "rtx3060", "amp-fp16", marks=LIGHTNING),
     pytest.param("accelerate", "rtx3060", "amp-fp16", marks=ACCELERATE),
-    pytest.param("accelerate", "a100-40gb", "fp32", marks=ACCELERATE),
 ]
 
 
@@ -60,7 +58,7 @@ def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, d
         return read.model, dict(read.keywords)
     if name == "accelerate":
         workload = memfit.Workload(zoo.Net(), zoo.images(4).tensors, zoo.Fp32Loss(), "adamw")
-        return workload, {"accumulate": True, "precision": precision.value}
+        return workload, {"accumulate": True, "precision": precision.value, "headroom": 0.05}
     if name == "fastai":
         return zoo.in_precision(zoo.learner(), precision.value), {}
     if name == "lightning":
@@ -118,9 +116,7 @@ def test_so_it_is_in_mixed_precision_and_other_loops(
 ) -> None:
     """fastai's `fit`, with its scaler too, and the order of calls in timm's train.py."""
     made, beside = subject(name, precision=Precision(precision))
-    # The default headroom lets the search come from below, so the edge lives off no retries.
-    headroom = {"headroom": 0.0} if name not in ("accelerate", "lightning") else {}
-    asked = Asked.of(made, memory="1GiB", **headroom, **beside)
+    asked = Asked.of(made, **{"memory": "1GiB", "headroom": 0.0, **beside})
     found = probe_on(cards.open(card, asked.memory_bytes, asked.step), asked.step, asked.search)
     assert found.options.precision.value == precision
     sizes = found.max_batch_size, found.max_batch_size + 1
