@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def test_it_opens_fast_filters_and_sorts(browser: Any, written: Path) -> None:
     points = "return document.querySelectorAll('#scatter .point').length"
     everything = drawn.execute_script(points)
     assert everything > 500
+    outside = drawn.execute_script("return document.getElementById('outside').textContent")
+    assert re.match(r"\d+ models are below the plot, with less than [67]\d%\. A double", outside)
     put(drawn, "search", "convnext tiny")
+    assert not drawn.find_element("id", "outside").is_displayed()
     assert names(drawn)
     assert all("convnext" in name and "tiny" in name for name in names(drawn))
     assert 0 < drawn.execute_script(points) < everything
@@ -178,6 +182,7 @@ def test_nothing_is_wider_than_the_screen(browser: Any, written: Path, width: in
     """The table scrolls in its own frame."""
     drawn = opened(browser, written, width)
     assert drawn.execute_script("return document.documentElement.scrollWidth") <= width
+    drawn.execute_script("document.querySelector('#body button').click()")
     wide = (
         "return [...document.querySelectorAll('.filters *, #legend *, h1, h2, .note')]"
         ".filter((e) => e.getBoundingClientRect().right > innerWidth).length"

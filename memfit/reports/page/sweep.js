@@ -98,6 +98,14 @@
     }));
   };
 
+  // A few models far below all others would press the others together.
+  const FAR_PERCENT = 5;
+  const rangeOf = (traces) => {
+    const tops = traces.flatMap((trace) => trace.y).sort((a, b) => a - b);
+    const floor = tops[Math.floor(tops.length / 50)];
+    return !tops.length || floor - tops[0] < FAR_PERCENT ? undefined : [floor - 1, tops[tops.length - 1] + 1];
+  };
+
   const drawScatter = (rows) => {
     const traces = groups.filter((group) => !hidden.has(group)).map((group) => {
       const points = rows.filter((i) => groupOf(i) === group && data.top1[i] !== null && data.largest[card()][i]);
@@ -112,6 +120,10 @@
         },
       };
     });
+    const range = rangeOf(traces);
+    const numOutside = range ? traces.flatMap((trace) => trace.y).filter((top) => top < range[0]).length : 0;
+    at("outside").hidden = !numOutside;
+    at("outside").textContent = `${numOutside} model${numOutside === 1 ? " is" : "s are"} below the plot, with less than ${range?.[0].toFixed(0)}%. ${narrow.matches ? "The table has them." : "A double click on the plot shows all."}`;
     const isEmpty = traces.every((trace) => !trace.x.length);
     const axis = { visible: !isEmpty, gridcolor: variable("--grid"), zerolinecolor: variable("--grid"), linecolor: variable("--line"), automargin: true };
     const words = { text: "None of these models fits and has a published accuracy.", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
@@ -122,7 +134,7 @@
       font: { color: variable("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 13 },
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
       xaxis: { ...axis, type: "log", tickvals: ticks(), ticktext: ticks().map((tick) => tick.toLocaleString("en")), title: { text: "largest batch" } },
-      yaxis: { ...axis, title: { text: "top-1, %" } },
+      yaxis: { ...axis, range, autorange: !range, title: { text: "top-1, %" } },
     }, { displayModeBar: false, responsive: true });
   };
 
