@@ -28,11 +28,11 @@ from memfit.accumulation.arguments import (
     read_plan,
     with_precision,
 )
+from memfit.accumulation.first_part import check_left, check_means
 from memfit.accumulation.ranks import AttemptOutcome, Ranks, ranks_of
 from memfit.accumulation.recovery import RetryMonitor, StepStart, smaller
 from memfit.accumulation.splitting import micro_batches_of
 from memfit.accumulation.stepping import PlainStepping, Stepping
-from memfit.accumulation.sums import check_means
 from memfit.accumulation.uncounted import check_counted
 from memfit.accumulation.weighing import LossTerms, Weights
 from memfit.errors import DoesNotFitError, RankFailedError, UsageError
@@ -295,9 +295,9 @@ class Accumulator:
         with autocast(self._device, options.precision):
             outputs = call_model(self._model, inputs)
             losses = self._terms.losses(call_loss(self._loss, outputs, targets))
-        if not self._is_checked:
+        is_first, self._is_checked = not self._is_checked, True
+        if is_first:
             check_means(self._terms.meant(losses), outputs)
-            self._is_checked = True
         weighted = [
             loss * weight
             # A loss that averages over nothing is 0 / 0, and adds nothing to the batch's loss.
@@ -316,6 +316,8 @@ class Accumulator:
             weighted += [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         self._stepping.backward(part)
+        if is_first:
+            check_left(self._parameters)
         return part.detach()
 
     def _cut(self, batch: Any, size: int) -> _Cut:

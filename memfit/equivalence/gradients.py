@@ -269,7 +269,12 @@ def _squares_noted(
 ) -> Iterator[None]:
     """Record the squared norms of each value added to a gradient, and of each sum."""
 
-    def square(tensor: torch.Tensor) -> torch.Tensor:
+    def square(tensor: torch.Tensor | None) -> torch.Tensor:
+        if tensor is None:
+            raise WorkloadError(
+                "A hook of the model drops .grad during the backward pass, as an optimizer that "
+                "steps in backward does. Then there is nothing to accumulate. Remove the hook."
+            )
         norm = torch.linalg.vector_norm(dense(tensor.detach()), dtype=_wide(tensor.dtype))
         squared: torch.Tensor = norm.double().square()
         return squared

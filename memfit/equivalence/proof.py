@@ -169,7 +169,21 @@ def _first_that_runs(
 
 
 def _first_pass(setup: CheckSetup) -> FirstPass:
-    return FirstPass.of(setup, lambda: gradients(setup, (setup.num_samples,)))
+    """Run the whole batch.
+
+    Raises:
+        WorkloadError: All gradients are zero, and zeros are equal whatever the step does.
+    """
+    first = FirstPass.of(setup, lambda: gradients(setup, (setup.num_samples,)))
+    assert first.gradients is not None
+    found = [value for value in first.gradients.values.values() if value is not None]
+    if found and not any(bool(value.any()) for value in found):
+        raise WorkloadError(
+            "Every gradient of the example batch is zero, so there is nothing to compare. A loss "
+            "with a margin may have nothing to push apart here: give a batch, or a margin, for "
+            "which the loss has a gradient."
+        )
+    return first
 
 
 def _experiments(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
-from memfit.accumulation.sums import check_means
+from memfit.accumulation.first_part import check_means
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.equal import refuse_other_ranks
 from memfit.integrations.objects.step import replaced

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 from torch.utils.checkpoint import checkpoint
 
 from equivalence.models import NUM_CLASSES, WIDTH, check, mlp, vectors
+from memfit.errors import WorkloadError
 from memfit.records import Equivalence, GradientFault, LossWeighting, MixesIn, Verdict
 
 
@@ -77,6 +78,26 @@ def test_a_loss_over_neighbours_depends_on_the_order(loss: Any, micro_batch_size
     assert GradientFault.DEPENDS_ON_ORDER in result.faults
     assert result.order_error is not None
     assert result.order_error > 0.01
+
+
+def test_gradients_that_are_all_zero_prove_nothing() -> None:
+    """No triplet is within the margin, so the loss that mixes samples has no gradient."""
+
+    def far_apart(outputs: torch.Tensor, *_targets: torch.Tensor) -> torch.Tensor:
+        near = (outputs - outputs.roll(1, 0)).square().sum(1)
+        return F.relu(near - 1e3).mean()
+
+    with pytest.raises(WorkloadError, match="Every gradient of the example batch is zero"):
+        check(mlp(), far_apart, vectors)
+
+
+def test_hooks_that_drop_gradients_leave_nothing_to_compare() -> None:
+    """An optimizer that steps in the backward pass does that."""
+    model = mlp()
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with pytest.raises(WorkloadError, match=r"A hook of the model drops \.grad"):
+        check(model, F.cross_entropy, vectors)
 
 
 def test_draws_of_numpy_are_not_compared_draw_by_draw() -> None:

@@ -1,4 +1,6 @@
-"""Recognises a loss that is a sum where a mean is expected, before it trains anything.
+"""Checks of the first micro-batch: its loss is no sum, and its gradients are left in `.grad`.
+
+A loss that is a sum where a mean is expected is recognised before it trains anything.
 
 Micro-batches of a sum are added as they are. Weighted as a mean, they give a gradient that is too
 small. What a loss function does is read from the graph of its result: torch's losses keep their
@@ -7,7 +9,7 @@ reduction there. A graph that does not tell says nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch
 from memfit._torch_private import pytree
 from memfit.errors import WorkloadError
 
-__all__ = ["check_means"]
+__all__ = ["check_left", "check_means"]
 
 _MEAN, _SUM = 1, 2
 """Source: torch's Reduction (aten/src/ATen/core/Reduction.h)."""
@@ -72,6 +74,22 @@ def check_means(losses: Sequence[torch.Tensor], outputs: Any) -> None:
             "samples, so gradients would be too small: give weight='sum', or a loss with "
             "reduction='mean'. If the loss is a mean after all, give weight=function, a function "
             "that counts the samples of a batch."
+        )
+
+
+def check_left(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse a step that leaves no gradient after a backward pass.
+
+    Args:
+        parameters: The parameters of the model and the optimizer.
+
+    Raises:
+        WorkloadError: None of them has a gradient.
+    """
+    if all(parameter.grad is None for parameter in parameters):
+        raise WorkloadError(
+            "The backward pass left no gradient in .grad. A hook drops it, as an optimizer that "
+            "steps in backward does. Then there is nothing to accumulate: remove the hook."
         )
 
 

@@ -1,4 +1,4 @@
-"""Losses that are sums, and are weighted as means by mistake."""
+"""The first micro-batch shows a sum that is weighted as a mean, and gradients that are dropped."""
 
 from __future__ import annotations
 
@@ -115,3 +115,15 @@ def test_other_weights_are_taken_at_their_word() -> None:
     trained(SUMS["squares"], weight="sum")
     trained(SUMS["squares"], weight=lambda batch: len(batch[1]))
     trained(SUMS["one of two"], weight=("samples", "sum"))
+
+
+@pytest.mark.parametrize("recover", [True, False])
+def test_a_hook_that_drops_gradients_is_refused(recover: bool) -> None:
+    """An optimizer that steps in the backward pass leaves nothing to accumulate."""
+    model = nn.Linear(8, 3)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = Accumulator(model, optimizer, 4, loss=F.cross_entropy, recover=recover)
+    with pytest.raises(WorkloadError, match="The backward pass left no gradient"):
+        accumulator.step((X, Y))
