@@ -18,7 +18,7 @@ from torch import nn
 from memfit.equivalence import loops, weighting
 from memfit.equivalence.causes import Causes, error_by_samples, find_causes, scaling_layers
 from memfit.equivalence.counting import UnseenClassError
-from memfit.equivalence.gradients import CheckSetup, gradients
+from memfit.equivalence.gradients import CheckSetup, SingleSampleError, gradients
 from memfit.equivalence.loops import AccumulationLoop
 from memfit.equivalence.mixing import mixing_layers
 from memfit.equivalence.passes import compare, in_eval
@@ -203,12 +203,12 @@ def _experiments(
         known = any(not mixer.frozen for mixer in mixing)
         # The draws of the first pass are kept, because micro-batches replay them.
         apart = dataclasses.replace(setup, draws=Draws(model, setup.num_samples))
-        weights = weighting.of_step(apart, cuts[-1], is_mixing=known)
+        weights = _weights_of(apart, cuts[-1], is_mixing=known)
         if weights.mixer is not None and apart.draws.drawing:
             # The draws may have been replayed for the wrong samples.
             fixed = Draws(model, setup.num_samples, held_fixed=True)
             apart = dataclasses.replace(setup, draws=fixed)
-            weights = weighting.of_step(apart, cuts[-1], is_mixing=known)
+            weights = _weights_of(apart, cuts[-1], is_mixing=known)
         if weights.mixer is not None:
             mixing = (*mixing, *(scaling_layers(apart) or (weights.mixer,)))
         left = [mixer for mixer in mixing if not mixer.frozen]
@@ -260,6 +260,19 @@ def _experiments(
         loop=loop,
         loop_faults=faults,
     )
+
+
+def _weights_of(setup: CheckSetup, cut: tuple[int, ...], *, is_mixing: bool) -> Weights:
+    """Find out what the losses average over, from parts that the model takes."""
+    try:
+        return weighting.of_step(setup, cut, is_mixing=is_mixing)
+    except SingleSampleError:
+        # If the model computes its loss itself, it runs on the parts.
+        last = max(2, setup.num_samples // 3)
+        without_singles = (setup.num_samples - last, last)
+        if min(cut) > 1 or min(without_singles) < 2:  # noqa: PLR2004 - a single sample
+            raise
+    return weighting.of_step(setup, without_singles, is_mixing=is_mixing)
 
 
 def _mixing(

@@ -467,3 +467,30 @@ def test_the_ceiling_in_float64() -> None:
             for difference in one.worst
         )
         json.dumps(result.to_dict(), allow_nan=False)
+
+
+class LossOfPairs(nn.Module):
+    """Computes its loss itself, and its batch norm takes no single sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.last(self.norm(x)), y)
+
+
+@pytest.mark.parametrize(("micro_batch_size", "accumulation_steps"), [(2, 2), (2, 3)])
+def test_a_model_with_its_loss_that_takes_no_single_sample(
+    micro_batch_size: int, accumulation_steps: int
+) -> None:
+    """Nobody asked for micro-batches of one sample, so they are no reason to give up."""
+    result = check(
+        LossOfPairs(),
+        lambda loss: loss,
+        lambda size: {"x": vectors(size)[0], "y": vectors(size)[1]},
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+    )
+    assert result.faults == (GradientFault.MIXES_SAMPLES,)
+    assert [mixer.name for mixer in result.mixing_layers] == ["norm"]
