@@ -84,7 +84,10 @@ def main() -> None:
     )
     num_done = len({row.model for row in found.rows})
     if not found.is_complete:
-        print(f"Interrupted: {num_done} of {len(names)} models are done, in {seconds:.0f} s.")
+        print(
+            f"Interrupted: {num_done} of {len(names)} models are done; in {seconds:.0f} s, with "
+            f"{sum(cpu_seconds.values()):.0f} CPU s and at most {format_bytes(most_bytes)}"
+        )
         return
     print(
         f"{len(names) - len(failed)} of {len(names)} models on {len(found.gpus)} cards; "

@@ -11,7 +11,11 @@
   const OTHERS = "other families";
   const SIZES = [5, 10, 25, 50, 100, 250, 500];
   // Plotly writes 20 as a small 2. On a phone there is room for fewer.
-  const ticks = () => [1, 10, 100, 1000, 10000].flatMap((unit) => (narrow.matches ? [1, 3] : [1, 2, 5]).map((times) => times * unit));
+  const ticks = (sizes) => {
+    const isWide = Math.max(...sizes) > 100 * Math.min(...sizes);
+    const steps = !narrow.matches ? [1, 2, 5] : isWide ? [1] : [1, 3];
+    return [1, 10, 100, 1000, 10000].flatMap((unit) => steps.map((times) => times * unit));
+  };
   const LIGHT = ["#1f5fae", "#c2570c", "#27804c", "#b3261e", "#7a4fbf", "#8a5a2b", "#b8338a", "#5c6f00", "#007a8a"];
   const DARK = ["#7fb4ff", "#ffa55c", "#6fd392", "#ff8f86", "#c4a3ff", "#d9b08c", "#ff9ad5", "#c5d655", "#5fd7e6"];
   const narrow = window.matchMedia("(max-width: 640px)");
@@ -121,6 +125,7 @@
       };
     });
     const range = rangeOf(traces);
+    const marks = ticks(traces.flatMap((trace) => trace.x));
     const numOutside = range ? traces.flatMap((trace) => trace.y).filter((top) => top < range[0]).length : 0;
     at("outside").hidden = !numOutside;
     at("outside").textContent = `${numOutside} model${numOutside === 1 ? " is" : "s are"} below the plot, with less than ${range?.[0].toFixed(0)}%. ${narrow.matches ? "The table has them." : "A double click on the plot shows all."}`;
@@ -133,7 +138,7 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: narrow.matches ? false : "zoom",
       font: { color: variable("--text"), family: "system-ui, 'DejaVu Sans', sans-serif", size: 13 },
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
-      xaxis: { ...axis, type: "log", tickvals: ticks(), ticktext: ticks().map((tick) => tick.toLocaleString("en")), title: { text: "largest batch" } },
+      xaxis: { ...axis, type: "log", tickvals: marks, ticktext: marks.map((mark) => mark.toLocaleString("en")), tickangle: 0, title: { text: "largest batch" } },
       yaxis: { ...axis, range, autorange: !range, title: { text: "top-1, %" } },
     }, { displayModeBar: false, responsive: true });
   };
@@ -152,7 +157,6 @@
     { key: "sample", name: "a sample", value: (i) => data.sample[card()][i], text: (i) => number(data.sample[card()][i], bytes), isNumber: true },
     { key: "parameters", name: "parameters", value: (i) => data.parameters[i], text: (i) => number(data.parameters[i], (v) => `${(v / 1e6).toFixed(1)} M`), isNumber: true },
     { key: "flops", name: "forward", value: (i) => data.flops[i], text: (i) => number(data.flops[i], (v) => `${(v / 1e9).toFixed(1)} GFLOP`), isNumber: true },
-    { key: "licence", name: "licence", value: (i) => data.licence[i] },
   ].filter((column) => column.key !== "size" || data.size.some((size) => size.length));
   columns.forEach((column) => {
     const head = element("th", undefined, column.isNumber ? "number" : undefined);
@@ -228,7 +232,7 @@
     const weights = data.weights[i] === null ? "" : ` Top-1 of the weights ${data.weights[i]}, licence: ${data.licence[i]}.`;
     at("chosen-words").textContent = (largest === null
       ? `${data.cards[card()]}: ${data.reason[card()][i] || "does not fit"}`
-      : `${data.cards[card()]}: at most ${largest} samples, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`) + weights;
+      : `${data.cards[card()]}: at most ${largest} sample${largest === 1 ? "" : "s"}, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`) + weights;
     at("command").textContent = `memfit plan ${data.model[i]} --gpu "${data.cards[card()]}" --effective-batch 256 ${data.options[i]}`;
   };
   at("copy").addEventListener("click", async () => {
