@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = ["Weights", "in_parameters", "of_step"]
 _MOST_MOVES = 8
 _MOST_CLASSES = 4096
 _MOST_HELD = 16
+_ONE_SAMPLE = re.compile(r"\]\[\d+\]\[")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +236,8 @@ class _Finder:
         offs = [
             (measured.off(shares), count)
             for count in candidates(samples, self._weights_of_classes())
+            # What one sample of a list holds is no count of the batch.
+            if not _ONE_SAMPLE.search(count.text or "")
             if (shares := count.shares(self._cut, samples)) is not None
         ]
         # Which place of a sequence is left out is too fine a question while samples mix.

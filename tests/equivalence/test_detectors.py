@@ -14,24 +14,24 @@ import memfit
 from memfit.records import Verdict
 
 
-def backbone() -> nn.Module:
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3, 8, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 4, 1))
-    layers.out_channels = 8  # type: ignore[assignment] - what torchvision asks a backbone for
-    return layers
+class Backbone(nn.Sequential):
+    """Two convolutions, and their channels, as torchvision wants to know them."""
+
+    def __init__(self, out_channels: Any) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3, 8, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 4, 1))
+        self.out_channels = out_channels
 
 
 def single_shot() -> nn.Module:
-    layers = backbone()
-    layers.out_channels = [8]  # type: ignore[assignment] - as above
     boxes = anchors.DefaultBoxGenerator([[2]])
-    model: nn.Module = detection.ssd.SSD(layers, boxes, (96, 96), 4)
+    model: nn.Module = detection.ssd.SSD(Backbone([8]), boxes, (96, 96), 4)
     return model
 
 
 def focal() -> nn.Module:
     boxes = anchors.AnchorGenerator(sizes=((16, 32),), aspect_ratios=((0.5, 1.0),))
     model: nn.Module = detection.RetinaNet(
-        backbone(), 4, anchor_generator=boxes, min_size=96, max_size=128
+        Backbone(8), 4, anchor_generator=boxes, min_size=96, max_size=128
     )
     return model
 
