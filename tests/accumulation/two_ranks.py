@@ -346,8 +346,9 @@ def a_plan_splits_for_a_loop_of_ones_own() -> None:
         with raises(UsageError, says):
             Accumulator(model, optimizer, other, loss=F.cross_entropy)
     alone = plan_of(15, 4, world_size=2)
+    own = torch.optim.SGD(reference.parameters(), lr=0.1)
     with raises(UsageError, "come from 1. Plan with world_size=1, or wrap"):
-        Accumulator(reference, optimizer, alone, loss=F.cross_entropy)
+        Accumulator(reference, own, alone, loss=F.cross_entropy)
 
 
 CASES = (
