@@ -189,6 +189,20 @@ class TokenModel(nn.Module):
         return self.head(torch.tanh(self.embed(tokens)))  # type: ignore[no-any-return]
 
 
+class Rolled(nn.Module):
+    """Mixup of neighbours."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.6 * x + 0.4 * x.roll(1, 0)
+
+
+def fp64_error(result: Equivalence) -> float:
+    """Return the largest relative error of the float64 check, which must be there."""
+    error = result.worst_relative_error("fp64")
+    assert error is not None
+    return error
+
+
 def sentences(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return padded sentences of up to 8 tokens, with targets that ignore the padding."""
     tokens = torch.randint(20, (batch_size, 8))
@@ -207,8 +221,10 @@ __all__ = [
     "HandWrittenNorm",
     "MixingInBackward",
     "OnePercentOff",
+    "Rolled",
     "TokenModel",
     "check",
+    "fp64_error",
     "mlp",
     "sentences",
     "token_loss",

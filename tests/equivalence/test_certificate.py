@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
-from equivalence.models import NUM_CLASSES, WIDTH, Sorting, TimesSamples, check, mlp
+from equivalence.models import NUM_CLASSES, WIDTH, Rolled, Sorting, TimesSamples, check, mlp
 from memfit.records import GradientFault, Verdict
 
 CLASS_WEIGHTS = torch.linspace(0.3, 2.0, NUM_CLASSES)
 _EQUAL, _CEILING = 1e-10, 1e-6
-
-
-class Rolled(nn.Module):
-    """Mixup of neighbours."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 0.7 * x + 0.3 * x.roll(1, 0)
 
 
 class Flipped(nn.Module):
