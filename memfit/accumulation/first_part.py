@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from memfit._torch_private import pytree
 from memfit.errors import WorkloadError
+from memfit.step.nesting import leaves_of
 
 __all__ = ["check_left", "check_means"]
 
@@ -65,7 +65,7 @@ def check_means(losses: Sequence[torch.Tensor], outputs: Any) -> None:
     """
     edges = {
         leaf.grad_fn
-        for leaf in pytree.tree_leaves(outputs)
+        for leaf in leaves_of(outputs)
         if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.grad_fn is not None
     }
     if any(loss.grad_fn is not None and _is_sum(loss.grad_fn, edges) for loss in losses):
