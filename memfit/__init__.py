@@ -195,7 +195,13 @@ __all__ = [
 ]
 
 
+# Modules that need a trainer's library, so they are loaded when they are named.
+_BRIDGES = ("accelerate", "fastai", "lightning", "transformers")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _BRIDGES:
+        return importlib.import_module(f"memfit.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'memfit' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -213,7 +213,7 @@ _DEVICE_OPTIONS: _Options = {
         "--device",
         help=(
             "cuda, cuda:1 or cpu. The default is a GPU if there is one. If there "
-            "is none, common GPUs are simulated."
+            "is none, a GPU that is not here is taken."
         ),
     ),
     "gpus": click.option(

@@ -105,7 +105,7 @@ def profile(
     if len(cards) > 1 and not given.gpus:
         cards = (api.DEFAULT_GPU,)
         click.echo(
-            "There is no GPU here and none was named, so memfit simulates an "
+            "There is no GPU here and none was named, so memfit profiles the step on an "
             f"{api.DEFAULT_GPU}. To measure on the CPU, give --device cpu.",
             err=True,
         )

@@ -7,6 +7,8 @@ Source: Lightning-AI/pytorch-lightning, Trainer(accumulate_grad_batches=...): th
 
 from __future__ import annotations
 
+import importlib.util
+
 from memfit.integrations.equal import comment, equal_parts, headline
 from memfit.integrations.step_lines import brought, is_on_cpu, model_lines, refuse_on_cpu
 from memfit.records import Plan, Precision
@@ -58,7 +60,7 @@ def lines(plan: Plan) -> str:
         arguments.append("devices=1")
     written = [
         comment(headline(plan, parts), *parts.comments, *comments),
-        "import lightning",
+        _import(),
         *(("import torch",) if plan.options.channels_last else ()),
         "from torch.utils.data import DataLoader",
         "",
@@ -71,3 +73,11 @@ def lines(plan: Plan) -> str:
         "trainer.fit(module, loader)",
     ]
     return "\n".join(written) + "\n"
+
+
+def _import() -> str:
+    """Return how Lightning is imported: by the name of the package that is installed."""
+    has_new_name = importlib.util.find_spec("lightning") is not None
+    if has_new_name or importlib.util.find_spec("pytorch_lightning") is None:
+        return "import lightning"
+    return "import pytorch_lightning as lightning"

@@ -102,7 +102,7 @@ def _accumulator(plan: Plan) -> str:
     if plan.options.precision is not Precision.FP32:
         arguments.append(f'precision="{plan.options.precision.value}"')
     return (
-        comment("With memfit: smaller micro-batches by itself, should one run out of memory.")
+        comment("With memfit, a step that runs out of memory is done again in smaller parts.")
         + "\nimport memfit\n\n"
         + f"accumulator = memfit.Accumulator({', '.join(arguments)})\n"
         + (

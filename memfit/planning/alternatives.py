@@ -85,7 +85,7 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
             kind=ChangeKind.LAYOUT,
             title="channels last",
             how="--channels-last",
-            cost="nothing known. Convolutions in half precision become faster",
+            cost="its cost is not known. Convolutions in half precision become faster",
             step=changed(channels_last=True),
         )
     if isinstance(step.subject, str) and not timm_models.uses_fused_attention():
@@ -93,7 +93,7 @@ def changes_of(step: TrainingStep, card: SimulatedGpu) -> Iterator[StepChange]:
             kind=ChangeKind.FUSED_ATTENTION,
             title="fused attention, which timm's settings turn off here",
             how="TIMM_FUSED_ATTN=1",
-            cost="nothing known. Attention becomes faster",
+            cost="its cost is not known. Attention becomes faster",
             step=step,
             needs_fused_attention=True,
         )

@@ -352,11 +352,10 @@ class _Runs:
             if read.changes_course
         }
         named = ", ".join(sorted(line for line in lines if line is not None)[:3])
-        return (
-            [(f"Do not trust these figures. {named} took another branch than with real values.")]
-            if lines
-            else []
-        )
+        if not lines:
+            return []
+        sentence = f"Do not trust these figures. {named} may have taken another branch than with "
+        return [sentence + "real values."]
 
 
 def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:

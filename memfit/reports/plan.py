@@ -198,7 +198,7 @@ def render_exploration(exploration: Exploration) -> RenderableType:
         table,
         "",
         Text(
-            "fits: the largest micro-batch that leaves the headroom and needs no allocator "
+            "fits: a micro-batch that leaves the headroom and needs no allocator "
             "retries. ≥: no more is needed."
         ),
         *([Text(words_without_gain(exploration))] if exploration.others else []),

@@ -255,7 +255,7 @@ def trials_panel(trials: tuple[Trial, ...], predictions: tuple[Trial, ...] = ())
         key="trials",
         kind="table",
         title="Trials",
-        note="In any order that you choose by their headings.",
+        note="Click a heading to sort them.",
         data={
             "toggle": None,
             "columns": [{"name": names[index]} for index in used],

@@ -176,8 +176,8 @@ def doubts(rehearsal: Rehearsal) -> str | None:
     named = ", ".join(sorted(lines)[:_NUM_NAMED])
     others = " and others" if len(lines) > _NUM_NAMED else ""
     return (
-        f"Do not trust these figures. {named}{others} took another branch than "
-        "with real values. No kernel computed the value that was read there, "
+        f"Do not trust these figures. {named}{others} may have taken another branch "
+        "than with real values. No kernel computed the value that was read there, "
         "so it was zero."
     )
 

@@ -78,7 +78,7 @@ def test_without_a_gpu_one_is_simulated_and_said() -> None:
     """The command names neither a card nor a device."""
     result = run("--batch-size", "4")
     assert result.exit_code == 0
-    assert "none was named, so memfit simulates an NVIDIA GeForce RTX 4090" in result.stderr
+    assert "so memfit profiles the step on an NVIDIA GeForce RTX 4090" in result.stderr
     assert "on NVIDIA GeForce RTX 4090, 4 samples" in result.stdout
 
 

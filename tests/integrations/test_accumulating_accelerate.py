@@ -20,6 +20,12 @@ accelerate = pytest.importorskip("accelerate", reason="it trains with Accelerate
 from memfit.accelerate import Accumulator, find_executable_batch_size  # noqa: E402 - as above
 
 
+def test_import_memfit_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module of a trainer is loaded when it is named."""
+    monkeypatch.delattr(memfit, "accelerate", raising=False)
+    assert memfit.accelerate.find_executable_batch_size is find_executable_batch_size
+
+
 def prepared(**options: Any) -> tuple[Any, Any, Any, Any]:
     zoo.reset_accelerate()
     accelerator = accelerate.Accelerator(cpu=True, **options)

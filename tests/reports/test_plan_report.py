@@ -168,7 +168,7 @@ def test_a_change_that_makes_no_more_fit_is_not_offered() -> None:
     exploration = exploration_of(FITS_40, same, none, fewer, more, enough)
     assert exploration.gains == (more, enough)
     text = text_of(render_exploration(exploration))
-    table, _, below = text.partition("fits: the largest")
+    table, _, below = text.partition("fits: a micro-batch")
     assert "lion" not in table
     assert "a smaller image" in table
     assert (

@@ -197,7 +197,7 @@ def test_doubts_are_plain() -> None:
         REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(decides,)),)
     )
     assert not doubted.is_trusted
-    assert "Do not trust these figures. train.py:12 took another branch" in text(render(doubted))
+    assert "Do not trust these figures. train.py:12 may have taken another" in text(render(doubted))
 
 
 def test_places_are_short() -> None:
