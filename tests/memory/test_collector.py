@@ -14,14 +14,15 @@ from memfit.memory.collector import collector_paused, old_objects_set_aside
 @pytest.mark.parametrize("for_good", [True, False])
 def test_the_collector_is_put_back_as_it_was(enabled: bool, for_good: bool) -> None:
     """This holds for any earlier state, and whatever happens in between."""
-    was_enabled = gc.isenabled()
+    was_enabled, num_frozen = gc.isenabled(), gc.get_freeze_count()
     try:
         (gc.enable if enabled else gc.disable)()
         with pytest.raises(KeyError), collector_paused(for_good=for_good):
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() is enabled
-        assert not gc.get_freeze_count()
+        # Python itself may have frozen some objects.
+        assert gc.get_freeze_count() <= num_frozen
     finally:
         (gc.enable if was_enabled else gc.disable)()
 
