@@ -22,12 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["defaults_of", "find_table", "is_typed", "parameters_of"]
-
-
-def is_typed(context: click.Context, name: str) -> bool:
-    """Whether the user typed an option. A project's defaults set options too."""
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+__all__ = ["defaults_of", "find_table", "parameters_of"]
 
 
 def find_table(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:

@@ -25,6 +25,7 @@ __all__ = [
     "NumberRange",
     "WholeRange",
     "as_typed",
+    "is_typed",
     "models_argument",
     "optional_models_argument",
     "parallel_option",
@@ -349,6 +350,7 @@ def shared_options(
                 return {name: others.pop(name) for name in options}
 
             where, step, bounds = taken(place), taken(steps), taken(search)
+            _drop_excluded_default(where)
             step["model_kwargs"] = parse_model_kwargs(step["model_kwargs"])
             given = Given(
                 device=where.pop("device", None),
@@ -363,6 +365,21 @@ def shared_options(
         return _added({**place, **steps, **search}, gathering)
 
     return add
+
+
+def is_typed(context: click.Context, name: str) -> bool:
+    """Whether the user typed an option. A project's defaults set options too."""
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _drop_excluded_default(where: dict[str, Any]) -> None:
+    """Leave out a card of the project's defaults if a device was typed, and the other way round."""
+    context = click.get_current_context()
+    typed = {name for name in ("device", "gpus") if name in where and is_typed(context, name)}
+    if typed == {"device"} and "gpus" in where:
+        where["gpus"] = ()
+    elif typed == {"gpus"} and "device" in where:
+        where["device"] = None
 
 
 def parse_model_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:

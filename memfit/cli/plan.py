@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
-from memfit.cli.defaults import is_typed
 from memfit.cli.options import (
     Given,
     as_typed,
+    is_typed,
     optional_models_argument,
     parallel_option,
     shared_options,

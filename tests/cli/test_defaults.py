@@ -50,6 +50,28 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
     assert "gpu t4" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("default", "typed", "device"),
+    [('gpu = "t4"', ("--device", "cpu"), "CPU"), ('device = "cpu"', ("--gpu", "t4"), "Tesla T4")],
+)
+def test_a_typed_place_counts_before_a_default_one(
+    default: str,
+    typed: tuple[str, ...],
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A device of this machine and a card that is not here exclude each other."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, f"[tool.memfit]\n{default}\n")
+    result = run(
+        "probe", "test_vit", "--image-size", "64", "--max-batch-size", "1", "--json", *typed
+    )
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["results"]
+    assert device.lower() in found["device"].lower()
+
+
 def test_the_batch_of_train_args_counts_before_a_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
