@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memfit import partition
-from memfit._torch_private import pytree
 from memfit.accumulation.arguments import (
     check_optimizer,
     check_ranks,
@@ -42,6 +41,7 @@ from memfit.records import Plan, Precision
 from memfit.step import batches
 from memfit.step.batches import BatchRules, Layout
 from memfit.step.calling import call_loss, call_model, split_batch
+from memfit.step.nesting import leaves_of
 from memfit.step.optimizers import stepped_by
 from memfit.step.refusals import check_loss
 from memfit.step.runner import autocast
@@ -295,8 +295,7 @@ class Accumulator:
         with autocast(self._device, options.precision):
             outputs = call_model(self._model, inputs)
             losses = self._terms.losses(call_loss(self._loss, outputs, targets))
-        is_first, self._is_checked = not self._is_checked, True
-        if is_first:
+        if not self._is_checked:
             check_means(self._terms.meant(losses), outputs)
         weighted = [
             loss * weight
@@ -312,12 +311,13 @@ class Accumulator:
             return sum(weighted, start=zero)
         if not flows:
             # Such a loss is NaN, and NaN times 0 is NaN. Outputs times 0 are 0.
-            leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_gradient(leaf)]
+            leaves = [leaf for leaf in leaves_of(outputs) if _has_gradient(leaf)]
             weighted += [leaf.sum() * 0 for leaf in leaves]
         part = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
         self._stepping.backward(part)
-        if is_first:
+        if not self._is_checked:
             check_left(self._parameters)
+            self._is_checked = True
         return part.detach()
 
     def _cut(self, batch: Any, size: int) -> _Cut:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
+from accumulation.parts import out_of_memory
 from memfit import Accumulator
 from memfit.errors import WorkloadError
 
@@ -127,3 +128,22 @@ def test_a_hook_that_drops_gradients_is_refused(recover: bool) -> None:
     accumulator = Accumulator(model, optimizer, 4, loss=F.cross_entropy, recover=recover)
     with pytest.raises(WorkloadError, match="The backward pass left no gradient"):
         accumulator.step((X, Y))
+
+
+def test_a_hook_is_refused_also_after_a_backward_that_ran_out() -> None:
+    """The first micro-batch did not get as far as the check."""
+    model = nn.Linear(8, 3)
+    failures = [out_of_memory()]
+
+    def drop(parameter: torch.Tensor) -> None:
+        if failures:
+            raise failures.pop()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = Accumulator(model, optimizer, 4, loss=F.cross_entropy)
+    with pytest.raises(WorkloadError, match="The backward pass left no gradient"):
+        accumulator.step((X, Y))
+    assert not failures
