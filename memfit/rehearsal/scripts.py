@@ -351,11 +351,11 @@ class _Runs:
             for read in process.reads
             if read.changes_course
         }
-        named = ", ".join(sorted(line for line in lines if line is not None)[:3])
         if not lines:
             return []
-        sentence = f"Do not trust these figures. {named} may have taken another branch than with "
-        return [sentence + "real values."]
+        named = ", ".join(sorted(line for line in lines if line is not None)[:3])
+        doubt = f"{named} may have taken another branch than with real values."
+        return [f"Do not trust these figures. {doubt}"]
 
 
 def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:

@@ -12,12 +12,13 @@
   const SIZES = [5, 10, 25, 50, 100, 250, 500];
   // Plotly writes 20 as a small 2. On a phone there is room for fewer.
   const ticks = (sizes) => {
-    const isWide = Math.max(...sizes) > 100 * Math.min(...sizes);
+    const [least, most] = [Math.min(...sizes), Math.max(...sizes)];
+    const isWide = most > 100 * least;
     const steps = !narrow.matches ? [1, 2, 5] : isWide ? [1] : [1, 3];
     const marks = [1, 10, 100, 1000, 10000].flatMap((unit) => steps.map((times) => times * unit));
-    const isInside = (mark) => mark >= Math.min(...sizes) && mark <= Math.max(...sizes);
+    const isInside = (mark) => least <= mark && mark <= most;
     // Few models may lie between two round numbers. Then their own sizes are written.
-    return sizes.length === 0 || marks.filter(isInside).length > 1 ? marks : [Math.min(...sizes), Math.max(...sizes)];
+    return sizes.length === 0 || marks.filter(isInside).length > 1 ? marks : [least, most];
   };
   const LIGHT = ["#1f5fae", "#c2570c", "#27804c", "#b3261e", "#7a4fbf", "#8a5a2b", "#b8338a", "#5c6f00", "#007a8a"];
   const DARK = ["#7fb4ff", "#ffa55c", "#6fd392", "#ff8f86", "#c4a3ff", "#d9b08c", "#ff9ad5", "#c5d655", "#5fd7e6"];
