@@ -20,6 +20,9 @@ from memfit.step.workload import Workload
 from memfit.units import MIB, format_bytes, parse_count
 
 _QUICK_BYTES = 16 * MIB
+# A recommendation that leaves this part of the capacity free, beyond the headroom, is looked at
+# again.
+_MUCH_MORE_FREE = 50
 
 __all__ = ["SearchOptions", "probe_on", "run_search", "run_trial"]
 
@@ -134,6 +137,7 @@ def run_search(
         has_retries=backend.has_retries,
         accepts_close=bool(first),
     )
+    best = _improved(trial, prediction, recommended.batch_size, trials, capacity.safe_bytes, options)
     return ProbeResult(
         subject=step.name,
         device=backend.device_name,
@@ -141,7 +145,7 @@ def run_search(
         options=step.options,
         capacity=capacity,
         max_batch_size=found.batch_size,
-        recommended_batch_size=recommended.batch_size,
+        recommended_batch_size=best,
         edge_found=found.proved,
         headroom=options.headroom,
         multiple_of=options.multiple_of,
@@ -293,14 +297,84 @@ def _expected_recommendation(
         return None
     edge = min(edge, options.max_batch_size or search.DEFAULT_CEILING)
     known = (simulated.trial(step, edge),)
-    return search.recommended(
-        lambda size: simulated.trial(step, size),
+
+    def look(size: int) -> Trial:
+        return simulated.trial(step, size)
+
+    size = search.recommended(
+        look,
         search.Found(batch_size=edge, proved=False, trials=known),
         capacity_bytes=capacity_bytes,
         headroom=options.headroom,
         multiple_of=options.multiple_of,
         has_retries=simulated.has_retries,
     ).batch_size
+    if size is None:
+        return None
+    kept = look(size)
+    if not _leaves_much_more(kept, capacity_bytes, options):
+        return size
+    above = search.larger(
+        look,
+        kept,
+        limit_bytes=search.limit_of(capacity_bytes, options.headroom),
+        multiple_of=options.multiple_of,
+        below=edge + 1,
+    )
+    return above or size
+
+
+def _leaves_much_more(kept: Trial, capacity_bytes: int, options: SearchOptions) -> bool:
+    """Whether a recommendation leaves more free than the headroom, by so much that it counts."""
+    limit_bytes = search.limit_of(capacity_bytes, options.headroom)
+    peak = kept.peak_reserved_bytes
+    return peak is not None and peak <= limit_bytes - capacity_bytes // _MUCH_MORE_FREE
+
+
+def _improved(
+    trial: Callable[[int], Trial],
+    prediction: Prediction,
+    size: int | None,
+    trials: Sequence[Trial],
+    capacity_bytes: int,
+    options: SearchOptions,
+) -> int | None:
+    """Try one larger batch size where the recommended one leaves much more free than it has to.
+
+    The simulation says which one. A search that was led astray by one uneven batch size can end
+    further below the headroom than needed.
+
+    Args:
+        trial: Tries a batch size.
+        prediction: Has the simulation, if there is one.
+        size: The batch size that was recommended.
+        trials: Every trial until now.
+        capacity_bytes: The bytes that a recommendation counts on.
+        options: The options of the search.
+    """
+    scout, step = prediction.scout, prediction.step
+    kept = next((each for each in reversed(trials) if each.batch_size == size), None)
+    if kept is None or size is None or scout is None or step is None:
+        return size
+    if not _leaves_much_more(kept, capacity_bytes, options):
+        return size
+    limit_bytes = search.limit_of(capacity_bytes, options.headroom)
+    # What is larger than a batch size that failed, or that left too little, was not meant either.
+    failed = (
+        each.batch_size
+        for each in trials
+        if each.batch_size > size and not search.has_headroom(each, limit_bytes)
+    )
+    above = search.larger(
+        lambda batch_size: scout.trial(step, batch_size),
+        kept,
+        limit_bytes=limit_bytes,
+        multiple_of=options.multiple_of,
+        below=min(failed, default=size + 1),
+    )
+    if above is not None and search.has_headroom(trial(above), limit_bytes):
+        return above
+    return size
 
 
 def run_trial(backend: Backend, step: TrainingStep, batch_size: int, *, is_first: bool) -> Trial:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +29,7 @@ __all__ = [
     "kept_free",
     "once_each",
     "render",
+    "share_free",
     "step_words",
     "trial_notes",
     "trial_table",
@@ -37,6 +40,8 @@ __all__ = [
 _OUT_OF_MEMORY = "out of memory"
 _ACCUMULATED = "accumulated"
 _NUM_HOLES = 3
+# More free than asked for by this share is explained.
+_MUCH_FREE = 0.03
 _MOST_NAMED = 3
 _PARALLEL = {
     Parallel.DDP: "DDP",
@@ -231,14 +236,52 @@ def why_recommended(result: ProbeResult) -> str:
 
 
 def kept_free(result: ProbeResult | Plan) -> str:
-    """Say what the recommendation keeps: the headroom, and no retries where larger sizes had some.
+    """Say what the recommendation keeps free, and no retries where larger sizes had some.
 
     Args:
         result: The probe's result, or a plan.
     """
-    rule = f"{result.headroom:.0%} kept free"
+    rule = share_free(_recommended_trial(result), result.capacity.usable_bytes, result.headroom)
     has_retries = any(trial.num_alloc_retries and trial.fits for trial in result.trials)
     return f"{rule}, no retries" if has_retries else rule
+
+
+def _recommended_trial(result: ProbeResult | Plan) -> Trial | None:
+    if isinstance(result, ProbeResult):
+        return result.trial_at(result.recommended_batch_size or 0)
+    size = result.recommended_micro_batch_size
+    kept = (t for t in reversed(result.trials) if t.batch_size == size and t.num_micro_batches > 1)
+    return next(kept, None)
+
+
+def share_free(trial: Trial | None, usable_bytes: int, headroom: float) -> str:
+    """Say what share a batch size keeps free, and what was asked for if that is less.
+
+    Args:
+        trial: The trial of the batch size, if there was one.
+        usable_bytes: What the step could use.
+        headroom: The share that was asked for.
+    """
+    peak = None if trial is None else trial.peak_reserved_bytes
+    percent = None if peak is None else math.floor(100 * (1 - peak / usable_bytes))
+    asked = round(100 * headroom)
+    if percent is None or percent <= asked:
+        return f"{asked}% kept free"
+    return f"{percent}% kept free{f' ({asked}% asked)' if percent - asked > 1 else ''}"
+
+
+def _much_free(result: ProbeResult) -> str | None:
+    """Return a note, if the recommendation keeps more free than it has to, by some percent."""
+    trial, size = _recommended_trial(result), result.recommended_batch_size
+    peak = None if trial is None else trial.peak_reserved_bytes
+    if peak is None or size is None or size + result.multiple_of > result.max_batch_size:
+        return None
+    if 1 - peak / result.capacity.usable_bytes < result.headroom + _MUCH_FREE:
+        return None
+    return (
+        f"More than {result.headroom:.0%} is kept free because reserved memory does not grow "
+        "evenly. No larger batch size that was looked at keeps it free without allocator retries."
+    )
 
 
 def trial_notes(result: ProbeResult | Plan) -> list[str]:
@@ -277,6 +320,9 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             f"{_sizes(retried)} fitted only with allocator retries, which are slow. "
             "The recommended batch size needs none."
         )
+    free = _much_free(result) if isinstance(result, ProbeResult) else None
+    if free is not None:
+        said.append(free)
     holes = _holes(result.trials)
     if holes:
         said.append(

@@ -7,7 +7,7 @@ from typing import Any
 
 from memfit.records import CommandProbe, ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
-from memfit.reports.probe import once_each, step_words, trial_notes, why_recommended
+from memfit.reports.probe import once_each, share_free, step_words, trial_notes, why_recommended
 from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
 from memfit.units import GIB, MIB, format_bytes
 
@@ -64,6 +64,9 @@ def command_page(found: CommandProbe) -> str:
         found: The result of the probe.
     """
     best, usable_bytes = found.max_batch_size, found.capacity.usable_bytes
+    kept = share_free(
+        found.trial_at(found.recommended_batch_size or 0), usable_bytes, found.headroom
+    )
     lead, facts = _answer(
         found.recommended_batch_size,
         str(best),
@@ -90,7 +93,7 @@ def command_page(found: CommandProbe) -> str:
             ),
             footer=" ".join(
                 (
-                    f"Recommended: {found.headroom:.0%} kept free, without allocator retries.",
+                    f"Recommended: {kept}, without allocator retries.",
                     *(note for note in found.notes if "not trust" not in note),
                     f"Each trial is a run of the command; {found.seconds:.1f} s in all.",
                 )

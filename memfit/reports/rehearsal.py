@@ -21,7 +21,7 @@ from memfit.records import (
     RehearsedProcess,
     Shortage,
 )
-from memfit.reports.probe import trial_table
+from memfit.reports.probe import share_free, trial_table
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
@@ -112,12 +112,15 @@ def render_probe(found: CommandProbe) -> RenderableType:
         if found.proved
         else "where the search was told to stop; more may fit (--max-batch-size)"
     )
+    kept = share_free(
+        found.trial_at(recommended or 0), found.capacity.usable_bytes, found.headroom
+    )
     table = plain_table(has_header=False)
     table.add_row("largest", Text(str(best), "bold"), f"{found.source.value}: {proof}")
     table.add_row(
         "recommended",
         Text("none" if recommended is None else str(recommended), "bold green"),
-        f"{found.headroom:.0%} kept free, without allocator retries",
+        f"{kept}, without allocator retries",
     )
     parts: list[RenderableType] = [_on_card(found), "", trial_table(found.trials), "", table, ""]
     parts += [Text(note, "bold red" if "not trust" in note else "") for note in found.notes]
@@ -139,7 +142,7 @@ def render_plan(found: CommandPlan) -> RenderableType:
         trial_table(found.trials),
         "",
         Text.assemble((f"{found.effective_batch_size} = {parts}", "bold green"), ": it fitted, "),
-        Text(f"with {found.headroom:.0%} kept free and no allocator retries. Train with:"),
+        Text(f"with at least {found.headroom:.0%} kept free and no allocator retries. Train with:"),
         Text(shlex.join(found.command), "bold"),
         "",
         *(Text(note) for note in found.notes),

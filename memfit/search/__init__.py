@@ -6,6 +6,7 @@ from memfit.search.headroom import (
     Recommended,
     checked_headroom,
     has_headroom,
+    larger,
     limit_of,
     recommended,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "checked_headroom",
     "find_largest",
     "has_headroom",
+    "larger",
     "limit_of",
     "recommended",
 ]

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from memfit.errors import UsageError
 from memfit.records import Trial
 from memfit.search import extrapolate
 from memfit.search.largest import Found, TrialFunction
 
-__all__ = ["Recommended", "checked_headroom", "has_headroom", "limit_of", "recommended"]
+__all__ = [
+    "Recommended",
+    "checked_headroom",
+    "has_headroom",
+    "larger",
+    "limit_of",
+    "recommended",
+]
 
 # A recommendation is looked for to this part of itself.
 _CLOSE = 22
+# So many larger batch sizes are looked at where a look costs little.
+_NUM_LOOKS = 10
 
 
 def checked_headroom(headroom: object) -> float:
@@ -99,6 +109,47 @@ def recommended(
         accepts_close=accepts_close,
     )
     return Recommended(batch_size=walk.batch_size(), trials=tuple(walk.extra))
+
+
+def larger(
+    look: Callable[[int], Trial],
+    kept: Trial,
+    *,
+    limit_bytes: int,
+    multiple_of: int = 1,
+    below: int | None = None,
+) -> int | None:
+    """Look for a larger batch size that keeps the headroom too, where a look costs little.
+
+    Reserved bytes do not grow evenly: blocks and workspaces fit together better at some batch sizes
+    than at others. So a batch size can fit although smaller ones leave too little free.
+
+    Args:
+        look: Says what a batch size would take, as a simulation does.
+        kept: A batch size that keeps the headroom.
+        limit_bytes: The capacity less the headroom; see `limit_of`.
+        multiple_of: What the batch size has to be a multiple of, at least 1.
+        below: Only smaller batch sizes are looked at; `None` if there is no such limit.
+
+    Returns:
+        The largest of the looked-at batch sizes that keeps the headroom; `None` if none does.
+    """
+    if not kept.peak_reserved_bytes:
+        return None
+    point = (kept.batch_size, kept.peak_reserved_bytes)
+    most = extrapolate.least_edge(point, limit_bytes)
+    if below is not None:
+        most = min(most, below - 1)
+    num_multiples = most // multiple_of - kept.batch_size // multiple_of
+    unit = multiple_of
+    if num_multiples > _NUM_LOOKS:
+        # Where sizes are left out, odd ones are: kernels are made for even batches.
+        unit = 2 * multiple_of
+    step = unit * max(1, -(-num_multiples * multiple_of // (unit * _NUM_LOOKS)))
+    for size in range(most // unit * unit, kept.batch_size, -step):
+        if has_headroom(look(size), limit_bytes):
+            return size
+    return None
 
 
 class _Walk:

@@ -82,12 +82,25 @@ batch  outcome            peak  retries  s/step  samples/s
   212  fits           22.8 GiB        1    2.12        100
 
 largest      212  measured: it fitted, and 213 ran out of memory
-recommended  200  21.5 GiB at the peak; 5% kept free, no retries, multiple of 8
+recommended  200  21.5 GiB at the peak; 6% kept free, no retries, multiple of 8
 
 Batch size 212 fitted only with allocator retries, which are slow. The
 recommended batch size needs none.
 Measured in 4 trials (1 ran out) and 12.3 s with torch 2.11.0."""
     assert text(render(RESULT)) == expected
+
+
+def test_much_more_free_than_asked_is_said_with_its_reason() -> None:
+    """The share is that of the trial, not the one that was asked for."""
+    trials = (trial(96, 20000), *RESULT.trials[2:])
+    result = dataclasses.replace(
+        RESULT, recommended_batch_size=96, multiple_of=1, trials=trials, headroom=0.05
+    )
+    shown = text(render(result), width=200)
+    assert "19.5 GiB at the peak; 15% kept free (5% asked), no retries" in shown
+    assert "More than 5% is kept free because reserved memory does not grow evenly" in shown
+    ended = dataclasses.replace(result, max_batch_size=96, edge_found=False, trials=trials[:1])
+    assert "does not grow evenly" not in text(render(ended), width=200)
 
 
 def test_what_there_is_to_say_is_said() -> None:

@@ -61,7 +61,7 @@ def test_a_probe_is_four_lines() -> None:
     assert str(RESULT) == (
         "net on NVIDIA L4: amp-bf16, adamw\n"
         "largest      63  simulated: it fitted, and 64 ran out of memory\n"
-        "recommended  60  20.0 GiB at the peak; 5% kept free\n"
+        "recommended  60  20.0 GiB at the peak; 9% kept free (5% asked)\n"
         "Simulated, not measured, 22.0 GiB usable, 1 trial."
     )
 
