@@ -51,7 +51,14 @@ def test_a_recommendation_that_leaves_much_more_is_tried_once_more() -> None:
         return Uneven().trial(None, batch_size)
 
     def improved(*trials: Trial) -> int | None:
-        return _improved(trial, prediction(130), 90, trials, CAPACITY_BYTES, SearchOptions())
+        return _improved(
+            trial,
+            prediction(130),
+            90,
+            trials,
+            capacity_bytes=CAPACITY_BYTES,
+            options=SearchOptions(),
+        )
 
     failed = Uneven().trial(None, 131)
     assert improved(kept, failed) == 104

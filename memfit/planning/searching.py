@@ -137,7 +137,14 @@ def run_search(
         has_retries=backend.has_retries,
         accepts_close=bool(first),
     )
-    best = _improved(trial, prediction, recommended.batch_size, trials, capacity.safe_bytes, options)
+    best = _improved(
+        trial,
+        prediction,
+        recommended.batch_size,
+        trials,
+        capacity_bytes=capacity.safe_bytes,
+        options=options,
+    )
     return ProbeResult(
         subject=step.name,
         device=backend.device_name,
@@ -336,6 +343,7 @@ def _improved(
     prediction: Prediction,
     size: int | None,
     trials: Sequence[Trial],
+    *,
     capacity_bytes: int,
     options: SearchOptions,
 ) -> int | None:

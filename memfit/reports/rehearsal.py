@@ -112,9 +112,7 @@ def render_probe(found: CommandProbe) -> RenderableType:
         if found.proved
         else "where the search was told to stop; more may fit (--max-batch-size)"
     )
-    kept = share_free(
-        found.trial_at(recommended or 0), found.capacity.usable_bytes, found.headroom
-    )
+    kept = share_free(found.trial_at(recommended or 0), found.capacity.usable_bytes, found.headroom)
     table = plain_table(has_header=False)
     table.add_row("largest", Text(str(best), "bold"), f"{found.source.value}: {proof}")
     table.add_row(

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memfit.records import Outcome, Source, Trial
-from memfit.search import Found, find_largest, larger, recommended
+from memfit.search import Found, find_largest, recommended
 
 MIB = 2**20
 
@@ -384,29 +384,6 @@ def test_a_recommendation_keeps_its_promises(
     nxt = answer.batch_size + multiple_of
     assert nxt > device.edge() or device.bytes_of(nxt) > limit
     assert len(answer.trials) <= 2
-
-
-@given(st.lists(st.integers(-60, 60), min_size=7, max_size=7), st.sampled_from([1, 4]))
-def test_a_larger_size_is_found_where_bytes_do_not_grow_evenly(
-    uneven: list[int], multiple_of: int
-) -> None:
-    """It keeps the headroom, and the looks are few; where every size is looked at, it is best."""
-    device = Device(lambda b: 10 * b + uneven[b % 7], 2000)
-    kept = device.trial(100)
-    device.tried.clear()
-    found = larger(device.trial, kept, limit_bytes=1100, multiple_of=multiple_of, below=111)
-    assert len(device.tried) <= 10
-    candidates = [b for b in range(101, 111) if b % multiple_of == 0]
-    reachable = [b for b in candidates if b * kept.peak_reserved_bytes <= 1100 * 100]
-    assert found == max((b for b in reachable if device.bytes_of(b) <= 1100), default=None)
-
-
-def test_no_larger_size_is_looked_for_beyond_one_that_failed() -> None:
-    """Sizes from `below` on are not looked at, and a size without bytes says nothing."""
-    device = Device(lambda b: b, 1000)
-    assert larger(device.trial, device.trial(100), limit_bytes=900, below=100) is None
-    silent = dataclasses.replace(device.trial(100), peak_reserved_bytes=None)
-    assert larger(device.trial, silent, limit_bytes=900) is None
 
 
 def test_a_recommendation_needs_no_allocator_retries() -> None:
