@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from memfit import __version__
+from memfit.cli.commands import FROM_PROJECT
 from memfit.cli.defaults import defaults_of, find_table, parameters_of
 from memfit.cli.missing import explained
 from memfit.errors import MemfitError
@@ -79,12 +80,7 @@ def main(context: click.Context) -> None:
     own = defaults_of(path, table, main.commands, name)
     if own:
         context.default_map = {name: parameters_of(own, main.commands[name])}
-        said = ", ".join(f"{option} {_shown(value)}" for option, value in own.items())
-        click.echo(f"Defaults from {path}: {said}.", err=True)
-
-
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        context.meta[FROM_PROJECT] = path, own
 
 
 def run() -> NoReturn:

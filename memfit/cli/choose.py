@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from memfit.cli.asking import check_cards
+from memfit.cli.commands import Command
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, WholeRange, shared_options
 from memfit.cli.output import Format, format_options, print_csv, print_json
@@ -17,7 +18,7 @@ from memfit.units import parse_count
 __all__ = ["choose"]
 
 
-@click.command(short_help="Choose the best model that can be fine-tuned on a GPU.")
+@click.command(cls=Command, short_help="Choose the best model that can be fine-tuned on a GPU.")
 @click.argument("models", metavar="[PATTERN]...", nargs=-1, shell_complete=complete_models)
 @click.option(
     "--effective-batch",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import click
 
+from memfit.cli.commands import Command, Switch
 from memfit.cli.output import print_json
 
 __all__ = ["gpus"]
 
 
-@click.command(short_help="List the GPUs that can be simulated.")
+@click.command(cls=Command, short_help="List the GPUs that can be simulated.")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@click.option("--json", "as_json", cls=Switch, help="Print the list as JSON.")
 def gpus(*, name: str | None, as_json: bool) -> None:
     """List the GPUs that `memfit probe --gpu` knows, with their memory and its source.
 

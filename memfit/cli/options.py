@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from memfit.cli.commands import Switch, excluded
 from memfit.cli.completion import complete_gpus, complete_models
 from memfit.errors import UsageError
 from memfit.records import Averaging, Engine, Evaluation, Parallel, Precision
@@ -25,7 +26,6 @@ __all__ = [
     "NumberRange",
     "WholeRange",
     "as_typed",
-    "is_typed",
     "models_argument",
     "optional_models_argument",
     "parallel_option",
@@ -90,12 +90,17 @@ class NumberRange(click.FloatRange):
 
 
 class JustGiven(click.Choice[str]):
-    """A choice that may be left out. In a pyproject.toml, `true` then stands for the first one."""
+    """A choice that may be left out. In a pyproject.toml, `true` then stands for the first one.
+
+    `none` overrides a project's default.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the choice."""
         if isinstance(value, bool):
             return next(iter(self.choices)) if value else None
+        if value == "none":
+            return None
         return super().convert(value, param, ctx)
 
 
@@ -137,11 +142,11 @@ _STEP_OPTIONS: _Options = {
         "--num-classes", type=int, help="Number of classes of the classifier."
     ),
     "channels_last": click.option(
-        "--channels-last", is_flag=True, help="Train in the channels_last layout."
+        "--channels-last", cls=Switch, help="Train in the channels_last layout."
     ),
     "grad_checkpointing": click.option(
         "--grad-checkpointing",
-        is_flag=True,
+        cls=Switch,
         help=("Gradient checkpointing: do not keep activations, compute them again in backward."),
     ),
     "model_kwargs": click.option(
@@ -153,7 +158,7 @@ _STEP_OPTIONS: _Options = {
     "keeps_outputs": click.option(
         "--keep-outputs",
         "keeps_outputs",
-        is_flag=True,
+        cls=Switch,
         help="The loop holds a batch, its outputs and loss until the next ones replace them.",
     ),
     "ema": click.option(
@@ -176,12 +181,10 @@ _STEP_OPTIONS: _Options = {
         metavar="BATCHES",
         help="Batches that wait on the device besides the one that is used.  [default: 0]",
     ),
-    "fused": click.option(
-        "--fused", is_flag=True, help="Use the optimizer's fused implementation."
-    ),
+    "fused": click.option("--fused", cls=Switch, help="Use the optimizer's fused implementation."),
     "optimizer_in_backward": click.option(
         "--optimizer-in-backward",
-        is_flag=True,
+        cls=Switch,
         help="Step each parameter as soon as its gradient is there, and free the gradient.",
     ),
     "evaluate": click.option(
@@ -194,7 +197,7 @@ _STEP_OPTIONS: _Options = {
     ),
     "no_grad": click.option(
         "--no-grad",
-        is_flag=True,
+        cls=Switch,
         help="Evaluate under no_grad(), which keeps autocast's copies, not inference_mode().",
     ),
     "checkpoint": click.option(
@@ -205,7 +208,7 @@ _STEP_OPTIONS: _Options = {
         "`memfit plan`, auto chooses the fewest operations for which the plan fits.",
     ),
     "compile": click.option(
-        "--compile", is_flag=True, help="Compile the model with torch.compile (not simulated)."
+        "--compile", cls=Switch, help="Compile the model with torch.compile (not simulated)."
     ),
 }
 
@@ -367,18 +370,12 @@ def shared_options(
     return add
 
 
-def is_typed(context: click.Context, name: str) -> bool:
-    """Whether the user typed an option. A project's defaults set options too."""
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-
 def _drop_excluded_default(where: dict[str, Any]) -> None:
     """Leave out a card of the project's defaults if a device was typed, and the other way round."""
-    context = click.get_current_context()
-    typed = {name for name in ("device", "gpus") if name in where and is_typed(context, name)}
-    if typed == {"device"} and "gpus" in where:
+    left_out = excluded(click.get_current_context())
+    if "gpus" in left_out and "gpus" in where:
         where["gpus"] = ()
-    elif typed == {"gpus"} and "device" in where:
+    if "device" in left_out and "device" in where:
         where["device"] = None
 
 

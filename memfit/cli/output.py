@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from memfit.cli.commands import Switch
 from memfit.errors import UsageError
 from memfit.records import SCHEMA_VERSION, Record
 
@@ -69,9 +70,9 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
         output = Format.JSON if as_json else Format.CSV if as_csv else Format.TEXT
         return command(output=output, **given)
 
-    json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+    json_option = click.option("--json", "as_json", cls=Switch, help="Print the result as JSON.")
     csv_option = click.option(
-        "--csv", "as_csv", is_flag=True, help="Print a table of comma-separated values."
+        "--csv", "as_csv", cls=Switch, help="Print a table of comma-separated values."
     )
     return json_option(csv_option(formatted))
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
+from memfit.cli.commands import Command, Switch, is_typed
 from memfit.cli.options import (
     Given,
     as_typed,
-    is_typed,
     optional_models_argument,
     parallel_option,
     shared_options,
@@ -49,7 +49,7 @@ _FEWEST_RANKS = 2
 _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fastai")
 
 
-@click.command(short_help="Turn a target batch size into micro-batches that fit.")
+@click.command(cls=Command, short_help="Turn a target batch size into micro-batches that fit.")
 @optional_models_argument
 @click.option(
     "--effective-batch",
@@ -70,7 +70,7 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 @parallel_option
 @click.option(
     "--together",
-    is_flag=True,
+    cls=Switch,
     help=(
         "The cards of --gpu train together, one rank on each, in this order. Each takes the share "
         "that it has room for."
@@ -88,7 +88,7 @@ _TRAINERS = ("pytorch", "timm", "lightning", "accelerate", "transformers", "fast
 )
 @click.option(
     "--explore",
-    is_flag=True,
+    cls=Switch,
     help=("Simulate changes of the step, one at a time, and show how much more would fit."),
 )
 @click.option(

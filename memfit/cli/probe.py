@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
+from memfit.cli.commands import Command, Switch
 from memfit.cli.options import (
     Given,
     models_argument,
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 __all__ = ["probe"]
 
 
-@click.command(short_help="Find the largest batch size that fits a device.")
+@click.command(cls=Command, short_help="Find the largest batch size that fits a device.")
 @models_argument
 @shared_options()
 @click.option(
     "--accumulate",
-    is_flag=True,
+    cls=Switch,
     help="Find the largest micro-batch of a step that accumulates gradients.",
 )
 @world_size_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from memfit.cli.asking import cards_for, under_way
+from memfit.cli.commands import Command, Switch
 from memfit.cli.completion import complete_models
 from memfit.cli.options import (
     Given,
@@ -37,13 +38,13 @@ if TYPE_CHECKING:
 __all__ = ["profile"]
 
 
-@click.command(short_help="Show what holds the memory of a training step.")
+@click.command(cls=Command, short_help="Show what holds the memory of a training step.")
 @click.argument("model", shell_complete=complete_models)
 @click.option("--batch-size", type=int, required=True, help="Samples in a micro-batch.")
 @shared_options(searches=False)
 @click.option(
     "--accumulate",
-    is_flag=True,
+    cls=Switch,
     help="Accumulate: run two micro-batches before the optimizer's step.",
 )
 @world_size_option
@@ -70,7 +71,7 @@ __all__ = ["profile"]
     show_default=True,
     help="The share by which the peak may be above the baseline.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+@click.option("--json", "as_json", cls=Switch, help="Print the profile as JSON.")
 def profile(
     *,
     model: str,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memfit.cli.commands import Command, Switch
 from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, UsageError
@@ -24,6 +25,7 @@ _INTERRUPTED = 130
 
 
 @click.command(
+    cls=Command,
     short_help="Run any training command on a GPU that is not there.",
     context_settings={"allow_interspersed_args": False},
 )
@@ -59,7 +61,7 @@ _INTERRUPTED = 130
     show_default=True,
     help=("End the command when the peak has not risen for this many optimizer steps."),
 )
-@click.option("--whole", is_flag=True, help="Let the command run to its end.")
+@click.option("--whole", cls=Switch, help="Let the command run to its end.")
 @html_option
 @click.option(
     "--snapshot",
@@ -70,7 +72,7 @@ _INTERRUPTED = 130
 @click.option(
     "--json",
     "as_json",
-    is_flag=True,
+    cls=Switch,
     help="Print the report as JSON. What the command prints goes to standard error.",
 )
 def rehearse(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from memfit.cli.asking import under_way
-from memfit.cli.options import Given, is_typed
+from memfit.cli.commands import is_typed
+from memfit.cli.options import Given
 from memfit.cli.output import check_writable, print_json, write
 from memfit.errors import UsageError
 from memfit.records import CommandPlan, CommandProbe, Record

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from memfit.cli.asking import check_cards
+from memfit.cli.commands import Command, Switch
 from memfit.cli.completion import complete_models
 from memfit.cli.options import PRECISION, Given, WholeRange, shared_options
 from memfit.cli.output import (
@@ -39,7 +40,7 @@ _ORDERS = (
 )
 
 
-@click.command(short_help="Find the batch sizes of many models on many GPUs.")
+@click.command(cls=Command, short_help="Find the batch sizes of many models on many GPUs.")
 @click.argument(
     "models", metavar="PATTERN...", nargs=-1, required=True, shell_complete=complete_models
 )
@@ -84,7 +85,7 @@ _ORDERS = (
 @click.option("--top", type=WholeRange(min=1), help="Show at most this many rows in the terminal.")
 @click.option(
     "--quick",
-    is_flag=True,
+    cls=Switch,
     help="Do not ask cuDNN for workspaces. For convolutional models this is several times quicker, "
     "and the recommended batch size can be a tenth too large.",
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from memfit.cli.commands import Switch
 from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable
 from memfit.errors import UnsupportedError, UsageError
@@ -64,9 +65,7 @@ def pool_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Keep results in this file; by default in the user's cache, until "
             "the sweep is complete.",
         ),
-        click.option(
-            "--fresh", is_flag=True, help="Start from the beginning, and keep no journal."
-        ),
+        click.option("--fresh", cls=Switch, help="Start from the beginning, and keep no journal."),
     )
     return functools.reduce(lambda inner, option: option(inner), reversed(options), pooled)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from memfit.cli.options import Given, is_typed
+from memfit.cli.commands import is_typed
+from memfit.cli.options import Given
 from memfit.errors import UsageError
 from memfit.integrations.equal import equal_parts
 from memfit.integrations.train_args import TrainArguments, read_train_arguments

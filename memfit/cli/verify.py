@@ -7,6 +7,7 @@ import sys
 import click
 
 from memfit.cli.asking import under_way
+from memfit.cli.commands import Command, Switch
 from memfit.cli.completion import complete_models
 from memfit.cli.options import Given, shared_options
 from memfit.cli.output import print_json
@@ -18,7 +19,7 @@ __all__ = ["verify"]
 _DIFFERS = 4
 
 
-@click.command(short_help="Prove that accumulated gradients equal the full batch's.")
+@click.command(cls=Command, short_help="Prove that accumulated gradients equal the full batch's.")
 @click.argument("model", shell_complete=complete_models)
 @click.option(
     "--micro-batch", "micro_batch_size", type=int, required=True, help="Samples in a micro-batch."
@@ -40,10 +41,10 @@ _DIFFERS = 4
 )
 @click.option(
     "--freeze-bn",
-    is_flag=True,
+    cls=Switch,
     help=("Freeze the layers that mix samples (evaluation mode), if that stops the mixing."),
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", cls=Switch, help="Print the result as JSON.")
 def verify(
     *,
     model: str,

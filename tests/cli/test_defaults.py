@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
@@ -48,6 +49,46 @@ def test_a_projects_options_are_defaults(tmp_path: Path, monkeypatch: pytest.Mon
     assert (options["channels_last"], options["model_kwargs"]) == (True, [["in_chans", 1]])
     assert "Defaults from" in result.stderr
     assert "gpu t4" in result.stderr
+
+
+def test_a_default_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line about defaults has only those that count, and how a switch is turned off."""
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        "[tool.memfit]\n"
+        'gpu = "t4"\n'
+        "channels-last = true\n"
+        "accumulate = true\n"
+        "ema = true\n"
+        'precision = "fp32"\n'
+        "max-batch-size = 1\n",
+    )
+    given = ("probe", "test_vit", "--engine", "simulate", "--json")
+    kept = run(*given, "--device", "cpu")
+    assert "accumulate (off with --no-accumulate)" in kept.stderr
+    assert "gpu t4" not in kept.stderr
+    (found,) = json.loads(kept.stdout)["results"]
+    assert (found["options"]["channels_last"], found["options"]["ema"]) == (True, "device")
+    typed = ("--no-channels-last", "--no-accumulate", "--ema", "none", "--precision", "amp-fp16")
+    changed = run(*given, *typed)
+    said = changed.stderr.partition(": ")[2].strip()
+    assert said == "gpu t4, max-batch-size 1."
+    (found,) = json.loads(changed.stdout)["results"]
+    options = found["options"]
+    assert (options["channels_last"], options["accumulate"]) == (False, False)
+    assert (options["ema"], options["precision"]) == (None, "amp-fp16")
+
+
+def test_every_flag_has_an_off_that_help_does_not_show() -> None:
+    """A flag without one could not be overridden."""
+    for name, command in main.commands.items():
+        flags = [p for p in command.params if isinstance(p, click.Option) and p.is_flag]
+        for flag in flags:
+            assert flag.secondary_opts, (name, flag.opts)
+            assert f"{flag.secondary_opts[0]} " not in run(name, "--help").stdout
+    given = main.commands["probe"].make_context("probe", ["x", "--no-grad", "--grad"]).params
+    assert given["no_grad"] is False
 
 
 @pytest.mark.parametrize(
