@@ -117,7 +117,7 @@ class DeviceRead(Record):
         line: The line of the script, as `file:line`; `None` if there is none.
         library_line: The innermost line outside torch, if it is another line.
         kind: What was read.
-        phase: The phase of the first read.
+        phase: The phase of the first read after the setup; `setup` if there was none.
         num_reads: The number of reads.
         num_bytes: The bytes of all reads.
         changes_course: The script decides by these values what it does next. So with real values it

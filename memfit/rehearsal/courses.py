@@ -1,8 +1,9 @@
 """Decides from a script's source whether a value that it reads changes what it does.
 
 A size that is read changes how much is allocated. A number or a truth value changes what the script
-does if it is used in a condition or in the range of a loop. The question whether a value is finite
-does not count, because real values are finite, as zeros are.
+does if it is used in a condition or in the range of a loop. Three conditions do not count. Whether
+a value is finite: real values are finite, as zeros are. An `assert`: if it fails, there are no
+figures. An `if` that only raises, warns, prints, logs or saves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -19,6 +21,9 @@ from memfit.records import ReadKind
 __all__ = ["Spot", "changes_course"]
 
 _FINITE: Final = frozenset({"isfinite", "isnan", "isinf"})
+# Parts of the names of functions that say or save something and do nothing else.
+_SAYS: Final = re.compile(r"print|warn|log|debug|save|write|^info$|^error$")
+_SMALL: Final = frozenset({"float", "format", "int", "item", "len", "str", "type"})
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Module
 
 
@@ -74,43 +79,55 @@ def changes_course(kind: ReadKind, spot: Spot | None) -> bool:
     tree = None if spot is None else _tree(spot.path)
     if spot is None or tree is None:
         return kind is ReadKind.DECISION
+    scope = _scope(tree, spot)
     conditions = [
-        node for owner, node in _conditions(tree) if spot.is_in(node) or spot.begins(owner)
+        (owner, node) for owner, node in _conditions(tree) if spot.is_in(node) or spot.begins(owner)
     ]
     if conditions:
-        return not any(_asks_if_finite(node) for node in conditions)
+        return not any(_asks_if_finite(node) for _, node in conditions) and any(
+            not _only_says(owner, scope) for owner, _ in conditions
+        )
     if kind is ReadKind.DECISION:
-        return not any(_asks_if_finite(node) for node in ast.walk(tree) if _is_at(node, spot))
-    return kind is ReadKind.NUMBER and _is_decided_by_name(tree, spot)
+        return not any(
+            isinstance(node, ast.Assert) or _asks_if_finite(node)
+            for node in ast.walk(tree)
+            if _is_at(node, spot)
+        )
+    return kind is ReadKind.NUMBER and _is_decided_by_name(scope, spot)
 
 
 def _is_at(node: ast.AST, spot: Spot) -> bool:
     return isinstance(node, ast.stmt) and not hasattr(node, "body") and spot.is_in(node)
 
 
-def _is_decided_by_name(tree: ast.Module, spot: Spot) -> bool:
-    """Whether the value gets a name that a condition in the same function uses."""
+def _scope(tree: ast.Module, spot: Spot) -> _Function:
+    """Return the innermost function with the spot."""
     functions = [node for node in ast.walk(tree) if isinstance(node, _Function)]
     inside = [node for node in functions if isinstance(node, ast.Module) or spot.is_in(node)]
-    innermost = max(inside, key=lambda node: getattr(node, "lineno", 0))
+    return max(inside, key=lambda node: getattr(node, "lineno", 0))
+
+
+def _is_decided_by_name(scope: _Function, spot: Spot) -> bool:
+    """Whether the value gets a name that a condition in the same function uses."""
     names = {
         target.id
-        for node in ast.walk(innermost)
+        for node in ast.walk(scope)
         if isinstance(node, ast.Assign) and spot.is_in(node)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
     return any(
         not _asks_if_finite(condition)
-        and any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(condition))
-        for _, condition in _conditions(innermost)
+        and any(name.id in names for name in _names(condition, ast.Load))
+        and not _only_says(owner, scope)
+        for owner, condition in _conditions(scope)
     )
 
 
 def _conditions(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.expr]]:
     """Yield each condition, with the statement or expression that it belongs to."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
+        if isinstance(node, ast.If | ast.While | ast.IfExp):
             yield node, node.test
         elif isinstance(node, ast.For | ast.AsyncFor):
             yield node, node.iter
@@ -118,6 +135,54 @@ def _conditions(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.expr]]:
             yield node.iter, node.iter
             for test in node.ifs:
                 yield test, test
+
+
+def _only_says(branch: ast.AST, scope: ast.AST) -> bool:
+    """Whether a branch does nothing but say or save something, or end with an error.
+
+    It may set names, if these are only used in its own condition and in what is said.
+    """
+    if not isinstance(branch, ast.If):
+        return False
+    statements = (*branch.body, *branch.orelse)
+    kept = {name.id for part in statements for name in _names(part, ast.Store)}
+    uses = {id(name) for part in (branch.test, *statements) for name in _names(part, ast.Load)}
+    if kept:
+        said = (part for part in ast.walk(scope) if isinstance(part, ast.Expr) and _says(part))
+        uses |= {id(name) for part in said for name in _names(part, ast.Load)}
+    return all(_says(part) for part in statements) and not any(
+        name.id in kept and id(name) not in uses for name in _names(scope, ast.Load)
+    )
+
+
+def _names(tree: ast.AST, use: type[ast.Load | ast.Store]) -> Iterator[ast.Name]:
+    return (
+        part for part in ast.walk(tree) if isinstance(part, ast.Name) and isinstance(part.ctx, use)
+    )
+
+
+def _says(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Raise() | ast.Pass() | ast.Assert():
+            return True
+        case ast.Assign(targets=targets, value=value):
+            return all(isinstance(target, ast.Name) for target in targets) and all(
+                _name_of(part) in _SMALL for part in ast.walk(value) if isinstance(part, ast.Call)
+            )
+        case ast.If(body=body, orelse=others):
+            return all(_says(part) for part in (*body, *others))
+        case ast.Expr(value=ast.Constant()):
+            return True
+        case ast.Expr(value=ast.Call() as call):
+            return _SAYS.search(_name_of(call)) is not None
+    return False
+
+
+def _name_of(call: ast.Call) -> str:
+    match call.func:
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return name
+    return ""
 
 
 def _asks_if_finite(tree: ast.AST) -> bool:

@@ -57,6 +57,7 @@ class Report:
         ran_out: Whether its last error is out of memory.
         faults: The errors of the watch itself.
         left_out: The buffers of cuDNN that were used and not counted.
+        suspects: Lines that read what no kernel computed, before its last error.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Report:
     ran_out: bool
     faults: tuple[str, ...]
     left_out: tuple[str, ...]
+    suspects: tuple[str, ...]
 
 
 def read_reports(folder: Path) -> tuple[Report, ...]:
@@ -129,6 +131,7 @@ def _report(path: Path) -> Report:
             for index, name in enumerate(_LEFT_OUT)
             if any(line.get("left_out", 0) >> index & 1 for line in lines)
         ),
+        suspects=tuple(next(of("exit"), {}).get("suspects", ())),
     )
 
 
@@ -226,7 +229,7 @@ def _phases(lines: Iterable[dict[str, Any]], device: str) -> Iterator[RehearsedP
 def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
     # A later line of a place counts from the beginning, so it replaces the earlier lines.
     places = {
-        (read["line"], read["innermost_line"]): read
+        (read["line"], read["library_line"], read["innermost_line"]): read
         for line in lines
         for read in line.get("reads", ())
     }

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 
-from memfit.cards import Gpu
+from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu
 from memfit.errors import UsageError
 from memfit.records import Capacity, Rehearsal, RehearsalEnd, RehearsedProcess, Source
 from memfit.rehearsal.children import Output, check_command, run_to_end
@@ -214,9 +214,21 @@ def _notes(
             "cuDNN does not say without a GPU how many bytes these take, so they are not counted: "
             f"{', '.join(left_out)}."
         )
+    yield from _blame(reports, exit_code)
     for report in reports:
         for fault in report.faults:
             yield f"memfit failed to watch the command, so figures may be missing: {fault}."
+
+
+def _blame(reports: Sequence[Report], exit_code: int) -> Iterator[str]:
+    """Name the lines whose zeros may have led to a failure."""
+    lines = dict.fromkeys(line for report in reports for line in report.suspects)
+    if exit_code != 0 and lines and not any(report.ran_out for report in reports):
+        yield (
+            f"It failed after it had read what no kernel computed, in {', '.join(lines)}. A value "
+            "read there is zero, and on a card it has another value. If that led to the error, "
+            f"set the value yourself where os.environ has {REHEARSED_CARD_VARIABLE}."
+        )
 
 
 class _PlainUnpickler(pickle.Unpickler):

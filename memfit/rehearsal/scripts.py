@@ -24,6 +24,7 @@ from memfit.records import (
     CommandPlan,
     CommandProbe,
     Outcome,
+    ReadKind,
     Rehearsal,
     RehearsalEnd,
     Trial,
@@ -344,18 +345,22 @@ class _Runs:
 
     def doubts(self) -> list[str]:
         """Return the places at which the command ran differently than with real values."""
-        lines = {
-            read.line or read.library_line
-            for rehearsal in self._doubtful.values()
-            for process in rehearsal.processes
-            for read in process.reads
-            if read.changes_course
-        }
-        if not lines:
-            return []
-        named = ", ".join(sorted(line for line in lines if line is not None)[:3])
-        doubt = f"{named} may have taken another branch than with real values."
-        return [f"Do not trust these figures. {doubt}"]
+        lines: dict[bool, set[str]] = {True: set(), False: set()}
+        for rehearsal in self._doubtful.values():
+            for process in rehearsal.processes:
+                for read in process.reads:
+                    if read.changes_course and (place := read.line or read.library_line):
+                        lines[read.kind is ReadKind.SIZE].add(place)
+        sizes, decisions = (", ".join(sorted(lines[is_size])[:3]) for is_size in (True, False))
+        told = []
+        if sizes:
+            told.append(f"Do not trust these figures. Sizes that no kernel computed: {sizes}.")
+        if decisions:
+            told.append(
+                f"Values that no kernel computed decide here: {decisions}. The figures hold if "
+                "values on the card decide in the same way as zeros."
+            )
+        return told
 
 
 def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:
@@ -366,7 +371,7 @@ def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:
         lines = found.last_words.strip().splitlines()[-_NUM_LAST_LINES:]
         raise StepCrashedError(
             f"{rehearsal.subject} failed by itself with exit code {rehearsal.exit_code}, and not "
-            "because memory ran out:\n" + "\n".join(lines)
+            "because memory ran out:\n" + "\n".join((*lines, *rehearsal.notes))
         )
     largest, peak = rehearsal.largest, rehearsal.peak
     if largest is None or peak is None:

@@ -164,23 +164,36 @@ def _in_trials(found: CommandProbe | CommandPlan) -> str:
     )
 
 
-def doubts(rehearsal: Rehearsal) -> str | None:
-    """Say why the figures may be wrong; `None` if there is no known reason."""
-    lines = {
-        short_line(read.library_line or read.line)
-        for process in rehearsal.processes
-        for read in process.reads
-        if read.changes_course
-    }
-    if not lines:
-        return None
-    named = ", ".join(sorted(lines)[:_NUM_NAMED])
+def doubts(rehearsal: Rehearsal) -> tuple[str, ...]:
+    """Say why the figures may be wrong; nothing if there is no known reason.
+
+    A size that no kernel computed makes them wrong. A decision makes them wrong only if real values
+    decide otherwise, which the reader may know.
+    """
+    lines: dict[bool, set[str]] = {True: set(), False: set()}
+    for process in rehearsal.processes:
+        for read in process.reads:
+            if read.changes_course:
+                place = short_line(read.library_line or read.line)
+                lines[read.kind is ReadKind.SIZE].add(place)
+    told = []
+    if lines[True]:
+        told.append(
+            f"Do not trust these figures. {_some(lines[True])}: sizes were read there. No kernel "
+            "computed them, so they were zero."
+        )
+    if lines[False]:
+        told.append(
+            f"{_some(lines[False])}: values were read there to decide what to do next. No kernel "
+            "computed them, so they were zero or false. The figures hold if values on the card "
+            "decide in the same way."
+        )
+    return tuple(told)
+
+
+def _some(lines: set[str]) -> str:
     others = " and others" if len(lines) > _NUM_NAMED else ""
-    return (
-        f"Do not trust these figures. {named}{others} may have taken another branch "
-        "than with real values. No kernel computed the value that was read there, "
-        "so it was zero."
-    )
+    return ", ".join(sorted(lines)[:_NUM_NAMED]) + others
 
 
 def first_words(message: str) -> str:
@@ -333,9 +346,8 @@ def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
     if not reads:
         return
     yield ""
-    doubt = doubts(rehearsal)
-    if doubt is not None:
-        yield Text(doubt, "bold red")
+    for doubt in doubts(rehearsal):
+        yield Text(doubt, "bold red" if "not trust" in doubt else "yellow")
         yield ""
     yield Text(
         f"Lines that read what no kernel computed ({_count(len(reads), 'line')}, "
@@ -352,7 +364,7 @@ def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
             str(read.num_reads),
             _WHAT[read.kind],
             _place(read),
-            Text("goes another way", "red") if read.changes_course else "",
+            Text("decides", "yellow") if read.changes_course else "",
         )
     yield table
 

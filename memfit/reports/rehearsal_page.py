@@ -88,10 +88,10 @@ def _tables(rehearsal: Rehearsal) -> list[Panel]:
                 "reads",
                 "Reads of what no kernel computed",
                 (
-                    "Zeros were read there. If the script takes another branch because of "
-                    "them, do not trust the figures."
+                    "Zeros were read there. If the script decides by them, the figures hold only "
+                    "where values on the card decide in the same way."
                 ),
-                ("line", "what", "reads", "goes another way"),
+                ("line", "what", "reads", "decides"),
                 tuple(
                     (
                         short_line(read.line or read.library_line),

@@ -34,14 +34,22 @@ def spot(path: Path, source: str, *, has_columns: bool = True) -> Spot:
     [
         (NUMBER, "print(READ)\n", False),
         (NUMBER, "if step % 2 == 0: print(READ)\n", False),
-        (NUMBER, "if READ > 3:\n    pass\n", True),
+        (NUMBER, "if READ > 3:\n    x = model(x)\n", True),
+        (NUMBER, "if READ > 3:\n    raise ValueError(x)\n", False),
+        (NUMBER, "if READ > 3:\n    raise ValueError(x)\nelse:\n    step()\n", True),
+        (NUMBER, "if READ > 3:\n    n = str(x)\n    if n:\n        warnings.warn(n)\n", False),
+        (NUMBER, "if READ > 3:\n    n = len(x)\n    log(n)\ng(n)\n", True),
+        (NUMBER, "if READ > best:\n    best = x\n    torch.save(best)\nprint(best)\n", False),
+        (NUMBER, "if READ > best:\n    self.best = x\n", True),
+        (NUMBER, "n = READ\nif n > 3:\n    print(n)\n", False),
         (NUMBER, "while (\n    x\n    and READ > 3\n):\n    pass\n", True),
         (NUMBER, "x = 1 if READ else 2\n", True),
         (NUMBER, "for i in range(READ):\n    pass\n", True),
-        (NUMBER, "assert READ > 0\n", True),
+        (NUMBER, "assert READ > 0\n", False),
+        (DECISION, "assert READ\n", False),
         (NUMBER, "def f():\n    n = READ\n    if n == 0:\n        return\n", True),
         (NUMBER, "def f():\n    n = READ\n    print(n)\n", False),
-        (NUMBER, "def f():\n    n = READ\ndef g(n):\n    if n:\n        pass\n", False),
+        (NUMBER, "def f():\n    n = READ\ndef g(n):\n    if n:\n        return\n", False),
         (NUMBER, "loss = READ\nif not math.isfinite(loss):\n    quit()\n", False),
         (DECISION, "x = bool(READ)\n", True),
         (DECISION, "if torch.isnan(READ):\n    pass\n", False),
@@ -51,13 +59,13 @@ def spot(path: Path, source: str, *, has_columns: bool = True) -> Spot:
     ],
 )
 def test_by_its_source(tmp_path: Path, kind: ReadKind, source: str, expected: bool) -> None:
-    """A condition decides what runs, unless it asks if a value is finite. A print does not."""
+    """A condition decides what runs, unless it asks if a value is finite, or says something."""
     assert changes_course(kind, spot(tmp_path / "train.py", source)) is expected
 
 
 def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> None:
     """If a tensor is the condition, Python reports the place where its statement begins."""
-    source = "READ (\n    flag\n    and (mask == 0).all()\n):\n    pass\n".replace("READ", "if")
+    source = "if (\n    flag\n    and (mask == 0).all()\n):\n    mask = model()\n"
     path = tmp_path / "train.py"
     path.write_text(source, encoding="utf-8")
     at = Spot(path=str(path), line=1, end_line=5, column=0, end_column=8)
@@ -69,7 +77,7 @@ def test_a_condition_is_tested_where_its_statement_begins(tmp_path: Path) -> Non
 
 def test_without_columns_the_line_decides(tmp_path: Path) -> None:
     """Python 3.10 reports lines without columns."""
-    source = "if READ > 3:\n    pass\n"
+    source = "if READ > 3:\n    x = model()\n"
     assert changes_course(NUMBER, spot(tmp_path / "a.py", source, has_columns=False))
     assert not changes_course(NUMBER, spot(tmp_path / "b.py", "print(READ)\n", has_columns=False))
 

@@ -170,11 +170,22 @@ def test_reads_that_decide_are_told_from_reads_that_show() -> None:
         if read.line is not None
     }
     assert reads == {
-        'print("loss", loss.item())': ("number", 3, False),
+        'print("loss", loss.item(), loss)': ("tensor", 3, False),
         "if loss.item() > 1:": ("number", 3, True),
         "x[x > 3].sum()": ("size", 3, True),
     }
     assert not found.is_trusted
+
+
+@pytest.mark.rehearses
+def test_a_script_may_divide_by_what_no_kernel_computed() -> None:
+    """A number with a fraction is not zero. A count is, and the report names its line."""
+    found = rehearse(TRAINING, "2", "2", "divide")
+    assert found.message == "division by zero"
+    (note,) = found.notes
+    text = Path(TRAINING).read_text("utf-8").splitlines()
+    number = text.index("        count = (x > 3).sum().item()") + 1
+    assert f"{TRAINING}:{number}. A value read there is zero" in note
 
 
 @pytest.mark.rehearses

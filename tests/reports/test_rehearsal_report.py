@@ -187,17 +187,24 @@ def test_several_cards_are_one_table() -> None:
     assert shown.count("Rehearsed, not measured") == 1
 
 
+def with_read(read: DeviceRead) -> Rehearsal:
+    process = dataclasses.replace(PROCESS, reads=(read,))
+    return dataclasses.replace(REHEARSAL, processes=(process,))
+
+
 def test_doubts_are_plain() -> None:
-    """They are reported only for a line that took another way."""
-    shown = dataclasses.replace(REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(READ,)),))
-    assert (doubts(shown), shown.is_trusted) == (None, True)
+    """A size makes figures wrong. A decision does so only if it falls otherwise."""
+    shown = with_read(READ)
+    assert (doubts(shown), shown.is_trusted) == ((), True)
     assert "Lines that read what no kernel computed (1 line, 5 reads)" in text(render(shown))
-    decides = dataclasses.replace(READ, kind=ReadKind.SIZE, changes_course=True)
-    doubted = dataclasses.replace(
-        REHEARSAL, processes=(dataclasses.replace(PROCESS, reads=(decides,)),)
-    )
-    assert not doubted.is_trusted
-    assert "Do not trust these figures. train.py:12 may have taken another" in text(render(doubted))
+    size = with_read(dataclasses.replace(READ, kind=ReadKind.SIZE, changes_course=True))
+    assert not size.is_trusted
+    assert "Do not trust these figures. train.py:12: sizes were read" in text(render(size))
+    decision = with_read(dataclasses.replace(READ, kind=ReadKind.DECISION, changes_course=True))
+    assert not decision.is_trusted
+    told = text(render(decision))
+    assert "not trust" not in told
+    assert "train.py:12: values were read there to decide what to do next." in told
 
 
 def test_places_are_short() -> None:

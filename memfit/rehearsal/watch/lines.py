@@ -22,6 +22,9 @@ _LIBRARIES = tuple(
     }
 )
 _MAX_FRAMES = 400
+# A subclass of Tensor runs every operation from here, so these lines say nothing about it.
+_DISPATCHERS = ("__torch_function__", "__torch_dispatch__")
+_PRINTER = f"{os.sep}torch{os.sep}_tensor_str.py"
 
 
 class Place:
@@ -51,6 +54,11 @@ class Place:
                 self.library = shown
             if self.script is None and _is_script(path):
                 self.script = shown
+
+    @property
+    def is_printing(self) -> bool:
+        """Whether torch makes the text of a tensor here."""
+        return any(frame.f_code.co_filename.endswith(_PRINTER) for frame in self.frames)
 
     def spots(self) -> list[tuple[str, int, int, int | None, int | None]]:
         """Return the file, the first and last line, and the columns of one or two frames.
@@ -90,7 +98,8 @@ def here(frame: FrameType | None) -> Place:
 def _outwards(frame: FrameType | None) -> list[FrameType]:
     frames: list[FrameType] = []
     while frame is not None and len(frames) < _MAX_FRAMES:
-        if not frame.f_code.co_filename.startswith(_OWN):
+        code = frame.f_code
+        if not code.co_filename.startswith(_OWN) and code.co_name not in _DISPATCHERS:
             frames.append(frame)
         frame = frame.f_back
     return frames

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 from .internals import frame_here
@@ -21,6 +21,8 @@ __all__ = ["Reads"]
 
 _MAX_PLACES = 500
 _MAX_DEPTH = 80
+_MAX_SUSPECTS = 3
+_NOT_OF_VALUES = (AttributeError, ImportError, NameError, OSError, SyntaxError, TypeError)
 # Parts of the mangled names of functions on the stack, and the kind of read that each one shows.
 # The first match counts, because a size is also read through a copy.
 _KINDS = (
@@ -61,12 +63,25 @@ class Reads:
         self._guarded = guarded
         self._library = ctypes.CDLL(None)
         self._callback: Any = None
-        self._counts: dict[tuple[str | None, str | None], dict[str, Any]] = {}
+        self._counts: dict[tuple[str | None, ...], dict[str, Any]] = {}
         self._is_inside = False
-        self.phase: str | None = None
-        self.step = 0
+        self._latest: dict[str, None] = {}
+        self._step = 0
+        self.phase = "setup"
+        self.num_of_script = 0
+        """How often the script, and not torch itself, has read what no kernel computed."""
 
-    def begin(self, _torch: ModuleType) -> bool:
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps so far."""
+        return self._step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self._step = number
+        self._latest.clear()
+
+    def begin(self) -> bool:
         """Let the device report every read. Return false if there is no rehearsed device."""
         register = getattr(self._library, "memfit_rehearsal_on_read", None)
         if register is None:
@@ -88,6 +103,25 @@ class Reads:
         if register is not None and self._callback is not None:
             register(None)
 
+    def suspects(self, error: BaseException | None) -> list[str]:
+        """Return the lines whose reads may have led to an error, the latest last.
+
+        Args:
+            error: The error that ended the script.
+
+        Returns:
+            If the error went through a line that read, only such lines. Otherwise the latest lines
+            that read since the last optimizer step; none for an error that no value leads to.
+        """
+        if error is None or isinstance(error, _NOT_OF_VALUES):
+            return []
+        passed = {
+            f"{frame.f_code.co_filename}:{line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+        }
+        blamed = [line for line in self._latest if line in passed]
+        return blamed or list(self._latest)[-_MAX_SUSPECTS:]
+
     def take(self) -> list[dict[str, Any]]:
         """Return each place that read since the last call, with its counts from the beginning."""
         changed = [count for count in self._counts.values() if count["is_new"]]
@@ -104,25 +138,38 @@ class Reads:
         self._is_inside = True
         try:
             place = here(frame_here())
-            key = (place.script, place.innermost)
+            key = (place.script, place.library, place.innermost)
+            if not place.is_printing:
+                self._take_note(place)
             count = self._counts.get(key)
             if count is None:
                 if len(self._counts) >= _MAX_PLACES:
                     return
                 count = self._counts[key] = self._first(place)
+            if count["phase"] == "setup":
+                count["phase"] = self.phase
             count["num_reads"] += 1
             count["num_bytes"] += num_bytes
             count["is_new"] = True
         finally:
             self._is_inside = False
 
+    def _take_note(self, place: Place) -> None:
+        self.num_of_script += place.innermost in (place.library, place.script)
+        line = place.library or place.script
+        if line is not None:
+            self._latest.pop(line, None)
+            self._latest[line] = None
+
     def _first(self, place: Place) -> dict[str, Any]:
+        # What is printed only is read in many ways, and none of them decides anything.
+        is_printing = place.is_printing
         return {
             "line": place.script,
             "library_line": place.library,
             "innermost_line": place.innermost,
-            "spots": place.spots(),
-            "kind": self._kind(),
+            "spots": [] if is_printing else place.spots(),
+            "kind": "tensor" if is_printing else self._kind(),
             "phase": self.phase,
             "step": self.step,
             "num_reads": 0,

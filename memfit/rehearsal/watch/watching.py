@@ -25,6 +25,7 @@ from .internals import Internals, frame_here, run_exit_functions
 from .journal import Journal
 from .lines import here
 from .modules import Modules
+from .numbers import replace_zeros
 from .peaks import FIGURES, Peaks
 from .ranks import replace_object_collectives, stay_alone
 from .reads import Reads
@@ -170,9 +171,12 @@ class Watch:
     def _device_is_there(self) -> None:
         torch = self._torch
         self._is_over = False
+        is_rehearsed = self._reads.begin()
+        if is_rehearsed:
+            replace_zeros(torch, self._reads)
         self._journal.write(
             "device",
-            is_rehearsed=self._reads.begin(torch),
+            is_rehearsed=is_rehearsed,
             process=os.getpid(),
             command=list(sys.orig_argv),
             torch=torch.__version__,
@@ -381,7 +385,13 @@ class Watch:
         self._num_lines = 0
         with self._lock:
             self._fold()
-            self._write_figures("exit", is_rise=True, **_told(error), **self._rank())
+            self._write_figures(
+                "exit",
+                is_rise=True,
+                suspects=self._reads.suspects(error),
+                **_told(error),
+                **self._rank(),
+            )
             ran_out = self._failed_step == self._step + 1
             if self._history is not None and (ran_out or not self._step):
                 self._history.keep(self._step + 1 if ran_out else 0)

@@ -6,6 +6,7 @@ Its arguments: samples, steps, and what else to do.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def say_peak() -> None:
     print("peak", torch.cuda.max_memory_allocated(), flush=True)
 
 
+def read(x: torch.Tensor, loss: torch.Tensor) -> None:
+    """Read values, if that was asked for."""
+    if "read" in EXTRAS:
+        print("loss", loss.item(), loss)
+        if loss.item() > 1:
+            x = x[:1]
+        x[x > 3].sum()
+    if "divide" in EXTRAS:
+        print("signal to noise", math.log10(1 / loss.item()), 1 / float(loss))
+        count = (x > 3).sum().item()
+        print("share", 1 / count)
+
+
 def main() -> None:
     net = Net().cuda()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -65,11 +79,7 @@ def main() -> None:
         if "reset" in EXTRAS and step == 0:
             say_peak()
             torch.cuda.reset_peak_memory_stats()
-        if "read" in EXTRAS:
-            print("loss", loss.item())
-            if loss.item() > 1:
-                print("large")
-            x[x > 3].sum()
+        read(x, loss)
         if "wait" in EXTRAS:
             print("stepped", flush=True)
     if "evaluate" in EXTRAS:
