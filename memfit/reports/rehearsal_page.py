@@ -55,7 +55,7 @@ def _warning(rehearsal: Rehearsal) -> str | None:
             else f" {format_bytes(rehearsal.shortage.missing_bytes)} were missing."
         )
         return f"It does not fit.{missing} {first_words(rehearsal.message or '')}".strip()
-    return doubts(rehearsal)
+    return " ".join(doubts(rehearsal)) or None
 
 
 def _tables(rehearsal: Rehearsal) -> list[Panel]:
