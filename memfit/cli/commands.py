@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from memfit.errors import MemfitError
+
 __all__ = ["FROM_PROJECT", "Command", "Switch", "excluded", "is_typed"]
 
 FROM_PROJECT = "memfit.from_project"
@@ -42,8 +44,20 @@ def _off(name: str) -> str:
 class Command(click.Command):
     """A command that says which of a project's defaults it uses."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read what was typed. An error may be about a default, so the defaults are said first."""
+        try:
+            return super().parse_args(ctx, args)
+        except (MemfitError, click.UsageError):
+            self._announce(ctx)
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        self._announce(ctx)
+        return super().invoke(ctx)
+
+    def _announce(self, ctx: click.Context) -> None:
         path, defaults = ctx.meta.get(FROM_PROJECT, (None, {}))
         used = [
             _shown(parameter, defaults[key])
@@ -53,12 +67,13 @@ class Command(click.Command):
         ]
         if used:
             click.echo(f"Defaults from {path}: {', '.join(used)}.", err=True)
-        return super().invoke(ctx)
 
 
 def _counts(context: click.Context, name: str) -> bool:
     """Whether a project's default is used: nothing that was typed overrides or excludes it."""
-    if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT_MAP:
+    source = context.get_parameter_source(name)
+    # Without a source, an error came before the parameter's turn.
+    if source not in {click.core.ParameterSource.DEFAULT_MAP, None}:
         return False
     return name not in excluded(context)
 
