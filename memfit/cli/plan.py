@@ -12,6 +12,7 @@ import click
 
 from memfit.cli.asking import ask_each, cards_for, check_single, refuse_unfit, under_way
 from memfit.cli.commands import Command, Switch, is_typed
+from memfit.cli.emitting import emitted, refuse_unwritable
 from memfit.cli.options import (
     Given,
     as_typed,
@@ -183,6 +184,15 @@ def plan(
     shown = _Shown(trainer=trainer, output=output)
 
     subjects = list(map(subject_of, models))
+    refuse_unwritable(
+        subjects[0],
+        effective_batch_size,
+        trainer=trainer,
+        device=given.device,
+        cards_together=cards if together else (),
+        world_size=world_size,
+        options=given.step,
+    )
 
     def ask(model: Subject) -> Plan | PlanSurvey:
         return _ask(
@@ -394,29 +404,9 @@ class _Shown:
 
             print_csv(plan_rows(found))
         elif self._trainer is not None and isinstance(found[0], Plan):
-            from memfit.integrations import lines_for
-
-            emitted = lines_for(_built(found[0], self._trainer), self._trainer)
+            lines = emitted(found[0], self._trainer)
             click.echo(err=True)
-            click.echo(emitted, nl=False)
-
-
-def _built(plan: Plan, trainer: str) -> Plan:
-    """Return the plan with all that a model's image size changes, for a model of timm.
-
-    Raises:
-        UsageError: The lines are for timm's own trainer, and the model is not timm's.
-    """
-    from memfit.step.timm_models import as_built, import_timm
-
-    if not import_timm().is_model(plan.subject.partition(".")[0]):
-        if trainer == "timm":
-            raise UsageError(
-                f"timm's train.py trains timm's models by their names, and {plan.subject} is not "
-                "one of them: emit pytorch."
-            )
-        return plan
-    return dataclasses.replace(plan, options=as_built(plan.subject, plan.options))
+            click.echo(lines, nl=False)
 
 
 def _page(found: Plan | PlanSurvey | Exploration) -> str:

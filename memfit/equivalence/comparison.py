@@ -132,7 +132,7 @@ def check(
         for name in reference.values
         if not (reference.values[name] is None and other.values[name] is None)
     ]
-    compared.sort(key=_excess, reverse=True)
+    compared.sort(key=_rank, reverse=True)
     return GradientCheck(
         precision=setup.precision_name,
         device=str(setup.device),
@@ -195,13 +195,10 @@ def _typical(gradients: Gradients) -> float:
     return total / math.sqrt(max(1, sum(value.numel() for value in values)))
 
 
-def _excess(difference: ParameterDifference) -> float:
-    errors = [difference.relative_error / difference.bound if difference.bound else math.inf]
-    if difference.relative_error == 0:
-        errors = [0.0]
-    if difference.scale is not None and difference.scale_bound:
-        errors.append(abs(difference.scale - 1) / difference.scale_bound)
-    return math.inf if any(math.isnan(error) for error in errors) else max(errors)
+def _rank(difference: ParameterDifference) -> tuple[bool, bool, float]:
+    """Return a key that puts what differs last, and the largest error at the very end."""
+    error = difference.relative_error
+    return difference.differs, not difference.in_noise, math.inf if math.isnan(error) else error
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ def lines(plan: Plan) -> str:
     name = "module.model" if plan.options.checkpoint else "module"
     model = [line for line in model_lines(plan, model=name) if "bfloat16" not in line]
     comments = [
-        *brought(plan, model="module's model", optimizer="What configure_optimizers returns"),
+        *brought(plan, model="module.model", optimizer="What configure_optimizers returns"),
         (
             "If the last window has fewer batches, Lightning still divides by "
             "accumulate_grad_batches, and the gradient is too small. It is right "

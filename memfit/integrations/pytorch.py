@@ -49,7 +49,7 @@ def _loader(plan: Plan) -> str:
             f"{plan.effective_batch_size} over {plan.world_size} ranks: {parts} on the first, "
             f"{plan.source.value} for {plan.device} in {plan.options.precision.value}. The model "
             "is a DistributedDataParallel.",
-            *brought(plan, model="the model inside"),
+            *brought(plan, model="model.module"),
             *uneven,
         )
         + "\nimport torch\nfrom torch import distributed\n"
@@ -73,7 +73,7 @@ def _loader_of_ranks(plan: Plan) -> str:
         comment(
             f"{samples} over {plan.world_size} ranks, {plan.source.value} in "
             f"{plan.options.precision.value}. {parts}. The model is a DistributedDataParallel.",
-            *brought(plan, model="the model inside"),
+            *brought(plan, model="model.module"),
         )
         + "\nimport torch\nfrom torch import distributed\n"
         + "from torch.utils.data import DataLoader\n\n"

@@ -35,7 +35,7 @@ def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimi
 
     Args:
         plan: The plan.
-        model: The model's name in the emitted code.
+        model: The model in the emitted code, as an expression of Python.
         optimizer: The optimizer's name in it; `None` if the code creates the optimizer.
 
     Returns:
@@ -56,9 +56,10 @@ def brought(plan: Plan, *, model: str = "model", optimizer: str | None = "optimi
             f"with img_size=({height}, {width})."
         )
     if options.optimizer is not None and optimizer is not None:
+        package = package_of(options.optimizer) or "timm"
         said.append(
-            f"{optimizer} is {_made_by(options.optimizer, model)} with your learning rate: another "
-            "may need more memory."
+            f"{optimizer} is {_made_by(options.optimizer, model)} with your learning rate (import "
+            f"{package}.optim): another may need more memory."
         )
     return [*said, *_habits(plan, model, makes_optimizer=optimizer is None)]
 
@@ -99,7 +100,7 @@ def _habits(plan: Plan, model: str, *, makes_optimizer: bool) -> list[str]:
         where = "on the model's device" if options.ema is Averaging.DEVICE else "in host memory"
         said.append(
             f"The plan leaves room for an average of the weights {where}, such as "
-            "timm.utils.ModelEmaV3 keeps. Update it after each step."
+            "timm.utils.ModelEmaV3 keeps (import timm.utils). Update it after each step."
         )
     if options.prefetch:
         waiting = "1 more batch" if options.prefetch == 1 else f"{options.prefetch} more batches"

@@ -183,7 +183,7 @@ def growth_words(growth: Growth) -> str:
     first = (
         f"The peak of {growth.name} is {format_bytes(growth.after_bytes)}; kept: "
         f"{format_bytes(growth.before_bytes)} ({sign}{format_bytes(changed)}, "
-        f"{growth.tolerance:.0%} is allowed); in use at it: "
+        f"{growth.tolerance:.0%} is allowed); in use at the peak: "
         f"{format_bytes(growth.after_used_bytes)}, kept: {format_bytes(growth.before_used_bytes)}."
     )
     remark = [f"Note: {growth.remark}."] if growth.remark else []

@@ -43,8 +43,8 @@ class Growth(Record):
         name: The name under which the peak was kept.
         before_bytes: The peak that was kept.
         after_bytes: The peak now.
-        before_used_bytes: What was in use at it: without the context and without free memory that
-            the allocator kept.
+        before_used_bytes: What was in use at that peak: without the context and without free memory
+            that the allocator kept.
         after_used_bytes: What is in use at the peak now.
         tolerance: The share by which either may grow.
         shares: What differs, the largest growth first.
@@ -65,7 +65,7 @@ class Growth(Record):
 
     @property
     def has_grown(self) -> bool:
-        """Whether the peak, or what is in use at it, has grown by more than the tolerance.
+        """Whether the peak, or what is in use at the peak, has grown by more than the tolerance.
 
         The allocator takes memory from the device in large segments. Free room in a segment can
         hide that a layer has grown, so what is in use counts for itself.

@@ -190,7 +190,8 @@ class GradientCheck(Record):
         num_summands: The number of summands in a gradient that the bounds allow for.
         num_parameters: Parameters compared.
         num_differing: Parameters that differ by more than rounding.
-        worst: The parameters that differ most relative to their bounds, worst first.
+        worst: The parameters that differ, and then the others, those with the largest error first.
+            Parameters in noise come last.
         worst_relative_error: The largest relative error of all parameters that are not in noise.
         num_in_noise: Parameters in noise, for which this precision shows nothing.
         noise: The largest relative error of these; `None` if there are none.

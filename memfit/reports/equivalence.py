@@ -128,7 +128,7 @@ def verdict_words(result: Equivalence) -> str:
 
 
 def _verdict(result: Equivalence) -> Text:
-    what = f": {result.subject} at {result.micro_batch_size} x {result.accumulation_steps}"
+    what = f": {result.subject} at {result.accumulation_steps} x {result.micro_batch_size}"
     if result.verdict is Verdict.EQUAL:
         frozen = sum(mixer.frozen for mixer in result.mixing_layers)
         how = f", {_counted(frozen, 'layer')} frozen" if frozen else ""
@@ -195,11 +195,14 @@ def _checks(result: Equivalence) -> Table:
 
 
 def _worst_check(result: Equivalence) -> GradientCheck | None:
-    """Return the first comparison that failed; if none failed, the last, which is training's."""
+    """Return the failed comparison with the largest error; if none failed, the last one.
+
+    The last one is training's.
+    """
     with_parameters = [check for check in result.checks if check.worst]
     failed = [check for check in with_parameters if not check.passed]
     if failed:
-        return failed[0]
+        return max(failed, key=lambda check: check.worst_relative_error)
     return with_parameters[-1] if with_parameters else None
 
 
@@ -228,7 +231,7 @@ def _remark(difference: ParameterDifference) -> Text:
 
 
 def _mixers(result: Equivalence) -> Table:
-    table = plain_table("mixes samples", "class", "in", "moves others by", "")
+    table = plain_table("mixes samples", "class", "in", "other samples change by", "")
     for mixer in result.mixing_layers[:_NUM_MIXERS]:
         table.add_row(
             mixer.name,

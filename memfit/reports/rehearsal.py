@@ -131,7 +131,7 @@ def render_plan(found: CommandPlan) -> RenderableType:
     Args:
         found: The plan.
     """
-    parts = f"{found.micro_batch_size} x {found.accumulation_steps}" + (
+    parts = f"{found.accumulation_steps} x {found.micro_batch_size}" + (
         f" x {found.world_size} ranks" if found.world_size > 1 else ""
     )
     return Group(

@@ -47,6 +47,27 @@ def test_a_plan_is_measured_on_the_cpu() -> None:
     assert plain["accumulation_steps"] >= 2
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--emit", "timm", "--frozen", "blocks.*"), "has no flag that freezes parameters"),
+        (("--emit", "timm", "--checkpoint", "blocks.0"), "no flag that recomputes single blocks"),
+        (("--emit", "fastai", "--precision", "bf16"), "fastai cannot train weights in bf16"),
+        (("--emit", "accelerate", "--world-size", "3"), "cannot be shared equally by 3 ranks"),
+        (("--emit", "lightning", "--gpu", "t4", "--together"), "cards of this plan take different"),
+    ],
+)
+def test_what_cannot_be_emitted_is_refused_before_the_search(
+    options: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search takes seconds or minutes, and its result would be lost."""
+    for name in ("plan", "plan_together"):
+        monkeypatch.setattr(f"memfit.api.{name}", lambda *_, **__: pytest.fail("it searched"))
+    result = run("test_vit", "--effective-batch", "64", "--gpu", "rtx3060", *options)
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+
+
 def test_what_is_emitted_is_all_there_is_on_standard_output() -> None:
     """The report goes to standard error, so that the lines can be piped."""
     result = run(*SIMULATED, "--effective-batch", "2000", "--emit", "timm")

@@ -25,7 +25,7 @@ def test_equal_gradients_end_with_0() -> None:
     """The first line is the verdict."""
     result = run("test_vit", *ON_CPU)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("equal: test_vit at 4 x 2, to ")
+    assert result.stdout.startswith("equal: test_vit at 2 x 4, to ")
     assert "0 of 80" in result.stdout
 
 
@@ -33,8 +33,12 @@ def test_a_model_that_mixes_ends_with_4_and_frozen_with_0() -> None:
     """It names the layers that mix, and what stops them."""
     result = run("test_resnet", *ON_CPU)
     assert result.exit_code == 4, result.output
-    assert result.stdout.startswith("differs: test_resnet at 4 x 2, 15 layers mix samples; ")
+    assert result.stdout.startswith("differs: test_resnet at 2 x 4, 15 layers mix samples; ")
     assert "BatchNorm2d" in result.stdout
+    # The list below begins with the parameter that the first line speaks of.
+    first = result.stdout.partition("furthest apart")[2].splitlines()[2]
+    largest = " ".join(result.stdout.split()).partition("off by up to ")[2].split()[0]
+    assert first.split()[1] == largest
     frozen = run("test_resnet", *ON_CPU, "--freeze-bn")
     assert frozen.exit_code == 0, frozen.output
     assert "15 layers frozen" in frozen.stdout

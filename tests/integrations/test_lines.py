@@ -212,6 +212,21 @@ def test_pytorchs_loops_for_ranks_count_over_all_of_them() -> None:
     assert "memfit.Accumulator(model, optimizer, 56, loss=loss_fn, multiple_of=8)" in multiple
 
 
+def test_names_in_comments_are_python_that_can_be_imported() -> None:
+    """A comment that makes an optimizer says what to import, and names the model as code does."""
+    options = {"precision": Precision.FP32, "optimizer": "adamw", "ema": Averaging.DEVICE}
+    for ranks, trainer, model in ((1, "pytorch", "model"), (2, "pytorch", "model.module")):
+        text = lines_for(with_options(plan_of(8, 4, world_size=ranks), **options), trainer)
+        said = " ".join(text.replace("\n# ", " ").split())
+        (call,) = re.findall(r"timm\.optim\.create_optimizer_v2\(.*?\)", said)
+        compile(call, "comment", "eval")
+        assert f"({model}, " in call
+        assert "(import timm.optim)" in said
+        assert "(import timm.utils)" in said
+    text = lines_for(with_options(plan_of(8, 4), **options), "lightning")
+    assert "create_optimizer_v2(module.model, opt='adamw')" in text.replace("\n# ", " ")
+
+
 HABITS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "ema": (Averaging.CPU, "average of the weights in host memory", ("--model-ema-force-cpu",)),
     "frozen": (("stem.*", "blocks.0.*"), "the parameters named stem.* and blocks.0.*", ()),

@@ -71,7 +71,7 @@ def text(result: Equivalence, **changes: Any) -> str:
 def test_an_equal_model_s_report_in_full() -> None:
     """It has the verdict in one line, the comparisons and the parameters."""
     assert text(EQUAL) == (
-        "equal: vit_tiny at 8 x 4, to 2.0e-15 in float64\n"
+        "equal: vit_tiny at 4 x 8, to 2.0e-15 in float64\n"
         "\n"
         "precision  device  compared  with         largest error  differ\n"
         "fp64       cpu     4 x 8     the full 32  2.0e-15        0 of 3\n"
@@ -86,12 +86,22 @@ def test_an_equal_model_s_report_in_full() -> None:
     )
 
 
+def test_the_list_is_of_the_comparison_that_the_verdict_speaks_of() -> None:
+    """Of several that failed, it is the one with the largest error."""
+    larger = dataclasses.replace(LARGE, name="head.weight", relative_error=0.9)
+    worse = dataclasses.replace(FAILED, cut=(9, 23), worst=(larger,), worst_relative_error=0.9)
+    report = text(DIFFERS, checks=(FAILED, worse))
+    assert "gradients off by up to 9.0e-01" in report
+    assert "furthest apart in fp64, 9 + 23:" in report
+    assert "head.weight" in report
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         (
             {"mixing_layers": (MIXER,)},
-            "differs: vit_tiny at 8 x 4, 1 layer mixes samples; gradients off",
+            "differs: vit_tiny at 4 x 8, 1 layer mixes samples; gradients off",
         ),
         (
             {"mixing_layers": (dataclasses.replace(MIXER, name="loss", mixes_in=MixesIn.LOSS),)},
@@ -110,7 +120,7 @@ def test_an_equal_model_s_report_in_full() -> None:
             "the order of the samples matters; another order moves gradients by 2.5e-01",
         ),
         ({"detaching": ("neck",)}, "neck detaches; gradients off"),
-        ({}, "differs: vit_tiny at 8 x 4, gradients off by up to 5.0e-01"),
+        ({}, "differs: vit_tiny at 4 x 8, gradients off by up to 5.0e-01"),
         ({"checks": (PASSED,)}, "the model's gradients add up, the loop's do not"),
     ],
 )
@@ -174,7 +184,7 @@ def test_a_screen_holds_the_report_of_a_large_model() -> None:
 def test_what_was_frozen_is_said() -> None:
     """The verdict and the table both say it."""
     report = text(EQUAL, mixing_layers=(dataclasses.replace(MIXER, frozen=True),))
-    assert report.startswith("equal: vit_tiny at 8 x 4, 1 layer frozen, to 2.0e-15 in float64")
+    assert report.startswith("equal: vit_tiny at 4 x 8, 1 layer frozen, to 2.0e-15 in float64")
     assert "--freeze-bn" not in report
 
 
@@ -195,7 +205,7 @@ def test_a_detached_model_s_verdict() -> None:
     report = text(
         EQUAL, verdict=Verdict.DETACHED, detaching=("neck",), unreached=("a", "b", "c", "d", "e")
     )
-    assert report.startswith("detached: vit_tiny at 8 x 4, neck cuts off 5 parameters")
+    assert report.startswith("detached: vit_tiny at 4 x 8, neck cuts off 5 parameters")
 
 
 def test_a_difference_of_single_samples_alone_is_pointed_out() -> None:

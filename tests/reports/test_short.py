@@ -151,7 +151,7 @@ def test_what_is_found_about_a_step_is_short_too() -> None:
     )
     unfit = dataclasses.replace(PROFILE, message="It does not fit: 3 GiB are missing.")
     for record, signs in (
-        (EQUAL, ("equal: vit_tiny at 8 x 4", "2e-15", "0 of 3", "fp32")),
+        (EQUAL, ("equal: vit_tiny at 4 x 8", "2e-15", "0 of 3", "fp32")),
         (PROFILE, ("peak", "activations saved for backward", "%", PROFILE.device)),
         (unfit, ("not measured. It does not fit: 3 GiB are missing.",)),
         (
