@@ -91,4 +91,5 @@ def _notes(history: Mapping[str, Any]) -> Notes:
             KnownBlock(time_ns=time, address=address, role=Role(role), module=module)
             for time, address, role, module in history["settled"]
         ),
+        copies={module: frozenset(sizes) for module, sizes in history["copies"].items()},
     )

@@ -27,12 +27,16 @@ CARD = find_gpu("rtx3060")
 
 
 @pytest.fixture(autouse=True)
-def _own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Check after every test that no file of a report and no process is left.
 
     Data loaders make sockets in the temporary folder, and a socket's path has at most 107
     characters: in pytest's own folders, which are deep, a loader would wait forever.
     """
+    # Otherwise pytest may make its own folder in the one below, which goes away.
+    tmp_path_factory.getbasetemp()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
@@ -268,11 +272,35 @@ def test_a_history_has_the_roles_of_a_step() -> None:
     assert roles[Role.PARAMETERS] == 2 * MIB
     assert roles[Role.OPTIMIZER_STATE] >= 4 * MIB
     assert roles[Role.INPUTS] == 8 * MIB
-    # This is the first layer's result; that of the second is freed already.
-    assert roles[Role.ACTIVATIONS] == 8 * MIB + 4
+    # This is the first layer's result, and the losses of two steps. The second layer's is freed.
+    assert roles[Role.ACTIVATIONS] == 8 * MIB + 2 * 4
     assert step.peak.phase == "backward"
     assert {"first", "second"} <= {share.module for share in step.peak.modules}
     assert step.peak.total_bytes == found.rehearsal.total_bytes
+
+
+@pytest.mark.rehearses
+def test_what_a_script_keeps_is_told_from_workspaces() -> None:
+    """An average of the weights, autocast's copies, and what the step before has left behind."""
+    from memfit.profiling.rehearsed import recorded_step
+    from memfit.records import Role
+
+    step = recorded_step(recorded(str(SCRIPTS / "roles.py")))
+    blocks = [
+        (block.role, block.born is None, block.requested_bytes // MIB)
+        for block in step.blocks
+        if block.requested_bytes >= MIB
+    ]
+    assert sorted((role, size) for role, is_before, size in blocks if is_before) == [
+        (Role.ACTIVATIONS, 4),
+        (Role.BUFFERS, 4),
+        (Role.GRADIENTS, 4),
+        (Role.INPUTS, 8),
+        (Role.PARAMETERS, 4),
+    ]
+    during = [(role, size) for role, is_before, size in blocks if not is_before]
+    assert (Role.AUTOCAST_COPIES, 2) in during
+    assert not [role for role, _ in during if role in (Role.BUFFERS, Role.WORKSPACES)]
 
 
 @pytest.mark.rehearses

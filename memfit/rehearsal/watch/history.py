@@ -6,8 +6,10 @@ Tensors are noted by their addresses, so no tensor of the script is kept alive.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import time
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,8 @@ from .modules import Modules
 __all__ = ["History"]
 
 _MAX_EQUAL_STEPS = 4
+_BLOCK_BYTES = 512  # The allocator hands out multiples of this.
+_KEPT = "(kept by the script)"
 
 
 class History:
@@ -33,6 +37,7 @@ class History:
     def __init__(
         self, torch: ModuleType, internals: Internals, journal: Journal, modules: Modules
     ) -> None:
+        self._torch = torch
         self._memory = torch.cuda.memory
         self._internals = internals
         self._journal = journal
@@ -41,6 +46,11 @@ class History:
         self._work: list[tuple[int, str, bool]] = []
         self._settled: list[tuple[int, int, str, str]] = []
         self._owners: dict[int, str] = {}
+        self._sizes: dict[str, set[int]] = {}
+        self._copy_bytes = 0
+        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._passed: list[tuple[weakref.ref[Any], str, str]] = []
+        self._standing_ns = 0
         self._before: Any = ()
         self._best = 0
         self._num_equal = 0
@@ -58,6 +68,8 @@ class History:
     def entered(self, path: str | None) -> None:
         """Take note that the running module has changed in forward."""
         self._work.append((time.time_ns(), path or "(loss)", self._modules.current is not None))
+        if not self._copy_bytes and self._torch.is_autocast_enabled("cuda"):
+            self._copy_bytes = self._torch.get_autocast_dtype("cuda").itemsize
 
     def forward_begins(self, root: Any, args: Any) -> None:
         """Take note of a model's parameters and of its inputs."""
@@ -65,15 +77,21 @@ class History:
             owner = self._modules.path_of(module) if path else f"({type(root).__name__})"
             for parameter in module.parameters(recurse=False):
                 self._owners[id(parameter)] = owner
+                self._sizes.setdefault(owner, set()).add(parameter.numel())
                 self._settle(parameter, "parameters", owner)
             for buffer in module.buffers(recurse=False):
                 self._settle(buffer, "buffers", owner)
         for leaf in self._internals.tensors(args):
+            self._passed.append((weakref.ref(leaf), "inputs", "(batch)"))
             self._settle(leaf, "inputs", "(batch)")
 
     def forward_ends(self, output: Any) -> None:
-        """Hook every node of the graph, so that the time at which it runs is noted."""
-        nodes = [leaf.grad_fn for leaf in self._internals.tensors(output)]
+        """Take note of the outputs. Hook every node of the graph, to note when it runs."""
+        leaves = list(self._internals.tensors(output))
+        for leaf in leaves:
+            self._passed.append((weakref.ref(leaf), "activations", "(output)"))
+            self._settle(leaf, "activations", "(output)")
+        nodes = [leaf.grad_fn for leaf in leaves]
         seen = set(nodes)
         while nodes:
             node = nodes.pop()
@@ -88,18 +106,12 @@ class History:
 
     def optimizer_begins(self, optimizer: Any) -> None:
         """Take note of the gradients."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    owner = self._owners.get(id(parameter), "(optimizer)")
-                    self._settle(parameter.grad, "gradients", owner)
+        self._optimizers.add(optimizer)
+        self._settle_gradients(optimizer)
 
     def step_ends(self, optimizer: Any, *, peak_bytes: int, number: int) -> None:
         """Keep the ended step if no earlier one needed more memory. Then begin the next step."""
-        for parameter, state in optimizer.state.items():
-            owner = self._owners.get(id(parameter), "(optimizer)")
-            for leaf in self._internals.tensors(state):
-                self._settle(leaf, "optimizer_state", owner)
+        self._settle_state(optimizer)
         # Of the steps with the highest peak, the last one is shown, because memory grows until it.
         if peak_bytes >= self._best:
             self._num_equal = self._num_equal + 1 if peak_bytes == self._best else 0
@@ -117,6 +129,7 @@ class History:
         if not self._is_recording:
             return
         snapshot = self._internals.history()
+        self._settle_kept()
         content = {
             "step": number,
             "since_ns": self._since_ns,
@@ -124,6 +137,7 @@ class History:
             "phases": self._phases,
             "work": self._work,
             "settled": self._settled,
+            "copies": self._copies(),
             "snapshot": snapshot,
         }
         self._journal.write_beside(".history", pickle.dumps(content))
@@ -134,6 +148,53 @@ class History:
         self._before = self._memory.memory_snapshot()
         self._since_ns = time.time_ns()
         self._phases, self._work, self._settled = [], [], []
+        # What a step leaves behind may be freed in the next one, and is not seen there.
+        for optimizer in self._optimizers:
+            self._settle_gradients(optimizer)
+            self._settle_state(optimizer)
+        for reference, role, module in self._passed:
+            if (tensor := reference()) is not None:
+                self._settle(tensor, role, module)
+        self._passed = []
+        self._standing_ns = time.time_ns()
+
+    def _settle_gradients(self, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    owner = self._owners.get(id(parameter), "(optimizer)")
+                    self._settle(parameter.grad, "gradients", owner)
+
+    def _settle_state(self, optimizer: Any) -> None:
+        for parameter, state in optimizer.state.items():
+            owner = self._owners.get(id(parameter), "(optimizer)")
+            for leaf in self._internals.tensors(state):
+                self._settle(leaf, "optimizer_state", owner)
+
+    def _settle_kept(self) -> None:
+        """Take note of all other tensors that were there before the step and still are.
+
+        An average of the weights is such a tensor, or a second model. What was there and has no
+        tensor belongs to a library.
+        """
+        kinds = (self._torch.Tensor, self._torch.nn.Parameter)
+        known = {address for _, address, _, _ in self._settled}
+        addresses = {
+            one.untyped_storage().data_ptr()
+            for one in gc.get_objects()
+            if type(one) in kinds and one.is_cuda and one.layout is self._torch.strided
+        }
+        self._settled += [
+            (self._standing_ns, address, "buffers", _KEPT) for address in addresses - known
+        ]
+
+    def _copies(self) -> dict[str, list[int]]:
+        """Return the bytes that autocast's copies of each module's parameters have."""
+        return {
+            owner: [-(-size * self._copy_bytes // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes]
+            for owner, sizes in self._sizes.items()
+            if self._copy_bytes
+        }
 
     def _noting(self, path: str) -> Any:
         def note(_gradients: Any) -> None:
