@@ -38,7 +38,7 @@ from memfit.profiling import (
     profile_device,
     profile_gpu,
 )
-from memfit.records import Engine, MemoryProfile, Parallel, Source
+from memfit.records import Engine, MemoryProfile, Parallel, Role, RoleShare, Source
 from memfit.rehearsal.engines import engine_of
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
@@ -49,6 +49,8 @@ __all__ = ["DEFAULT_GPU", "profile"]
 
 DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
 """The card that is profiled where there is no GPU and none was named."""
+# Bytes of a role that differ by no more than this share are the same tensors.
+_SAME_SHARE = 0.01
 _STAGES = ("the step", "batch size against memory", "what would lower the peak")
 
 
@@ -199,6 +201,8 @@ def _profiled(
     # A measurement on a CPU does not say what a card would need.
     has_advice = len(cards) > len(compared)
     try:
+        if has_advice:
+            found = _with_growth(found, step, batch_size, backends[0], traces)
         begins(1)
         lines = card_lines(steps, batch_size)
         begins(2)
@@ -233,6 +237,40 @@ def _profile_card(
     return profile_gpu(
         step, batch_size, counterpart.gpu, traces=traces, keeps_history=keeps_history
     )
+
+
+def _with_growth(
+    found: Profiled,
+    step: TrainingStep,
+    batch_size: int,
+    card: SimulatedBackend,
+    traces: TraceCache,
+) -> Profiled:
+    """Add what every sample brings to the peak, which only a simulation knows.
+
+    It is added to the roles of which the simulation has the same bytes.
+    """
+    if found.profile.source is Source.SIMULATED:
+        return found
+    simulated = profile_gpu(step, batch_size, card.gpu, traces=traces).profile.peak
+    known = {share.role: share for share in simulated.roles}
+    # A device's record does not tell workspaces from other temporary memory.
+    both = [known.pop(role) for role in (Role.TEMPORARIES, Role.WORKSPACES) if role in known]
+    known[Role.TEMPORARIES] = RoleShare(
+        role=Role.TEMPORARIES,
+        num_bytes=sum(share.num_bytes for share in both),
+        bytes_per_sample=sum(share.bytes_per_sample or 0 for share in both),
+    )
+
+    def grown(share: RoleShare) -> RoleShare:
+        other = known.get(share.role)
+        if other is None or abs(other.num_bytes - share.num_bytes) > _SAME_SHARE * share.num_bytes:
+            return share
+        return dataclasses.replace(share, bytes_per_sample=other.bytes_per_sample)
+
+    peak = found.profile.peak
+    peak = dataclasses.replace(peak, roles=tuple(map(grown, peak.roles)))
+    return dataclasses.replace(found, profile=dataclasses.replace(found.profile, peak=peak))
 
 
 def _profile_here(

@@ -133,8 +133,8 @@ class RoleShare(Record):
     Args:
         role: The role.
         num_bytes: Its bytes.
-        bytes_per_sample: The bytes that every sample of the micro-batch adds; `None` if this is
-            not known or not proportional.
+        bytes_per_sample: The bytes that every sample of the micro-batch adds, which are simulated;
+            `None` if this is not known or not proportional.
     """
 
     role: Role

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from memfit.records import MemoryProfile, Role
+from memfit.records import MemoryProfile, Role, Source
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
 from memfit.reports.sources import how_it_was_had
@@ -45,7 +45,8 @@ def render(profile: MemoryProfile) -> RenderableType:
         parts.append(
             Text(
                 f"Every sample brings {format_bytes(round(profile.bytes_per_sample))} to the peak; "
-                f"{format_bytes(profile.fixed_bytes)} are there whatever the batch size.",
+                f"{format_bytes(profile.fixed_bytes)} are there whatever the batch size"
+                f"{'.' if profile.source is Source.SIMULATED else ' (simulated).'}",
                 "dim",
             )
         )
@@ -53,7 +54,7 @@ def render(profile: MemoryProfile) -> RenderableType:
     parts += ["", _modules(profile), "", Text("Largest blocks at the peak, by line", "bold")]
     parts.append(_blocks(profile))
     if profile.cards:
-        parts += ["", Text("Cards (simulated)", "bold"), _cards(profile)]
+        parts += ["", Text("Cards (simulated), with the CUDA context", "bold"), _cards(profile)]
     if profile.advice:
         parts += ["", Text("What would free most at the peak (simulated)", "bold")]
         parts.append(_advice(profile))
@@ -74,15 +75,16 @@ def _heading(profile: MemoryProfile) -> Text:
 
 def _peak_line(profile: MemoryProfile) -> Text:
     peak = profile.peak
-    context = f", {format_bytes(peak.context_bytes)} CUDA context" if peak.context_bytes else ""
-    reserved = (
-        f": {format_bytes(peak.reserved_bytes)} reserved{context}" if peak.context_bytes else ""
+    whole = format_bytes(profile.capacity.total_bytes)
+    reserved = format_bytes(peak.reserved_bytes)
+    used = (
+        f" reserved; {format_bytes(peak.total_bytes)} of {whole} with the "
+        f"{format_bytes(peak.context_bytes)} context"
+        if peak.context_bytes
+        else f" of {whole}"
     )
     return Text.assemble(
-        ("Peak ", "bold"),
-        (format_bytes(peak.total_bytes), "bold"),
-        f" of {format_bytes(profile.capacity.total_bytes)}{reserved}, in "
-        f"{peak.phase or 'the step'}",
+        ("Peak ", "bold"), (reserved, "bold"), f"{used}, in {peak.phase or 'the step'}"
     )
 
 
@@ -220,7 +222,7 @@ def _advice(profile: MemoryProfile) -> Table:
             Text.assemble(
                 change.title,
                 f" ({change.how})",
-                (f"\npeak {format_bytes(change.total_bytes)}; {change.cost}", "dim"),
+                (f"\n{format_bytes(change.total_bytes)} with it; {change.cost}", "dim"),
             ),
         )
     return table

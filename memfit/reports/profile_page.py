@@ -35,6 +35,7 @@ def page(profile: MemoryProfile) -> str:
     """
     peak = profile.peak
     largest = max(peak.roles, key=lambda share: share.num_bytes)
+    with_context = " with the CUDA context" if peak.context_bytes else ""
     panels = step_panels(profile)
     if profile.cards:
         panels.append(_cards(profile))
@@ -42,7 +43,8 @@ def page(profile: MemoryProfile) -> str:
         panels.append(_advice(profile))
     panels.append(blocks_panel())
     facts = [
-        ("Peak", format_bytes(peak.total_bytes)),
+        ("Peak", format_bytes(peak.reserved_bytes)),
+        *([("With the context", format_bytes(peak.total_bytes))] if peak.context_bytes else []),
         ("Device", profile.device),
         ("It has", format_bytes(profile.capacity.total_bytes)),
         ("Step", ", ".join(step_words(profile.options))),
@@ -58,7 +60,8 @@ def page(profile: MemoryProfile) -> str:
             title=f"{profile.subject}, batch size {profile.batch_size}: where the memory goes",
             lead=(
                 f"At its peak, in {peak.phase or 'the step'}, the step takes "
-                f"{format_bytes(peak.total_bytes)}; {format_bytes(largest.num_bytes)} of it are "
+                f"{format_bytes(peak.total_bytes)}{with_context}; "
+                f"{format_bytes(largest.num_bytes)} of it are "
                 f"{STYLES[largest.role].label}."
             ),
             warning=profile.message,
@@ -401,7 +404,8 @@ def _advice(profile: MemoryProfile) -> Panel:
         key="advice",
         kind="figure",
         title="What would free most at the peak",
-        note="Each change was simulated on its own, at the same batch size.",
+        note="Each change was simulated on its own, at the same batch size. Figures are with the "
+        "CUDA context.",
         data={
             "height": 110 + 46 * len(names),
             "traces": [trace],
@@ -412,7 +416,7 @@ def _advice(profile: MemoryProfile) -> Panel:
         alternative="; ".join(
             f"{change.title} frees {format_bytes(change.freed_bytes)}" for change in profile.advice
         ),
-        header=("change", "how", "frees", "peak with it", "what it costs"),
+        header=("change", "how", "frees", "in all with it", "what it costs"),
         rows=tuple(
             (
                 change.title,

@@ -244,10 +244,10 @@ def _answer(rehearsal: Rehearsal) -> Iterator[RenderableType]:
         left = rehearsal.capacity.total_bytes - rehearsal.total_bytes
         yield Text.assemble(
             ("Peak ", "bold"),
-            (format_bytes(rehearsal.total_bytes), "bold"),
-            f" of {format_bytes(rehearsal.capacity.total_bytes)}: "
-            f"{format_bytes(largest.peak.reserved_bytes)} reserved, "
-            f"{format_bytes(rehearsal.context_bytes)} context; {format_bytes(left)} left",
+            (format_bytes(largest.peak.reserved_bytes), "bold"),
+            f" reserved; {format_bytes(rehearsal.total_bytes)} of "
+            f"{format_bytes(rehearsal.capacity.total_bytes)} with the context; "
+            f"{format_bytes(left)} left",
         )
         if largest.num_alloc_retries:
             yield Text(

@@ -75,13 +75,16 @@ def _profile(found: MemoryProfile) -> Short:
     peak = found.peak
     step = ", ".join(step_words(found.options))
     said = f"{how_it_was_had(found.source)}."
+    used = f"of {format_bytes(found.capacity.total_bytes)}"
+    if peak.context_bytes:
+        used = f"reserved; {format_bytes(peak.total_bytes)} {used} with the CUDA context"
     return Short(
         title=f"{found.subject} on {found.device}, {found.batch_size} samples: {step}",
         rows=(
             (
                 "peak",
-                format_bytes(peak.total_bytes),
-                f"of {format_bytes(found.capacity.total_bytes)}, in {peak.phase or 'the step'}",
+                format_bytes(peak.reserved_bytes),
+                f"{used}, in {peak.phase or 'the step'}",
             ),
             *(
                 (

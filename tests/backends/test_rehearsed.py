@@ -136,6 +136,12 @@ def test_a_profile_is_rehearsed(tmp_path: Any) -> None:
     assert held == profile.peak.total_bytes
     assert profile.peak.bytes_of(memfit.Role.PARAMETERS) > 0
     assert profile.peak.context_bytes == find_gpu("rtx3060").context_bytes
+    # What a sample brings comes from the simulation, where both hold the same bytes.
+    simulated = memfit.profile(
+        perceptron(), 512, gpu="rtx3060", engine="simulate", precision="fp32"
+    )
+    assert profile.bytes_per_sample == simulated.bytes_per_sample
+    assert simulated.bytes_per_sample
     assert file.stat().st_size > 0
 
 

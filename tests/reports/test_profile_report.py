@@ -14,7 +14,7 @@ EXPECTED = """\
 net on NVIDIA GeForce RTX 3090, 4 samples
 amp-bf16 · adamw · simulated
 
-Peak 740 MiB of 24.0 GiB: 440 MiB reserved, 300 MiB CUDA context, in backward
+Peak 440 MiB reserved; 740 MiB of 24.0 GiB with the 300 MiB context, in backward
 PPPPPPPPPPPGGGGGGGGGGAAAAAAAAAAAAAAAAAAAAAIITFXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXXX
 
 X  CUDA context                     300 MiB  40.5%
@@ -50,7 +50,7 @@ P   100 MiB       1   100 MiB  model              head
 I  20.0 MiB       1  20.0 MiB  randn              (batch)
 T  10.0 MiB       1  10.0 MiB  convolution_back…  net.py:12
 
-Cards (simulated)
+Cards (simulated), with the CUDA context
 GPU                      precision  largest batch     at 4      left
 NVIDIA GeForce RTX 3090  amp-bf16             400  740 MiB  23.3 GiB
 Tesla T4                 amp-fp16            none  740 MiB  -228 MiB
@@ -58,7 +58,7 @@ Tesla T4                 amp-fp16            none  740 MiB  -228 MiB
 What would free most at the peak (simulated)
   frees  change
 150 MiB  Recompute activations in backward (--grad-checkpointing)
-         peak 590 MiB; forward runs twice: about a third more time
+         590 MiB with it; forward runs twice: about a third more time
 
 Simulated, not measured, in 1.5 s with torch 2.15.0; 5 blocks, 8 events.
 """

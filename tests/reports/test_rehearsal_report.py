@@ -122,7 +122,7 @@ python train.py --name 'a b'
 on NVIDIA GeForce RTX 3060, rehearsed
 11.0 GiB usable: 12.0 GiB less 200 MiB for the CUDA context
 
-Peak 1220 MiB of 12.0 GiB: 1020 MiB reserved, 200 MiB context; 10.8 GiB left
+Peak 1020 MiB reserved; 1220 MiB of 12.0 GiB with the context; 10.8 GiB left
 The peak had settled, so memfit ended the command after 5 optimizer steps.
 
 Peak of each step
