@@ -20,6 +20,7 @@ from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
 from memfit.simulation.allocator.compiled import new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
+from memfit.simulation.tracing.model_facts import ModelFacts
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["SimulatedBackend"]
@@ -150,6 +151,14 @@ class SimulatedBackend:
     def needed_bytes(self, step: TrainingStep, batch_size: int) -> int:
         """Return what a batch size would take on a card with unlimited memory."""
         return self._replay(step, batch_size, None).stats.peak_reserved_bytes
+
+    def facts(self, step: TrainingStep) -> ModelFacts:
+        """Return what a step's trace has counted of its model.
+
+        Args:
+            step: What to train; its precision is chosen.
+        """
+        return self._traces.find(step, self._gpu).trace.facts
 
     def call(
         self, function: Callable[..., _Returned], step: TrainingStep, *arguments: Any

@@ -97,6 +97,11 @@ class PreparedStep:
         self._waiting: deque[tuple[Any, tuple[Any, ...]]] = deque()
         self._waiting_size = 0
 
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes in one iteration."""
+        return self.num_micro_batches if self._options.evaluate is None else 1
+
     @contextlib.contextmanager
     def drawing(self, draws: Draws) -> Iterator[None]:
         """Count and force the draws of forward, loss and backward in the iterations of the block.

@@ -15,24 +15,25 @@ from torch import nn
 import memfit
 from memfit._torch_private import dispatched, plainly
 from memfit.api.asking import Answer, Asked
-from memfit.backends import Backend
+from memfit.backends import Backend, with_precision
+from memfit.backends.simulated import SimulatedBackend
 from memfit.cards import find_gpu
 from memfit.errors import MemfitError
 from memfit.planning import run_search
 from memfit.records import Precision, ProbeResult, StepOptions, SweepRow, Trial
 from memfit.rehearsal.engines import engine_for_several, source_of
 from memfit.simulation.tracing.flops import flops_of_call
+from memfit.simulation.tracing.model_facts import ModelFacts
 from memfit.simulation.tracing.outputs import outputs
 from memfit.step.calling import call_model
 from memfit.step.timm_models import import_timm
 from memfit.step.training_step import TrainingStep
 from memfit.sweeping.selection import family_of
 
-__all__ = ["Facts", "SweepTask", "facts_of", "first_line", "versions"]
+__all__ = ["SweepTask", "facts_of", "first_line", "versions"]
 
 # Batch norm may refuse a single sample.
 _COUNTED_SAMPLES = 2
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def versions() -> dict[str, str]:
@@ -44,23 +45,8 @@ def versions() -> dict[str, str]:
     }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is known of a model without a card.
-
-    Args:
-        num_parameters: Its parameters.
-        forward_flops: Operations of one sample's forward pass; `None` if they cannot be counted.
-        has_batch_norm: Whether a layer normalises over the samples of a micro-batch.
-    """
-
-    num_parameters: int
-    forward_flops: int | None
-    has_batch_norm: bool
-
-
-def facts_of(step: TrainingStep) -> Facts:
-    """Build a model without weights, and count.
+def facts_of(step: TrainingStep) -> ModelFacts:
+    """Build a model without weights, and count, where no card's trace has done it.
 
     Args:
         step: The training step.
@@ -72,11 +58,7 @@ def facts_of(step: TrainingStep) -> Facts:
     counted = dataclasses.replace(step.options, precision=Precision.FP32)
     prepared = dataclasses.replace(step, options=counted).prepare(torch.device("meta"))
     model = prepared.model
-    return Facts(
-        num_parameters=sum(weight.numel() for weight in model.parameters()),
-        forward_flops=_forward_flops(model, prepared.make_batch),
-        has_batch_norm=any(isinstance(module, _BATCH_NORMS) for module in model.modules()),
-    )
+    return ModelFacts.of(model, forward_flops=_forward_flops(model, prepared.make_batch))
 
 
 def _forward_flops(model: nn.Module, make_batch: Callable[[int], Any]) -> int | None:
@@ -136,15 +118,20 @@ class SweepTask:
         """Return a row for each card; a failure is a row with its reason."""
         try:
             asked = Asked.of(self.model, **self.options)
-            facts = facts_of(asked.step)
-            answers = asked.on_each(
-                self.gpus, lambda card: _probed(card, asked), is_quick=self.is_quick
-            )
+            facts: list[ModelFacts] = []
+
+            def probed(card: Backend) -> tuple[ProbeResult, int | None]:
+                with card:
+                    if not facts:
+                        facts.append(_facts_on(card, asked.step))
+                    return _probed(card, asked)
+
+            answers = asked.on_each(self.gpus, probed, is_quick=self.is_quick)
         except MemfitError as error:
             return self.failed(str(error))
         except Exception as error:  # noqa: BLE001 - timm's code ran; one model must not end a sweep
             return self.failed(first_line(error))
-        return tuple(self._row(asked, facts, answer) for answer in answers)
+        return tuple(self._row(asked, facts[0], answer) for answer in answers)
 
     def failed(self, reason: str) -> tuple[SweepRow, ...]:
         """Return a row for each card that says why there are no figures.
@@ -169,7 +156,7 @@ class SweepTask:
             for gpu in self.gpus
         )
 
-    def _row(self, asked: Asked, facts: Facts, answer: Answer) -> SweepRow:
+    def _row(self, asked: Asked, facts: ModelFacts, answer: Answer) -> SweepRow:
         row = SweepRow(
             model=self.model,
             family=family_of(self.model),
@@ -196,17 +183,23 @@ class SweepTask:
         )
 
 
-def _probed(opened: Backend, asked: Asked) -> tuple[ProbeResult, int | None]:
+def _facts_on(card: Backend, step: TrainingStep) -> ModelFacts:
+    """Return what is known of a model. If the card is simulated, its trace has counted already."""
+    if isinstance(card, SimulatedBackend):
+        return card.facts(with_precision(step, card))
+    return facts_of(step)
+
+
+def _probed(backend: Backend, asked: Asked) -> tuple[ProbeResult, int | None]:
     """Search on a card. Return the result, and the bytes that one sample more adds."""
-    with opened as backend:
-        result = run_search(backend, asked.step, asked.search)
-        fits = {trial.batch_size: trial for trial in result.trials if trial.fits}
-        most = result.max_batch_size
-        if len(fits) == 1 and most > 1:
-            step = dataclasses.replace(asked.step, options=result.options)
-            half = backend.trial(step, most // 2)
-            fits[half.batch_size] = half
-        return result, _bytes_per_sample(list(fits.values()))
+    result = run_search(backend, asked.step, asked.search)
+    fits = {trial.batch_size: trial for trial in result.trials if trial.fits}
+    most = result.max_batch_size
+    if len(fits) == 1 and most > 1:
+        step = dataclasses.replace(asked.step, options=result.options)
+        half = backend.trial(step, most // 2)
+        fits[half.batch_size] = half
+    return result, _bytes_per_sample(list(fits.values()))
 
 
 def _bytes_per_sample(fits: list[Trial]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import memfit
+from memfit.backends.simulated import SimulatedBackend
+from memfit.cards import find_gpu
 from memfit.errors import UsageError
 from memfit.records import Precision, StepOptions, SweepRow
 from memfit.simulation.cudnn import needs
@@ -91,14 +94,19 @@ def test_rows_are_what_a_survey_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.rows[2].options.image_size == (96, 96)
 
 
-@pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "sequencer2d_s"])
 def test_operations_are_those_of_torchs_counter(model: str) -> None:
-    """What is counted without torch's counter of modules is what the counter counts."""
+    """A card's trace, and a forward pass without a card, count what torch's counter counts."""
     step = TrainingStep(subject=model, options=StepOptions(precision=Precision.FP32))
     built = timm.create_model(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        built(torch.empty(2, 3, 160, 160, device="meta"))
-    assert facts_of(step).forward_flops == counter.get_total_flops() // 2
+        built(torch.empty(2, *built.pretrained_cfg["input_size"], device="meta"))
+    facts = facts_of(step)
+    assert facts.forward_flops == counter.get_total_flops() // 2
+    # Two micro-batches, of which one sample is counted once.
+    accumulating = dataclasses.replace(step.options, accumulate=True)
+    on_card = dataclasses.replace(step, options=accumulating)
+    assert SimulatedBackend(find_gpu("rtx3090")).facts(on_card) == facts
 
 
 def test_a_quick_sweep_asks_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Counts operations of tensors as torch counts them.
 
-Products of matrices, convolutions and attention are counted. A multiplication and an addition are
-two operations.
+Products of matrices, convolutions, attention and recurrent layers are counted. A multiplication and
+an addition are two operations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["flops_of_call"]
+from memfit._torch_private import aten_if_there
+from memfit.simulation.tracing.by_operation import once_per_operation
+
+__all__ = ["flops_formula", "flops_of_call"]
 
 
 def flops_of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -22,8 +25,18 @@ def flops_of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
         kwargs: Its other arguments.
         result: What it returned.
     """
-    formula = _formulas().get(func)
+    formula = flops_formula(func)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
+@once_per_operation
+def flops_formula(func: Any) -> Callable[..., int] | None:
+    """Return the function that counts an operation's calls; `None` if they are not counted.
+
+    Args:
+        func: The operation of torch. The function takes its arguments, and its result as `out_val`.
+    """
+    return _formulas().get(func)
 
 
 @functools.cache
@@ -31,9 +44,20 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     # It reads torch's operations when it is imported, and most commands count none.
     from torch.utils.flop_counter import flop_registry
 
-    return {
+    ours = {aten_if_there("_cudnn_rnn.default"): _recurrent_flops}
+    return ours | {
         getattr(packet, overload): formula
         for packet, formula in flop_registry.items()
         # What is no ordinary operation (flex attention) has no overloads.
         for overload in getattr(packet, "overloads", tuple)()
     }
+
+
+def _recurrent_flops(data: Any, weights: Any, *_args: Any, **_kwargs: Any) -> int:
+    """Return the products of a recurrent layer: each position meets each matrix of weights once.
+
+    torch's counter sees the products only where the layer is taken apart, as on a CPU.
+    """
+    num_positions = data.numel() // data.shape[-1]
+    num_weights = sum(int(weight.numel()) for weight in weights if weight.ndim > 1)
+    return 2 * int(num_positions) * num_weights

@@ -30,6 +30,7 @@ from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
 from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.tracing.by_operation import name_of
+from memfit.simulation.tracing.flops import flops_formula
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
@@ -77,6 +78,7 @@ class Recorder:
         self._next_id = 0
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
+        self.forward_flops = 0
         self.has_tf32 = False
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
@@ -109,6 +111,9 @@ class Recorder:
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
+        formula = flops_formula(func)
+        if formula is not None and graph_task() == -1:
+            self.forward_flops += int(formula(*args, **kwargs, out_val=result))
         self._play(self._kernels.script(func, args, result), func, args, result)
         return result
 

@@ -29,6 +29,7 @@ from memfit.simulation.steady import Choose, Iteration, Recorded, settle
 from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
 from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.autocast_regions import regions_followed
+from memfit.simulation.tracing.model_facts import ModelFacts
 from memfit.simulation.tracing.recorder import PLANS_TRIED, Recorder, Watcher
 from memfit.simulation.tracing.refusals import explained, repeats
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
@@ -74,6 +75,7 @@ class StepTrace:
         schedule: Its events.
         attention: Every kind of attention that it ran, and the kernel taken.
         num_operations: Operations that one iteration dispatched.
+        facts: What is known of the model without a card.
         has_tf32: A convolution would take another workspace without TF32.
         depends_on_batch: The step asked for values of its batch, so that another batch might have
             made another trace.
@@ -84,6 +86,7 @@ class StepTrace:
     schedule: StepSchedule
     attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
     num_operations: int
+    facts: ModelFacts
     has_tf32: bool = True
     depends_on_batch: bool = False
     peak_varies: bool = False
@@ -110,6 +113,10 @@ class PreparedStep(Protocol):
 
     model: nn.Module
     make_batch: Callable[[int], tuple[Any, tuple[Any, ...]]]
+
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes in one iteration."""
 
     @property
     def num_prefetched(self) -> int:
@@ -180,6 +187,7 @@ def trace_step(
         schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
         attention=tuple(latest.semantics.attention.items()),
         num_operations=latest.recorder.num_operations,
+        facts=ModelFacts.of(latest.prepared.model, forward_flops=latest.forward_flops),
         has_tf32=latest.recorder.has_tf32,
         depends_on_batch=latest.depends_on_batch,
     )
@@ -204,6 +212,8 @@ class _Recording:
         self.recorder = Recorder(options.kernels, watcher)
         self.semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
         self.depends_on_batch = False
+        # Operations of one sample's forward pass, in the last iteration.
+        self.forward_flops = 0
 
     def run(self, choose: Choose, name: str) -> Recorded:
         """Iterate the step for as long as a batch size is chosen, and record what it allocates."""
@@ -238,7 +248,7 @@ class _Recording:
         recorder, draws = self.recorder, self._draws
         recorder.forget_plans()
         before = recorder.num_answers
-        recorder.num_operations = 0
+        recorder.num_operations = recorder.forward_flops = 0
         is_watched = draws.share is not None or is_first
         with self.prepared.drawing(draws) if is_watched else contextlib.nullcontext():
             self.prepared.accumulate(batch_size)
@@ -247,6 +257,7 @@ class _Recording:
         # An optimizer asks how many steps it took, and whether its gradients are finite. Its
         # answers are the same for every batch.
         self.depends_on_batch |= recorder.num_answers > before
+        self.forward_flops = recorder.forward_flops // (batch_size * self.prepared.num_forwards)
         run = tuple(recorder.cut())
         setup.extend(recorder.take_residents())
         self.prepared.update()
