@@ -178,12 +178,23 @@ def refuse_unfit(found: Record) -> None:
 def under_way(what: str) -> Iterator[Progress]:
     """Show progress after two seconds on standard error, if it is a terminal.
 
+    After Ctrl-C, the trials until then are printed there.
+
     Args:
         what: What runs, in a few words.
     """
     from rich.console import Console
 
+    from memfit.reports.probe import trial_table
     from memfit.reports.progress import Progress
 
-    with Progress(Console(stderr=True), what) as bar:
-        yield bar
+    console = Console(stderr=True)
+    bar = Progress(console, what)
+    try:
+        with bar:
+            yield bar
+    except KeyboardInterrupt:
+        # They took time, and they say where to go on.
+        if bar.trials:
+            console.print("Tried until then:", trial_table(bar.trials), sep="\n")
+        raise

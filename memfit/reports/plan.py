@@ -8,7 +8,7 @@ from rich.text import Text
 
 from memfit.records import Alternative, Exploration, Plan, PlanSurvey
 from memfit.reports.probe import heading, kept_free, step_words, trial_notes, trial_table
-from memfit.reports.sources import about, no_gpu_took_part
+from memfit.reports.sources import about, no_gpu_took_part, said_of_precision
 from memfit.reports.tables import cards_table, plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -153,8 +153,11 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
             "" if peak is None else format_bytes(plan.capacity.usable_bytes - peak),
         )
     ranks = f" over {survey.world_size} ranks" if survey.world_size > 1 else ""
+    precisions = said_of_precision(
+        (answer.gpu, answer.plan.options.precision) for answer in survey.answers if answer.plan
+    )
     note = (
-        " ".join((no_gpu_took_part(survey.source), *survey.remarks))
+        " ".join((no_gpu_took_part(survey.source), *survey.remarks, *precisions))
         + " The peak and what is left are those of the plan's largest micro-batch."
     )
     return Group(

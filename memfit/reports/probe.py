@@ -20,7 +20,7 @@ from memfit.records import (
     Trial,
     WorkspaceSource,
 )
-from memfit.reports.sources import about, said_of_kernels
+from memfit.reports.sources import about, said_of_kernels, said_of_precision
 from memfit.reports.tables import plain_table
 from memfit.units import MIB, format_bytes
 
@@ -287,6 +287,9 @@ def _much_free(result: ProbeResult) -> str | None:
 def trial_notes(result: ProbeResult | Plan) -> list[str]:
     """Return notes about trials; the last note says how they were made."""
     said = [] if isinstance(result, Plan) else list(result.remarks)
+    devices = [part.device for part in result.ranks] if isinstance(result, Plan) else []
+    precision = result.options.precision
+    said += said_of_precision((device, precision) for device in devices or [result.device])
     if result.environment:
         said.append(
             f"Trials ran with {' '.join(result.environment)}. Train with the same "

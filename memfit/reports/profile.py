@@ -13,7 +13,7 @@ from rich.tree import Tree
 from memfit.records import MemoryProfile, Role, Source
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES, ModuleNode, module_tree, short_operation
-from memfit.reports.sources import how_it_was_had
+from memfit.reports.sources import how_it_was_had, said_of_precision
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes
 
@@ -229,10 +229,15 @@ def _advice(profile: MemoryProfile) -> Table:
 
 
 def _note(profile: MemoryProfile) -> str:
+    said = said_of_precision([(profile.device, profile.options.precision)])
     return (
-        f"{how_it_was_had(profile.source)}, in {profile.seconds:.1f} s with torch "
-        f"{profile.torch_version}; "
-        f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events."
+        " ".join(said)
+        + " " * bool(said)
+        + (
+            f"{how_it_was_had(profile.source)}, in {profile.seconds:.1f} s with torch "
+            f"{profile.torch_version}; "
+            f"{len(profile.blocks)} blocks, {len(profile.timeline.allocated_bytes)} events."
+        )
     )
 
 

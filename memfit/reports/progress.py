@@ -49,7 +49,6 @@ class Progress:
         self._done = 0
         self._total: int | None = None
         self._trials: list[Trial] = []
-        self._num_trials = 0
         self._begin = time.monotonic()
         self._quiet_seconds = quiet_seconds
         self._spinner = Spinner("dots")
@@ -57,11 +56,15 @@ class Progress:
         self._cell: Any = None
         self._lock = threading.Lock()
 
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """The trials that have ended, of the stage that runs."""
+        return tuple(self._trials)
+
     def trial(self, trial: Trial) -> None:
         """Record a trial that has ended."""
         with self._lock:
-            self._trials = [*self._trials, trial][-_NUM_TRIALS:]
-            self._num_trials += 1
+            self._trials.append(trial)
         self._update_cell()
 
     def stage(self, what: str, done: int, total: int) -> None:
@@ -75,7 +78,6 @@ class Progress:
         with self._lock:
             if (what, done) != (self._what, self._done):
                 self._trials = []
-                self._num_trials = 0
             self._what, self._done, self._total = what, done, total
         self._update_cell()
 
@@ -120,15 +122,16 @@ class Progress:
                 line.add_row(self._spinner, bar)
             if not self._trials:
                 return line
-            return Group(trial_table(tuple(self._trials)), line)
+            return Group(trial_table(tuple(self._trials[-_NUM_TRIALS:])), line)
 
     def _words(self, took: float) -> str:
         """Return text about what runs, what has ended, and the time taken."""
         said = [self._what] if self._what else []
         if self._total is not None:
             said.append(f"{self._done} of {self._total} done")
-        if self._num_trials:
-            said.append("1 trial so far" if self._num_trials == 1 else f"{self._num_trials} trials")
+        if self._trials:
+            num_trials = len(self._trials)
+            said.append("1 trial so far" if num_trials == 1 else f"{num_trials} trials")
         return ", ".join([*said, f"{took:.0f} s"])
 
     def _update_cell(self) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memfit.records import Source, Sweep, SweepRow, Trial
+from memfit.cards import catalogue
+from memfit.records import Precision, Source, Sweep, SweepRow, Trial
 
-__all__ = ["about", "how_it_was_had", "no_gpu_took_part", "said_of_kernels", "said_of_sweep"]
+__all__ = [
+    "about",
+    "how_it_was_had",
+    "no_gpu_took_part",
+    "said_of_kernels",
+    "said_of_precision",
+    "said_of_sweep",
+]
 
 _HOW = {
     Source.MEASURED: "Measured",
@@ -66,3 +74,26 @@ def said_of_kernels(trials: Iterable[Trial | SweepRow]) -> tuple[str, ...]:
         trials: The trials of a result, or the rows of a sweep.
     """
     return (_OTHER_KERNELS,) if any(trial.is_approximate for trial in trials) else ()
+
+
+def said_of_precision(chosen: Iterable[tuple[str, Precision]]) -> tuple[str, ...]:
+    """Return sentences on cards without bf16, else nothing.
+
+    Args:
+        chosen: Cards by name, each with the precision of its trials.
+    """
+    without = {gpu.name for gpu in catalogue() if not gpu.has_bf16}
+    pairs = [(card, precision) for card, precision in chosen if card in without]
+    fp16 = [card for card, precision in pairs if precision is Precision.AMP_FP16]
+    bf16 = [card for card, precision in pairs if precision in (Precision.AMP_BF16, Precision.BF16)]
+    said = []
+    if fp16:
+        said.append(f"{_listed(fp16)} no bf16, so the precision auto is amp-fp16 there.")
+    if bf16:
+        said.append(f"{_listed(bf16)} no bf16: torch computes it in software, which is slow.")
+    return tuple(said)
+
+
+def _listed(cards: list[str]) -> str:
+    *others, last = dict.fromkeys(cards)
+    return f"{', '.join(others)} and {last} have" if others else f"{last} has"

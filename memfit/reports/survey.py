@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
-from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
+from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels, said_of_precision
 from memfit.reports.tables import cards_table
 from memfit.units import format_bytes
 
@@ -26,8 +26,12 @@ def render(survey: Survey) -> RenderableType:
         else:
             table.add_row(answer.gpu, *_cells(answer.result))
     trials = [t for answer in survey.answers if answer.result for t in answer.result.trials]
+    precisions = said_of_precision(
+        (answer.gpu, answer.result.options.precision) for answer in survey.answers if answer.result
+    )
+    remarks = (*survey.remarks, *precisions, *said_of_kernels(trials))
     note = (
-        " ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials)))
+        " ".join((no_gpu_took_part(survey.source), *remarks))
         + " The peak and what is left are those of the recommended batch size."
     )
     return Group(Text(survey.subject, "bold"), "", table, "", Text(note))

@@ -135,6 +135,38 @@ def test_ctrl_c_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "everything is as it was" in result.stderr
 
 
+def test_ctrl_c_does_not_lose_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was tried until then is printed, and standard output stays empty."""
+    probe = api.probe
+
+    def interrupted(*given: Any, progress: Any, **options: Any) -> None:
+        def first(trial: Any) -> None:
+            progress(trial)
+            raise KeyboardInterrupt
+
+        probe(*given, progress=first, **options)
+
+    monkeypatch.setattr(api, "probe", interrupted)
+    result = run("probe", "test_vit", "--gpu", "rtx3060", "--engine", "simulate", "--json")
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    _, _, tried = result.stderr.partition("Tried until then:")
+    assert re.search(r"\d+ +fits +\d", tried)
+
+
+def test_a_card_without_bf16_is_told_in_a_sentence() -> None:
+    """The precision auto is another there, and bf16 is slow."""
+    given = ("probe", "test_vit", "--engine", "simulate", "--max-batch-size", "2", "--gpu", "t4")
+    auto = " ".join(run(*given).stdout.split())
+    assert "Tesla T4 has no bf16, so the precision auto is amp-fp16 there." in auto
+    asked = " ".join(run(*given, "--precision", "amp-bf16").stdout.split())
+    assert "Tesla T4 has no bf16: torch computes it in software, which is slow." in asked
+    several = run(*given, "--gpu", "rtx2080ti", "--gpu", "rtx3060")
+    assert "Tesla T4 and NVIDIA GeForce RTX 2080 Ti have no bf16" in " ".join(
+        several.stdout.split()
+    )
+
+
 def test_model_kwargs_are_python_literals_or_text() -> None:
     """Numbers become numbers, and words stay text."""
     pairs = ("a=1", "b=0.5", "c=True", "d=avg", "e=(1, 2)", "f=x=y")
