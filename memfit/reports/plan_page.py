@@ -31,6 +31,7 @@ def page(plan: Plan) -> str:
             plan.trials,
             usable_bytes=plan.capacity.usable_bytes,
             largest=f"the largest micro-batch that fits is {most}",
+            marked=("plan", plan.micro_batch_size),
         ),
         trials_panel(plan.trials),
     ]

@@ -14,7 +14,13 @@ from memfit.units import GIB, MIB, format_bytes
 __all__ = ["command_page", "memory_panel", "page", "survey_page", "trials_panel"]
 
 _SEARCH_ENDED = "the search's end"
-_FITS, _RAN_OUT, _EDGE = "#3d9a5f", "#d2504b", "#6b6f76"
+_FITS, _RAN_OUT, _PREDICTED, _MARKED = "#3d9a5f", "#d2504b", "#8a8f98", "#c2185b"
+# Predictions mostly lie on the trials, so they are drawn below them, and wider.
+_BELOW = {
+    "line": {"color": _PREDICTED, "width": 7},
+    "marker": {"size": 14},
+    "opacity": 0.45,
+}
 
 
 def page(result: ProbeResult) -> str:
@@ -30,6 +36,7 @@ def page(result: ProbeResult) -> str:
             usable_bytes=result.capacity_bytes,
             predictions=result.predictions,
             largest=f"the largest that fits is {largest}",
+            marked=("recommended", result.recommended_batch_size),
         )
     ]
     if any(trial.samples_per_second for trial in result.trials):
@@ -88,6 +95,7 @@ def command_page(found: CommandProbe) -> str:
                     found.trials,
                     usable_bytes=usable_bytes,
                     largest=f"the largest that fits is {best}",
+                    marked=("recommended", found.recommended_batch_size),
                 ),
                 trials_panel(found.trials),
             ),
@@ -166,6 +174,7 @@ def memory_panel(
     usable_bytes: int,
     largest: str,
     predictions: tuple[Trial, ...] = (),
+    marked: tuple[str, int | None] | None = None,
 ) -> Panel:
     """Return the panel of memory by batch size.
 
@@ -174,13 +183,14 @@ def memory_panel(
         usable_bytes: The usable memory, drawn as a line.
         largest: The result, in a few words.
         predictions: The results of simulating the device for the same batch sizes.
+        marked: A batch size that gets a mark, after what it is in a word.
     """
     unit, unit_name = (GIB, "GiB") if usable_bytes >= 4 * GIB else (MIB, "MiB")
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for name, shown in (
-        ("fits", [trial for trial in trials if trial.fits]),
-        ("ran out of memory", [trial for trial in trials if not trial.fits]),
         ("predicted", [trial for trial in predictions if trial.fits]),
+        ("ran out of memory", [trial for trial in trials if not trial.fits]),
+        ("fits", [trial for trial in trials if trial.fits]),
     ):
         points = sorted(
             (trial.batch_size, trial.peak_reserved_bytes / unit)
@@ -200,12 +210,17 @@ def memory_panel(
         lines,
         x_title="batch size",
         y_title=f"{unit_name} at the peak",
-        colours={"fits": _FITS, "ran out of memory": _RAN_OUT, "predicted": _EDGE},
+        colours={"fits": _FITS, "ran out of memory": _RAN_OUT},
         layout={
             "shapes": [level(usable, f"usable: {format_bytes(usable_bytes)}")],
             "yaxis": y_axis,
         },
     )
+    for trace in data["traces"]:
+        if trace["name"] == "predicted":
+            trace.update(_BELOW)
+    if marked is not None:
+        data["traces"] += _mark(*marked, trials, unit)
     note = (
         (
             "Every trial with its peak of reserved bytes. If it ran out, the peak "
@@ -222,6 +237,29 @@ def memory_panel(
         data=data,
         alternative=f"{len(trials)} trials; {largest}, of {format_bytes(usable_bytes)} usable.",
     )
+
+
+def _mark(
+    word: str, batch_size: int | None, trials: tuple[Trial, ...], unit: int
+) -> list[dict[str, Any]]:
+    """Return a diamond on a batch size that fitted, with the number in the legend."""
+    peaks = [
+        trial.peak_reserved_bytes / unit
+        for trial in trials
+        if trial.batch_size == batch_size and trial.fits and trial.peak_reserved_bytes is not None
+    ]
+    if not peaks:
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": f"{word}: {batch_size}",
+            "x": [float(batch_size or 0)],
+            "y": peaks[-1:],
+            "marker": {"symbol": "diamond", "size": 13, "color": _MARKED},
+        }
+    ]
 
 
 def _throughput(result: ProbeResult) -> Panel:

@@ -319,7 +319,14 @@ def test_a_probes_page(browser: Any, tmp_path: Path) -> None:
     names = drawn.execute_script(
         "return document.querySelector('#memory .chart').data.map((trace) => trace.name)"
     )
-    assert names == ["fits", "ran out of memory", "predicted"]
+    # What is drawn last is on top: predictions nearly always lie below the trials.
+    assert names == ["predicted", "ran out of memory", "fits", "recommended: 8"]
+    marked = drawn.execute_script(
+        "const [trace] = document.querySelector('#memory .chart').data.slice(-1);"
+        "return [trace.x[0], trace.marker.symbol]"
+    )
+    assert marked == [8, "diamond"]
+    assert drawn.find_elements(By.CSS_SELECTOR, "#memory .points path")
     assert drawn.find_elements(By.CSS_SELECTOR, "#throughput .chart svg path")
     cells = [
         [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
@@ -358,7 +365,7 @@ def test_the_page_of_a_command(browser: Any, tmp_path: Path) -> None:
     names = drawn.execute_script(
         "return document.querySelector('#memory .chart').data.map((trace) => trace.name)"
     )
-    assert names == ["fits", "ran out of memory"]
+    assert names == ["ran out of memory", "fits", "recommended: 8"]
     text = drawn.execute_script("return document.body.innerText")
     assert "python train.py --batch-size '{}': the largest batch size" in text
     for words in ("Do not trust these figures.", "A note.", "(9 ran out of memory)", "rehearsed"):
