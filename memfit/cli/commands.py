@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from memfit.errors import MemfitError
+from memfit.errors import MemfitError, UsageError
 
 __all__ = ["FROM_PROJECT", "Command", "Switch", "excluded", "is_typed"]
 
@@ -15,6 +16,7 @@ FROM_PROJECT = "memfit.from_project"
 """The key in a context's `meta` under which a project's file and its defaults are kept."""
 
 _OFF = {"--no-grad": "--grad"}
+_PRINTED = ("--json", "--csv")
 
 
 class Switch(click.Option):
@@ -46,6 +48,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read what was typed. An error may be about a default, so the defaults are said first."""
+        _refuse_files(args)
         try:
             return super().parse_args(ctx, args)
         except (MemfitError, click.UsageError):
@@ -67,6 +70,19 @@ class Command(click.Command):
         ]
         if used:
             click.echo(f"Defaults from {path}: {', '.join(used)}.", err=True)
+
+
+def _refuse_files(args: Sequence[str]) -> None:
+    """Refuse a file's name after an option that prints to the terminal.
+
+    Raises:
+        UsageError: There is one. It would be taken for a model.
+    """
+    for option, word in itertools.pairwise(itertools.takewhile(lambda word: word != "--", args)):
+        if option in _PRINTED and word.endswith((".json", ".csv")):
+            raise UsageError(
+                f"{option} prints to the terminal and takes no file: end the command with > {word}"
+            )
 
 
 def _counts(context: click.Context, name: str) -> bool:

@@ -173,7 +173,7 @@ def _failures(rows: Sequence[SweepRow]) -> list[RenderableType]:
         return []
     lines = [Text(f"{len(failed)} without a batch size:", "bold")]
     for (model, reason), _ in list(failed.items())[:_NUM_REASONS]:
-        lines.append(Text(f"  {model}: {reason}"))
+        lines.append(Text(f"  {model}: {reason.removeprefix(model).lstrip()}"))
     if len(failed) > _NUM_REASONS:
         lines.append(Text(f"  and {len(failed) - _NUM_REASONS} more (--csv has all)"))
     return [Text(""), *lines]
@@ -186,7 +186,8 @@ def _note(sweep: Sweep, *, has_steps: bool) -> str:
     step = next((row.options for row in sweep.rows if row.max_batch_size is not None), None)
     cards = f"{len(sweep.gpus)} card{'s' * (len(sweep.gpus) > 1)}"
     versions = f"torch {sweep.torch_version} and timm {sweep.timm_version}"
-    words = [f"{num_done} models on {cards}, {sweep.source.value} with {versions}"]
+    models = f"{num_done} model{'s' * (num_done != 1)}"
+    words = [f"{models} on {cards}, {sweep.source.value} with {versions}"]
     if step is not None and not has_steps:
         words.append(", ".join(step_words(step)))
     words.append("top-1: the best published weights on ImageNet")

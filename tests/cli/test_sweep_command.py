@@ -51,7 +51,9 @@ def test_every_format(tmp_path: Path) -> None:
     assert [row["max_batch_size"] for row in plain["rows"]] == [int(good["max_batch_size"]), None]
     shown = run("sweep", *models, *STEP, "--journal", str(journal), "--sort", "largest")
     assert "test_vit" in shown.stdout
+    # The model is named once in the line that says why.
     assert "1 without a batch size" in shown.stdout
+    assert "  qwen3_vit_88m_enc: has no classifier" in shown.stdout
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
@@ -105,6 +107,8 @@ def test_a_choice_is_best_first(tmp_path: Path) -> None:
         (("sweep", "resnet1", *STEP), "has no model 'resnet1'"),
         (("sweep", "resnet18", "--gpu", "rtx9999"), "There is no GPU 'rtx9999'"),
         (("sweep", "resnet18", *STEP, "--csv", "--json"), "Give --json or --csv"),
+        (("sweep", "resnet18", *STEP, "--csv", "s.csv"), "end the command with > s.csv"),
+        (("probe", "resnet18", *STEP, "--json", "p.json"), "end the command with > p.json"),
         (("sweep", "resnet18", *STEP, "--fresh", "--journal", "x.jsonl"), "--fresh or --journal"),
         (("choose", "--effective-batch", "64"), "A choice is for one card"),
         (("choose", "--gpu", "t4", "--effective-batch", "0"), "must be at least 1"),
