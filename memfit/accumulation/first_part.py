@@ -53,12 +53,15 @@ _FOR_EACH_SAMPLE = frozenset(
 )
 
 
-def check_means(losses: Sequence[torch.Tensor], outputs: Any) -> None:
+def check_means(
+    losses: Sequence[torch.Tensor], outputs: Any, *, weight: str = "the weight 'samples'"
+) -> None:
     """Refuse losses that are certain to be sums.
 
     Args:
         losses: The losses of a micro-batch, each to be weighted as a mean over samples.
         outputs: What the model returned.
+        weight: The weight, in words.
 
     Raises:
         WorkloadError: One of them is a sum.
@@ -70,7 +73,7 @@ def check_means(losses: Sequence[torch.Tensor], outputs: Any) -> None:
     }
     if any(loss.grad_fn is not None and _is_sum(loss.grad_fn, edges) for loss in losses):
         raise WorkloadError(
-            "The loss is a sum, and the weight 'samples' is for a loss that is a mean over "
+            f"The loss is a sum, and {weight} is for a loss that is a mean over "
             "samples, so gradients would be too small: give weight='sum', or a loss with "
             "reduction='mean'. If the loss is a mean after all, give weight=function, a function "
             "that counts the samples of a batch."

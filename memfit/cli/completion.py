@@ -1,21 +1,27 @@
-"""Shell completion of the names of timm models and cards.
+"""Shell completion of the names of timm models, optimizers and cards.
 
-Importing timm takes seconds, and a shell asks at every key press. So the models' names are kept in
-the user's cache, in one file for each version of timm.
+Importing timm takes seconds, and a shell asks at every key press. So its names are kept in the
+user's cache, in one file of each kind for each version of timm.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+from collections.abc import Callable
 
 import click
 from click.shell_completion import CompletionItem
 
 from memfit.user_cache import cache_folder
 
-__all__ = ["complete_gpus", "complete_models", "model_names"]
+__all__ = [
+    "complete_gpus",
+    "complete_models",
+    "complete_optimizers",
+    "model_names",
+    "optimizer_names",
+]
 
 
 def complete_models(
@@ -40,14 +46,39 @@ def complete_gpus(
     ]
 
 
+def complete_optimizers(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return timm's optimizers that begin with the typed text."""
+    return [CompletionItem(name) for name in optimizer_names() if name.startswith(incomplete)]
+
+
 def model_names() -> list[str]:
     """Return the names of all timm models, from the cache if they are in it."""
-    path = _cache_file()
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8").split()
     from memfit.step.timm_models import import_timm
 
-    names: list[str] = import_timm().list_models()
+    return _kept("models", lambda: import_timm().list_models())
+
+
+def optimizer_names() -> list[str]:
+    """Return the names of all optimizers of timm, from the cache if they are in it."""
+
+    def listed() -> list[str]:
+        from timm.optim import list_optimizers
+
+        return list(list_optimizers())
+
+    return _kept("optimizers", listed)
+
+
+def _kept(what: str, listed: Callable[[], list[str]]) -> list[str]:
+    """Return names from the cache, or list them and keep them there."""
+    import importlib.metadata  # slow, and the help needs none
+
+    path = cache_folder() / f"{what}-of-timm-{importlib.metadata.version('timm')}.txt"
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").split()
+    names = listed()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another shell may be reading, so the file must appear complete.
@@ -55,9 +86,3 @@ def model_names() -> list[str]:
         part.write_text("\n".join(names), encoding="utf-8")
         part.replace(path)
     return names
-
-
-def _cache_file() -> Path:
-    import importlib.metadata
-
-    return cache_folder() / f"models-of-timm-{importlib.metadata.version('timm')}.txt"

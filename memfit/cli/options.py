@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from memfit.cli.commands import Switch, excluded
-from memfit.cli.completion import complete_gpus, complete_models
+from memfit.cli.completion import complete_gpus, complete_models, complete_optimizers
 from memfit.errors import UsageError
 from memfit.records import Averaging, Engine, Evaluation, Parallel, Precision
 from memfit.units import parse_value
@@ -131,6 +131,7 @@ _STEP_OPTIONS: _Options = {
         "--optimizer",
         default="adamw",
         show_default=True,
+        shell_complete=complete_optimizers,
         help="The name of an optimizer that timm knows, or such as torchao.AdamW8bit.",
     ),
     "image_size": click.option(

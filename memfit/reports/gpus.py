@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -12,6 +14,11 @@ from memfit.units import format_bytes
 __all__ = ["render"]
 
 _ESTIMATED = "~"
+_TOTAL_ORIGINS = {
+    "seen": "as torch or the driver printed it on such cards",
+    "derived": "estimated from similar cards or other prints",
+    "given": "given with --memory",
+}
 
 
 def render(cards: tuple[Gpu, ...]) -> RenderableType:
@@ -55,7 +62,11 @@ def _details(card: Gpu) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column()
-    table.add_row("memory", format_bytes(card.total_bytes), f"{card.total_origin}: {card.source}")
+    table.add_row(
+        "memory",
+        format_bytes(card.total_bytes),
+        _TOTAL_ORIGINS.get(card.total_origin, card.total_origin),
+    )
     table.add_row(
         "process",
         format_bytes(card.context_bytes),
@@ -69,8 +80,17 @@ def _details(card: Gpu) -> RenderableType:
     )
     vendor = "compute capability" if card.vendor == "NVIDIA" else "AMD"
     table.add_row("architecture", card.architecture, vendor)
+    sources = Text("\n").join(
+        Text.assemble(("sources  " if index == 0 else " " * 9, "dim"), source)
+        for index, source in enumerate(_sources(card))
+    )
     names = Text("also: " + ", ".join(card.aliases), "dim") if card.aliases else Text("")
-    return Group(Text(card.name, "bold"), names, "", table)
+    return Group(Text(card.name, "bold"), names, "", table, "", sources)
+
+
+def _sources(card: Gpu) -> list[str]:
+    """Return where the memory's figure was seen, one place a line, with units apart."""
+    return [re.sub(r"(\d)([MG]i?B)\b", r"\1 \2", place.strip()) for place in card.source.split(";")]
 
 
 def _context_origin(card: Gpu) -> str:

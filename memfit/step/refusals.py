@@ -177,6 +177,17 @@ def no_reading(batch: Any, rules: BatchRules, num_samples: int | None) -> str:
     first, second = sorted(((odd, odd_size), (where, size)), key=lambda one: one[0])
     if len(counted) > 2:  # noqa: PLR2004 - a graph's nodes and edges, say
         advice = f"give {_CUT}; to search, a function of the batch size is enough"
+    elif (
+        len(found) == 2  # noqa: PLR2004 - inputs and targets, of which either may be wrong
+        and not any(is_list for _, _, is_list in parts)
+        and not _other_dimension(batch, odd, usual)
+    ):
+        return (
+            f"The batch's leading dimensions differ: {first[0]} has {first[1]} and "
+            f"{second[0]} has {second[1]}. Both need one entry for each sample, so look at how the "
+            f"batch is made. If one of them belongs to all samples, give {told(first[0], None)} or "
+            f"{told(second[0], None)}, or {_CUT}."
+        )
     else:
         instead = _other_dimension(batch, odd, usual)
         advice = f"give {told(odd, None)} if that part belongs to all samples, {instead}or {_CUT}"

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
+from memfit.accumulation.first_part import check_means
 from memfit.errors import UnsupportedError, UsageError
 from memfit.integrations.equal import refuse_other_ranks
 from memfit.records import Plan
@@ -50,6 +51,9 @@ class Accumulating:
     Raises:
         UsageError: The trainer's arguments do not match the plan.
         UnsupportedError: The trainer runs the model in a way that counts backward passes.
+
+    A loss that is certain to be a sum is refused in the first step (`WorkloadError`), because its
+    gradient would be too small. With `weight="sum"` it is added up as it is.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Accumulating:
         self._batch_dims = batch_dims
         self._share: float | None = None
         self._divides_by_count: bool | None = None
+        self._is_mean = False
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -126,10 +131,11 @@ class Accumulating:
         )
         if self._share is None:
             return returned
-        if return_outputs:
-            loss, outputs = returned
-            return loss * self._share, outputs
-        return returned * self._share
+        loss, outputs = returned if return_outputs else (returned, ())
+        if not self._is_mean and self._weight in (None, "samples"):
+            check_means([loss], outputs, weight="the weight of this Trainer's micro-batches")
+            self._is_mean = True
+        return (loss * self._share, outputs) if return_outputs else loss * self._share
 
 
 def _check(trainer: Any, plan: Plan) -> None:

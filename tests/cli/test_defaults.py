@@ -232,3 +232,4 @@ def test_models_and_cards_are_completed(tmp_path: Path, monkeypatch: pytest.Monk
             name for name in completion.model_names() if name.startswith("vit_base_patch16_2")
         ]
     assert "rtx4090" in completed(["probe", "resnet50", "--gpu"], "rtx40")
+    assert completed(["probe", "resnet50", "--optimizer"], "adamw")[0] == "adamw"

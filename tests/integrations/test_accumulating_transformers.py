@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documentation has it
 
 from integrations import exact, zoo
-from memfit.errors import UsageError
+from memfit.errors import UsageError, WorkloadError
 from memfit.records import Plan
 from memfit.transformers import Accumulating
 
@@ -138,6 +138,25 @@ def test_a_step_is_that_of_the_whole_batch(model: Any, options: dict[str, Any]) 
     ours = trained(Trainer, net, plan=plan, **options)
     assert net.sizes[-3:] == [40, 40, 16]
     assert exact.error(ours, whole) < 1e-6
+
+
+class Summed(Tokens):
+    """Adds up the losses of all labels."""
+
+    def forward(self, x: torch.Tensor, labels: Any = None) -> dict[str, Any]:
+        """Return the sum over valid labels."""
+        scores = self.scores(x)
+        loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+        return {"loss": loss, "logits": scores}
+
+
+def test_a_loss_that_is_a_sum_is_not_weighted_as_a_mean() -> None:
+    """It is refused as `Accumulator` does, and with the weight of a sum it is exact."""
+    plan = plan_of(exact.SAMPLES, exact.MICRO, multiple_of=exact.MICRO)
+    with pytest.raises(WorkloadError, match=r"The loss is a sum, .*give weight='sum'"):
+        trained(Trainer, Summed(), plan=plan)
+    whole = trained(transformers.Trainer, Summed())
+    assert exact.error(trained(Trainer, Summed(), plan=plan, weight="sum"), whole) < 1e-5
 
 
 def test_transformers_own_accumulation_is_wrong_where_a_model_ignores_the_count() -> None:

@@ -59,3 +59,13 @@ def test_one_card_has_its_sources() -> None:
     assert "rtx3090" in shown
     assert card.context_origin.split(":")[0] in shown
     assert "for training" in shown
+
+
+def test_sources_are_a_line_each() -> None:
+    """They were one long cell of log lines, with numbers and units in one word."""
+    lines = [line.strip() for line in text((find_gpu("rtx3060"),), 100).splitlines()]
+    first = next(index for index, line in enumerate(lines) if line.startswith("sources"))
+    assert (
+        len([line for line in lines[first:] if line]) == find_gpu("rtx3060").source.count(";") + 1
+    )
+    assert "11910 MiB" in lines[first]

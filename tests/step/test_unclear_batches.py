@@ -169,6 +169,16 @@ def test_what_is_known_of_one_batch_holds_for_the_next() -> None:
         known.again({"crops": [torch.zeros(4, 3)] * 3, "y": torch.zeros(5)})
 
 
+def test_inputs_and_targets_of_other_lengths_are_a_mistake_first() -> None:
+    """The first advice is to look at the batch; it was to share the images among all samples."""
+    with pytest.raises(WorkloadError) as caught:
+        Layout.of((torch.zeros(8, 3, 4, 4), torch.zeros(4)))
+    said = str(caught.value)
+    assert "batch[0] has 8 and batch[1] has 4. Both need one entry for each sample" in said
+    assert said.index("look at how the batch is made") < said.index("batch_dims={'batch[0]': None}")
+    assert "batch_dims={'batch[1]': None}" in said
+
+
 def test_one_sample_needs_no_cut() -> None:
     """In a batch of one sample every part is unclear, but it is used whole."""
     batch = {"crops": [torch.zeros(1, 3)]}
