@@ -263,7 +263,8 @@ def _check(item: pytest.Item, asked: _Asked, seen: _Seen) -> None:
     if asked.limit_bytes is not None and seen.peak.total_bytes > asked.limit_bytes:
         said.append(
             f"The step takes {format_bytes(seen.peak.total_bytes)} on {seen.device} "
-            f"({seen.source.value}). The limit is {format_bytes(asked.limit_bytes)}."
+            f"({seen.source.value}), {format_bytes(seen.peak.context_bytes)} of it for the CUDA "
+            f"context. The limit is {format_bytes(asked.limit_bytes)}."
         )
     if seen.name in kept:
         growth = kept.compare(

@@ -111,7 +111,7 @@ def test_limits_and_mistakes(tmp_path: Path) -> None:
     """Each fails its test with one sentence, and no traceback."""
     markers = {
         '"2GiB", gpu="t4"': "",
-        '"2MiB", gpu="t4"': "on Tesla T4 (simulated). The limit is 2.0 MiB",
+        '"2MiB", gpu="t4"': "of it for the CUDA context. The limit is 2.0 MiB",
         '"2GiB"': "needs a card",
         'gpu="t44444"': "There is no GPU 't44444'",
         '"2GiBs", gpu="t4"': "is not a size",
