@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from memfit.accuracies import accuracy_source, best_of
-from memfit.records import StepOptions, Sweep, SweepRow
+from memfit.records import Precision, StepOptions, Sweep, SweepRow
 from memfit.reports.html import source_of
 from memfit.reports.probe import step_words
 from memfit.reports.sources import said_of_sweep
@@ -57,13 +58,11 @@ def _lead(sweep: Sweep, num_models: int) -> str:
 
 def _data(sweep: Sweep) -> dict[str, Any]:
     """Return the page's data by column; what depends on the card is a list for each card."""
-    by_step: dict[_Key, dict[str, SweepRow]] = {}
-    # On another card, `auto` is another precision, so a step is known by what was asked for.
-    for row in sweep.rows:
-        by_step.setdefault(_key(row), {})[row.device] = row
+    by_step = _by_step(sweep.rows)
     firsts = [next(iter(rows.values())) for rows in by_step.values()]
     accuracies = [best_of(row.model) for row in firsts]
-    steps = [_step_name(row.options) for row in firsts]
+    options = [options for _, options in by_step]
+    steps = [_step_name(each) for each in options]
     names = sorted(set(steps))
 
     def of_cards(field: str) -> list[list[Any]]:
@@ -75,11 +74,12 @@ def _data(sweep: Sweep) -> dict[str, Any]:
     return {
         "cards": list(sweep.gpus),
         "steps": names,
+        "own": [_own_precision(sweep.rows, gpu) for gpu in sweep.gpus],
         "model": [row.model for row in firsts],
         "family": [row.family for row in firsts],
         "step": [names.index(step) for step in steps],
-        "size": [list(row.options.image_size or ()) for row in firsts],
-        "options": [_command_options(row.options) for row in firsts],
+        "size": [list(each.image_size or ()) for each in options],
+        "options": [_command_options(each) for each in options],
         "parameters": [row.num_parameters for row in firsts],
         "flops": [row.forward_flops for row in firsts],
         "top1": [None if known is None else known.top1_percent for known in accuracies],
@@ -93,8 +93,29 @@ def _data(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _key(row: SweepRow) -> _Key:
-    return row.model, row.options
+def _by_step(rows: Sequence[SweepRow]) -> dict[_Key, dict[str, SweepRow]]:
+    """Return the rows of each model and step by their cards.
+
+    With `auto`, each card has its own precision. A row says which, and not that `auto` was asked
+    for. But then no card has two rows of a model that differ in their precision only.
+    """
+    by_step: dict[_Key, dict[str, SweepRow]] = {}
+    for row in rows:
+        options = dataclasses.replace(row.options, precision=Precision.AUTO)
+        by_step.setdefault((row.model, options), {})[row.device] = row
+    precisions = {row.options.precision for row in rows} - {Precision.AUTO}
+    if len(precisions) > 1 and sum(map(len, by_step.values())) == len(rows):
+        return by_step
+    by_step = {}
+    for row in rows:
+        by_step.setdefault((row.model, row.options), {})[row.device] = row
+    return by_step
+
+
+def _own_precision(rows: Sequence[SweepRow], gpu: str) -> str:
+    """Return the precision that a card has where `auto` was asked for."""
+    own = (row.options.precision for row in rows if row.device == gpu)
+    return next((each.value for each in own if each is not Precision.AUTO), Precision.AUTO.value)
 
 
 def _step_name(options: StepOptions) -> str:
@@ -104,7 +125,9 @@ def _step_name(options: StepOptions) -> str:
 
 def _command_options(options: StepOptions) -> str:
     """Return the options of `memfit plan` that make the same step."""
-    words = [f"--precision {options.precision.value}"]
+    words = []
+    if options.precision is not Precision.AUTO:
+        words.append(f"--precision {options.precision.value}")
     if options.optimizer not in (None, "adamw"):
         words.append(f"--optimizer {options.optimizer}")
     if options.image_size is not None:

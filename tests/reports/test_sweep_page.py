@@ -12,7 +12,7 @@ import timm
 
 from memfit.accuracies import accuracies, best_of
 from memfit.cards import COMMON_GPUS
-from memfit.records import Sweep
+from memfit.records import Precision, Sweep
 from memfit.reports.sweep_page import _data, page
 from reports.test_page import browser, needs_browser
 from reports.test_sweep_report import FAILED, ROW, SWEEP
@@ -22,6 +22,7 @@ __all__ = ["browser"]
 MOST_BYTES = 3_000_000
 MOST_SECONDS = 2
 PHONE, DESKTOP = 390, 1400
+OTHER = "NVIDIA GeForce RTX 3060"
 
 
 def all_of_timm() -> Sweep:
@@ -33,6 +34,7 @@ def all_of_timm() -> Sweep:
             family=name.partition("_")[0],
             device=gpu,
             max_batch_size=None if number % 40 == 0 else 1 + number * (1 + place),
+            reason="It does not fit." if number % 40 == 0 else None,
             num_parameters=10_000 * (1 + number),
         )
         for number, name in enumerate(timm.list_models())
@@ -197,6 +199,44 @@ def test_models_with_images_of_several_sizes_are_shown_together() -> None:
     data = _data(dataclasses.replace(SWEEP, rows=rows, gpus=(ROW.device,)))
     assert (len(data["steps"]), data["step"]) == (1, [0, 0])
     assert data["size"][1] == [288, 288]
+
+
+def own_precisions() -> Sweep:
+    """Return a sweep of one model for which each card chose its precision."""
+    options = dataclasses.replace(ROW.options, precision=Precision.AMP_BF16)
+    other = dataclasses.replace(ROW, device=OTHER, options=options, max_batch_size=70)
+    return dataclasses.replace(SWEEP, rows=(ROW, other), gpus=(ROW.device, OTHER))
+
+
+def test_each_cards_own_precision_is_one_step() -> None:
+    """With `auto`, a card with another precision has the same step, and its own figures."""
+    data = _data(own_precisions())
+    assert (len(data["steps"]), data["model"]) == (1, [ROW.model])
+    assert data["largest"] == [[100], [70]]
+    assert data["own"] == ["amp-fp16", "amp-bf16"]
+    assert "--precision" not in data["options"][0]
+
+
+@needs_browser
+def test_a_step_that_a_card_was_not_tried_with_is_not_offered(browser: Any, tmp_path: Path) -> None:
+    """Such a model does not count as one that does not fit."""
+    found = own_precisions()
+    fp32 = dataclasses.replace(ROW.options, precision=Precision.FP32)
+    rows = (*found.rows, dataclasses.replace(ROW, options=fp32, max_batch_size=50))
+    path = tmp_path / "steps.html"
+    path.write_text(page(dataclasses.replace(found, rows=rows)), encoding="utf-8")
+    drawn = opened(browser, path)
+    put(drawn, "card", "1")
+    offered = (
+        "return [...document.getElementById('step').options].filter((o) => !o.disabled)"
+        ".map((o) => o.textContent)"
+    )
+    assert drawn.execute_script(offered) == ["amp-bf16, adamw"]
+    assert names(drawn) == [ROW.model]
+    assert (
+        drawn.execute_script("return document.getElementById('count').textContent") == "1 of 1 fit"
+    )
+    assert drawn.get_log("browser") == []
 
 
 @needs_browser

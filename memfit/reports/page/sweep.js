@@ -71,11 +71,23 @@
     at("parameters").append(option);
   });
   const card = () => Number(at("card").value);
+  const stepOf = (i) => data.steps[data.step[i]].replace(/^auto\b/, data.own[card()]);
+
+  // Not every step was tried on every card.
+  const isTried = (i) => data.largest[card()][i] !== null || data.reason[card()][i] !== null;
+  const offerSteps = () => {
+    const options = [...at("step").options];
+    options.forEach((option) => {
+      option.disabled = option.hidden = !all.some((i) => data.step[i] === Number(option.value) && isTried(i));
+    });
+    const offered = options.filter((option) => !option.disabled);
+    if (at("step").selectedOptions[0].disabled && offered.length) at("step").value = offered[0].value;
+  };
 
   const chosen = () => {
     const [step, family, most, least, licence] = ["step", "family", "parameters", "least", "licence"].map((id) => at(id).value);
     const words = at("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    return all.filter((i) => data.step[i] === Number(step)
+    return all.filter((i) => data.step[i] === Number(step) && isTried(i)
       && (!family || data.family[i] === family)
       && (!licence || data.licence[i] === licence)
       && (!most || (data.parameters[i] !== null && data.parameters[i] <= Number(most)))
@@ -235,8 +247,8 @@
     at("chosen-name").textContent = data.model[i];
     const weights = data.weights[i] === null ? "" : ` Top-1 of the weights ${data.weights[i]}, licence: ${data.licence[i]}.`;
     at("chosen-words").textContent = (largest === null
-      ? `${data.cards[card()]}: ${data.reason[card()][i] || "does not fit"}`
-      : `${data.cards[card()]}: at most ${largest} sample${largest === 1 ? "" : "s"}, ${data.recommended[card()][i] ?? "none"} recommended, ${data.steps[data.step[i]]}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`) + weights;
+      ? `${data.cards[card()]}: ${data.reason[card()][i] || "this step was not tried"}`
+      : `${data.cards[card()]}: at most ${largest} sample${largest === 1 ? "" : "s"}, ${data.recommended[card()][i] ?? "none"} recommended, ${stepOf(i)}${data.size[i].length ? `, images ${sizeOf(i)}` : ""}.`) + weights;
     at("command").textContent = `memfit plan ${data.model[i]} --gpu "${data.cards[card()]}" --effective-batch 256 ${data.options[i]}`;
   };
   at("copy").addEventListener("click", async () => {
@@ -255,6 +267,7 @@
   // --- all -------------------------------------------------------------------------------------------
 
   const draw = () => {
+    offerSteps();
     const rows = chosen();
     // The legend and the rows are made anew, and the keyboard's place must not be lost.
     const place = document.activeElement.dataset.key;
