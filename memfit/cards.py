@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+from collections.abc import Iterable
 from importlib import resources
 
 from memfit.errors import UsageError
@@ -24,6 +25,7 @@ __all__ = [
     "REHEARSED_CARD_VARIABLE",
     "Gpu",
     "catalogue",
+    "each_once",
     "find_gpu",
     "gpu_like",
     "gpu_with",
@@ -239,6 +241,22 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
             f"{gpu.name} ({gpu.context_bytes} bytes). Give more."
         )
     return gpu
+
+
+def each_once(names: Iterable[str], *, total_bytes: int | None = None) -> tuple[str, ...]:
+    """Return the names of different cards, without a second name of the same card.
+
+    Args:
+        names: See `find_gpu`.
+        total_bytes: See `find_gpu`.
+
+    Raises:
+        UsageError: See `find_gpu`.
+    """
+    named: dict[str, str] = {}
+    for name in names:
+        named.setdefault(find_gpu(name, total_bytes=total_bytes).name, name)
+    return tuple(named.values())
 
 
 def gpu_like(name: str, *, total_bytes: int) -> Gpu:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memfit.cards import COMMON_GPUS, catalogue, find_gpu
+from memfit.cards import COMMON_GPUS, catalogue, each_once, find_gpu
 from memfit.errors import UsageError
 from memfit.units import GIB, MIB
 
@@ -23,6 +23,11 @@ from memfit.units import GIB, MIB
 def test_finds_by_any_name(name: str, found: str) -> None:
     """This may be the name as torch prints it or an alias, with spaces or without."""
     assert find_gpu(name).name == found
+
+
+def test_a_card_with_two_names_is_one_card() -> None:
+    """The order is the caller's, and so are the names."""
+    assert each_once(["t4", "rtx3090", "Tesla T4", "3090"]) == ("t4", "rtx3090")
 
 
 def test_unknown_name_suggests_the_nearest() -> None:

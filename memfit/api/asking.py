@@ -20,7 +20,7 @@ from memfit.api.steps import (
     taken,
 )
 from memfit.backends import Backend, open_backend
-from memfit.cards import ANY_GPU, COMMON_GPUS, find_gpu
+from memfit.cards import ANY_GPU, COMMON_GPUS, each_once, find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning import SearchOptions
 from memfit.records import Engine, Parallel, Source
@@ -161,7 +161,7 @@ class Asked:
         if isinstance(gpus, str):
             raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
         if gpus:
-            return tuple(gpus)
+            return each_once(gpus, total_bytes=self.memory_bytes)
         return COMMON_GPUS if self.memory_bytes is None else (ANY_GPU,)
 
     def on_one(

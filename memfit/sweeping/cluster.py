@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ _RETRIES = 5
 # How long a node may take to start a process and import torch and timm. A loaded machine needs
 # minutes.
 _NODE_SECONDS = 900
+_SECONDS_TO_ANSWER = 10
 # How many tasks the cluster has at a time, for each of its cores.
 _TASKS_EACH = 4
 
@@ -42,6 +44,7 @@ class RayPool:
                 "Sweeps on a cluster need Ray, which is not installed: pip install 'memfit[sweep]'."
             ) from error
         if not self._ray.is_initialized():
+            _check_reachable(address)
             try:
                 self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -96,6 +99,23 @@ class RayPool:
         if not asked:
             raise UnsupportedError("The Ray cluster has no node with a CPU to run tasks on.")
         return answers_of(asked, ray, seconds=_NODE_SECONDS)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing answers. Ray would wait for it for minutes.
+
+    Raises:
+        UsageError: Nothing answers at the address's port.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"There is no Ray cluster at {address!r}: {error}. Start one with `ray start --head`."
+        ) from error
 
 
 def answers_of(asked: Mapping[str, Any], ray: Any, *, seconds: float) -> dict[str, dict[str, str]]:

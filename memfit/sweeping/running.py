@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from memfit.api.asking import Asked, SearchKeywords
 from memfit.api.progress import StageProgress, watched
-from memfit.cards import ANY_GPU, COMMON_GPUS, Gpu, find_gpu
+from memfit.cards import ANY_GPU, COMMON_GPUS, Gpu, each_once, find_gpu
 from memfit.errors import UsageError
 from memfit.records import ChoiceRow, Engine, Precision, Sweep, SweepRow
 from memfit.rehearsal.engines import engine_for_several
@@ -143,9 +143,12 @@ def cards_named(gpus: Sequence[str] | None, options: SearchKeywords) -> tuple[st
     if isinstance(gpus, str):
         raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
     memory = options.get("memory")
-    if memory is not None:
-        options["memory"] = parse_bytes(memory)
-    return tuple(gpus) if gpus else (COMMON_GPUS if memory is None else (ANY_GPU,))
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    if memory_bytes is not None:
+        options["memory"] = memory_bytes
+    if gpus:
+        return each_once(gpus, total_bytes=memory_bytes)
+    return COMMON_GPUS if memory is None else (ANY_GPU,)
 
 
 def pool_for(num_tasks: int, *, workers: int | None, ray: str | None) -> Pool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from memfit.errors import UnsupportedError
+from memfit.errors import UnsupportedError, UsageError
 from memfit.records import SweepRow
-from memfit.sweeping.cluster import RayPool, answers_of, check_versions
+from memfit.sweeping.cluster import RayPool, _check_reachable, answers_of, check_versions
 from memfit.sweeping.tasks import SweepTask, versions
 
 HERE = {"memfit": "1", "torch": "2.15.0", "timm": "1.0.31"}
@@ -112,3 +112,13 @@ def test_a_lost_node_loses_no_answer(cluster: Any) -> None:
         if len(answered) == 4:
             cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
     assert sorted(answered) == sorted((task.key, task.options["num_classes"]) for task in tasks)
+
+
+def test_an_address_without_a_cluster_is_one_sentence() -> None:
+    """Ray itself would wait for minutes."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"no Ray cluster at '{address}'"):
+            _check_reachable(address)
+    _check_reachable("auto")
