@@ -62,6 +62,11 @@ _INTERRUPTED = 130
     help=("End the command when the peak has not risen for this many optimizer steps."),
 )
 @click.option("--whole", cls=Switch, help="Let the command run to its end.")
+@click.option(
+    "--no-values",
+    cls=Switch,
+    help="Do not compute what a few operations on small tensors give. All reads as zeros then.",
+)
 @html_option
 @click.option(
     "--snapshot",
@@ -85,6 +90,7 @@ def rehearse(
     rank: int | None,
     num_steps: int,
     whole: bool,
+    no_values: bool,
     html: Path | None,
     snapshot: Path | None,
     as_json: bool,
@@ -136,6 +142,7 @@ def rehearse(
             keeps_history=html is not None or snapshot is not None,
             output=Output.STANDARD_ERROR if as_json else Output.OWN,
             lone_rank=lone_rank,
+            computes=not no_values,
         )
         for card, environment in zip(cards, environments, strict=True)
     ]

@@ -63,6 +63,7 @@ def rehearse_command(
     keeps_history: bool = False,
     output: Output = Output.OWN,
     lone_rank: LoneRank | None = None,
+    computes: bool = True,
 ) -> Rehearsed:
     """Run a command on a card that is not there, and watch it.
 
@@ -77,6 +78,7 @@ def rehearse_command(
         output: The destination of the command's output.
         lone_rank: The rank that the command is; the others have no process. `None` if the command
             starts its ranks itself, or has none.
+        computes: Whether a few operations on small tensors are computed on the host.
 
     Raises:
         UsageError: There is no such command, or this machine has no GPU.
@@ -94,6 +96,7 @@ def rehearse_command(
             "num_steps": num_steps,
             "is_whole": is_whole,
             "keeps_history": keeps_history,
+            "computes": computes,
             "lone_rank": None if lone_rank is None else (lone_rank.rank, lone_rank.world_size),
         }
         ranked = {} if lone_rank is None else lone_rank.environment

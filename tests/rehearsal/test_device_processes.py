@@ -17,8 +17,10 @@ from .conftest import Rehearsed
 def test_workers_threads_and_forks(rehearsed: Rehearsed) -> None:
     """Workers can fork while the device is in use, and a fork that uses it gets torch's error."""
     seen = rehearsed("""
-        import threading
+        import threading, warnings
         from torch.utils.data import DataLoader, TensorDataset
+        # Python 3.12 warns of every fork of a process with threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         on_device = torch.ones(4).cuda()
         data = TensorDataset(torch.arange(64.0).view(64, 1))
         loader = DataLoader(data, batch_size=8, num_workers=2, pin_memory=True)

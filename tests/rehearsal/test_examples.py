@@ -21,7 +21,7 @@ PYTHON = (sys.executable,)
 PEAKS = {
     "plain_pytorch": (305_771_352, 314_448_896, 358_612_992),
     "lightning_trainer": (798_047_084, 798_651_392, 962_592_768),
-    "transformers_trainer": (479_930_604, 483_499_520, 528_482_304),
+    "transformers_trainer": (475_736_396, 479_309_312, 524_288_000),
     "fastai_learner": (820_940_892, 821_995_520, 952_107_008),
     "timm_loader": (1_878_330_836, 1_906_401_280, 2_218_786_816),
     # `tests/backends/test_rehearsed_ranks.py` holds a step's trial against these two.

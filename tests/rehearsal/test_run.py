@@ -193,6 +193,43 @@ def test_a_script_may_divide_by_what_no_kernel_computed() -> None:
 
 
 @pytest.mark.rehearses
+def test_what_the_host_knows_is_computed_there(capfd: pytest.CaptureFixture[str]) -> None:
+    """Masks, lengths and flags are right. What follows from noise is counted as unknown."""
+    script = SCRIPTS / "values.py"
+    found = rehearse(str(script))
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [
+        "False True 3",
+        "[1, 2] torch.Size([5]) True",
+        "[[0, 0, 0]]",
+        "[0.5, 0.5] 1",
+        "True False False",
+        "0",
+        "1.1015625 tensor(2.)",
+        "out of memory",
+    ], err
+    text = script.read_text("utf-8").splitlines()
+    reads = [
+        (text[int(read.line.rpartition(":")[2]) - 1].strip(), read.num_reads)
+        for read in found.processes[0].reads
+        if read.line is not None
+    ]
+    assert sorted(reads) == [
+        ("print((noise | done).all().item(), (noise & ~done).any().item(), noise.any().item())", 1),
+        ("print(mask.max().item())", 1),
+    ]
+    assert not [note for note in found.notes if "failed to watch" in note]
+
+
+@pytest.mark.rehearses
+def test_values_can_be_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """Then they read as zeros."""
+    words = [sys.executable, str(SCRIPTS / "values.py")]
+    rehearse_command(words, CARD, rehearsed_environment(CARD), computes=False)
+    assert capfd.readouterr().out.splitlines()[0] == "False False 0"
+
+
+@pytest.mark.rehearses
 def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture[str]) -> None:
     """Some are spawned and some forked, with data loaders, and they print much."""
     found = rehearse(str(SCRIPTS / "processes.py"))
@@ -338,6 +375,7 @@ def test_the_watch_is_not_seen_by_a_script(tmp_path: Path) -> None:
         "is_whole": False,
         "keeps_history": False,
         "lone_rank": None,
+        "computes": True,
     }
     watched = _watched(plain, settings)
     assert json.loads(watched["MEMFIT_REHEARSAL_WATCH"]) == settings

@@ -26,3 +26,13 @@ API uint64_t memfit_rehearsal_kept_bytes(void) {
     device_unlock();
     return kept;
 }
+/* What it knows of a tensor's values, and what it has computed in a kernel's place. */
+API int memfit_rehearsal_copy(void *to, const void *from, size_t num_bytes) {
+    return device_copy(to, from, num_bytes);
+}
+API void memfit_rehearsal_forget(const void *pointer, size_t num_bytes) {
+    if (!is_device_pointer(pointer)) return;
+    device_lock();
+    forget_contents(pointer, num_bytes);
+    device_unlock();
+}

@@ -15,6 +15,7 @@ from typing import Any
 
 from .internals import Internals
 from .journal import Journal
+from .lines import of_script
 from .modules import Modules
 
 __all__ = ["History"]
@@ -129,6 +130,9 @@ class History:
         if not self._is_recording:
             return
         snapshot = self._internals.history()
+        for events in snapshot["device_traces"]:
+            for event in events:
+                event["frames"] = of_script(event.get("frames") or [])
         self._settle_kept()
         content = {
             "step": number,

@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType, ModuleType
 from typing import Any
 
-__all__ = ["Distributed", "Internals", "frame_here", "frame_of_main_thread", "run_exit_functions"]
+__all__ = [
+    "Dispatch",
+    "Distributed",
+    "Internals",
+    "frame_here",
+    "frame_of_main_thread",
+    "run_exit_functions",
+]
 
 _READERS = ("_cuda_memoryStats", "_accelerator_getDeviceStats")
 _RESETTERS = ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats")
@@ -98,6 +105,38 @@ class Internals:
         for leaf in self._torch.utils._pytree.tree_leaves(tree):
             if isinstance(leaf, self._torch.Tensor):
                 yield leaf
+
+
+class Dispatch:
+    """The private names of torch's dispatcher.
+
+    Args:
+        torch: The module torch.
+    """
+
+    def __init__(self, torch: ModuleType) -> None:
+        self._operations = torch.ops.aten
+        self.keys_below: Any = torch._C._dispatch_keyset_full_after(
+            torch._C.DispatchKey.BackendSelect
+        )
+        """The keys of the dispatcher below `BackendSelect`."""
+
+    def operation(self, name: str) -> Any:
+        """Return an operation, such as `eq.Scalar`; `None` if torch has none of this name."""
+        name, _, overload = name.partition(".")
+        return getattr(getattr(self._operations, name, None), overload or "default", None)
+
+    def tensor_positions(self, operation: Any) -> tuple[int, ...]:
+        """Return which of an operation's positional arguments are tensors."""
+        return tuple(
+            index
+            for index, argument in enumerate(operation._schema.arguments)
+            if str(argument.type) == "Tensor" and not argument.kwarg_only
+        )
+
+    def drop(self, library: Any) -> None:
+        """Remove the kernels of a `torch.library.Library`."""
+        library._destroy()
 
 
 class Distributed:

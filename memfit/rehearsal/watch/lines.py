@@ -7,10 +7,11 @@ import os
 import sys
 import sysconfig
 from types import FrameType
+from typing import Any
 
 from .internals import frame_of_main_thread
 
-__all__ = ["Place", "here"]
+__all__ = ["Place", "here", "of_script"]
 
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep  # noqa: PTH100, PTH120 - no pathlib here
 _LIBRARIES = tuple(
@@ -22,6 +23,7 @@ _LIBRARIES = tuple(
     }
 )
 _MAX_FRAMES = 400
+_MAX_OWN = 12  # `values` lies this deep at most, with torch's functions that it calls.
 # A subclass of Tensor runs every operation from here, so these lines say nothing about it.
 _DISPATCHERS = ("__torch_function__", "__torch_dispatch__")
 _PRINTER = f"{os.sep}torch{os.sep}_tensor_str.py"
@@ -93,6 +95,16 @@ def here(frame: FrameType | None) -> Place:
     if not frames:
         frames = _outwards(frame_of_main_thread())
     return Place(frames)
+
+
+def of_script(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the frames of a recorded stack that lie outside the watch, the innermost first."""
+    own = [
+        index
+        for index, frame in enumerate(recorded[:_MAX_OWN])
+        if frame["filename"].startswith(_OWN)
+    ]
+    return recorded[own[-1] + 1 :] if own else recorded
 
 
 def _outwards(frame: FrameType | None) -> list[FrameType]:

@@ -103,6 +103,16 @@ class Reads:
         if register is not None and self._callback is not None:
             register(None)
 
+    @contextlib.contextmanager
+    def muted(self, is_muted: bool) -> Iterator[None]:
+        """Do not count the reads inside, if so wanted."""
+        before = self._is_inside
+        self._is_inside = before or is_muted
+        try:
+            yield
+        finally:
+            self._is_inside = before
+
     def suspects(self, error: BaseException | None) -> list[str]:
         """Return the lines whose reads may have led to an error, the latest last.
 

@@ -30,6 +30,7 @@ from .peaks import FIGURES, Peaks
 from .ranks import replace_object_collectives, stay_alone
 from .reads import Reads
 from .start import after_import
+from .values import Values
 
 __all__ = ["Ended", "Watch"]
 
@@ -52,7 +53,7 @@ class Watch:
 
     Args:
         torch: The module torch, just imported.
-        settings: `folder`, `num_steps`, `is_whole`, `keeps_history` and `lone_rank`.
+        settings: `folder`, `num_steps`, `is_whole`, `keeps_history`, `lone_rank` and `computes`.
     """
 
     def __init__(self, torch: ModuleType, settings: dict[str, Any]) -> None:
@@ -64,6 +65,8 @@ class Watch:
         self._internals = Internals(torch)
         self._peaks = Peaks(torch, self._internals)
         self._reads = Reads(self._guarded)
+        self._computes: bool = settings["computes"]
+        self._values = Values(torch, self._reads, self._guarded)
         self._modules = Modules(
             torch,
             self._internals,
@@ -174,6 +177,8 @@ class Watch:
         is_rehearsed = self._reads.begin()
         if is_rehearsed:
             replace_zeros(torch, self._reads)
+            if self._computes:
+                self._guarded(self._values.begin)()
         self._journal.write(
             "device",
             is_rehearsed=is_rehearsed,
@@ -377,6 +382,7 @@ class Watch:
             return
         self._is_over = True
         self._reads.end()
+        self._values.end()
         if not self._torch.cuda.is_initialized():
             return
         if self._last_failure is not None:
