@@ -201,4 +201,4 @@ def _extent(tensor: Any) -> int:
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * stride for size, stride in steps)
+    return 1 + sum((int(size) - 1) * int(stride) for size, stride in steps)
