@@ -204,6 +204,7 @@ def test_what_the_host_knows_is_computed_there(capfd: pytest.CaptureFixture[str]
         "[[0, 0, 0]]",
         "[0.5, 0.5] 1",
         "True False False",
+        "True False False",
         "0",
         "1.1015625 tensor(2.)",
         "out of memory",
@@ -216,6 +217,7 @@ def test_what_the_host_knows_is_computed_there(capfd: pytest.CaptureFixture[str]
     ]
     assert sorted(reads) == [
         ("print((noise | done).all().item(), (noise & ~done).any().item(), noise.any().item())", 1),
+        ("print(bool(torch.isfinite(loss)), bool(torch.isnan(loss)), bool(torch.isinf(loss)))", 2),
         ("print(mask.max().item())", 1),
     ]
     assert not [note for note in found.notes if "failed to watch" in note]

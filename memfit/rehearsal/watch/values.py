@@ -13,6 +13,7 @@ autograd, autocast and tracing, and torch has no kernel of its own there for the
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -31,7 +32,7 @@ _OPERATIONS = (
     *("fill_.Scalar", "fill_.Tensor", "copy_", "arange.start_out", *_READERS),
     *(f"{name}.{kind}" for name in _COMPARISONS for kind in ("Scalar", "Tensor")),
     *("all", "all.dim", "any", "any.dim", "max", "min", "sum", "sum.dim_IntList", "cumsum"),
-    *("add.Tensor", "sub.Tensor", "cat"),
+    *("add.Tensor", "sub.Tensor", "mul.Tensor", "cat"),
     *(f"bitwise_{name}.Tensor" for name in ("and", "or")),
     *("bitwise_not", "logical_not", "logical_and", "logical_or"),
 )
@@ -129,7 +130,7 @@ class Values:
         is_known = all(known for _, known in read)
         values = [value for value, _ in read]
         if not is_known:
-            computed = self._decided(name, read, result)
+            computed = self._decided(name, args, read, result)
         elif name == "arange.start_out":
             computed = torch.arange(*args[:3], dtype=result.dtype)
         elif is_in_place:
@@ -143,8 +144,18 @@ class Values:
         self._write(result, computed)
         return result
 
-    def _decided(self, name: str, read: list[tuple[Any, bool]], result: Any) -> Any:
-        """Return the result of logic whose one side is enough; `None` if it is not known."""
+    def _decided(
+        self, name: str, args: tuple[Any, ...], read: list[tuple[Any, bool]], result: Any
+    ) -> Any:
+        """Return what is certain although some value is not known; `None` if nothing is.
+
+        One side of a logical operation may be enough. And as in an ordinary step, no number is
+        infinite or NaN: `isfinite` asks whether a number is itself and is not infinite.
+        """
+        if name in ("eq.Tensor", "ne.Scalar") and (
+            args[1] is args[0] if name == "eq.Tensor" else abs(args[1]) == math.inf
+        ):
+            return self._torch.ones(result.shape, dtype=result.dtype)
         is_or, is_and = "_or" in name, "_and" in name
         if not (is_or or is_and):
             return None

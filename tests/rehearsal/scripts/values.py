@@ -18,6 +18,8 @@ def main() -> None:
     noise = torch.rand(3, device=CARD) > 0.5
     done = torch.full((3,), True, device=CARD)
     print((noise | done).all().item(), (noise & ~done).any().item(), noise.any().item())
+    loss = torch.rand(4, device=CARD).mean()
+    print(bool(torch.isfinite(loss)), bool(torch.isnan(loss)), bool(torch.isinf(loss)))
     # What a kernel has written over is not known any more.
     mask.copy_(torch.randint(9, (2, 3), device=CARD))
     print(mask.max().item())
