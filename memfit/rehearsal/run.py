@@ -10,7 +10,9 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,7 +112,7 @@ def rehearse_command(
             end=_end(reports, ended.exit_code, was_interrupted=ended.was_interrupted),
             exit_code=ended.exit_code,
             processes=processes,
-            notes=tuple(_notes(reports, processes, ended.exit_code)),
+            notes=tuple(_notes(reports, processes, ended.exit_code, _other_python(command))),
             seconds=time.perf_counter() - start,
         )
         process, history = _history_of(reports, rehearsal) if keeps_history else (None, None)
@@ -173,19 +175,43 @@ def _end(reports: Sequence[Report], exit_code: int, *, was_interrupted: bool) ->
     return RehearsalEnd.SETTLED if has_settled else RehearsalEnd.FINISHED
 
 
+def _other_python(command: Sequence[str]) -> str | None:
+    """Return the path of the command's Python, if it is not the one that memfit runs in."""
+    path = shutil.which(command[0])
+    if path is None or not Path(path).name.startswith("python"):
+        return None
+    # A virtual environment's python is a link to the one that it was made from, so no links are
+    # followed. Its folder tells them apart.
+    is_same = Path(path).absolute().parent == Path(sys.executable).absolute().parent
+    return None if is_same else path
+
+
+def _unused(other_python: str | None) -> Iterator[str]:
+    """Return notes on a command of which no process used the card."""
+    yield (
+        "No process of the command used the card. Perhaps the command ended "
+        "before, trains on another device, or starts Python with -S, -E or -I, "
+        "which memfit cannot watch."
+    )
+    if other_python is not None:
+        yield (
+            f"The command's Python is {other_python}, and memfit runs in {sys.executable}. If "
+            "the command needs the packages of memfit's, activate that environment first."
+        )
+
+
 def _notes(
-    reports: Sequence[Report], processes: Sequence[RehearsedProcess], exit_code: int
+    reports: Sequence[Report],
+    processes: Sequence[RehearsedProcess],
+    exit_code: int,
+    other_python: str | None,
 ) -> Iterator[str]:
     if exit_code < 0:
         yield f"The command was ended by the signal {signal.Signals(-exit_code).name}."
     if any(not report.has_cuda for report in reports):
         yield "The command's torch is built without CUDA, so there was no card to rehearse on."
     elif not processes:
-        yield (
-            "No process of the command used the card. Perhaps the command ended "
-            "before, trains on another device, or starts Python with -S, -E or -I, "
-            "which memfit cannot watch."
-        )
+        yield from _unused(other_python)
     if any(process.has_settled for process in processes) and not any(
         process.phase("evaluation") for process in processes
     ):

@@ -231,7 +231,7 @@ def _remark(difference: ParameterDifference) -> Text:
 
 
 def _mixers(result: Equivalence) -> Table:
-    table = plain_table("mixes samples", "class", "in", "other samples change by", "")
+    table = plain_table("mixes samples", "class", "in", "changes others by", "")
     for mixer in result.mixing_layers[:_NUM_MIXERS]:
         table.add_row(
             mixer.name,

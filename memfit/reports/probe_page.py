@@ -8,7 +8,13 @@ from typing import Any
 from memfit.records import CommandProbe, ProbeResult, Survey, Trial
 from memfit.reports.html import Page, Panel, bar_chart, level, line_chart, render
 from memfit.reports.probe import once_each, share_free, step_words, trial_notes, why_recommended
-from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels
+from memfit.reports.sources import (
+    about,
+    edge_words,
+    no_gpu_took_part,
+    said_of_edges,
+    said_of_kernels,
+)
 from memfit.units import GIB, MIB, format_bytes
 
 __all__ = ["command_page", "memory_panel", "page", "survey_page", "trials_panel"]
@@ -140,7 +146,14 @@ def survey_page(survey: Survey) -> str:
         key="cards",
         kind="figure",
         title="Batch size by card",
-        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials))),
+        note=" ".join(
+            (
+                no_gpu_took_part(survey.source),
+                *survey.remarks,
+                *said_of_edges(fitting),
+                *said_of_kernels(trials),
+            )
+        ),
         data=bar_chart(bars, title="samples"),
         alternative="; ".join(f"{name}: {', '.join(cells)}" for name, *cells in rows),
         header=("GPU", "precision", "recommended", "largest"),
@@ -164,7 +177,7 @@ def _answer_cells(result: ProbeResult | None) -> tuple[str, str, str]:
     return (
         result.options.precision.value,
         "none" if recommended is None else str(recommended),
-        about(result.max_batch_size, result.trials),
+        edge_words(result),
     )
 
 

@@ -139,8 +139,11 @@ def render_plan(found: CommandPlan) -> RenderableType:
         "",
         trial_table(found.trials),
         "",
-        Text.assemble((f"{found.effective_batch_size} = {parts}", "bold green"), ": it fitted, "),
-        Text(f"with at least {found.headroom:.0%} kept free and no allocator retries. Train with:"),
+        Text.assemble(
+            (f"{found.effective_batch_size} = {parts}", "bold green"),
+            f": it fitted, with at least {found.headroom:.0%} kept free and no allocator retries.",
+        ),
+        Text("Train with:"),
         Text(shlex.join(found.command), "bold"),
         "",
         *(Text(note) for note in found.notes),

@@ -12,7 +12,14 @@ from rich.console import Console
 from memfit.records import Plan, PlanSurvey, ProbeResult, Survey, Trial
 from memfit.records.looks import register_look
 from memfit.reports.probe import step_words, why_largest, why_recommended
-from memfit.reports.sources import about, how_it_was_had, no_gpu_took_part, said_of_kernels
+from memfit.reports.sources import (
+    about,
+    edge_words,
+    how_it_was_had,
+    no_gpu_took_part,
+    said_of_edges,
+    said_of_kernels,
+)
 from memfit.reports.tables import plain_table
 from memfit.units import format_bytes, format_parts
 
@@ -175,7 +182,7 @@ def _survey(survey: Survey) -> Short:
             (
                 answer.gpu,
                 result.options.precision.value,
-                about(result.max_batch_size, result.trials),
+                edge_words(result),
                 "none" if recommended is None else str(recommended),
             )
         )
@@ -183,7 +190,14 @@ def _survey(survey: Survey) -> Short:
         title=survey.subject,
         header=("GPU", "precision", "largest", "recommended"),
         rows=tuple(rows),
-        note=" ".join((no_gpu_took_part(survey.source), *survey.remarks, *said_of_kernels(trials))),
+        note=" ".join(
+            (
+                no_gpu_took_part(survey.source),
+                *survey.remarks,
+                *said_of_edges(answer.result for answer in survey.answers if answer.result),
+                *said_of_kernels(trials),
+            )
+        ),
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from memfit.cards import catalogue
-from memfit.records import Precision, Source, Sweep, SweepRow, Trial
+from memfit.records import Precision, ProbeResult, Source, Sweep, SweepRow, Trial
 
 __all__ = [
     "about",
+    "edge_words",
     "how_it_was_had",
     "no_gpu_took_part",
+    "said_of_edges",
     "said_of_kernels",
     "said_of_precision",
     "said_of_sweep",
@@ -49,6 +51,23 @@ def about(number: int, trials: Iterable[Trial | SweepRow]) -> str:
         trials: The trials that it comes from, or its row in a sweep.
     """
     return f"about {number}" if any(trial.is_approximate for trial in trials) else str(number)
+
+
+def edge_words(result: ProbeResult) -> str:
+    """Return the largest batch size that fits, with `≥` before it if the search ended there."""
+    largest = about(result.max_batch_size, result.trials)
+    return largest if result.edge_found else f"≥ {largest}"
+
+
+def said_of_edges(results: Iterable[ProbeResult]) -> tuple[str, ...]:
+    """Return a sentence if the search ended before memory ran out on a card, else nothing.
+
+    Args:
+        results: The result of each card.
+    """
+    if all(result.edge_found for result in results):
+        return ()
+    return ("≥: the search ended there, and more may fit (--max-batch-size).",)
 
 
 _QUICK = (

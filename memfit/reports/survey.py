@@ -6,7 +6,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from memfit.records import ProbeResult, Survey
-from memfit.reports.sources import about, no_gpu_took_part, said_of_kernels, said_of_precision
+from memfit.reports.sources import (
+    edge_words,
+    no_gpu_took_part,
+    said_of_edges,
+    said_of_kernels,
+    said_of_precision,
+)
 from memfit.reports.tables import cards_table
 from memfit.units import format_bytes
 
@@ -29,7 +35,8 @@ def render(survey: Survey) -> RenderableType:
     precisions = said_of_precision(
         (answer.gpu, answer.result.options.precision) for answer in survey.answers if answer.result
     )
-    remarks = (*survey.remarks, *precisions, *said_of_kernels(trials))
+    edges = said_of_edges(answer.result for answer in survey.answers if answer.result)
+    remarks = (*survey.remarks, *edges, *precisions, *said_of_kernels(trials))
     note = (
         " ".join((no_gpu_took_part(survey.source), *remarks))
         + " The peak and what is left are those of the recommended batch size."
@@ -43,7 +50,7 @@ def _cells(result: ProbeResult) -> tuple[str | Text, ...]:
     peak = None if trial is None else trial.peak_reserved_bytes
     return (
         result.options.precision.value,
-        Text(about(result.max_batch_size, result.trials), "bold"),
+        Text(edge_words(result), "bold"),
         Text("none" if recommended is None else str(recommended), "bold green"),
         "" if peak is None else format_bytes(peak),
         "" if peak is None else format_bytes(result.capacity_bytes - peak),

@@ -162,9 +162,11 @@ def test_a_card_without_bf16_is_told_in_a_sentence() -> None:
     asked = " ".join(run(*given, "--precision", "amp-bf16").stdout.split())
     assert "Tesla T4 has no bf16: torch computes it in software, which is slow." in asked
     several = run(*given, "--gpu", "rtx2080ti", "--gpu", "rtx3060")
-    assert "Tesla T4 and NVIDIA GeForce RTX 2080 Ti have no bf16" in " ".join(
-        several.stdout.split()
-    )
+    said = " ".join(several.stdout.split())
+    assert "Tesla T4 and NVIDIA GeForce RTX 2080 Ti have no bf16" in said
+    # No card ran out of memory: its largest batch size is not known.
+    assert said.count("≥ 2") == 3
+    assert "≥: the search ended there, and more may fit (--max-batch-size)." in said
 
 
 def test_model_kwargs_are_python_literals_or_text() -> None:
