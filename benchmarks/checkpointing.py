@@ -107,7 +107,12 @@ def _case(model: str, batch_size: int, gpu: str) -> None:
     assert isinstance(plan, memfit.Plan)
     chosen = plan.options.checkpoint if plan.accumulation_steps == 1 else ()
     shown("memfit", chosen, checkpoint=chosen)
-    estimates = _estimated(model, batch_size, gpu)
+    try:
+        estimates = _estimated(model, batch_size, gpu)
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().rpartition("\n")[2]
+        print(f"| {model} | {batch_size} | SACEstimator | | | | {reason} |", flush=True)
+        return
     theirs = Recomputable(
         blocks=tuple(
             dataclasses.replace(
@@ -136,7 +141,7 @@ def _estimated(model: str, batch_size: int, gpu: str) -> dict[str, tuple[int, fl
     done = subprocess.run(
         [sys.executable, __file__, _ESTIMATES, model, str(batch_size)],
         env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=True,
     )
