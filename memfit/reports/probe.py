@@ -95,7 +95,8 @@ def step_words(options: StepOptions) -> list[str]:
     if options.evaluate is not None:
         where = " in training" if options.evaluate is Evaluation.IN_TRAINING else ""
         words.append(f"evaluation{where}{' under no_grad' if options.no_grad else ''}")
-    if options.optimizer is not None:
+    # An evaluation alone has no optimizer.
+    if options.optimizer is not None and options.evaluate is not Evaluation.ALONE:
         words.append(options.optimizer)
     if options.image_size is not None:
         words.append("{}x{} px".format(*options.image_size))

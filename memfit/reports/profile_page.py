@@ -51,7 +51,8 @@ def page(profile: MemoryProfile) -> str:
         ("Figures", profile.source.value),
     ]
     if profile.bytes_per_sample is not None and profile.fixed_bytes is not None:
-        facts[1:1] = [
+        first = 2 if peak.context_bytes else 1
+        facts[first:first] = [
             ("Every sample", format_bytes(round(profile.bytes_per_sample))),
             ("Whatever the batch", format_bytes(profile.fixed_bytes)),
         ]

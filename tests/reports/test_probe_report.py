@@ -10,6 +10,7 @@ from rich.console import Console
 from memfit.records import (
     Capacity,
     DeviceProcess,
+    Evaluation,
     Outcome,
     Precision,
     ProbeResult,
@@ -20,7 +21,7 @@ from memfit.records import (
     Trial,
 )
 from memfit.reports import probe_page
-from memfit.reports.probe import render
+from memfit.reports.probe import render, step_words
 from memfit.reports.short import as_text
 from memfit.reports.survey import render as render_survey
 from memfit.units import GIB, MIB
@@ -101,6 +102,13 @@ def test_much_more_free_than_asked_is_said_with_its_reason() -> None:
     assert "More than 5% is kept free because reserved memory does not grow evenly" in shown
     ended = dataclasses.replace(result, max_batch_size=96, edge_found=False, trials=trials[:1])
     assert "does not grow evenly" not in text(render(ended), width=200)
+
+
+def test_an_evaluation_alone_names_no_optimizer() -> None:
+    """Beside the state of a training run there is one."""
+    for evaluate, has_optimizer in ((Evaluation.ALONE, False), (Evaluation.IN_TRAINING, True)):
+        options = StepOptions(precision=Precision.FP32, optimizer="adamw", evaluate=evaluate)
+        assert ("adamw" in step_words(options)) is has_optimizer
 
 
 def test_what_there_is_to_say_is_said() -> None:
