@@ -54,7 +54,7 @@ def test_json_is_all_that_is_printed() -> None:
 def test_json_of_several_cards_is_a_list_of_results() -> None:
     """Each card has one result with the same keys, even if one sample does not fit."""
     result = run(
-        "probe", "test_vit", "--gpu", "3090", "--gpu", "3090", "--memory", "330MiB", "--json"
+        "probe", "test_vit", "--gpu", "3080", "--gpu", "4080", "--memory", "290MiB", "--json"
     )
     printed = json.loads(result.stdout)
     assert [each["max_batch_size"] for each in printed["results"]] == [None, None]
