@@ -28,7 +28,7 @@ from memfit.rehearsal.engines import engine_for_several, engine_of, source_of
 from memfit.step.training_step import TrainingStep
 from memfit.units import parse_bytes
 
-__all__ = ["Answer", "Asked", "SearchKeywords", "check_place"]
+__all__ = ["Answer", "Asked", "SearchKeywords", "cards_named", "check_place"]
 
 _Found = TypeVar("_Found")
 _NO_GPU = (
@@ -158,11 +158,7 @@ class Asked:
 
     def cards_named(self, gpus: Sequence[str] | None) -> tuple[str, ...]:
         """Return the cards that the caller named, or those to try by default."""
-        if isinstance(gpus, str):
-            raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
-        if gpus:
-            return each_once(gpus, total_bytes=self.memory_bytes)
-        return COMMON_GPUS if self.memory_bytes is None else (ANY_GPU,)
+        return cards_named(gpus, self.memory_bytes)
 
     def on_one(
         self, ask: Callable[[Backend], _Found], *, device: str | None, gpu: str | None
@@ -228,6 +224,23 @@ class Asked:
     def remarks_on(gpus: Sequence[str]) -> tuple[str, ...]:
         """Return remarks for the case that no GPU was found and common cards were tried instead."""
         return (_NO_GPU,) if tuple(gpus) == default_gpus() else ()
+
+
+def cards_named(gpus: Sequence[str] | None, memory_bytes: int | None) -> tuple[str, ...]:
+    """Return the cards that a caller named, or those to try by default.
+
+    Args:
+        gpus: Names of the catalogue, if any were given.
+        memory_bytes: What each card has, in place of the catalogue's figure.
+
+    Raises:
+        UsageError: There is no such card, or a single name was given and not a list.
+    """
+    if isinstance(gpus, str):
+        raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
+    if gpus:
+        return each_once(gpus, total_bytes=memory_bytes)
+    return COMMON_GPUS if memory_bytes is None else (ANY_GPU,)
 
 
 def check_place(device: str | None, gpu: str | None) -> None:

@@ -55,9 +55,13 @@ def complete_optimizers(
 
 def model_names() -> list[str]:
     """Return the names of all timm models, from the cache if they are in it."""
-    from memfit.step.timm_models import import_timm
 
-    return _kept("models", lambda: import_timm().list_models())
+    def listed() -> list[str]:
+        from memfit.step.timm_models import import_timm
+
+        return list(import_timm().list_models())
+
+    return _kept("models", listed)
 
 
 def optimizer_names() -> list[str]:

@@ -20,7 +20,7 @@ from memfit.planning import PlanTarget, plan_on
 from memfit.records import Choice, ChoiceRow, Engine, Plan, StepOptions
 from memfit.rehearsal.engines import engine_for_several, source_of
 from memfit.step.timm_models import import_timm
-from memfit.sweeping.running import answered, cards_named, cards_of, pool_for
+from memfit.sweeping.running import answered, cards_of, cards_to_try, pool_for
 from memfit.sweeping.selection import Selected, select
 from memfit.sweeping.tasks import SweepTask, facts_of, first_line
 from memfit.units import parse_count, parse_image_size
@@ -160,7 +160,7 @@ def choose(
     most_steps = parse_count("max_steps", max_steps)
     wanted = None if top is None else parse_count("top", top)
     given = (models,) if isinstance(models, str) else tuple(models)
-    cards = cards_named((gpu,), options)
+    cards = cards_to_try((gpu,), options)
     (device,) = (card.name for card in cards_of(cards, options))
     if not given and wanted is None:
         wanted = _TOP

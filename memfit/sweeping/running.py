@@ -10,9 +10,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from typing_extensions import Unpack
 
-from memfit.api.asking import Asked, SearchKeywords
+from memfit.api.asking import Asked, SearchKeywords, cards_named
 from memfit.api.progress import StageProgress, watched
-from memfit.cards import ANY_GPU, COMMON_GPUS, Gpu, each_once, find_gpu
+from memfit.cards import Gpu, find_gpu
 from memfit.errors import UsageError
 from memfit.records import ChoiceRow, Engine, Precision, Sweep, SweepRow
 from memfit.rehearsal.engines import engine_for_several
@@ -23,7 +23,7 @@ from memfit.sweeping.tasks import SweepTask, versions
 from memfit.sweeping.workers import LocalPool, num_workers_for
 from memfit.units import parse_bytes, parse_count, parse_image_size
 
-__all__ = ["AUTO_JOURNAL", "Pool", "answered", "cards_named", "cards_of", "pool_for", "sweep"]
+__all__ = ["AUTO_JOURNAL", "Pool", "answered", "cards_of", "cards_to_try", "pool_for", "sweep"]
 
 AUTO_JOURNAL: Literal["auto"] = "auto"
 """A journal in the user's cache, which is deleted when the sweep is complete."""
@@ -88,7 +88,7 @@ def sweep(
         UnsupportedError: Ray is not installed, or its cluster has several versions.
     """
     selected = select(models)
-    cards = cards_named(gpus, options)
+    cards = cards_to_try(gpus, options)
     devices = tuple(card.name for card in cards_of(cards, options))
     if quick and engine_for_several(options.get("engine", Engine.AUTO)) is Engine.REHEARSE:
         raise UsageError("quick is for simulated cards: a rehearsal asks cuDNN itself.")
@@ -133,22 +133,18 @@ def cards_of(names: Sequence[str], options: SearchKeywords) -> tuple[Gpu, ...]:
     return tuple(find_gpu(name, total_bytes=memory_bytes) for name in names)
 
 
-def cards_named(gpus: Sequence[str] | None, options: SearchKeywords) -> tuple[str, ...]:
+def cards_to_try(gpus: Sequence[str] | None, options: SearchKeywords) -> tuple[str, ...]:
     """Return the cards that a caller named, or the common ones; make `memory` a number of bytes.
 
     Args:
         gpus: Names of the catalogue, if any were given.
         options: The caller's other options, in which `memory` may be text.
     """
-    if isinstance(gpus, str):
-        raise UsageError(f"gpus takes a list of names: [{gpus!r}].")
     memory = options.get("memory")
     memory_bytes = None if memory is None else parse_bytes(memory)
     if memory_bytes is not None:
         options["memory"] = memory_bytes
-    if gpus:
-        return each_once(gpus, total_bytes=memory_bytes)
-    return COMMON_GPUS if memory is None else (ANY_GPU,)
+    return cards_named(gpus, memory_bytes)
 
 
 def pool_for(num_tasks: int, *, workers: int | None, ray: str | None) -> Pool:

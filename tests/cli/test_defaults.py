@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,20 @@ def test_a_project_without_the_table_is_left_alone(
 def completed(words: list[str], typed: str) -> list[str]:
     made = BashComplete(main, {}, "memfit", "_MEMFIT_COMPLETE")
     return [item.value for item in made.get_completions(words, typed)]
+
+
+def test_names_in_the_cache_are_completed_without_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell asks at every key press, and importing torch takes seconds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = completion.model_names(), completion.optimizer_names()
+    code = (
+        "import sys; from memfit.cli import completion as made;"
+        "print(len(made.model_names()), len(made.optimizer_names()), 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [*map(str, map(len, names)), "False"]
 
 
 def test_models_and_cards_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
