@@ -47,7 +47,6 @@ def subject_of(text: str) -> Subject:
     """
     if not is_place(text):
         return text
-    from memfit.step.refusals import check_subject
     from memfit.step.workload import Workload
 
     module_name, _, path = text.partition(":")
@@ -61,8 +60,11 @@ def subject_of(text: str) -> Subject:
             f"{text} is the text {found!r}. To name a timm model, write its name here. A function "
             "must return a memfit.Workload."
         )
-    check_subject(found, Workload)
-    assert isinstance(found, Workload)
+    if not isinstance(found, Workload):
+        raise WorkloadError(
+            f"{text} must return a memfit.Workload(model, batch, loss, optimizer), not "
+            f"{type(found).__name__}."
+        )
     return found
 
 

@@ -131,7 +131,7 @@ def _by_hand(plan: Plan) -> str:
         *step,
         "optimizer.zero_grad(set_to_none=True)",
     ]
-    imports = ["import contextlib\n"] * has_ranks + ["import torch\n"]
+    imports = ["import contextlib\n"] * has_ranks
     return "\n".join(
         [
             comment("Or by hand, for a loss that is a mean over samples."),

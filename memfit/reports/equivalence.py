@@ -312,6 +312,15 @@ def _notes(result: Equivalence) -> list[str]:
 
 def _about_checks(result: Equivalence) -> list[str]:
     notes = [check.message for check in result.checks if check.message is not None][:1]
+    asked = result.micro_batch_size * result.accumulation_steps
+    partly = [check for check in result.checks if sum(check.reference) < asked]
+    if partly:
+        precisions = " and ".join(dict.fromkeys(check.precision for check in partly))
+        notes.append(
+            f"In {precisions}, {max(sum(check.reference) for check in partly)} of the {asked} "
+            "samples were compared, to save time: a model that mixes samples mixes these too. "
+            f"samples={asked} (--samples {asked}) compares all."
+        )
     if result.single_precision is not None:
         notes.append(
             f"The step cannot run in float64 ({result.single_precision}), so float32 stands in, "

@@ -20,7 +20,7 @@ from memfit.records import (
     Trial,
     WorkspaceSource,
 )
-from memfit.reports.sources import about, said_of_kernels, said_of_precision
+from memfit.reports.sources import MORE_MAY_FIT, about, said_of_kernels, said_of_precision
 from memfit.reports.tables import plain_table
 from memfit.units import MIB, format_bytes
 
@@ -204,7 +204,7 @@ def why_largest(result: ProbeResult) -> str:
         said = (
             "where the search ended, for the reason below"
             if result.remarks
-            else "the limit of the search; more may fit (--max-batch-size)"
+            else f"the limit of the search; {MORE_MAY_FIT}"
         )
     elif result.is_approximate:
         said = f"{best} fitted and {best + 1} ran out, with NVIDIA's kernels in place of AMD's"

@@ -8,6 +8,7 @@ from memfit.cards import catalogue
 from memfit.records import Precision, ProbeResult, Source, Sweep, SweepRow, Trial
 
 __all__ = [
+    "MORE_MAY_FIT",
     "about",
     "edge_words",
     "how_it_was_had",
@@ -43,6 +44,10 @@ def no_gpu_took_part(source: Source) -> str:
     return f"{_HOW[source]}: {_WHO_RAN[source]}."
 
 
+MORE_MAY_FIT = "more may fit (max_batch_size=, --max-batch-size)"
+"""What a report says where a search ended before memory ran out."""
+
+
 def about(number: int, trials: Iterable[Trial | SweepRow]) -> str:
     """Return a batch size as text, with `about` before it if trials say that it is not exact.
 
@@ -67,7 +72,7 @@ def said_of_edges(results: Iterable[ProbeResult]) -> tuple[str, ...]:
     """
     if all(result.edge_found for result in results):
         return ()
-    return ("≥: the search ended there, and more may fit (--max-batch-size).",)
+    return (f"≥: the search ended there, and {MORE_MAY_FIT}.",)
 
 
 _QUICK = (

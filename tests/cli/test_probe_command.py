@@ -166,7 +166,9 @@ def test_a_card_without_bf16_is_told_in_a_sentence() -> None:
     assert "Tesla T4 and NVIDIA GeForce RTX 2080 Ti have no bf16" in said
     # No card ran out of memory: its largest batch size is not known.
     assert said.count("≥ 2") == 3
-    assert "≥: the search ended there, and more may fit (--max-batch-size)." in said
+    assert (
+        "≥: the search ended there, and more may fit (max_batch_size=, --max-batch-size)." in said
+    )
 
 
 def test_model_kwargs_are_python_literals_or_text() -> None:

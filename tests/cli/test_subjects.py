@@ -82,7 +82,10 @@ def test_a_step_of_ones_own_is_verified(module: str) -> None:
         ("{}:make_workloads", "did you mean make_workload?"),
         ("{}:needs", "needs the arguments width, but memfit gives none"),
         ("{}:fails", "raised RuntimeError: no data here"),
-        ("{}:model", "A Linear alone is not a whole training step"),
+        (
+            "{}:model",
+            "{}:model must return a memfit.Workload(model, batch, loss, optimizer), not Linear.",
+        ),
         ("{}:name", "is the text 'resnet18'"),
         ("{}_broken:make", "imports surely_not_installed_anywhere"),
         ("{}_wrong:make", "cannot be imported: ZeroDivisionError"),

@@ -163,6 +163,16 @@ def test_the_counts_that_the_losses_average_over_are_said() -> None:
     assert "  l1: samples" in summed
 
 
+def test_a_comparison_of_a_part_of_the_samples_is_said() -> None:
+    """The table shows other parts than were asked for, so a sentence says why."""
+    part = dataclasses.replace(PASSED, cut=(4, 4), reference=(8,))
+    whole = dataclasses.replace(PASSED, precision="amp-bf16", cut=(8,) * 4, reference=(32,))
+    said = text(EQUAL, checks=(part, whole)).replace("\n", " ")
+    assert "In fp64, 8 of the 32 samples were compared, to save time" in said
+    assert "samples=32 (--samples 32) compares all." in said
+    assert "compares all" not in text(EQUAL, checks=(whole,))
+
+
 def test_float32_that_stands_in_is_said() -> None:
     """The headline says it and gives the reason."""
     check = dataclasses.replace(PASSED, precision="fp32", worst_relative_error=3e-7)
