@@ -137,7 +137,7 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
     Args:
         survey: The plans.
     """
-    table = cards_table(survey.source, "plan", "steps", "peak", "left")
+    table = cards_table(survey.source, "plan", "peak", "left")
     for answer in survey.answers:
         plan = answer.plan
         if plan is None:
@@ -148,7 +148,6 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
             answer.gpu,
             plan.options.precision.value,
             Text(format_parts(plan.micro_batch_sizes), "bold green"),
-            str(plan.accumulation_steps),
             "" if peak is None else format_bytes(peak),
             "" if peak is None else format_bytes(plan.capacity.usable_bytes - peak),
         )

@@ -49,7 +49,9 @@ def cards_table(source: Source, *columns: str) -> Table:
         source: Where the figures come from.
         *columns: Names of the columns of figures, which are aligned to the right.
     """
-    table = plain_table(f"GPU ({source.value})", "precision")
+    table = plain_table()
+    table.add_column(f"GPU ({source.value})", no_wrap=True)
+    table.add_column("precision")
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -104,9 +104,25 @@ def test_a_survey_is_one_table() -> None:
     text = text_of(render_survey(survey))
     assert "net: 64 samples a step over 2 ranks" in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
-    assert "A fp32 22 + 2 x 21 3 900 MiB 124 MiB" in rows
+    assert "A fp32 22 + 2 x 21 900 MiB 124 MiB" in rows
     assert "B does not fit" in rows
     assert "Simulated, not measured" in text
+
+
+def test_a_survey_keeps_the_names_of_cards_whole_in_80_columns() -> None:
+    """The longest name of the common cards, beside a plan of uneven parts."""
+    plan = dataclasses.replace(example(), micro_batch_sizes=(114,) * 7 + (113,) * 2)
+    survey = PlanSurvey(
+        subject="net",
+        effective_batch_size=1024,
+        world_size=1,
+        answers=(PlanAnswer(gpu="NVIDIA GeForce RTX 2080 Ti", plan=plan),),
+    )
+    out = io.StringIO()
+    Console(file=out, width=80).print(render_survey(survey))
+    (row,) = [line for line in out.getvalue().splitlines() if "2080" in line]
+    assert "RTX 2080 Ti" in row
+    assert "7 x 114 + 2 x 113" in row
 
 
 FITS_40 = Alternative(
