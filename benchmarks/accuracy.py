@@ -235,11 +235,15 @@ def _trace(task: Task) -> Any:
 
 
 def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:
+    from memfit.simulation.allocator.blocks import BlockOrder
     from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
     from memfit.simulation.allocator.compiled import new_allocator
     from memfit.simulation.allocator.settings import AllocatorSettings
 
-    allocator = new_allocator(capacity_bytes=capacity_bytes, settings=AllocatorSettings())
+    allocator = new_allocator(
+        capacity_bytes=capacity_bytes,
+        settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
+    )
     try:
         for handle in (-1_000_001, -1_000_002):
             allocator.allocate(handle, blas_bytes)

@@ -19,6 +19,7 @@ import torch
 from inference_loops import compute_norms_in_half
 
 from memfit.records import Action
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
 from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable, new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
@@ -64,7 +65,10 @@ def simulated_rung(
         capacity_bytes: What the allocator can take of the card.
         most_samples: An operator refuses more.
     """
-    allocator = new_allocator(capacity_bytes=capacity_bytes, settings=AllocatorSettings())
+    allocator = new_allocator(
+        capacity_bytes=capacity_bytes,
+        settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
+    )
     assert isinstance(allocator, CompiledAllocator), "it needs a C compiler"
     model, inputs = _cut(schedule.setup)
     held: list[int] = []

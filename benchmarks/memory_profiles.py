@@ -27,6 +27,7 @@ from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
 from memfit.profiling.replay import Replay, replay
 from memfit.records import Peak, Precision, Role, StepOptions
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.tracing.trace import TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
@@ -142,7 +143,7 @@ def _simulated(step: TrainingStep) -> Peak:
         BATCH_SIZE,
         purpose=attribution.purpose,
         workspaces={},
-        settings=AllocatorSettings(),
+        settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
     )
     assert isinstance(replayed, Replay)
     return peak_of(replayed.blocks, replayed.timeline)

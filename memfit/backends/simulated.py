@@ -21,6 +21,7 @@ from memfit.simulation.allocator.compiled import new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
 from memfit.simulation.tracing.model_facts import ModelFacts
+from memfit.simulation.tracing.scratch import torch_release
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["SimulatedBackend"]
@@ -55,7 +56,9 @@ class SimulatedBackend:
         self._gpu = gpu
         self._is_rough = is_rough
         self._memory_bytes = memory_bytes
-        self._settings = settings or AllocatorSettings.from_environment(os.environ)
+        self._settings = settings or AllocatorSettings.from_environment(
+            os.environ, torch_release=torch_release()
+        )
         self._traces = traces or TraceCache()
 
     def __enter__(self) -> SimulatedBackend:

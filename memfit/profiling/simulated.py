@@ -16,6 +16,7 @@ from memfit.profiling.replay import Replay, ReplayOutOfMemory, replay
 from memfit.profiling.snapshot import Profiled, snapshot_of
 from memfit.records import Capacity, MemoryProfile, Outcome, Source
 from memfit.simulation.allocator.settings import AllocatorSettings
+from memfit.simulation.tracing.scratch import torch_release
 from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 
@@ -48,7 +49,7 @@ def profile_gpu(
     traced = trace(step, options, watcher=attribution)
     if traces is not None:
         traces.add(step, options, traced)
-    settings = AllocatorSettings.from_environment(os.environ)
+    settings = AllocatorSettings.from_environment(os.environ, torch_release=torch_release())
 
     def run(capacity_bytes: int | None) -> Replay | ReplayOutOfMemory:
         return replay(

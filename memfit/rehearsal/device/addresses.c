@@ -1,8 +1,8 @@
 /* Where device memory lies. Addresses are reserved without access, so a card of any size costs
    nothing.
 
-   The caching allocator takes, of free blocks of the same size, the one at the lowest address. So the
-   order of the driver's addresses decides how much it reserves. The driver keeps regions for each
+   Up to torch 2.11 the caching allocator takes, of free blocks of the same size, the one at the lowest
+   address. So there the order of the driver's addresses decides how much it reserves. The driver keeps regions for each
    device. The first has 512 MiB. Parts of it are the driver's own: most of them until the first
    kernel runs. A request takes the smallest hole that is large enough in the newest region that has
    one. If there is none, it gets a new region below the others, of a multiple of 32 MiB. A region that

@@ -135,8 +135,10 @@ class CachingAllocator:
         self._rounds_to_divisions = max(settings.roundup_power2_divisions) > 1
         self._expandable = settings.expandable_segments
         self._is_plain = not self._expandable and settings.max_split_size_bytes is None
-        self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
-        self._large = Pool(is_small=False, page_bytes=settings.large_segment_bytes)
+        order = settings.block_order
+        self._small = Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES, block_order=order)
+        large_bytes = settings.large_segment_bytes
+        self._large = Pool(is_small=False, page_bytes=large_bytes, block_order=order)
         self._live: dict[int, Block] = {}
         self._requested = self._allocated = 0
         self._peak_requested = self._peak_allocated = 0
@@ -281,7 +283,7 @@ class CachingAllocator:
             pool.remove(neighbour)
             absorb(block, neighbour)
         # The code of Pool.insert, repeated here because a replay runs it very often.
-        insort(pool.order, (block.size, block.address, block))
+        insort(pool.order, (block.size, block.rank, block.address, block))
         block.is_free = True
 
     def empty_cache(self) -> None:
@@ -318,10 +320,10 @@ class CachingAllocator:
         if index == len(order):
             return None
         if self._is_plain:
-            block = order.pop(index)[2]
+            block = order.pop(index)[3]
             block.is_free = False
             return block
-        block = preferred(pool, index) if self._expandable else order[index][2]
+        block = preferred(pool, index) if self._expandable else order[index][3]
         if size < self._max_split:
             if block.size >= self._max_split:
                 return None
@@ -349,7 +351,8 @@ class CachingAllocator:
         segment = self._segment_bytes(size)
         if not self._device.take(segment):
             return None
-        return Block(self._device.addresses.place(segment), segment, pool)
+        address = self._device.addresses.place(segment)
+        return Block(address, segment, pool, rank=pool.new_rank())
 
     def _segment_bytes(self, size: int) -> int:
         if size <= SMALL_REQUEST_BYTES:
@@ -390,7 +393,7 @@ class CachingAllocator:
         wanted = max(size, int(self._max_split))
         index = pool.first_of(wanted)
         if index < len(pool.order):
-            self._release(pool.order[index][2])
+            self._release(pool.order[index][3])
             return True
         released = 0
         for block in reversed(pool.blocks):

@@ -23,8 +23,8 @@ def preferred(pool: Pool, index: int) -> Block:
         pool: The pool to look in.
         index: The index of the smallest block that is large enough, in the pool's order.
     """
-    block = pool.order[index][2]
-    for _, _, following in pool.order[index + 1 :]:
+    block = pool.order[index][3]
+    for *_, following in pool.order[index + 1 :]:
         if _expandable_size(following) >= _expandable_size(block):
             break
         block = following
@@ -70,7 +70,7 @@ def _map(block: Block, size: int, device: DeviceMemory) -> Block | None:
         return None
     pool.unmapped.remove(block)
     if pages < block.size:
-        rest = Block(block.address + pages, block.size - pages, pool)
+        rest = Block(block.address + pages, block.size - pages, pool, rank=_rank_of_part(block))
         rest.is_mapped = False
         rest.previous, rest.next = block, block.next
         if block.next is not None:
@@ -96,14 +96,14 @@ def unmap(block: Block, device: DeviceMemory) -> None:
         return
     pool.remove(block)
     if begin > block.address:
-        before = Block(block.address, begin - block.address, pool)
+        before = Block(block.address, begin - block.address, pool, rank=_rank_of_part(block))
         before.previous, before.next = block.previous, block
         if block.previous is not None:
             block.previous.next = before
         block.previous = before
         pool.insert(before)
     if block.address + block.size > end:
-        after = Block(end, block.address + block.size - end, pool)
+        after = Block(end, block.address + block.size - end, pool, rank=_rank_of_part(block))
         after.previous, after.next = block, block.next
         if block.next is not None:
             block.next.previous = after
@@ -118,9 +118,13 @@ def unmap(block: Block, device: DeviceMemory) -> None:
     _insert_by_address(pool.unmapped, block)
 
 
+def _rank_of_part(block: Block) -> int:
+    return block.pool.new_rank() if block.pool.ranks_fronts else block.rank
+
+
 def _endless(*, address: int, pool: Pool) -> Block:
     first_page = address // pool.page_bytes * pool.page_bytes
-    block = Block(first_page, _ADDRESS_SPACE_BYTES, pool)
+    block = Block(first_page, _ADDRESS_SPACE_BYTES, pool, rank=pool.new_rank())
     block.is_mapped = False
     return block
 

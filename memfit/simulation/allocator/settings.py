@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from memfit.errors import UsageError
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.units import MIB
 
 __all__ = ["AllocatorSettings"]
@@ -63,6 +64,8 @@ class AllocatorSettings:
             given back; `None` if they never are. As in PyTorch, this works only if the process's
             share of the device is capped.
         memory_fraction: The share of the device that the process may use; `None` for all of it.
+        block_order: Which of the free blocks of one size is taken. It is no option: the release of
+            torch decides it.
 
     Source: torch/include/c10/core/AllocatorConfig.h (defaults and names) and
         docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf.
@@ -75,6 +78,7 @@ class AllocatorSettings:
     roundup_power2_divisions: tuple[int, ...] = (0,) * _NUM_ROUNDUP_INTERVALS
     garbage_collection_threshold: float | None = None
     memory_fraction: float | None = None
+    block_order: BlockOrder = BlockOrder.SEGMENT
 
     def __post_init__(self) -> None:
         """Refuse the values that PyTorch refuses."""
@@ -96,19 +100,25 @@ class AllocatorSettings:
             )
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> AllocatorSettings:
+    def from_environment(
+        cls, environment: Mapping[str, str], *, torch_release: tuple[int, int]
+    ) -> AllocatorSettings:
         """Read the settings of a process with these environment variables.
 
         Args:
             environment: Variables by name, such as `os.environ`.
+            torch_release: The major and minor version of torch.
 
         Raises:
             UsageError: PyTorch would not accept the value of a variable.
         """
         for variable in ENVIRONMENT_VARIABLES:
             if variable in environment:
-                return cls.parse(environment[variable], where=variable)
-        return cls()
+                found = cls.parse(environment[variable], where=variable)
+                break
+        else:
+            found = cls()
+        return dataclasses.replace(found, block_order=BlockOrder.of(torch_release))
 
     @classmethod
     def parse(cls, text: str, *, where: str = "the allocator's settings") -> AllocatorSettings:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memfit.simulation.allocator.addresses import HANDLE_BYTES, Addresses
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import CachingAllocator
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import MIB
 
 DATA = Path(__file__).parents[2] / "data"
@@ -43,7 +45,8 @@ class RecordedAddresses(Addresses):
 
 def replayed(history: Any, addresses: Addresses, *, checks_addresses: bool) -> None:
     """Replay a history, and compare the reserved bytes after every request."""
-    allocator = CachingAllocator()
+    torch_2_11 = AllocatorSettings(block_order=BlockOrder.ADDRESS)
+    allocator = CachingAllocator(settings=torch_2_11)
     allocator._device.addresses = addresses
     allocator.allocate(0, 4)
     allocator.free(0)

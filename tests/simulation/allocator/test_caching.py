@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from memfit.records import Action, Event
 from memfit.simulation.allocator import caching as module
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     CachingAllocator,
@@ -22,8 +23,8 @@ from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import GIB, KIB, MIB
 
 CONFIGURATIONS = (
-    AllocatorSettings(),
-    AllocatorSettings(expandable_segments=True),
+    *(AllocatorSettings(block_order=order) for order in BlockOrder),
+    *(AllocatorSettings(block_order=order, expandable_segments=True) for order in BlockOrder),
     AllocatorSettings(max_split_size_bytes=32 * MIB),
     AllocatorSettings(roundup_power2_divisions=(4,) * 16),
     AllocatorSettings(garbage_collection_threshold=0.6, memory_fraction=0.9),
@@ -54,8 +55,8 @@ def check(allocator: CachingAllocator, capacity_bytes: int) -> None:
         address + size <= following for (address, size), (following, _) in itertools.pairwise(spans)
     )
     for pool in (allocator._small, allocator._large):
-        order = [(block.size, block.address) for block in pool.blocks]
-        assert order == [(size, address) for size, address, _ in pool.order] == sorted(order)
+        order = [(block.size, block.rank, block.address) for block in pool.blocks]
+        assert order == [tuple(entry[:-1]) for entry in pool.order] == sorted(order)
         for block in pool.blocks:
             assert block.next is None or not block.next.is_free
 

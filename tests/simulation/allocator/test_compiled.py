@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from memfit.cards import Gpu, find_gpu
 from memfit.records import Action, Event
 from memfit.simulation.allocator import compiled as module
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 from memfit.simulation.allocator.compiled import CompiledAllocator, new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
@@ -85,8 +86,10 @@ def stretches(draw: st.DrawFn) -> Schedule:
     return Schedule(events=tuple(events), growth_bytes=tuple(growth), batch_size=3)
 
 
-def both(capacity_bytes: int | None) -> tuple[CachingAllocator, CompiledAllocator]:
-    usual = AllocatorSettings()
+def both(
+    capacity_bytes: int | None, order: BlockOrder
+) -> tuple[CachingAllocator, CompiledAllocator]:
+    usual = AllocatorSettings(block_order=order)
     quick = new_allocator(capacity_bytes=capacity_bytes, settings=usual)
     assert isinstance(quick, CompiledAllocator)
     return CachingAllocator(capacity_bytes=capacity_bytes, settings=usual), quick
@@ -109,20 +112,26 @@ def played(schedule: StepSchedule, allocator: Allocator, batch_size: int) -> tup
     held=st.integers(1, 30 * MIB),
     capacity_mib=st.one_of(st.none(), st.integers(2, 300)),
     batch_size=st.integers(1, 40),
+    order=st.sampled_from(BlockOrder),
 )
-def test_gives_the_figures_of_the_one_in_python(
-    first: Schedule, later: Schedule, held: int, capacity_mib: int | None, batch_size: int
+def test_gives_the_figures_of_the_one_in_python(  # noqa: PLR0917 - what Hypothesis draws
+    first: Schedule,
+    later: Schedule,
+    held: int,
+    capacity_mib: int | None,
+    batch_size: int,
+    order: BlockOrder,
 ) -> None:
     """Every peak, retry, call of the device and message is the same, with and without a limit."""
     setup = Schedule.fixed([Event(action=Action.ALLOC, id=-1, num_bytes=held)])
     traced = StepSchedule(setup=setup, first=first, later=later).on(CARD)
-    slow, quick = both(None if capacity_mib is None else capacity_mib * MIB)
+    slow, quick = both(None if capacity_mib is None else capacity_mib * MIB, order)
     assert played(traced, quick, batch_size) == played(traced, slow, batch_size)
 
 
 def test_many_blocks_and_ids_of_any_size() -> None:
     """Its tables grow, and ids that collide or were freed do not disturb each other."""
-    slow, quick = both(None)
+    slow, quick = both(None, BlockOrder.SEGMENT)
     ids = [(-1) ** number * number * (1 << 40) + number % 7 for number in range(3000)]
     for allocator in (slow, quick):
         for number in ids:
@@ -178,7 +187,7 @@ def test_the_source_compiles_without_warnings_and_touches_no_foreign_memory(tmp_
     events += [dataclasses.replace(e, action=Action.FREE_COMPLETED) for e in events[::3]]
     events += [Event(action=Action.ALLOC, id=100, num_bytes=230 * MIB)]
     stretch = Schedule.fixed(events)
-    quick = CompiledAllocator(library, capacity_bytes=270 * MIB, large_segment_bytes=20 * MIB)
+    quick = CompiledAllocator(library, capacity_bytes=270 * MIB, settings=AllocatorSettings())
     slow = CachingAllocator(capacity_bytes=270 * MIB)
     for allocator in (slow, quick):
         with pytest.raises(AllocatorOutOfMemoryError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 
 from memfit.errors import UsageError
+from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.units import GIB, MIB
 
@@ -15,12 +19,12 @@ def test_reads_the_first_variable_that_is_set() -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
-    assert AllocatorSettings.from_environment(both) == AllocatorSettings(
-        max_split_size_bytes=128 * MIB
-    )
+    read = functools.partial(AllocatorSettings.from_environment, torch_release=(2, 11))
+    usual = AllocatorSettings(block_order=BlockOrder.ADDRESS)
+    assert read(both) == dataclasses.replace(usual, max_split_size_bytes=128 * MIB)
     del both["PYTORCH_CUDA_ALLOC_CONF"]
-    assert AllocatorSettings.from_environment(both).expandable_segments
-    assert AllocatorSettings.from_environment({}) == AllocatorSettings()
+    assert read(both).expandable_segments
+    assert read({}) == usual
 
 
 def test_reads_all_that_changes_bytes() -> None:

@@ -108,16 +108,19 @@ class CompiledAllocator:
     Args:
         library: The compiled library.
         capacity_bytes: Bytes that can be taken from the device; `None` for no limit.
-        large_segment_bytes: See `AllocatorSettings`.
+        settings: The allocator's options. Only the size of large segments and the order of blocks
+            count here.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, *, capacity_bytes: int | None, large_segment_bytes: int
+        self, library: ctypes.CDLL, *, capacity_bytes: int | None, settings: AllocatorSettings
     ) -> None:
         self._library = library
         self._capacity_bytes = capacity_bytes
         self._handle = library.memfit_allocator_new(
-            -1 if capacity_bytes is None else capacity_bytes, large_segment_bytes
+            -1 if capacity_bytes is None else capacity_bytes,
+            settings.large_segment_bytes,
+            settings.block_order,
         )
         if not self._handle:
             raise MemoryError
@@ -215,15 +218,13 @@ def new_allocator(
         capacity_bytes: Bytes that can be taken from the device; `None` for no limit.
         settings: The allocator's options.
     """
-    usual = AllocatorSettings(large_segment_bytes=settings.large_segment_bytes)
+    usual = AllocatorSettings(
+        large_segment_bytes=settings.large_segment_bytes, block_order=settings.block_order
+    )
     library = _library() if settings == usual else None
     if library is None:
         return CachingAllocator(capacity_bytes=capacity_bytes, settings=settings)
-    return CompiledAllocator(
-        library,
-        capacity_bytes=capacity_bytes,
-        large_segment_bytes=settings.large_segment_bytes,
-    )
+    return CompiledAllocator(library, capacity_bytes=capacity_bytes, settings=settings)
 
 
 def carried_folder(root: Path) -> Path:
@@ -275,7 +276,7 @@ def opened(folder: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(folder / LIBRARY))
     handle, number = ctypes.c_void_p, ctypes.c_int64
     library.memfit_allocator_new.restype = handle
-    library.memfit_allocator_new.argtypes = (number, number)
+    library.memfit_allocator_new.argtypes = (number, number, ctypes.c_int)
     library.memfit_allocator_delete.restype = None
     library.memfit_allocator_delete.argtypes = (handle,)
     library.memfit_allocator_stats.restype = None

@@ -29,6 +29,8 @@ static const int64_t SEGMENT_ROUNDING_BYTES = 2 * MIB;
 
 /* What an event does, as `_CODES` in __init__.py numbers it. */
 enum { ALLOC, FREE_COMPLETED, TRY_ALLOC, ALLOC_IF_ROOM, EMPTY_CACHE, CHANGEABLE_PLAN, RUN_KERNELS };
+/* What a block's rank is, as `BlockOrder` in blocks.py numbers it. */
+enum { BY_ADDRESS, BY_BLOCK, BY_SEGMENT };
 /* How a stretch of events ended, as `_Ending` in __init__.py numbers it. */
 enum { ENDED, OUT_OF_MEMORY, PLAN_FINDS_NO_ROOM, NO_HOST_MEMORY };
 
@@ -36,21 +38,21 @@ typedef struct Block Block;
 typedef struct Pool Pool;
 
 struct Block {
-    int64_t address, size, requested;
+    int64_t address, size, requested, rank;
     Block *previous, *next; /* Neighbours in the segment. An unused block: `next` is a list. */
     Pool *pool;
     bool is_free;
 };
 
 typedef struct {
-    int64_t size, address;
+    int64_t size, rank, address;
     Block *block;
 } Entry;
 
-/* The free blocks for small or for large requests, ordered by size, then by address. */
+/* The free blocks for small or for large requests, by size, then by rank, then by address. */
 struct Pool {
     Entry *entries;
-    int64_t count, room;
+    int64_t count, room, newest_rank;
     bool is_small;
 };
 
@@ -62,6 +64,7 @@ struct Chunk {
 
 typedef struct {
     int64_t capacity, large_segment;
+    int order;
     int64_t taken, peak_taken, device_calls;
     int64_t requested, allocated, peak_requested, peak_allocated, retries;
     Pool small, large;
@@ -88,7 +91,7 @@ static bool reserve(Allocator *self, void **elements, int64_t *room, int64_t cou
     return true;
 }
 
-static Block *new_block(Allocator *self, int64_t address, int64_t size, Pool *pool)
+static Block *new_block(Allocator *self, int64_t address, int64_t size, Pool *pool, int64_t rank)
 {
     if (!self->unused) {
         Chunk *chunk = malloc(sizeof *chunk);
@@ -105,7 +108,7 @@ static Block *new_block(Allocator *self, int64_t address, int64_t size, Pool *po
     }
     Block *block = self->unused;
     self->unused = block->next;
-    *block = (Block){.address = address, .size = size, .pool = pool};
+    *block = (Block){.address = address, .size = size, .pool = pool, .rank = rank};
     return block;
 }
 
@@ -117,14 +120,26 @@ static void drop(Allocator *self, Block *block)
 
 /* --- pools: what is free ---------------------------------------------------------------------- */
 
-/* The index of the first entry that is not before (size, address). */
-static int64_t lower_bound(const Pool *pool, int64_t size, int64_t address)
+/* The rank of a new segment, or of a new block where blocks have their own. */
+static int64_t new_rank(const Allocator *self, Pool *pool)
+{
+    return self->order == BY_ADDRESS ? 0 : ++pool->newest_rank;
+}
+
+static bool is_before(const Entry *entry, int64_t size, int64_t rank, int64_t address)
+{
+    if (entry->size != size)
+        return entry->size < size;
+    return entry->rank != rank ? entry->rank < rank : entry->address < address;
+}
+
+/* The index of the first entry that is not before (size, rank, address). */
+static int64_t lower_bound(const Pool *pool, int64_t size, int64_t rank, int64_t address)
 {
     int64_t low = 0, high = pool->count;
     while (low < high) {
         int64_t middle = (low + high) / 2;
-        const Entry *entry = &pool->entries[middle];
-        if (entry->size < size || (entry->size == size && entry->address < address))
+        if (is_before(&pool->entries[middle], size, rank, address))
             low = middle + 1;
         else
             high = middle;
@@ -142,7 +157,7 @@ static void remove_at(Pool *pool, int64_t index)
 
 static void take_out(Block *block)
 {
-    remove_at(block->pool, lower_bound(block->pool, block->size, block->address));
+    remove_at(block->pool, lower_bound(block->pool, block->size, block->rank, block->address));
 }
 
 static void put_in(Allocator *self, Block *block)
@@ -150,10 +165,10 @@ static void put_in(Allocator *self, Block *block)
     Pool *pool = block->pool;
     if (!reserve(self, (void **)&pool->entries, &pool->room, pool->count, sizeof(Entry)))
         return;
-    int64_t index = lower_bound(pool, block->size, block->address);
+    int64_t index = lower_bound(pool, block->size, block->rank, block->address);
     memmove(&pool->entries[index + 1], &pool->entries[index],
             (size_t)(pool->count - index) * sizeof(Entry));
-    pool->entries[index] = (Entry){block->size, block->address, block};
+    pool->entries[index] = (Entry){block->size, block->rank, block->address, block};
     pool->count++;
     block->is_free = true;
 }
@@ -192,7 +207,7 @@ static Block *from_device(Allocator *self, Pool *pool, int64_t size)
         self->has_no_host_memory = true;
         return NULL;
     }
-    return new_block(self, address, segment, pool);
+    return new_block(self, address, segment, pool, new_rank(self, pool));
 }
 
 /* Gives back all segments without blocks in use. */
@@ -224,7 +239,7 @@ static bool allocate(Allocator *self, int64_t id, int64_t bytes, bool gives_back
     int64_t size = (bytes + MIN_BLOCK_BYTES - 1) / MIN_BLOCK_BYTES * MIN_BLOCK_BYTES;
     Pool *pool = size <= SMALL_REQUEST_BYTES ? &self->small : &self->large;
     Block *block = NULL;
-    int64_t index = lower_bound(pool, size, INT64_MIN);
+    int64_t index = lower_bound(pool, size, INT64_MIN, INT64_MIN);
     if (index < pool->count) {
         block = pool->entries[index].block;
         remove_at(pool, index);
@@ -240,7 +255,7 @@ static bool allocate(Allocator *self, int64_t id, int64_t bytes, bool gives_back
     }
     int64_t rest = block->size - size;
     if (rest && (pool->is_small ? rest >= MIN_BLOCK_BYTES : rest > SMALL_REQUEST_BYTES)) {
-        Block *following = new_block(self, block->address + size, rest, pool);
+        Block *following = new_block(self, block->address + size, rest, pool, block->rank);
         if (!following)
             return false;
         following->previous = block;
@@ -249,6 +264,8 @@ static bool allocate(Allocator *self, int64_t id, int64_t bytes, bool gives_back
             block->next->previous = following;
         block->next = following;
         block->size = size;
+        if (self->order == BY_BLOCK)
+            block->rank = new_rank(self, pool);
         put_in(self, following);
     }
     block->requested = bytes;
@@ -292,7 +309,7 @@ static void release(Allocator *self, int64_t id)
     put_in(self, block);
 }
 
-EXPORTED Allocator *memfit_allocator_new(int64_t capacity, int64_t large_segment)
+EXPORTED Allocator *memfit_allocator_new(int64_t capacity, int64_t large_segment, int order)
 {
     Allocator *self = calloc(1, sizeof *self);
     if (self && !addresses_begin(&self->addresses)) {
@@ -303,6 +320,7 @@ EXPORTED Allocator *memfit_allocator_new(int64_t capacity, int64_t large_segment
     if (self) {
         self->capacity = capacity; /* Negative for no limit. */
         self->large_segment = large_segment;
+        self->order = order;
         self->small.is_small = true;
     }
     return self;
