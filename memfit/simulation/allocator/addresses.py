@@ -1,8 +1,8 @@
 """Where the driver places memory: the addresses of segments.
 
 The caching allocator takes the smallest free block that is large enough. Of blocks of the same size
-it takes, up to torch 2.11, the one at the lowest address. So there the driver's addresses decide how
-the memory breaks into pieces, and with it how much is reserved. Later releases go by age
+it takes, up to torch 2.11, the one at the lowest address. So there the driver's addresses decide
+how the memory breaks into pieces, and with it how much is reserved. Later releases go by age
 (`BlockOrder`).
 
 The driver keeps regions. The first one has 512 MiB, and it is there from the start. Parts of it are
