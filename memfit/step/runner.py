@@ -131,10 +131,11 @@ class PreparedStep:
         """Yield every tensor that exists before an iteration begins, some more than once.
 
         These are parameters and buffers, other tensors that the modules keep in attributes and
-        containers, and the optimizer's parameters and state.
+        containers, and the optimizer's parameters and state. Modules come in the order in which
+        `Module.to` moves them: what a module contains is before it.
         """
         for root in (self.model, self.loss_module):
-            for module in () if root is None else root.modules():
+            for module in () if root is None else _from_inside(root):
                 yield from module.parameters(recurse=False)
                 yield from module.buffers(recurse=False)
                 for name, value in vars(module).items():
@@ -374,6 +375,17 @@ class PreparedStep:
         while len(self._waiting) <= self._options.prefetch:
             self._waiting.append(self.make_batch(batch_size))
         return self._waiting.popleft()
+
+
+def _from_inside(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
+    """Yield a module and all that it contains, each once, and after what it contains itself."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    for child in module.children():
+        yield from _from_inside(child, seen)
+    yield module
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -66,6 +66,8 @@ LT_WORKSPACE_BYTES: Final = 1024**2
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 _FEW_INDICES: Final = 3072
+_WELFORD_BYTES: Final = 16  # mean, sum of squares, and the number of values twice
+_WELFORD_VECTOR: Final = 2
 
 
 class Release(Protocol):
@@ -177,6 +179,29 @@ def _mean(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     return reduction(args[0], (args[1] if len(args) > 1 else None) or ())
 
 
+def _norm(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `norm_kernel_cuda` in aten/src/ATen/native/cuda/ReduceNormKernel.cu."""
+    return reduction(args[0], (args[2] if len(args) > 2 else None) or ())  # noqa: PLR2004
+
+
+def _variance(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `std_var_kernel_impl` in aten/src/ATen/native/cuda/ReduceMomentKernel.cu."""
+    dims = (args[1] if len(args) > 1 else None) or ()
+    return reduction(args[0], dims, partial_bytes=_WELFORD_BYTES, input_vector=_WELFORD_VECTOR)
+
+
+def _extreme(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `max_values_kernel_cuda` in aten/src/ATen/native/cuda/ReduceMaxValuesKernel.cu."""
+    data, dims = args[0], (args[1] if len(args) > 1 else None)
+    return reduction(data, dims or (), partial_bytes=data.element_size())
+
+
+def _product_of_all(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `prod_kernel_cuda` in aten/src/ATen/native/cuda/ReduceSumProdKernel.cu."""
+    data, *dims = args[:2]
+    return reduction(data, dims, input_vector=input_vector(data.element_size()))
+
+
 # --- others -------------------------------------------------------------------------------------
 
 
@@ -256,6 +281,15 @@ _RULES: Final[dict[str, _Rule]] = {
     "sum.dim_IntList": _sum,
     "mean.default": _mean,
     "mean.dim": _mean,
+    "linalg_vector_norm.default": _norm,
+    "var.correction": _variance,
+    "var_mean.correction": _variance,
+    "std.correction": _variance,
+    "std_mean.correction": _variance,
+    "amax.default": _extreme,
+    "amin.default": _extreme,
+    "prod.default": _product_of_all,
+    "prod.dim_int": _product_of_all,
     "_scaled_dot_product_flash_attention_backward.default": flash_backward,
     "_scaled_dot_product_efficient_attention.default": efficient_forward,
     "_scaled_dot_product_efficient_attention_backward.default": efficient_backward,
@@ -265,6 +299,8 @@ _RULES: Final[dict[str, _Rule]] = {
     "native_group_norm_backward.default": group_norm_backward,
     "native_batch_norm.default": batch_norm,
     "native_batch_norm_backward.default": batch_norm_backward,
+    "_softmax.default": _copies_input,
+    "_log_softmax.default": _copies_input,
     "_softmax_backward_data.default": _softmax_backward,
     "native_dropout.default": _dropout,
     "roll.default": _roll,

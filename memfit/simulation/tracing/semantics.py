@@ -65,6 +65,11 @@ class CudaSemantics(TorchFunctionMode):
         self._choose_attention = choose_attention
         self.attention: dict[AttentionCall, AttentionBackend] = {}
         self._told_of_card = False
+        self._stand_ins: dict[str, Callable[..., Any]] = {
+            "scaled_dot_product_attention": self._attend,
+            "dropout": _dropout,
+            "linear": _linear,
+        }
 
     def __torch_function__(
         self,
@@ -88,10 +93,7 @@ class CudaSemantics(TorchFunctionMode):
         if kwargs.get("generator") is not None and _is_on_meta(args, kwargs):
             # The meta device has no generator, and draws no random numbers.
             kwargs = kwargs | {"generator": None}
-        if name == "scaled_dot_product_attention":
-            func = self._attend
-        elif name == "dropout":
-            func = _dropout
+        func = self._stand_ins.get(name, func)
         autocast = self._autocast if self._autocast.is_active else None
         if name in RECURRENT and is_padded(args):
             return recur(name, None if autocast is None else autocast.dtype, *args)
@@ -160,6 +162,22 @@ def _dropout(input: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.T
     if train and 0 < p < 1 and input.numel():
         return torch.native_dropout(input, p, train)[0]
     return torch.dropout(input, p, train)
+
+
+def _linear(
+    input: torch.Tensor,  # noqa: A002 - the name in torch
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply, and add a bias in place where no kernel does both.
+
+    Under a dispatch mode, torch adds to a new tensor there.
+
+    Source: `linear` in aten/src/ATen/native/Linear.cpp (isTensorSubclassLike).
+    """
+    if bias is None or input.ndim == 2 or input.is_contiguous():  # noqa: PLR2004 - a matrix
+        return nn.functional.linear(input, weight, bias)
+    return torch.matmul(input, weight.t()).add_(bias)
 
 
 class MetaPrecision:

@@ -46,17 +46,20 @@ def backward(output: torch.Tensor) -> None:
     output.backward(torch.empty_like(output))
 
 
+_REDUCED: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((1576, 192), (0,)),
+    ((8, 197, 192), (0, 1)),
+    ((8, 192, 14, 14), (0, 2, 3)),
+    ((33, 77), (0,)),
+    ((100_000,), (0,)),
+    ((512, 30_001), (1,)),
+)
+"""Shapes, and the dimensions that are reduced."""
+
+
 def sums(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Sum and average along rows, columns and the channels of both layouts."""
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-        ((1576, 192), (0,)),
-        ((8, 197, 192), (0, 1)),
-        ((8, 192, 14, 14), (0, 2, 3)),
-        ((33, 77), (0,)),
-        ((100_000,), (0,)),
-        ((512, 30_001), (1,)),
-    ]
-    for shape, dims in shapes:
+    for shape, dims in _REDUCED:
         data = torch.empty(shape, device=device, dtype=dtype)
         yield
         data.sum(dims)
@@ -65,6 +68,44 @@ def sums(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     data = torch.empty(8, 192, 14, 14, device=device, dtype=dtype).to(memory_format=_LAST)
     yield
     data.sum((0, 2, 3))
+
+
+def statistics(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Norms, variances and extremes along rows, columns and channels."""
+    for shape, dims in (*_REDUCED, ((16, 56, 56, 80), (1, 2))):
+        data = torch.empty(shape, device=device, dtype=dtype)
+        for reduce in (
+            lambda: torch.linalg.vector_norm(data, 2, dims),  # noqa: B023 - called at once
+            lambda: torch.linalg.vector_norm(data, 2, dims, dtype=torch.float32),  # noqa: B023
+            lambda: data.var(dims),  # noqa: B023
+            lambda: torch.var_mean(data, dims, correction=0),  # noqa: B023
+            lambda: data.std(dims),  # noqa: B023
+            lambda: data.amax(dims),  # noqa: B023
+            lambda: data.amin(dims),  # noqa: B023
+            lambda: data.prod(dims[0]),  # noqa: B023
+            lambda: torch.linalg.vector_norm(data),  # noqa: B023
+        ):
+            yield
+            reduce()
+
+
+def linears(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Linear layers of inputs with other layouts, with a bias and without one."""
+    weight, bias = leaf(device, 64, 96, dtype=dtype), leaf(device, 64, dtype=dtype)
+    tokens = leaf(device, 8, 96, 50, dtype=dtype)
+    maps = leaf(device, 8, 96, 15, 15, dtype=dtype)
+    for data in (
+        tokens.transpose(1, 2),
+        maps.permute(0, 2, 3, 1),
+        leaf(device, 8, 7, 7, 96, dtype=dtype),
+        leaf(device, 8, 50, 96, dtype=dtype),
+    ):
+        for added in (bias, None):
+            yield
+            output = F.linear(data, weight, added)
+            yield
+            backward(output)
+            del output
 
 
 def products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
@@ -147,6 +188,11 @@ def others(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     output = F.softmax(data, -1)
     yield
     backward(output)
+    for dtype_of_result in (None, torch.float32):
+        yield
+        output = F.softmax(data.transpose(1, 2), -1, dtype=dtype_of_result)
+        yield
+        backward(output)
     yield
     F.dropout(data, 0.1)
     yield
@@ -182,7 +228,17 @@ def optimizers(device: torch.device, _dtype: torch.dtype) -> Iterator[None]:
 
 CASES = {
     f"{case.__name__} {str(dtype).rpartition('.')[2]}": (case, dtype)
-    for case in (sums, products, attention, norms, depthwise, others, optimizers)
+    for case in (
+        sums,
+        statistics,
+        linears,
+        products,
+        attention,
+        norms,
+        depthwise,
+        others,
+        optimizers,
+    )
     for dtype in (torch.float32, _HALF)
 }
 
