@@ -2,6 +2,7 @@
 
     python benchmarks/against_rehearsal.py vit_base_patch16_224 swin_tiny_patch4_window7_224
     python benchmarks/against_rehearsal.py --families --table
+    python benchmarks/against_rehearsal.py --families --table --sample 120
 
 A rehearsal runs torch's own CUDA software in a process of its own. Its allocator records each
 request of the third iteration with the stack that led to it. The simulation's requests are laid
@@ -18,6 +19,7 @@ import difflib
 import itertools
 import os
 import platform
+import random
 import statistics
 import sys
 from collections import Counter
@@ -70,7 +72,7 @@ def main() -> None:
     _print_header(card.name)
     rows: list[tuple[Side, Side] | None] = []
     with RehearsalServers(lambda c: rehearsed_environment(c, environment=os.environ)) as servers:
-        for name, options in _steps(arguments):
+        for name, options in _drawn(arguments):
             with RehearsedBackend(card, servers) as backend:
                 rows += [
                     _compared(
@@ -90,8 +92,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="*", default=["contiguous"], choices=LAYOUTS)
     parser.add_argument("--optimizers", nargs="*", default=["adamw"])
     parser.add_argument("--batch-sizes", nargs="*", type=int, default=[8])
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="so many steps, drawn from all settings"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only the totals, without operators")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.sample is not None:
+        arguments.precisions, arguments.layouts = PRECISIONS, LAYOUTS
+        arguments.optimizers, arguments.batch_sizes = OPTIMIZERS, BATCH_SIZES
+    return arguments
+
+
+def _drawn(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    steps = list(_steps(arguments))
+    if arguments.sample is None:
+        return steps
+    return random.Random(arguments.seed).sample(steps, arguments.sample)  # noqa: S311 - a sample
 
 
 def _steps(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
