@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleRenderable, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -28,6 +29,11 @@ _QUIET_SECONDS = 2.0
 _NUM_TRIALS = 12
 """The last trials are shown, so that a long search does not fill the screen."""
 _BAR_WIDTH = 40
+_LEAST_BAR_WIDTH = 8
+"""A narrower bar says nothing."""
+_AROUND_WORDS = 6
+"""The columns of the moving sign, of the spaces before and after the words, and of the ^C that a
+terminal shows at the end of the line."""
 
 
 class Progress:
@@ -114,11 +120,15 @@ class Progress:
             return Text("")
         with self._lock:
             line = Table.grid(padding=(0, 1))
-            self._spinner.update(text=self._words(took))
-            if self._total is None:
+            words = self._words(took)
+            self._spinner.update(text=words)
+            # A line that wraps jumps with each second, and Ctrl-C leaves half of it behind.
+            room = self._console.width - cell_len(words) - _AROUND_WORDS
+            if self._total is None or room < _LEAST_BAR_WIDTH:
                 line.add_row(self._spinner)
             else:
-                bar = ProgressBar(total=self._total, completed=self._done, width=_BAR_WIDTH)
+                width = min(room, _BAR_WIDTH)
+                bar = ProgressBar(total=self._total, completed=self._done, width=width)
                 line.add_row(self._spinner, bar)
             if not self._trials:
                 return line

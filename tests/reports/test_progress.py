@@ -48,6 +48,21 @@ def test_stages_are_counted_and_trials_are_listed() -> None:
     assert "900 MiB" not in text_of(bar)
 
 
+@pytest.mark.parametrize("stage", ["Tesla T4", "NVIDIA GeForce RTX 2080 Ti", "x" * 54])
+def test_a_line_fits_a_terminal_of_80_columns(stage: str) -> None:
+    """A line that wraps jumps, and is not removed whole after Ctrl-C. The bar gives way."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    bar = Progress(console, quiet_seconds=0)
+    bar.stage(stage, 3, 12)
+    with console.capture() as shown:
+        console.print(bar)
+    lines = shown.get().strip().splitlines()
+    assert len(lines) == 1
+    assert len(lines[0]) <= 80 - len("^C")
+    assert f"{stage}, 3 of 12 done, 0 s" in lines[0]
+    assert ("\u2501" in lines[0]) is (len(stage) < 50)
+
+
 def test_what_is_quick_shows_nothing() -> None:
     """For two seconds nothing is shown."""
     bar = Progress(terminal(), "probing net")
