@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -240,16 +240,31 @@ class _Planner:
             size, step = parts.sizes[0], self._whole_step if len(parts.sizes) == 1 else self._step
             trial = self._known(step, size) or self._run(step, size)
             if search.has_headroom(trial, self._limit_bytes):
-                if self._runs_smallest(step, parts, remarks):
-                    return self._plan_of(step, trial, parts, limits, tuple(remarks))
-                continue
-            # A smaller micro-batch may fail where a larger one fits, so the plan's own is tried.
-            largest = size - 1
+                if not self._runs_smallest(step, parts, remarks):
+                    continue
+                tried = [trial, *self._smaller(step, parts)]
+                trial = tried[-1]
+                if search.has_headroom(trial, self._limit_bytes):
+                    highest = max(tried, key=lambda each: each.peak_reserved_bytes or 0)
+                    return self._plan_of(step, highest, parts, limits, tuple(remarks))
+            # A smaller micro-batch may fail where a larger one fits, or need more. So each of
+            # the plan's own is tried.
+            largest = trial.batch_size - 1
         raise DoesNotFitError(
             f"{self._step.name} fits in larger micro-batches than the plan's but "
             "not in the plan's own. Its memory differs too much from trial to "
             "trial to make a plan."
         )
+
+    def _smaller(self, step: TrainingStep, parts: partition.Parts) -> Iterator[Trial]:
+        """Try the rank's smaller micro-batches, until one does not keep the headroom."""
+        for size in sorted({*parts.sizes} - {parts.sizes[0]}, reverse=True):
+            if size < _FEWEST:
+                return  # that it runs is another question: `_runs_smallest`
+            trial = self._known(step, size) or self._run(step, size)
+            yield trial
+            if not search.has_headroom(trial, self._limit_bytes):
+                return
 
     def _runs_smallest(
         self, step: TrainingStep, parts: partition.Parts, remarks: list[str]

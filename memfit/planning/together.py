@@ -99,7 +99,11 @@ class _Together:
                 self._cut(share, limit, -(-samples // sum(limits)))
                 for share, limit in zip(shares, limits, strict=True)
             ]
-            tried = {(gpu, sizes[0]): True for gpu, sizes in zip(self._gpus, parts, strict=True)}
+            tried = {
+                (gpu, size): True
+                for gpu, sizes in zip(self._gpus, parts, strict=True)
+                for size in sizes
+            }
             if self._all_fit(tried):
                 return self._plan_of(parts, accumulate=True)
 
@@ -245,15 +249,16 @@ class _Card:
 
     def part(self, sizes: tuple[int, ...], *, accumulate: bool) -> RankPart:
         """Return the part of a rank that has this card."""
-        trial = self.trial_of(sizes[0], accumulate=accumulate)
-        assert trial is not None
+        tried = [self.trial_of(size, accumulate=accumulate) for size in dict.fromkeys(sizes)]
+        peaks = [trial.peak_reserved_bytes for trial in tried if trial is not None]
+        known = [peak for peak in peaks if peak is not None]
         return RankPart(
             device=self.device,
             source=self.source,
             capacity=self.capacity,
             micro_batch_sizes=sizes,
             recommended_micro_batch_size=self.limit,
-            peak_reserved_bytes=trial.peak_reserved_bytes,
+            peak_reserved_bytes=max(known, default=None),
             trials=tuple(self.trials),
         )
 

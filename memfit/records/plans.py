@@ -62,7 +62,7 @@ class RankPart(Record):
         capacity: The bytes that the step may use on this card.
         micro_batch_sizes: The rank's micro-batches of one optimizer step, in samples.
         recommended_micro_batch_size: The largest that keeps the headroom on this card.
-        peak_reserved_bytes: Peak of the rank's own micro-batch, which was tried.
+        peak_reserved_bytes: The highest peak of the rank's own micro-batches, which were tried.
         trials: Every trial on this card.
     """
 
@@ -106,8 +106,8 @@ class Plan(Record):
         max_micro_batch_size: The largest micro-batch of such a step that fits: the edge.
         edge_found: True: one sample more ran out of memory. False: larger sizes were not tried.
         recommended_micro_batch_size: The largest that keeps the headroom: the plan's limit.
-        peak_reserved_bytes: Peak of the plan's own micro-batch, which was tried; `None` if it is
-            not known.
+        peak_reserved_bytes: The highest peak of the rank's own micro-batches, each of which was
+            tried; `None` if it is not known.
         samples_per_second: The speed of one rank, from measured trials; `None` without them.
         trials: Every trial, in the order in which they ran.
         environment: Environment variables of the trials that training needs too, as NAME=value.

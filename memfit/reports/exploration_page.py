@@ -86,7 +86,7 @@ def _peaks(exploration: Exploration, everything: tuple[Alternative, ...]) -> Pan
         key="peaks",
         kind="figure",
         title="What each plan takes",
-        note="The peak of reserved bytes of the largest of the plan's parts.",
+        note="The highest peak of reserved bytes of the plan's parts.",
         data=data,
         alternative="; ".join(
             f"{_name(each)}: {format_bytes(each.peak_reserved_bytes or 0)}" for each in known

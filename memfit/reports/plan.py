@@ -157,7 +157,7 @@ def render_survey(survey: PlanSurvey) -> RenderableType:
     )
     note = (
         " ".join((no_gpu_took_part(survey.source), *survey.remarks, *precisions))
-        + " The peak and what is left are those of the plan's largest micro-batch."
+        + " The peak and what is left are those of the plan's micro-batch that needs most."
     )
     return Group(
         Text.assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -316,14 +317,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
             "The peak still grew when the trial ended at batch size "
             f"{', '.join(map(str, growing))}. Longer training may need more."
         )
-    retried = [
-        trial.batch_size for trial in result.trials if trial.num_alloc_retries and trial.fits
-    ]
-    if retried:
-        said.append(
-            f"{_sizes(retried)} fitted only with allocator retries, which are slow. "
-            "The recommended batch size needs none."
-        )
+    said += _on_retries(result)
     free = _much_free(result) if isinstance(result, ProbeResult) else None
     if free is not None:
         said.append(free)
@@ -359,6 +353,40 @@ def _sizes(batch_sizes: list[int]) -> str:
     """Return one batch size, or the range of several, as text."""
     low, high = min(batch_sizes), max(batch_sizes)
     return f"Batch size {low}" if low == high else f"Batch sizes from {low} to {high}"
+
+
+def _on_retries(result: ProbeResult | Plan) -> Iterator[str]:
+    """Say which batch sizes needed allocator retries, and which fitted but did not again."""
+    edge = result.max_micro_batch_size if isinstance(result, Plan) else result.max_batch_size
+    refuted = _refuted(result.trials, edge)
+    retried = [
+        trial.batch_size
+        for trial in result.trials
+        if trial.num_alloc_retries and trial.fits and trial.batch_size not in refuted
+    ]
+    if retried:
+        yield (
+            f"{_sizes(retried)} fitted only with allocator retries, which are slow. "
+            "The recommended batch size needs none."
+        )
+    if refuted:
+        yield (
+            f"{_sizes(refuted)} fitted in one trial and ran out of memory in another, so memfit "
+            "counts on fewer."
+        )
+
+
+def _refuted(trials: tuple[Trial, ...], edge: int) -> list[int]:
+    """Return the batch sizes above the edge that fitted once and ran out at another time."""
+    fitted, ran_out = (
+        {
+            (trial.batch_size, trial.num_micro_batches)
+            for trial in trials
+            if trial.fits is fits and trial.batch_size > edge
+        }
+        for fits in (True, False)
+    )
+    return sorted({batch_size for batch_size, _ in fitted & ran_out})
 
 
 def _holes(trials: tuple[Trial, ...]) -> list[int]:

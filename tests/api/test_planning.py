@@ -231,6 +231,31 @@ def test_fits_that_are_not_monotone_are_planned_around(monkeypatch: pytest.Monke
     assert sum(found.micro_batch_sizes) == 2000
 
 
+@pytest.mark.parametrize("is_too_much", [False, True])
+def test_a_smaller_part_that_needs_more_counts(
+    monkeypatch: pytest.MonkeyPatch, is_too_much: bool
+) -> None:
+    """The plan's peak is the highest of its parts, and each of them keeps the headroom."""
+    original, before = SimulatedBackend.trial, plan(2001)
+    large, small = before.micro_batch_size, before.micro_batch_sizes[-1]
+    assert large > small
+    needed = before.capacity.safe_bytes * (96 if is_too_much else 94) // 100
+
+    def uneven(self: SimulatedBackend, step: TrainingStep, batch_size: int) -> Trial:
+        trial = original(self, step, batch_size)
+        if batch_size == small:
+            trial = dataclasses.replace(trial, peak_reserved_bytes=needed)
+        return trial
+
+    monkeypatch.setattr(SimulatedBackend, "trial", uneven)
+    found = plan(2001)
+    assert (small in found.micro_batch_sizes) is not is_too_much
+    assert found.peak_reserved_bytes is not None
+    assert (found.peak_reserved_bytes == needed) is not is_too_much
+    tried = {t.batch_size for t in found.trials if t.fits and accumulating(t)}
+    assert tried >= {*found.micro_batch_sizes}
+
+
 @pytest.mark.parametrize(
     ("target", "options", "error", "says"),
     [

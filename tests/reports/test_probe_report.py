@@ -104,6 +104,18 @@ def test_much_more_free_than_asked_is_said_with_its_reason() -> None:
     assert "does not grow evenly" not in text(render(ended), width=200)
 
 
+def test_a_size_that_fitted_once_and_ran_out_later_is_said() -> None:
+    """Without the sentence, one row of the table denies another."""
+    fitted = trial(213, 23300, num_alloc_retries=3)
+    result = dataclasses.replace(RESULT, trials=(*RESULT.trials[:2], fitted, *RESULT.trials[2:]))
+    shown = text(render(result), width=200)
+    assert "Batch size 213 fitted in one trial and ran out of memory in another" in shown
+    assert "Batch size 212 fitted only with allocator retries" in shown
+    assert "in another" not in text(render(RESULT), width=200)
+    counted = dataclasses.replace(result, max_batch_size=213)
+    assert "in another" not in text(render(counted), width=200)
+
+
 def test_an_evaluation_alone_names_no_optimizer() -> None:
     """Beside the state of a training run there is one."""
     for evaluate, has_optimizer in ((Evaluation.ALONE, False), (Evaluation.IN_TRAINING, True)):
