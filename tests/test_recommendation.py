@@ -41,6 +41,29 @@ def test_the_largest_size_within_the_headroom_is_expected() -> None:
     assert size == 104
 
 
+@dataclasses.dataclass
+class Exact(Uneven):
+    """The same card, on which each batch size takes a little more than the rough one says."""
+
+    looked_at: list[int] = dataclasses.field(default_factory=list)
+
+    def trial(self, step: Any, batch_size: int) -> Trial:
+        self.looked_at.append(batch_size)
+        rough = super().trial(step, batch_size)
+        return dataclasses.replace(rough, peak_reserved_bytes=(rough.peak_reserved_bytes or 0) + 20)
+
+
+def test_what_the_rough_simulation_finds_good_is_looked_at_exactly() -> None:
+    """A device is not asked for 104, which leaves too little. Few sizes are looked at exactly."""
+    exact = Exact()
+    simulated: Any = exact
+    both = dataclasses.replace(prediction(130), simulated=simulated)
+    size = _expected_recommendation(both, CAPACITY_BYTES, SearchOptions())
+    assert size == 102
+    assert max(exact.looked_at) <= 104
+    assert len(set(exact.looked_at)) <= 5
+
+
 def test_a_recommendation_that_leaves_much_more_is_tried_once_more() -> None:
     """The size that the simulation names is tried, and it counts only if it keeps the headroom."""
     kept = Uneven().trial(None, 90)

@@ -298,15 +298,23 @@ def _first_trials(
 def _expected_recommendation(
     prediction: Prediction, capacity_bytes: int, options: SearchOptions
 ) -> int | None:
-    """Return the batch size that the simulation of a device recommends, if any."""
-    edge, simulated, step = prediction.batch_size, prediction.scout, prediction.step
-    if edge is None or simulated is None or step is None:
+    """Return the batch size that the simulation of a device recommends, if any.
+
+    The rough simulation looks around. What it finds good is looked at exactly before a device tries
+    it.
+    """
+    edge, scout, step = prediction.batch_size, prediction.scout, prediction.step
+    if edge is None or scout is None or step is None:
         return None
     edge = min(edge, options.max_batch_size or search.DEFAULT_CEILING)
-    known = (simulated.trial(step, edge),)
+    known = (scout.trial(step, edge),)
+    exact, limit_bytes = prediction.simulated, search.limit_of(capacity_bytes, options.headroom)
 
     def look(size: int) -> Trial:
-        return simulated.trial(step, size)
+        seen = scout.trial(step, size)
+        if exact is None or not search.has_headroom(seen, limit_bytes):
+            return seen
+        return exact.trial(step, size)
 
     size = search.recommended(
         look,
@@ -314,7 +322,7 @@ def _expected_recommendation(
         capacity_bytes=capacity_bytes,
         headroom=options.headroom,
         multiple_of=options.multiple_of,
-        has_retries=simulated.has_retries,
+        has_retries=scout.has_retries,
     ).batch_size
     if size is None:
         return None
@@ -324,7 +332,7 @@ def _expected_recommendation(
     above = search.larger(
         look,
         kept,
-        limit_bytes=search.limit_of(capacity_bytes, options.headroom),
+        limit_bytes=limit_bytes,
         multiple_of=options.multiple_of,
         below=edge + 1,
     )
