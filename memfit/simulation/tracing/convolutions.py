@@ -122,25 +122,54 @@ def backward_script(
     gradient, data, weight = args[:3]
     to_data, to_filter, to_bias = (output is not None for output in result)
     copies = _copied("input", data, data, weight) if to_filter else ()
-    copies += _copied("gradient", gradient, data, weight)
+    of_gradient = _copied("gradient", gradient, data, weight)
+    uses_cudnn = not is_depthwise(data, weight, args[4:10])
+    # A part of a larger tensor whose strides are in the right order is copied by each kernel.
+    each: tuple[Workspace, ...] = ()
+    if uses_cudnn and _has_order_of(gradient, layout_of(data, weight)):
+        each, of_gradient = of_gradient, each
+    copies += of_gradient
     script: Script = copies
-    if is_depthwise(data, weight, args[4:10]):
+    if not uses_cudnn:
         script += tuple(Make((index,)) for index in (1, 0) if (to_data, to_filter)[index])
     else:
         if to_data:
             copy = _copied("weight", weight, data, weight)
             taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
-            names = (taken.name, *(line.name for line in copy))
-            script += (Make((0,)), *copy, taken, Drop(names))
+            names = (taken.name, *(line.name for line in (*copy, *each)))
+            script += (*each, Make((0,)), *copy, taken, Drop(names))
         if to_filter:
             taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
-            script += (Make((1,)), taken, Drop.of(taken.name))
+            names = (taken.name, *(line.name for line in each))
+            script += (*each, Make((1,)), taken, Drop(names))
     script += (Drop(tuple(copy.name for copy in reversed(copies))),)
     if to_bias:
         dims = (0, *range(2, gradient.ndim))
         vector = input_vector(gradient.element_size())
         script += (Make((2,)), *reduction_scratch(gradient, dims, input_vector=vector))
     return script
+
+
+def _has_order_of(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
+    """Whether the strides have the order of a layout, with gaps or without.
+
+    Source: `cudnn_convolution_backward` in aten/src/ATen/native/cudnn/ConvShared.cpp, and
+        `is_channels_last_strides_2d` in c10/core/MemoryFormat.h.
+    """
+    return _has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
+
+
+def _has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
+    if tensor.ndim != 4 or not tensor.stride(1):  # noqa: PLR2004 - images
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        # Where neither tells, as in (N, 1, 1, 1), the order is NCHW.
+        if stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
 
 
 def backward_outputs(

@@ -181,6 +181,26 @@ def depthwise(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     output.permute(0, 2, 3, 1).backward(torch.empty(8, 16, 16, 96, device=device, dtype=dtype))
 
 
+def parts(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Convolve a part of the channels, and give gradients of every layout back."""
+    weight = leaf(device, 32, 32, 3, 3, dtype=dtype)
+    for layout in (torch.contiguous_format, _LAST):
+        images = leaf(device, 4, 96, 15, 15, dtype=dtype, layout=layout)
+        made = torch.empty(4, 96, 15, 15, device=device, dtype=dtype).to(memory_format=layout)
+        gradients = (
+            made[:, :32],
+            torch.empty(4, 15, 15, 32, device=device, dtype=dtype).permute(0, 3, 1, 2),
+            torch.empty(4, 32, 15, 15, device=device, dtype=dtype),
+            torch.empty(4, 32, 1, 1, device=device, dtype=dtype).expand(4, 32, 15, 15),
+        )
+        for gradient in gradients:
+            output = F.conv2d(images[:, :32], weight, padding=1)
+            yield
+            output.backward(gradient)
+            yield
+            del output
+
+
 def others(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Softmax, dropout, rolls, gathers and pools."""
     data = leaf(device, 8, 30, 64, dtype=dtype)
