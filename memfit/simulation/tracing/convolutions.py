@@ -24,7 +24,6 @@ __all__ = [
     "backward_script",
     "forward_script",
     "has_filters_by_channel",
-    "is_channels_last",
     "is_depthwise",
     "layout_of",
 ]
@@ -102,9 +101,9 @@ def forward_script(
     if is_depthwise(data, weight, args[3:9]):
         return (*_copied("input", data, data, weight), OUTPUTS)
     return (
+        *_copied("input", data, data, weight),
         OUTPUTS,
         *_copied("weight", weight, data, weight),
-        *_copied("input", data, data, weight),
         workspace(ConvolutionKernel.FORWARD, (data, weight, result), args[3:9]),
     )
 
@@ -136,8 +135,8 @@ def backward_script(
         if to_data:
             copy = _copied("weight", weight, data, weight)
             taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
-            names = (taken.name, *(line.name for line in (*copy, *each)))
-            script += (*each, Make((0,)), *copy, taken, Drop(names))
+            names = (taken.name, *(line.name for line in (*each, *copy)))
+            script += (Make((0,)), *copy, *each, taken, Drop(names))
         if to_filter:
             taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
             names = (taken.name, *(line.name for line in each))
@@ -148,28 +147,6 @@ def backward_script(
         vector = input_vector(gradient.element_size())
         script += (Make((2,)), *reduction_scratch(gradient, dims, input_vector=vector))
     return script
-
-
-def _has_order_of(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
-    """Whether the strides have the order of a layout, with gaps or without.
-
-    Source: `cudnn_convolution_backward` in aten/src/ATen/native/cudnn/ConvShared.cpp, and
-        `is_channels_last_strides_2d` in c10/core/MemoryFormat.h.
-    """
-    return _has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
-
-
-def _has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
-    if tensor.ndim != 4 or not tensor.stride(1):  # noqa: PLR2004 - images
-        return False
-    least = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = tensor.shape[dim], tensor.stride(dim)
-        # Where neither tells, as in (N, 1, 1, 1), the order is NCHW.
-        if stride < least or (dim == 0 and least == tensor.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return True
 
 
 def backward_outputs(
@@ -187,23 +164,39 @@ def backward_outputs(
     )
 
 
-def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether the strides are channels-last.
+def _has_order_of(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
+    """Whether the strides have the order of a layout, with gaps or without.
 
-    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
+    Source: `cudnn_convolution_backward` in aten/src/ATen/native/cudnn/ConvShared.cpp.
     """
-    if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):  # noqa: PLR2004
-        return False
-    _, channels, height, width = tensor.shape
-    return tensor.stride() != (channels * height * width, height * width, width, 1)
+    return _has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
 
 
 def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether cuDNN computes in NHWC: if either of the two is NHWC.
+    """Whether cuDNN computes in NHWC: if either of the two has its order.
 
     Source: `cudnn_conv_suggest_memory_format` in aten/src/ATen/native/ConvUtils.h.
     """
-    return is_channels_last(data) or is_channels_last(weight)
+    return _has_strides_of_nhwc(data) or _has_strides_of_nhwc(weight)
+
+
+def _has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
+    """Whether the strides have the order of channels-last images, with gaps or without.
+
+    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
+
+    Source: `is_channels_last_strides_2d` in c10/core/MemoryFormat.h.
+    """
+    if tensor.ndim != 4 or not tensor.stride(1):  # noqa: PLR2004 - images
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        # Where neither tells, as in (N, 1, 1, 1), the order is NCHW.
+        if stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
 
 
 def layout_of(data: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:

@@ -256,6 +256,7 @@ CASES = {
         attention,
         norms,
         depthwise,
+        parts,
         others,
         optimizers,
     )

@@ -17,7 +17,7 @@ from memfit.cards import Gpu, find_gpu
 from memfit.records import Action, Event, Precision
 from memfit.simulation.needs import NeedEvent
 from memfit.simulation.tracing.autocast import functional_layer_open
-from memfit.simulation.tracing.recorder import Recorder
+from memfit.simulation.tracing.recorder import PLANS_TRIED, Recorder
 from memfit.simulation.tracing.reductions import reduction
 from memfit.simulation.tracing.scripts import Workspace
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
@@ -55,6 +55,8 @@ def simulated(name: str, gpu: Gpu) -> Stretches:
     for events in (*stretches[1:], []):
         found.append([])
         for event in events:
+            if event.origin == PLANS_TRIED:  # only with cudnn.benchmark
+                continue
             if event.action is Action.FREE_COMPLETED:
                 if num_bytes := sizes.pop(event.id, 0):
                     found[-1].append((-1, num_bytes))
