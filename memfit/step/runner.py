@@ -127,6 +127,11 @@ class PreparedStep:
         """The loss if it is a module, which may have parameters and buffers; else `None`."""
         return self._loss if isinstance(self._loss, nn.Module) else None
 
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the model was moved to the device first, and to the other layout then."""
+        return self._options.channels_last
+
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor that exists before an iteration begins, some more than once.
 

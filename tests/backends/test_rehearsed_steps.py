@@ -28,12 +28,15 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("regnetx_002", {"precision": "amp-fp16", "channels_last": True, "optimizer": "momentum"}),
     ("efficientvit_b0", {"precision": "amp-bf16", "optimizer": "adamw"}),
     ("test_resnet", {"precision": "fp32", "optimizer": "momentum"}),
+    ("fasternet_t0", {"precision": "amp-bf16", "optimizer": "adamw"}),
+    ("resnet10t", {"precision": "amp-bf16", "channels_last": True, "optimizer": "adamw"}),
+    ("convnextv2_atto", {"precision": "amp-bf16", "optimizer": "adamw"}),
 )
 
 
 # One process rehearses all of them, because each start takes seconds.
 def test_steps_take_the_same_bytes() -> None:
-    """What tensors ask for is the same within 0.1%, and what is reserved within 3%."""
+    """What tensors ask for is the same within 0.1%, and what is reserved is the same."""
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         for model, options in _STEPS:
             step = describe(model, image_size=64, **options)
@@ -49,7 +52,7 @@ def test_steps_take_the_same_bytes() -> None:
                 real.peak_allocated_bytes, rel=1e-3 if IS_PINNED else 1e-2
             ), model
             assert guessed.peak_reserved_bytes == pytest.approx(
-                real.peak_reserved_bytes, rel=0.03
+                real.peak_reserved_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
 
 

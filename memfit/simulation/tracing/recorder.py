@@ -12,7 +12,7 @@ import contextlib
 import gc
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 import torch
@@ -40,6 +40,7 @@ __all__ = ["PLANS_TRIED", "Recorder", "Watcher"]
 
 PLANS_TRIED: Final = "cudnn.benchmark"
 _ADD: Final = "add.Tensor"
+_DIMS_OF_IMAGES: Final = (4, 5)
 _WRITTEN_IN_BACKWARD: Final = ("index_put.default", "index_add.default", "scatter_add.default")
 
 
@@ -162,6 +163,32 @@ class Recorder:
         """Record a tensor that exists before the first iteration."""
         if tensor.layout is torch.strided:
             self._see(tensor, "model")
+
+    def see_moved(self, tensors: Iterable[torch.Tensor], *, moves_twice: bool) -> None:
+        """Record the tensors of a model that was moved to the device.
+
+        Args:
+            tensors: The tensors, in the order in which they were moved. One that comes again is
+                recorded once.
+            moves_twice: Weights of convolutions were moved again, to the layout of channels-last
+                images. Each had two copies for a moment.
+        """
+        first_copies: dict[int, tuple[torch.Tensor, int]] = {}
+        for tensor in tensors:
+            if not (moves_twice and tensor.ndim in _DIMS_OF_IMAGES):
+                self.see(tensor)
+            elif id(tensor) not in first_copies:
+                number = self._take_id()
+                first_copies[id(tensor)] = tensor, number
+                num_bytes = tensor.untyped_storage().nbytes()
+                self._write(Action.ALLOC, number, num_bytes, "model in its first layout")
+                if self._watcher is not None:
+                    self._watcher.allocated(number, tensor, ())
+        for tensor, number in first_copies.values():
+            self.see(tensor)
+            self._give_back(number)
+            if self._watcher is not None:
+                self._watcher.freed(number)
 
     def take_residents(self) -> list[Event]:
         """Return the tensors that the first iteration used and did not make.

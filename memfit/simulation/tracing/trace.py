@@ -122,6 +122,10 @@ class PreparedStep(Protocol):
     def num_prefetched(self) -> int:
         """Batches that wait on the device besides the one that is used."""
 
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the model was moved to the device first, and to the other layout then."""
+
     def held_tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor that exists before an iteration begins."""
 
@@ -233,8 +237,7 @@ class _Recording:
             stack.enter_context(dispatched(recorder.handle))
             # The model is there before the step begins to hold more: averages, an optimizer's
             # state.
-            for tensor in prepared.held_tensors():
-                recorder.see(tensor)
+            recorder.see_moved(prepared.held_tensors(), moves_twice=prepared.is_channels_last)
             prepared.begin()
             for tensor in prepared.held_tensors():
                 recorder.see(tensor)
