@@ -140,7 +140,7 @@ class PreparedStep:
         `Module.to` moves them: what a module contains is before it.
         """
         for root in (self.model, self.loss_module):
-            for module in () if root is None else _from_inside(root):
+            for module in () if root is None else _from_inside(root, set()):
                 yield from module.parameters(recurse=False)
                 yield from module.buffers(recurse=False)
                 for name, value in vars(module).items():
@@ -382,15 +382,13 @@ class PreparedStep:
         return self._waiting.popleft()
 
 
-def _from_inside(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
+def _from_inside(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
     """Yield a module and all that it contains, each once, and after what it contains itself."""
-    seen = set() if seen is None else seen
-    if module in seen:
-        return
-    seen.add(module)
-    for child in module.children():
-        yield from _from_inside(child, seen)
-    yield module
+    if module not in seen:
+        seen.add(module)
+        for child in module.children():
+            yield from _from_inside(child, seen)
+        yield module
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
