@@ -2,6 +2,7 @@
 
 Out of memory is not here, because it is the outcome of a trial (`memfit.records.Outcome`). The
 errors of a user's own model or loss are not here either. They are raised as they came.
+`ToldToEnd` is no error, as Python's `KeyboardInterrupt` is none.
 
     MemfitError                     anything below; `exit_code` is what the command line ends with
     ├── UsageError (ValueError)     2  what was asked for cannot be: a name, a size, an option
@@ -29,6 +30,7 @@ __all__ = [
     "PeakGrewError",
     "RankFailedError",
     "StepCrashedError",
+    "ToldToEnd",
     "UnknownDeviceError",
     "UnknownModelError",
     "UnsupportedError",
@@ -125,3 +127,9 @@ class StepCrashedError(MemfitError):
 
 class RankFailedError(MemfitError):
     """The same training step failed on another rank; its own error is raised there."""
+
+
+class ToldToEnd(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came for memfit while it ran a command, and the command was ended."""
+
+    exit_code: ClassVar[int] = 143

@@ -18,7 +18,7 @@ from memfit import __version__
 from memfit.cli.commands import FROM_PROJECT
 from memfit.cli.defaults import defaults_of, find_table, parameters_of
 from memfit.cli.missing import explained
-from memfit.errors import MemfitError
+from memfit.errors import MemfitError, ToldToEnd
 
 __all__ = ["main", "run"]
 
@@ -60,6 +60,8 @@ class _Group(click.Group):
                 raise
             first = str(error).strip().partition("\n")[0]
             _end(f"the training step raised {type(error).__name__}: {first}", _FAILED)
+        except ToldToEnd as ending:
+            _end("was told to end, and has ended the command.", ending.exit_code)
         except KeyboardInterrupt:
             _end("interrupted; everything is as it was.", _INTERRUPTED)
 

@@ -12,7 +12,7 @@ import click
 from memfit.cli.commands import Command, Switch
 from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
-from memfit.errors import DoesNotFitError, UsageError
+from memfit.errors import DoesNotFitError, ToldToEnd, UsageError
 from memfit.records import Rehearsal, RehearsalEnd
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["rehearse"]
 
 _SIGNAL_CODES = 128
-_INTERRUPTED = 130
+_ENDS_OF_MEMFIT = {RehearsalEnd.INTERRUPTED: 130, RehearsalEnd.TERMINATED: ToldToEnd.exit_code}
 
 
 @click.command(
@@ -132,8 +132,9 @@ def rehearse(
     environments = [
         rehearsed_environment(card, num_gpus=count, environment=os.environ) for card in cards
     ]
-    found = [
-        rehearse_command(
+    found = []
+    for card, environment in zip(cards, environments, strict=True):
+        run = rehearse_command(
             command,
             card,
             environment,
@@ -144,8 +145,9 @@ def rehearse(
             lone_rank=lone_rank,
             computes=not no_values,
         )
-        for card, environment in zip(cards, environments, strict=True)
-    ]
+        found.append(run)
+        if run.rehearsal.end in _ENDS_OF_MEMFIT:
+            break
     rehearsals = [each.rehearsal for each in found]
     if snapshot is not None:
         from memfit.profiling.rehearsed import write_snapshot
@@ -182,7 +184,7 @@ def _lone_rank(
 def _exit_code(rehearsals: list[Rehearsal]) -> int:
     if not all(rehearsal.fits for rehearsal in rehearsals):
         return DoesNotFitError.exit_code
-    if any(rehearsal.end is RehearsalEnd.INTERRUPTED for rehearsal in rehearsals):
-        return _INTERRUPTED
+    if rehearsals[-1].end in _ENDS_OF_MEMFIT:
+        return _ENDS_OF_MEMFIT[rehearsals[-1].end]
     codes = [rehearsal.exit_code for rehearsal in rehearsals if rehearsal.exit_code]
     return next((_SIGNAL_CODES - code if code < 0 else code for code in codes), 0)

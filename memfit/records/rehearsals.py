@@ -31,6 +31,7 @@ class RehearsalEnd(str, enum.Enum):
     `SETTLED`: the peak no longer rose, and memfit ended the command. `FINISHED`: the command ended
     by itself. `OUT_OF_MEMORY`: it ended because memory ran out. `FAILED`: it ended for another
     reason, with its own exit code. `INTERRUPTED`: the user ended it.
+    `TERMINATED`: SIGTERM or SIGHUP came for memfit, which ended the command.
     """
 
     SETTLED = "settled"
@@ -38,6 +39,7 @@ class RehearsalEnd(str, enum.Enum):
     OUT_OF_MEMORY = "out_of_memory"
     FAILED = "failed"
     INTERRUPTED = "interrupted"
+    TERMINATED = "terminated"
 
 
 class ReadKind(str, enum.Enum):

@@ -29,6 +29,7 @@ __all__ = ["Ended", "Output", "check_command", "run_to_end"]
 _SET_CHILD_SUBREAPER: Final = 36
 _SECONDS_TO_END: Final = 5.0
 _TAIL_BYTES: Final = 4000
+_ENDING_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Output(enum.Enum):
@@ -49,12 +50,12 @@ class Ended:
 
     Args:
         exit_code: Its exit code; negative for a signal.
-        was_interrupted: Whether the user interrupted it.
+        ended_by: The signal that came to end this process, SIGINT first; `None` if none came.
         last_words: The end of its output, if that was kept.
     """
 
     exit_code: int
-    was_interrupted: bool
+    ended_by: signal.Signals | None
     last_words: str
 
 
@@ -102,7 +103,7 @@ def run_to_end(
             _end_descendants(others)
     return Ended(
         exit_code=exit_code,
-        was_interrupted=signal.SIGINT in passed.seen,
+        ended_by=min(passed.seen, key=_ENDING_SIGNALS.index, default=None),
         last_words=_tail(kept),
     )
 
@@ -153,7 +154,7 @@ class _Passed:
     """The signals that came while a command ran."""
 
     child: subprocess.Popen[bytes] | None = None
-    seen: set[int] = dataclasses.field(default_factory=set)
+    seen: set[signal.Signals] = dataclasses.field(default_factory=set)
 
 
 @contextlib.contextmanager
@@ -165,12 +166,11 @@ def _passing_signals_on() -> Iterator[_Passed]:
         # A terminal sends Ctrl-C to the command too. A second Ctrl-C must end it.
         is_told_already = number == signal.SIGINT and _is_in_foreground()
         is_repeated = number in passed.seen
-        passed.seen.add(number)
+        passed.seen.add(signal.Signals(number))
         if passed.child is not None and (is_repeated or not is_told_already):
             passed.child.send_signal(signal.SIGTERM if is_repeated else number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    earlier = {number: signal.signal(number, take) for number in numbers}
+    earlier = {number: signal.signal(number, take) for number in _ENDING_SIGNALS}
     try:
         yield passed
     finally:

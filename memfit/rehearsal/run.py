@@ -109,7 +109,7 @@ def rehearse_command(
         rehearsal = Rehearsal(
             command=tuple(command),
             **_card(gpu, reports),
-            end=_end(reports, ended.exit_code, was_interrupted=ended.was_interrupted),
+            end=_end(reports, ended.exit_code, ended.ended_by),
             exit_code=ended.exit_code,
             processes=processes,
             notes=tuple(_notes(reports, processes, ended.exit_code, _other_python(command))),
@@ -165,9 +165,12 @@ def _watched(environment: Mapping[str, str], settings: Mapping[str, Any]) -> dic
     return {**variables, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def _end(reports: Sequence[Report], exit_code: int, *, was_interrupted: bool) -> RehearsalEnd:
-    if was_interrupted:
-        return RehearsalEnd.INTERRUPTED
+def _end(
+    reports: Sequence[Report], exit_code: int, ended_by: signal.Signals | None
+) -> RehearsalEnd:
+    if ended_by is not None:
+        is_interrupt = ended_by is signal.SIGINT
+        return RehearsalEnd.INTERRUPTED if is_interrupt else RehearsalEnd.TERMINATED
     if exit_code != 0:
         ran_out = any(report.ran_out for report in reports)
         return RehearsalEnd.OUT_OF_MEMORY if ran_out else RehearsalEnd.FAILED

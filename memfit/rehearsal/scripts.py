@@ -18,7 +18,7 @@ from typing import Final
 
 from memfit import search
 from memfit.cards import Gpu
-from memfit.errors import DoesNotFitError, StepCrashedError, UsageError
+from memfit.errors import DoesNotFitError, StepCrashedError, ToldToEnd, UsageError
 from memfit.partition import check_target, equal_part
 from memfit.records import (
     CommandPlan,
@@ -367,6 +367,8 @@ def _trial_of(found: Rehearsed, batch_size: int, steps: int) -> Trial:
     rehearsal = found.rehearsal
     if rehearsal.end is RehearsalEnd.INTERRUPTED:
         raise KeyboardInterrupt
+    if rehearsal.end is RehearsalEnd.TERMINATED:
+        raise ToldToEnd
     if rehearsal.end is RehearsalEnd.FAILED:
         lines = found.last_words.strip().splitlines()[-_NUM_LAST_LINES:]
         raise StepCrashedError(

@@ -272,6 +272,7 @@ def _ending(rehearsal: Rehearsal) -> str:
             "because memory ran out."
         ),
         RehearsalEnd.INTERRUPTED: f"The command was interrupted{steps}.",
+        RehearsalEnd.TERMINATED: f"memfit was told to end{steps}, and ended the command.",
         RehearsalEnd.OUT_OF_MEMORY: f"Memory ran out{steps}.",
     }[rehearsal.end]
 

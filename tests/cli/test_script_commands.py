@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -112,3 +115,28 @@ def test_a_command_that_fails_before_it_came_to_the_gpu_is_said_to_fail() -> Non
     assert "failed by itself with exit code 1" in result.stderr
     assert "no data: " in result.stderr
     assert "no GPU" not in result.stderr
+
+
+@pytest.mark.rehearses
+def test_a_signal_that_ends_memfit_is_not_a_failure_of_the_command() -> None:
+    """A search says so in one sentence, with a code of its own, and starts no other run."""
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "memfit", "probe", "--gpu", "rtx3060", "--"),
+            *(sys.executable, TRAINING, "{}", "1000000"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    while not (children := psutil.Process(child.pid).children()) and time.monotonic() < end:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (
+        143,
+        "memfit: was told to end, and has ended the command.\n",
+    )
+    assert not any(process.is_running() for process in children)

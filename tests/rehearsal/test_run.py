@@ -299,6 +299,35 @@ def test_an_interrupt_ends_it_and_the_report_is_written() -> None:
 
 
 @pytest.mark.rehearses
+@pytest.mark.parametrize("extras", [[], ["save"]])
+def test_a_signal_that_ends_memfit_ends_the_command_and_starts_no_other(extras: list[str]) -> None:
+    """It is memfit that was ended, also if the command then ends as if all were well."""
+    cards = ("--gpu", "rtx3060", "--gpu", "rtx4090")
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "memfit", "rehearse", *cards, "--whole", "--"),
+            *(sys.executable, TRAINING, "2", "1000000", "wait", *extras),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line == "stepped\n":
+            break
+    (command,) = psutil.Process(child.pid).children()
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 143, err
+    assert "memfit was told to end after " in out
+    assert "RTX 3060" in out
+    assert "RTX 4090" not in out
+    assert not command.is_running()
+
+
+@pytest.mark.rehearses
 def test_a_history_has_the_roles_of_a_step() -> None:
     """Parameters, gradients, state and activations are distinguished; modules are named."""
     from memfit.profiling.rehearsed import recorded_step
