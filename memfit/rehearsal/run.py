@@ -33,6 +33,7 @@ from memfit.rehearsal.watch.start import SETTINGS
 __all__ = ["History", "Rehearsed", "rehearse_command"]
 
 _STARTUP: Final = Path(__file__).parent / "watch" / "startup"
+_NO_CACHING: Final = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 History = Mapping[str, Any]
 """The record of one step of a process (`watch.history`)."""
@@ -190,7 +191,13 @@ def _other_python(command: Sequence[str]) -> str | None:
 
 
 def _unused(other_python: str | None) -> Iterator[str]:
-    """Return notes on a command of which no process used the card."""
+    """Return notes on a command of which no process is known to have used the card."""
+    if _NO_CACHING in os.environ:
+        yield (
+            f"{_NO_CACHING} is set. PyTorch's allocator counts no bytes then, so there are no "
+            "figures, only whether memory ran out."
+        )
+        return
     yield (
         "No process of the command used the card. Perhaps the command ended "
         "before, trains on another device, or starts Python with -S, -E or -I, "

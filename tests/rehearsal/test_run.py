@@ -328,6 +328,17 @@ def test_a_signal_that_ends_memfit_ends_the_command_and_starts_no_other(extras: 
 
 
 @pytest.mark.rehearses
+def test_without_a_cache_there_are_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts nothing then. The card was used all the same, and memory runs out."""
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    fits, ran_out = rehearse(TRAINING, "2", "2"), rehearse(TRAINING, "20000", "2")
+    assert (fits.end, ran_out.end) == (RehearsalEnd.FINISHED, RehearsalEnd.OUT_OF_MEMORY)
+    for found in (fits, ran_out):
+        (note,) = found.notes
+        assert note.startswith("PYTORCH_NO_CUDA_MEMORY_CACHING is set.")
+
+
+@pytest.mark.rehearses
 def test_a_history_has_the_roles_of_a_step() -> None:
     """Parameters, gradients, state and activations are distinguished; modules are named."""
     from memfit.profiling.rehearsed import recorded_step
