@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from memfit.records import Action, Event
 from memfit.simulation.needs import NeedEvent
 
-__all__ = ["grown", "matches"]
+__all__ = ["grown", "matches", "with_growth_of"]
 
 
 def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
@@ -26,6 +27,18 @@ def grown(event: Event, other: Event, samples: int) -> tuple[Event, float]:
         return event.grown_like(other, samples), 0
     growth = (other.num_bytes - event.num_bytes) / samples
     return event, int(growth) if growth == int(growth) else growth
+
+
+def with_growth_of(event: Event, other: Event) -> Event:
+    """Return the same event at another batch size, with the growth that is known of the first.
+
+    Args:
+        event: The event whose growth is known.
+        other: The same event at another batch size.
+    """
+    if isinstance(event, NeedEvent) and isinstance(other, NeedEvent):
+        return dataclasses.replace(other, growth=event.growth)
+    return other
 
 
 def matches(left: Sequence[Event], right: Sequence[Event]) -> bool:

@@ -20,6 +20,8 @@ __all__ = ["Need", "NeedEvent", "nearby_batch_size"]
 
 # A rough schedule knows batch sizes that are so many times the one before.
 _STEP: Final = 1.25
+# Where a line would have left its course.
+_FAR: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,7 @@ class Need:
         numbers: What the size depends on besides the card, such as the sizes of a tensor. Each
             grows evenly with the batch size, but the bytes may not.
         is_slow: The rule takes milliseconds and not microseconds.
+        is_even: The bytes grow evenly with the batch size, if one dimension of each tensor does.
         others: A function from a card and the numbers to what is asked for in place of the bytes if
             they find no room, one after another; `None` if nothing is.
     """
@@ -38,6 +41,7 @@ class Need:
     rule: Callable[..., int]
     numbers: tuple[int, ...] = ()
     is_slow: bool = False
+    is_even: bool = False
     others: Callable[..., Iterator[int]] | None = dataclasses.field(default=None, compare=False)
 
     def on(self, gpu: Gpu) -> int:
@@ -78,12 +82,27 @@ class NeedEvent(Event):
         """Return the need with so many samples more than in the recording."""
         need = self.need
         numbers = self._numbers_after(samples)
-        return Need(rule=need.rule, numbers=numbers, is_slow=need.is_slow, others=need.others)
+        return Need(
+            rule=need.rule,
+            numbers=numbers,
+            is_slow=need.is_slow,
+            is_even=need.is_even,
+            others=need.others,
+        )
 
     def bytes_after(self, samples: int, gpu: Gpu) -> int:
         """Return what is asked for on a card, with so many samples more than in the recording."""
         # Without a `Need` in between, because a search asks a hundred thousand times.
         return self.need.rule(gpu, *self._numbers_after(samples))
+
+    def line_on(self, gpu: Gpu) -> tuple[int, int] | None:
+        """Return the bytes in the recording and what each further sample adds, if it is even."""
+        if not self.need.is_even:
+            return None
+        recorded, slope = self.bytes_after(0, gpu), self.bytes_after(1, gpu)
+        slope -= recorded
+        is_line = self.bytes_after(_FAR, gpu) == recorded + _FAR * slope
+        return (recorded, slope) if is_line else None
 
     def _numbers_after(self, samples: int) -> tuple[int, ...]:
         if not any(self.growth):

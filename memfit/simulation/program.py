@@ -16,7 +16,7 @@ from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, Cachi
 from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable
 from memfit.simulation.needs import Need, NeedEvent, nearby_batch_size
 
-__all__ = ["Allocator", "CardSizes", "Player", "Program"]
+__all__ = ["Allocator", "CardSizes", "NeedNumbers", "Player", "Program"]
 
 _ALLOC, _ALLOC_IF_ROOM = Action.ALLOC, Action.ALLOC_IF_ROOM
 _FREE_COMPLETED = Action.FREE_COMPLETED
@@ -34,30 +34,60 @@ _Numbered = tuple[tuple[int, NeedEvent, int], ...]
 """The needs of a program: each with its number, its event, and the batch size of the recording."""
 
 
+class NeedNumbers:
+    """Numbers for the needs of a step's programs. The same need has the same number in all."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._needs_of: dict[Program, _Numbered] = {}
+
+    def of(self, program: Program) -> _Numbered:
+        """Return the needs of a program with their numbers."""
+        found = self._needs_of.get(program)
+        if found is None:
+            found = self._needs_of[program] = tuple(self._numbered(program))
+        return found
+
+    def _numbered(self, program: Program) -> Iterator[tuple[int, NeedEvent, int]]:
+        recorded = program.batch_size
+        for event in program.different_needs:
+            # What the need would be without samples, if that is known exactly.
+            is_even = all(map(float.is_integer, map(float, event.growth)))
+            back = -recorded if is_even else 0
+            key = event.need_after(back), event.growth, recorded + back
+            yield self._numbers.setdefault(key, len(self._numbers)), event, recorded
+
+
 class CardSizes:
     """The sizes of needs on a card, each found once.
 
     Args:
         gpu: The card.
+        numbers: The numbers of the needs, which are the same for every card.
         is_rough: Slow needs are found at a batch size nearby and scaled, so that a search can look
             around quickly.
     """
 
-    def __init__(self, gpu: Gpu, *, is_rough: bool = False) -> None:
+    def __init__(self, gpu: Gpu, numbers: NeedNumbers, *, is_rough: bool = False) -> None:
         self.gpu = gpu
+        self._numbers = numbers
         self._is_rough = is_rough
-        self._numbers: dict[Hashable, int] = {}
-        self._needs_of: dict[Program, _Numbered] = {}
         self._sizes: dict[tuple[int, int | None], int] = {}
+        # The even ones, as their bytes without samples and what each sample adds.
+        self._lines: dict[int, tuple[int, int] | None] = {}
 
     def of(self, program: Program, batch_size: int) -> list[int]:
         """Return the bytes of each different need of a program, at a batch size."""
-        needs = self._needs_of.get(program)
-        if needs is None:
-            needs = self._needs_of[program] = tuple(self._numbered(program))
         nearby = nearby_batch_size(batch_size) if self._is_rough else batch_size
         found = []
-        for number, event, recorded in needs:
+        for number, event, recorded in self._numbers.of(program):
+            if number not in self._lines:
+                line = event.line_on(self.gpu)
+                self._lines[number] = line and (line[0] - line[1] * recorded, line[1])
+            line = self._lines[number]
+            if line is not None:
+                found.append(line[0] + line[1] * batch_size)
+                continue
             asked = nearby if event.need.is_slow else batch_size
             # What does not grow is found once for all batch sizes.
             key = number, asked if any(event.growth) else None
@@ -67,16 +97,6 @@ class CardSizes:
                 self._sizes[key] = num_bytes
             found.append(num_bytes * batch_size // asked)
         return found
-
-    def _numbered(self, program: Program) -> Iterator[tuple[int, NeedEvent, int]]:
-        """Yield the needs of a program. The same need in another program has the same number."""
-        recorded = program.batch_size
-        for event in program.different_needs:
-            # What the need would be without samples, if that is known exactly.
-            is_even = all(map(float.is_integer, map(float, event.growth)))
-            back = -recorded if is_even else 0
-            key = event.need_after(back), event.growth, recorded + back
-            yield self._numbers.setdefault(key, len(self._numbers)), event, recorded
 
 
 class Program:
@@ -124,7 +144,7 @@ class Program:
 
     @functools.cached_property
     def _table(self) -> EventTable:
-        return EventTable([line[:4] for line in self._lines], self._needs)
+        return EventTable(self._lines, self._needs)
 
     @functools.cached_property
     def _frees(self) -> dict[int, int]:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from memfit.cards import Gpu
 from memfit.errors import MemfitError
 from memfit.records import Action, Event
-from memfit.simulation.growth import grown, matches
+from memfit.simulation.growth import grown, matches, with_growth_of
 from memfit.simulation.needs import Need, NeedEvent
-from memfit.simulation.program import Allocator, CardSizes, Player, Program
+from memfit.simulation.program import Allocator, CardSizes, NeedNumbers, Player, Program
 from memfit.simulation.tensor_lines import largest_within, tensor_lines
 
 __all__ = [
@@ -127,6 +127,20 @@ class Schedule:
             batch_size=batch_sizes[0],
         )
 
+    def seen_in(self, events: Sequence[Event], *, batch_size: int) -> Schedule:
+        """Return this schedule in the events of the other recording that it was made from.
+
+        Args:
+            events: Its events there.
+            batch_size: Samples that they were recorded with.
+        """
+        pairs = zip(self.events, events, strict=True)
+        return Schedule(
+            events=tuple(with_growth_of(event, other) for event, other in pairs),
+            growth_bytes=self.growth_bytes,
+            batch_size=batch_size,
+        )
+
     def then(self, events: Sequence[Event]) -> Schedule:
         """Return this schedule followed by events that do not depend on the batch size."""
         return dataclasses.replace(
@@ -228,6 +242,9 @@ class StepSchedule:
     _lines: dict[float, float] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _numbers: NeedNumbers = dataclasses.field(
+        default_factory=NeedNumbers, init=False, repr=False, compare=False
+    )
 
     def on(self, gpu: Gpu, *, is_rough: bool = False) -> StepSchedule:
         """Return this step with the sizes that a card decides.
@@ -236,7 +253,7 @@ class StepSchedule:
             gpu: The card.
             is_rough: See `CardSizes`.
         """
-        sizes = CardSizes(gpu, is_rough=is_rough)
+        sizes = CardSizes(gpu, self._numbers, is_rough=is_rough)
         parts = (self.setup, self.first, self.later)
         setup, first, later = (part.on(sizes) for part in parts)
         if setup is self.setup and first is self.first and later is self.later:

@@ -143,9 +143,12 @@ def _plain(
 ) -> StepSchedule:
     """Return a step that frees all that it allocates, from its second iteration on."""
     sizes = (other.batch_size, warm.batch_size)
-    later = Schedule.between(other.run, warm.run, batch_sizes=sizes).then(other.update)
-    first = Schedule.between(warm.run, other.run, batch_sizes=sizes[::-1]).then(warm.update)
-    return StepSchedule(setup=Schedule.fixed(setup), first=first, later=later.without(only_first))
+    later = Schedule.between(other.run, warm.run, batch_sizes=sizes)
+    return StepSchedule(
+        setup=Schedule.fixed(setup),
+        first=later.seen_in(warm.run, batch_size=warm.batch_size).then(warm.update),
+        later=later.then(other.update).without(only_first),
+    )
 
 
 class _Steps:

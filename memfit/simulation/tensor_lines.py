@@ -27,6 +27,7 @@ def tensor_lines(
 
     Returns:
         What tensors hold at some moment: for each growth with a sample, the most at no sample.
+        Moments that are the peak of no batch size are left out.
     """
     held = growth = 0.0
     live: dict[int, tuple[float, float]] = {}
@@ -41,7 +42,25 @@ def tensor_lines(
             elif event.action is _FREE_COMPLETED:
                 freed = live.pop(event.id, (0.0, 0.0))
                 held, growth = held - freed[0], growth - freed[1]
-    return lines
+    return _highest(lines)
+
+
+def _highest(lines: Mapping[float, float]) -> dict[float, float]:
+    """Return the lines of which each is the highest at some number of samples."""
+    kept: list[tuple[float, float]] = []
+    for slope, base in sorted(lines.items(), reverse=True):
+        # From the steepest on: a flatter line counts only where it is above all steeper ones.
+        if kept and base <= kept[-1][1]:
+            continue
+        while len(kept) > 1 and _meet(kept[-2], (slope, base)) >= _meet(kept[-2], kept[-1]):
+            kept.pop()
+        kept.append((slope, base))
+    return dict(kept)
+
+
+def _meet(steeper: tuple[float, float], flatter: tuple[float, float]) -> float:
+    """Return the number of samples from which on the steeper line is higher."""
+    return (flatter[1] - steeper[1]) / (steeper[0] - flatter[0])
 
 
 def largest_within(lines: Mapping[float, float], num_bytes: int) -> int | None:

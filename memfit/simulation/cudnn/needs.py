@@ -113,4 +113,11 @@ def workspace_need(
     rule = WorkspaceRule(
         convolution=unsized, bound_bytes_per_element=bound_bytes_per_element, is_quick=is_quick
     )
-    return Need(rule=rule, numbers=sum(shapes, ()), is_slow=not is_quick, others=rule.others)
+    # Without cuDNN's answers, a workspace is a multiple of tensors.
+    return Need(
+        rule=rule,
+        numbers=sum(shapes, ()),
+        is_slow=not is_quick,
+        is_even=is_quick,
+        others=rule.others,
+    )

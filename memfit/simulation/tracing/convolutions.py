@@ -98,12 +98,13 @@ def forward_script(
         workspace: Returns the workspace of a kernel; see `Kernels`.
     """
     data, weight = args[:2]
+    layout = layout_of(data, weight)
     if is_depthwise(data, weight, args[3:9]):
-        return (*_copied("input", data, data, weight), OUTPUTS)
+        return (*_copied("input", data, layout), OUTPUTS)
     return (
-        *_copied("input", data, data, weight),
+        *_copied("input", data, layout),
         OUTPUTS,
-        *_copied("weight", weight, data, weight),
+        *_copied("weight", weight, layout),
         workspace(ConvolutionKernel.FORWARD, (data, weight, result), args[3:9]),
     )
 
@@ -120,12 +121,13 @@ def backward_script(
     """
     gradient, data, weight = args[:3]
     to_data, to_filter, to_bias = (output is not None for output in result)
-    copies = _copied("input", data, data, weight) if to_filter else ()
-    of_gradient = _copied("gradient", gradient, data, weight)
+    layout = layout_of(data, weight)
+    copies = _copied("input", data, layout) if to_filter else ()
+    of_gradient = _copied("gradient", gradient, layout)
     uses_cudnn = not is_depthwise(data, weight, args[4:10])
     # A part of a larger tensor whose strides are in the right order is copied by each kernel.
     each: tuple[Workspace, ...] = ()
-    if uses_cudnn and _has_order_of(gradient, layout_of(data, weight)):
+    if uses_cudnn and _has_order_of(gradient, layout):
         each, of_gradient = of_gradient, each
     copies += of_gradient
     script: Script = copies
@@ -133,7 +135,7 @@ def backward_script(
         script += tuple(Make((index,)) for index in (1, 0) if (to_data, to_filter)[index])
     else:
         if to_data:
-            copy = _copied("weight", weight, data, weight)
+            copy = _copied("weight", weight, layout)
             taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
             names = (taken.name, *(line.name for line in (*each, *copy)))
             script += (Make((0,)), *copy, *each, taken, Drop(names))
@@ -204,10 +206,8 @@ def layout_of(data: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if _computes_in_nhwc(data, weight) else torch.contiguous_format
 
 
-def _copied(
-    name: str, tensor: torch.Tensor, data: torch.Tensor, weight: torch.Tensor
-) -> tuple[Workspace, ...]:
+def _copied(name: str, tensor: torch.Tensor, layout: torch.memory_format) -> tuple[Workspace, ...]:
     """Return the copy of a tensor whose layout is not the convolution's."""
-    if tensor.is_contiguous(memory_format=layout_of(data, weight)):
+    if tensor.is_contiguous(memory_format=layout):
         return ()
     return (Workspace.copy_of(tensor, f"{name} in the convolution's layout"),)

@@ -80,9 +80,12 @@ class Recorder:
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
         self.forward_flops = 0
+        self.counts_flops = False
         self.has_tf32 = False
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
+        # Asked once: every operation enters one.
+        self._plainly = type(plainly())
         written = (aten_if_there(name) for name in _WRITTEN_IN_BACKWARD)
         self._written_in_backward = frozenset(id(func) for func in written if func is not None)
         self._known = KnownValues()
@@ -94,7 +97,7 @@ class Recorder:
         """Run an operation, and record what it allocates."""
         # What is read of tensors here is no question of the model's. Without this, every attribute
         # would be looked up through the function modes that correct what a model does.
-        with plainly():
+        with self._plainly():
             return self._handle(func, args, kwargs)
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,9 +115,10 @@ class Recorder:
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
-        formula = flops_formula(func)
-        if formula is not None and graph_task() == -1:
-            self.forward_flops += int(formula(*args, **kwargs, out_val=result))
+        if self.counts_flops:
+            formula = flops_formula(func)
+            if formula is not None and graph_task() == -1:
+                self.forward_flops += int(formula(*args, **kwargs, out_val=result))
         self._play(self._kernels.script(func, args, result), func, args, result)
         return result
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -97,8 +97,7 @@ def _semaphore_bytes(gpu: Gpu, *numbers: int) -> int:
     return _config_of(gpu, numbers).semaphore_bytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Dim:
+class _Dim(NamedTuple):
     """A dimension of the iteration: whether it is reduced, its size and the input's stride."""
 
     is_reduced: bool

@@ -216,7 +216,7 @@ class _Recording:
         self.recorder = Recorder(options.kernels, watcher)
         self.semantics = CudaSemantics(precision_policy.autocast, options.choose_attention)
         self.depends_on_batch = False
-        # Operations of one sample's forward pass, in the last iteration.
+        # Operations of one sample's forward pass, in the first iteration.
         self.forward_flops = 0
 
     def run(self, choose: Choose, name: str) -> Recorded:
@@ -251,7 +251,8 @@ class _Recording:
         recorder, draws = self.recorder, self._draws
         recorder.forget_plans()
         before = recorder.num_answers
-        recorder.num_operations = recorder.forward_flops = 0
+        recorder.num_operations = 0
+        recorder.counts_flops = is_first
         is_watched = draws.share is not None or is_first
         with self.prepared.drawing(draws) if is_watched else contextlib.nullcontext():
             self.prepared.accumulate(batch_size)
@@ -260,7 +261,9 @@ class _Recording:
         # An optimizer asks how many steps it took, and whether its gradients are finite. Its
         # answers are the same for every batch.
         self.depends_on_batch |= recorder.num_answers > before
-        self.forward_flops = recorder.forward_flops // (batch_size * self.prepared.num_forwards)
+        if is_first:
+            num_samples = batch_size * self.prepared.num_forwards
+            self.forward_flops = recorder.forward_flops // num_samples
         run = tuple(recorder.cut())
         setup.extend(recorder.take_residents())
         self.prepared.update()

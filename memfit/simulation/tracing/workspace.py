@@ -15,6 +15,7 @@ from memfit._torch_private import aten_if_there
 from memfit.simulation.cudnn.needs import workspace_need
 from memfit.simulation.cudnn.questions import ConvolutionKernel
 from memfit.simulation.tracing.attention_scratch import RANDOM_STATE_ON_GPU, with_state_on_host
+from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.convolution_calls import ConvolutionCall
 from memfit.simulation.tracing.convolutions import (
     backward_outputs,
@@ -29,6 +30,13 @@ from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]
 
+_HANDLED: Final = (
+    "convolution",
+    "convolution_backward",
+    "_cudnn_rnn",
+    "_cudnn_rnn_backward",
+    "_scaled_dot_product_efficient_attention",
+)
 _TENSOR_CORES_HALF: Final = (7, 0)
 _TENSOR_CORES_TF32: Final = (8, 0)
 
@@ -72,20 +80,20 @@ class Kernels:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and give its outputs the layout that they have on CUDA."""
-        if func is aten_if_there("convolution_backward.default"):
+        name = _own_name(func)
+        if name is None:
+            return outputs(func, args, kwargs)
+        if name == "convolution_backward":
             return backward_outputs(args[1], args[2], args[3], args[-1])
-        if func is aten_if_there("convolution.default"):
+        if name == "convolution":
             # The meta device does not always choose the layout that cuDNN computes in.
             result = func(*args, **kwargs)
             return result.contiguous(memory_format=layout_of(args[0], args[1]))
-        if func is aten_if_there("_cudnn_rnn.default"):
+        if name == "_cudnn_rnn":
             return with_reserve(args, func(*args, **kwargs))
-        if func is aten_if_there("_cudnn_rnn_backward.default"):
+        if name == "_cudnn_rnn_backward":
             return recur_backward(args)
-        if (
-            func is aten_if_there("_scaled_dot_product_efficient_attention.default")
-            and self.torch_release < RANDOM_STATE_ON_GPU
-        ):
+        if self.torch_release < RANDOM_STATE_ON_GPU:
             return with_state_on_host(func(*args, **kwargs))
         return outputs(func, args, kwargs)
 
@@ -100,13 +108,14 @@ class Kernels:
         known = scratch_of(func)
         if known is not None:
             return known(self, args, result)
-        if func is aten_if_there("convolution.default"):
+        name = _own_name(func)
+        if name == "convolution":
             return forward_script(args, result, self._convolution)
-        if func is aten_if_there("convolution_backward.default"):
+        if name == "convolution_backward":
             return backward_script(args, result, self._convolution)
-        if func is aten_if_there("_cudnn_rnn.default"):
+        if name == "_cudnn_rnn":
             return (OUTPUTS, _recurrent(args[1], args[6:14], args[0]))
-        if func is aten_if_there("_cudnn_rnn_backward.default"):
+        if name == "_cudnn_rnn_backward":
             return (OUTPUTS, _recurrent(args[1], args[10:18], args[0], args[6]))
         return ALONE
 
@@ -152,6 +161,12 @@ class Kernels:
             tried=tried,
             is_tf32=is_tf32,
         )
+
+
+@once_per_operation
+def _own_name(func: Any) -> str | None:
+    """Return the name of an operation that is handled here; `None` for all others."""
+    return next((name for name in _HANDLED if func is aten_if_there(f"{name}.default")), None)
 
 
 def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from memfit.errors import UnsupportedError
-from memfit.records import Action
+from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import (
     AllocatorOutOfMemoryError,
     AllocatorStats,
@@ -52,9 +52,13 @@ _CODES: Final = {
     # A phase that begins runs kernels.
     Action.USER_DEFINED: 6,
 }
+# By identity: the hash of an enumeration's member is computed in Python.
+_CODES_BY_ID: Final = {id(action): code for action, code in _CODES.items()}
+_ROOM: Final = _CODES[Action.ALLOC_IF_ROOM]
 _CHANGEABLE_PLAN: Final = 5
 _ENDED, _OUT_OF_MEMORY, _PLAN_FINDS_NO_ROOM = range(3)
 _NO_NEED: Final = -1
+_NO_CODE: Final = -1
 
 _log = logging.getLogger(__name__)
 
@@ -76,30 +80,32 @@ class EventTable:
     """A stretch of events in the form that the compiled allocator reads.
 
     Args:
-        lines: For each event, its action, its id, its bytes, and what each further sample adds.
+        lines: For each event, its action, its id, its bytes, what each further sample adds, and
+            the event itself.
         needs: The number of the need that says an event's bytes, by the event's position.
     """
 
     def __init__(
-        self, lines: Sequence[tuple[Action, int, int, float]], needs: dict[int, int]
+        self, lines: Sequence[tuple[Action, int, int, float, Event]], needs: dict[int, int]
     ) -> None:
+        codes = [_CODES_BY_ID.get(id(line[0]), _NO_CODE) for line in lines]
+        for at in needs:
+            if codes[at] == _ROOM:
+                codes[at] = _CHANGEABLE_PLAN
+        needed = [_NO_NEED] * len(lines)
+        for at, need in needs.items():
+            needed[at] = need
         # Actions on segments change nothing.
-        self.positions = [at for at, line in enumerate(lines) if line[0] in _CODES]
-        told = [(*lines[at], needs.get(at, _NO_NEED)) for at in self.positions]
+        self.positions = [at for at, code in enumerate(codes) if code != _NO_CODE]
+        told = [lines[at] for at in self.positions]
         self._lists = (
-            array("b", [_code(action, need) for action, *_, need in told]),
-            array("q", [number for _, number, *_ in told]),
-            array("q", [num_bytes for _, _, num_bytes, *_ in told]),
-            array("d", [growth for *_, growth, _ in told]),
-            array("i", [need for *_, need in told]),
+            array("b", [codes[at] for at in self.positions]),
+            array("q", [line[1] for line in told]),
+            array("q", [line[2] for line in told]),
+            array("d", [line[3] for line in told]),
+            array("i", [needed[at] for at in self.positions]),
         )
         self.program = _Program(len(told), *(found.buffer_info()[0] for found in self._lists))
-
-
-def _code(action: Action, need: int) -> int:
-    if action is Action.ALLOC_IF_ROOM and need != _NO_NEED:
-        return _CHANGEABLE_PLAN
-    return _CODES[action]
 
 
 class CompiledAllocator:
