@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from memfit.cli.commands import Command, Switch
+from memfit.cli.completion import complete_gpus
 from memfit.cli.output import print_json
 
 __all__ = ["gpus"]
 
 
 @click.command(cls=Command, short_help="List the GPUs that can be simulated.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_gpus)
 @click.option("--json", "as_json", cls=Switch, help="Print the list as JSON.")
 def gpus(*, name: str | None, as_json: bool) -> None:
     """List the GPUs that `memfit probe --gpu` knows, with their memory and its source.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from memfit.cli.commands import Command, Switch
+from memfit.cli.completion import complete_gpus
 from memfit.cli.options import WholeRange
 from memfit.cli.output import OUTPUT, check_writable, html_option, print_json, write
 from memfit.errors import DoesNotFitError, ToldToEnd, UsageError
@@ -35,6 +36,7 @@ _ENDS_OF_MEMFIT = {RehearsalEnd.INTERRUPTED: 130, RehearsalEnd.TERMINATED: ToldT
     "gpus",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_gpus,
     help="The card (see `memfit gpus`), or `any` with --memory. May be repeated.",
 )
 @click.option("--memory", metavar="SIZE", help="Memory that each card has, such as 16GiB.")

@@ -247,5 +247,6 @@ def test_models_and_cards_are_completed(tmp_path: Path, monkeypatch: pytest.Monk
         assert completed([command], "vit_base_patch16_2") == [
             name for name in completion.model_names() if name.startswith("vit_base_patch16_2")
         ]
-    assert "rtx4090" in completed(["probe", "resnet50", "--gpu"], "rtx40")
+    for before in (["probe", "resnet50", "--gpu"], ["rehearse", "--gpu"], ["gpus"]):
+        assert "rtx4090" in completed(before, "rtx40")
     assert completed(["probe", "resnet50", "--optimizer"], "adamw")[0] == "adamw"
