@@ -23,6 +23,7 @@ from memfit.errors import UnsupportedError, UsageError
 from memfit.integrations.objects.fastai import (
     FastaiOptimizer,
     as_float32,
+    batch_of,
     callback_of,
     precision_of,
     refuse_mixing,
@@ -70,7 +71,8 @@ class Accumulate(Callback):  # type: ignore[misc]
         refuse_mixing(learn)
         _refuse_missing_events(learn)
         if isinstance(self._plan, Plan):
-            _check_batch_size(learn.dls.train.bs, self._plan)
+            loader = learn.dls.train
+            _check_batch_size(getattr(loader, "bs", None) or loader.batch_size, self._plan)
         clip = callback_of(learn, "GradientClip")
         if clip is not None and clip.norm_type != 2:  # noqa: PLR2004 - the Euclidean norm
             raise UnsupportedError(
@@ -157,7 +159,7 @@ def _num_inputs(learn: Any) -> int:
     given = getattr(learn.dls, "n_inp", None)
     if given is not None:
         return int(given)
-    num = len(learn.dls.train.one_batch())
+    num = len(batch_of(learn))
     return 1 if num == 1 else num - 1
 
 

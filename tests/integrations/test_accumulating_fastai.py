@@ -10,6 +10,7 @@ import torch
 from accumulation.parts import plan_of
 from torch import nn
 
+import memfit
 from integrations import exact
 from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Plan
@@ -89,6 +90,18 @@ def test_each_step_is_that_of_the_whole_batch(clips: bool) -> None:
     torch.testing.assert_close(ours.recorder.losses, theirs.recorder.losses)
     assert ours.recorder.values[0][1] == pytest.approx(theirs.recorder.values[0][1], rel=1e-5)
     assert [cb.name for cb in ours.cbs] == [cb.name for cb in theirs.cbs]
+
+
+def test_loaders_of_pytorch_are_taken() -> None:
+    """They have no batch of their own to give, no `bs` and no number of inputs."""
+    loaders = [torch.utils.data.DataLoader(exact.data(160), batch_size=exact.SAMPLES)] * 2
+    learn = learner()
+    learn.dls = DataLoaders(*loaders, device=torch.device("cpu"))
+    probed = memfit.probe(learn, gpu="rtx3060", engine="simulate", max_batch_size=8, progress=None)
+    assert probed.max_batch_size == 8
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, lr=0.1, cbs=Accumulate(plan()))
+    assert learn.model.sizes[:5] == [40, 40, 16, 40, 24]
 
 
 def test_mixed_precision_is_left_as_fastai_has_it() -> None:

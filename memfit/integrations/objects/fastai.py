@@ -34,6 +34,7 @@ from memfit.step.nesting import map_leaves
 __all__ = [
     "FastaiOptimizer",
     "as_float32",
+    "batch_of",
     "callback_of",
     "precision_of",
     "refuse_mixing",
@@ -58,8 +59,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
     if learn.loss_func is None or learn.dls is None:
         raise UsageError("The Learner has no loss or no data: make it with loss_func and dls.")
     refuse_mixing(learn)
-    loader = learn.dls.train
-    batch = drawn_batch(lambda: _drawn(loader), loader)
+    batch = batch_of(learn)
     num_inputs = getattr(learn.dls, "n_inp", 1 if len(batch) == 1 else len(batch) - 1)
     step = _LearnersStep(learn, num_inputs)
     return step_of(
@@ -103,8 +103,19 @@ def refuse_mixing(learn: Any) -> None:
             raise UnsupportedError(f"{kind} changes what a step of the Learner computes; {why}.")
 
 
+def batch_of(learn: Any) -> Any:
+    """Return a training batch of a learner, and leave its loader as it was.
+
+    The loader is fastai's own, or any other that makes batches, such as PyTorch's.
+    """
+    loader = learn.dls.train
+    return drawn_batch(lambda: _drawn(loader), loader)
+
+
 def _drawn(loader: Any) -> Any:
-    """Draw a batch; the loader's own generator is not moved."""
+    """Draw a batch; a loader of fastai's own keeps its generator where it is."""
+    if not hasattr(loader, "one_batch"):
+        return next(iter(loader))
     loader.rng = copy.copy(loader.rng)
     return loader.one_batch()
 
