@@ -130,6 +130,6 @@ class RankFailedError(MemfitError):
 
 
 class ToldToEnd(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came for memfit while it ran a command, and the command was ended."""
+    """SIGTERM or SIGHUP came for memfit while it ran a command, or between two runs of it."""
 
     exit_code: ClassVar[int] = 143

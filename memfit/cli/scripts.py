@@ -122,6 +122,7 @@ def _on_cards(
     """Yield the result for one card after another, or for this machine's GPU."""
     from memfit.cards import Gpu, find_gpu
     from memfit.rehearsal.activate import rehearsed_environment
+    from memfit.rehearsal.children import raising_when_told_to_end
     from memfit.rehearsal.ranks import num_launched
     from memfit.rehearsal.scripts import ScriptSearch
 
@@ -139,7 +140,7 @@ def _on_cards(
             if card is None
             else rehearsed_environment(card, num_gpus=num_gpus, environment=os.environ)
         )
-        with under_way("running the command") as bar:
+        with raising_when_told_to_end(), under_way("running the command") as bar:
             search = ScriptSearch(
                 gpu=card, environment=environment, lone_rank=lone_rank, **given.search
             )

@@ -1,7 +1,7 @@
 """Runs a command as a child process to its end, and ends the processes that it leaves running.
 
 The command reads this process's standard input. A signal that should end this process is passed on
-to the command.
+to the command. Between two runs, it ends this process by an exception, so that files are deleted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 import psutil
 
-from memfit.errors import UsageError
+from memfit.errors import ToldToEnd, UsageError
 
-__all__ = ["Ended", "Output", "check_command", "run_to_end"]
+__all__ = ["Ended", "Output", "check_command", "raising_when_told_to_end", "run_to_end"]
 
 _SET_CHILD_SUBREAPER: Final = 36
 _SECONDS_TO_END: Final = 5.0
@@ -170,12 +170,37 @@ def _passing_signals_on() -> Iterator[_Passed]:
         if passed.child is not None and (is_repeated or not is_told_already):
             passed.child.send_signal(signal.SIGTERM if is_repeated else number)
 
-    earlier = {number: signal.signal(number, take) for number in _ENDING_SIGNALS}
-    try:
+    with _handling(_ENDING_SIGNALS, take):
         yield passed
+
+
+@contextlib.contextmanager
+def raising_when_told_to_end() -> Iterator[None]:
+    """Raise `ToldToEnd` if a signal comes to end this process and no command runs.
+
+    Raises:
+        ToldToEnd: SIGTERM or SIGHUP came. `KeyboardInterrupt` is for SIGINT.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise ToldToEnd
+
+    with _handling((signal.SIGTERM, signal.SIGHUP), end):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(
+    numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    # What this process was started to ignore, as by nohup, stays ignored.
+    handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, handler) for number in handled}
+    try:
+        yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, previous in earlier.items():
+            signal.signal(number, previous)
 
 
 def _is_in_foreground() -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from memfit.cards import find_gpu
 from memfit.cli import main
+from memfit.rehearsal import run
 from memfit.rehearsal.activate import rehearsed_environment
 
 TRAINING = str(Path(__file__).parents[1] / "rehearsal" / "scripts" / "training.py")
@@ -140,3 +142,57 @@ def test_a_signal_that_ends_memfit_is_not_a_failure_of_the_command() -> None:
         "memfit: was told to end, and has ended the command.\n",
     )
     assert not any(process.is_running() for process in children)
+
+
+@pytest.mark.rehearses
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_between_two_runs_ends_memfit_in_the_same_way(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The sentence and the code are those of a signal in a run, and no file is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def read_reports(folder: Path) -> list[object]:
+        assert folder.parent == tmp_path
+        os.kill(os.getpid(), number)
+        return []
+
+    monkeypatch.setattr(run, "read_reports", read_reports)
+
+    def own(_number: int, _frame: object) -> None:
+        pass
+
+    earlier = signal.signal(number, own)
+    try:
+        result = CliRunner().invoke(
+            main, ("probe", "--gpu", "rtx3060", "--", sys.executable, "-c", "pass", "{}")
+        )
+        assert signal.getsignal(number) is own
+    finally:
+        signal.signal(number, earlier)
+    assert (result.exit_code, result.output) == (
+        143,
+        "memfit: was told to end, and has ended the command.\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.rehearses
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memfit under nohup goes on when its terminal is closed, in a run and between two."""
+
+    def read_reports(_folder: Path) -> list[object]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return []
+
+    monkeypatch.setattr(run, "read_reports", read_reports)
+    hang_up = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = CliRunner().invoke(
+            main, ("probe", "--gpu", "rtx3060", "--", sys.executable, "-c", hang_up, "{}")
+        )
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert result.exit_code == 2
+    assert "did not use the card" in result.output
