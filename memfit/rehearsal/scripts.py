@@ -41,6 +41,7 @@ _STEPS: Final = "{steps}"
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _NUM_LAST_LINES: Final = 12
 _MAX_SHRINKS: Final = 12
+_LINE_ERROR: Final = 100
 
 Progress = Callable[[Trial], None]
 """A function that is called with each trial when it has ended."""
@@ -205,6 +206,9 @@ def _micro_batch(runs: _Runs, share: int, bounds: ScriptSearch) -> int:
 def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
     """Search below the batch sizes at which the command takes no optimizer step."""
     notes: list[str] = []
+    if runs.capacity_bytes is None:
+        # The first run says what this machine's GPU has, and the search needs to know that.
+        runs.of_batch_size(min(2, ceiling))
     for _ in range(_MAX_SHRINKS):
         try:
             found = search.find_largest(
@@ -212,6 +216,8 @@ def _largest(runs: _Runs, ceiling: int) -> tuple[search.Found, list[str]]:
                 capacity_bytes=runs.capacity_bytes,
                 known=tuple(runs.comparable()),
                 ceiling=ceiling,
+                starts_afresh=True,
+                stop_bytes=runs.stop_bytes,
             )
         except _NoStepError as stop:
             low = max((trial.batch_size for trial in runs.fits()), default=1)
@@ -267,6 +273,16 @@ class _Runs:
         if self._bounds.gpu is not None:
             return self._bounds.gpu.usable_bytes
         return None if self._last is None else self._last.capacity.usable_bytes
+
+    @property
+    def stop_bytes(self) -> int | None:
+        """The bytes that a recommended run may reserve, less what a line may be off by."""
+        gpu = self._bounds.gpu
+        safe_bytes = (
+            self.last.capacity.safe_bytes if gpu is None else gpu.cautious_bytes or gpu.usable_bytes
+        )
+        limit = search.limit_of(safe_bytes, self._bounds.headroom)
+        return limit - limit // _LINE_ERROR
 
     def words(self, batch_size: int, steps: int) -> tuple[str, ...]:
         """Return the command for a batch size."""
@@ -341,6 +357,7 @@ class _Runs:
             capacity_bytes=self.last.capacity.safe_bytes,
             headroom=self._bounds.headroom,
             multiple_of=self._bounds.multiple_of,
+            accepts_close=True,
         ).batch_size
 
     def doubts(self) -> list[str]:

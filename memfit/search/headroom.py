@@ -190,8 +190,9 @@ class _Walk:
             is_enough = self._accepts_close or failed is not None
             if best is not None and (best >= most or (is_enough and _is_close(best, most))):
                 return best
+            is_expected = num_failed == 0 and candidate < upper and self._has_beyond()
             if self._fits_well(candidate):
-                if failed is None:
+                if failed is None or is_expected:
                     return candidate
                 if self._accepts_close and _is_close(candidate, self._expected(failed - 1)):
                     return candidate
@@ -241,6 +242,11 @@ class _Walk:
             self._known.append(tried)
             self.extra.append(tried)
         return has_headroom(tried, self._limit_bytes)
+
+    def _has_beyond(self) -> bool:
+        """Whether bytes beyond the limit are known, so that a line to it lies between points."""
+        points = extrapolate.clean_points(self._known)
+        return any(num_bytes > self._limit_bytes for _, num_bytes in points)
 
     def _best_known(self) -> int | None:
         """Return the largest batch size that was seen to keep the headroom."""

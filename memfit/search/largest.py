@@ -49,6 +49,8 @@ _MAX_GROWTH = 16
 _MANY_SURPRISES = 2
 # Surprises double the next step, up to this part of the batch size.
 _SURPRISED_STEP = 16
+# After a surprise, a line is taken to be off by this part of what lies between fit and failure.
+_SURPRISED_SHARE = 32
 # With so few batch sizes left between a fit and a failure, the largest goes first: after a failure,
 # what had fitted is tried once more.
 _FEW_LEFT = 3
@@ -81,11 +83,14 @@ def find_largest(
     floor: int = 1,
     ceiling: int = DEFAULT_CEILING,
     has_retries: bool = True,
+    starts_afresh: bool = False,
+    stop_bytes: int | None = None,
 ) -> Found:
     """Find the largest batch size that fits.
 
     The answer b comes with its certificate: b fitted, and b + 1 was tried and ran out. If anything
     ran out after b had fitted, b is tried once more: it has to fit a device that has just failed.
+    Trials that start afresh are not tried twice.
     Where fits are not monotone (b + 1 fails and b + 3 fits), b is one of the edges.
 
     Without a hint this takes at most 2 + 2 log2(b) trials, typically 5. That holds where more
@@ -103,6 +108,11 @@ def find_largest(
         ceiling: The largest batch size of interest, at least `floor`.
         has_retries: Whether a device can fit a batch size with allocator retries. Where it cannot,
             bytes are the step's own up to the edge, and a line through them is trusted further.
+        starts_afresh: Whether earlier trials cannot have changed the device that a trial finds, as
+            where each is a process of its own.
+        stop_bytes: Where the bytes show the edge from afar, a batch size that reserves so many is
+            tried first; a recommendation then needs no trial of its own. `None` for 95% of the
+            capacity.
 
     Returns:
         The batch size, whether it is proved, and the trials.
@@ -118,6 +128,8 @@ def find_largest(
         floor=floor,
         ceiling=ceiling,
         has_retries=has_retries,
+        tries_again=has_retries and not starts_afresh,
+        stop_bytes=stop_bytes,
     )
     for earlier in known:
         if floor <= earlier.batch_size <= ceiling:
@@ -138,8 +150,12 @@ class _Search:
         floor: int,
         ceiling: int,
         has_retries: bool,
+        tries_again: bool,
+        stop_bytes: int | None,
     ) -> None:
+        self._stop_bytes = stop_bytes
         self._has_retries = has_retries
+        self._tries_again = tries_again
         self._capacity_bytes = capacity_bytes
         self._hint = None if hint is None else min(max(hint, floor), ceiling)
         self._floor = floor
@@ -199,7 +215,7 @@ class _Search:
         if low is None:
             return self._down(high)
         if low == self._ceiling or high == low + 1:
-            return low if self._has_retries and self._failed_since(low) else None
+            return low if self._tries_again and self._failed_since(low) else None
         if high is None:
             return min(max(self._up(low), low + 1), self._ceiling)
         return self._between(low, high)
@@ -253,9 +269,12 @@ class _Search:
             numerator, denominator = _SAFE_SHARE if self._has_retries else _QUICK_SHARE
             return max(least * numerator // denominator, 2 * low)
         if edge is None and self._hint is None:
-            return 2 * low
+            far = extrapolate.least_flat_edge(points, self._capacity_bytes)
+            return max(min(far, _MAX_GROWTH * low), 2 * low)
         # Points that a hint has put close together may show no slope but noise.
         edge = least if edge is None else edge
+        if edge > low + 1 and self._is_cramped(low):
+            return extrapolate.step_towards(edge, low)
         if self._is_near(low, edge, points):
             # With retries, the sample beyond the edge goes first, so that the edge is proved after
             # a failure. Without, the edge goes first: lines err upwards, and a failure is cheaper.
@@ -267,7 +286,8 @@ class _Search:
             reach = low + _TRUSTED_GROWTH // 2 * (low - points[0][0])
             return max(min(edge // 2, reach), 2 * low)
         numerator, denominator = _STOP_SHORT_SHARE
-        short = extrapolate.edge(points, self._capacity_bytes * numerator // denominator)
+        stop_bytes = self._stop_bytes or self._capacity_bytes * numerator // denominator
+        short = extrapolate.edge(points, stop_bytes)
         if short is None or 2 * short < low + edge:
             short = edge * numerator // denominator
         return min(short, max(_MAX_GROWTH * low, least))
@@ -316,8 +336,10 @@ class _Search:
         bottom = least if low < least < high - 1 else low
         middle = math.isqrt(bottom * high) if high > 4 * bottom else (bottom + high) // 2
         edge = self._expected_edge(low)
+        if self._is_cramped(low):
+            return self._halved(low, high, middle=middle, most=edge)
         if self._is_misled:
-            return middle
+            return self._halved(low, high, middle=middle, most=None)
         if edge is None:
             if self._capacity_bytes is None or len(points) != 1:
                 return middle
@@ -329,7 +351,7 @@ class _Search:
         elif edge * _NEAR[1] > high * _NEAR[0]:
             return middle  # something that the bytes do not show decides here
         elif edge >= high - 1:
-            guess = high - (1 << self._surprises_down)
+            guess = high - self._step_down(edge, low, high, points)
         else:
             beyond = edge + 1 if self._has_retries or low >= edge else edge
             guess = low + ((beyond - low) << self._surprises_up)
@@ -339,13 +361,35 @@ class _Search:
         self._expects_fit = None if edge is None or at_edge else guess <= edge
         return guess
 
+    def _halved(self, low: int, high: int, *, middle: int, most: int | None) -> int:
+        """Halve what is possible, where blocks of 2 MiB decide: up to `most`, if that is known."""
+        if not (self._has_retries and self._clean_points()):
+            return middle
+        if self._tries_again and high - low <= _FEW_LEFT:
+            return high - 1
+        if most is not None and most <= low + 1:
+            self._expects_fit = False
+            return min(low + (1 << self._surprises_up), middle)
+        top = high if most is None else min(high, most + 1)
+        split = extrapolate.middle_of_steps(low, top) if top <= 4 * low else middle
+        return split if self._affordable(split, low, high) else middle
+
+    def _step_down(self, edge: int, low: int, high: int, points: list[tuple[int, int]]) -> int:
+        """Return how far below `high` to go, which failed although a line says that it fits."""
+        # The line is off by at least what is beyond the failure, so as much goes down.
+        step = max(1, edge - high + 2)
+        if self._surprises_down:
+            grain = max(extrapolate.samples_in_a_block(points), (high - low) // _SURPRISED_SHARE)
+            step = max(step, grain << (self._surprises_down - 1))
+        return step
+
     def _affordable(self, guess: int, low: int, high: int) -> bool:
         """Whether bisection from `guess` would still keep to the promised number of trials."""
         used = len(self._trials) + 1
         least = self._least()
 
         def keeps(new_low: int, new_high: int) -> bool:
-            retry = 1 if self._has_retries else 0
+            retry = 1 if self._tries_again else 0
             bisections = math.ceil(math.log2(new_high - new_low))
             return used + bisections + retry <= 2 + 2 * math.log2(max(new_low, least, 2))
 
@@ -370,12 +414,22 @@ class _Search:
             [trial for trial in self._trials if trial.batch_size in self._fits]
         )
 
+    def _is_cramped(self, low: int) -> bool:
+        """Whether reserved bytes say no more: `low` needs retries, or is beyond their edge."""
+        if not self._has_retries or self._capacity_bytes is None:
+            return False
+        edge = extrapolate.edge(self._clean_points(), self._capacity_bytes)
+        return (edge is not None and edge < low) or any(
+            trial.batch_size == low and trial.fits and trial.num_alloc_retries
+            for trial in self._trials
+        )
+
     def _expected_edge(self, low: int) -> int | None:
-        """Return where the bytes say the edge is: at least `low`, at most the ceiling."""
+        """Return where the bytes say the edge is: `low` at least, perhaps beyond the ceiling."""
         if self._capacity_bytes is None:
             return None
         edge = extrapolate.edge(self._clean_points(), self._capacity_bytes)
-        if edge is not None and edge < low:
+        if self._is_cramped(low) or (edge is not None and edge < low):
             # It fits beyond what was reserved before: the allocator has begun to give back its
             # cache and ask again, and what tensors hold decides.
             allocated = {
@@ -383,15 +437,12 @@ class _Search:
                 for trial in self._trials
                 if trial.batch_size in self._fits and trial.peak_allocated_bytes
             }
-            edge = max(
-                extrapolate.edge(sorted(allocated.items()), self._capacity_bytes) or low, low
-            )
-        if edge is None:
-            return None
-        if self._hint is not None:
+            most = extrapolate.most_edge(sorted(allocated.items()), self._capacity_bytes)
+            edge = max(most, low) if most is not None else edge and max(edge, low)
+        if edge is not None and self._hint is not None:
             # A line through points that a hint has put close together reaches no further than the
             # hint is to be believed.
             numerator, denominator = _HINT_ERROR
             most = self._hint * denominator // (denominator - numerator) + 1
             edge = min(edge, most) if low < most else edge
-        return min(edge, self._ceiling)
+        return edge

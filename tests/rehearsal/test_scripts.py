@@ -39,6 +39,7 @@ class Runs:
 
     sample_bytes: int = 10 * MIB
     gradient_bytes: int = 100 * MIB
+    block_bytes: int = 1
     num_samples: int = 1 << 20
     exit_code: int = 0
     seen: list[tuple[Sequence[str], Mapping[str, str]]] = dataclasses.field(default_factory=list)
@@ -54,6 +55,7 @@ class Runs:
         steps = int(words[words.index("--accumulate") + 1]) if "--accumulate" in words else 1
         needed = 500 * MIB + batch_size * self.sample_bytes
         needed += self.gradient_bytes if steps > 1 else 0
+        needed = -(-needed // self.block_bytes) * self.block_bytes
         fits = needed <= CARD.usable_bytes
         num_steps = 5 if batch_size <= self.num_samples and not self.exit_code else 0
         reserved = min(needed, CARD.usable_bytes) if num_steps else 500 * MIB
@@ -120,6 +122,21 @@ def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
     assert trial is not None
     assert trial.peak_reserved_bytes is not None
     assert 0.9 < trial.peak_reserved_bytes / CARD.usable_bytes <= 0.95
+
+
+def test_no_batch_size_is_run_twice(runs: Runs) -> None:
+    """Each run is a process of its own: a failure cannot have changed what the next one finds."""
+    runs.block_bytes = 700 * MIB
+    found = probe_command(COMMAND[:4], BOUNDS)
+    sizes = [trial.batch_size for trial in found.trials]
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_the_first_run_says_how_much_a_gpu_of_this_machine_has(runs: Runs) -> None:
+    """So its search also reads the bytes, and does not double and bisect."""
+    found = probe_command(COMMAND[:4], dataclasses.replace(BOUNDS, gpu=None))
+    assert (found.max_batch_size, found.proved) == (EDGE, True)
+    assert len(runs.seen) == len(found.trials) <= 6
 
 
 def test_a_batch_size_may_stand_in_an_override_or_a_variable(
