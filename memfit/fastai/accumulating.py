@@ -25,6 +25,7 @@ from memfit.integrations.objects.fastai import (
     as_float32,
     batch_of,
     callback_of,
+    num_inputs_of,
     precision_of,
     refuse_mixing,
 )
@@ -90,7 +91,7 @@ class Accumulate(Callback):  # type: ignore[misc]
             self._plan,
             loss=_Loss(learn, is_mixed=mixed is not None),
             weight=self._weight,
-            num_inputs=_num_inputs(learn),
+            num_inputs=num_inputs_of(learn, lambda: batch_of(learn)),
             clip_grad_norm=None if clip is None else float(clip.max_norm),
             scaler=learn.scaler if precision is Precision.AMP_FP16 else None,
             precision=precision,
@@ -153,14 +154,6 @@ class _Loss:
             predictions = map_leaves(as_float32, predictions)
         loss: torch.Tensor = self._learn.loss_func(predictions, *targets)
         return loss
-
-
-def _num_inputs(learn: Any) -> int:
-    given = getattr(learn.dls, "n_inp", None)
-    if given is not None:
-        return int(given)
-    num = len(batch_of(learn))
-    return 1 if num == 1 else num - 1
 
 
 def _is_followed(callback: Any) -> bool:

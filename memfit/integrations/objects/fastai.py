@@ -12,7 +12,7 @@ Source: fastai/fastai, fastai/learner.py (`_do_one_batch`), fastai/optimizer.py 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "as_float32",
     "batch_of",
     "callback_of",
+    "num_inputs_of",
     "precision_of",
     "refuse_mixing",
     "workload_of_learner",
@@ -60,8 +61,7 @@ def workload_of_learner(learn: Any, *, samples_per_step: int | None = None) -> T
         raise UsageError("The Learner has no loss or no data: make it with loss_func and dls.")
     refuse_mixing(learn)
     batch = batch_of(learn)
-    num_inputs = getattr(learn.dls, "n_inp", 1 if len(batch) == 1 else len(batch) - 1)
-    step = _LearnersStep(learn, num_inputs)
+    step = _LearnersStep(learn, num_inputs_of(learn, lambda: batch))
     return step_of(
         step,
         tuple(batch),
@@ -110,6 +110,17 @@ def batch_of(learn: Any) -> Any:
     """
     loader = learn.dls.train
     return drawn_batch(lambda: _drawn(loader), loader)
+
+
+def num_inputs_of(learn: Any, batch: Callable[[], Any]) -> int:
+    """Return how many of a batch's items are inputs of the model; the others are targets.
+
+    Args:
+        learn: The learner.
+        batch: Returns a batch. It is asked where the learner's data does not say.
+    """
+    given = getattr(learn.dls, "n_inp", None)
+    return max(1, len(batch()) - 1) if given is None else int(given)
 
 
 def _drawn(loader: Any) -> Any:
