@@ -30,7 +30,7 @@ from memfit.rehearsal.journals import Report, read_reports
 from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.watch.start import SETTINGS
 
-__all__ = ["History", "Rehearsed", "rehearse_command"]
+__all__ = ["History", "Rehearsed", "capacity_of", "rehearse_command"]
 
 _STARTUP: Final = Path(__file__).parent / "watch" / "startup"
 _NO_CACHING: Final = "PYTORCH_NO_CUDA_MEMORY_CACHING"
@@ -122,17 +122,22 @@ def rehearse_command(
     )
 
 
+def capacity_of(gpu: Gpu) -> Capacity:
+    """Return what a command can use of a rehearsed card."""
+    return Capacity(
+        usable_bytes=gpu.usable_bytes,
+        total_bytes=gpu.total_bytes,
+        origin="the card's total less the CUDA context",
+        cautious_bytes=gpu.cautious_bytes,
+    )
+
+
 def _card(gpu: Gpu | None, reports: Sequence[Report]) -> dict[str, Any]:
     """Return the fields of a record that describe the card that the command ran on."""
     if gpu is not None:
         return {
             "device": gpu.name,
-            "capacity": Capacity(
-                usable_bytes=gpu.usable_bytes,
-                total_bytes=gpu.total_bytes,
-                origin="the card's total less the CUDA context",
-                cautious_bytes=gpu.cautious_bytes,
-            ),
+            "capacity": capacity_of(gpu),
             "context_bytes": gpu.context_bytes,
             "source": Source.REHEARSED,
         }

@@ -21,6 +21,7 @@ from memfit.cards import Gpu
 from memfit.errors import DoesNotFitError, StepCrashedError, ToldToEnd, UsageError
 from memfit.partition import check_target, equal_part
 from memfit.records import (
+    Capacity,
     CommandPlan,
     CommandProbe,
     Outcome,
@@ -31,7 +32,7 @@ from memfit.records import (
 )
 from memfit.rehearsal.children import Output
 from memfit.rehearsal.ranks import LoneRank, launcher_of
-from memfit.rehearsal.run import Rehearsed, rehearse_command
+from memfit.rehearsal.run import Rehearsed, capacity_of, rehearse_command
 from memfit.units import format_bytes, parse_count
 
 __all__ = ["Progress", "ScriptSearch", "plan_command", "probe_command"]
@@ -270,19 +271,26 @@ class _Runs:
     @property
     def capacity_bytes(self) -> int | None:
         """The bytes that a process can use; `None` for this machine's GPU before the first run."""
-        if self._bounds.gpu is not None:
-            return self._bounds.gpu.usable_bytes
-        return None if self._last is None else self._last.capacity.usable_bytes
+        capacity = self._capacity
+        return None if capacity is None else capacity.usable_bytes
 
     @property
-    def stop_bytes(self) -> int | None:
+    def stop_bytes(self) -> int:
         """The bytes that a recommended run may reserve, less what a line may be off by."""
-        gpu = self._bounds.gpu
-        safe_bytes = (
-            self.last.capacity.safe_bytes if gpu is None else gpu.cautious_bytes or gpu.usable_bytes
-        )
-        limit = search.limit_of(safe_bytes, self._bounds.headroom)
-        return limit - limit // _LINE_ERROR
+        return self._limit_bytes - self._limit_bytes // _LINE_ERROR
+
+    @property
+    def _capacity(self) -> Capacity | None:
+        if self._bounds.gpu is not None:
+            return capacity_of(self._bounds.gpu)
+        return None if self._last is None else self._last.capacity
+
+    @property
+    def _limit_bytes(self) -> int:
+        """The bytes that are not to be kept free, once the capacity is known."""
+        capacity = self._capacity
+        assert capacity is not None
+        return search.limit_of(capacity.safe_bytes, self._bounds.headroom)
 
     def words(self, batch_size: int, steps: int) -> tuple[str, ...]:
         """Return the command for a batch size."""
@@ -345,9 +353,7 @@ class _Runs:
 
     def has_headroom(self, trial: Trial) -> bool:
         """Whether a trial leaves the headroom free."""
-        return search.has_headroom(
-            trial, search.limit_of(self.last.capacity.safe_bytes, self._bounds.headroom)
-        )
+        return search.has_headroom(trial, self._limit_bytes)
 
     def recommended(self, found: search.Found) -> int | None:
         """Return the batch size to train with."""
