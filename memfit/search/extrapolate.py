@@ -14,6 +14,7 @@ from memfit.units import MIB
 __all__ = [
     "clean_points",
     "edge",
+    "held_points",
     "least_edge",
     "least_flat_edge",
     "middle_of_steps",
@@ -44,6 +45,16 @@ def clean_points(trials: list[Trial]) -> list[tuple[int, int]]:
         if trial.fits and trial.num_alloc_retries == 0 and trial.peak_reserved_bytes
     }
     return sorted(clean.items())
+
+
+def held_points(trials: list[Trial]) -> list[tuple[int, int]]:
+    """Return (batch size, bytes that tensors hold at most), in order.
+
+    Args:
+        trials: Trials that fitted. Of a batch size that was tried twice, the later one counts.
+    """
+    held = {t.batch_size: t.peak_allocated_bytes for t in trials if t.peak_allocated_bytes}
+    return sorted(held.items())
 
 
 def edge(points: list[tuple[int, int]], limit_bytes: int) -> int | None:

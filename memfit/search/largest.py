@@ -410,34 +410,35 @@ class _Search:
         )
 
     def _clean_points(self) -> list[tuple[int, int]]:
-        return extrapolate.clean_points(
-            [trial for trial in self._trials if trial.batch_size in self._fits]
-        )
+        return extrapolate.clean_points(self._fitted())
+
+    def _fitted(self) -> list[Trial]:
+        return [trial for trial in self._trials if trial.batch_size in self._fits]
 
     def _is_cramped(self, low: int) -> bool:
-        """Whether reserved bytes say no more: `low` needs retries, or is beyond their edge."""
-        if not self._has_retries or self._capacity_bytes is None:
-            return False
-        edge = extrapolate.edge(self._clean_points(), self._capacity_bytes)
-        return (edge is not None and edge < low) or any(
-            trial.batch_size == low and trial.fits and trial.num_alloc_retries
-            for trial in self._trials
-        )
+        """Whether reserved bytes say no more, where an allocator gives back its cache."""
+        return self._has_retries and self._is_beyond(low, self._clean_edge())
+
+    def _is_beyond(self, low: int, edge: int | None) -> bool:
+        """Whether `low` needs retries, or is beyond the edge that the bytes without them show."""
+        retried = (t for t in self._trials if t.batch_size == low and t.fits)
+        return (edge is not None and edge < low) or any(t.num_alloc_retries for t in retried)
+
+    def _clean_edge(self) -> int | None:
+        if self._capacity_bytes is None:
+            return None
+        return extrapolate.edge(self._clean_points(), self._capacity_bytes)
 
     def _expected_edge(self, low: int) -> int | None:
         """Return where the bytes say the edge is: `low` at least, perhaps beyond the ceiling."""
         if self._capacity_bytes is None:
             return None
-        edge = extrapolate.edge(self._clean_points(), self._capacity_bytes)
-        if self._is_cramped(low) or (edge is not None and edge < low):
+        edge = self._clean_edge()
+        if self._is_beyond(low, edge):
             # It fits beyond what was reserved before: the allocator has begun to give back its
             # cache and ask again, and what tensors hold decides.
-            allocated = {
-                trial.batch_size: trial.peak_allocated_bytes
-                for trial in self._trials
-                if trial.batch_size in self._fits and trial.peak_allocated_bytes
-            }
-            most = extrapolate.most_edge(sorted(allocated.items()), self._capacity_bytes)
+            held = extrapolate.held_points(self._fitted())
+            most = extrapolate.most_edge(held, self._capacity_bytes)
             edge = max(most, low) if most is not None else edge and max(edge, low)
         if edge is not None and self._hint is not None:
             # A line through points that a hint has put close together reaches no further than the
