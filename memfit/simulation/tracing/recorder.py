@@ -80,7 +80,6 @@ class Recorder:
         self._tried_plans: set[Any] = set()
         self.num_operations = 0
         self.forward_flops = 0
-        self.counts_flops = False
         self.has_tf32 = False
         self._sole_owner = _sole_owner()
         self._add = aten(_ADD)
@@ -91,7 +90,8 @@ class Recorder:
         self._known = KnownValues()
         self._is_closed = False
         self._residents: list[Event] = []
-        self._looks_for_residents = True
+        # Until its end: what residents it uses is seen, and its operations are counted.
+        self._is_first_iteration = True
 
     def handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and record what it allocates."""
@@ -102,7 +102,7 @@ class Recorder:
 
     def _handle(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.num_operations += 1
-        if self._looks_for_residents:
+        if self._is_first_iteration:
             self._see_arguments(args)
         if func is self._add and self._accumulates_in_place(*args):
             return args[0]
@@ -115,7 +115,7 @@ class Recorder:
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
-        if self.counts_flops:
+        if self._is_first_iteration:
             formula = flops_formula(func)
             if formula is not None and graph_task() == -1:
                 self.forward_flops += int(formula(*args, **kwargs, out_val=result))
@@ -200,7 +200,7 @@ class Recorder:
         Call it once, after the first iteration. For example, a loss function may use tensors that
         belong to no module.
         """
-        self._looks_for_residents = False
+        self._is_first_iteration = False
         found, self._residents = self._residents, []
         return found
 

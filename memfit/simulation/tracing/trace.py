@@ -251,8 +251,7 @@ class _Recording:
         recorder, draws = self.recorder, self._draws
         recorder.forget_plans()
         before = recorder.num_answers
-        recorder.num_operations = 0
-        recorder.counts_flops = is_first
+        recorder.num_operations = recorder.forward_flops = 0
         is_watched = draws.share is not None or is_first
         with self.prepared.drawing(draws) if is_watched else contextlib.nullcontext():
             self.prepared.accumulate(batch_size)
