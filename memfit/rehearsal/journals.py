@@ -57,6 +57,7 @@ class Report:
         ran_out: Whether its last error is out of memory.
         faults: The errors of the watch itself.
         left_out: The buffers of cuDNN that were used and not counted.
+        searches_plans: Whether `torch.backends.cudnn.benchmark` was on.
         suspects: Lines that read what no kernel computed, before its last error.
     """
 
@@ -71,6 +72,7 @@ class Report:
     ran_out: bool
     faults: tuple[str, ...]
     left_out: tuple[str, ...]
+    searches_plans: bool
     suspects: tuple[str, ...]
 
 
@@ -131,6 +133,7 @@ def _report(path: Path) -> Report:
             for index, name in enumerate(_LEFT_OUT)
             if any(line.get("left_out", 0) >> index & 1 for line in lines)
         ),
+        searches_plans=any(line.get("searches_plans") for line in lines),
         suspects=tuple(next(of("exit"), {}).get("suspects", ())),
     )
 

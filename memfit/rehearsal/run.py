@@ -252,16 +252,27 @@ def _notes(
             "The command compiles code. memfit cannot tell phases and modules "
             "apart in compiled code."
         )
+    yield from _of_cudnn(reports)
+    yield from _blame(reports, exit_code)
+    for report in reports:
+        for fault in report.faults:
+            yield f"memfit failed to watch the command, so figures may be missing: {fault}."
+
+
+def _of_cudnn(reports: Sequence[Report]) -> Iterator[str]:
+    """Say where cuDNN does otherwise than on a card."""
+    if any(report.searches_plans and report.is_rehearsed for report in reports):
+        yield (
+            "torch.backends.cudnn.benchmark is on. On a card the fastest plan of a convolution "
+            "wins. Here nothing is timed: the first plan of cuDNN's heuristics wins every time, "
+            "and the search takes the workspace of the largest."
+        )
     left_out = dict.fromkeys(name for report in reports for name in report.left_out)
     if left_out:
         yield (
             "cuDNN does not say without a GPU how many bytes these take, so they are not counted: "
             f"{', '.join(left_out)}."
         )
-    yield from _blame(reports, exit_code)
-    for report in reports:
-        for fault in report.faults:
-            yield f"memfit failed to watch the command, so figures may be missing: {fault}."
 
 
 def _blame(reports: Sequence[Report], exit_code: int) -> Iterator[str]:

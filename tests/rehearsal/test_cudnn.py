@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from memfit.cards import Gpu, find_gpu
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.rehearsal.run import rehearse_command
 
 from .conftest import Rehearsed
 
@@ -253,3 +256,26 @@ def _properties(gpu: Gpu) -> bytes:
         "deviceName": "any",
     }
     return json.dumps(values).encode()
+
+
+@pytest.mark.rehearses
+@pytest.mark.parametrize("searches", [False, True])
+def test_the_report_says_which_plan_a_search_takes(
+    tmp_path: Path,
+    searches: bool,
+) -> None:
+    """Here the first plan wins every time, and on a card the fastest one."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\n"
+        f"torch.backends.cudnn.benchmark = {searches}\n"
+        "model = torch.nn.Conv2d(3, 8, 3).cuda()\n"
+        "optimizer = torch.optim.SGD(model.parameters(), 0.1)\n"
+        "model(torch.zeros(2, 3, 8, 8, device='cuda')).sum().backward()\n"
+        "optimizer.step()\n"
+    )
+    command = [sys.executable, str(script)]
+    card = find_gpu("rtx3060")
+    found = rehearse_command(command, card, rehearsed_environment(card))
+    said = [note for note in found.rehearsal.notes if "cudnn.benchmark is on" in note]
+    assert len(said) == searches

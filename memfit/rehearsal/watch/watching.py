@@ -320,6 +320,7 @@ class Watch:
             phases=self._phase_peaks,
             reads=self._reads.take(),
             left_out=self._reads.left_out(),
+            searches_plans=self._torch.backends.cudnn.benchmark,
             has_modules=self._modules.are_followed,
             **fields,
         )
@@ -346,6 +347,7 @@ class Watch:
                 "phases": self._phase_peaks,
                 "reads": self._reads.take(),
                 "left_out": self._reads.left_out(),
+                "searches_plans": self._torch.backends.cudnn.benchmark,
                 **self._rank(),
             }
             # A library may ask again and again; which request is the last is known in the end.
