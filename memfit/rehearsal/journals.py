@@ -32,8 +32,8 @@ _PHASES: Final = ("setup", "data", "forward", "backward", "optimizer", "evaluati
 _EXPECTED: Final = (("amp/grad_scaler.py", ReadKind.NUMBER),)
 # By the bits of `libraries.h` in the device.
 _LEFT_OUT: Final = (
-    "part of the workspace of recurrent layers",
-    "the states of their dropout",
+    "buffers of plain recurrent layers (nn.RNN), of which a part is supposed",
+    "the states of dropout between recurrent layers",
     "the workspace of CTC loss",
     "the workspace of batch normalization in channels_last",
 )

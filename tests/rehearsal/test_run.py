@@ -260,7 +260,7 @@ def test_a_rank_is_alone_and_every_rank_has_its_objects(capfd: pytest.CaptureFix
     (process,) = found.processes
     assert process.rank == 3
     assert [note.partition(":")[2] for note in found.notes] == [
-        " part of the workspace of recurrent layers, the states of their dropout."
+        " the states of dropout between recurrent layers."
     ]
 
 

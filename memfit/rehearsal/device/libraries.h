@@ -27,7 +27,7 @@ void copy_columns(void *to, size_t to_stride, const void *from, size_t from_stri
 
 /* What is not counted, because cuDNN says its size to a handle of a real device only. The watch asks
    which of it was used. */
-enum { RECURRENT_WORKSPACE = 1, DROPOUT_STATES = 2, CTC_WORKSPACE = 4, BATCH_NORM_WORKSPACE = 8 };
+enum { PLAIN_RECURRENCE = 1, DROPOUT_STATES = 2, CTC_WORKSPACE = 4, BATCH_NORM_WORKSPACE = 8 };
 void leave_out(unsigned what);
 
 /* Work on a device. The handle comes first in all of these libraries. */
