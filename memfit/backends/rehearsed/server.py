@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import signal
@@ -106,6 +107,8 @@ def _serve(connection: Connection, opening: Open) -> None:
     """Serve one card, in the child, and leave without running the parent's exit code."""
     os.environ.update(opening.environment)
     sys.path[:] = opening.search_path
+    # What was imported stays. Each trial runs the collector twice, which would walk through it all.
+    gc.freeze()
     # It is about speed, and the trial's DistributedDataParallel is memfit's.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
