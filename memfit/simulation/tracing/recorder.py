@@ -129,9 +129,7 @@ class Recorder:
         for line in script:
             if isinstance(line, Make):
                 made = [outputs[index] for index in line.indices] if line.indices else outputs
-                for output in made:
-                    if isinstance(output, torch.Tensor):
-                        self._see(output, name_of(func), args)
+                self._see_made(made, name_of(func), args)
             elif isinstance(line, Drop):
                 for name in line.names:
                     self._give_back(taken.pop(name, None))
@@ -141,6 +139,13 @@ class Recorder:
                     taken[line.name] = number
         for number in reversed(taken.values()):
             self._give_back(number)
+
+    def _see_made(self, made: Iterable[Any], origin: str, args: tuple[Any, ...]) -> None:
+        for output in made:
+            if isinstance(output, torch.Tensor):
+                self._see(output, origin, args)
+            elif isinstance(output, list):
+                self._see_made(output, origin, args)
 
     def _accumulates_in_place(self, gradient: Any, more: Any) -> bool:
         """Whether the autograd engine would sum these two gradients in place.

@@ -10,15 +10,24 @@ Source: aten/src/ATen/native/cudnn/RNN.cpp, and aten/src/ATen/cudnn/AutocastRNN.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
 from memfit._torch_private import aten
+from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace, contiguous_copy
 
-__all__ = ["RECURRENT", "Recurrence", "is_padded", "recur", "recur_backward", "with_reserve"]
+__all__ = [
+    "RECURRENT",
+    "Recurrence",
+    "is_padded",
+    "on_cuda",
+    "recur",
+    "recur_backward",
+    "recurrent_backward_script",
+    "recurrent_script",
+]
 
 RECURRENT: Final = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 """torch's names of the layers, and cuDNN's number for each (`cudnnRNNMode_t`)."""
@@ -27,6 +36,8 @@ _LSTM: Final = RECURRENT["lstm"]
 _NUM_GATES: Final = (1, 1, 4, 3)
 _NUM_KEPT: Final = (1, 1, 5, 6)
 _NUM_ARGUMENTS: Final = 9
+# Autocast always casts to this type for cuDNN, also where all else is bfloat16 (AutocastRNN.cpp).
+_AUTOCAST_DTYPE: Final = torch.float16
 
 
 def is_padded(args: tuple[Any, ...]) -> bool:
@@ -36,7 +47,7 @@ def is_padded(args: tuple[Any, ...]) -> bool:
 
 def recur(  # noqa: PLR0917 - the signature of what it stands in for
     name: str,
-    dtype: torch.dtype | None,
+    is_autocast: bool,
     data: torch.Tensor,
     states: Any,
     weights: Sequence[torch.Tensor],
@@ -51,7 +62,7 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
 
     Args:
         name: One of `RECURRENT`.
-        dtype: The type that autocast casts to; `None` outside of autocast.
+        is_autocast: Whether autocast casts the arguments.
         data: Shape (steps, samples, features), or samples first.
         states: The initial hidden state, of shape (layers x directions, samples, hidden). For an
             LSTM, also the initial cell state.
@@ -67,10 +78,12 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
     """
     mode = RECURRENT[name]
     hidden, cell = states if mode == _LSTM else (states, None)
-    if dtype is not None:
-        data, hidden = data.to(dtype), hidden.to(dtype)
-        cell = None if cell is None else cell.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
+    if is_autocast:
+        if weights[0].dtype is not _AUTOCAST_DTYPE:
+            weights = _Flattened.apply(*weights)
+        # The C++ compiler evaluates the arguments from the last one to the first.
+        cell = None if cell is None else cell.to(_AUTOCAST_DTYPE)
+        hidden, data = hidden.to(_AUTOCAST_DTYPE), data.to(_AUTOCAST_DTYPE)
     directions = 2 if bidirectional else 1
     projection = hidden.shape[-1] if cell is not None and hidden.shape != cell.shape else 0
     output, last_hidden, last_cell, _, _ = aten("_cudnn_rnn.default")(
@@ -93,6 +106,28 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
         None,
     )
     return (output, last_hidden) if cell is None else (output, last_hidden, last_cell)
+
+
+class _Flattened(torch.autograd.Function):
+    """Casts weights into one buffer. Their gradients are cast back, the last one first."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return tuple(_in_one_buffer(weights[0].new_empty(0, dtype=_AUTOCAST_DTYPE), weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        pairs = zip(reversed(gradients), reversed(ctx.dtypes), strict=True)
+        cast = [None if gradient is None else gradient.to(dtype) for gradient, dtype in pairs]
+        return tuple(reversed(cast))
+
+
+def _in_one_buffer(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of the shapes of weights, of one type, next to one another in one storage."""
+    sizes = [weight.numel() for weight in weights]
+    parts = like.new_empty(sum(sizes)).split(sizes)
+    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,28 +194,30 @@ class Recurrence:
         return self.steps * self._state_bytes * states
 
     @property
-    def workspace_bytes(self) -> int:
-        """Bytes that each call takes, for transposed weights and some states of every layer."""
+    def workspace(self) -> Workspace:
+        """What each call takes, for transposed weights and some states of every layer."""
         states = self.layers * (3 * _NUM_GATES[self.mode] - 1)
-        return self.weights * self.item_bytes + self._state_bytes * states
+        num_bytes = self.weights * self.item_bytes + self._state_bytes * states
+        return Workspace(name="recurrent layer", num_bytes=num_bytes)
 
     @property
     def _state_bytes(self) -> int:
         return self.samples * self.hidden * self.directions * self.item_bytes
 
 
-def with_reserve(args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the result of `_cudnn_rnn` with the reserve that it has on CUDA.
+def on_cuda(args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the result of `_cudnn_rnn` with the layout and the reserve that it has on CUDA.
 
     Args:
         args: The operation's arguments.
         result: The result on the meta device, where the reserve is empty.
     """
-    data, is_trained = args[0], args[12]
+    data, weights, options, is_trained = args[0], args[1], args[6:14], args[12]
+    output = _made_steps_first(result[0], options)
     if not is_trained:
-        return result
-    num_bytes = Recurrence.of(data, args[1], args[6:14]).reserve_bytes
-    return (*result[:3], data.new_empty(num_bytes, dtype=torch.uint8), *result[4:])
+        return (output, *result[1:])
+    num_bytes = Recurrence.of(data, weights, options).reserve_bytes
+    return (output, *result[1:3], data.new_empty(num_bytes, dtype=torch.uint8), *result[4:])
 
 
 def recur_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -194,18 +231,75 @@ def recur_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
         are views of one buffer.
     """
     data, weights, _, _, hidden, cell = args[:6]
-    needed = args[-1]
-    gradients: list[torch.Tensor | None] = [None] * len(weights)
-    if needed[3]:
-        flat = data.new_empty(sum(weight.numel() for weight in weights))
-        start = 0
-        for index, weight in enumerate(weights):
-            end = start + math.prod(weight.shape)
-            gradients[index] = flat[start:end].view(weight.shape)
-            start = end
+    is_trained = args[-1][3]
     return (
-        torch.empty_like(data, memory_format=torch.contiguous_format),
+        _made_steps_first(data, args[10:18]),
         torch.empty_like(hidden),
         None if cell is None else torch.empty_like(cell),
-        gradients,
+        _in_one_buffer(data, weights) if is_trained else [None] * len(weights),
     )
+
+
+def recurrent_script(args: tuple[Any, ...]) -> Script:
+    """Return what `_cudnn_rnn` takes, in order: the reserve comes after the workspace.
+
+    Args:
+        args: The operation's arguments.
+    """
+    data, weights, options = args[0], args[1], args[6:14]
+    copied = _steps_first("input, steps first", data, options)
+    workspace = Recurrence.of(data, weights, options).workspace
+    return (*copied, Make((0, 1, 2)), workspace, Make((3,)), _dropped(workspace, *copied))
+
+
+def recurrent_backward_script(args: tuple[Any, ...]) -> Script:
+    """Return what `_cudnn_rnn_backward` takes, in order: first for the input, then for the weights.
+
+    Args:
+        args: The operation's arguments.
+    """
+    data, weights, options, is_trained = args[0], args[1], args[10:18], args[-1][3]
+    outputs = zip(("hidden state", "cell state"), args[4:6], args[8:10], strict=True)
+    zeros = [
+        Workspace.copy_of(state, f"gradient of the {name}")
+        for name, state, gradient in outputs
+        if state is not None and gradient is None
+    ]
+    copied = _steps_first("input, steps first", data, options)
+    gradient = _steps_first("gradient, steps first", args[7], options)
+    workspace = Recurrence.of(data, weights, options).workspace
+    of_weights = (*copied, Make((3,)), workspace, _dropped(workspace, *copied))
+    return (
+        *zeros,
+        *copied,
+        *gradient,
+        Make((0, 1, 2)),
+        workspace,
+        _dropped(workspace, *gradient, *copied),
+        *(of_weights if is_trained else ()),
+    )
+
+
+def _made_steps_first(like: torch.Tensor, options: Sequence[Any]) -> torch.Tensor:
+    """Return a sequence as cuDNN writes it: its steps come first in memory, in either order."""
+    if not options[4]:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    samples, steps, width = like.shape
+    return like.new_empty(steps, samples, width).transpose(0, 1)
+
+
+def _steps_first(
+    name: str, tensor: torch.Tensor | None, options: Sequence[Any]
+) -> tuple[Workspace, ...]:
+    """Return the copy that cuDNN needs of a sequence; nothing for one with its steps first.
+
+    Source: `input.transpose(0, 1)` and `.contiguous()` in aten/src/ATen/native/cudnn/RNN.cpp.
+    """
+    if tensor is None:
+        return ()
+    is_batch_first = options[4]
+    return contiguous_copy(name, tensor.transpose(0, 1) if is_batch_first else tensor)
+
+
+def _dropped(*workspaces: Workspace) -> Drop:
+    return Drop.of(*(workspace.name for workspace in workspaces))

@@ -96,7 +96,7 @@ class CudaSemantics(TorchFunctionMode):
         func = self._stand_ins.get(name, func)
         autocast = self._autocast if self._autocast.is_active else None
         if name in RECURRENT and is_padded(args):
-            return recur(name, None if autocast is None else autocast.dtype, *args)
+            return recur(name, autocast is not None, *args)
         if autocast is not None:
             return autocast.call(func, name, args, kwargs)
         return func(*args, **kwargs)

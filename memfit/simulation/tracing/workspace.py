@@ -24,9 +24,14 @@ from memfit.simulation.tracing.convolutions import (
     layout_of,
 )
 from memfit.simulation.tracing.outputs import outputs
-from memfit.simulation.tracing.recurrent import Recurrence, recur_backward, with_reserve
+from memfit.simulation.tracing.recurrent import (
+    on_cuda,
+    recur_backward,
+    recurrent_backward_script,
+    recurrent_script,
+)
 from memfit.simulation.tracing.scratch import scratch_of, torch_release
-from memfit.simulation.tracing.scripts import ALONE, OUTPUTS, Script, Workspace
+from memfit.simulation.tracing.scripts import ALONE, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]
 
@@ -90,7 +95,7 @@ class Kernels:
             result = func(*args, **kwargs)
             return result.contiguous(memory_format=layout_of(args[0], args[1]))
         if name == "_cudnn_rnn":
-            return with_reserve(args, func(*args, **kwargs))
+            return on_cuda(args, func(*args, **kwargs))
         if name == "_cudnn_rnn_backward":
             return recur_backward(args)
         if self.torch_release < RANDOM_STATE_ON_GPU:
@@ -114,9 +119,9 @@ class Kernels:
         if name == "convolution_backward":
             return backward_script(args, result, self._convolution)
         if name == "_cudnn_rnn":
-            return (OUTPUTS, _recurrent(args[1], args[6:14], args[0]))
+            return recurrent_script(args)
         if name == "_cudnn_rnn_backward":
-            return (OUTPUTS, _recurrent(args[1], args[10:18], args[0], args[6]))
+            return recurrent_backward_script(args)
         return ALONE
 
     def _convolution(
@@ -167,14 +172,3 @@ class Kernels:
 def _own_name(func: Any) -> str | None:
     """Return the name of an operation that is handled here; `None` for all others."""
     return next((name for name in _HANDLED if func is aten_if_there(f"{name}.default")), None)
-
-
-def _recurrent(weights: Any, options: Any, *tensors: torch.Tensor) -> Workspace:
-    """Return cuDNN's workspace, and the copies with time steps first if samples come first.
-
-    Source: `input.transpose(0, 1)` and `.contiguous()` in aten/src/ATen/native/cudnn/RNN.cpp.
-    """
-    num_bytes = Recurrence.of(tensors[0], weights, options).workspace_bytes
-    if options[4]:
-        num_bytes += sum(t.numel() * t.element_size() for t in tensors)
-    return Workspace(name="recurrent layer", num_bytes=num_bytes, is_needed=True)

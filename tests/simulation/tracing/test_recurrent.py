@@ -36,7 +36,7 @@ def test_bytes_are_those_that_cudnn_asked_for(
         item_bytes=4,
     )
     assert recurrence.reserve_bytes == reserve
-    assert recurrence.workspace_bytes == workspace
+    assert recurrence.workspace.num_bytes == workspace
 
 
 class Tagger(nn.Module):
