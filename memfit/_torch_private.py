@@ -21,6 +21,7 @@ from memfit.errors import UnsupportedError
 __all__ = [
     "NEEDS",
     "allocator_snapshot",
+    "any_autocast",
     "aten",
     "aten_if_there",
     "capturable_supported_on",
@@ -168,9 +169,6 @@ def _of(value: Any, name: str) -> Any:
         raise _missing(name, NEEDS[name]) from None
 
 
-# --- batches and modules ------------------------------------------------------------------------
-
-
 class _Pytree:
     """`torch.utils._pytree`, which walks tuples, lists, dictionaries and registered classes."""
 
@@ -202,9 +200,7 @@ def clear_blas_workspaces() -> None:
     """Release the megabytes that cuBLAS keeps on the current GPU, if this torch can do it."""
     import torch
 
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:
-        clear()
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
 
 
 def mkldnn_layout() -> Any:
@@ -212,9 +208,6 @@ def mkldnn_layout() -> Any:
     import torch
 
     return getattr(torch, "_mkldnn", None)
-
-
-# --- operations ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -242,6 +235,13 @@ def plainly() -> contextlib.AbstractContextManager[Any]:
     import torch
 
     return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
+
+
+def any_autocast() -> tuple[Any, str]:
+    """Return where torch keeps the function that says whether any autocast is on, and its name."""
+    import torch
+
+    return torch._C, "_is_any_autocast_enabled"
 
 
 def schema_of(func: Any) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from pinned import IS_PINNED
+from torch import nn
 
 from memfit.api.cards import Cards
 from memfit.api.steps import describe
@@ -16,6 +18,7 @@ from memfit.backends import with_precision
 from memfit.backends.simulated import SimulatedBackend
 from memfit.records import Engine
 from memfit.simulation.cudnn.plans import missing_cudnn
+from memfit.step.workload import Workload
 
 pytestmark = [
     pytest.mark.rehearses,
@@ -30,6 +33,7 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("test_resnet", {"precision": "fp32", "optimizer": "momentum"}),
     ("fasternet_t0", {"precision": "amp-bf16", "optimizer": "adamw"}),
     ("resnet10t", {"precision": "amp-bf16", "channels_last": True, "optimizer": "adamw"}),
+    ("sequencer2d_s", {"precision": "amp-bf16", "optimizer": "adamw"}),
     ("convnextv2_atto", {"precision": "amp-bf16", "optimizer": "adamw"}),
 )
 
@@ -78,3 +82,48 @@ def test_the_edge_is_the_rehearsed_edge() -> None:
     if IS_PINNED:
         assert guessed[0].num_alloc_retries == real[0].num_alloc_retries
         assert guessed[0].peak_reserved_bytes == real[0].peak_reserved_bytes
+
+
+class Tagger(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        width = 48 * (2 if options.get("bidirectional") else 1)
+        self.embed = nn.Linear(24, 64)
+        self.layer = kind(64, 48, **options)  # type: ignore[arg-type]
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Return scores for each step."""
+        outputs, _ = self.layer(self.embed(sequences))
+        scores: torch.Tensor = self.head(outputs)
+        return scores
+
+
+def of_first_step(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss, of one step of each sequence."""
+    return nn.functional.cross_entropy(scores[:, 0], labels)
+
+
+_TAGGERS: tuple[tuple[type[nn.RNNBase], dict[str, Any], str], ...] = (
+    (nn.LSTM, {"batch_first": True, "bidirectional": True}, "amp-bf16"),
+    (nn.LSTM, {"batch_first": True, "num_layers": 2}, "fp32"),
+    (nn.GRU, {"batch_first": True}, "amp-bf16"),
+    (nn.GRU, {"bidirectional": True}, "amp-bf16"),
+)
+
+
+def test_recurrent_layers_take_the_same_bytes() -> None:
+    """Casts, copies with the steps first, the reserve, the workspace and the weights' gradients."""
+    with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
+        for kind, options, precision in _TAGGERS:
+            batch = (torch.zeros(4, 12, 24), torch.zeros(4, dtype=torch.long))
+            workload = Workload(Tagger(kind, **options), batch, of_first_step, "adamw")
+            step = describe(workload, precision=precision)
+            found = []
+            for cards in (rehearsed, simulated):
+                with cards.open("rtx3090", None, step) as card:
+                    trial = card.trial(with_precision(step, card), 512)
+                found.append((trial.peak_requested_bytes, trial.peak_allocated_bytes))
+            assert found[0] == found[1], (kind, options, precision)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 
+from memfit._torch_private import any_autocast
 from memfit.simulation.tracing.autocast import CudaAutocast
 
 __all__ = ["regions_followed"]
@@ -33,6 +34,9 @@ def regions_followed(autocast: CudaAutocast) -> Iterator[None]:
             stack.enter_context(_replaced(mode, name, method))
         for name, function in _questions(autocast).items():
             stack.enter_context(_replaced(torch, name, function))
+        home, name = any_autocast()
+        is_any = getattr(home, name)
+        stack.enter_context(_replaced(home, name, lambda: autocast.is_active or is_any()))
         stack.enter_context(_replaced(torch.amp, "is_autocast_available", _available(torch.amp)))
         yield
 

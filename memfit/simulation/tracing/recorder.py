@@ -180,21 +180,47 @@ class Recorder:
             tensors: The tensors, in the order in which they were moved. One that comes again is
                 recorded once.
             moves_twice: Weights of convolutions were moved again, to the layout of channels-last
-                images. Each had two copies for a moment.
+                images. Each had two copies for a moment. So had those of a recurrent layer.
         """
-        first_copies: dict[int, tuple[torch.Tensor, int]] = {}
-        for tensor in tensors:
-            if not (moves_twice and tensor.ndim in _DIMS_OF_IMAGES):
+        copies: dict[int, tuple[torch.Tensor, int]] = {}
+        # Tensors that are moved alone, and then joined in one storage: by the storage, the tensor.
+        parts: dict[int, dict[int, tuple[torch.Tensor, int]]] = {}
+        for tensor in filter(_is_on_meta, tensors):
+            storage = tensor.untyped_storage()
+            key, num_bytes = storage_id(storage), storage.nbytes()
+            if key in self._ids or key in copies:
+                continue
+            is_part = 0 < tensor.nbytes < num_bytes
+            if is_part and not self._completes(tensor, parts.setdefault(key, {})):
+                continue
+            if moves_twice and (is_part or tensor.ndim in _DIMS_OF_IMAGES):
+                copies[key] = tensor, self._take_for(tensor, num_bytes)
+            else:
                 self.see(tensor)
-            elif id(tensor) not in first_copies:
-                number = self._take_id()
-                first_copies[id(tensor)] = tensor, number
-                num_bytes = tensor.untyped_storage().nbytes()
-                self._write(Action.ALLOC, number, num_bytes, "model in its first layout")
-                if self._watcher is not None:
-                    self._watcher.allocated(number, tensor, ())
-        for tensor, number in first_copies.values():
-            self.see(tensor)
+            self._give_back_all(parts.pop(key, {}))
+        # A model may also hold a part of a tensor and not the rest.
+        for moved in (*parts.values(), *({key: copy} for key, copy in copies.items())):
+            for tensor, _ in moved.values():
+                self.see(tensor)
+            self._give_back_all(moved)
+
+    def _completes(self, part: torch.Tensor, others: dict[int, tuple[torch.Tensor, int]]) -> bool:
+        """Record a part of a storage that is moved alone, and say whether it is the last one."""
+        if id(part) not in others:
+            others[id(part)] = part, self._take_for(part, part.nbytes)
+        return (
+            sum(tensor.nbytes for tensor, _ in others.values()) >= part.untyped_storage().nbytes()
+        )
+
+    def _take_for(self, tensor: torch.Tensor, num_bytes: int) -> int:
+        number = self._take_id()
+        self._write(Action.ALLOC, number, num_bytes, "model, before its last move")
+        if self._watcher is not None:
+            self._watcher.allocated(number, tensor, ())
+        return number
+
+    def _give_back_all(self, copies: dict[int, tuple[torch.Tensor, int]]) -> None:
+        for _, number in copies.values():
             self._give_back(number)
             if self._watcher is not None:
                 self._watcher.freed(number)
@@ -317,6 +343,10 @@ class Recorder:
 
     def _write(self, action: Action, number: int, num_bytes: int, origin: str) -> None:
         self._events.append(Event(action=action, id=number, num_bytes=num_bytes, origin=origin))
+
+
+def _is_on_meta(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_meta
 
 
 def _is_backward() -> bool:

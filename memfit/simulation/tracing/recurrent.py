@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from memfit._torch_private import aten
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace, contiguous_copy
@@ -22,6 +23,7 @@ __all__ = [
     "RECURRENT",
     "Recurrence",
     "is_padded",
+    "join_weights",
     "on_cuda",
     "recur",
     "recur_backward",
@@ -36,6 +38,7 @@ _LSTM: Final = RECURRENT["lstm"]
 _NUM_GATES: Final = (1, 1, 4, 3)
 _NUM_KEPT: Final = (1, 1, 5, 6)
 _NUM_ARGUMENTS: Final = 9
+_OF_CUDNN: Final = frozenset((torch.float16, torch.float32, torch.float64))
 # Autocast always casts to this type for cuDNN, also where all else is bfloat16 (AutocastRNN.cpp).
 _AUTOCAST_DTYPE: Final = torch.float16
 
@@ -108,6 +111,25 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
     return (output, last_hidden) if cell is None else (output, last_hidden, last_cell)
 
 
+def join_weights(model: nn.Module) -> None:
+    """Give the weights of each recurrent layer one storage, as `flatten_parameters` does on CUDA.
+
+    Args:
+        model: A model on the meta device.
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.RNNBase):
+            continue
+        weights = [weight for layer in module.all_weights for weight in layer]
+        dtypes = {weight.dtype for weight in weights}
+        # Others, and weights that another layer has too, stay as they are.
+        are_plain = all(isinstance(weight, nn.Parameter) for weight in weights)
+        if are_plain and len(dtypes) == 1 and dtypes <= _OF_CUDNN:
+            parts = _in_one_buffer(weights[0].data, weights)
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data = part
+
+
 class _Flattened(torch.autograd.Function):
     """Casts weights into one buffer. Their gradients are cast back, the last one first."""
 
@@ -124,7 +146,7 @@ class _Flattened(torch.autograd.Function):
 
 
 def _in_one_buffer(like: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors of the shapes of weights, of one type, next to one another in one storage."""
+    """Return tensors of the shapes of weights, next to one another in one storage."""
     sizes = [weight.numel() for weight in weights]
     parts = like.new_empty(sum(sizes)).split(sizes)
     return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
@@ -259,16 +281,16 @@ def recurrent_backward_script(args: tuple[Any, ...]) -> Script:
         args: The operation's arguments.
     """
     data, weights, options, is_trained = args[0], args[1], args[10:18], args[-1][3]
-    outputs = zip(("hidden state", "cell state"), args[4:6], args[8:10], strict=True)
-    zeros = [
-        Workspace.copy_of(state, f"gradient of the {name}")
-        for name, state, gradient in outputs
+    states = zip(args[4:6], args[8:10], strict=True)
+    zeros = tuple(
+        Workspace.copy_of(state, f"gradient of last state {index}")
+        for index, (state, gradient) in enumerate(states)
         if state is not None and gradient is None
-    ]
+    )
     copied = _steps_first("input, steps first", data, options)
     gradient = _steps_first("gradient, steps first", args[7], options)
     workspace = Recurrence.of(data, weights, options).workspace
-    of_weights = (*copied, Make((3,)), workspace, _dropped(workspace, *copied))
+    of_weights: Script = (*copied, Make((3,)), workspace, _dropped(workspace, *copied))
     return (
         *zeros,
         *copied,

@@ -31,6 +31,7 @@ from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.model_facts import ModelFacts
 from memfit.simulation.tracing.recorder import PLANS_TRIED, Recorder, Watcher
+from memfit.simulation.tracing.recurrent import join_weights
 from memfit.simulation.tracing.refusals import explained, repeats
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
 from memfit.simulation.tracing.workspace import Kernels
@@ -233,6 +234,7 @@ class _Recording:
             if watcher is not None:
                 stack.enter_context(watcher.watch(prepared, recorder.mark))
             stack.callback(recorder.close)
+            join_weights(prepared.model)
             stack.enter_context(self.semantics)
             stack.enter_context(dispatched(recorder.handle))
             # The model is there before the step begins to hold more: averages, an optimizer's

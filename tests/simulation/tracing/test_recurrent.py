@@ -76,6 +76,21 @@ def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: 
     assert not {origin for origin in origins if "tanh" in origin or "sigmoid" in origin}
 
 
+def test_takes_an_input_that_autocast_cast() -> None:
+    """torch refuses an input of another type than the weights, unless autocast is on."""
+
+    class Embedded(Tagger):
+        def __init__(self) -> None:
+            super().__init__(nn.LSTM)
+            self.embed = nn.Linear(FEATURES, FEATURES)
+
+        def forward(self, data: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.embed(data))
+
+    events = traced(Embedded(), Precision.AMP_BF16).schedule.later.events
+    assert any("_cudnn_rnn_backward" in event.origin for event in events)
+
+
 def test_keeps_the_reserve_until_backward() -> None:
     """These are four gates and a cell's state, in the precision of autocast."""
     for precision, item in ((Precision.FP32, 4), (Precision.AMP_BF16, 2)):
