@@ -303,7 +303,7 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
     elif any(trial.workspaces is WorkspaceSource.BOUND for trial in result.trials):
         said.append(
             "The workspaces of the convolutions are bounds, because cuDNN could not be asked "
-            "(pip install 'memfit[cudnn]', for NVIDIA's cards)."
+            "(a torch for CUDA brings it, from cuDNN 9.8 on; it knows NVIDIA's cards)."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left >= MIB:

@@ -10,24 +10,30 @@ Source: aten/src/ATen/native/cudnn/Conv_v8.cpp (which plans torch asks for, leav
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import itertools
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 
+from memfit.simulation.cudnn.backend_api import (
+    BACKWARD_DATA,
+    BACKWARD_FILTER,
+    FORWARD,
+    CudnnError,
+    Descriptors,
+    load_cudnn,
+)
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
 
 __all__ = ["ANY_QUESTION", "CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
 _FIRST_VERSION: Final = 90800
-_PACKAGE: Final = "cudnn"
 # What cuDNN wants to know about a card. For 72 convolutions, only `deviceVer` (the compute
 # capability) changed plans and workspaces. So the other values are those of one card.
 _SOME_CARD: Final[dict[str, Any]] = {
@@ -54,9 +60,22 @@ _SOME_CARD: Final[dict[str, Any]] = {
     "driverVer": 13020,
     "deviceName": "GPU",
 }
-_DTYPES: Final = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BFLOAT16"}
-
-_log = logging.getLogger(__name__)
+# cudnnDataType_t
+_DTYPES: Final = {"float32": 0, "float16": 2, "bfloat16": 9}
+_ROLES: Final = {
+    ConvolutionKernel.FORWARD: FORWARD,
+    ConvolutionKernel.DATA: BACKWARD_DATA,
+    ConvolutionKernel.FILTER: BACKWARD_FILTER,
+}
+# cudnnBackendHeurMode_t: torch takes the first plan of both lists.
+_HEURISTICS: Final = 3
+_FALLBACK: Final = 2
+# cudnnBackendNumericalNote_t
+_TENSOR_CORE: Final = 0
+_DOWN_CONVERT_INPUTS: Final = 1
+_NONDETERMINISTIC: Final = 4
+# Each plan of a list takes a sixth of a millisecond, and the first one is mostly taken.
+_PLANS_AT_ONCE: Final = (1, 8, 256)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +117,10 @@ def missing_cudnn() -> str | None:
     """
     if torch.version.cuda is None:
         return "this torch was not built for CUDA"
-    if importlib.util.find_spec(_PACKAGE) is None:
-        return "nvidia-cudnn-frontend is not installed (pip install 'memfit[cudnn]')"
     try:
-        version = importlib.import_module(_PACKAGE).backend_version()
-    except Exception as exc:  # noqa: BLE001 - it loads libraries, and anything may be wrong there
-        return f"cuDNN's frontend does not load ({exc})".splitlines()[0]
+        version = load_cudnn().cudnnGetVersion()
+    except (OSError, AttributeError) as error:
+        return f"the cuDNN of this torch does not load ({error})".splitlines()[0]
     if version < _FIRST_VERSION:
         return f"cuDNN is older than 9.8 ({version})"
     return None
@@ -132,35 +149,23 @@ class CudnnPlans:
     Args:
         compute_capability: Such as (8, 6).
         settings: What leaves plans out.
+
+    Attributes:
+        properties: The card as cuDNN is told of it, as JSON.
     """
 
     def __init__(self, compute_capability: tuple[int, int], settings: PlanSettings) -> None:
         self.settings = settings
-        self._cudnn = importlib.import_module(_PACKAGE)
-        self._capability = compute_capability
+        self._library = load_cudnn()
+        major, minor = compute_capability
+        self.properties = json.dumps({**_SOME_CARD, "deviceVer": 100 * major + 10 * minor})
         # The question whose plans were last asked for by rank, the rest of them, and their answers.
         self._ranked: tuple[Convolution, Iterator[int], list[int]] | None = None
 
     @property
     def version(self) -> int:
         """The version of cuDNN, such as 92600."""
-        return int(self._cudnn.backend_version())
-
-    @functools.cached_property
-    def _properties(self) -> Any:
-        major, minor = self._capability
-        properties = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
-        return self._cudnn.create_device_properties(json.dumps(properties))
-
-    @functools.cached_property
-    def _new_graph(self) -> Callable[..., Any]:
-        """What makes a graph: the frontend's compiled class, or its class in Python.
-
-        Newer frontends have the latter. It makes the former, and takes as much time again.
-        """
-        compiled = getattr(self._cudnn, "_pybind_module", None)
-        made: Callable[..., Any] = getattr(compiled, "backend_graph", self._cudnn.pygraph)
-        return made
+        return int(self._library.cudnnGetVersion())
 
     def workspace_bytes(self, convolution: Convolution) -> int | None:
         """Return the workspace of the plan that is taken, or of the largest plan that is tried.
@@ -171,107 +176,75 @@ class CudnnPlans:
         Returns:
             Bytes; `None` if cuDNN has no plan.
         """
-        heuristics, fallback = self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK
         if convolution.tries_plans:
-            tried = self._workspaces(convolution, [[heuristics, fallback]])
+            tried = self._workspaces(convolution)
             limit = self.settings.benchmark_limit or None
             return max(itertools.islice(tried, limit), default=None)
-        # Making a list takes most of the time. torch takes the first plan of both lists, so the
-        # second list is made only if the first one has no plan.
         if not convolution.rank:
-            return next(self._workspaces(convolution, [[heuristics], [fallback]]), None)
+            return next(self._workspaces(convolution), None)
         # Where a workspace finds no room, the next ranks are asked for one after another.
         asked = dataclasses.replace(convolution, rank=0)
         if self._ranked is None or self._ranked[0] != asked:
-            self._ranked = (asked, self._workspaces(asked, [[heuristics], [fallback]]), [])
+            self._ranked = (asked, self._workspaces(asked), [])
         _, plans, found = self._ranked
         found += itertools.islice(plans, max(0, convolution.rank + 1 - len(found)))
         return found[convolution.rank] if convolution.rank < len(found) else None
 
-    def _workspaces(self, convolution: Convolution, lists: list[list[Any]]) -> Iterator[int]:
-        """Yield the workspace of each plan that can be built, in the order of the lists."""
-        for modes in lists:
-            try:
-                graph = self._graph(convolution, modes)
-                count = graph.get_execution_plan_count()
-            except (self._cudnn.cudnnGraphNotSupportedError, RuntimeError) as exc:
-                _log.debug("cuDNN has no plan for %s: %s", convolution.text, exc)
-                continue
-            for index in range(count):
-                num_bytes = self._built(graph, index)
-                if num_bytes is not None:
-                    yield num_bytes
+    def _workspaces(self, convolution: Convolution) -> Iterator[int]:
+        """Yield the workspace of each plan that can be built, in the order of both lists."""
+        left_out = self._left_out(convolution)
+        with Descriptors(self._library) as cudnn, contextlib.suppress(CudnnError):
+            card = cudnn.card(self.properties)
+            graph = _graph(cudnn, convolution)
+            for mode in (_HEURISTICS, _FALLBACK):
+                for config in _configs(cudnn, graph, card, mode):
+                    if left_out and left_out & cudnn.notes(config):
+                        continue
+                    num_bytes = cudnn.workspace_bytes(config, card)
+                    if num_bytes is not None:
+                        yield num_bytes
 
-    def _built(self, graph: Any, index: int) -> int | None:
-        try:
-            graph.build_plan_at_index(index)
-        except (self._cudnn.cudnnGraphNotSupportedError, RuntimeError):
-            return None
-        return int(graph.get_workspace_size_plan_at_index(index))
-
-    def _graph(self, convolution: Convolution, modes: list[Any]) -> Any:
-        """Return the graph of one convolution, with its plans in the order of the heuristics."""
-        cudnn = self._cudnn
-        dtype = getattr(cudnn.data_type, _DTYPES[convolution.dtype])
-        graph = self._new_graph(
-            io_data_type=dtype,
-            intermediate_data_type=cudnn.data_type.FLOAT,
-            compute_data_type=cudnn.data_type.FLOAT,
-            device_property=self._properties,
-        )
-        is_last = convolution.is_channels_last
-
-        def tensor(name: str, shape: tuple[int, ...]) -> Any:
-            strides = _strides(shape, is_last=is_last)
-            return graph.tensor(name=name, dim=list(shape), stride=strides, data_type=dtype)
-
-        geometry = {
-            "padding": list(convolution.padding),
-            "stride": list(convolution.stride),
-            "dilation": list(convolution.dilation),
-        }
-        if convolution.kernel is ConvolutionKernel.FORWARD:
-            made, shape = (
-                graph.conv_fprop(
-                    image=tensor("x", convolution.input_shape),
-                    weight=tensor("w", convolution.weight_shape),
-                    **geometry,
-                ),
-                convolution.output_shape,
-            )
-        elif convolution.kernel is ConvolutionKernel.DATA:
-            made, shape = (
-                graph.conv_dgrad(
-                    loss=tensor("y", convolution.output_shape),
-                    filter=tensor("w", convolution.weight_shape),
-                    **geometry,
-                ),
-                convolution.input_shape,
-            )
-        else:
-            made, shape = (
-                graph.conv_wgrad(
-                    image=tensor("x", convolution.input_shape),
-                    loss=tensor("y", convolution.output_shape),
-                    **geometry,
-                ),
-                convolution.weight_shape,
-            )
-        made.set_output(True).set_dim(list(shape)).set_stride(_strides(shape, is_last=is_last))
-        made.set_data_type(dtype)
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans(modes)
-        left_out = []
+    def _left_out(self, convolution: Convolution) -> frozenset[int]:
+        """Return the numerical notes of the engines that torch leaves out."""
+        left_out = set()
         if convolution.dtype == "float32":
-            left_out.append(cudnn.numerical_note.DOWN_CONVERT_INPUTS)
+            left_out.add(_DOWN_CONVERT_INPUTS)
             if not self.settings.allows_tf32:
-                left_out.append(cudnn.numerical_note.TENSOR_CORE)
+                left_out.add(_TENSOR_CORE)
         if self.settings.is_deterministic:
-            left_out.append(cudnn.numerical_note.NONDETERMINISTIC)
-        if left_out:
-            graph.deselect_numeric_notes(left_out)
-        return graph
+            left_out.add(_NONDETERMINISTIC)
+        return frozenset(left_out)
+
+
+def _graph(cudnn: Descriptors, convolution: Convolution) -> ctypes.c_void_p:
+    dtype = _DTYPES[convolution.dtype]
+    shapes = (convolution.input_shape, convolution.weight_shape, convolution.output_shape)
+    tensors = [
+        cudnn.tensor(number, dtype, shape, _strides(shape, is_last=convolution.is_channels_last))
+        for number, shape in enumerate(shapes, start=1)
+    ]
+    return cudnn.graph(
+        _ROLES[convolution.kernel],
+        tensors,
+        padding=convolution.padding,
+        stride=convolution.stride,
+        dilation=convolution.dilation,
+    )
+
+
+def _configs(
+    cudnn: Descriptors, graph: ctypes.c_void_p, card: ctypes.c_void_p, mode: int
+) -> Iterator[ctypes.c_void_p]:
+    """Yield the plans of a list; none if cuDNN has no such list for the graph."""
+    with contextlib.suppress(CudnnError):
+        heuristics = cudnn.heuristics(graph, card, mode)
+        num_seen = 0
+        for num_most in _PLANS_AT_ONCE:
+            found = cudnn.configs(heuristics, num_most)
+            yield from found[num_seen:]
+            num_seen = len(found)
+            if num_seen < num_most:
+                return
 
 
 def _strides(shape: tuple[int, ...], *, is_last: bool) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from convolution_cases import calls, cases
 
 from memfit.cards import find_gpu
@@ -21,6 +22,8 @@ needs_cudnn = pytest.mark.skipif(
 )
 # Some plans round their workspaces up by a few bytes for alignment.
 FEW_BYTES = 1024
+# `torch.backends.cudnn.benchmark_limit`, if nobody sets it.
+NUM_TRIED = 10
 
 
 def question(
@@ -66,16 +69,96 @@ def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, 
 
 @needs_cudnn
 @pytest.mark.parametrize("kernel", ConvolutionKernel)
-def test_the_compiled_graph_answers_as_the_frontends_own(kernel: ConvolutionKernel) -> None:
-    """With TF32 and without, for the plan that is taken and for those that are tried."""
-    import cudnn
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nvidias_frontend_answers_the_same(kernel: ConvolutionKernel, dtype: str) -> None:
+    """With TF32 and without, in both layouts: the workspaces of the first plans, in order.
 
+    Further down, the frontend leaves out a few engines that cuDNN lists.
+    """
+    frontend = pytest.importorskip("cudnn")
     for settings in ({}, {"allows_tf32": False, "is_deterministic": True}):
-        compiled, in_python = plans(**settings), plans(**settings)
-        in_python.__dict__["_new_graph"] = cudnn.pygraph
-        for tries in (False, True):
-            asked = dataclasses.replace(question(kernel), tries_plans=tries)
-            assert compiled.workspace_bytes(asked) == in_python.workspace_bytes(asked)
+        asked = plans(**settings)
+        for is_last in (False, True):
+            convolution = dataclasses.replace(
+                question(kernel), dtype=dtype, is_channels_last=is_last
+            )
+            expected = frontends_workspaces(frontend, asked, convolution)[:NUM_TRIED]
+            found = [
+                asked.workspace_bytes(dataclasses.replace(convolution, rank=rank))
+                for rank in range(len(expected))
+            ]
+            assert found == expected
+            tried = dataclasses.replace(convolution, tries_plans=True)
+            assert asked.workspace_bytes(tried) == max(expected)
+
+
+def frontends_workspaces(cudnn: Any, asked: CudnnPlans, convolution: Convolution) -> list[int]:
+    """Return the workspaces of all plans that NVIDIA's frontend for Python can build."""
+    kind = {"float32": cudnn.data_type.FLOAT, "bfloat16": cudnn.data_type.BFLOAT16}
+    found = []
+    for mode in (cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK):
+        graph = cudnn.pygraph(
+            io_data_type=kind[convolution.dtype],
+            intermediate_data_type=cudnn.data_type.FLOAT,
+            compute_data_type=cudnn.data_type.FLOAT,
+            device_property=cudnn.create_device_properties(asked.properties),
+        )
+
+        def tensor(name: str, shape: tuple[int, ...], graph: Any = graph) -> Any:
+            memory_format = (
+                torch.channels_last if convolution.is_channels_last else torch.contiguous_format
+            )
+            like = torch.empty(shape, device="meta").to(memory_format=memory_format)
+            return graph.tensor(
+                name=name,
+                dim=list(shape),
+                stride=list(like.stride()),
+                data_type=kind[convolution.dtype],
+            )
+
+        ways: dict[ConvolutionKernel, tuple[Any, dict[str, Any], tuple[int, ...]]] = {
+            ConvolutionKernel.FORWARD: (
+                graph.conv_fprop,
+                {"image": convolution.input_shape, "weight": convolution.weight_shape},
+                convolution.output_shape,
+            ),
+            ConvolutionKernel.DATA: (
+                graph.conv_dgrad,
+                {"loss": convolution.output_shape, "filter": convolution.weight_shape},
+                convolution.input_shape,
+            ),
+            ConvolutionKernel.FILTER: (
+                graph.conv_wgrad,
+                {"image": convolution.input_shape, "loss": convolution.output_shape},
+                convolution.weight_shape,
+            ),
+        }
+        way, shapes, made_shape = ways[convolution.kernel]
+        made = way(
+            **{name: tensor(name, shape) for name, shape in shapes.items()},
+            padding=list(convolution.padding),
+            stride=list(convolution.stride),
+            dilation=list(convolution.dilation),
+        )
+        like = tensor("like", made_shape)
+        made.set_output(True).set_dim(list(made_shape)).set_stride(like.get_stride())
+        made.set_data_type(kind[convolution.dtype])
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([mode])
+        notes = cudnn.numerical_note
+        left_out = [notes.NONDETERMINISTIC] * asked.settings.is_deterministic
+        if convolution.dtype == "float32":
+            left_out += [notes.DOWN_CONVERT_INPUTS]
+            left_out += [notes.TENSOR_CORE] * (not asked.settings.allows_tf32)
+        graph.deselect_numeric_notes(left_out)
+        for index in range(graph.get_execution_plan_count()):
+            try:
+                graph.build_plan_at_index(index)
+            except (cudnn.cudnnGraphNotSupportedError, RuntimeError):
+                continue
+            found.append(int(graph.get_workspace_size_plan_at_index(index)))
+    return found
 
 
 @needs_cudnn
@@ -103,9 +186,13 @@ def test_a_question_without_a_plan_is_answered_with_none() -> None:
     assert plans().workspace_bytes(wrong) is None
 
 
-def test_a_system_without_the_frontend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason names the package to install."""
-    monkeypatch.setattr(module, "_PACKAGE", "no_such_package_of_cudnn")
+def test_a_system_without_cudnn_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason says what does not load, or that torch has none."""
+
+    def missing() -> None:
+        raise OSError("libcudnn.so.9: cannot open shared object file")
+
+    monkeypatch.setattr(module, "load_cudnn", missing)
     missing_cudnn.cache_clear()
     try:
         reason = missing_cudnn()
@@ -113,7 +200,7 @@ def test_a_system_without_the_frontend_says_why(monkeypatch: pytest.MonkeyPatch)
     finally:
         missing_cudnn.cache_clear()
     assert reason is not None
-    assert "nvidia-cudnn-frontend" in reason or "not built for CUDA" in reason
+    assert "libcudnn.so.9" in reason or "not built for CUDA" in reason
 
 
 @needs_cudnn
