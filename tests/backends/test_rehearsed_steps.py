@@ -111,6 +111,7 @@ _TAGGERS: tuple[tuple[type[nn.RNNBase], dict[str, Any], str], ...] = (
     (nn.LSTM, {"batch_first": True, "num_layers": 2}, "fp32"),
     (nn.GRU, {"batch_first": True}, "amp-bf16"),
     (nn.GRU, {"bidirectional": True}, "amp-bf16"),
+    (nn.LSTM, {"batch_first": True}, "bf16"),
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from memfit._torch_private import aten
+from memfit._torch_private import aten, storage_id
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace, contiguous_copy
 
 __all__ = [
@@ -228,18 +228,23 @@ class Recurrence:
 
 
 def on_cuda(args: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the result of `_cudnn_rnn` with the layout and the reserve that it has on CUDA.
+    """Return the result of `_cudnn_rnn` with the layout and the buffers that it has on CUDA.
+
+    Weights that are not next to one another (in bfloat16, or shared) are copied at each call.
 
     Args:
         args: The operation's arguments.
         result: The result on the meta device, where the reserve is empty.
     """
     data, weights, options, is_trained = args[0], args[1], args[6:14], args[12]
-    output = _made_steps_first(result[0], options)
-    if not is_trained:
-        return (output, *result[1:])
-    num_bytes = Recurrence.of(data, weights, options).reserve_bytes
-    return (output, *result[1:3], data.new_empty(num_bytes, dtype=torch.uint8), *result[4:])
+    output, hidden, cell, reserve, joined = result
+    output = _made_steps_first(output, options)
+    if is_trained:
+        num_bytes = Recurrence.of(data, weights, options).reserve_bytes
+        reserve = data.new_empty(num_bytes, dtype=torch.uint8)
+    if len({storage_id(weight.untyped_storage()) for weight in weights}) > 1:
+        joined = data.new_empty(sum(weight.numel() for weight in weights))
+    return output, hidden, cell, reserve, joined
 
 
 def recur_backward(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -271,7 +276,7 @@ def recurrent_script(args: tuple[Any, ...]) -> Script:
     data, weights, options = args[0], args[1], args[6:14]
     copied = _steps_first("input, steps first", data, options)
     workspace = Recurrence.of(data, weights, options).workspace
-    return (*copied, Make((0, 1, 2)), workspace, Make((3,)), _dropped(workspace, *copied))
+    return (*copied, Make((0, 1, 2, 4)), workspace, Make((3,)), _dropped(workspace, *copied))
 
 
 def recurrent_backward_script(args: tuple[Any, ...]) -> Script:
