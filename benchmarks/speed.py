@@ -5,7 +5,7 @@
 For each model, a fresh process on one core simulates a dozen cards. Prints wall-clock seconds and
 peak resident bytes of all of it, imports included. Prints the process's own seconds after imports:
 for the twelve cards, for one alone (with its trace), and for each further one that shares the trace
-(the median). Then prints the wall-clock seconds of the example that plans a course's six
+(the median), and for the twelve cards without cuDNN's answers on disk. Then prints the wall-clock seconds of the example that plans a course's six
 configurations, on all cores. `benchmarks/zoo_traces.py` shows how tracing and replaying grow with a
 model.
 """
@@ -21,6 +21,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,23 +54,34 @@ def main() -> None:
         f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} CPU cores, one in use, {dt.datetime.now(tz=dt.timezone.utc).date()}"
     )
-    print(f"{'model':<32}{'wall s':>8}{'MiB':>7}{'12 cards':>10}{'first':>8}{'one more':>10}")
+    print(
+        f"{'model':<32}{'wall s':>8}{'MiB':>7}{'12 cards':>10}{'first':>8}{'one more':>10}"
+        f"{'no answers':>12}"
+    )
     for model in arguments.models:
+        with tempfile.TemporaryDirectory() as empty:
+            unanswered = _in_a_process(model, XDG_CACHE_HOME=empty)
+        _in_a_process(model)  # so that all answers are on disk
         start = time.perf_counter()
-        command = [sys.executable, __file__, "--inside", model]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-        ).stdout
+        row = _in_a_process(model)
         wall = time.perf_counter() - start
-        row = json.loads(output.splitlines()[-1])
         print(
             f"{model:<32}{wall:>8.1f}{row['peak_bytes'] / 2**20:>7.0f}{row['all_seconds']:>10.2f}"
             f"{row['first_seconds']:>8.2f}{row['more_seconds']:>10.3f}"
+            f"{unanswered['all_seconds']:>12.2f}"
         )
     start = time.perf_counter()
     subprocess.run([sys.executable, ROAD_TO_THE_TOP], check=True, stdout=subprocess.DEVNULL)
     print(f"{ROAD_TO_THE_TOP.name:<32}{time.perf_counter() - start:>8.1f}")
+
+
+def _in_a_process(model: str, **variables: str) -> dict[str, float]:
+    """Return what `survey` returns in a fresh process with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, __file__, "--inside", model]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def survey(model: str) -> dict[str, float]:
