@@ -4,10 +4,10 @@
 
 For each model, a fresh process on one core simulates a dozen cards. Prints wall-clock seconds and
 peak resident bytes of all of it, imports included. Prints the process's own seconds after imports:
-for the twelve cards, for one alone (with its trace), and for each further one that shares the trace
-(the median), and for the twelve cards without cuDNN's answers on disk. Then prints the wall-clock seconds of the example that plans a course's six
-configurations, on all cores. `benchmarks/zoo_traces.py` shows how tracing and replaying grow with a
-model.
+for the twelve cards, for one alone (with its trace), for each further one that shares the trace
+(the median), and for the twelve cards without cuDNN's answers on disk. Then prints the wall-clock
+seconds of the example that plans a course's six configurations, on all cores.
+`benchmarks/zoo_traces.py` shows how tracing and replaying grow with a model.
 """
 
 from __future__ import annotations
