@@ -197,12 +197,13 @@ class Recorder:
                 copies[key] = tensor, self._take_for(tensor, num_bytes)
             else:
                 self.see(tensor)
-            self._give_back_all(parts.pop(key, {}))
+            for _, number in parts.pop(key, {}).values():
+                self._drop(number)
         # A model may also hold a part of a tensor and not the rest.
-        for moved in (*parts.values(), *({key: copy} for key, copy in copies.items())):
-            for tensor, _ in moved.values():
-                self.see(tensor)
-            self._give_back_all(moved)
+        unjoined = (part for moved in parts.values() for part in moved.values())
+        for tensor, number in (*unjoined, *copies.values()):
+            self.see(tensor)
+            self._drop(number)
 
     def _completes(self, part: torch.Tensor, others: dict[int, tuple[torch.Tensor, int]]) -> bool:
         """Record a part of a storage that is moved alone, and say whether it is the last one."""
@@ -219,11 +220,10 @@ class Recorder:
             self._watcher.allocated(number, tensor, ())
         return number
 
-    def _give_back_all(self, copies: dict[int, tuple[torch.Tensor, int]]) -> None:
-        for _, number in copies.values():
-            self._give_back(number)
-            if self._watcher is not None:
-                self._watcher.freed(number)
+    def _drop(self, number: int) -> None:
+        self._give_back(number)
+        if self._watcher is not None:
+            self._watcher.freed(number)
 
     def take_residents(self) -> list[Event]:
         """Return the tensors that the first iteration used and did not make.
