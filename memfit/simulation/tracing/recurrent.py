@@ -122,9 +122,10 @@ def join_weights(model: nn.Module) -> None:
             continue
         weights = [weight for layer in module.all_weights for weight in layer]
         dtypes = {weight.dtype for weight in weights}
-        # Others, and weights that another layer has too, stay as they are.
+        # Computed weights, and a weight that the layer has twice, stay as they are.
         are_plain = all(isinstance(weight, nn.Parameter) for weight in weights)
-        if are_plain and len(dtypes) == 1 and dtypes <= _OF_CUDNN:
+        are_different = len(set(map(id, weights))) == len(weights)
+        if are_plain and are_different and len(dtypes) == 1 and dtypes <= _OF_CUDNN:
             parts = _in_one_buffer(weights[0].data, weights)
             for weight, part in zip(weights, parts, strict=True):
                 weight.data = part
