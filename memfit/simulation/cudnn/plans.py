@@ -190,17 +190,21 @@ class CudnnPlans:
         found += itertools.islice(plans, max(0, convolution.rank + 1 - len(found)))
         return found[convolution.rank] if convolution.rank < len(found) else None
 
+    @functools.cached_property
+    def _card(self) -> ctypes.c_void_p:
+        """The card's descriptor, kept for all questions."""
+        return Descriptors(self._library).card(self.properties)
+
     def _workspaces(self, convolution: Convolution) -> Iterator[int]:
         """Yield the workspace of each plan that can be built, in the order of both lists."""
         left_out = self._left_out(convolution)
         with Descriptors(self._library) as cudnn, contextlib.suppress(CudnnError):
-            card = cudnn.card(self.properties)
             graph = _graph(cudnn, convolution)
             for mode in (_HEURISTICS, _FALLBACK):
-                for config in _configs(cudnn, graph, card, mode):
+                for config in _configs(cudnn, graph, self._card, mode):
                     if left_out and left_out & cudnn.notes(config):
                         continue
-                    num_bytes = cudnn.workspace_bytes(config, card)
+                    num_bytes = cudnn.workspace_bytes(config, self._card)
                     if num_bytes is not None:
                         yield num_bytes
 
