@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from memfit.cards import Gpu, find_gpu
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.rehearsal.run import rehearse_command
+from memfit.simulation.cudnn.backend_api import FORWARD, Descriptors, load_cudnn
 
 from .conftest import Rehearsed
 
@@ -111,127 +108,31 @@ def test_recurrent_layers_take_what_cudnn_takes(rehearsed: Rehearsed) -> None:
     assert seen["ctc"] == [20, 4, 9]
 
 
-# ---- cuDNN, asked without torch and without the rehearsed device
-
-_BOOLEAN, _INT64, _DOUBLE, _DESCRIPTOR = 2, 3, 5, 15
-
-
-class _Cudnn:
-    """The backend API, called by ctypes. The numbers are those of cudnn_graph.h."""
-
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec("nvidia.cudnn")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        folder = Path(next(iter(spec.submodule_search_locations)))
-        self.library = ctypes.CDLL(str(folder / "lib" / "libcudnn.so.9"))
-
-    def make(self, kind: int, *attributes: tuple[int, int, Sequence[object]]) -> ctypes.c_void_p:
-        """Make a descriptor. Each of its attributes has a name, a type and values."""
-        made = ctypes.c_void_p()
-        self.check(self.library.cudnnBackendCreateDescriptor(kind, ctypes.byref(made)))
-        for name, kind_of_value, values in attributes:
-            self.set(made, name, kind_of_value, values)
-        self.check(self.library.cudnnBackendFinalize(made))
-        return made
-
-    def set(self, made: ctypes.c_void_p, name: int, kind: int, values: Sequence[object]) -> None:
-        types: dict[int, Any] = {
-            _INT64: ctypes.c_int64,
-            _DOUBLE: ctypes.c_double,
-            _DESCRIPTOR: ctypes.c_void_p,
-            _BOOLEAN: ctypes.c_bool,
-            24: ctypes.c_char,
-        }
-        array = (types.get(kind, ctypes.c_int) * len(values))(*values)
-        self.check(
-            self.library.cudnnBackendSetAttribute(
-                made, name, kind, ctypes.c_int64(len(values)), array
-            )
-        )
-
-    def check(self, status: int) -> None:
-        assert status == 0, f"cuDNN's status {status}"
+# ---- cuDNN, asked without the rehearsed device
 
 
 def _asked_of_cudnn(gpu: Gpu, *, data_type: int, is_channels_last: bool) -> int:
     """Return the workspace of the first plan of cuDNN's heuristics that can be built."""
-    cudnn = _Cudnn()
     shape = (64, 64, 56, 56)
     strides = (64 * 56 * 56, 1, 56 * 64, 64) if is_channels_last else (64 * 56 * 56, 56 * 56, 56, 1)
     filters = (64 * 9, 1, 3 * 64, 64) if is_channels_last else (64 * 9, 9, 3, 1)
-
-    def tensor(number: int, sizes: Sequence[int], steps: Sequence[int]) -> ctypes.c_void_p:
-        return cudnn.make(
-            17,
-            (900, _INT64, [16]),
-            (901, 1, [data_type]),
-            (902, _INT64, sizes),
-            (903, _INT64, steps),
-            (906, _INT64, [number]),
+    with Descriptors(load_cudnn()) as cudnn:
+        card = cudnn.card(_properties(gpu))
+        tensors = (
+            cudnn.tensor(1, data_type, shape, strides),
+            cudnn.tensor(2, data_type, (64, 64, 3, 3), filters),
+            cudnn.tensor(3, data_type, shape, strides),
         )
-
-    convolution = cudnn.make(
-        1,
-        (100, 1, [0]),
-        (101, 7, [1]),
-        (102, _INT64, [1, 1]),
-        (103, _INT64, [1, 1]),
-        (104, _INT64, [1, 1]),
-        (105, _INT64, [1, 1]),
-        (106, _INT64, [2]),
-    )
-    operation = cudnn.make(
-        10,
-        (704, _DESCRIPTOR, [tensor(1, shape, strides)]),
-        (703, _DESCRIPTOR, [tensor(2, (64, 64, 3, 3), filters)]),
-        (705, _DESCRIPTOR, [tensor(3, shape, strides)]),
-        (702, _DESCRIPTOR, [convolution]),
-        (700, _DOUBLE, [1.0]),
-        (701, _DOUBLE, [0.0]),
-    )
-    graph = cudnn.make(15, (801, _DESCRIPTOR, [operation]))
-    card = cudnn.make(38, (2702, 24, [bytes([c]) for c in _properties(gpu)]))
-    for mode in (3, 2):  # A, fallback
-        heuristics = cudnn.make(
-            4, (201, _DESCRIPTOR, [graph]), (200, 8, [mode]), (204, _DESCRIPTOR, [card])
-        )
-        for config in _configs(cudnn, heuristics):
-            plan = ctypes.c_void_p()
-            cudnn.library.cudnnBackendCreateDescriptor(5, ctypes.byref(plan))
-            cudnn.set(plan, 407, _DESCRIPTOR, [card])
-            cudnn.set(plan, 401, _DESCRIPTOR, [config])
-            if cudnn.library.cudnnBackendFinalize(plan) == 0:
-                return _get(cudnn, plan, 402, _INT64)
+        graph = cudnn.graph(FORWARD, tensors, padding=(1, 1), stride=(1, 1), dilation=(1, 1))
+        for mode in (3, 2):  # A, fallback
+            for config in cudnn.configs(cudnn.heuristics(graph, card, mode), 16):
+                num_bytes = cudnn.workspace_bytes(config, card)
+                if num_bytes is not None:
+                    return num_bytes
     raise AssertionError("cuDNN has no plan")
 
 
-def _configs(cudnn: _Cudnn, heuristics: ctypes.c_void_p) -> list[ctypes.c_void_p]:
-    configs = (ctypes.c_void_p * 16)()
-    for i in range(16):
-        made = ctypes.c_void_p()
-        cudnn.library.cudnnBackendCreateDescriptor(3, ctypes.byref(made))
-        configs[i] = made.value
-    count = ctypes.c_int64()
-    cudnn.check(
-        cudnn.library.cudnnBackendGetAttribute(
-            heuristics, 202, _DESCRIPTOR, ctypes.c_int64(16), ctypes.byref(count), configs
-        )
-    )
-    return [ctypes.c_void_p(configs[i]) for i in range(count.value)]
-
-
-def _get(cudnn: _Cudnn, made: ctypes.c_void_p, name: int, kind: int) -> int:
-    count, value = ctypes.c_int64(), ctypes.c_int64()
-    cudnn.check(
-        cudnn.library.cudnnBackendGetAttribute(
-            made, name, kind, ctypes.c_int64(1), ctypes.byref(count), ctypes.byref(value)
-        )
-    )
-    return value.value
-
-
-def _properties(gpu: Gpu) -> bytes:
+def _properties(gpu: Gpu) -> str:
     """Return a card's properties. deviceVer and, on a T4, multiProcessorCount decide workspaces."""
     is_turing = gpu.compute_capability == (7, 5)
     values = {
@@ -259,7 +160,7 @@ def _properties(gpu: Gpu) -> bytes:
         "driverVer": 12080,
         "deviceName": "any",
     }
-    return json.dumps(values).encode()
+    return json.dumps(values)
 
 
 @pytest.mark.rehearses
