@@ -142,7 +142,6 @@ def _simulated(step: TrainingStep) -> Peak:
         trace(step, options, watcher=attribution).schedule,
         BATCH_SIZE,
         purpose=attribution.purpose,
-        workspaces={},
         settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
     )
     assert isinstance(replayed, Replay)

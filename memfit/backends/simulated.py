@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from memfit.backends.card_capacity import card_capacity
 from memfit.backends.protocol import Prediction
-from memfit.backends.traces import Replay, TraceCache, kept_workspaces, workspace_source
+from memfit.backends.traces import Replay, TraceCache, workspace_source
 from memfit.cards import Gpu
 from memfit.memory.collector import collector_paused
-from memfit.records import Capacity, Evaluation, Outcome, Precision, Source, Trial
+from memfit.records import Capacity, Outcome, Precision, Source, Trial
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
 from memfit.simulation.allocator.compiled import new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
@@ -239,10 +239,8 @@ class SimulatedBackend:
         Returns:
             Samples; `None` where the step does not grow, or nothing fits.
         """
-        limit = self.capacity().usable_bytes
-        room = limit - sum(kept_workspaces(self._gpu).values())
         trace = self._traces.find(step, self._gpu).trace
-        most = trace.schedule.largest_within(room)
+        most = trace.schedule.largest_within(self.capacity().usable_bytes)
         if most is None:
             return None
         fails, distance = most + 1, 1 + most // _FRAGMENTS_SHARE
@@ -271,11 +269,6 @@ class SimulatedBackend:
             message = None
             try:
                 with collector_paused():
-                    kept = tuple(kept_workspaces(self._gpu).items())
-                    # Without backward, its thread has no handle.
-                    is_alone = step.options.evaluate is Evaluation.ALONE
-                    for handle, num_bytes in kept[: 1 if is_alone else None]:
-                        allocator.allocate(handle, num_bytes)
                     schedule = traced.schedule_on(self._gpu, is_rough=is_rough)
                     peaks.extend(schedule.play(allocator, batch_size))
             except AllocatorOutOfMemoryError as error:

@@ -18,12 +18,6 @@ from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
-from memfit.simulation.tracing.scratch import (
-    LT_WORKSPACE_BYTES,
-    LT_WORKSPACES_KEPT,
-    WORKSPACES_BY_CALL,
-    torch_release,
-)
 from memfit.simulation.tracing.semantics import META, MetaPrecision
 from memfit.simulation.tracing.trace import (
     StepDrawsError,
@@ -40,16 +34,11 @@ __all__ = [
     "Replay",
     "TraceCache",
     "Traced",
-    "kept_workspaces",
     "trace",
     "trace_options",
     "workspace_source",
 ]
 
-# Ids of their workspaces: forward runs in the caller's thread and backward in one of its own.
-_BLAS_HANDLES = (-1_000_001, -1_000_002)
-# Only forward adds a bias in the same kernel.
-_LT_HANDLE = -1_000_003
 # Samples of a batch function that stand for a batch, where a step asks for values.
 _ENOUGH_SAMPLES = 16
 _PREFERS_CUDNN = "2.11"
@@ -148,22 +137,6 @@ def _prefers_cudnn() -> bool:
     return torch.__version__ >= _PREFERS_CUDNN
 
 
-def kept_workspaces(gpu: Gpu) -> dict[int, int]:
-    """Return the workspaces that BLAS handles keep, as bytes by the id of an allocation.
-
-    Since torch 2.15 a product takes its workspace for the call, and none is kept, except on ROCm
-    (`memfit.simulation.tracing.scratch`).
-    """
-    release = torch_release()
-    if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
-        return {}
-    kept = dict.fromkeys(_BLAS_HANDLES, gpu.blas_workspace_bytes(release))
-    first, after = LT_WORKSPACES_KEPT
-    if first <= release < after and gpu.vendor != "AMD":
-        kept[_LT_HANDLE] = LT_WORKSPACE_BYTES
-    return kept
-
-
 def workspace_source(traced: Traced, gpu: Gpu) -> WorkspaceSource | None:
     """Say how the workspaces of a step's convolutions are known; `None` if it has none."""
     if traced.options.kernels.is_quick:
@@ -212,7 +185,7 @@ class Traced:
         """Return the schedule with the scratch memory of a card; see `CardSizes` for `is_rough`."""
         key = (gpu, is_rough)
         if key not in self._schedules:
-            self._schedules[key] = self.trace.schedule.on(gpu, is_rough=is_rough)
+            self._schedules[key] = self.trace.as_run.on(gpu, is_rough=is_rough)
         return self._schedules[key]
 
     def holds_for(self, step: TrainingStep, options: TraceOptions) -> bool:

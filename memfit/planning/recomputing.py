@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 from memfit import search
 from memfit.backends import Backend, SimulatedGpu
-from memfit.backends.traces import kept_workspaces
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.planning.blocks import recomputable
 from memfit.planning.searching import SearchOptions, run_search, run_trial
 from memfit.records import Recomputation, Trial
 from memfit.simulation.recomputation import Recomputable
+from memfit.simulation.tracing.scratch import kept_workspace_bytes
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["Recomputed", "recomputed"]
@@ -158,7 +158,7 @@ class _Chooser:
         """
         limit = self._limit_bytes
         least = data.peak_of(self._all)
-        room = limit - sum(kept_workspaces(self._card.gpu).values())
+        room = limit - kept_workspace_bytes(self._card.gpu)
         if least > limit * (1 + _LACKED_SHARE):
             return None
         # The step did not fit as it is.

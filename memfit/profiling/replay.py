@@ -8,7 +8,6 @@ This module does not use torch.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -16,7 +15,13 @@ from memfit.records import Action, Event, MemoryBlock, Phase, Role, Timeline
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 from memfit.simulation.allocator.segments import Segment
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.schedule import Schedule, StepSchedule, traced_id
+from memfit.simulation.schedule import (
+    BLAS_HANDLE,
+    BLAS_LT_HANDLE,
+    Schedule,
+    StepSchedule,
+    traced_id,
+)
 
 __all__ = ["Entry", "Purpose", "Replay", "ReplayOutOfMemory", "phases_of", "replay"]
 
@@ -96,7 +101,6 @@ def replay(
     batch_size: int,
     *,
     purpose: Callable[[int], Purpose],
-    workspaces: Mapping[int, int],
     settings: AllocatorSettings,
     capacity_bytes: int | None = None,
     keeps_history: bool = False,
@@ -107,7 +111,6 @@ def replay(
         schedule: Its events.
         batch_size: Samples in each micro-batch.
         purpose: A function from an allocation of the schedule to its purpose.
-        workspaces: Bytes that libraries keep, by allocation.
         settings: The allocator's options.
         capacity_bytes: Bytes that the allocator can reserve; `None` for no limit.
         keeps_history: Keep every event, so that a snapshot can be made.
@@ -117,14 +120,8 @@ def replay(
     """
     allocator = CachingAllocator(capacity_bytes=capacity_bytes, settings=settings)
     run = _Run(allocator, batch_size, purpose, keeps_history=keeps_history)
-    handles = Schedule.fixed(
-        [
-            Event(action=Action.ALLOC, id=number, num_bytes=num_bytes, origin="cuBLAS handle")
-            for number, num_bytes in workspaces.items()
-        ]
-    )
     try:
-        for stretch in itertools.chain((handles,), schedule.until_settled(allocator)):
+        for stretch in schedule.until_settled(allocator):
             run.start()
             run.play(stretch)
     except _NoRoomError as error:
@@ -266,7 +263,7 @@ class _Run:
         return True
 
     def _block(self, event: Event, held_bytes: int, growth: float) -> MemoryBlock:
-        if event.origin == "cuBLAS handle":
+        if event.origin in (BLAS_HANDLE, BLAS_LT_HANDLE):
             purpose = Purpose(role=Role.WORKSPACES, module=_BLAS)
         elif event.origin == "prefetched batch":
             purpose = Purpose(role=Role.INPUTS, module="(batch)")

@@ -8,7 +8,7 @@ import time
 import torch
 
 from memfit.backends.simulated import SimulatedBackend
-from memfit.backends.traces import TraceCache, kept_workspaces, trace, trace_options
+from memfit.backends.traces import TraceCache, trace, trace_options
 from memfit.cards import Gpu
 from memfit.profiling.attribution import Attribution
 from memfit.profiling.peak import peak_of
@@ -53,10 +53,9 @@ def profile_gpu(
 
     def run(capacity_bytes: int | None) -> Replay | ReplayOutOfMemory:
         return replay(
-            traced.schedule.on(gpu),
+            traced.as_run.on(gpu),
             batch_size,
             purpose=attribution.purpose,
-            workspaces=kept_workspaces(gpu),
             settings=settings,
             capacity_bytes=capacity_bytes,
             keeps_history=keeps_history,

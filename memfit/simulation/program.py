@@ -166,7 +166,10 @@ class Program:
             if found[number]:
                 program[at] = (event.action, event.id, found[number], 0, event)
             else:
-                program[at] = program[self._frees[event.id]] = None
+                program[at] = None
+                freed_at = self._frees.get(event.id)
+                if freed_at is not None:
+                    program[freed_at] = None
         return [line for line in program if line is not None]
 
     def _sizes_at(self, batch_size: int, sizes: CardSizes | None) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from memfit.cards import Gpu
 from memfit.errors import MemfitError
@@ -20,6 +21,8 @@ from memfit.simulation.program import Allocator, CardSizes, NeedNumbers, Player,
 from memfit.simulation.tensor_lines import largest_within, tensor_lines
 
 __all__ = [
+    "BLAS_HANDLE",
+    "BLAS_LT_HANDLE",
     "Schedule",
     "StepSchedule",
     "StreamsDifferError",
@@ -27,6 +30,13 @@ __all__ = [
     "traced_id",
 ]
 
+BLAS_HANDLE: Final = "cuBLAS handle"
+"""The origin of the workspace that a BLAS handle keeps."""
+
+BLAS_LT_HANDLE: Final = "cuBLASLt handle"
+"""The origin of the one that cuBLASLt keeps beside it, where it has its own."""
+
+_KERNELS_RUN: Final = Event(action=Action.USER_DEFINED, id=0, num_bytes=0, origin="first kernel")
 _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
@@ -149,6 +159,30 @@ class Schedule:
             growth_bytes=self.growth_bytes + (0,) * len(events),
         )
 
+    @property
+    def made(self) -> frozenset[int]:
+        """The ids of its allocations."""
+        return frozenset(e.id for e in self.events if e.action is not _FREE_COMPLETED)
+
+    def with_kept(self, kept: Sequence[tuple[int, Event]]) -> Schedule:
+        """Return this schedule with allocations that nothing frees.
+
+        Args:
+            kept: Each after the allocation with this id.
+        """
+        if not kept:
+            return self
+        after: dict[int, list[Event]] = {}
+        for number, event in kept:
+            after.setdefault(number, []).append(event)
+        events: list[Event] = []
+        growth: list[float] = []
+        for event, grows_by in zip(self.events, self.growth_bytes, strict=True):
+            added = () if event.action is _FREE_COMPLETED else after.get(event.id, ())
+            events += (event, *added)
+            growth += (grows_by, *(0 for _ in added))
+        return dataclasses.replace(self, events=tuple(events), growth_bytes=tuple(growth))
+
     def iteration(self, number: int) -> Schedule:
         """Return one repetition of the stretch, in which nothing takes an id that still lives.
 
@@ -259,6 +293,25 @@ class StepSchedule:
         if setup is self.setup and first is self.first and later is self.later:
             return self
         return dataclasses.replace(self, setup=setup, first=first, later=later)
+
+    def as_run(self, kept: Sequence[tuple[int, Event]]) -> StepSchedule:
+        """Return this step as a process runs it whose first work on the card it is.
+
+        The first kernels run when the model is there.
+
+        Args:
+            kept: What libraries keep from their first call on, each after the allocation with this
+                id. If that is in no event of the setup or of the first iteration, because the step
+                settles later, the library has it from the start.
+        """
+        in_setup, in_first = (part.made for part in (self.setup, self.first))
+        setup = self.setup.with_kept([pair for pair in kept if pair[0] in in_setup])
+        before = [event for number, event in kept if number not in in_setup | in_first]
+        return dataclasses.replace(
+            self,
+            setup=setup.then([_KERNELS_RUN, *before]),
+            first=self.first.with_kept([pair for pair in kept if pair[0] in in_first - in_setup]),
+        )
 
     @property
     def has_slow_needs(self) -> bool:

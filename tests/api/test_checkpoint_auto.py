@@ -11,11 +11,11 @@ from torch import nn
 import memfit
 from memfit.api.steps import describe
 from memfit.backends.simulated import SimulatedBackend
-from memfit.backends.traces import kept_workspaces
 from memfit.cards import find_gpu
 from memfit.errors import DoesNotFitError, UsageError
 from memfit.integrations import lines_for
 from memfit.planning.blocks import recomputable
+from memfit.simulation.tracing.scratch import kept_workspace_bytes
 from memfit.step.checkpointing import blocks_of
 from memfit.units import MIB
 
@@ -47,7 +47,7 @@ def workload() -> memfit.Workload:
 
 def kept_bytes(card: str) -> int:
     """Return what BLAS keeps on a card beside every step: nothing since torch 2.15."""
-    return sum(kept_workspaces(find_gpu(card)).values())
+    return kept_workspace_bytes(find_gpu(card))
 
 
 def planned(samples: int, mib: int, **options: Any) -> memfit.Plan:

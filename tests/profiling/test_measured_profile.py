@@ -52,7 +52,6 @@ def simulated(step: TrainingStep) -> Peak:
         traced.schedule,
         BATCH_SIZE,
         purpose=attribution.purpose,
-        workspaces={},
         settings=AllocatorSettings(),
     )
     assert isinstance(replayed, Replay)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from memfit.cards import Gpu, find_gpu
 from memfit.records import Action, Event
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
+from memfit.simulation.allocator.compiled import new_allocator
+from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.units import MIB
@@ -125,3 +127,47 @@ def test_a_plan_without_any_room_is_out_of_memory() -> None:
     traced = step([plan, free(1)], [0, 0], fixed=60 * MIB).on(find_gpu("rtx3090"))
     with pytest.raises(AllocatorOutOfMemoryError):
         list(traced.play(CachingAllocator(capacity_bytes=100 * MIB), 1))
+
+
+def kept(num_bytes: int) -> NeedEvent:
+    """Return what a library keeps on every card."""
+    need = Need(rule=lambda _gpu: num_bytes)
+    return NeedEvent(action=Action.ALLOC, id=-7, num_bytes=0, origin="library", need=need)
+
+
+def ids(schedule: Schedule) -> list[int]:
+    return [event.id for event in schedule.events if event.action is Action.ALLOC]
+
+
+def test_what_a_library_keeps_comes_at_its_first_call() -> None:
+    """It follows the allocation before it in the first iteration, and never comes again."""
+    plain = step([alloc(1, 12 * MIB), alloc(2, 12 * MIB), free(1), free(2)], [0] * 4)
+    run = plain.as_run([(1, kept(30 * MIB))]).on(find_gpu("rtx3090"))
+    assert [ids(run.setup), ids(run.first), ids(run.later)] == [[-1], [1, -7, 2], [1, 2]]
+    assert list(run.play(CachingAllocator(), 1)) == [54 * MIB, 54 * MIB]
+
+
+def test_what_a_library_keeps_is_there_from_the_start_where_its_call_is_not_known() -> None:
+    """A step that settles late is replayed without its first iteration."""
+    plain = step([alloc(1, 12 * MIB), free(1)], [0, 0])
+    run = plain.as_run([(99, kept(30 * MIB))])
+    assert [ids(run.setup), ids(run.first)] == [[-1, -7], [1]]
+
+
+def test_what_a_library_keeps_may_come_in_the_setup() -> None:
+    """An evaluation within a training is recorded after a step of the training."""
+    plain = step([alloc(1, 12 * MIB), free(1)], [0, 0])
+    setup = Schedule.fixed([alloc(-1, 12 * MIB), alloc(-2, 12 * MIB), free(-2)])
+    run = dataclasses.replace(plain, setup=setup).as_run([(-1, kept(30 * MIB))])
+    assert [ids(run.setup), ids(run.first)] == [[-1, -7, -2], [1]]
+
+
+def test_a_library_that_keeps_nothing_on_a_card_takes_nothing() -> None:
+    """Both allocators leave it out."""
+    plain = step([alloc(1, 12 * MIB), free(1)], [0, 0])
+    run = plain.as_run([(1, kept(0))]).on(find_gpu("rtx3090"))
+    for allocator in (
+        CachingAllocator(),
+        new_allocator(capacity_bytes=None, settings=AllocatorSettings()),
+    ):
+        assert list(run.play(allocator, 1)) == [12 * MIB, 12 * MIB]

@@ -32,7 +32,7 @@ from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.tracing.by_operation import name_of
 from memfit.simulation.tracing.flops import flops_formula
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
-from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace
+from memfit.simulation.tracing.scripts import Drop, Keep, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
 from memfit.simulation.tracing.workspace import Kernels
 
@@ -41,6 +41,7 @@ __all__ = ["PLANS_TRIED", "Recorder", "Watcher"]
 PLANS_TRIED: Final = "cudnn.benchmark"
 _ADD: Final = "add.Tensor"
 _DIMS_OF_IMAGES: Final = (4, 5)
+_FIRST_KEPT_ID: Final = -1_000_001  # no tensor has one below 0
 _WRITTEN_IN_BACKWARD: Final = ("index_put.default", "index_add.default", "scatter_add.default")
 
 
@@ -78,6 +79,7 @@ class Recorder:
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next_id = 0
         self._tried_plans: set[Any] = set()
+        self._kept: dict[tuple[str, bool], tuple[int, NeedEvent]] = {}
         self.num_operations = 0
         self.forward_flops = 0
         self.has_tf32 = False
@@ -133,12 +135,30 @@ class Recorder:
             elif isinstance(line, Drop):
                 for name in line.names:
                     self._give_back(taken.pop(name, None))
+            elif isinstance(line, Keep):
+                self._keep(line)
             else:
                 number = self._take(line)
                 if number is not None:
                     taken[line.name] = number
         for number in reversed(taken.values()):
             self._give_back(number)
+
+    @property
+    def kept(self) -> tuple[tuple[int, NeedEvent], ...]:
+        """What libraries keep from their first call on, each with the allocation before it."""
+        return tuple(self._kept.values())
+
+    def _keep(self, line: Keep) -> None:
+        # Backward runs in a thread of its own, and libraries have a handle for each thread.
+        key = line.name, graph_task() != -1
+        if key in self._kept:
+            return
+        number = _FIRST_KEPT_ID - len(self._kept)
+        event = NeedEvent(
+            action=Action.ALLOC, id=number, num_bytes=0, origin=line.name, need=line.need
+        )
+        self._kept[key] = self._next_id, event
 
     def _see_made(self, made: Iterable[Any], origin: str, args: tuple[Any, ...]) -> None:
         for output in made:

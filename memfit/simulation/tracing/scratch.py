@@ -16,6 +16,7 @@ import torch
 from memfit._torch_private import aten_if_there
 from memfit.cards import Gpu
 from memfit.simulation.needs import Need
+from memfit.simulation.schedule import BLAS_HANDLE, BLAS_LT_HANDLE
 from memfit.simulation.tracing.attention_scratch import (
     efficient_backward,
     efficient_forward,
@@ -35,6 +36,7 @@ from memfit.simulation.tracing.scripts import (
     ALONE,
     OUTPUTS,
     Drop,
+    Keep,
     Make,
     Script,
     Workspace,
@@ -42,9 +44,7 @@ from memfit.simulation.tracing.scripts import (
 )
 
 __all__ = [
-    "LT_WORKSPACES_KEPT",
-    "LT_WORKSPACE_BYTES",
-    "WORKSPACES_BY_CALL",
+    "kept_workspace_bytes",
     "scratch_of",
     "torch_release",
 ]
@@ -63,6 +63,7 @@ Source: pytorch/pytorch#156495, and what torch 2.8, 2.11, 2.12, 2.13 and 2.14 as
 
 LT_WORKSPACE_BYTES: Final = 1024**2
 """The size of cuBLASLt's workspace, if it has its own."""
+
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 _FEW_INDICES: Final = 3072
@@ -107,7 +108,8 @@ def _rules() -> dict[Any, _Rule]:
 def _product(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Copy matrices that BLAS cannot read as they are, and take the workspace of the call.
 
-    Before torch 2.15, each BLAS handle keeps its workspace. `memfit.backends.simulated` has those.
+    Before torch 2.15, and on ROCm, a workspace is kept from the first product on that a thread
+    computes.
 
     Source: `getCurrentCUDABlasHandleWithWorkspace` in aten/src/ATen/cuda/CublasHandlePool.cpp
         (pytorch/pytorch#194311), and `prepare_matrix_for_cublas` in
@@ -120,8 +122,9 @@ def _product(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
         if tensor.ndim > 1 and not _is_readable(tensor)
     )
     if kernels.torch_release < WORKSPACES_BY_CALL:
-        return (OUTPUTS, *copies)
-    return (OUTPUTS, *copies, Workspace(name="BLAS workspace", need=Need(rule=_blas)))
+        return (OUTPUTS, *copies, _handle(kernels))
+    workspace = Workspace(name="BLAS workspace", need=Need(rule=_blas))
+    return (OUTPUTS, *copies, _handle(kernels), workspace)
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
@@ -142,6 +145,32 @@ def _lt(gpu: Gpu) -> int:
     return 0 if gpu.vendor == "AMD" else LT_WORKSPACE_BYTES
 
 
+def _handle(kernels: Release) -> Keep:
+    return Keep(name=BLAS_HANDLE, need=Need(rule=_kept, numbers=kernels.torch_release))
+
+
+def _kept(gpu: Gpu, major: int, minor: int) -> int:
+    """Return the workspace that a handle keeps."""
+    release = (major, minor)
+    if release >= WORKSPACES_BY_CALL and gpu.vendor != "AMD":
+        return 0
+    return gpu.blas_workspace_bytes(release)
+
+
+def kept_workspace_bytes(gpu: Gpu) -> int:
+    """Return what BLAS keeps on a card at most, with the installed torch.
+
+    Forward has a handle and backward has one of its own. Only forward adds a bias in the same
+    kernel.
+
+    Args:
+        gpu: The card.
+    """
+    release = torch_release()
+    keeps_lt = LT_WORKSPACES_KEPT[0] <= release < LT_WORKSPACES_KEPT[1]
+    return 2 * _kept(gpu, *release) + (_lt(gpu) if keeps_lt else 0)
+
+
 def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
     """Take cuBLASLt's workspace for a product with a bias, which is added in the same kernel.
 
@@ -157,11 +186,15 @@ def _product_and_sum(kernels: Release, args: tuple[Any, ...], result: Any) -> Sc
         and len(args) == 3  # noqa: PLR2004
     )
     script = _product(kernels, (left, right), result)
-    workspace = Workspace(name="cuBLASLt workspace", need=Need(rule=_lt))
+    need = Need(rule=_lt)
+    workspace = Workspace(name="cuBLASLt workspace", need=need)
     if is_fused and by_call:
         return (*script[:-1], workspace)
+    # cuBLASLt's own is taken first, and then that of the handle.
     if is_fused and kernels.torch_release < LT_WORKSPACES_KEPT[0]:
-        return (*script, workspace)
+        return (*script[:-1], workspace, script[-1])
+    if is_fused and kernels.torch_release < LT_WORKSPACES_KEPT[1]:
+        return (*script[:-1], Keep(name=BLAS_LT_HANDLE, need=need), script[-1])
     return script
 
 

@@ -14,7 +14,7 @@ import torch
 
 from memfit.simulation.needs import Need
 
-__all__ = ["ALONE", "OUTPUTS", "Drop", "Make", "Script", "Workspace", "contiguous_copy"]
+__all__ = ["ALONE", "OUTPUTS", "Drop", "Keep", "Make", "Script", "Workspace", "contiguous_copy"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,19 @@ class Workspace:
         return cls(name=name, num_bytes=tensor.numel() * tensor.element_size())
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Memory that a library takes at its first call in a thread, and keeps for all later ones.
+
+    Args:
+        name: What the memory is for.
+        need: Its size on a card; 0 where the library keeps nothing.
+    """
+
+    name: str
+    need: Need
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Drop:
     """The workspaces of these names are given back."""
@@ -69,7 +82,7 @@ class Make:
 OUTPUTS: Final = Make(())
 """All outputs that were not made before are allocated, in the order of the result."""
 
-Script = tuple["Workspace | Drop | Make", ...]
+Script = tuple["Workspace | Keep | Drop | Make", ...]
 
 ALONE: Final[Script] = (OUTPUTS,)
 """The script of a kernel that takes nothing besides its outputs."""

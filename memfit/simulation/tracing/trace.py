@@ -74,6 +74,7 @@ class StepTrace:
 
     Args:
         schedule: Its events.
+        as_run: Its events, with what libraries keep on a card from their first call on.
         attention: Every kind of attention that it ran, and the kernel taken.
         num_operations: Operations that one iteration dispatched.
         facts: What is known of the model without a card.
@@ -85,6 +86,7 @@ class StepTrace:
     """
 
     schedule: StepSchedule
+    as_run: StepSchedule
     attention: tuple[tuple[AttentionCall, AttentionBackend], ...]
     num_operations: int
     facts: ModelFacts
@@ -188,8 +190,10 @@ def trace_step(
         setup=_with_prefetched(schedule.setup, latest.prepared),
         first=first if options.cudnn_benchmark else first.without(PLANS_TRIED),
     )
+    card = options.gpu or gpu_with(options.compute_capability)
     return StepTrace(
-        schedule=schedule.on(options.gpu or gpu_with(options.compute_capability)),
+        schedule=schedule.on(card),
+        as_run=schedule.as_run(latest.recorder.kept).on(card),
         attention=tuple(latest.semantics.attention.items()),
         num_operations=latest.recorder.num_operations,
         facts=ModelFacts.of(latest.prepared.model, forward_flops=latest.forward_flops),

@@ -278,9 +278,9 @@ def recorded() -> dict[str, list[list[tuple[int, int]]]]:
     """Run all cases on the rehearsed card, and return what each stretch asked for and gave back."""
     device = torch.device("cuda")
     memory: Any = torch.cuda.memory
-    square = torch.zeros(64, 64, device=device)
-    # Before torch 2.15, the first products take workspaces that are kept.
-    F.linear(square @ square, square, square[0])
+    square = torch.zeros(64, 64, device=device, requires_grad=True)
+    # Before torch 2.15, the first products of forward and backward take workspaces that are kept.
+    F.linear(square @ square, square, square[0]).sum().backward()
     found = {}
     for name in CASES:
         memory._record_memory_history(max_entries=10**6, context=None)
