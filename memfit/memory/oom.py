@@ -65,7 +65,7 @@ Source: pytorch/pytorch's allocators and issues #2917, #49207; oneDNN's status t
 
 NEVER_MEMORY: Final[tuple[str, ...]] = (
     "illegal memory access",
-    "device-side assert",
+    "device-side assert triggered",
     "required rank",
 )
 """Errors that a smaller batch does not cure: the device's context or the code is broken.

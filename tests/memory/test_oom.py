@@ -16,6 +16,11 @@ CERTAIN = [
     RuntimeError("XPU out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB, other allocations: 1 GB)"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    # The advice below the error names device-side assertions.
+    RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some "
+        "other API call\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    ),
     RuntimeError("CUDA ran out of memory outside PyTorch's allocator"),
     RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
