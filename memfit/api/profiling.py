@@ -38,19 +38,20 @@ from memfit.profiling import (
     profile_device,
     profile_gpu,
 )
-from memfit.records import Engine, MemoryProfile, Parallel, Role, RoleShare, Source
+from memfit.records import Engine, MemoryProfile, Parallel, Peak, Role, Source
 from memfit.rehearsal.engines import engine_of
 from memfit.step.refusals import check_subject
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
 from memfit.units import parse_bytes, parse_count
 
-__all__ = ["DEFAULT_GPU", "profile"]
+__all__ = ["DEFAULT_GPU", "grown_like", "profile"]
 
 DEFAULT_GPU = "NVIDIA GeForce RTX 4090"
 """The card that is profiled where there is no GPU and none was named."""
 # Bytes of a role that differ by no more than this share are the same tensors.
 _SAME_SHARE = 0.01
+_TEMPORARY = (Role.TEMPORARIES, Role.WORKSPACES)
 _STAGES = ("the step", "batch size against memory", "what would lower the peak")
 
 
@@ -253,24 +254,40 @@ def _with_growth(
     if found.profile.source is Source.SIMULATED:
         return found
     simulated = profile_gpu(step, batch_size, card.gpu, traces=traces).profile.peak
-    known = {share.role: share for share in simulated.roles}
-    # A device's record does not tell workspaces from other temporary memory.
-    both = [known.pop(role) for role in (Role.TEMPORARIES, Role.WORKSPACES) if role in known]
-    known[Role.TEMPORARIES] = RoleShare(
-        role=Role.TEMPORARIES,
-        num_bytes=sum(share.num_bytes for share in both),
-        bytes_per_sample=sum(share.bytes_per_sample or 0 for share in both),
-    )
-
-    def grown(share: RoleShare) -> RoleShare:
-        other = known.get(share.role)
-        if other is None or abs(other.num_bytes - share.num_bytes) > _SAME_SHARE * share.num_bytes:
-            return share
-        return dataclasses.replace(share, bytes_per_sample=other.bytes_per_sample)
-
-    peak = found.profile.peak
-    peak = dataclasses.replace(peak, roles=tuple(map(grown, peak.roles)))
+    peak = grown_like(found.profile.peak, simulated)
     return dataclasses.replace(found, profile=dataclasses.replace(found.profile, peak=peak))
+
+
+def grown_like(peak: Peak, simulated: Peak) -> Peak:
+    """Return a peak with the growth of a simulated one, in the roles that hold the same bytes.
+
+    Args:
+        peak: The peak that a device's record shows.
+        simulated: The same step's, with what every sample adds.
+    """
+    # A record tells the workspaces that are kept from other temporary memory, and not those that
+    # are taken for a call. So the two are compared as one.
+    groups = [(role,) for role in Role if role not in _TEMPORARY] + [_TEMPORARY]
+    growth: dict[Role, float | None] = {}
+    for roles in groups:
+        here, there = (
+            [share for share in one.roles if share.role in roles] for one in (peak, simulated)
+        )
+        held, other = (sum(share.num_bytes for share in shares) for shares in (here, there))
+        if not (here and there) or abs(other - held) > _SAME_SHARE * held:
+            continue
+        growth |= dict.fromkeys((share.role for share in here), 0.0)
+        known = [share.bytes_per_sample for share in there]
+        growth[here[0].role] = known[0] if len(roles) == 1 else sum(one or 0 for one in known)
+    return dataclasses.replace(
+        peak,
+        roles=tuple(
+            dataclasses.replace(share, bytes_per_sample=growth[share.role])
+            if share.role in growth
+            else share
+            for share in peak.roles
+        ),
+    )
 
 
 def _profile_here(
