@@ -1,9 +1,9 @@
 """Keeps cuDNN's answers in memory and in a file, because each question takes some milliseconds.
 
 The file is an SQLite database in the user's cache. Its name has everything that an answer depends
-on besides the question: cuDNN's version, the compute capability and torch's settings. A file that
-cannot be read is deleted, and cuDNN is asked again. If the file cannot be written, answers are kept
-in memory only.
+on besides the question: cuDNN's version, the compute capability, on Turing the multiprocessors, and
+torch's settings. A file that cannot be read is deleted, and cuDNN is asked again. If the file
+cannot be written, answers are kept in memory only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
+from memfit.cards import Gpu
 from memfit.simulation.cudnn.plans import ANY_QUESTION, PlanSettings, cudnn_plans
 from memfit.simulation.cudnn.questions import Convolution
 from memfit.user_cache import cache_folder
@@ -26,6 +27,8 @@ __all__ = ["Workspaces", "keep_answers", "workspaces_of"]
 
 _SCHEMA: Final = "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, num_bytes INTEGER)"
 _SECONDS_TO_WAIT: Final = 2.0
+# Where plans depend on the number of multiprocessors too (`memfit.simulation.cudnn.plans`).
+_COUNTS_MULTIPROCESSORS: Final = ((7, 5),)
 
 _log = logging.getLogger(__name__)
 _opened: list[Workspaces] = []
@@ -141,26 +144,34 @@ class Workspaces:
             yield database
 
 
-def workspaces_of(compute_capability: tuple[int, int]) -> Workspaces | None:
+def workspaces_of(gpu: Gpu) -> Workspaces | None:
     """Return the answers of the installed cuDNN for a card.
 
     Args:
-        compute_capability: Such as (8, 6).
+        gpu: The card.
 
     Returns:
-        The answers, shared in this process; `None` if cuDNN cannot be asked, or does not know such
-        cards.
+        The answers, shared in this process by all cards for which they are the same; `None` if
+        cuDNN cannot be asked, or does not know such cards.
     """
-    return _workspaces(compute_capability, PlanSettings.current())
+    counts = gpu.compute_capability in _COUNTS_MULTIPROCESSORS
+    return _workspaces(
+        gpu.compute_capability,
+        gpu.multiprocessors if counts else None,
+        PlanSettings.current(),
+    )
 
 
 @functools.cache
-def _workspaces(compute_capability: tuple[int, int], settings: PlanSettings) -> Workspaces | None:
-    plans = cudnn_plans(compute_capability, settings)
+def _workspaces(
+    compute_capability: tuple[int, int], multiprocessors: int | None, settings: PlanSettings
+) -> Workspaces | None:
+    plans = cudnn_plans(compute_capability, settings, multiprocessors=multiprocessors)
     if plans is None:
         return None
     major, minor = compute_capability
-    name = f"{plans.version}-{major}.{minor}-{settings.text}.sqlite"
+    card = f"{major}.{minor}" + ("" if multiprocessors is None else f"-{multiprocessors}")
+    name = f"{plans.version}-{card}-{settings.text}.sqlite"
     opened = Workspaces(plans, path=cache_folder() / "cudnn" / name)
     _opened.append(opened)
     # A file that has this answer spares a first question, which takes a hundred milliseconds.

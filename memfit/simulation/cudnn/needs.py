@@ -95,7 +95,7 @@ def asks_cudnn(gpu: Gpu) -> bool:
 
 
 def _answers(gpu: Gpu) -> Workspaces | None:
-    return None if gpu.vendor == "AMD" else workspaces_of(gpu.compute_capability)
+    return None if gpu.vendor == "AMD" else workspaces_of(gpu)
 
 
 def workspace_need(
