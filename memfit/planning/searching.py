@@ -20,9 +20,6 @@ from memfit.step.workload import Workload
 from memfit.units import MIB, format_bytes, parse_count
 
 _QUICK_BYTES = 16 * MIB
-# A recommendation that leaves this part of the capacity free, beyond the headroom, is looked at
-# again.
-_MUCH_MORE_FREE = 50
 
 __all__ = ["SearchOptions", "probe_on", "run_search", "run_trial"]
 
@@ -306,8 +303,6 @@ def _expected_recommendation(
     edge, scout, step = prediction.batch_size, prediction.scout, prediction.step
     if edge is None or scout is None or step is None:
         return None
-    edge = min(edge, options.max_batch_size or search.DEFAULT_CEILING)
-    known = (scout.trial(step, edge),)
     exact, limit_bytes = prediction.simulated, search.limit_of(capacity_bytes, options.headroom)
 
     def look(size: int) -> Trial:
@@ -316,34 +311,14 @@ def _expected_recommendation(
             return seen
         return exact.trial(step, size)
 
-    size = search.recommended(
+    return search.foreseen(
         look,
-        search.Found(batch_size=edge, proved=False, trials=known),
+        scout.trial(step, min(edge, options.max_batch_size or search.DEFAULT_CEILING)),
         capacity_bytes=capacity_bytes,
         headroom=options.headroom,
         multiple_of=options.multiple_of,
         has_retries=scout.has_retries,
-    ).batch_size
-    if size is None:
-        return None
-    kept = look(size)
-    if not _leaves_much_more(kept, capacity_bytes, options):
-        return size
-    above = search.larger(
-        look,
-        kept,
-        limit_bytes=limit_bytes,
-        multiple_of=options.multiple_of,
-        below=edge + 1,
     )
-    return above or size
-
-
-def _leaves_much_more(kept: Trial, capacity_bytes: int, options: SearchOptions) -> bool:
-    """Whether a recommendation leaves more free than the headroom, by so much that it counts."""
-    limit_bytes = search.limit_of(capacity_bytes, options.headroom)
-    peak = kept.peak_reserved_bytes
-    return peak is not None and peak <= limit_bytes - capacity_bytes // _MUCH_MORE_FREE
 
 
 def _improved(
@@ -372,9 +347,9 @@ def _improved(
     kept = next((each for each in reversed(trials) if each.batch_size == size), None)
     if kept is None or size is None or scout is None or step is None:
         return size
-    if not _leaves_much_more(kept, capacity_bytes, options):
-        return size
     limit_bytes = search.limit_of(capacity_bytes, options.headroom)
+    if not search.leaves_much_more(kept, limit_bytes, capacity_bytes=capacity_bytes):
+        return size
     # What is larger than a batch size that failed, or that left too little, was not meant either.
     failed = (
         each.batch_size

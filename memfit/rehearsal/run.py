@@ -30,13 +30,16 @@ from memfit.rehearsal.journals import Report, read_reports
 from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.watch.start import SETTINGS
 
-__all__ = ["History", "Rehearsed", "capacity_of", "rehearse_command"]
+__all__ = ["History", "Rehearsed", "Requests", "capacity_of", "rehearse_command"]
 
 _STARTUP: Final = Path(__file__).parent / "watch" / "startup"
 _NO_CACHING: Final = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 History = Mapping[str, Any]
 """The record of one step of a process (`watch.history`)."""
+
+Requests = Mapping[str, Any]
+"""The requests of a process to torch's allocator (`watch.requests`)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,11 @@ class Rehearsed:
 
     Args:
         rehearsal: The results of the rehearsal.
-        process: The process that the history belongs to; `None` if no device was used.
+        process: The process that the history or the requests belong to; `None` if no device was
+            used, or if neither was asked for.
         history: The allocations of the step with the peak; `None` if they were not recorded.
+        requests: Every request of that process until its last step (`watch.requests`); `None` if
+            they were not recorded, or if memory ran out.
         last_words: The end of the command's output, if that was kept.
     """
 
@@ -54,6 +60,7 @@ class Rehearsed:
     process: RehearsedProcess | None
     history: History | None
     last_words: str
+    requests: Requests | None = None
 
 
 def rehearse_command(
@@ -64,6 +71,7 @@ def rehearse_command(
     num_steps: int = 3,
     is_whole: bool = False,
     keeps_history: bool = False,
+    keeps_requests: bool = False,
     output: Output = Output.OWN,
     lone_rank: LoneRank | None = None,
     computes: bool = True,
@@ -78,6 +86,8 @@ def rehearse_command(
         num_steps: The command is ended when its peak has not risen for this many optimizer steps.
         is_whole: Whether the command runs to its own end instead.
         keeps_history: Whether to record the allocations of a step too.
+        keeps_requests: Whether to record every request until the last step, without its place in
+            the script. Only one of the two can be recorded.
         output: The destination of the command's output.
         lone_rank: The rank that the command is; the others have no process. `None` if the command
             starts its ranks itself, or has none.
@@ -99,6 +109,7 @@ def rehearse_command(
             "num_steps": num_steps,
             "is_whole": is_whole,
             "keeps_history": keeps_history,
+            "keeps_requests": keeps_requests,
             "computes": computes,
             "lone_rank": None if lone_rank is None else (lone_rank.rank, lone_rank.world_size),
         }
@@ -116,9 +127,14 @@ def rehearse_command(
             notes=tuple(_notes(reports, processes, ended.exit_code, _other_python(command))),
             seconds=time.perf_counter() - start,
         )
-        process, history = _history_of(reports, rehearsal) if keeps_history else (None, None)
+        suffix = ".history" if keeps_history else ".requests" if keeps_requests else None
+        process, kept = (None, None) if suffix is None else _kept(reports, rehearsal, suffix)
     return Rehearsed(
-        rehearsal=rehearsal, process=process, history=history, last_words=ended.last_words
+        rehearsal=rehearsal,
+        process=process,
+        history=kept if keeps_history else None,
+        requests=kept if keeps_requests else None,
+        last_words=ended.last_words,
     )
 
 
@@ -293,17 +309,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a plain value")
 
 
-def _history_of(
-    reports: Sequence[Report], rehearsal: Rehearsal
-) -> tuple[RehearsedProcess | None, History | None]:
-    """Return the history of the process that ran out of memory, or else of the largest one."""
+def _kept(
+    reports: Sequence[Report], rehearsal: Rehearsal, suffix: str
+) -> tuple[RehearsedProcess | None, Mapping[str, Any] | None]:
+    """Return what the process that ran out of memory, or else the largest one, wrote beside."""
 
     def rank(report: Report) -> tuple[bool, int]:
         held = max((process.peak.reserved_bytes for process in report.processes), default=0)
         return report.ran_out and not rehearsal.fits, held
 
     for report in sorted(reports, key=rank, reverse=True):
-        path = report.path.with_suffix(".history")
+        path = report.path.with_suffix(suffix)
         if report.processes and path.exists():
             process = max(report.processes, key=lambda process: process.peak.reserved_bytes)
             return process, _PlainUnpickler(BytesIO(path.read_bytes())).load()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from memfit.search.headroom import (
     Recommended,
     checked_headroom,
+    foreseen,
     has_headroom,
+    is_close,
     larger,
+    leaves_much_more,
     limit_of,
     recommended,
 )
@@ -18,8 +21,11 @@ __all__ = [
     "Recommended",
     "checked_headroom",
     "find_largest",
+    "foreseen",
     "has_headroom",
+    "is_close",
     "larger",
+    "leaves_much_more",
     "limit_of",
     "recommended",
 ]

@@ -14,16 +14,22 @@ from memfit.search.largest import Found, TrialFunction
 __all__ = [
     "Recommended",
     "checked_headroom",
+    "foreseen",
     "has_headroom",
+    "is_close",
     "larger",
+    "leaves_much_more",
     "limit_of",
     "recommended",
 ]
 
 # A recommendation is looked for to this part of itself.
 _CLOSE = 22
-# So many larger batch sizes are looked at where a look costs little.
-_NUM_LOOKS = 10
+# A recommendation that leaves this part of the capacity free, beyond the headroom, is looked at
+# again.
+_MUCH_MORE_FREE = 50
+NUM_LOOKS = 10
+"""How many larger batch sizes are looked at where a look costs little."""
 
 
 def checked_headroom(headroom: object) -> float:
@@ -118,6 +124,7 @@ def larger(
     limit_bytes: int,
     multiple_of: int = 1,
     below: int | None = None,
+    num_looks: int = NUM_LOOKS,
 ) -> int | None:
     """Look for a larger batch size that keeps the headroom too, where a look costs little.
 
@@ -130,6 +137,7 @@ def larger(
         limit_bytes: The capacity less the headroom; see `limit_of`.
         multiple_of: What the batch size has to be a multiple of, at least 1.
         below: Only smaller batch sizes are looked at; `None` if there is no such limit.
+        num_looks: How many batch sizes are looked at.
 
     Returns:
         The largest of the looked-at batch sizes that keeps the headroom; `None` if none does.
@@ -142,14 +150,74 @@ def larger(
         most = min(most, below - 1)
     num_multiples = most // multiple_of - kept.batch_size // multiple_of
     unit = multiple_of
-    if num_multiples > _NUM_LOOKS:
+    if num_multiples > num_looks:
         # Where sizes are left out, odd ones are: kernels are made for even batches.
         unit = 2 * multiple_of
-    step = unit * max(1, -(-num_multiples * multiple_of // (unit * _NUM_LOOKS)))
+    step = unit * max(1, -(-num_multiples * multiple_of // (unit * num_looks)))
     for size in range(most // unit * unit, kept.batch_size, -step):
         if has_headroom(look(size), limit_bytes):
             return size
     return None
+
+
+def foreseen(
+    look: TrialFunction,
+    edge: Trial,
+    *,
+    capacity_bytes: int,
+    headroom: float = 0.05,
+    multiple_of: int = 1,
+    has_retries: bool = True,
+    num_looks: int = NUM_LOOKS,
+) -> int | None:
+    """Find the batch size that will be recommended, where a look at one costs little.
+
+    Args:
+        look: Says what a batch size would take, as a simulation does.
+        edge: What it says of the largest batch size that fits.
+        capacity_bytes: What the device has for this process.
+        headroom: Share of the capacity to keep free, from 0 to below 1.
+        multiple_of: What the batch size has to be a multiple of, at least 1.
+        has_retries: Whether the device can fit a batch size with allocator retries.
+        num_looks: How many larger batch sizes are looked at.
+
+    Returns:
+        The batch size; `None` if none keeps the headroom.
+    """
+    size = recommended(
+        look,
+        Found(batch_size=edge.batch_size, proved=False, trials=(edge,)),
+        capacity_bytes=capacity_bytes,
+        headroom=headroom,
+        multiple_of=multiple_of,
+        has_retries=has_retries,
+    ).batch_size
+    if size is None:
+        return None
+    kept, limit_bytes = look(size), limit_of(capacity_bytes, headroom)
+    if not leaves_much_more(kept, limit_bytes, capacity_bytes=capacity_bytes):
+        return size
+    above = larger(
+        look,
+        kept,
+        limit_bytes=limit_bytes,
+        multiple_of=multiple_of,
+        below=edge.batch_size + 1,
+        num_looks=num_looks,
+    )
+    return above or size
+
+
+def leaves_much_more(kept: Trial, limit_bytes: int, *, capacity_bytes: int) -> bool:
+    """Whether a recommendation leaves more free than the headroom, by so much that it counts.
+
+    Args:
+        kept: The trial of the recommended batch size.
+        limit_bytes: The capacity less the headroom; see `limit_of`.
+        capacity_bytes: The capacity.
+    """
+    peak = kept.peak_reserved_bytes
+    return peak is not None and peak <= limit_bytes - capacity_bytes // _MUCH_MORE_FREE
 
 
 class _Walk:
@@ -188,13 +256,13 @@ class _Walk:
             candidate = max(self._expected(upper), best or 0)
             most = min(upper, candidate) if self._accepts_close else upper
             is_enough = self._accepts_close or failed is not None
-            if best is not None and (best >= most or (is_enough and _is_close(best, most))):
+            if best is not None and (best >= most or (is_enough and is_close(best, most))):
                 return best
             is_expected = num_failed == 0 and candidate < upper and self._has_beyond()
             if self._fits_well(candidate):
                 if failed is None or is_expected:
                     return candidate
-                if self._accepts_close and _is_close(candidate, self._expected(failed - 1)):
+                if self._accepts_close and is_close(candidate, self._expected(failed - 1)):
                     return candidate
                 return self._between(candidate, failed)
             # Below the edge there can be a wide zone in which every batch size needs retries, so
@@ -223,7 +291,7 @@ class _Walk:
 
     def _between(self, fits: int, fails: int) -> int:
         """Look between a batch size that fits and one that failed: a long step may go too far."""
-        while not _is_close(fits, fails):
+        while not is_close(fits, fails):
             middle = self._multiple((fits + fails) // 2)
             if middle == fits:
                 break
@@ -262,8 +330,8 @@ class _Walk:
         return batch_size // self._multiple_of * self._multiple_of
 
 
-def _is_close(batch_size: int, other: int) -> bool:
-    """Whether a larger batch size is not worth another trial."""
+def is_close(batch_size: int, other: int) -> bool:
+    """Whether a larger batch size, the other one, is not worth another trial."""
     return other - batch_size <= max(1, other // _CLOSE)
 
 

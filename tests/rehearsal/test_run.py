@@ -429,6 +429,7 @@ def test_the_watch_is_not_seen_by_a_script(tmp_path: Path) -> None:
         "num_steps": 3,
         "is_whole": False,
         "keeps_history": False,
+        "keeps_requests": False,
         "lone_rank": None,
         "computes": True,
     }

@@ -22,11 +22,13 @@ from memfit.records import (
     RehearsedProcess,
     Source,
 )
-from memfit.rehearsal import scripts
+from memfit.rehearsal import script_runs
 from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.run import Rehearsed
 from memfit.rehearsal.scripts import ScriptSearch, plan_command, probe_command
-from memfit.units import MIB
+from memfit.units import KIB, MIB
+
+from .made_scripts import MadeScript, process_of
 
 CARD = find_gpu("rtx3060")
 BOUNDS = ScriptSearch(gpu=CARD, environment={"CARD": "1"})
@@ -79,28 +81,45 @@ class Runs:
             follows_modules=True,
             message=None,
         )
-        rehearsal = Rehearsal(
-            command=tuple(words),
-            device=CARD.name,
-            capacity=Capacity(
-                usable_bytes=CARD.usable_bytes, total_bytes=CARD.total_bytes, origin="made up"
-            ),
-            context_bytes=CARD.context_bytes,
-            end=RehearsalEnd.FAILED if self.exit_code else end,
-            exit_code=self.exit_code,
-            processes=(process,),
-            notes=(),
-            seconds=1.0,
-        )
-        return Rehearsed(
-            rehearsal=rehearsal, process=None, history=None, last_words="one\nValueError: two\n"
-        )
+        end = RehearsalEnd.FAILED if self.exit_code else end
+        return ended(words, process, end, exit_code=self.exit_code)
+
+
+def ended(
+    words: Sequence[str],
+    process: RehearsedProcess,
+    end: RehearsalEnd,
+    *,
+    exit_code: int = 0,
+    requests: Mapping[str, Any] | None = None,
+) -> Rehearsed:
+    """Return a run of one process."""
+    rehearsal = Rehearsal(
+        command=tuple(words),
+        device=CARD.name,
+        capacity=Capacity(
+            usable_bytes=CARD.usable_bytes, total_bytes=CARD.total_bytes, origin="made up"
+        ),
+        context_bytes=CARD.context_bytes,
+        end=end,
+        exit_code=exit_code,
+        processes=(process,),
+        notes=(),
+        seconds=1.0,
+    )
+    return Rehearsed(
+        rehearsal=rehearsal,
+        process=process,
+        history=None,
+        last_words="one\nValueError: two\n",
+        requests=requests,
+    )
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
-    monkeypatch.setattr(scripts, "rehearse_command", made)
+    monkeypatch.setattr(script_runs, "rehearse_command", made)
     return made
 
 
@@ -122,6 +141,33 @@ def test_the_edge_is_proved_in_few_runs(runs: Runs) -> None:
     assert trial is not None
     assert trial.peak_reserved_bytes is not None
     assert 0.9 < trial.peak_reserved_bytes / CARD.usable_bytes <= 0.95
+
+
+def test_the_requests_of_the_first_runs_say_which_batch_sizes_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reserved bytes alone do not, where the allocator gives back its cache and asks again."""
+    made = MadeScript(
+        weight_bytes=(45 * MIB, 30 * MIB, 87 * MIB),
+        sample_bytes=(996 * KIB, 1982 * KIB, 1286 * KIB),
+        scratch_bytes=88 * KIB,
+    )
+
+    def run(words: Sequence[str], *_given: Any, **_options: Any) -> Rehearsed:
+        trial, requests = made.run(int(words[-1]), CARD.usable_bytes)
+        end = RehearsalEnd.SETTLED if trial.fits else RehearsalEnd.OUT_OF_MEMORY
+        return ended(words, process_of(trial), end, requests=requests if trial.fits else None)
+
+    monkeypatch.setattr(script_runs, "rehearse_command", run)
+    found = probe_command(COMMAND[:4], BOUNDS)
+    assert found.proved
+    stand = found.recommended_batch_size
+    assert stand is not None
+    trials = {trial.batch_size: trial for trial in found.trials}
+    assert trials[found.max_batch_size].num_alloc_retries
+    assert not trials[stand].num_alloc_retries
+    assert (trials[stand].peak_reserved_bytes or 0) > 0.9 * CARD.usable_bytes
+    assert len(found.trials) == 5
 
 
 def test_no_batch_size_is_run_twice(runs: Runs) -> None:

@@ -83,6 +83,12 @@ class Internals:
             "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES, clear_history=clears
         )
 
+    def record_requests(self) -> None:
+        """Record every allocation, without frames."""
+        self._torch.cuda.memory._record_memory_history(
+            "all", context=None, max_entries=_MAX_ENTRIES
+        )
+
     def history(self) -> dict[str, Any]:
         """Return the recorded history and the current segments."""
         snapshot: dict[str, Any] = self._torch.cuda.memory._snapshot()

@@ -29,6 +29,7 @@ from .numbers import replace_zeros
 from .peaks import FIGURES, Peaks
 from .ranks import replace_object_collectives, stay_alone
 from .reads import Reads
+from .requests import Requests
 from .start import after_import
 from .values import Values
 
@@ -53,7 +54,8 @@ class Watch:
 
     Args:
         torch: The module torch, just imported.
-        settings: `folder`, `num_steps`, `is_whole`, `keeps_history`, `lone_rank` and `computes`.
+        settings: `folder`, `num_steps`, `is_whole`, `keeps_history`, `keeps_requests`, `lone_rank`
+            and `computes`.
     """
 
     def __init__(self, torch: ModuleType, settings: dict[str, Any]) -> None:
@@ -78,6 +80,9 @@ class Watch:
             History(torch, self._internals, self._journal, self._modules)
             if settings["keeps_history"]
             else None
+        )
+        self._requests = (
+            Requests(self._internals, self._journal) if settings["keeps_requests"] else None
         )
         self._lock = threading.RLock()
         self._phase = "setup"
@@ -192,6 +197,8 @@ class Watch:
         self._internals.on_out_of_memory(self._guarded(self._runs_out))
         if self._history is not None:
             self._history.begin()
+        if self._requests is not None:
+            self._requests.begin()
 
     def _rank(self) -> dict[str, int | None]:
         distributed = self._torch.distributed
@@ -250,6 +257,8 @@ class Watch:
                     (figures["reserved_bytes"] for figures in self._step_peaks.values()), default=0
                 )
                 self._history.step_ends(optimizer, peak_bytes=reserved, number=self._step)
+            if self._requests is not None:
+                self._requests.step_ends()
             self._step_peaks = {}
             self._phase_peaks = {}
             self._modules.forget()
@@ -403,6 +412,8 @@ class Watch:
             ran_out = self._failed_step == self._step + 1
             if self._history is not None and (ran_out or not self._step):
                 self._history.keep(self._step + 1 if ran_out else 0)
+            if self._requests is not None and not ran_out:
+                self._requests.keep()
 
 
 def _told(error: BaseException | None) -> dict[str, Any]:
