@@ -2,8 +2,8 @@
 
     python benchmarks/script_trials.py [SCRIPT ...] [--gpu GPU ...] [--memory SIZE]
 
-By default the script is `examples/rehearse/plain_pytorch.py`. Each is searched for on each rehearsed
-card.
+By default the script is `examples/rehearse/plain_pytorch.py`. Each is searched for on each
+rehearsed card.
 """
 
 from __future__ import annotations

@@ -35,12 +35,13 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("resnet10t", {"precision": "amp-bf16", "channels_last": True, "optimizer": "adamw"}),
     ("sequencer2d_s", {"precision": "amp-bf16", "optimizer": "adamw"}),
     ("convnextv2_atto", {"precision": "amp-bf16", "optimizer": "adamw"}),
+    ("test_nfnet", {"precision": "amp-fp16", "optimizer": "adamw"}),
 )
 
 
 # One process rehearses all of them, because each start takes seconds.
 def test_steps_take_the_same_bytes() -> None:
-    """What tensors ask for is the same within 0.1%, and what is reserved is the same."""
+    """What tensors ask for is the same to a block, and what is reserved is the same."""
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         for model, options in _STEPS:
             step = describe(model, image_size=64, **options)
@@ -53,7 +54,7 @@ def test_steps_take_the_same_bytes() -> None:
                 real.peak_requested_bytes, rel=1e-3
             ), model
             assert guessed.peak_allocated_bytes == pytest.approx(
-                real.peak_allocated_bytes, rel=1e-3 if IS_PINNED else 1e-2
+                real.peak_allocated_bytes, rel=1e-5 if IS_PINNED else 1e-2
             ), model
             assert guessed.peak_reserved_bytes == pytest.approx(
                 real.peak_reserved_bytes, rel=1e-3 if IS_PINNED else 0.03

@@ -245,6 +245,11 @@ class Recorder:
         if self._watcher is not None:
             self._watcher.freed(number)
 
+    def numbers_of(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """Return the ids of the events that allocated some tensors."""
+        keys = (storage_id(tensor.untyped_storage()) for tensor in tensors)
+        return frozenset(self._ids[key] for key in keys if key in self._ids)
+
     def take_residents(self) -> list[Event]:
         """Return the tensors that the first iteration used and did not make.
 

@@ -193,7 +193,17 @@ class MetaPrecision:
         self._is_mixed = dtype is not None
         # The type that torch casts to on CUDA by default.
         self.autocast = CudaAutocast(dtype or torch.float16, caches=caches)
-        self._scale = torch.ones((), device=META) if precision is Precision.AMP_FP16 else None
+        self._scales = precision is Precision.AMP_FP16
+        self._scaler: tuple[torch.Tensor, ...] = ()
+
+    def begin(self) -> None:
+        """Start as a training does, with a new GradScaler."""
+        self._scaler = ()
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, ...]:
+        """What a GradScaler keeps from its first iteration on."""
+        return self._scaler
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -206,14 +216,34 @@ class MetaPrecision:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run backward from the loss. The loss is scaled if the precision needs it."""
-        if self._scale is not None:
-            loss = loss * self._scale
+        if self._scales:
+            if not self._scaler:
+                # The scale, and the number of steps since it last changed.
+                types = torch.float32, torch.int32
+                self._scaler = tuple(torch.full((), 1, dtype=kind, device=META) for kind in types)
+            # The loss itself lives as long as the caller's.
+            scaled = loss * self._scaler[0]
+        else:
+            scaled = loss
         with self.autocast.backward() if self._is_mixed else contextlib.nullcontext():
-            run_backward(loss, torch.ones_like(loss))
+            run_backward(scaled, torch.ones_like(scaled))
 
     def step(self, optimizer: Optimizer) -> None:
-        """Take the optimizer's step."""
+        """Take the optimizer's step. A GradScaler looks for infinite gradients before.
+
+        Source: `unscale_` and `step` in torch/amp/grad_scaler.py.
+        """
+        if not self._scaler:
+            optimizer.step()
+            return
+        inverse = self._scaler[0].double().reciprocal().float()
+        found_infinite = torch.full((), 0.0, device=META)
+        # Each device that has gradients gets a copy of both. That of the second is there until the
+        # scale has been updated, after the step.
+        found_on_device, inverse_on_device = found_infinite.clone(), inverse.clone()
+        del inverse_on_device, inverse, found_infinite
         optimizer.step()
+        del found_on_device
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -227,6 +227,7 @@ class _Recording:
     def run(self, choose: Choose, name: str) -> Recorded:
         """Iterate the step for as long as a batch size is chosen, and record what it allocates."""
         prepared, recorder, watcher = self.prepared, self.recorder, self._watcher
+        self._precision_policy.begin()
         with contextlib.ExitStack() as stack:
             stack.enter_context(foreach_on_meta(enabled=self._options.uses_foreach))
             stack.enter_context(functional_layer_open())
@@ -269,10 +270,25 @@ class _Recording:
         if is_first:
             num_samples = batch_size * self.prepared.num_forwards
             self.forward_flops = recorder.forward_flops // num_samples
-        run = tuple(recorder.cut())
+        kept = recorder.numbers_of(self._precision_policy.kept) if is_first else frozenset()
+        run, once = _apart(recorder.cut(), kept)
         setup.extend(recorder.take_residents())
         self.prepared.update()
-        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()))
+        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()), once=once)
+
+
+def _apart(
+    events: Sequence[Event], numbers: frozenset[int]
+) -> tuple[tuple[Event, ...], tuple[tuple[int, Event], ...]]:
+    """Take the events of some allocations out, each with the number of events left before it."""
+    left: list[Event] = []
+    apart: list[tuple[int, Event]] = []
+    for event in events:
+        if event.id in numbers:
+            apart.append((len(left), event))
+        else:
+            left.append(event)
+    return tuple(left), tuple(apart)
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep) -> Schedule:
