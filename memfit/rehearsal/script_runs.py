@@ -34,6 +34,8 @@ _FIRST: Final = 2
 # leaves room for is safe, even where memory comes in steps.
 _SAFE_SHARE: Final = (9, 10)
 _MAX_FORECASTS: Final = 4
+# A batch size that is larger by less than this part is not worth another run.
+_CLOSE: Final = 50
 # A look at a forecast takes a few milliseconds.
 _NUM_LOOKS: Final = 100
 
@@ -229,15 +231,16 @@ class Runs:
         for _ in range(_MAX_FORECASTS):
             forecast = self.forecast()
             if forecast is None:
-                return edge
+                break
             edge = search.find_largest(
                 forecast.trial, capacity_bytes=self.capacity_bytes, ceiling=ceiling
             ).batch_size
             size = None if edge is None else self._foreseen(forecast, edge)
             if size is None or self._is_answered(size):
-                return edge
+                break
             self.of_batch_size(size)
-        return edge
+        failed = (trial.batch_size for trial in self.comparable() if not trial.fits)
+        return edge if edge is not None and edge < min(failed, default=edge + 1) else None
 
     def recommended(self, found: search.Found) -> int | None:
         """Return the batch size to train with."""
@@ -279,10 +282,9 @@ class Runs:
 
     def _is_answered(self, size: int) -> bool:
         """Whether a batch size has been run, or one that is hardly smaller keeps the headroom."""
-        best = self._best()
-        return any(trial.batch_size == size for trial in self.comparable()) or (
-            best is not None and search.is_close(best, size)
-        )
+        best = self._best() or 0
+        is_close = size - best <= size // _CLOSE
+        return is_close or any(trial.batch_size == size for trial in self.comparable())
 
     def _best(self) -> int | None:
         """Return the largest batch size of which a run kept the headroom."""

@@ -16,7 +16,6 @@ __all__ = [
     "checked_headroom",
     "foreseen",
     "has_headroom",
-    "is_close",
     "larger",
     "leaves_much_more",
     "limit_of",
@@ -256,13 +255,13 @@ class _Walk:
             candidate = max(self._expected(upper), best or 0)
             most = min(upper, candidate) if self._accepts_close else upper
             is_enough = self._accepts_close or failed is not None
-            if best is not None and (best >= most or (is_enough and is_close(best, most))):
+            if best is not None and (best >= most or (is_enough and _is_close(best, most))):
                 return best
             is_expected = num_failed == 0 and candidate < upper and self._has_beyond()
             if self._fits_well(candidate):
                 if failed is None or is_expected:
                     return candidate
-                if self._accepts_close and is_close(candidate, self._expected(failed - 1)):
+                if self._accepts_close and _is_close(candidate, self._expected(failed - 1)):
                     return candidate
                 return self._between(candidate, failed)
             # Below the edge there can be a wide zone in which every batch size needs retries, so
@@ -291,7 +290,7 @@ class _Walk:
 
     def _between(self, fits: int, fails: int) -> int:
         """Look between a batch size that fits and one that failed: a long step may go too far."""
-        while not is_close(fits, fails):
+        while not _is_close(fits, fails):
             middle = self._multiple((fits + fails) // 2)
             if middle == fits:
                 break
@@ -330,8 +329,8 @@ class _Walk:
         return batch_size // self._multiple_of * self._multiple_of
 
 
-def is_close(batch_size: int, other: int) -> bool:
-    """Whether a larger batch size, the other one, is not worth another trial."""
+def _is_close(batch_size: int, other: int) -> bool:
+    """Whether a larger batch size is not worth another trial."""
     return other - batch_size <= max(1, other // _CLOSE)
 
 
