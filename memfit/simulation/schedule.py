@@ -183,18 +183,6 @@ class Schedule:
             growth += (grows_by, *(0 for _ in added))
         return dataclasses.replace(self, events=tuple(events), growth_bytes=tuple(growth))
 
-    def among(self, events: Sequence[tuple[int, Event]]) -> Schedule:
-        """Return this schedule with events that do not depend on the batch size in between.
-
-        Args:
-            events: Each has the number of this schedule's events before it. They are in order.
-        """
-        told, growth = list(self.events), list(self.growth_bytes)
-        for at, event in reversed(events):
-            told.insert(at, event)
-            growth.insert(at, 0)
-        return dataclasses.replace(self, events=tuple(told), growth_bytes=tuple(growth))
-
     def iteration(self, number: int) -> Schedule:
         """Return one repetition of the stretch, in which nothing takes an id that still lives.
 

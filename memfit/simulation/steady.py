@@ -43,14 +43,11 @@ class Iteration:
         batch_size: Samples in each micro-batch.
         run: Forward and backward. Their sizes depend on the batch size.
         update: The optimizer's step. Its sizes do not depend on the batch size.
-        once: Allocations of the run that are left out of it, because no later iteration makes them
-            or frees them. Each has the number of the run's events before it.
     """
 
     batch_size: int
     run: tuple[Event, ...]
     update: tuple[Event, ...]
-    once: tuple[tuple[int, Event], ...] = ()
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -149,9 +146,7 @@ def _plain(
     later = Schedule.between(other.run, warm.run, batch_sizes=sizes)
     return StepSchedule(
         setup=Schedule.fixed(setup),
-        first=later.seen_in(warm.run, batch_size=warm.batch_size)
-        .among(warm.once)
-        .then(warm.update),
+        first=later.seen_in(warm.run, batch_size=warm.batch_size).then(warm.update),
         later=later.then(other.update).without(only_first),
     )
 
@@ -193,11 +188,8 @@ class _Steps:
     def repeated(self, setup: Sequence[Event], only_first: str) -> StepSchedule:
         """Return the last iteration, repeated, after what the earlier iterations left behind."""
         later = self._later().without(only_first)
-        once = (event for iteration in self._iterations for _, event in iteration.once)
         return StepSchedule(
-            setup=self._with_left_over((*setup, *once), later),
-            first=later.iteration(0),
-            later=later,
+            setup=self._with_left_over(setup, later), first=later.iteration(0), later=later
         )
 
     def _course(self, number: int) -> list[tuple[Any, ...]]:

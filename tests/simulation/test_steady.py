@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 
 import pytest
 
@@ -112,28 +111,6 @@ def test_what_is_kept_for_some_iterations_counts_once(length: int) -> None:
     # Besides the batch: the new tensor is allocated before the oldest one is freed.
     assert peak == held + SAMPLE * 100 * (2 if length else 1)
     assert not schedule.grows(100, peak)
-
-
-@pytest.mark.parametrize("length", [0, 1])
-def test_what_the_first_iteration_makes_once_is_there_from_then_on(length: int) -> None:
-    """It comes at its place in the first iteration, and later iterations do not make it again."""
-
-    class Scaled(Step):
-        def iterate(self, batch_size: int) -> Iteration:
-            iteration = super().iterate(batch_size)
-            scale = Event(action=Action.ALLOC, id=999, num_bytes=4, origin="scale")
-            once = ((1, scale),) if self.num_iterations == 1 else ()
-            return dataclasses.replace(iteration, once=once)
-
-    schedule = settled(Scaled(length))
-    plain = settled(Step(length))
-    peak, _ = peak_and_rest(schedule, 100)
-    assert peak == peak_and_rest(plain, 100)[0] + 4
-    events = list(schedule.setup.at(100)) + list(schedule.first.at(100))
-    assert [event.id for event in events].count(999) == 1
-    assert not any(event.id == 999 for event in schedule.later.at(100))
-    if not length:
-        assert [event.id for event in schedule.first.at(100)].index(999) == 1
 
 
 def test_what_is_kept_for_good_grows() -> None:

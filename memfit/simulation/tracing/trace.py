@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 import torch
@@ -74,7 +74,8 @@ class StepTrace:
 
     Args:
         schedule: Its events.
-        as_run: Its events, with what libraries keep on a card from their first call on.
+        as_run: Its events, with what libraries and a GradScaler keep on a card from their first
+            call on.
         attention: Every kind of attention that it ran, and the kernel taken.
         num_operations: Operations that one iteration dispatched.
         facts: What is known of the model without a card.
@@ -193,7 +194,7 @@ def trace_step(
     card = options.gpu or gpu_with(options.compute_capability)
     return StepTrace(
         schedule=schedule.on(card),
-        as_run=schedule.as_run(latest.recorder.kept).on(card),
+        as_run=schedule.as_run((*latest.recorder.kept, *latest.kept)).on(card),
         attention=tuple(latest.semantics.attention.items()),
         num_operations=latest.recorder.num_operations,
         facts=ModelFacts.of(latest.prepared.model, forward_flops=latest.forward_flops),
@@ -223,6 +224,8 @@ class _Recording:
         self.depends_on_batch = False
         # Operations of one sample's forward pass, in the first iteration.
         self.forward_flops = 0
+        # What the first iteration keeps for good, each with the allocation before it.
+        self.kept: list[tuple[int, Event]] = []
 
     def run(self, choose: Choose, name: str) -> Recorded:
         """Iterate the step for as long as a batch size is chosen, and record what it allocates."""
@@ -270,25 +273,25 @@ class _Recording:
         if is_first:
             num_samples = batch_size * self.prepared.num_forwards
             self.forward_flops = recorder.forward_flops // num_samples
-        kept = recorder.numbers_of(self._precision_policy.kept) if is_first else frozenset()
-        run, once = _apart(recorder.cut(), kept)
+        run = recorder.cut()
+        if is_first:
+            run = self._without_kept(run, recorder.numbers_of(self._precision_policy.kept))
         setup.extend(recorder.take_residents())
         self.prepared.update()
-        return Iteration(batch_size=batch_size, run=run, update=tuple(recorder.cut()), once=once)
+        return Iteration(batch_size=batch_size, run=tuple(run), update=tuple(recorder.cut()))
 
-
-def _apart(
-    events: Sequence[Event], numbers: frozenset[int]
-) -> tuple[tuple[Event, ...], tuple[tuple[int, Event], ...]]:
-    """Take the events of some allocations out, each with the number of events left before it."""
-    left: list[Event] = []
-    apart: list[tuple[int, Event]] = []
-    for event in events:
-        if event.id in numbers:
-            apart.append((len(left), event))
-        else:
+    def _without_kept(self, events: list[Event], numbers: frozenset[int]) -> list[Event]:
+        """Leave out what the first iteration makes and no later one makes or frees."""
+        left: list[Event] = []
+        last_made = 0
+        for event in events:
+            if event.id in numbers:
+                self.kept.append((last_made, event))
+                continue
             left.append(event)
-    return tuple(left), tuple(apart)
+            if event.action is not Action.FREE_COMPLETED:
+                last_made = event.id
+        return left
 
 
 def _with_prefetched(setup: Schedule, prepared: PreparedStep) -> Schedule:
