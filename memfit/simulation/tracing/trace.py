@@ -289,7 +289,8 @@ class _Recording:
                 self.kept.append((last_made, event))
                 continue
             left.append(event)
-            if event.action is not Action.FREE_COMPLETED:
+            # A mark, and the emptying of the cache, have no id.
+            if event.action is not Action.FREE_COMPLETED and event.id:
                 last_made = event.id
         return left
 
