@@ -51,7 +51,7 @@ def test_steps_take_the_same_bytes() -> None:
                     trials.append(card.trial(with_precision(step, card), 8))
             real, guessed = trials
             assert guessed.peak_requested_bytes == pytest.approx(
-                real.peak_requested_bytes, rel=1e-3
+                real.peak_requested_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
             assert guessed.peak_allocated_bytes == pytest.approx(
                 real.peak_allocated_bytes, rel=1e-5 if IS_PINNED else 1e-2
@@ -116,10 +116,16 @@ _TAGGERS: tuple[tuple[type[nn.RNNBase], dict[str, Any], str], ...] = (
 )
 
 
+# Before, torch runs recurrent layers in bf16 step by step, without cuDNN.
+_TAKES_BF16 = 91300
+
+
 def test_recurrent_layers_take_the_same_bytes() -> None:
     """Casts, copies with the steps first, the reserve, the workspace and the weights' gradients."""
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         for kind, options, precision in _TAGGERS:
+            if "bf16" in precision and (torch.backends.cudnn.version() or 0) < _TAKES_BF16:
+                continue
             batch = (torch.zeros(4, 12, 24), torch.zeros(4, dtype=torch.long))
             workload = Workload(Tagger(kind, **options), batch, of_first_step, "adamw")
             step = describe(workload, precision=precision)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from convolution_cases import calls, cases
+from pinned import IS_PINNED
 
 from memfit.cards import find_gpu
 from memfit.simulation.cudnn import plans as module
@@ -54,7 +55,8 @@ def plans(**settings: bool) -> CudnnPlans:
 def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, str], Any]) -> None:
     """Forward and both gradients, in each type and layout, on a rehearsed card.
 
-    On a T4, one forward pass of three channels in fp16 takes a plan that cuDNN does not name.
+    On a T4, one forward pass of three channels in fp16 takes a plan that cuDNN does not name. With
+    other releases of cuDNN, some more do (docs/accuracy.md).
     """
     gpu = find_gpu(card)
     real = run_rehearsed(Path(__file__).with_name("convolution_cases.py"), card)
@@ -63,6 +65,9 @@ def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, 
         for call, num_bytes in zip(calls(*case), taken, strict=True):
             convolution = call.question()
             assert convolution is not None
+            is_unknown = convolution.dtype == "float16" and convolution.input_shape[1] == 3
+            if is_unknown and not IS_PINNED:
+                continue
             if convolution.dtype == "bfloat16" and not gpu.has_bf16:
                 continue  # cuDNN has no such plans, and torch has other kernels
             need = workspace_need(convolution, bound_bytes_per_element=0)
@@ -73,6 +78,7 @@ def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, 
 
 
 @needs_cudnn
+@pytest.mark.skipif(not IS_PINNED, reason="with other releases, the frontend leaves out others")
 @pytest.mark.parametrize("kernel", ConvolutionKernel)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nvidias_frontend_answers_the_same(kernel: ConvolutionKernel, dtype: str) -> None:
