@@ -26,6 +26,8 @@ from memfit.user_cache import cache_folder
 __all__ = ["Workspaces", "keep_answers", "workspaces_of"]
 
 _SCHEMA: Final = "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, num_bytes INTEGER)"
+# Changed when cuDNN is asked in another way.
+_EDITION: Final = 2
 _SECONDS_TO_WAIT: Final = 2.0
 # Where plans depend on the number of multiprocessors too (`memfit.simulation.cudnn.plans`).
 _COUNTS_MULTIPROCESSORS: Final = ((7, 5),)
@@ -171,7 +173,7 @@ def _workspaces(
         return None
     major, minor = compute_capability
     card = f"{major}.{minor}" + ("" if multiprocessors is None else f"-{multiprocessors}")
-    name = f"{plans.version}-{card}-{settings.text}.sqlite"
+    name = f"{plans.version}-{card}-{settings.text}-{_EDITION}.sqlite"
     opened = Workspaces(plans, path=cache_folder() / "cudnn" / name)
     _opened.append(opened)
     # A file that has this answer spares a first question, which takes a hundred milliseconds.

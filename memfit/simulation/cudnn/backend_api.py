@@ -33,7 +33,7 @@ _CARD: Final = 38
 # cudnnBackendAttributeType_t
 _DATA_TYPE: Final = 1
 _INT64: Final = 3
-_DOUBLE: Final = 5
+_FLOAT32: Final = 4
 _CONVOLUTION_MODE: Final = 7
 _HEURISTICS_MODE: Final = 8
 _NOTE: Final = 11
@@ -41,7 +41,7 @@ _DESCRIPTOR: Final = 15
 _CHAR: Final = 24
 _C_TYPES: Final[dict[int, Any]] = {
     _INT64: ctypes.c_int64,
-    _DOUBLE: ctypes.c_double,
+    _FLOAT32: ctypes.c_float,
     _DESCRIPTOR: ctypes.c_void_p,
     _CHAR: ctypes.c_char,
 }
@@ -148,7 +148,9 @@ class Descriptors:
         )
         kind, *names = role
         parts = [(_DESCRIPTOR, [part]) for part in (*tensors, convolution)]
-        values: list[tuple[int, Sequence[object]]] = [*parts, (_DOUBLE, [1.0]), (_DOUBLE, [0.0])]
+        # The factors of the result, of torch's type. With factors in fp64 some plans are others.
+        factors = [(_FLOAT32, [1.0]), (_FLOAT32, [0.0])]
+        values: list[tuple[int, Sequence[object]]] = [*parts, *factors]
         attributes = [(name, *value) for name, value in zip(names, values, strict=True)]
         return self._make(_GRAPH, (801, _DESCRIPTOR, [self._make(kind, *attributes)]))
 

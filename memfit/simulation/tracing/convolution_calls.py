@@ -20,8 +20,6 @@ _DTYPES: Final = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-# A filter's depthwise gradient in half precision and NHWC: fp32 sums, so many for each sample.
-_SUMS_OF_A_SAMPLE: Final = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,31 +92,9 @@ class ConvolutionCall:
         """The bytes of the three tensors."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.weight, self.output))
 
-    @property
-    def sums_bytes(self) -> int:
-        """The scratch of a depthwise filter's gradient that cuDNN's heuristics do not say.
-
-        Seen in rehearsals with torch 2.15: fp32 sums of the filter, eight for each sample. It holds
-        for NHWC in bf16, and in fp16 for filters larger than 3x3.
-        """
-        if not self._sums_apart:
-            return 0
-        return 4 * self.weight.numel() * _SUMS_OF_A_SAMPLE * self.data.shape[0]
-
-    @property
-    def _sums_apart(self) -> bool:
-        is_small = max(self.weight.shape[2:], default=1) <= 3  # noqa: PLR2004 - 3x3
-        if not (self.is_grouped_by_channel and self.is_last):
-            return False
-        return self.kernel is ConvolutionKernel.FILTER and (
-            self.data.dtype is torch.bfloat16 or (self.data.dtype is torch.float16 and not is_small)
-        )
-
     def question(self) -> Convolution | None:
         """Return what to ask cuDNN; `None` if torch uses kernels of its own."""
         if self.data.dtype not in _DTYPES or self.data.ndim not in {_NDIM_1D, _NDIM_2D, _NDIM_3D}:
-            return None
-        if self._sums_apart:
             return None
         stride, padding, dilation, is_transposed, *_ = self.parameters
         kernel, inputs, output = self.kernel, self.data.shape, self.output.shape
