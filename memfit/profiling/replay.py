@@ -192,7 +192,7 @@ class _Run:
             self._marks.append((event.origin, len(self._allocated)))
             self._allocator.carry_out(event.action, event.id, num_bytes)
             return
-        if event.action in (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM):
+        if event.action.is_request:
             if not self._allocate(event, num_bytes, growth):
                 return
         elif event.action is Action.FREE_COMPLETED:

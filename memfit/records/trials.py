@@ -106,6 +106,11 @@ class Action(str, enum.Enum):
     USER_DEFINED = "user_defined"
     EMPTY_CACHE = "empty_cache"
 
+    @property
+    def is_request(self) -> bool:
+        """Whether it asks for a block."""
+        return self in (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event(Record):

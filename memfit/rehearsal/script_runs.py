@@ -30,9 +30,6 @@ _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _NUM_LAST_LINES: Final = 12
 _LINE_ERROR: Final = 100
 _FIRST: Final = 2
-# One run shows only the sum of fixed and per-sample bytes. This part of the batch size that it
-# leaves room for is safe, even where memory comes in steps.
-_SAFE_SHARE: Final = (9, 10)
 _MAX_FORECASTS: Final = 4
 # A batch size that is larger by less than this part is not worth another run.
 _CLOSE: Final = 50
@@ -264,9 +261,8 @@ class Runs:
         [first] = self.comparable()
         if not first.fits or not first.peak_reserved_bytes or self.capacity_bytes is None:
             return None
-        numerator, denominator = _SAFE_SHARE
-        room = self.capacity_bytes * first.batch_size // first.peak_reserved_bytes
-        further = min(max(room * numerator // denominator, 2 * first.batch_size), ceiling)
+        point = first.batch_size, first.peak_reserved_bytes
+        further = min(search.further(point, self.capacity_bytes, has_retries=True), ceiling)
         return further if further > first.batch_size else None
 
     def _foreseen(self, forecast: Forecast, edge: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memfit.search.extrapolate import further
 from memfit.search.headroom import (
     Recommended,
     checked_headroom,
@@ -21,6 +22,7 @@ __all__ = [
     "checked_headroom",
     "find_largest",
     "foreseen",
+    "further",
     "has_headroom",
     "larger",
     "leaves_much_more",

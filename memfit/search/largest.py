@@ -26,12 +26,6 @@ DEFAULT_CEILING = 65_536
 
 TrialFunction = Callable[[int], Trial]
 
-# One trial shows only the sum of fixed and per-sample bytes, which gives a lower bound of the edge.
-# This share of that bound is safe, even where memory comes in steps.
-_SAFE_SHARE = (9, 10)
-# Without retries, bytes are the step's own up to the edge. A smaller second trial then gives a line
-# that is as good, and takes less time.
-_QUICK_SHARE = (3, 4)
 # If the edge is further away than this factor, the search first tries a batch size short of it. It
 # is near the one that will be recommended.
 _NEAR = (5, 4)
@@ -266,8 +260,10 @@ class _Search:
             step = self._beyond_hint(low) if low != points[-1][0] else None
             if step is not None:
                 return step
-            numerator, denominator = _SAFE_SHARE if self._has_retries else _QUICK_SHARE
-            return max(least * numerator // denominator, 2 * low)
+            beyond = extrapolate.further(
+                points[-1], self._capacity_bytes, has_retries=self._has_retries
+            )
+            return max(beyond, 2 * low)
         if edge is None and self._hint is None:
             far = extrapolate.least_flat_edge(points, self._capacity_bytes)
             return max(min(far, _MAX_GROWTH * low), 2 * low)
@@ -404,7 +400,7 @@ class _Search:
         points = self._clean_points()
         if not points:
             return 0
-        numerator, denominator = _SAFE_SHARE
+        numerator, denominator = extrapolate.SAFE_SHARE
         return (
             extrapolate.least_edge(points[-1], self._capacity_bytes or 0) * numerator // denominator
         )

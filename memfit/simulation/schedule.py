@@ -162,7 +162,7 @@ class Schedule:
     @property
     def made(self) -> frozenset[int]:
         """The ids of its allocations."""
-        return frozenset(e.id for e in self.events if e.action is not _FREE_COMPLETED)
+        return frozenset(event.id for event in self.events if event.action.is_request)
 
     def with_kept(self, kept: Sequence[tuple[int, Event]]) -> Schedule:
         """Return this schedule with allocations that nothing frees.
@@ -178,7 +178,7 @@ class Schedule:
         events: list[Event] = []
         growth: list[float] = []
         for event, grows_by in zip(self.events, self.growth_bytes, strict=True):
-            added = () if event.action is _FREE_COMPLETED else after.get(event.id, ())
+            added = after.get(event.id, ()) if event.action.is_request else ()
             events += (event, *added)
             growth += (grows_by, *(0 for _ in added))
         return dataclasses.replace(self, events=tuple(events), growth_bytes=tuple(growth))

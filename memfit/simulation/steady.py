@@ -32,7 +32,6 @@ __all__ = ["Choose", "Iteration", "Recorded", "settle"]
 
 _MAX_ITERATIONS = 6
 _FREE = Action.FREE_COMPLETED
-_MAKES = (Action.ALLOC, Action.TRY_ALLOC, Action.ALLOC_IF_ROOM)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +168,7 @@ class _Steps:
         self._places: dict[int, tuple[int, int]] = {}
         self._made: list[list[Event]] = []
         for number, iteration in enumerate(iterations):
-            made = [event for event in iteration.events if event.action in _MAKES]
+            made = [event for event in iteration.events if event.action.is_request]
             self._made.append(made)
             self._places.update({event.id: (number, at) for at, event in enumerate(made)})
         self._last = len(iterations) - 1

@@ -127,19 +127,31 @@ def _used(block: tuple[int, int]) -> Iterator[tuple[Action, int, int]]:
 
 def process_of(trial: Trial) -> RehearsedProcess:
     """Return the record of the process that ran a script on the second device."""
-    return RehearsedProcess(
-        process=1,
-        rank=None,
-        num_ranks=None,
-        device_index=1,
-        torch_version=TORCH_VERSION,
-        peak=HeldBytes(
+    return made_process(
+        HeldBytes(
             requested_bytes=trial.peak_requested_bytes or 0,
             allocated_bytes=trial.peak_allocated_bytes or 0,
             reserved_bytes=trial.peak_reserved_bytes or 0,
         ),
+        device_index=1,
         num_alloc_retries=trial.num_alloc_retries,
         num_steps=trial.num_iterations,
+    )
+
+
+def made_process(
+    peak: HeldBytes, *, num_steps: int, device_index: int = 0, num_alloc_retries: int = 0
+) -> RehearsedProcess:
+    """Return the record of a process of which only the peak and the steps matter."""
+    return RehearsedProcess(
+        process=1,
+        rank=None,
+        num_ranks=None,
+        device_index=device_index,
+        torch_version=TORCH_VERSION,
+        peak=peak,
+        num_alloc_retries=num_alloc_retries,
+        num_steps=num_steps,
         steps=(),
         phases=(),
         reads=(),

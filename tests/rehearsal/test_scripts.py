@@ -28,7 +28,7 @@ from memfit.rehearsal.run import Rehearsed
 from memfit.rehearsal.scripts import ScriptSearch, plan_command, probe_command
 from memfit.units import KIB, MIB
 
-from .made_scripts import MadeScript, process_of
+from .made_scripts import MadeScript, made_process, process_of
 
 CARD = find_gpu("rtx3060")
 BOUNDS = ScriptSearch(gpu=CARD, environment={"CARD": "1"})
@@ -62,24 +62,9 @@ class Runs:
         num_steps = 5 if batch_size <= self.num_samples and not self.exit_code else 0
         reserved = min(needed, CARD.usable_bytes) if num_steps else 500 * MIB
         end = RehearsalEnd.SETTLED if fits or not num_steps else RehearsalEnd.OUT_OF_MEMORY
-        process = RehearsedProcess(
-            process=1,
-            rank=None,
-            num_ranks=None,
-            device_index=0,
-            torch_version="2.15.0",
-            peak=HeldBytes(
-                requested_bytes=reserved, allocated_bytes=reserved, reserved_bytes=reserved
-            ),
-            num_alloc_retries=0,
+        process = made_process(
+            HeldBytes(requested_bytes=reserved, allocated_bytes=reserved, reserved_bytes=reserved),
             num_steps=num_steps,
-            steps=(),
-            phases=(),
-            reads=(),
-            shortages=(),
-            has_settled=True,
-            follows_modules=True,
-            message=None,
         )
         end = RehearsalEnd.FAILED if self.exit_code else end
         return ended(words, process, end, exit_code=self.exit_code)

@@ -38,7 +38,7 @@ class Requests:
         self._step_ends.append(time.time_ns())
 
     def keep(self) -> None:
-        """Write what was recorded until the last step's end, or until now if there was none."""
+        """Write what was recorded, and when each step ended."""
         traces = self._internals.history()["device_traces"]
         content = {
             "step_ends_ns": self._step_ends,

@@ -274,8 +274,8 @@ class _Recording:
             num_samples = batch_size * self.prepared.num_forwards
             self.forward_flops = recorder.forward_flops // num_samples
         run = recorder.cut()
-        if is_first:
-            run = self._without_kept(run, recorder.numbers_of(self._precision_policy.kept))
+        if is_first and (kept := recorder.numbers_of(self._precision_policy.kept)):
+            run = self._without_kept(run, kept)
         setup.extend(recorder.take_residents())
         self.prepared.update()
         return Iteration(batch_size=batch_size, run=tuple(run), update=tuple(recorder.cut()))
@@ -289,8 +289,7 @@ class _Recording:
                 self.kept.append((last_made, event))
                 continue
             left.append(event)
-            # A mark, and the emptying of the cache, have no id.
-            if event.action is not Action.FREE_COMPLETED and event.id:
+            if event.action.is_request:
                 last_made = event.id
         return left
 
