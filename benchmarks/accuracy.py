@@ -33,6 +33,9 @@ MIB = 2**20
 # made: 1687 MiB were measured on this card with CUDA 11.1 (pytorch/pytorch#55277).
 RTX_3090_TOTAL_MIB = 24268
 RTX_3090_CONTEXT_MIB = 1687
+# Less a tensor of 156 MiB, 1488 MiB were measured with CUDA 11.0 (pytorch/pytorch#49877). CUDA 11.3
+# was not measured on it: the ladder is answered with both.
+RTX_3090_SMALLER_CONTEXT_MIB = 1488
 # :4096:2:16:8 came later; torch 1.12's workspaces are 4 MiB (pytorch/pytorch#86167).
 RTX_3090_BLAS_BYTES = 4 * MIB
 A100_BLAS_BYTES = 8_519_680
@@ -254,21 +257,29 @@ def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int
     return allocator.stats
 
 
-def _ladder_rows(task: Task) -> list[dict[str, Any]]:
-    (row,) = task.rows
-    trace = _trace(task)
-    capacity = (RTX_3090_TOTAL_MIB - RTX_3090_CONTEXT_MIB) * MIB
+def _rung(trace: Any, begin: int, capacity_bytes: int) -> int:
+    """Return the largest batch size of the ladder that fits, looked for from one of them, or 0."""
 
     def fits(batch_size: int) -> bool:
-        stats = _replay(trace, batch_size, blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=capacity)
+        stats = _replay(
+            trace, batch_size, blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=capacity_bytes
+        )
         return stats is not None
 
-    rung = LADDER.index(int(row["batch_size_that_fit"]))
+    rung = LADDER.index(begin)
     while rung < len(LADDER) and not fits(LADDER[rung]):
         rung += 1
     while 0 < rung <= len(LADDER) and fits(LADDER[rung - 1]):
         rung -= 1
-    predicted = LADDER[rung] if rung < len(LADDER) else 0
+    return LADDER[rung] if rung < len(LADDER) else 0
+
+
+def _ladder_rows(task: Task) -> list[dict[str, Any]]:
+    (row,) = task.rows
+    trace = _trace(task)
+    fitted = int(row["batch_size_that_fit"])
+    capacity = (RTX_3090_TOTAL_MIB - RTX_3090_CONTEXT_MIB) * MIB
+    larger = (RTX_3090_TOTAL_MIB - RTX_3090_SMALLER_CONTEXT_MIB) * MIB
 
     def share(batch_size: str) -> float:
         """Return the bytes of tensors at their peak, as a share of the capacity."""
@@ -280,7 +291,8 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
         {
             "kind": "ladder",
             **row,
-            "predicted": predicted,
+            "predicted": _rung(trace, fitted, capacity),
+            "predicted_with_smaller_context": _rung(trace, fitted, larger),
             "fitted_share": share(row["batch_size_that_fit"]),
             "failed_share": share(failed) if failed else None,
         }

@@ -28,16 +28,10 @@ def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ]
         if not bounded:
             continue
-        differences = [row["predicted"] - int(row["batch_size_that_fit"]) for row in bounded]
-        shares = {
-            "exact": sum(d == 0 for d in differences) / len(bounded),
-            "too_low": sum(d < 0 for d in differences) / len(bounded),
-            "too_high": sum(d > 0 for d in differences) / len(bounded),
-        }
-        summary[name] = {"num_rows": len(bounded), **shares}
-        print(
-            f"  {name:<5}{len(bounded):>5} rows  "
-            + "  ".join(f"{k} {v:.1%}" for k, v in shares.items())
+        summary[name] = {"num_rows": len(bounded), **_rung_shares(name, bounded, "predicted")}
+    if "all" in summary:
+        summary["smaller_context"] = _rung_shares(
+            "all, with the smaller context", bounded, "predicted_with_smaller_context"
         )
     full = [row for row in known if not row["batch_size_that_failed"]]
     if full:
@@ -46,13 +40,25 @@ def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
         summary["unbounded"] = {"num_rows": len(full), "exact": right / len(full)}
     wrong = [row for row in known if row["predicted"] != int(row["batch_size_that_fit"])]
     wrong.sort(key=lambda row: row["failed_share"] or 0)
-    print("  the worst 20:")
-    for row in wrong[:20]:
+    print("  the wrong ones:")
+    for row in wrong:
         print(
             f"    {row['model']:<36}{row['memory_format']} {row['batch_size_that_fit']:>4} fitted, "
             f"{row['predicted']:>4} predicted: {_ladder_reason(row, known)}"
         )
     return summary
+
+
+def _rung_shares(name: str, rows: list[dict[str, Any]], key: str) -> dict[str, float]:
+    differences = [row[key] - int(row["batch_size_that_fit"]) for row in rows]
+    shares = {
+        "exact": sum(d == 0 for d in differences) / len(rows),
+        "too_low": sum(d < 0 for d in differences) / len(rows),
+        "too_high": sum(d > 0 for d in differences) / len(rows),
+    }
+    said = "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
+    print(f"  {name:<5}{len(rows):>5} rows  {said}")
+    return shares
 
 
 def _ladder_reason(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
