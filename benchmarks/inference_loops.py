@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memfit.backends.traces import TraceCache, Traced, trace, trace_options
 from memfit.cards import Gpu
 from memfit.records import Action, Event
-from memfit.simulation.schedule import Schedule
+from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.tracing.convolutions import is_depthwise
 from memfit.simulation.tracing.trace import StepTrace
 from memfit.step.training_step import TrainingStep
@@ -146,7 +146,12 @@ class InputsMadeOnce(TraceCache):
 
 
 def _with_inputs_made_once(made: StepTrace) -> StepTrace:
-    schedule = made.schedule
+    return dataclasses.replace(
+        made, schedule=_made_once(made.schedule), as_run=_made_once(made.as_run)
+    )
+
+
+def _made_once(schedule: StepSchedule) -> StepSchedule:
     first, inputs = _without_inputs(schedule.first)
     later, _ = _without_inputs(schedule.later)
     setup = schedule.setup
@@ -156,8 +161,7 @@ def _with_inputs_made_once(made: StepTrace) -> StepTrace:
         events.append(dataclasses.replace(event, num_bytes=int(at_setup)))
         growth.append(grows_by)
     longer = dataclasses.replace(setup, events=tuple(events), growth_bytes=tuple(growth))
-    made_once = dataclasses.replace(schedule, setup=longer, first=first, later=later)
-    return dataclasses.replace(made, schedule=made_once)
+    return dataclasses.replace(schedule, setup=longer, first=first, later=later)
 
 
 def _without_inputs(stretch: Schedule) -> tuple[Schedule, list[tuple[Event, float]]]:
