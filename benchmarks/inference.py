@@ -1,7 +1,7 @@
 """How right `evaluate` is, against timm's published inference benchmarks of three cards.
 
     python benchmarks/inference.py --data FILE [--engine simulate|rehearse] [--sample N] [--seed S]
-                                   [--rows FILE] [--torch RELEASE]
+                                   [--rows FILE] [--torch RELEASE] [--compiled]
 
 FILE is a table with the columns model, gpu, torch, memory_format, precision, compiled, image_size,
 batch_size_that_fit and batch_size_that_failed. timm's benchmark starts at 1024 and steps down a
@@ -9,12 +9,21 @@ ladder of batch sizes on any error. Its forward pass is in amp-fp16, with `cudnn
 runs under `no_grad`, and since timm 1.0.17 (the rows of torch 2.9) under `inference_mode`. A row is
 exact if the same loop ends at the same rung here. What a failed attempt leaves behind is in
 `inference_ladders.py`, and what operators of those releases refuse in `inference_loops.py`. Only
-eager rows with a failing size are taken. One of the published runs began at 512: no row of it is
-above, and tiny models are at 512 too. So a row at the largest size of its run has no failing size,
-whatever the table says. docs/accuracy.md says how to read the output. With --rows, a line of JSON
-is kept for each row, and a run that was interrupted goes on where it stopped. --torch takes the
-rows of one release only, so that it can run with the timm of that time: put it first in PYTHONPATH
-(1.0.9 for torch 2.4, 1.0.24 for torch 2.9).
+rows with a failing size are taken, eager ones, or compiled ones with --compiled. One of the
+published eager runs began at 512: no row of it is above, and tiny models are at 512 too. So a row
+at the largest size of its run has no failing size, whatever the table says. docs/accuracy.md says
+how to read the output. With --rows, a line of JSON is kept for each row, and a run that was
+interrupted goes on where it stopped. --torch takes the rows of one release only, so that it can run
+with the timm of that time: put it first in PYTHONPATH (1.0.9 for torch 2.4, 1.0.24 for torch 2.9).
+
+With --compiled (rehearsed only), the model is compiled as by --torchcompile of timm's benchmark.
+Every attempt is a compilation, which takes a minute, so the ladder is not walked from its top. The
+first attempt is at the published size that failed. It must run out. The second one is at the size
+that fitted, after the first as in timm's loop. It must fit. Where one of the two does otherwise,
+the walk goes on up or down until the edge is found, with 4 attempts at most. What attempts above
+the first would have left behind is not there. A row that takes more than 4 minutes of a core is
+given up and counted as not tried. Without its line in the rows file it is tried again, and what was
+compiled is found in memfit's cache.
 
 Some runs had norms that compute in half precision (`--fast-norm`). The table does not say which,
 but bytes do: without it, rows of such a run need more than the card has at the size that fitted.
@@ -25,8 +34,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import datetime as dt
 import json
+import os
 import platform
 import random
 import sys
@@ -35,14 +46,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inference_ladders import Attempt, Walk
 
 LADDER = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 Run = tuple[str, ...]
-# Published runs of one memory size and layout: two cards, and two releases of torch.
-_ALIKE: tuple[tuple[Run, Run], ...] = (
+# Published runs to compare: two of one memory size, twice, and two that differ by a third. In the
+# last pair, rows at the same rung ended for another reason than memory.
+_COMPARED: tuple[tuple[Run, Run], ...] = (
     (("RTX 3090", "2.4.0", "nchw"), ("RTX 4090", "2.4.0", "nchw")),
     (("RTX 4090", "2.4.0", "nchw"), ("RTX 4090", "2.9.1", "nchw")),
+    (("RTX 4090", "2.9.1", "nchw"), ("RTX 5090", "2.9.1", "nchw")),
 )
 CARDS = {"RTX 3090": "rtx3090", "RTX 4090": "rtx4090", "RTX 5090": "rtx5090"}
 # Torch measures a failed allocation against the card; a rung that needs less than this share of it
@@ -64,10 +80,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, metavar="FILE", help="keep rows here and go on")
     parser.add_argument("--torch", metavar="RELEASE", help="only rows of it, such as 2.4")
+    parser.add_argument("--compiled", action="store_true", help="the rows of torch.compile")
     arguments = parser.parse_args()
+    if arguments.compiled:
+        if arguments.engine != "rehearse":
+            parser.error("compiled models are not simulated: --compiled needs --engine rehearse")
+        # One core compiles. It is read when the process that rehearses imports torch.
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     start = time.perf_counter()
     warnings.filterwarnings("ignore")
-    tasks = _tasks(arguments.data, arguments.sample, arguments.seed)
+    tasks = _tasks(arguments.data, arguments.sample, arguments.seed, is_compiled=arguments.compiled)
     if arguments.torch:
         tasks = [
             [row for row in task if row["torch"].startswith(arguments.torch)] for task in tasks
@@ -81,21 +103,24 @@ def main() -> None:
     print(f"{len(tasks)} models and layouts in {time.perf_counter() - start:.0f} s")
 
 
-def _tasks(path: Path, sample: int | None, seed: int) -> list[list[dict[str, str]]]:
+def _tasks(
+    path: Path, sample: int | None, seed: int, *, is_compiled: bool
+) -> list[list[dict[str, str]]]:
     """Return the rows of the table, those of one model, image size and layout together."""
     with path.open(newline="") as file:
-        eager = [row for row in csv.DictReader(file) if row["compiled"] == "0"]
-    for row in eager:
+        kind = [row for row in csv.DictReader(file) if row["compiled"] == str(int(is_compiled))]
+    for row in kind:
         run = _run_of(row)
         _BEGINS[run] = max(_BEGINS.get(run, 0), int(row["batch_size_that_fit"]))
-    failing = [row for row in eager if row["batch_size_that_failed"]]
+    failing = [row for row in kind if row["batch_size_that_failed"]]
     rows = [row for row in failing if int(row["batch_size_that_fit"]) < _BEGINS[_run_of(row)]]
     print(
-        f"{len(failing)} eager rows name a failing size; {len(failing) - len(rows)} of them are at "
-        "the size that their run began with"
+        f"{len(failing)} {'compiled' if is_compiled else 'eager'} rows name a failing size; "
+        f"{len(failing) - len(rows)} of them are at the size that their run began with"
     )
-    for one, other in _ALIKE:
-        print(_agreement(eager, one, other))
+    for one, other in _COMPARED:
+        if one in _BEGINS and other in _BEGINS:
+            print(_agreement(kind, one, other))
     grouped: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
         key = (row["model"], row["image_size"], row["memory_format"])
@@ -105,12 +130,12 @@ def _tasks(path: Path, sample: int | None, seed: int) -> list[list[dict[str, str
     return tasks if sample is None else tasks[:sample]
 
 
-def _agreement(eager: list[dict[str, str]], one: Run, other: Run) -> str:
+def _agreement(rows: list[dict[str, str]], one: Run, other: Run) -> str:
     """Say how often two published runs end at the same rung, where one of them has a failing size.
 
-    No prediction can be right more often for two runs that differ in what it does not know.
+    If two runs differ only in what a prediction does not know, it can be right no more often.
     """
-    ends = {(*_run_of(row), row["model"], row["image_size"]): row for row in eager}
+    ends = {(*_run_of(row), row["model"], row["image_size"]): row for row in rows}
     most = min(_BEGINS[one], _BEGINS[other])
     counts: Counter[str] = Counter()
     for key, row in ends.items():
@@ -166,6 +191,8 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
     try:
         with _trials(row, engine) as trial:
             rungs = [size for size in LADDER if size <= _BEGINS[_run_of(row)]]
+            if row["compiled"] == "1":
+                return _compiled_result(row, trial, rungs)
             found = trial.rung(rungs)
             with_less = trial.rung(rungs, room_share=_LESS_ROOM) if engine == "simulate" else None
             # How full the card is with nothing left behind, for the rows that are off.
@@ -192,7 +219,37 @@ def _tried(row: dict[str, str], engine: str) -> dict[str, Any]:
     }
 
 
+def _compiled_result(row: dict[str, str], trial: _trials, rungs: list[int]) -> dict[str, Any]:
+    """Walk the part of the ladder that decides, because each attempt is a compilation."""
+    from inference_ladders import Walk
+
+    failed = int(row["batch_size_that_failed"])
+    found, attempts = trial.rehearsed(
+        Walk(rungs, rungs.index(failed), _MOST_ATTEMPTS, _MOST_SECONDS)
+    )
+    error = None
+    if found is None:
+        is_slow = len(attempts) < _MOST_ATTEMPTS
+        error = (
+            f"took longer than {_MOST_SECONDS / 60:.0f} minutes of a core"
+            if is_slow
+            else f"no edge in {_MOST_ATTEMPTS} attempts"
+        )
+    refusal = trial.refusal
+    return {
+        "found": found,
+        "error": error,
+        "capacity": _CAPACITY[row["gpu"]],
+        "peak_at_failed": attempts[0].peak_reserved_bytes if attempts else None,
+        "attempts": [dataclasses.asdict(attempt) for attempt in attempts],
+        "most_samples": None if refusal is None else refusal.most_samples,
+        "refusal": None if refusal is None else refusal.reason,
+    }
+
+
 _CAPACITY: dict[str, int] = {}
+_MOST_ATTEMPTS = 4
+_MOST_SECONDS = 240.0
 # The runs with --fast-norm are all but that of the RTX 5090.
 _CARDS_WITHOUT_FAST_NORM = ("RTX 5090",)
 
@@ -222,6 +279,7 @@ class _trials:  # noqa: N801 - used as a function
             channels_last=row["memory_format"] == "nhwc",
             evaluate=True,
             no_grad=row["torch"] < _INFERENCE_MODE_SINCE,
+            compile=row["compiled"] == "1",
         )
         self._images = Images(int(row["image_size"]), is_last=row["memory_format"] == "nhwc")
         key = "|".join(
@@ -248,9 +306,11 @@ class _trials:  # noqa: N801 - used as a function
             self._step.prepare(torch.device("meta")).model,
             int(row["image_size"]),
             is_last=row["memory_format"] == "nhwc",
+            is_compiled=row["compiled"] == "1",
             release=row["torch"],
         )
         self.refusal = min(refusals, key=lambda refusal: refusal.most_samples, default=None)
+        self._most = None if self.refusal is None else self.refusal.most_samples
 
     def __enter__(self) -> _trials:
         self._card.__enter__()
@@ -262,15 +322,13 @@ class _trials:  # noqa: N801 - used as a function
 
     def rung(self, rungs: list[int], *, room_share: float = 1.0) -> int:
         """Return the batch size at which timm's loop ends, with a share of the card's room."""
-        from inference_ladders import rehearsed_rung, simulated_rung
+        from inference_ladders import Walk, simulated_rung
 
         from memfit.backends.simulated import SimulatedBackend
 
-        most = None if self.refusal is None else self.refusal.most_samples
         if not isinstance(self._card, SimulatedBackend):
-            found: int = self._card.call(
-                rehearsed_rung, self._step, rungs, self._images, most, self._is_half
-            )
+            found, _ = self.rehearsed(Walk(rungs))
+            assert found is not None
             return found
         gpu = self._card.gpu
         return simulated_rung(
@@ -278,8 +336,17 @@ class _trials:  # noqa: N801 - used as a function
             rungs,
             self._images,
             capacity_bytes=int(self._card.capacity().usable_bytes * room_share),
-            most_samples=most,
+            most_samples=self._most,
         )
+
+    def rehearsed(self, walk: Walk) -> tuple[int | None, tuple[Attempt, ...]]:
+        """Return the batch size at which a walk on the rehearsed card ends, and its attempts."""
+        from inference_ladders import rehearsed_rung
+
+        ended: tuple[int | None, tuple[Attempt, ...]] = self._card.call(
+            rehearsed_rung, self._step, walk, self._images, self._most, self._is_half
+        )
+        return ended
 
     def trial(self, batch_size: int) -> Any:
         """Try a batch size, once."""
@@ -317,6 +384,14 @@ def report(rows: list[dict[str, Any]], engine: str) -> None:
     high = [row for row in tried if _rungs_above(row) > 0]
     nearly = sum(row["peak_at_failed"] > _NEARLY_FULL * row["capacity"] for row in high)
     print(f"{nearly} of {len(high)} that are too high need over {_NEARLY_FULL:.0%} of the card")
+    refused = [
+        row
+        for row in tried
+        if row.get("most_samples") and row["most_samples"] < int(row["batch_size_that_failed"])
+    ]
+    if refused:
+        counts = Counter(kind_of(row) for row in refused)
+        print(f"an operator refuses the size that failed: {_said(counts)}")
     print()
     for row in rows:
         kind = kind_of(row)
@@ -331,6 +406,12 @@ def report(rows: list[dict[str, Any]], engine: str) -> None:
                 f"{row['found']}; at {row['batch_size_that_failed']} {share:.0%} of the card"
                 f"{room} {row['error'] or ''}"
             )
+            for attempt in row.get("attempts", ()):
+                share = attempt["peak_reserved_bytes"] / row["capacity"]
+                print(
+                    f"{'':12} {attempt['batch_size']:>4} in {attempt['seconds']:.0f} s: "
+                    f"{attempt['error'] or f'fits, {share:.1%} of the card'}"
+                )
 
 
 def _rungs_above(row: dict[str, Any]) -> int:

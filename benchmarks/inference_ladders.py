@@ -5,14 +5,22 @@ moment the failed attempt's model and images are still there. They are freed whe
 been made, and the next images take the place of the last ones, in a segment that is larger than
 they are. So a batch size is tried in less room than a first attempt has.
 
-Source: `_try_run` in timm's benchmark.py (1.0.9 and 1.0.24), `decay_batch_step`.
+With `--torchcompile`, each attempt forgets what was compiled (`torch._dynamo.reset`) once its own
+model is made, and compiles for its own batch size: Inductor, with every option at its default.
+
+Source: `BenchmarkRunner` and `_try_run` in timm's benchmark.py (1.0.9 and 1.0.24),
+`decay_batch_step`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import signal
+import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +32,11 @@ from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
 from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable, new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.step.compiling import CompiledModel
 from memfit.step.training_step import TrainingStep
+from memfit.step.unfilled import UnfilledWeights
 
-__all__ = ["Images", "rehearsed_rung", "simulated_rung"]
+__all__ = ["Attempt", "Images", "Walk", "rehearsed_rung", "simulated_rung"]
 
 _NUM_ITERATIONS = 4
 _FLOAT_BYTES = 4
@@ -139,12 +149,56 @@ def _play(allocator: CompiledAllocator, actions: list[tuple[Action, int]]) -> No
     allocator.play(table, 0, sizes=array("q", [0]), plans=array("q", [0]))
 
 
-class _Attempt:
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Which part of a ladder is walked.
+
+    The first attempt is at `start`, in an empty process. While nothing has failed, the next one is
+    a rung higher. After a failure, they go down as timm's loop does, in what the failed ones left
+    behind. So from the rung above the edge, two attempts decide as the whole ladder does.
+
+    Args:
+        rungs: The batch sizes, in the order of timm's loop.
+        start: Where in it the first attempt is.
+        most_attempts: The walk ends after so many; `None` for no limit.
+        most_seconds: It ends after so long on a core, in the middle of an attempt; `None` for no
+            limit. What else the machine does is not counted.
+    """
+
+    rungs: Sequence[int]
+    start: int = 0
+    most_attempts: int | None = None
+    most_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """How an attempt ended.
+
+    Args:
+        batch_size: The batch size.
+        peak_reserved_bytes: The most that was reserved, with what the attempt before left.
+        error: Why it failed; `None` if it fits.
+        seconds: How long it took on a core, here.
+    """
+
+    batch_size: int
+    peak_reserved_bytes: int
+    error: str | None
+    seconds: float
+
+
+class _Bench:
     """One batch size: a new model on the card, and then its images and forward passes."""
 
     def __init__(self, step: TrainingStep, batch_size: int) -> None:
-        self._prepared = step.prepare(torch.device("cuda"))
-        self._prepared.begin()
+        # The card computes nothing, so the weights can be anything.
+        with UnfilledWeights():
+            prepared = step.prepare(torch.device("cuda"))
+        prepared.begin()
+        self._model = prepared.model
+        if step.options.compile:
+            self._model = CompiledModel(prepared.model).module
         self._batch_size = batch_size
         self._no_grad = step.options.no_grad
 
@@ -160,28 +214,73 @@ class _Attempt:
                 raise RuntimeError("an operator refuses so many samples")
             for _ in range(_NUM_ITERATIONS):
                 with torch.autocast("cuda", torch.float16):
-                    self._prepared.model(self._images)
+                    self._model(self._images)
 
 
 def rehearsed_rung(
     _backend: Any,
     step: TrainingStep,
-    rungs: Sequence[int],
+    walk: Walk,
     images: Images,
     most: int | None,
     has_half_norms: bool,
-) -> int:
-    """Return the first batch size of a ladder that fits on this process's card, or 0."""
+) -> tuple[int | None, tuple[Attempt, ...]]:
+    """Return the batch size at which timm's loop ends on this process's card, and the attempts.
+
+    It is 0 if the smallest one fails, and `None` if the walk ended before the edge was found.
+    """
     compute_norms_in_half(has_half_norms)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
-    for batch_size in rungs:
-        try:
-            torch.cuda.empty_cache()
-            attempt = _Attempt(step, batch_size)
-            attempt.run(images, most)
-        except RuntimeError:
-            continue
-        del attempt
-        return batch_size
-    return 0
+    attempts: list[Attempt] = []
+    at = walk.start
+    with _limited(walk.most_seconds):
+        while at < len(walk.rungs) and len(attempts) != walk.most_attempts:
+            start = time.process_time()
+            error = None
+            try:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                bench = _Bench(step, walk.rungs[at])
+                bench.run(images, most)
+            except RuntimeError as refusal:
+                error = str(refusal)[:300]
+            peak = torch.cuda.memory_stats()["reserved_bytes.all.peak"]
+            attempts.append(
+                Attempt(walk.rungs[at], peak, error, round(time.process_time() - start, 1))
+            )
+            if error is not None:
+                at += 1
+                continue
+            has_failed = any(attempt.error is not None for attempt in attempts)
+            if at == 0 or has_failed:
+                return walk.rungs[at], tuple(attempts)
+            at -= 1
+            # timm's loop was not here before the rung above: nothing is left behind.
+            del bench
+            torch.compiler.reset()
+            gc.collect()
+    return (0 if at == len(walk.rungs) else None), tuple(attempts)
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, because the compiler makes its own error of each of those."""
+
+
+@contextlib.contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    """Leave the block after so many seconds on a core."""
+
+    def give_up(*_: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, give_up)
+    # Again and again, because an exception in a callback of C code can get lost.
+    signal.setitimer(signal.ITIMER_PROF, seconds or 0, 5)
+    try:
+        yield
+    except _OutOfTime:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -7,6 +7,7 @@ of that torch refuses, however much memory is free.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ _EFFICIENT_IN_CHUNKS = (2, 8)
 # (pytorch/pytorch#152816, #153101).
 _MOST_ELEMENTS = 2**31 - 2
 _LARGE_TO_CUDNN = (2, 8)
+# In NHWC, torch 2.9 keeps large depthwise inputs from cuDNN 9.10 to 9.14 (pytorch/pytorch#163171).
+# Later releases bring cuDNN 9.15, and give them to it (#168364).
+_LARGE_NHWC_REFUSED = (2, 9)
 _MADE_BY = ("aten.randn.default", "aten.randint.default")
 
 
@@ -55,13 +59,16 @@ class Refusal:
     reason: str
 
 
-def refusals_of(model: Any, image_size: int, *, is_last: bool, release: str) -> list[Refusal]:
+def refusals_of(
+    model: Any, image_size: int, *, is_last: bool, is_compiled: bool, release: str
+) -> list[Refusal]:
     """Return the operators of a forward pass in amp-fp16 that fail with too many samples.
 
     Args:
         model: The model on the meta device.
         image_size: The pixels of a side.
         is_last: Whether it runs in channels-last.
+        is_compiled: Whether it is compiled; then Inductor has convolutions in channels-last.
         release: The release of torch, such as "2.4.0".
     """
     version = tuple(map(int, release.split(".")[:2]))
@@ -73,21 +80,34 @@ def refusals_of(model: Any, image_size: int, *, is_last: bool, release: str) -> 
     images = torch.randn(1, 3, image_size, image_size, device="meta")
     with torch.no_grad(), calls, _Convolutions(calls):
         model.eval()(images)
-    found = []
+    return [
+        *_of_attention(calls, version),
+        *_of_convolutions(calls, version, is_last=is_last or is_compiled),
+    ]
+
+
+def _of_attention(calls: _Calls, version: tuple[int, ...]) -> Iterator[Refusal]:
     for num_attentions, has_mask in calls.attentions:
         if not has_mask or version < _EFFICIENT_IN_CHUNKS:
             kernel = "memory-efficient" if has_mask else "flash"
             reason = f"{kernel} attention of more than 65,535 windows"
-            found.append(Refusal(_MOST_ATTENTIONS // num_attentions, reason))
-    if version < _LARGE_TO_CUDNN:
-        layout = torch.channels_last if is_last else torch.contiguous_format
-        for shape, output, weight_shape, parameters in calls.convolutions:
+            yield Refusal(_MOST_ATTENTIONS // num_attentions, reason)
+
+
+def _of_convolutions(
+    calls: _Calls, version: tuple[int, ...], *, is_last: bool
+) -> Iterator[Refusal]:
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    for shape, output, weight_shape, parameters in calls.convolutions:
+        if version < _LARGE_TO_CUDNN:
             data = torch.empty(64, *shape, dtype=torch.half, device="meta", memory_format=layout)
             weight = torch.empty(weight_shape, dtype=torch.half, device="meta")
             if is_depthwise(data, weight.contiguous(memory_format=layout), parameters):
                 most = _MOST_ELEMENTS // max(shape.numel(), output.numel())
-                found.append(Refusal(most, "a depthwise convolution of 2^31 elements"))
-    return found
+                yield Refusal(most, "a depthwise convolution of 2^31 elements")
+        elif version == _LARGE_NHWC_REFUSED and is_last and weight_shape[1] == 1:
+            most = _MOST_ELEMENTS // shape.numel()
+            yield Refusal(most, "a depthwise convolution in NHWC of 2^31 elements")
 
 
 class _Calls(TorchFunctionMode):
