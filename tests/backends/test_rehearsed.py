@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import nn
 
 import memfit
+from memfit.api.asking import Asked
+from memfit.api.cards import Cards
 from memfit.backends.rehearsed.parcel import packed, unpacked
 from memfit.cards import find_gpu
-from memfit.errors import DoesNotFitError, UnsupportedError, UsageError
-from memfit.records import Outcome, Source, StepOptions
+from memfit.errors import DoesNotFitError, StepCrashedError, UnsupportedError, UsageError
+from memfit.records import Engine, Outcome, Source, StepOptions
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
 
@@ -156,6 +160,76 @@ def test_a_users_own_error_is_raised_as_it_came() -> None:
 
 def _breaks(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
     raise KeyError("no such thing")
+
+
+class Layers(nn.Module):
+    """Convolutions and linear layers, whose weights autocast copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.GroupNorm(4, 16),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.Linear(16, 2048), nn.ReLU(), nn.Linear(2048, 2048))
+        self.out = nn.Linear(2048, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return scores in fp32 of shape (samples, 5)."""
+        scores: torch.Tensor = self.out(self.head(self.body(images).mean((2, 3))))
+        return scores.float()
+
+
+def test_a_trial_does_not_depend_on_the_trials_before_it() -> None:
+    """A script begins in a new process. Another order of frees in autocast decides at this edge."""
+    batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
+    workload = Workload(Layers(), batch, nn.CrossEntropyLoss(), "adamw")
+    asked = Asked.of(workload, accumulate=True, precision="amp-fp16", memory="1GiB")
+    edge = 284
+    with Cards(Engine.REHEARSE) as cards:
+        outcomes = {
+            sizes: [
+                (trial.batch_size, trial.outcome, trial.peak_reserved_bytes)
+                for trial in trials_of(cards, asked, sizes)
+            ]
+            for sizes in ((edge,), (edge + 4,), (edge + 5, edge + 4, edge))
+        }
+    alone = [*outcomes[edge,], *outcomes[edge + 4,]]
+    assert sorted(outcomes[edge + 5, edge + 4, edge][1:]) == alone
+    assert [outcome for _, outcome, _ in alone] == [Outcome.FITS, Outcome.OUT_OF_MEMORY]
+
+
+def trials_of(cards: Cards, asked: Asked, sizes: tuple[int, ...]) -> list[memfit.Trial]:
+    with cards.open("a100-40gb", asked.memory_bytes, asked.step) as card:
+        return [card.trial(asked.step, size) for size in sizes]
+
+
+def test_a_process_that_is_killed_is_said() -> None:
+    """A machine without memory left kills it. Nobody waits for its answer."""
+    workload = perceptron()
+    killed = Workload(workload.model, workload.batch, _kills, "adamw")
+    before = signal.signal(signal.SIGALRM, _too_late)
+    signal.alarm(120)
+    try:
+        with pytest.raises(
+            StepCrashedError, match=f"with code {128 + signal.SIGKILL}. Something killed"
+        ):
+            memfit.estimate(killed, 2, gpu="rtx3060", engine="rehearse")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _kills(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def _too_late(*_: object) -> None:
+    raise TimeoutError("it still waits")
 
 
 def test_what_cannot_be_rehearsed_is_said_in_a_sentence() -> None:

@@ -44,6 +44,8 @@ MORE_CASES = [
     pytest.param("timm", "rtx3060", "fp32"),
     pytest.param("transformers", "a100-40gb", "amp-fp16", marks=TRANSFORMERS),
     pytest.param("accelerate", "rtx3060", "amp-fp16", marks=ACCELERATE),
+    pytest.param("accelerate", "a100-40gb", "amp-fp16", marks=ACCELERATE),
+    pytest.param("lightning", "rtx3060", "amp-fp16", marks=LIGHTNING),
 ]
 
 
@@ -64,7 +66,10 @@ def subject(name: str, *, precision: Precision = Precision.FP32) -> tuple[Any, d
     if name == "lightning":
         trainer = zoo.lightning_trainer(precision=zoo.LIGHTNING[precision.value])
         loader = DataLoader(zoo.images(8), batch_size=4)
-        return zoo.lightning_module(), {"datamodule": loader, "trainer": trainer}
+        beside = {"datamodule": loader, "trainer": trainer}
+        # A Trainer that is made without a GPU turns fp16 into bf16.
+        is_half = precision is Precision.AMP_FP16
+        return zoo.lightning_module(), {**beside, **({"precision": "amp-fp16"} if is_half else {})}
     zoo.reset_accelerate()
     kinds: dict[str, Any] = {kind: precision.value == f"amp-{kind}" for kind in ("bf16", "fp16")}
     return zoo.transformers_trainer(**kinds), {}
@@ -112,19 +117,22 @@ def cards() -> Iterator[Cards]:
 @pytest.mark.rehearses
 @pytest.mark.parametrize(("name", "card", "precision"), MORE_CASES)
 def test_so_it_is_in_mixed_precision_and_other_loops(
-    cards: Cards, name: str, card: str, precision: str
+    cards: Cards, servers: RehearsalServers, name: str, card: str, precision: str
 ) -> None:
-    """fastai's `fit`, with its scaler too, and the order of calls in timm's train.py."""
+    """fastai's `fit`, with its scaler too, and the order of calls in timm's train.py.
+
+    It trains in a process of its own: the one of the trials keeps the model of the trials.
+    """
     made, beside = subject(name, precision=Precision(precision))
     asked = Asked.of(made, **{"memory": "1GiB", "headroom": 0.0, **beside})
     found = probe_on(cards.open(card, asked.memory_bytes, asked.step), asked.step, asked.search)
     assert found.options.precision.value == precision
-    sizes = found.max_batch_size, found.max_batch_size + 1
-    with cards.open(card, asked.memory_bytes, asked.step) as opened:
-        trained = [
-            opened.call(zoo.trains, asked.step, name, size, {"precision": precision})
-            for size in sizes
-        ]
+    servers.open(find_gpu(card, total_bytes=asked.memory_bytes))
+    trained = [
+        servers.call("integrations.zoo:trains", None, name, size, {"precision": precision})
+        for size in (found.max_batch_size, found.max_batch_size + 1)
+    ]
+    servers.close()
     assert trained == [True, False]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["RehearsalServers", "RehearsedBackend"]
 
 _Returned = TypeVar("_Returned")
+# SIGKILL's exit code, as a shell and as Python give it.
+_KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 # What a card has that shows what a step needs: more than any step.
 _ROOMY_BYTES = 4 * TIB
 
@@ -143,9 +146,11 @@ class RehearsalServers:
     def _died(self) -> StepCrashedError:
         server, self._server = self._server, None
         code = None if server is None else server.end()
+        with_code = f" with code {code}" if code else ""
+        killed = " Something killed it, as a system does whose memory is full."
         return StepCrashedError(
-            "The process that rehearses the step ended in the middle of it"
-            + (f" with code {code}." if code is not None else ".")
+            f"The process that rehearses the step ended in the middle of it{with_code}."
+            + (killed if code in _KILLED else "")
         )
 
 
@@ -165,6 +170,7 @@ class RehearsedBackend:
         self._servers = servers
         self._counterpart = counterpart
         self._is_open = False
+        self._has_tried = False
         self._capacity: Capacity | None = None
         servers.start(card)
 
@@ -217,7 +223,11 @@ class RehearsedBackend:
         return self._capacity
 
     def trial(self, step: TrainingStep, batch_size: int) -> Trial:
-        """Try one batch size on the rehearsed card.
+        """Try one batch size on the rehearsed card, in a process in which nothing was tried before.
+
+        A script begins in such a process. After another trial, autocast frees its copies of weights
+        in another order, and near the edge that decides. A compiled step keeps its process, because
+        there it is compiled.
 
         Args:
             step: What to train; its precision is chosen.
@@ -226,6 +236,10 @@ class RehearsedBackend:
         Returns:
             How it ended, in the caching allocator's own figures.
         """
+        if self._has_tried and not step.options.compile:
+            self._close()
+        self._open()
+        self._has_tried = True
         trial: Trial = self._call(_path_of(trial_of), step, batch_size)
         return trial
 
@@ -275,7 +289,7 @@ class RehearsedBackend:
     def _open(self) -> None:
         if not self._is_open:
             self._servers.open(self._card)
-            self._is_open = True
+            self._is_open, self._has_tried = True, False
 
     def _close(self) -> None:
         if self._is_open:

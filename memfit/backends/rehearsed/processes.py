@@ -50,16 +50,15 @@ class ServerProcess:
         """End the process; it ends by itself when its connection is gone.
 
         Returns:
-            Its exit code, if it had already ended.
+            Its exit code, which is 0 if it ended because of this; `None` if it had to be killed.
         """
-        code = self.process.poll()
         self.connection.close()
         try:
-            self.process.wait(timeout=_ENDING_SECONDS)
+            return self.process.wait(timeout=_ENDING_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        return code
+            return None
 
 
 class _Fork:

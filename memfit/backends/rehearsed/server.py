@@ -1,6 +1,6 @@
 """The process that rehearses: loaded before torch is a device whose kernels do nothing.
 
-It imports torch once and forks a child for each card, before CUDA is touched, so that every card
+It imports torch once and forks a child for each trial, before CUDA is touched, so that every trial
 finds a fresh CUDA. A child serves requests until it is told to end. `RehearsedBackend` is the other
 side.
 """
@@ -23,6 +23,9 @@ from typing import Any
 from memfit.memory.collector import collector_paused
 
 __all__ = ["Answer", "Call", "End", "Open", "main", "serve"]
+
+# A shell's exit code for a process that a signal ended: this, and the number of the signal.
+_KILLED = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +103,15 @@ def serve(connection: Connection) -> None:
         pid = os.fork()
         if pid == 0:
             _serve(connection, request)
-        os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code:
+            # The other side waits for an answer. Its connection ends with this process.
+            os._exit(code if code > 0 else _KILLED - code)
 
 
 def _serve(connection: Connection, opening: Open) -> None:
     """Serve one card, in the child, and leave without running the parent's exit code."""
+    code = 1
     os.environ.update(opening.environment)
     sys.path[:] = opening.search_path
     # What was imported stays. Each trial runs the collector twice, which would walk through it all.
@@ -113,10 +120,13 @@ def _serve(connection: Connection, opening: Open) -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         _answer_calls(connection, opening.memory_bytes)
+        code = 0
+    except BaseException:  # noqa: BLE001 - it is said before the process leaves
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
