@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,11 +79,13 @@ def refusals_of(
             # It asks for the autocast of the meta device, which has none outside a trace.
             module._fast_norm = False
     images = torch.randn(1, 3, image_size, image_size, device="meta")
+    if is_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), calls, _Convolutions(calls):
         model.eval()(images)
     return [
         *_of_attention(calls, version),
-        *_of_convolutions(calls, version, is_last=is_last or is_compiled),
+        *_of_convolutions(calls, version, is_compiled=is_compiled),
     ]
 
 
@@ -95,19 +98,20 @@ def _of_attention(calls: _Calls, version: tuple[int, ...]) -> Iterator[Refusal]:
 
 
 def _of_convolutions(
-    calls: _Calls, version: tuple[int, ...], *, is_last: bool
+    calls: _Calls, version: tuple[int, ...], *, is_compiled: bool
 ) -> Iterator[Refusal]:
-    layout = torch.channels_last if is_last else torch.contiguous_format
-    for shape, output, weight_shape, parameters in calls.convolutions:
+    for layout_there, shape, output, weight_shape, parameters in calls.convolutions:
+        layout = torch.channels_last if is_compiled else layout_there
         if version < _LARGE_TO_CUDNN:
             data = torch.empty(64, *shape, dtype=torch.half, device="meta", memory_format=layout)
             weight = torch.empty(weight_shape, dtype=torch.half, device="meta")
             if is_depthwise(data, weight.contiguous(memory_format=layout), parameters):
                 most = _MOST_ELEMENTS // max(shape.numel(), output.numel())
                 yield Refusal(most, "a depthwise convolution of 2^31 elements")
-        elif version == _LARGE_NHWC_REFUSED and is_last and weight_shape[1] == 1:
-            most = _MOST_ELEMENTS // shape.numel()
-            yield Refusal(most, "a depthwise convolution in NHWC of 2^31 elements")
+        elif version == _LARGE_NHWC_REFUSED and weight_shape[1] == 1:
+            if layout is torch.channels_last:
+                most = _MOST_ELEMENTS // shape.numel()
+                yield Refusal(most, "a depthwise convolution in NHWC of 2^31 elements")
 
 
 class _Calls(TorchFunctionMode):
@@ -139,13 +143,17 @@ class _Convolutions(TorchDispatchMode):
     ) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default and args[8] > 1:
+        if func is not torch.ops.aten.convolution.default:
+            return result
+        # A norm over channels gives its output in channels-last, and convolutions keep it so.
+        layout = suggest_memory_format(args[0])
+        if args[8] > 1:
             parameters = tuple(
                 tuple(value) if isinstance(value, list) else value for value in args[3:9]
             )
             shapes = args[0].shape[1:], result.shape[1:], args[1].shape
-            self._calls.convolutions.add((*shapes, parameters))
-        return result
+            self._calls.convolutions.add((layout, *shapes, parameters))
+        return result.contiguous(memory_format=layout)
 
 
 class InputsMadeOnce(TraceCache):
