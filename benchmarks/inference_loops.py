@@ -108,10 +108,11 @@ def _of_convolutions(
             if is_depthwise(data, weight.contiguous(memory_format=layout), parameters):
                 most = _MOST_ELEMENTS // max(shape.numel(), output.numel())
                 yield Refusal(most, "a depthwise convolution of 2^31 elements")
-        elif version == _LARGE_NHWC_REFUSED and weight_shape[1] == 1:
-            if layout is torch.channels_last:
-                most = _MOST_ELEMENTS // shape.numel()
-                yield Refusal(most, "a depthwise convolution in NHWC of 2^31 elements")
+            continue
+        is_refused = version == _LARGE_NHWC_REFUSED and layout is torch.channels_last
+        if is_refused and weight_shape[1] == 1:
+            most = _MOST_ELEMENTS // shape.numel()
+            yield Refusal(most, "a depthwise convolution in NHWC of 2^31 elements")
 
 
 class _Calls(TorchFunctionMode):
