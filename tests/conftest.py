@@ -21,8 +21,11 @@ from torch import nn
 from memfit import Workload
 from memfit.cards import find_gpu, is_rehearsed
 from memfit.errors import UnsupportedError
-from memfit.rehearsal.activate import rehearsed_environment
+from memfit.rehearsal.activate import rehearsed_environment, show_driver
+from memfit.simulation.cudnn.backend_api import bring_driver_with
 
+# As `memfit.api` does, which some tests do not import.
+bring_driver_with(show_driver)
 # Named cards are simulated here; the tests of the rehearsal ask for a rehearsal.
 os.environ["MEMFIT_ENGINE"] = "simulate"
 # The steps are small, so several threads would only wait for each other on a busy machine.

@@ -16,10 +16,13 @@ with collector_paused(for_good=True):
     from memfit.api.profiling import DEFAULT_GPU, profile
     from memfit.api.steps import default_gpus, has_gpu
     from memfit.api.verifying import verify
+    from memfit.rehearsal.activate import show_driver
     from memfit.reports import short, short_findings
+    from memfit.simulation.cudnn.backend_api import bring_driver_with
 
 short.register()
 short_findings.register()
+bring_driver_with(show_driver)
 
 __all__ = [
     "DEFAULT_GPU",

@@ -6,6 +6,7 @@ gets it by `LD_PRELOAD`. This process gets it if `rehearse` is called before `im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "load_without_card",
     "rehearse",
     "rehearsed_environment",
+    "show_driver",
 ]
 
 CARD_VARIABLE = REHEARSED_CARD_VARIABLE
@@ -103,6 +105,16 @@ def load_without_card(card: Gpu) -> bool:
         return False
     _load()
     return True
+
+
+def show_driver() -> None:
+    """Let libraries of this process find a driver of CUDA, on a machine that has none.
+
+    It is the rehearsed device's, without a card: CUDA finds no device, as before.
+    """
+    if sys.platform == "linux" and platform.machine() in _MACHINES:
+        with contextlib.suppress(UnsupportedError, OSError):
+            ctypes.CDLL(str(library_folder() / LIBRARY))
 
 
 def rehearsed_environment(

@@ -2,8 +2,8 @@
 
 The file is an SQLite database in the user's cache. Its name has everything that an answer depends
 on besides the question: cuDNN's version, the compute capability, on Turing the multiprocessors, and
-torch's settings. A file that cannot be read is deleted, and cuDNN is asked again. If the file
-cannot be written, answers are kept in memory only.
+torch's settings, and whether cuDNN found a driver. A file that cannot be read is deleted, and cuDNN
+is asked again. If the file cannot be written, answers are kept in memory only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Workspaces", "keep_answers", "workspaces_of"]
 
 _SCHEMA: Final = "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, num_bytes INTEGER)"
 # Changed when cuDNN is asked in another way.
-_EDITION: Final = 2
+_EDITION: Final = 3
 _SECONDS_TO_WAIT: Final = 2.0
 # Where plans depend on the number of multiprocessors too (`memfit.simulation.cudnn.plans`).
 _COUNTS_MULTIPROCESSORS: Final = ((7, 5),)
@@ -173,7 +173,8 @@ def _workspaces(
         return None
     major, minor = compute_capability
     card = f"{major}.{minor}" + ("" if multiprocessors is None else f"-{multiprocessors}")
-    name = f"{plans.version}-{card}-{settings.text}-{_EDITION}.sqlite"
+    driver = "" if plans.has_driver else "-no-driver"
+    name = f"{plans.version}-{card}-{settings.text}{driver}-{_EDITION}.sqlite"
     opened = Workspaces(plans, path=cache_folder() / "cudnn" / name)
     _opened.append(opened)
     # A file that has this answer spares a first question, which takes a hundred milliseconds.

@@ -10,11 +10,21 @@ card's properties stands in for a handle since 9.8.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-__all__ = ["BACKWARD_DATA", "BACKWARD_FILTER", "FORWARD", "CudnnError", "Descriptors", "load_cudnn"]
+__all__ = [
+    "BACKWARD_DATA",
+    "BACKWARD_FILTER",
+    "FORWARD",
+    "CudnnError",
+    "Descriptors",
+    "bring_driver_with",
+    "finds_driver",
+    "load_cudnn",
+]
 
 Role = tuple[int, int, int, int, int, int, int]
 # The descriptor of an operation, and its attributes for x, w, y, the convolution, alpha and beta.
@@ -57,14 +67,50 @@ class CudnnError(Exception):
     """cuDNN refuses a description: it has no plan for it."""
 
 
+_DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_bring_driver: list[Callable[[], object]] = []
+
+
+def bring_driver_with(function: Callable[[], object]) -> None:
+    """Have a function called before cuDNN is asked in a process that finds no driver.
+
+    Args:
+        function: Loads a library with the driver's name, if it can.
+    """
+    _bring_driver[:] = [function]
+
+
+@functools.cache
+def finds_driver() -> bool:
+    """Whether cuDNN finds a driver of CUDA in this process. It looks for it once.
+
+    Without one it takes no plan whose kernels need a function of the driver, such as those of
+    engine 5 of cuDNN 9.26, which a process on a GPU takes.
+    """
+    if _is_loadable():
+        return True
+    for bring in _bring_driver:
+        bring()
+    return _is_loadable()
+
+
+def _is_loadable() -> bool:
+    try:
+        ctypes.CDLL(_DRIVER)
+    except OSError:
+        return False
+    return True
+
+
 def load_cudnn() -> ctypes.CDLL:
-    """Return the cuDNN that torch has loaded.
+    """Return the cuDNN that torch has loaded, with a driver for it to find.
 
     Raises:
         OSError: There is none.
     """
     import torch  # noqa: F401 - a torch for CUDA loads it
 
+    finds_driver()
     library = ctypes.CDLL("cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9")
     library.cudnnGetVersion.restype = ctypes.c_size_t
     return library

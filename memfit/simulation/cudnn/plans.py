@@ -27,6 +27,7 @@ from memfit.simulation.cudnn.backend_api import (
     FORWARD,
     CudnnError,
     Descriptors,
+    finds_driver,
     load_cudnn,
 )
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
@@ -180,6 +181,11 @@ class CudnnPlans:
     def version(self) -> int:
         """The version of cuDNN, such as 92600."""
         return int(self._library.cudnnGetVersion())
+
+    @property
+    def has_driver(self) -> bool:
+        """Whether cuDNN finds a driver; else it names fewer plans."""
+        return finds_driver()
 
     def workspace_bytes(self, convolution: Convolution) -> int | None:
         """Return the workspace of the plan that is taken, or of the largest plan that is tried.

@@ -51,6 +51,27 @@ def plans(**settings: bool) -> CudnnPlans:
 
 @needs_cudnn
 @pytest.mark.rehearses
+def test_cudnn_finds_a_driver_where_there_is_none() -> None:
+    """Without one it leaves out the engine that it takes from 138 images on."""
+    found = plans()
+    assert found.has_driver
+    workspaces = []
+    for samples in (137, 138):
+        depthwise = dataclasses.replace(
+            question(ConvolutionKernel.FORWARD),
+            dtype="bfloat16",
+            is_channels_last=True,
+            input_shape=(samples, 128, 14, 14),
+            weight_shape=(128, 1, 3, 3),
+            output_shape=(samples, 128, 14, 14),
+        )
+        workspaces.append(found.workspace_bytes(depthwise))
+    if IS_PINNED:
+        assert workspaces == [2446, 0]
+
+
+@needs_cudnn
+@pytest.mark.rehearses
 @pytest.mark.parametrize("card", ["RTX 3090", "H100 SXM", "T4"])
 def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, str], Any]) -> None:
     """Forward and both gradients, in each type and layout, on a rehearsed card."""
