@@ -29,10 +29,10 @@ def report_ladder(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not bounded:
             continue
         summary[name] = {"num_rows": len(bounded), **_rung_shares(name, bounded, "predicted")}
-    if "all" in summary:
-        summary["smaller_context"] = _rung_shares(
-            "all, with the smaller context", bounded, "predicted_with_smaller_context"
-        )
+        if name == "all":
+            summary["smaller_context"] = _rung_shares(
+                "all, with the smaller context", bounded, "predicted_with_smaller_context"
+            )
     full = [row for row in known if not row["batch_size_that_failed"]]
     if full:
         right = sum(row["predicted"] == LADDER[0] for row in full)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations import zoo
 from torch import nn
 
 import memfit
@@ -162,31 +163,9 @@ def _breaks(_outputs: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
     raise KeyError("no such thing")
 
 
-class Layers(nn.Module):
-    """Convolutions and linear layers, whose weights autocast copies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(16, 16, 3, padding=1),
-            nn.GroupNorm(4, 16),
-            nn.ReLU(),
-        )
-        self.head = nn.Sequential(nn.Linear(16, 2048), nn.ReLU(), nn.Linear(2048, 2048))
-        self.out = nn.Linear(2048, 5)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return scores in fp32 of shape (samples, 5)."""
-        scores: torch.Tensor = self.out(self.head(self.body(images).mean((2, 3))))
-        return scores.float()
-
-
 def test_a_trial_does_not_depend_on_the_trials_before_it() -> None:
     """A script begins in a new process. Another order of frees in autocast decides at this edge."""
-    batch = (torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long))
-    workload = Workload(Layers(), batch, nn.CrossEntropyLoss(), "adamw")
+    workload = Workload(zoo.Net(), zoo.images(4).tensors, zoo.Fp32Loss(), "adamw")
     asked = Asked.of(workload, accumulate=True, precision="amp-fp16", memory="1GiB")
     edge = 284
     with Cards(Engine.REHEARSE) as cards:

@@ -55,7 +55,7 @@ def test_steps_take_the_same_bytes() -> None:
                 real.peak_requested_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
             assert guessed.peak_allocated_bytes == pytest.approx(
-                real.peak_allocated_bytes, rel=1e-5 if IS_PINNED else 0.03
+                real.peak_allocated_bytes, rel=1e-5 if IS_PINNED else 1e-2
             ), model
             assert guessed.peak_reserved_bytes == pytest.approx(
                 real.peak_reserved_bytes, rel=1e-3 if IS_PINNED else 0.03

@@ -136,18 +136,7 @@ def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
     from memfit.backends.cuda import CudaBackend
     from memfit.backends.rehearsed.parcel import unpacked
 
-    parcels: dict[int, bytes] = {}
     steps: dict[int, Any] = {}
-
-    def step_of(number: int) -> Any:
-        if number in steps:
-            return steps[number]
-        step = unpacked(parcels[number])
-        # A shard cannot be made whole again after a trial, so each trial gets a new model.
-        if step.options.parallel is None:
-            steps[number] = step
-        return step
-
     with CudaBackend(torch.device("cuda"), memory_bytes=memory_bytes) as backend:
         while True:
             try:
@@ -160,9 +149,8 @@ def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
             assert isinstance(request, Call)
             try:
                 if request.step is not None and request.parcel is not None:
-                    steps.clear()
-                    parcels = {request.step: request.parcel}
-                subject = () if request.step is None else (step_of(request.step),)
+                    steps = {request.step: unpacked(request.parcel)}
+                subject = () if request.step is None else (steps[request.step],)
                 module, _, name = request.function.partition(":")
                 function = getattr(importlib.import_module(module), name)
                 answer = Answer(value=function(backend, *subject, *request.arguments))
