@@ -17,7 +17,7 @@ from importlib import resources
 
 from memfit.errors import UsageError
 from memfit.records import Record
-from memfit.units import GIB, MIB
+from memfit.units import GIB, MIB, format_bytes
 
 __all__ = [
     "ANY_GPU",
@@ -237,8 +237,8 @@ def find_gpu(name: str, *, total_bytes: int | None = None) -> Gpu:
             gpu = dataclasses.replace(gpu, total_bytes=total_bytes, total_origin="given")
     if gpu.usable_bytes <= 0:
         raise UsageError(
-            f"{total_bytes} bytes are less than a process without tensors takes on "
-            f"{gpu.name} ({gpu.context_bytes} bytes). Give more."
+            f"{format_bytes(gpu.total_bytes)} are less than a process without tensors takes on "
+            f"{gpu.name} ({format_bytes(gpu.context_bytes)}). Give more."
         )
     return gpu
 

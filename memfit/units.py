@@ -77,11 +77,13 @@ def parse_bytes(size: str | float) -> int:
         factor = _UNIT_BY_LOWER.get(unit.lower() or "b")
         if factor is None:
             lower = {known.lower(): known for known in _UNIT_BYTES}
-            near = lower[difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0)[0]]
-            raise UsageError(
-                f"{size!r} is not a size: there is no unit {unit!r}; did you mean "
-                f"'{match['number']}{near}'?"
+            near = difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0.4)
+            advice = (
+                f"did you mean '{match['number']}{lower[near[0]]}'?"
+                if near
+                else "write, say, '8GiB'."
             )
+            raise UsageError(f"{size!r} is not a size: there is no unit {unit!r}; {advice}")
         num_bytes = int(float(match["number"]) * factor)
     if num_bytes < 1:
         raise UsageError(f"{size!r} is not a usable size: it must be at least one byte.")

@@ -44,6 +44,7 @@ def test_sizes_are_read(text: str | float, expected: int) -> None:
     [
         ("8GBB", "did you mean '8GB'"),
         ("8 gibs", "did you mean '8GiB'"),
+        ("8 potatoes", "there is no unit 'potatoes'; write, say, '8GiB'"),
         ("many", "write a number and a unit"),
         ("", "write a number and a unit"),
         ("-3GiB", "write a number and a unit"),

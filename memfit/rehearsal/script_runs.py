@@ -146,11 +146,6 @@ class Runs:
         """
         words = self.words(batch_size, steps)
         variables = dict(self._bounds.environment)
-        variables |= {
-            name: value.replace(STEPS, str(steps)).replace(BATCH, str(batch_size))
-            for name, value in os.environ.items()
-            if value in (BATCH, STEPS)
-        }
         while words and _VARIABLE.match(words[0]):
             name, _, value = words[0].partition("=")
             variables[name] = value

@@ -41,7 +41,8 @@ def probe_command(
 
     Args:
         template: The command's words. `{}` is the batch size. Words such as `NAME={}` before the
-            program are environment variables.
+            program are environment variables. Those of this process that are set to `{}` go
+            before them.
         bounds: The settings of the search.
         progress: Called with each trial.
 
@@ -50,6 +51,7 @@ def probe_command(
         DoesNotFitError: Not even the smallest batch fits.
         StepCrashedError: The command failed by itself.
     """
+    template = (*_set_in_environment(), *template)
     _check(template, needs=(BATCH,))
     start = time.perf_counter()
     runs = Runs(template, bounds, progress)
@@ -57,7 +59,7 @@ def probe_command(
     assert found.batch_size is not None
     recommended = runs.recommended(found)
     return CommandProbe(
-        command=tuple(template),
+        command=template,
         device=runs.last.device,
         source=runs.last.source,
         capacity=runs.last.capacity,
@@ -94,6 +96,7 @@ def plan_command(
         DoesNotFitError: Not even the smallest micro-batch fits.
         StepCrashedError: The command failed by itself.
     """
+    template = (*_set_in_environment(), *template)
     _check(template, needs=(BATCH, STEPS))
     samples, ranks = check_target(effective_batch_size, world_size)
     share, rest = divmod(samples, ranks)
@@ -107,7 +110,7 @@ def plan_command(
     runs = Runs(template, bounds, progress)
     micro = _micro_batch(runs, share, bounds)
     return CommandPlan(
-        template=tuple(template),
+        template=template,
         command=runs.words(micro, share // micro),
         device=runs.last.device,
         source=runs.last.source,
@@ -199,7 +202,7 @@ def _largest(runs: Runs, ceiling: int) -> tuple[search.Found, list[str]]:
 def _check(template: Sequence[str], *, needs: Sequence[str]) -> None:
     meanings = {BATCH: "the batch size", STEPS: "the accumulation steps"}
     for place in needs:
-        if not any(place in word for word in (*template, *_set_in_environment())):
+        if not any(place in word for word in template):
             raise UsageError(
                 f"The command has no {place} for {meanings[place]}: write, say, -- python train.py "
                 "--batch-size {}" + (" --grad-accum-steps {steps}." if STEPS in needs else ".")
@@ -207,4 +210,9 @@ def _check(template: Sequence[str], *, needs: Sequence[str]) -> None:
 
 
 def _set_in_environment() -> list[str]:
-    return [value for value in os.environ.values() if value in (BATCH, STEPS)]
+    """Return the variables that are set to a place, as words before a program."""
+    return [
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if value in (BATCH, STEPS) and name.isidentifier()
+    ]

@@ -68,7 +68,8 @@ def render(rehearsal: Rehearsal) -> RenderableType:
         if largest.phases:
             parts += ["", Text(f"Peak of each phase{whose}", "bold"), _phases(largest)]
     parts += _reads(rehearsal)
-    parts += ["", *(Text(note, "dim") for note in _notes(rehearsal))]
+    notes = (*rehearsal.notes, _source((rehearsal,)))
+    parts += ["", *(Text(note, "dim") for note in notes)]
     return Group(*parts)
 
 
@@ -94,9 +95,10 @@ def render_several(rehearsals: Sequence[Rehearsal]) -> RenderableType:
     for rehearsal in rehearsals:
         if rehearsal.shortage is not None:
             parts += ["", Text(rehearsal.device, "bold"), *_shortage(rehearsal.shortage)]
-    parts += _reads(rehearsals[0])
-    notes = dict.fromkeys(note for rehearsal in rehearsals for note in _notes(rehearsal))
-    parts += ["", *(Text(note, "dim") for note in notes)]
+    # A card whose memory ran out may not have come to the lines that read.
+    parts += _reads(max(rehearsals, key=_num_lines))
+    notes = dict.fromkeys(note for rehearsal in rehearsals for note in rehearsal.notes)
+    parts += ["", *(Text(note, "dim") for note in (*notes, _source(rehearsals)))]
     return Group(*parts)
 
 
@@ -373,6 +375,10 @@ def _reads(rehearsal: Rehearsal) -> Iterator[RenderableType]:
     yield table
 
 
+def _num_lines(rehearsal: Rehearsal) -> int:
+    return max((len(process.reads) for process in rehearsal.processes), default=0)
+
+
 def _place(read: DeviceRead) -> str:
     places = (read.line, read.library_line)
     return ", in ".join(short_line(place) for place in places if place is not None) or "(unknown)"
@@ -397,13 +403,13 @@ def _cells(rehearsal: Rehearsal) -> tuple[str | Text, ...]:
     )
 
 
-def _notes(rehearsal: Rehearsal) -> Iterator[str]:
-    yield from rehearsal.notes
-    yield (
+def _source(rehearsals: Sequence[Rehearsal]) -> str:
+    processes = [process for rehearsal in rehearsals for process in rehearsal.processes]
+    seconds = sum(rehearsal.seconds for rehearsal in rehearsals)
+    return (
         "Rehearsed, not measured: PyTorch's own software ran, its kernels did nothing. The CUDA "
-        f"context is the catalogue's figure. {_count(len(rehearsal.processes), 'process')}, "
-        f"{rehearsal.seconds:.1f} s"
-        + (f", torch {rehearsal.processes[0].torch_version}." if rehearsal.processes else ".")
+        f"context is the catalogue's figure. {_count(len(processes), 'process')}, {seconds:.1f} s"
+        + (f", torch {processes[0].torch_version}." if processes else ".")
     )
 
 

@@ -223,6 +223,17 @@ def test_a_plan_adds_up_and_was_tried(runs: Runs) -> None:
     assert len(whole.trials) == 1
 
 
+def test_a_plan_shows_the_variables_that_it_trained_with(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that it prints is whole, also if a place is in a variable that was set."""
+    monkeypatch.setenv("MICRO_BATCH", "{}")
+    found = plan_command((*COMMAND[:3], "{}", "--accumulate", "{steps}"), 4096, BOUNDS)
+    assert found.command[0] == f"MICRO_BATCH={found.micro_batch_size}"
+    assert (found.command[1:], found.accumulation_steps) == (runs.seen[-1][0], 4)
+    assert runs.seen[-1][1] == {"CARD": "1", "MICRO_BATCH": "1024"}
+
+
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [

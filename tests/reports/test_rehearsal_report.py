@@ -180,11 +180,19 @@ rank 1     1      5   1001 MiB   1002 MiB  1021 MiB        0  out of memory
 
 def test_several_cards_are_one_table() -> None:
     """Each card has what is left of it, or what is missing."""
-    shown = text(render_several((REHEARSAL, RAN_OUT)))
+    shown = text(render_several((REHEARSAL, dataclasses.replace(RAN_OUT, seconds=6.0))))
     rows = [line.split() for line in shown.splitlines() if line.startswith("NVIDIA GeForce")]
     assert rows[0][4:] == ["settled", "5", "1020", "MiB", "1220", "MiB", "10.8", "GiB"]
     assert rows[1][4:] == ["out", "of", "memory", "5", "1020", "MiB", "1220", "MiB", "-500", "MiB"]
     assert shown.count("Rehearsed, not measured") == 1
+    assert "2 processes, 10.5 s, torch 2.15.0." in shown
+
+
+def test_several_cards_tell_the_reads_of_any() -> None:
+    """Memory of the first card may have run out before the line that reads."""
+    size = dataclasses.replace(READ, kind=ReadKind.SIZE, changes_course=True)
+    shown = text(render_several((RAN_OUT, with_read(size), REHEARSAL)))
+    assert "Do not trust these figures. train.py:12: sizes were read" in shown
 
 
 def with_read(read: DeviceRead) -> Rehearsal:
