@@ -12,6 +12,9 @@ from memfit.records import Source
 
 __all__ = ["cards_table", "plain_table"]
 
+# That of a usual name. Some cards have twice as long a one, which takes two lines.
+_NAME_WIDTH = len("NVIDIA GeForce RTX 2080 Ti")
+
 
 class _PlainTable(Table):
     """A table with plain text in its cells. Rich would read `[item]` as markup and drop it."""
@@ -50,8 +53,9 @@ def cards_table(source: Source, *columns: str) -> Table:
         *columns: Names of the columns of figures, which are aligned to the right.
     """
     table = plain_table()
-    table.add_column(f"GPU ({source.value})", no_wrap=True)
-    table.add_column("precision")
+    table.add_column(f"GPU ({source.value})", min_width=_NAME_WIDTH)
+    table.add_column("precision", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        # A plan may have two lines. A figure that is cut says something else.
+        table.add_column(column, justify="right", no_wrap=column != "plan")
     return table
