@@ -220,7 +220,7 @@ def _unused(other_python: str | None) -> Iterator[str]:
         )
         return
     yield (
-        "No process of the command used the card. Perhaps the command ended "
+        "No process of the command is known to have used the card. Perhaps the command ended "
         "before, trains on another device, or starts Python with -S, -E or -I, "
         "which memfit cannot watch."
     )
@@ -238,7 +238,10 @@ def _notes(
     other_python: str | None,
 ) -> Iterator[str]:
     if exit_code < 0:
-        yield f"The command was ended by the signal {signal.Signals(-exit_code).name}."
+        ended = f"The command was ended by the signal {signal.Signals(-exit_code).name}"
+        # At SIGINT, Python raises an error, and memfit sees all up to it.
+        unseen = ", so what it took after its last step or phase is not in the figures"
+        yield ended + ("." if exit_code == -signal.SIGINT else f"{unseen}.")
     if any(not report.has_cuda for report in reports):
         yield "The command's torch is built without CUDA, so there was no card to rehearse on."
     elif not processes:
@@ -258,10 +261,10 @@ def _notes(
         if not shortage.ended_script
     )
     if handled:
+        requests = "1 request" if handled == 1 else f"{handled} requests"
         yield (
-            f"{handled} requests for memory failed, and the command went on without "
-            "it. Either cuDNN took a plan with a smaller workspace, or the script "
-            "caught the error."
+            f"{requests} for memory failed, and the command went on without it. Either "
+            "cuDNN took a plan with a smaller workspace, or the script caught the error."
         )
     if any(not process.follows_modules for process in processes):
         yield (

@@ -272,6 +272,8 @@ def _ending(rehearsal: Rehearsal) -> str:
         RehearsalEnd.FAILED: (
             f"The command failed by itself with exit code {rehearsal.exit_code}{steps}, and not "
             "because memory ran out."
+            if rehearsal.exit_code >= 0
+            else f"A signal ended the command{steps}. The card's memory had not run out."
         ),
         RehearsalEnd.INTERRUPTED: f"The command was interrupted{steps}.",
         RehearsalEnd.TERMINATED: f"memfit was told to end{steps}, and ended the command.",

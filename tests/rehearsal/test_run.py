@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -157,6 +158,10 @@ def test_a_script_may_handle_a_shortage() -> None:
     # It is one place with the same request each time.
     (shortage,) = process.shortages
     assert (shortage.num_times, shortage.ended_script) == (4, False)
+    assert any(note.startswith("4 requests for memory failed") for note in found.notes)
+    once = dataclasses.replace(shortage, num_times=1)
+    (note,) = _notes((), [dataclasses.replace(process, shortages=(once,))], 0, None)
+    assert note.startswith("1 request for memory failed")
 
 
 @pytest.mark.rehearses
@@ -389,7 +394,15 @@ def test_a_command_without_the_card_is_said_so() -> None:
     """The command runs normally, and the report says that it did not use the card."""
     found = rehearse("-c", "print('hello')")
     assert (found.end, found.processes, found.peak) == (RehearsalEnd.FINISHED, (), None)
-    assert any("No process of the command used the card" in note for note in found.notes)
+    assert any("No process of the command is known to have used" in note for note in found.notes)
+
+
+def test_what_a_killed_command_took_last_is_not_known() -> None:
+    """Only after Ctrl-C, Python runs on to the end of the watch."""
+    note, _ = _notes((), (), -signal.SIGSEGV, None)
+    assert "by the signal SIGSEGV, so what it took after its last step or phase is not" in note
+    note, _ = _notes((), (), -signal.SIGINT, None)
+    assert note == "The command was ended by the signal SIGINT."
 
 
 def test_another_python_is_named(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ CUDA out of memory. Tried to allocate 600.00 MiB.
     )
 
 
+def test_a_signal_is_not_called_an_exit_code() -> None:
+    """The note beside it names the signal."""
+    failed = dataclasses.replace(REHEARSAL, end=RehearsalEnd.FAILED, exit_code=-9)
+    shown = text(render(failed))
+    assert "A signal ended the command after 5 optimizer steps. The card's memory had not" in shown
+    assert "-9" not in shown
+
+
 def test_ranks_are_one_table() -> None:
     """Each rank has a line that says how it ended."""
     ranks = tuple(
