@@ -129,8 +129,9 @@ static void read_card(void) {
     c->blocks_per_sm = (int)number_of(settings, "blocks_per_sm", (size_t)CAPABILITIES[at].blocks_per_sm);
     c->binary_version = (int)number_of(settings, "binary_version", (size_t)CAPABILITIES[at].binary);
     c->l2_bytes = number_of(settings, "l2_bytes", (c->major >= 9 ? 50 : c->major == 8 && !c->minor ? 40 : 6) * MIB);
-    c->clock_khz = (int)number_of(settings, "clock_khz", 1695000);
-    c->memory_clock_khz = (int)number_of(settings, "memory_clock_khz", 9751000);
+    /* cuDNN's plans for Hopper depend on these two: those of an H100 there. */
+    c->clock_khz = (int)number_of(settings, "clock_khz", c->major == 9 ? 1980000 : 1695000);
+    c->memory_clock_khz = (int)number_of(settings, "memory_clock_khz", c->major == 9 ? 2619000 : 9751000);
     c->bus_bits = (int)number_of(settings, "bus_bits", 384);
     pthread_atfork(before_fork, after_fork, in_child);
     end_quietly();

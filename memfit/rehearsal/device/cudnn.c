@@ -96,6 +96,8 @@ static Status ready(void) {
     return properties_status;
 }
 
+Descriptor card_description(void) { return properties; }
+
 API Status cudnnCreate(Handle **handle) {
     *handle = NULL;
     Status status = ready();
@@ -132,8 +134,13 @@ API Status cudnnBackendFinalize(Descriptor descriptor) {
         return OK;
     }
     status = cudnn.finalize(descriptor);
-    if (!status) finalized(descriptor);
-    return status;
+    if (status) return status;
+    finalized(descriptor);
+    Problem problem = known_problem(descriptor);
+    if (config && problem.first &&
+        !cudnn.get(descriptor, PLAN_WORKSPACE_BYTES, TYPE_INT64, 1, &count, &workspace) && count == 1)
+        know_bytes(descriptor, whole_card_bytes(config, &problem, workspace));
+    return OK;
 }
 
 API Status cudnnBackendGetAttribute(Descriptor descriptor, int name, int type, int64_t asked, int64_t *count, void *elements) {

@@ -11,23 +11,21 @@ enum { /* cudnnBackendAttributeName_t */
     CONVOLUTION_STRIDES = 103,
     CONVOLUTION_POST_PADDINGS = 104,
     CONVOLUTION_PRE_PADDINGS = 105,
-    FORWARD_CONVOLUTION = 702, FORWARD_WEIGHT, FORWARD_INPUT, FORWARD_OUTPUT,
-    DATA_CONVOLUTION = 708, DATA_WEIGHT, DATA_INPUT, DATA_OUTPUT,
-    FILTER_CONVOLUTION = 714, FILTER_WEIGHT, FILTER_INPUT, FILTER_OUTPUT,
+    CONVOLUTION_PART = 0, WEIGHT_PART, INPUT_PART, OUTPUT_PART, /* after the first attribute of a kind */
     GRAPH_OPERATIONS = 801,
     TENSOR_DATA_TYPE = 901, TENSOR_DIMENSIONS, TENSOR_STRIDES,
     FLOAT32 = 0, FLOAT16 = 2, BFLOAT16 = 9, /* cudnnDataType_t */
-    NUM_DIMENSIONS = 4,
     FEW_CHANNELS = 32,
     MOST_PRODUCTS = 3, /* times the bytes of input and output */
 };
 
 /* What is known of a descriptor: an operation's parts, a plan's configuration, and a workspace. That of
    an operation as a product goes on to its graph, the list of heuristics, the first configuration of the
-   list and the plan. */
+   list and the plan. So does the problem, to all configurations. */
 typedef struct Known {
-    Descriptor of, convolution, weight, input, config;
+    Descriptor of, parts[OUTPUT_PART + 1], config;
     int first; /* the first attribute of the operation's kind */
+    Problem problem;
     int64_t num_bytes;
     struct Known *next;
 } Known;
@@ -51,6 +49,22 @@ int64_t known_bytes(Descriptor descriptor) {
     int64_t num_bytes = found ? found->num_bytes : -1;
     device_unlock();
     return num_bytes;
+}
+
+Problem known_problem(Descriptor descriptor) {
+    device_lock();
+    Known *found = *place_of(descriptor);
+    Problem problem = found ? found->problem : (Problem){0};
+    device_unlock();
+    return problem;
+}
+
+static void know_problem(Descriptor descriptor, const Problem *problem) {
+    if (!problem->first) return;
+    device_lock();
+    Known *entry = entry_of(descriptor);
+    if (entry) entry->problem = *problem;
+    device_unlock();
 }
 
 Descriptor known_config(Descriptor plan) {
@@ -80,20 +94,18 @@ void forget(Descriptor descriptor) {
 void remember(Descriptor descriptor, int name, int64_t count, const void *elements) {
     if (count != 1) return;
     Descriptor given = *(const Descriptor *)elements;
-    if (name == GRAPH_OPERATIONS || name == HEURISTICS_OPERATION_GRAPH || name == PLAN_CONFIG)
+    if (name == GRAPH_OPERATIONS || name == HEURISTICS_OPERATION_GRAPH || name == PLAN_CONFIG) {
+        Problem problem = known_problem(given);
+        know_problem(descriptor, &problem);
         know_bytes(descriptor, known_bytes(given));
-    int is_part = name >= FORWARD_CONVOLUTION && name <= FILTER_OUTPUT;
+    }
+    int part = (name - FORWARD_CONVOLUTION) % (DATA_CONVOLUTION - FORWARD_CONVOLUTION);
+    int is_part = name >= FORWARD_CONVOLUTION && name <= FILTER_CONVOLUTION + OUTPUT_PART && part <= OUTPUT_PART;
     if (!is_part && name != PLAN_CONFIG) return;
-    int part = (name - FORWARD_CONVOLUTION) % 6;
     device_lock();
     Known *entry = entry_of(descriptor);
     if (entry && !is_part) entry->config = given;
-    else if (entry) {
-        entry->first = name - part;
-        if (part == 0) entry->convolution = given;
-        else if (part == FORWARD_WEIGHT - FORWARD_CONVOLUTION) entry->weight = given;
-        else if (part == FORWARD_INPUT - FORWARD_CONVOLUTION) entry->input = given;
-    }
+    else if (entry) entry->first = name - part, entry->parts[part] = given;
     device_unlock();
 }
 
@@ -103,16 +115,27 @@ static int numbers(Descriptor descriptor, int name, int64_t count, int64_t *into
     return descriptor && !cudnn.get(descriptor, name, TYPE_INT64, count, &found, into) && found == count;
 }
 
-static int64_t bytes_of(const Known *operation) {
-    int64_t x[NUM_DIMENSIONS + 1], w[NUM_DIMENSIONS + 1], strides[NUM_DIMENSIONS], steps[2], before[2], after[2], count = 0;
-    int dtype = -1;
-    if (!numbers(operation->input, TENSOR_DIMENSIONS, NUM_DIMENSIONS, x) ||
-        !numbers(operation->weight, TENSOR_DIMENSIONS, NUM_DIMENSIONS, w) ||
-        !numbers(operation->input, TENSOR_STRIDES, NUM_DIMENSIONS, strides) ||
-        !numbers(operation->convolution, CONVOLUTION_STRIDES, 2, steps) ||
-        !numbers(operation->convolution, CONVOLUTION_PRE_PADDINGS, 2, before) ||
-        !numbers(operation->convolution, CONVOLUTION_POST_PADDINGS, 2, after) ||
-        cudnn.get(operation->input, TENSOR_DATA_TYPE, TYPE_DATA_TYPE, 1, &count, &dtype))
+static Problem problem_of(const Known *operation) {
+    Problem problem = {.first = operation->first};
+    int64_t count = 0;
+    if (!numbers(operation->parts[INPUT_PART], TENSOR_DIMENSIONS, NUM_DIMENSIONS, problem.x) ||
+        !numbers(operation->parts[WEIGHT_PART], TENSOR_DIMENSIONS, NUM_DIMENSIONS, problem.w) ||
+        !numbers(operation->parts[OUTPUT_PART], TENSOR_DIMENSIONS, NUM_DIMENSIONS, problem.y) ||
+        cudnn.get(operation->parts[INPUT_PART], TENSOR_DATA_TYPE, TYPE_DATA_TYPE, 1, &count, &problem.dtype))
+        problem.first = 0;
+    return problem;
+}
+
+static int64_t bytes_of(const Known *operation, const Problem *problem) {
+    const int64_t *x = problem->x, *w = problem->w;
+    int64_t strides[NUM_DIMENSIONS], steps[2], before[2], after[2];
+    Descriptor convolution = operation->parts[CONVOLUTION_PART];
+    int dtype = problem->dtype;
+    if (!problem->first ||
+        !numbers(operation->parts[INPUT_PART], TENSOR_STRIDES, NUM_DIMENSIONS, strides) ||
+        !numbers(convolution, CONVOLUTION_STRIDES, 2, steps) ||
+        !numbers(convolution, CONVOLUTION_PRE_PADDINGS, 2, before) ||
+        !numbers(convolution, CONVOLUTION_POST_PADDINGS, 2, after))
         return -1;
     int64_t pixels = x[2] * x[3];
     int is_plain = w[2] == 1 && w[3] == 1 && w[1] == x[1] && steps[0] == 1 && steps[1] == 1 && !before[0] &&
@@ -133,13 +156,25 @@ void finalized(Descriptor descriptor) {
     device_lock();
     Known *found = *place_of(descriptor), copy = found ? *found : (Known){0};
     device_unlock();
-    if (copy.first) know_bytes(descriptor, bytes_of(&copy));
+    if (!copy.first) return;
+    Problem problem = problem_of(&copy);
+    know_problem(descriptor, &problem);
+    know_bytes(descriptor, bytes_of(&copy, &problem));
+}
+
+static Status listed(Descriptor heuristics, int type, int64_t asked, int64_t *count, Descriptor *configs) {
+    int64_t filled = 0;
+    Status status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, &filled, configs);
+    Problem problem = known_problem(heuristics);
+    for (int64_t i = 0; !status && configs && i < filled && i < asked; i++) know_problem(configs[i], &problem);
+    if (count) *count = filled;
+    return status;
 }
 
 Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *count, void *elements) {
     int64_t num_bytes = known_bytes(heuristics), filled = 0;
-    if (num_bytes < 0) return cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, count, elements);
     Descriptor *configs = elements;
+    if (num_bytes < 0) return listed(heuristics, type, asked, count, configs);
     if (asked < 1 || !configs) {
         Status status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked, count, elements);
         if (!status && count && *count) ++*count;
@@ -147,8 +182,7 @@ Status product_results(Descriptor heuristics, int type, int64_t asked, int64_t *
     }
     /* The one in front is a copy of the real first one: torch reads its notes, and nothing else. */
     Status status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, 1, &filled, configs);
-    if (!status && filled && asked > 1)
-        status = cudnn.get(heuristics, HEURISTICS_RESULTS, type, asked - 1, &filled, configs + 1);
+    if (!status && filled && asked > 1) status = listed(heuristics, type, asked - 1, &filled, configs + 1);
     else filled = 0;
     if (status) return status;
     if (count) *count = filled + 1;

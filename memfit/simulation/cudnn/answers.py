@@ -1,9 +1,9 @@
 """Keeps cuDNN's answers in memory and in a file, because each question takes some milliseconds.
 
 The file is an SQLite database in the user's cache. Its name has everything that an answer depends
-on besides the question: cuDNN's version, the compute capability, on Turing the multiprocessors, and
-torch's settings, and whether cuDNN found a driver. A file that cannot be read is deleted, and cuDNN
-is asked again. If the file cannot be written, answers are kept in memory only.
+on besides the question: cuDNN's version, the compute capability, on Turing and Hopper the
+multiprocessors, torch's settings, and whether cuDNN found a driver. A file that cannot be read is
+deleted, and cuDNN is asked again. If the file cannot be written, answers are kept in memory only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from typing import Final, Protocol
 from memfit.cards import Gpu
 from memfit.simulation.cudnn.plans import ANY_QUESTION, PlanSettings, cudnn_plans
 from memfit.simulation.cudnn.questions import Convolution
+from memfit.simulation.cudnn.splits import SPLITTING
 from memfit.user_cache import cache_folder
 
 __all__ = ["Workspaces", "keep_answers", "workspaces_of"]
 
 _SCHEMA: Final = "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, num_bytes INTEGER)"
 # Changed when cuDNN is asked in another way.
-_EDITION: Final = 3
+_EDITION: Final = 4
 _SECONDS_TO_WAIT: Final = 2.0
-# Where plans depend on the number of multiprocessors too (`memfit.simulation.cudnn.plans`).
-_COUNTS_MULTIPROCESSORS: Final = ((7, 5),)
+# Where plans or their workspaces depend on the number of multiprocessors too
+# (`memfit.simulation.cudnn.plans`).
+_COUNTS_MULTIPROCESSORS: Final = ((7, 5), SPLITTING)
 
 _log = logging.getLogger(__name__)
 _opened: list[Workspaces] = []

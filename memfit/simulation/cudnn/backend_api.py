@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 __all__ = [
@@ -34,9 +34,11 @@ BACKWARD_FILTER: Final[Role] = (11, 716, 715, 717, 714, 712, 713)
 
 # cudnnBackendDescriptorType_t
 _CONVOLUTION: Final = 1
+_ENGINE: Final = 2
 _CONFIG: Final = 3
 _HEURISTICS: Final = 4
 _PLAN: Final = 5
+_KNOB_CHOICE: Final = 7
 _GRAPH: Final = 15
 _TENSOR: Final = 17
 _CARD: Final = 38
@@ -46,12 +48,15 @@ _INT64: Final = 3
 _FLOAT32: Final = 4
 _CONVOLUTION_MODE: Final = 7
 _HEURISTICS_MODE: Final = 8
+_KNOB: Final = 9
 _NOTE: Final = 11
 _DESCRIPTOR: Final = 15
+_INT32: Final = 23
 _CHAR: Final = 24
 _C_TYPES: Final[dict[int, Any]] = {
     _INT64: ctypes.c_int64,
     _FLOAT32: ctypes.c_float,
+    _INT32: ctypes.c_int32,
     _DESCRIPTOR: ctypes.c_void_p,
     _CHAR: ctypes.c_char,
 }
@@ -59,6 +64,7 @@ _FLOAT: Final = 0  # cudnnDataType_t
 _CROSS_CORRELATION: Final = 1  # cudnnConvolutionMode_t
 _ALIGNED_BYTES: Final = 16
 _MOST_NOTES: Final = 16
+_MOST_KNOBS: Final = 40
 
 Attribute = tuple[int, int, Sequence[object]]
 
@@ -230,9 +236,60 @@ class Descriptors:
 
     def notes(self, config: ctypes.c_void_p) -> frozenset[int]:
         """Return the numerical notes of a configuration's engine."""
-        engine = self._created(2)
+        engine = self._created(_ENGINE)
         self._read(config, 300, _DESCRIPTOR, [engine])
         return frozenset(self._read(engine, 1303, _NOTE, [0] * _MOST_NOTES))
+
+    def engine_number(self, config: ctypes.c_void_p) -> int:
+        """Return the number of a configuration's engine."""
+        engine = self._created(_ENGINE)
+        self._read(config, 300, _DESCRIPTOR, [engine])
+        (number,) = self._read(engine, 1301, _INT64, [0])
+        return int(number)
+
+    def knobs(self, config: ctypes.c_void_p) -> dict[int, int]:
+        """Return the settings of a configuration, by the numbers of their kinds."""
+        choices = [self._created(_KNOB_CHOICE) for _ in range(_MOST_KNOBS)]
+        found = self._read(config, 302, _DESCRIPTOR, choices)
+        return {
+            int(self._read(choice, 600, _KNOB, [0])[0]): int(
+                self._read(choice, 601, _INT64, [0])[0]
+            )
+            for choice in choices[: len(found)]
+        }
+
+    def retargeted(
+        self,
+        graph: ctypes.c_void_p,
+        card: ctypes.c_void_p,
+        engine: int,
+        knobs: Mapping[int, int],
+        multiprocessors: int,
+    ) -> ctypes.c_void_p:
+        """Configure an engine for some multiprocessors of a card.
+
+        Args:
+            graph: What to compute.
+            card: The card.
+            engine: The engine's number.
+            knobs: Its settings, by the numbers of their kinds.
+            multiprocessors: How many to use.
+
+        Raises:
+            CudnnError: The engine cannot do it so.
+        """
+        made = self._make(
+            _ENGINE,
+            (1300, _DESCRIPTOR, [graph]),
+            (1301, _INT64, [engine]),
+            (1306, _INT32, [multiprocessors]),
+            (1307, _DESCRIPTOR, [card]),
+        )
+        choices = [
+            self._make(_KNOB_CHOICE, (600, _KNOB, [kind]), (601, _INT64, [value]))
+            for kind, value in knobs.items()
+        ]
+        return self._make(_CONFIG, (300, _DESCRIPTOR, [made]), (302, _DESCRIPTOR, choices))
 
     def workspace_bytes(self, config: ctypes.c_void_p, card: ctypes.c_void_p) -> int | None:
         """Return the workspace of a plan; `None` if the plan cannot be built."""

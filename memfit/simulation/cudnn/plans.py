@@ -22,15 +22,14 @@ from typing import Any, Final
 import torch
 
 from memfit.simulation.cudnn.backend_api import (
-    BACKWARD_DATA,
-    BACKWARD_FILTER,
-    FORWARD,
     CudnnError,
     Descriptors,
     finds_driver,
     load_cudnn,
 )
+from memfit.simulation.cudnn.graphs import graph_of
 from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
+from memfit.simulation.cudnn.splits import SPLITTING, PlanOfCard, whole_card_bytes
 
 __all__ = ["ANY_QUESTION", "CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
@@ -62,12 +61,9 @@ _SOME_CARD: Final[dict[str, Any]] = {
     "driverVer": 13020,
     "deviceName": "GPU",
 }
-# cudnnDataType_t
-_DTYPES: Final = {"float32": 0, "float16": 2, "bfloat16": 9}
-_ROLES: Final = {
-    ConvolutionKernel.FORWARD: FORWARD,
-    ConvolutionKernel.DATA: BACKWARD_DATA,
-    ConvolutionKernel.FILTER: BACKWARD_FILTER,
+# On Hopper the clocks decide how far sums are split. Those of an H100: NVIDIA's data sheet.
+_CLOCKS: Final[dict[tuple[int, int], dict[str, int]]] = {
+    SPLITTING: {"smClockRateKHz": 1_980_000, "memClockRateKHz": 2_619_000}
 }
 # cudnnBackendHeurMode_t: torch takes the first plan of both lists.
 _HEURISTICS: Final = 3
@@ -170,9 +166,11 @@ class CudnnPlans:
         self.settings = settings
         self._library = load_cudnn()
         major, minor = compute_capability
-        card = {**_SOME_CARD, "deviceVer": 100 * major + 10 * minor}
+        clocks = _CLOCKS.get(compute_capability, {})
+        card = {**_SOME_CARD, **clocks, "deviceVer": 100 * major + 10 * minor}
         if multiprocessors is not None:
             card["multiProcessorCount"] = multiprocessors
+        self._splits_on = multiprocessors if compute_capability == SPLITTING else None
         self.properties = json.dumps(card)
         # The question whose plans were last asked for by rank, the rest of them, and their answers.
         self._ranked: tuple[Convolution, Iterator[int], list[int]] | None = None
@@ -219,14 +217,28 @@ class CudnnPlans:
         """Yield the workspace of each plan that can be built, in the order of both lists."""
         left_out = self._left_out(convolution)
         with Descriptors(self._library) as cudnn, contextlib.suppress(CudnnError):
-            graph = _graph(cudnn, convolution)
+            graph = graph_of(cudnn, convolution)
             for mode in (_HEURISTICS, _FALLBACK):
                 for config in _configs(cudnn, graph, self._card, mode):
                     if left_out and left_out & cudnn.notes(config):
                         continue
-                    num_bytes = cudnn.workspace_bytes(config, self._card)
-                    if num_bytes is not None:
-                        yield num_bytes
+                    stated = cudnn.workspace_bytes(config, self._card)
+                    if stated is not None:
+                        yield self._on_whole_card(cudnn, graph, config, convolution, stated)
+
+    def _on_whole_card(
+        self,
+        cudnn: Descriptors,
+        graph: ctypes.c_void_p,
+        config: ctypes.c_void_p,
+        convolution: Convolution,
+        stated: int,
+    ) -> int:
+        """Return a plan's workspace on all multiprocessors, where cuDNN counts some of them."""
+        if self._splits_on is None:
+            return stated
+        asked = PlanOfCard(cudnn=cudnn, graph=graph, config=config, card=self._card)
+        return whole_card_bytes(asked, convolution, stated, self._splits_on)
 
     def _left_out(self, convolution: Convolution) -> frozenset[int]:
         """Return the numerical notes of the engines that torch leaves out."""
@@ -238,22 +250,6 @@ class CudnnPlans:
         if self.settings.is_deterministic:
             left_out.add(_NONDETERMINISTIC)
         return frozenset(left_out)
-
-
-def _graph(cudnn: Descriptors, convolution: Convolution) -> ctypes.c_void_p:
-    dtype = _DTYPES[convolution.dtype]
-    shapes = (convolution.input_shape, convolution.weight_shape, convolution.output_shape)
-    tensors = [
-        cudnn.tensor(number, dtype, shape, _strides(shape, is_last=convolution.is_channels_last))
-        for number, shape in enumerate(shapes, start=1)
-    ]
-    return cudnn.graph(
-        _ROLES[convolution.kernel],
-        tensors,
-        padding=convolution.padding,
-        stride=convolution.stride,
-        dilation=convolution.dilation,
-    )
 
 
 def _configs(
@@ -269,17 +265,6 @@ def _configs(
             num_seen = len(found)
             if num_seen < num_most:
                 return
-
-
-def _strides(shape: tuple[int, ...], *, is_last: bool) -> list[int]:
-    """Return strides in elements, the channels innermost or the last dimension innermost."""
-    order = [0, *range(2, len(shape)), 1] if is_last else list(range(len(shape)))
-    strides = [0] * len(shape)
-    step = 1
-    for dimension in reversed(order):
-        strides[dimension] = step
-        step *= shape[dimension]
-    return strides
 
 
 # A convolution for which cuDNN has a plan on every card that it knows.
