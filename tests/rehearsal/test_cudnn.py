@@ -12,6 +12,8 @@ from memfit.cards import Gpu, find_gpu
 from memfit.rehearsal.activate import rehearsed_environment
 from memfit.rehearsal.run import rehearse_command
 from memfit.simulation.cudnn.backend_api import FORWARD, Descriptors, load_cudnn
+from memfit.simulation.cudnn.plans import CudnnPlans, PlanSettings
+from memfit.simulation.cudnn.questions import Convolution, ConvolutionKernel
 
 from .conftest import Rehearsed
 
@@ -29,6 +31,27 @@ answer(workspaces=[
     workspace(dtype, memory_format)
     for dtype in (torch.float16, torch.float32)
     for memory_format in (torch.contiguous_format, torch.channels_last)
+])
+"""
+
+_TRAINED = """
+def workspaces(images, weight, stride, padding, groups, dtype):
+    x = torch.empty(images, device="cuda", dtype=dtype)
+    w = torch.empty(weight, device="cuda", dtype=dtype)
+    rest = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
+    def taken(function):
+        before = torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+        made = function()
+        after = torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+        kept = sum(t.nbytes for t in made if t is not None)
+        return after - before - kept
+    forward = taken(lambda: [torch.ops.aten.convolution(x, w, None, *rest)])
+    y = torch.ops.aten.convolution(x, w, None, *rest)
+    backward = torch.ops.aten.convolution_backward
+    masks = ([True, False, False], [False, True, False])
+    return [forward, *(taken(lambda: backward(y, x, w, [0], *rest, mask)) for mask in masks)]
+answer(workspaces=[
+    workspaces(*shapes, getattr(torch, dtype)) for shapes in SHAPES for dtype in DTYPES
 ])
 """
 
@@ -87,6 +110,36 @@ def test_convolutions_take_the_workspaces_that_cudnn_says_for_the_card(
     assert len({tuple(workspaces) for workspaces in seen.values()}) == 2
 
 
+@pytest.mark.needs("nvidia.cudnn")
+def test_both_work_out_the_same_split_sums_for_a_hopper(rehearsed: Rehearsed) -> None:
+    """The rehearsed library's rule is the simulation's, for all kinds of kernels."""
+    shapes = (
+        ((32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
+        ((32, 512, 14, 14), (512, 512, 3, 3), 2, 1, 1),
+        ((4, 512, 28, 28), (512, 512, 3, 3), 1, 1, 1),
+        ((32, 96, 56, 56), (192, 96, 2, 2), 2, 0, 1),
+        ((32, 216, 28, 28), (216, 24, 3, 3), 1, 1, 9),
+        ((16, 512, 28, 28), (1024, 512, 1, 1), 2, 0, 1),
+    )
+    dtypes = ("float32", "bfloat16", "float16")
+    script = f"SHAPES, DTYPES = {shapes!r}, {dtypes!r}\n{_TRAINED}"
+    gpu = find_gpu("H100")
+    whole = CudnnPlans(gpu.compute_capability, PlanSettings(), gpu.multiprocessors)
+    described = CudnnPlans(gpu.compute_capability, PlanSettings())
+    asked = [
+        _question(kernel, dtype, case)
+        for case in shapes
+        for dtype in dtypes
+        for kernel in ConvolutionKernel
+    ]
+    seen = rehearsed(script, gpu="H100")["workspaces"]
+    assert [number for case in seen for number in case] == [
+        whole.workspace_bytes(question) for question in asked
+    ]
+    differ = [q for q in asked if whole.workspace_bytes(q) != described.workspace_bytes(q)]
+    assert {q.kernel for q in differ} == set(ConvolutionKernel)
+
+
 def test_a_benchmark_takes_the_same_plans_every_time(rehearsed: Rehearsed) -> None:
     """Time decides nothing, so two processes end with the same allocator statistics."""
     first = rehearsed(_BENCHMARK, gpu="RTX 3090")
@@ -130,6 +183,26 @@ def _asked_of_cudnn(gpu: Gpu, *, data_type: int, is_channels_last: bool) -> int:
                 if num_bytes is not None:
                     return num_bytes
     raise AssertionError("cuDNN has no plan")
+
+
+def _question(
+    kernel: ConvolutionKernel,
+    dtype: str,
+    case: tuple[tuple[int, ...], tuple[int, ...], int, int, int],
+) -> Convolution:
+    images, weight, stride, padding, _ = case
+    size = ((side + 2 * padding - weight[2]) // stride + 1 for side in images[2:])
+    return Convolution(
+        kernel=kernel,
+        dtype=dtype,
+        is_channels_last=False,
+        input_shape=images,
+        weight_shape=weight,
+        output_shape=(images[0], weight[0], *size),
+        padding=(padding, padding),
+        stride=(stride, stride),
+        dilation=(1, 1),
+    )
 
 
 def _properties(gpu: Gpu) -> str:

@@ -51,6 +51,7 @@ _HEURISTICS_MODE: Final = 8
 _KNOB: Final = 9
 _NOTE: Final = 11
 _DESCRIPTOR: Final = 15
+_BEHAVIOR: Final = 19
 _INT32: Final = 23
 _CHAR: Final = 24
 _C_TYPES: Final[dict[int, Any]] = {
@@ -64,6 +65,7 @@ _FLOAT: Final = 0  # cudnnDataType_t
 _CROSS_CORRELATION: Final = 1  # cudnnConvolutionMode_t
 _ALIGNED_BYTES: Final = 16
 _MOST_NOTES: Final = 16
+_COMPILED: Final = 0  # cudnnBackendBehaviorNote_t
 _MOST_KNOBS: Final = 40
 
 Attribute = tuple[int, int, Sequence[object]]
@@ -292,7 +294,14 @@ class Descriptors:
         return self._make(_CONFIG, (300, _DESCRIPTOR, [made]), (302, _DESCRIPTOR, choices))
 
     def workspace_bytes(self, config: ctypes.c_void_p, card: ctypes.c_void_p) -> int | None:
-        """Return the workspace of a plan; `None` if the plan cannot be built."""
+        """Return the workspace of a plan; `None` if the plan cannot be built.
+
+        A plan whose engine is compiled at run time is not built, since that takes a second. Its
+        workspace is what its configuration says.
+        """
+        if self._is_compiled_at_run_time(config):
+            (num_bytes,) = self._read(config, 303, _INT64, [0])
+            return int(num_bytes)
         plan = self._created(_PLAN)
         try:
             self._set(plan, (407, _DESCRIPTOR, [card]))
@@ -302,6 +311,11 @@ class Descriptors:
             return None
         (num_bytes,) = self._read(plan, 402, _INT64, [0])
         return int(num_bytes)
+
+    def _is_compiled_at_run_time(self, config: ctypes.c_void_p) -> bool:
+        engine = self._created(_ENGINE)
+        self._read(config, 300, _DESCRIPTOR, [engine])
+        return _COMPILED in self._read(engine, 1305, _BEHAVIOR, [0] * _MOST_NOTES)
 
     def _check(self, status: int) -> None:
         if status:

@@ -83,12 +83,10 @@ class PlanSettings:
     Args:
         allows_tf32: `torch.backends.cudnn.allow_tf32`.
         is_deterministic: `torch.backends.cudnn.deterministic`.
-        benchmark_limit: `torch.backends.cudnn.benchmark_limit`; 0 for no limit.
     """
 
     allows_tf32: bool = True
     is_deterministic: bool = False
-    benchmark_limit: int = 10
 
     @classmethod
     def current(cls) -> PlanSettings:
@@ -97,13 +95,12 @@ class PlanSettings:
         return cls(
             allows_tf32=cudnn.allow_tf32,
             is_deterministic=cudnn.deterministic,
-            benchmark_limit=cudnn.benchmark_limit or 0,
         )
 
     @property
     def text(self) -> str:
         """All fields, as part of a file's name."""
-        return f"tf32-{self.allows_tf32:d}-det-{self.is_deterministic:d}-{self.benchmark_limit}"
+        return f"tf32-{self.allows_tf32:d}-det-{self.is_deterministic:d}"
 
 
 @functools.cache
@@ -195,9 +192,8 @@ class CudnnPlans:
             Bytes; `None` if cuDNN has no plan.
         """
         if convolution.tries_plans:
-            tried = self._workspaces(convolution)
-            limit = self.settings.benchmark_limit or None
-            return max(itertools.islice(tried, limit), default=None)
+            # `benchmark_limit` is how many are timed. The room is made for the largest of all.
+            return max(self._workspaces(convolution), default=None)
         if not convolution.rank:
             return next(self._workspaces(convolution), None)
         # Where a workspace finds no room, the next ranks are asked for one after another.
