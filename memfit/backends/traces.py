@@ -17,6 +17,7 @@ from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
 from memfit.simulation.tracing.attention import AttentionBackend
+from memfit.simulation.tracing.autocast import keeps_casts_in_inference_mode
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
 from memfit.simulation.tracing.semantics import META, MetaPrecision
 from memfit.simulation.tracing.trace import (
@@ -62,8 +63,9 @@ def trace(
     Raises:
         UnsupportedError: The step needs values that a meta tensor does not have, or is compiled.
     """
+    is_inference_mode = step.options.evaluate is not None and not step.options.no_grad
     precision_policy = precision_policy or MetaPrecision(
-        step.options.precision, caches=step.options.evaluate is None or step.options.no_grad
+        step.options.precision, caches=not is_inference_mode or keeps_casts_in_inference_mode()
     )
     if step.options.compile:
         raise NotSimulatedError.because(

@@ -13,6 +13,7 @@ Source: torch/include/ATen/autocast_mode.h (the lists) and aten/src/ATen/autocas
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -22,7 +23,14 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 
 from memfit._torch_private import aten, is_view
 
-__all__ = ["FP32", "FP32_SET_OPT_DTYPE", "LOWER_PRECISION", "PROMOTE", "CudaAutocast"]
+__all__ = [
+    "FP32",
+    "FP32_SET_OPT_DTYPE",
+    "LOWER_PRECISION",
+    "PROMOTE",
+    "CudaAutocast",
+    "keeps_casts_in_inference_mode",
+]
 
 LOWER_PRECISION: Final = frozenset(
     """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d
@@ -72,13 +80,28 @@ _ALIASES: Final = {
 _HALF_TO_FLOAT: Final = {"softmax": "_softmax.default", "log_softmax": "_log_softmax.default"}
 
 
+@functools.cache
+def keeps_casts_in_inference_mode() -> bool:
+    """Whether this torch keeps the casts of weights until a pass in inference mode ends.
+
+    torch 2.9 and older do, torch 2.11 and later do not. A weight that is changed between two
+    products tells: a cast that was kept is the old weight's.
+    """
+    ones = torch.ones(1, 1)
+    weight = torch.zeros(1, 1, requires_grad=True)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.mm(ones, weight)
+        weight.fill_(1)
+        return not torch.mm(ones, weight).item()
+
+
 class CudaAutocast:
     """The casts of one training step.
 
     Args:
         dtype: The lower precision.
-        caches: Whether casts of weights are kept until the pass ends. In inference mode they are
-            not.
+        caches: Whether casts of weights are kept until the pass ends. In inference mode it depends
+            on torch's release (`keeps_casts_in_inference_mode`).
     """
 
     def __init__(self, dtype: torch.dtype, *, caches: bool = True) -> None:

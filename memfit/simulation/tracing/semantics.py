@@ -185,7 +185,7 @@ class MetaPrecision:
 
     Args:
         precision: The precision of the step.
-        caches: Whether autocast keeps its casts of weights. In inference mode it does not.
+        caches: Whether autocast keeps its casts of weights until the pass ends.
     """
 
     def __init__(self, precision: Precision, *, caches: bool = True) -> None:
