@@ -37,6 +37,7 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("convnextv2_atto", {"precision": "amp-bf16", "optimizer": "adamw"}),
     ("test_nfnet", {"precision": "amp-fp16", "optimizer": "adamw"}),
     ("resnet18", {"precision": "amp-fp16", "optimizer": "momentum", "image_size": 224}),
+    ("resnet18", {"precision": "amp-fp16", "evaluate": True}),
 )
 
 

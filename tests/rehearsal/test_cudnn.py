@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,16 @@ with torch.autocast("cuda", dtype=torch.bfloat16):
     loss = model(torch.zeros(16, 3, 96, 96, device="cuda")).sum()
 loss.backward()
 answer(stats={k: v for k, v in torch.cuda.memory_stats().items() if "bytes.all" in k})
+"""
+
+_SEARCHED = """
+torch.backends.cudnn.benchmark = True
+x = torch.empty(768, 224, 144, 144, device="cuda", dtype=torch.half)
+w = torch.empty(224, 112, 3, 3, device="cuda", dtype=torch.half)
+with torch.no_grad():
+    y = torch.nn.functional.conv2d(x, w, stride=2, padding=1, groups=2)
+peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+answer(searched=peak - x.nbytes - w.nbytes - y.nbytes)
 """
 
 _RECURRENT = """
@@ -144,6 +155,23 @@ def test_a_benchmark_takes_the_same_plans_every_time(rehearsed: Rehearsed) -> No
     """Time decides nothing, so two processes end with the same allocator statistics."""
     first = rehearsed(_BENCHMARK, gpu="RTX 3090")
     assert rehearsed(_BENCHMARK, gpu="RTX 3090") == first
+
+
+@pytest.mark.needs("nvidia.cudnn")
+def test_a_search_makes_room_for_the_largest_of_all_plans(rehearsed: Rehearsed) -> None:
+    """It times ten of them (`benchmark_limit`), and the largest may come later."""
+    question = _question(
+        ConvolutionKernel.FORWARD, "float16", ((768, 224, 144, 144), (224, 112, 3, 3), 2, 1, 2)
+    )
+    plans = CudnnPlans((8, 9), PlanSettings())
+    first = [
+        plans.workspace_bytes(dataclasses.replace(question, rank=rank)) or 0 for rank in range(10)
+    ]
+    largest = plans.workspace_bytes(dataclasses.replace(question, tries_plans=True))
+    assert rehearsed(_SEARCHED, gpu="RTX 4090")["searched"] == largest
+    if plans.version == 92600:
+        assert largest is not None
+        assert largest > max(first)
 
 
 def test_recurrent_layers_take_what_cudnn_takes(rehearsed: Rehearsed) -> None:

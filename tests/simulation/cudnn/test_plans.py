@@ -23,8 +23,7 @@ needs_cudnn = pytest.mark.skipif(
 )
 # Some plans round their workspaces up by a few bytes for alignment.
 FEW_BYTES = 1024
-# `torch.backends.cudnn.benchmark_limit`, if nobody sets it.
-NUM_TRIED = 10
+NUM_COMPARED = 10
 
 
 def question(
@@ -107,14 +106,16 @@ def test_nvidias_frontend_answers_the_same(kernel: ConvolutionKernel, dtype: str
             convolution = dataclasses.replace(
                 question(kernel), dtype=dtype, is_channels_last=is_last
             )
-            expected = frontends_workspaces(frontend, asked, convolution)[:NUM_TRIED]
+            expected = frontends_workspaces(frontend, asked, convolution)[:NUM_COMPARED]
             found = [
                 asked.workspace_bytes(dataclasses.replace(convolution, rank=rank))
                 for rank in range(len(expected))
             ]
             assert found == expected
             tried = dataclasses.replace(convolution, tries_plans=True)
-            assert asked.workspace_bytes(tried) == max(expected)
+            largest = asked.workspace_bytes(tried)
+            assert largest is not None
+            assert largest >= max(expected)
 
 
 def frontends_workspaces(cudnn: Any, asked: CudnnPlans, convolution: Convolution) -> list[int]:
