@@ -3,7 +3,9 @@
 timm's benchmark makes the model anew for each attempt, and gives the cache back before. At that
 moment the failed attempt's model and images are still there. They are freed when the next model has
 been made, and the next images take the place of the last ones, in a segment that is larger than
-they are. So a batch size is tried in less room than a first attempt has.
+they are. So a batch size is tried in less room than a first attempt has. Where BLAS keeps its
+workspaces (torch 2.14 and older), those of the failed attempt stay, in the middle of a segment that
+was larger than all of the next attempt.
 
 With `--torchcompile`, each attempt forgets what was compiled (`torch._dynamo.reset`) once its own
 model is made, and compiles for its own batch size: Inductor, with every option at its default.
@@ -31,7 +33,7 @@ from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
 from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable, new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.simulation.schedule import BLAS_HANDLE, BLAS_LT_HANDLE, Schedule, StepSchedule
 from memfit.step.compiling import CompiledModel
 from memfit.step.training_step import TrainingStep
 from memfit.step.unfilled import UnfilledWeights
@@ -39,6 +41,7 @@ from memfit.step.unfilled import UnfilledWeights
 __all__ = ["Attempt", "Images", "Walk", "rehearsed_rung", "simulated_rung"]
 
 _NUM_ITERATIONS = 4
+_HANDLES = (BLAS_HANDLE, BLAS_LT_HANDLE)
 _FLOAT_BYTES = 4
 # More than the ids of any schedule. Attempts alternate between two ranges of ids.
 _IDS_OF_AN_ATTEMPT = 1 << 52
@@ -81,11 +84,13 @@ def simulated_rung(
     )
     assert isinstance(allocator, CompiledAllocator), "it needs a C compiler"
     model, inputs = _cut(schedule.setup)
+    first = schedule.first
     held: list[int] = []
     for number, batch_size in enumerate(rungs):
         own_ids = _IDS_OF_AN_ATTEMPT * (number % 2)
         model, inputs = _moved(model, own_ids), _moved(inputs, own_ids)
         _play(allocator, [(Action.EMPTY_CACHE, 0)])
+        made_bytes = None
         try:
             model.play(allocator, batch_size)
             _free(allocator, held)
@@ -99,22 +104,33 @@ def simulated_rung(
             else:
                 inputs.play(allocator, batch_size)
             held += _ids(inputs)
+            made_bytes = allocator.stats.requested_bytes
             if most_samples is None or batch_size <= most_samples:
-                _iterate(allocator, schedule, batch_size)
+                _iterate(allocator, first, schedule.later, batch_size)
                 return batch_size
         except AllocatorOutOfMemoryError:
             held = _ids(model) + _ids(inputs)
             made = own_ids + _IDS_OF_AN_ATTEMPT - 1
-            _free(allocator, {made, *_ids(schedule.first), *_ids(schedule.later)})
+            handles = [event for event in first.at(batch_size) if event.origin in _HANDLES]
+            passing = {made, *_ids(first), *_ids(schedule.later)}
+            _free(allocator, passing.difference(event.id for event in handles))
+            if made_bytes is not None:
+                kept_bytes = allocator.stats.requested_bytes - made_bytes
+                for event in handles:
+                    if kept_bytes > 0:
+                        kept_bytes -= event.num_bytes
+                        first = first.without(event.origin)
     return 0
 
 
-def _iterate(allocator: CompiledAllocator, schedule: StepSchedule, batch_size: int) -> None:
+def _iterate(
+    allocator: CompiledAllocator, first: Schedule, later: Schedule, batch_size: int
+) -> None:
     plans: dict[Any, int] = {}
-    schedule.first.play(allocator, batch_size, plans=plans)
+    first.play(allocator, batch_size, plans=plans)
     for number in range(1, _NUM_ITERATIONS):
         num_calls = allocator.num_device_calls
-        schedule.later.iteration(number).play(allocator, batch_size, plans=plans)
+        later.iteration(number).play(allocator, batch_size, plans=plans)
         if allocator.num_device_calls == num_calls:
             return
 
