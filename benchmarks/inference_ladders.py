@@ -4,8 +4,9 @@ timm's benchmark makes the model anew for each attempt, and gives the cache back
 moment the failed attempt's model and images are still there. They are freed when the next model has
 been made, and the next images take the place of the last ones, in a segment that is larger than
 they are. So a batch size is tried in less room than a first attempt has. Where BLAS keeps its
-workspaces (torch 2.14 and older), those of the failed attempt stay, in the middle of a segment that
-was larger than all of the next attempt.
+workspaces (torch 2.14 and older), those of the failed attempt stay too, in the middle of a large
+segment that they keep from being given back. (Each model had a process of its own: with workspaces
+made before the first attempt, fewer rows are exact.)
 
 With `--torchcompile`, each attempt forgets what was compiled (`torch._dynamo.reset`) once its own
 model is made, and compiles for its own batch size: Inductor, with every option at its default.
