@@ -30,6 +30,8 @@ BATCH_SIZES = (2, 8)
 PRECISIONS = ("fp32", "amp-bf16", "amp-fp16")
 LAYOUTS = ("contiguous", "channels-last")
 OPTIMIZERS = ("adamw", "momentum")
+_WITHOUT_CLASSES = ("eva02_tiny_patch14_224",)
+NUM_CLASSES = 1000
 CUDNN = "cuDNN workspace"
 NUM_SHOWN = 6
 GRANULARITY_BYTES = 512  # the allocator rounds every request up to this
@@ -127,6 +129,8 @@ def _steps(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
             "channels_last": layout == "channels-last",
             "optimizer": optimizer,
         }
+        if name in _WITHOUT_CLASSES:
+            options["num_classes"] = NUM_CLASSES
         yield name, options if side is None else {**options, "image_size": (side, side)}
 
 
