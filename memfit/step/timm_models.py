@@ -267,8 +267,8 @@ def timm_parts(
     num_channels = dict(options.model_kwargs).get("in_chans", num_channels)
     image_size = _image_size_asked(name, options)
     height, width = image_size or default_size
-    if image_size is not None:
-        # A model's default size may not fit its patches (siglip's 384 with patches of 14).
+    if image_size not in (None, tuple(default_size)):
+        # A model's own size may not fit its patches (siglip's 384 with patches of 14).
         _check_patches(model, name, image_size)
 
     def batch_of(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,9 +52,11 @@ def test_images_of_broken_patches_are_refused(name: str) -> None:
         timm_parts(name, asked, META)
 
 
-def test_a_models_own_image_size_is_taken() -> None:
+@pytest.mark.parametrize("image_size", [None, (384, 384)])
+def test_a_models_own_image_size_is_taken(image_size: tuple[int, int] | None) -> None:
     """It may be no multiple of the patches; then the rest of the border is left out."""
-    model, make_batch, _ = timm_parts("vit_so400m_patch14_siglip_gap_384", options(10), META)
+    asked = dataclasses.replace(options(10), image_size=image_size)
+    model, make_batch, _ = timm_parts("vit_so400m_patch14_siglip_gap_384", asked, META)
     images, _ = make_batch(2)
     assert model.to(META)(images).shape == (2, 10)
 

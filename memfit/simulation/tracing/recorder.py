@@ -30,7 +30,7 @@ from memfit.errors import NotSimulatedError
 from memfit.records import Action, Event
 from memfit.simulation.needs import Need, NeedEvent
 from memfit.simulation.tracing.by_operation import name_of
-from memfit.simulation.tracing.flops import flops_formula
+from memfit.simulation.tracing.flops import flops_formula, flops_of_call
 from memfit.simulation.tracing.known_values import NOTHING, KnownValues
 from memfit.simulation.tracing.scripts import Drop, Keep, Make, Script, Workspace
 from memfit.simulation.tracing.semantics import META
@@ -118,9 +118,8 @@ class Recorder:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
         if self._is_first_iteration:
-            formula = flops_formula(func)
-            if formula is not None and graph_task() == -1:
-                self.forward_flops += int(formula(*args, **kwargs, out_val=result))
+            if flops_formula(func) is not None and graph_task() == -1:
+                self.forward_flops += flops_of_call(func, args, kwargs, result)
         self._play(self._kernels.script(func, args, result), func, args, result)
         return result
 
