@@ -117,9 +117,9 @@ class Recorder:
         if result is NOTHING:
             result = self._kernels.run(func, args, kwargs)
             self._known.note(func, args, kwargs, result)
-        if self._is_first_iteration:
-            if flops_formula(func) is not None and graph_task() == -1:
-                self.forward_flops += flops_of_call(func, args, kwargs, result)
+        is_counted = self._is_first_iteration and flops_formula(func) is not None
+        if is_counted and graph_task() == -1:
+            self.forward_flops += flops_of_call(func, args, kwargs, result)
         self._play(self._kernels.script(func, args, result), func, args, result)
         return result
 
