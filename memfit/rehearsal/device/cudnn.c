@@ -26,17 +26,11 @@ enum { /* cudnnStatus_t */
     CUDNN_NO_CUDA_GRAPHS = 3013,
 };
 enum { /* cudnnBackendDescriptorType_t, cudnnBackendAttributeName_t, cudnnBackendAttributeType_t */
-    ENGINE_DESCRIPTOR = 2,
     DEVICEPROP_DESCRIPTOR = 38,
     HEURISTICS_DEVICEPROP = 204,
-    CONFIG_ENGINE = 300,
     CONFIG_WORKSPACE_BYTES = 303,
     PLAN_HANDLE = 400,
-    PLAN_WORKSPACE_BYTES = 402,
-    PLAN_DEVICEPROP = 407,
-    ENGINE_OPERATION_GRAPH = 1300,
     ENGINE_BEHAVIOR_NOTE = 1305,
-    ENGINE_DEVICEPROP = 1307,
     DEVICEPROP_HANDLE = 2701,
     DEVICEPROP_JSON = 2702,
     TYPE_HANDLE = 0,

@@ -5,7 +5,18 @@
 #include "libraries.h"
 
 enum { TYPE_DATA_TYPE = 1, TYPE_INT64 = 3, TYPE_DESCRIPTOR = 15 }; /* cudnnBackendAttributeType_t */
-enum { HEURISTICS_OPERATION_GRAPH = 201, HEURISTICS_RESULTS, PLAN_CONFIG = 401 }; /* cudnnBackendAttributeName_t */
+enum { ENGINE_DESCRIPTOR = 2 }; /* cudnnBackendDescriptorType_t */
+enum { /* cudnnBackendAttributeName_t */
+    HEURISTICS_OPERATION_GRAPH = 201, HEURISTICS_RESULTS,
+    CONFIG_ENGINE = 300,
+    PLAN_CONFIG = 401,
+    PLAN_WORKSPACE_BYTES = 402,
+    PLAN_DEVICEPROP = 407,
+    GRAPH_OPERATIONS = 801,
+    TENSOR_DATA_TYPE = 901, TENSOR_DIMENSIONS, TENSOR_STRIDES,
+    ENGINE_OPERATION_GRAPH = 1300,
+    ENGINE_DEVICEPROP = 1307,
+};
 
 typedef void *Descriptor;
 

@@ -12,8 +12,6 @@ enum { /* cudnnBackendAttributeName_t */
     CONVOLUTION_POST_PADDINGS = 104,
     CONVOLUTION_PRE_PADDINGS = 105,
     CONVOLUTION_PART = 0, WEIGHT_PART, INPUT_PART, OUTPUT_PART, /* after the first attribute of a kind */
-    GRAPH_OPERATIONS = 801,
-    TENSOR_DATA_TYPE = 901, TENSOR_DIMENSIONS, TENSOR_STRIDES,
     FLOAT32 = 0, FLOAT16 = 2, BFLOAT16 = 9, /* cudnnDataType_t */
     FEW_CHANNELS = 32,
     MOST_PRODUCTS = 3, /* times the bytes of input and output */

@@ -238,15 +238,12 @@ class Descriptors:
 
     def notes(self, config: ctypes.c_void_p) -> frozenset[int]:
         """Return the numerical notes of a configuration's engine."""
-        engine = self._created(_ENGINE)
-        self._read(config, 300, _DESCRIPTOR, [engine])
+        engine = self._engine_of(config)
         return frozenset(self._read(engine, 1303, _NOTE, [0] * _MOST_NOTES))
 
     def engine_number(self, config: ctypes.c_void_p) -> int:
         """Return the number of a configuration's engine."""
-        engine = self._created(_ENGINE)
-        self._read(config, 300, _DESCRIPTOR, [engine])
-        (number,) = self._read(engine, 1301, _INT64, [0])
+        (number,) = self._read(self._engine_of(config), 1301, _INT64, [0])
         return int(number)
 
     def knobs(self, config: ctypes.c_void_p) -> dict[int, int]:
@@ -313,9 +310,13 @@ class Descriptors:
         return int(num_bytes)
 
     def _is_compiled_at_run_time(self, config: ctypes.c_void_p) -> bool:
+        notes = self._read(self._engine_of(config), 1305, _BEHAVIOR, [0] * _MOST_NOTES)
+        return _COMPILED in notes
+
+    def _engine_of(self, config: ctypes.c_void_p) -> ctypes.c_void_p:
         engine = self._created(_ENGINE)
         self._read(config, 300, _DESCRIPTOR, [engine])
-        return _COMPILED in self._read(engine, 1305, _BEHAVIOR, [0] * _MOST_NOTES)
+        return engine
 
     def _check(self, status: int) -> None:
         if status:
