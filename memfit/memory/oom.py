@@ -33,7 +33,9 @@ class Likelihood(enum.Enum):
 
 SIGNATURES: Final[tuple[tuple[str, Likelihood], ...]] = (
     # Messages of the caching allocators (c10/cuda/CUDACachingAllocator.cpp and similar files).
+    # The second is that of `cudaMallocAsync` (CUDAMallocAsyncAllocator.cpp).
     ("CUDA out of memory.", Likelihood.CERTAIN),
+    ("would exceed allowed memory. (out of memory)", Likelihood.CERTAIN),
     ("HIP out of memory.", Likelihood.CERTAIN),
     ("XPU out of memory.", Likelihood.CERTAIN),
     ("MPS backend out of memory (", Likelihood.CERTAIN),

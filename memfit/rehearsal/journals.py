@@ -54,6 +54,7 @@ class Report:
         total_bytes: The total bytes of the first device.
         is_rehearsed: False if the device is a real one.
         has_cuda: False if its torch is built without CUDA.
+        allocator: torch's allocator: `native`, or `cudaMallocAsync`. `None` if it is not known.
         ran_out: Whether its last error is out of memory.
         faults: The errors of the watch itself.
         left_out: The buffers of cuDNN that were used and not counted.
@@ -69,6 +70,7 @@ class Report:
     total_bytes: int
     is_rehearsed: bool
     has_cuda: bool
+    allocator: str | None
     ran_out: bool
     faults: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -76,17 +78,19 @@ class Report:
     suspects: tuple[str, ...]
 
 
-def read_reports(folder: Path) -> tuple[Report, ...]:
+def read_reports(folder: Path, *, exit_code: int) -> tuple[Report, ...]:
     """Read every report in a folder.
 
     Args:
         folder: The folder with the reports.
+        exit_code: What the command ended with. If it is 0, no shortage ended the command.
 
     Returns:
         One report for each process that imported torch and used a device or failed to. They are
         ordered by rank.
     """
-    reports = [_report(path) for path in sorted(folder.glob("*.jsonl"))]
+    has_failed = exit_code != 0
+    reports = [_report(path, has_failed=has_failed) for path in sorted(folder.glob("*.jsonl"))]
     return tuple(
         sorted(
             reports,
@@ -97,7 +101,7 @@ def read_reports(folder: Path) -> tuple[Report, ...]:
     )
 
 
-def _report(path: Path) -> Report:
+def _report(path: Path, *, has_failed: bool) -> Report:
     lines = tuple(_lines(path))
     of = functools.partial(_of_kind, lines)
     begun: Mapping[str, Any] = next(of("device"), {})
@@ -108,7 +112,7 @@ def _report(path: Path) -> Report:
         (line for line in reversed(lines) if line["event"] in _EVENTS), {}
     )
     message = next(of("exit"), {}).get("message")
-    ran_out = (
+    ran_out = has_failed and (
         last.get("event") == "out_of_memory"
         if message is None
         else oom.classify_text(message) is oom.Likelihood.CERTAIN
@@ -126,6 +130,7 @@ def _report(path: Path) -> Report:
         total_bytes=memory.get("total_bytes", 0),
         is_rehearsed=begun.get("is_rehearsed", False),
         has_cuda=not any(of("no_cuda")),
+        allocator=begun.get("allocator"),
         ran_out=ran_out,
         faults=tuple(line["message"] for line in of("fault")),
         left_out=tuple(

@@ -116,7 +116,7 @@ def rehearse_command(
         ranked = {} if lone_rank is None else lone_rank.environment
         variables = _watched({**environment, **ranked}, settings)
         ended = run_to_end(command, variables, output=output, folder=folder)
-        reports = read_reports(folder)
+        reports = read_reports(folder, exit_code=ended.exit_code)
         processes = tuple(process for report in reports for process in report.processes)
         rehearsal = Rehearsal(
             command=tuple(command),
@@ -211,23 +211,32 @@ def _other_python(command: Sequence[str]) -> str | None:
     return None if is_same else path
 
 
-def _unused(other_python: str | None) -> Iterator[str]:
-    """Return notes on a command of which no process is known to have used the card."""
-    if _NO_CACHING in os.environ:
+def _of_use(
+    reports: Sequence[Report], processes: Sequence[RehearsedProcess], other_python: str | None
+) -> Iterator[str]:
+    """Say why there are fewer figures than expected, or none."""
+    if not processes and _NO_CACHING in os.environ:
         yield (
             f"{_NO_CACHING} is set. PyTorch's allocator counts no bytes then, so there are no "
             "figures, only whether memory ran out."
         )
-        return
-    yield (
-        "No process of the command is known to have used the card. Perhaps the command ended "
-        "before, trains on another device, or starts Python with -S, -E or -I, "
-        "which memfit cannot watch."
-    )
-    if other_python is not None:
+    elif any(not report.has_cuda for report in reports):
+        yield "The command's torch is built without CUDA, so there was no card to rehearse on."
+    elif not processes and not any(report.ran_out for report in reports):
         yield (
-            f"The command's Python is {other_python}, and memfit runs in {sys.executable}. If "
-            "the command needs the packages of memfit's, activate that environment first."
+            "No process of the command is known to have used the card. Perhaps the command ended "
+            "before, trains on another device, or starts Python with -S, -E or -I, "
+            "which memfit cannot watch."
+        )
+        if other_python is not None:
+            yield (
+                f"The command's Python is {other_python}, and memfit runs in {sys.executable}. If "
+                "the command needs the packages of memfit's, activate that environment first."
+            )
+    if any(report.allocator == "cudaMallocAsync" for report in reports):
+        yield (
+            "torch's allocator is cudaMallocAsync, which neither counts the requested bytes nor "
+            "says where memory ran out."
         )
 
 
@@ -242,10 +251,7 @@ def _notes(
         # At SIGINT, Python raises an error, and memfit sees all up to it.
         unseen = ", so what it took after its last step or phase is not in the figures"
         yield ended + ("." if exit_code == -signal.SIGINT else f"{unseen}.")
-    if any(not report.has_cuda for report in reports):
-        yield "The command's torch is built without CUDA, so there was no card to rehearse on."
-    elif not processes:
-        yield from _unused(other_python)
+    yield from _of_use(reports, processes, other_python)
     if any(process.has_settled for process in processes) and not any(
         process.phase("evaluation") for process in processes
     ):
@@ -265,6 +271,11 @@ def _notes(
         yield (
             f"{requests} for memory failed, and the command went on without it. Either "
             "cuDNN took a plan with a smaller workspace, or the script caught the error."
+        )
+    if any(report.allocator == "cudaMallocAsync" for report in reports):
+        yield (
+            "torch's allocator is cudaMallocAsync, which neither counts the requested bytes nor "
+            "says where memory ran out."
         )
     if any(not process.follows_modules for process in processes):
         yield (

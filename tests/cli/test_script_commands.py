@@ -152,7 +152,7 @@ def test_a_signal_between_two_runs_ends_memfit_in_the_same_way(
     """The sentence and the code are those of a signal in a run, and no file is left."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def read_reports(folder: Path) -> list[object]:
+    def read_reports(folder: Path, **_: object) -> list[object]:
         assert folder.parent == tmp_path
         os.kill(os.getpid(), number)
         return []
@@ -181,7 +181,7 @@ def test_a_signal_between_two_runs_ends_memfit_in_the_same_way(
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memfit under nohup goes on when its terminal is closed, in a run and between two."""
 
-    def read_reports(_folder: Path) -> list[object]:
+    def read_reports(_folder: Path, **_: object) -> list[object]:
         os.kill(os.getpid(), signal.SIGHUP)
         return []
 

@@ -6,7 +6,30 @@ import signal
 import sys
 from pathlib import Path
 
-from memfit.rehearsal.run import _notes, _other_python
+import pytest
+
+from memfit.cards import find_gpu
+from memfit.records import Rehearsal, RehearsalEnd
+from memfit.rehearsal.activate import rehearsed_environment
+from memfit.rehearsal.run import _notes, _other_python, rehearse_command
+
+CARD = find_gpu("rtx3060")
+TAKES = """
+import sys
+import torch
+
+try:
+    torch.empty(int(sys.argv[1]) << 20, dtype=torch.uint8, device="cuda")
+except torch.OutOfMemoryError:
+    if sys.argv[2:] != ["catch"]:
+        raise
+"""
+
+
+def take(num_mib: int, *words: str) -> Rehearsal:
+    """Rehearse a command that takes one block, and catches the error if it is told to."""
+    command = [sys.executable, "-c", TAKES, str(num_mib), *words]
+    return rehearse_command(command, CARD, rehearsed_environment(CARD)).rehearsal
 
 
 def test_what_a_killed_command_took_last_is_not_known() -> None:
@@ -26,3 +49,27 @@ def test_another_python_is_named(tmp_path: Path) -> None:
     assert _other_python(["no-such-program"]) is None
     (note,) = [n for n in _notes((), (), 1, str(other)) if "activate" in n]
     assert f"The command's Python is {other}, and memfit runs in {sys.executable}." in note
+
+
+@pytest.mark.rehearses
+def test_an_error_that_is_caught_ends_nothing() -> None:
+    """A command that catches its last error and ends well has not run out of memory."""
+    caught, ended = take(20000, "catch"), take(20000)
+    assert (caught.end, ended.end) == (RehearsalEnd.FINISHED, RehearsalEnd.OUT_OF_MEMORY)
+    (shortage,) = caught.processes[0].shortages
+    assert not shortage.ended_script
+    assert caught.notes[0].startswith("1 request for memory failed, and the command went on")
+    assert ended.shortage is not None
+    assert ended.shortage.ended_script
+
+
+@pytest.mark.rehearses
+def test_the_asynchronous_allocator_runs_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error has words of its own, and torch calls no observer before it."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    fits, ran_out = take(200), take(20000)
+    assert (fits.end, ran_out.end) == (RehearsalEnd.FINISHED, RehearsalEnd.OUT_OF_MEMORY)
+    assert fits.peak.allocated_bytes == 200 << 20
+    for found in (fits, ran_out):
+        (note,) = found.notes
+        assert note.startswith("torch's allocator is cudaMallocAsync")

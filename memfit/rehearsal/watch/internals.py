@@ -72,9 +72,12 @@ class Internals:
         self._torch.cuda._lazy_call(function)
 
     def on_out_of_memory(self, function: Callable[[int, int, int, int], Any]) -> None:
-        """Register a function that is called before torch raises an out of memory error."""
+        """Register a function that is called before torch raises an out of memory error.
+
+        Only torch's own caching allocator calls it.
+        """
         attach = getattr(self._c, "_cuda_attach_out_of_memory_observer", None)
-        if attach is not None:
+        if attach is not None and self._torch.cuda.get_allocator_backend() == "native":
             attach(function)
 
     def record_history(self, *, clears: bool) -> None:

@@ -191,6 +191,7 @@ class Watch:
             command=list(sys.orig_argv),
             torch=torch.__version__,
             cuda=torch.version.cuda,
+            allocator=torch.cuda.get_allocator_backend(),
             names=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
             **self._rank(),
         )
