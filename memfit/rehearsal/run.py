@@ -272,11 +272,6 @@ def _notes(
             f"{requests} for memory failed, and the command went on without it. Either "
             "cuDNN took a plan with a smaller workspace, or the script caught the error."
         )
-    if any(report.allocator == "cudaMallocAsync" for report in reports):
-        yield (
-            "torch's allocator is cudaMallocAsync, which neither counts the requested bytes nor "
-            "says where memory ran out."
-        )
     if any(not process.follows_modules for process in processes):
         yield (
             "The command compiles code. memfit cannot tell phases and modules "

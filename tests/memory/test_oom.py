@@ -11,6 +11,7 @@ from memfit.memory.oom import SIGNATURES, Likelihood, classify, classify_text, f
 
 CERTAIN = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)"),
     torch.OutOfMemoryError("an allocator with other words"),
     RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("XPU out of memory. Tried to allocate 20.00 MiB"),

@@ -69,7 +69,7 @@ def test_the_asynchronous_allocator_runs_out_and_says_so(monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     fits, ran_out = take(200), take(20000)
     assert (fits.end, ran_out.end) == (RehearsalEnd.FINISHED, RehearsalEnd.OUT_OF_MEMORY)
-    assert fits.peak.allocated_bytes == 200 << 20
+    assert fits.processes[0].peak.allocated_bytes == 200 << 20
     for found in (fits, ran_out):
         (note,) = found.notes
         assert note.startswith("torch's allocator is cudaMallocAsync")
