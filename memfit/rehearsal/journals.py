@@ -241,26 +241,43 @@ def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
         for line in lines
         for read in line.get("reads", ())
     }
-    reads = []
+    reads: dict[tuple[Any, ...], DeviceRead] = {}
     for read in places.values():
         kind = ReadKind(read["kind"])
         innermost = read["innermost_line"] or ""
         if any(kind is known and f"{file}:" in innermost for file, known in _EXPECTED):
             continue
-        line, library = read["line"], read["library_line"]
-        reads.append(
-            DeviceRead(
-                line=line,
-                library_line=None if library == line else library,
-                kind=kind,
-                phase=read["phase"] or "setup",
-                num_reads=read["num_reads"],
-                num_bytes=read["num_bytes"],
-                changes_course=_is_in_course(kind, read["phase"])
-                and any(changes_course(kind, _spot(spot)) for spot in read["spots"]),
-            )
-        )
-    return tuple(sorted(reads, key=lambda read: (not read.changes_course, -read.num_reads)))
+        key = (read["line"], read["library_line"], kind)
+        reads[key] = _joined(reads.get(key), _read(kind, read))
+    return tuple(
+        sorted(reads.values(), key=lambda read: (not read.changes_course, -read.num_reads))
+    )
+
+
+def _read(kind: ReadKind, read: Mapping[str, Any]) -> DeviceRead:
+    line, library = read["line"], read["library_line"]
+    return DeviceRead(
+        line=line,
+        library_line=None if library == line else library,
+        kind=kind,
+        phase=read["phase"] or "setup",
+        num_reads=read["num_reads"],
+        num_bytes=read["num_bytes"],
+        changes_course=_is_in_course(kind, read["phase"])
+        and any(changes_course(kind, _spot(spot)) for spot in read["spots"]),
+    )
+
+
+def _joined(one: DeviceRead | None, other: DeviceRead) -> DeviceRead:
+    """Join reads of one line, such as those of a mask in forward and again in backward."""
+    if one is None:
+        return other
+    return dataclasses.replace(
+        one,
+        num_reads=one.num_reads + other.num_reads,
+        num_bytes=one.num_bytes + other.num_bytes,
+        changes_course=one.changes_course or other.changes_course,
+    )
 
 
 def _is_in_course(kind: ReadKind, phase: str) -> bool:

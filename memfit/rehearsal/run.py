@@ -29,6 +29,7 @@ from memfit.rehearsal.children import Output, check_command, run_to_end
 from memfit.rehearsal.journals import Report, read_reports
 from memfit.rehearsal.ranks import LoneRank
 from memfit.rehearsal.watch.start import SETTINGS
+from memfit.units import format_bytes
 
 __all__ = ["History", "Rehearsed", "Requests", "capacity_of", "rehearse_command"]
 
@@ -277,11 +278,26 @@ def _notes(
             "The command compiles code. memfit cannot tell phases and modules "
             "apart in compiled code."
         )
+    yield from _of_shared_cards(processes)
     yield from _of_cudnn(reports)
     yield from _blame(reports, exit_code)
     for report in reports:
         for fault in report.faults:
             yield f"memfit failed to watch the command, so figures may be missing: {fault}."
+
+
+def _of_shared_cards(processes: Sequence[RehearsedProcess]) -> Iterator[str]:
+    """Say that processes which are not ranks would share a card, where each rehearsed its own."""
+    alone = [process for process in processes if process.rank is None]
+    for index in sorted({process.device_index for process in alone}):
+        here = [process for process in alone if process.device_index == index]
+        if len(here) > 1:
+            together = sum(process.peak.reserved_bytes for process in here)
+            yield (
+                f"{len(here)} processes used GPU {index}, and each rehearsed a card of its own. If "
+                f"they use one card at the same time, it holds up to {format_bytes(together)} and "
+                "a context for each."
+            )
 
 
 def _of_cudnn(reports: Sequence[Report]) -> Iterator[str]:

@@ -407,10 +407,14 @@ def _cells(rehearsal: Rehearsal) -> tuple[str | Text, ...]:
 
 def _source(rehearsals: Sequence[Rehearsal]) -> str:
     processes = [process for rehearsal in rehearsals for process in rehearsal.processes]
+    # A process has a row for each device that it used.
+    num_processes = sum(
+        len({process.process for process in rehearsal.processes}) for rehearsal in rehearsals
+    )
     seconds = sum(rehearsal.seconds for rehearsal in rehearsals)
     return (
         "Rehearsed, not measured: PyTorch's own software ran, its kernels did nothing. The CUDA "
-        f"context is the catalogue's figure. {_count(len(processes), 'process')}, {seconds:.1f} s"
+        f"context is the catalogue's figure. {_count(num_processes, 'process')}, {seconds:.1f} s"
         + (f", torch {processes[0].torch_version}." if processes else ".")
     )
 

@@ -170,18 +170,17 @@ def test_reads_that_decide_are_told_from_reads_that_show() -> None:
     found = rehearse(TRAINING, "2", "3", "read", is_whole=True)
     text = Path(TRAINING).read_text("utf-8").splitlines()
     reads = {
-        text[int(read.line.rpartition(":")[2]) - 1].strip(): (
-            read.kind.value,
+        (text[int((read.line or "").rpartition(":")[2]) - 1].strip(), read.kind.value): (
             read.num_reads,
             read.changes_course,
         )
         for read in found.processes[0].reads
-        if read.line is not None
     }
     assert reads == {
-        'print("loss", loss.item(), loss)': ("tensor", 3, False),
-        "if loss.item() > 1:": ("number", 3, True),
-        "x[x > 3].sum()": ("size", 3, True),
+        ('print("loss", loss.item(), loss)', "number"): (3, False),
+        ('print("loss", loss.item(), loss)', "tensor"): (6, False),
+        ("if loss.item() > 1:", "number"): (3, True),
+        ("x[x > 3].sum()", "size"): (3, True),
     }
     assert not found.is_trusted
 
@@ -245,6 +244,7 @@ def test_every_process_is_reported_and_none_is_left(capfd: pytest.CaptureFixture
     held = sorted(process.peak.requested_bytes // MIB for process in found.processes)
     # Each has a weight and its gradient.
     assert held == [32, 64, 128]
+    assert any("3 processes used GPU 0, and each rehearsed a card" in note for note in found.notes)
     assert "batch [0, 1, 2, 3]" in out
     assert "joined 0" in out
     assert len(out) > 100 * MIB

@@ -186,6 +186,12 @@ rank 1     1      5   1001 MiB   1002 MiB  1021 MiB        0  out of memory
     assert "Peak of each step of rank 1" in shown
 
 
+def test_a_process_on_two_cards_is_one_process() -> None:
+    """A process has a row for each device that it used."""
+    rows = tuple(dataclasses.replace(PROCESS, device_index=index) for index in range(2))
+    assert "1 process, 4.5 s" in text(render(dataclasses.replace(REHEARSAL, processes=rows)))
+
+
 def test_several_cards_are_one_table() -> None:
     """Each card has what is left of it, or what is missing."""
     shown = text(render_several((REHEARSAL, dataclasses.replace(RAN_OUT, seconds=6.0))))

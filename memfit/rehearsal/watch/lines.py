@@ -88,13 +88,10 @@ def here(frame: FrameType | None) -> Place:
     """Return the place at which a thread is.
 
     Args:
-        frame: Its innermost frame. If the thread has only frames of the watch, as a thread of
-            autograd has, the frames of the main thread are used.
+        frame: Its innermost frame. If the thread runs no Python but what the watch has called, as
+            a thread of autograd, the frames of the main thread are used.
     """
-    frames = _outwards(frame)
-    if not frames:
-        frames = _outwards(frame_of_main_thread())
-    return Place(frames)
+    return Place(_outwards(frame_of_main_thread() if _is_begun_by_watch(frame) else frame))
 
 
 def of_script(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,6 +102,12 @@ def of_script(recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if frame["filename"].startswith(_OWN)
     ]
     return recorded[own[-1] + 1 :] if own else recorded
+
+
+def _is_begun_by_watch(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_filename.startswith(_OWN)
 
 
 def _outwards(frame: FrameType | None) -> list[FrameType]:

@@ -8,6 +8,7 @@ torch itself reads stays zero too, because it asks in this way whether anything 
 from __future__ import annotations
 
 import functools
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -31,10 +32,22 @@ def replace_zeros(torch: ModuleType, reads: Reads) -> None:
 
 
 def _nonzero(original: Any, reads: Reads) -> Any:
+    is_warned = False
+
+    def first(tensor: Any) -> Any:
+        # torch warns once, and names the line that called it. That has to be the script's.
+        nonlocal is_warned
+        is_warned = True
+        with warnings.catch_warnings(record=True) as caught:
+            value = original(tensor)
+        for warning in caught:
+            warnings.warn(warning.message, warning.category, stacklevel=3)
+        return value
+
     @functools.wraps(original)
     def read(tensor: Any) -> Any:
         num_before = reads.num_of_script
-        value = original(tensor)
+        value = original(tensor) if is_warned or not tensor.requires_grad else first(tensor)
         # A tensor that is traced gives a symbol, which must not be compared.
         if type(value) is float and value == 0.0 and reads.num_of_script != num_before:
             return _SMALLEST
