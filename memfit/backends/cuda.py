@@ -19,7 +19,7 @@ from memfit.backends.readings import Reading, steady_readings
 from memfit.cards import is_rehearsed
 from memfit.errors import UnknownDeviceError, UsageError
 from memfit.memory import oom
-from memfit.memory.release import release
+from memfit.memory.release import release, release_down_to
 from memfit.memory.restore import preserved
 from memfit.records import Capacity, DeviceProcess, Outcome, Precision, Source, Trial
 from memfit.step.runner import PreparedStep
@@ -258,7 +258,7 @@ class CudaBackend:
             prepared.end()
         # Only here, out of the except block, are the failed step's tensors gone.
         peak = _peaks(device, 0.0)
-        left_bytes = release(device) - held_bytes
+        left_bytes = release_down_to(device, held_bytes) - held_bytes
         trial = Trial(
             batch_size=batch_size,
             outcome=Outcome.FITS if message is None else Outcome.OUT_OF_MEMORY,

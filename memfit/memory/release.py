@@ -9,12 +9,16 @@ import contextlib
 import ctypes
 import gc
 import sys
+import time
 
 import torch
 
 from memfit._torch_private import clear_blas_workspaces
 
-__all__ = ["release", "trim_heap"]
+__all__ = ["release", "release_down_to", "trim_heap"]
+
+_MOST_SECONDS = 0.5
+_SECONDS_BETWEEN = 0.01
 
 
 def release(device: torch.device) -> int:
@@ -43,6 +47,29 @@ def release(device: torch.device) -> int:
     torch.cuda.empty_cache()
     trim_heap()
     return torch.cuda.memory_allocated(device)
+
+
+def release_down_to(device: torch.device, held_bytes: int) -> int:
+    """Release memory, and wait a little for what autograd's threads still hold.
+
+    An error in backward is raised while the thread that ran it still holds tensors of the graph.
+
+    Args:
+        device: The device to clean.
+        held_bytes: What tensors held before the step. Nothing is waited for below that.
+
+    Returns:
+        Bytes of the device that tensors of this process still hold.
+
+    Source: torch/csrc/autograd/engine.cpp, `Engine::thread_main`.
+    """
+    left_bytes = release(device)
+    end = time.monotonic() + _MOST_SECONDS
+    while left_bytes > held_bytes and time.monotonic() < end:
+        time.sleep(_SECONDS_BETWEEN)
+        if torch.cuda.memory_allocated(device) < left_bytes:
+            left_bytes = release(device)
+    return left_bytes
 
 
 def trim_heap() -> None:
