@@ -8,7 +8,7 @@ PYTHON310 ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/pytho
 OLDEST_VENV ?= .venv-oldest
 OLDEST := torch==2.8.0 torchvision==0.23.0
 
-.PHONY: demo test test-oldest check browser format test-gpu bench wheel clean
+.PHONY: demo test test-oldest check browser emulator format test-gpu bench wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,12 +27,19 @@ browser:
 		--no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
 		echo "no Chromium: the tests of pages are skipped"
 
+# The rehearsed device is tried on aarch64 too, in an emulator. Elsewhere that test is skipped.
+emulator:
+	@{ command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64-static; } > /dev/null || \
+		! command -v apt-get > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
+		qemu-user-static > /dev/null; } || echo "no emulator: the test of aarch64 is skipped"
+
 # Two processes halve the time, and most tests run in one thread.
-test: check browser
+test: check browser emulator
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The same tests, traced: half as slow again.
-coverage: $(STAMP) browser
+coverage: $(STAMP) browser emulator
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 $(OLDEST_VENV)/.installed: pyproject.toml

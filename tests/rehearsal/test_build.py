@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 _WARNINGS = ("-Wall", "-Wextra", "-Werror")
+_EMULATED_BYTES = 128 << 30
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Of these there is only one for all libraries together; or they are of the runtime's own build.
 _NOT_OURS = re.compile(r"^(_init|_fini|__cudart.*|libcudart\.so\.\d+)$")
@@ -126,16 +127,35 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     except (UnsupportedError, subprocess.CalledProcessError):
         pytest.skip("the compiler has no sanitizers")
 
-    run = subprocess.run(
-        [str(program), str(tmp_path / build.LIBRARY)],
+    run = _exercise([str(program), str(tmp_path / build.LIBRARY)])
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_the_other_architecture_does_the_same(tmp_path: Path) -> None:
+    """The library for aarch64 passes the same program, in an emulator."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs a compiler for aarch64 and qemu (make emulator)")
+
+    build.compile_libraries(tmp_path, (compiler,), flags=(*_WARNINGS, "-O0"))
+    program, source = tmp_path / "exercise", Path(__file__).with_name("exercise.c")
+    subprocess.run([compiler, "-o", program, source, "-ldl", "-lpthread"], check=True)
+
+    # Without a bound on its addresses the emulator uses up the host's memory.
+    emulated = [emulator, "-R", hex(_EMULATED_BYTES), "-L", "/usr/aarch64-linux-gnu"]
+    run = _exercise([*emulated, str(program), str(tmp_path / build.LIBRARY)])
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def _exercise(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
         env={**os.environ, "MEMFIT_REHEARSED_CARD": "total_bytes=4294967296;capability=8.6"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_layouts_of_the_properties_are_cudas(compiled: Path) -> None:
