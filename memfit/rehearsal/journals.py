@@ -111,11 +111,14 @@ def _report(path: Path, *, has_failed: bool) -> Report:
     last: Mapping[str, Any] = next(
         (line for line in reversed(lines) if line["event"] in _EVENTS), {}
     )
-    message = next(of("exit"), {}).get("message")
+    ended: Mapping[str, Any] = next(of("exit"), {})
+    message = ended.get("message")
+    # torch 2.8 prints the index 0 as a character in cudaMallocAsync's message, which ends it there.
     ran_out = has_failed and (
         last.get("event") == "out_of_memory"
         if message is None
-        else oom.classify_text(message) is oom.Likelihood.CERTAIN
+        else ended["error"] == "OutOfMemoryError"
+        or oom.classify_text(message) is oom.Likelihood.CERTAIN
     )
     return Report(
         path=path,

@@ -173,11 +173,17 @@ def check_optimizer_name(name: str) -> None:
     Raises:
         UsageError: There is no such optimizer, or its package is not installed. The message gives
             the nearest names.
+        UnsupportedError: timm is too old to say what optimizers it has.
     """
     packaged_optimizers.check_package(name)
     if packaged_optimizers.is_packaged(name):
         return
-    known = import_timm().optim.list_optimizers()
+    timm = import_timm()
+    if not hasattr(timm.optim, "list_optimizers"):
+        raise UnsupportedError(
+            f"memfit needs timm 1.0.12 or later; {timm.__version__} is installed."
+        )
+    known = timm.optim.list_optimizers()
     if name.removeprefix("lookahead_") not in known:
         near = packaged_optimizers.without_package(name) or _nearest(name, known)
         raise UsageError(f"timm has no optimizer {name!r}{near or '.'}")

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 
-from memfit.errors import UsageError
+from memfit.errors import UnsupportedError, UsageError
 from memfit.records import Precision, StepOptions
-from memfit.step.timm_models import timm_parts
+from memfit.step.timm_models import check_optimizer_name, timm_parts
 
 META = torch.device("meta")
 # The models of this release of timm that `benchmarks/zoo_traces.py` could not trace.
@@ -42,6 +42,13 @@ def test_an_encoder_is_refused_with_what_to_do(name: str) -> None:
         timm_parts(name, options(), META)
     with pytest.raises(UsageError, match=NOT_TRACED["not_traced"][name]):
         timm_parts(name, options(1000), META)
+
+
+def test_a_timm_that_is_too_old_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.0.12, timm cannot say what optimizers it has."""
+    monkeypatch.delattr(timm.optim, "list_optimizers")
+    with pytest.raises(UnsupportedError, match=r"needs timm 1\.0\.12 or later; .* is installed"):
+        check_optimizer_name("adamw")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit"])

@@ -426,6 +426,10 @@ def _told(error: BaseException | None) -> dict[str, Any]:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
-    about_memory = [link for link in chain if "out of memory" in str(link)]
+    about_memory = [
+        link
+        for link in chain
+        if type(link).__name__ == "OutOfMemoryError" or "out of memory" in str(link)
+    ]
     told = (about_memory or chain)[0]
     return {"error": type(told).__name__, "message": str(told)}
