@@ -19,6 +19,8 @@ from memfit.backends.traces import TraceCache, Traced, trace, trace_options
 from memfit.cards import Gpu
 from memfit.records import Action, Event
 from memfit.simulation.schedule import Schedule, StepSchedule
+from memfit.simulation.tracing.autocast import CudaAutocast
+from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.convolutions import is_depthwise
 from memfit.simulation.tracing.trace import StepTrace
 from memfit.step.training_step import TrainingStep
@@ -74,14 +76,12 @@ def refusals_of(
     """
     version = tuple(map(int, release.split(".")[:2]))
     calls = _Calls()
-    for module in model.modules():
-        if hasattr(module, "_fast_norm"):
-            # It asks for the autocast of the meta device, which has none outside a trace.
-            module._fast_norm = False
     images = torch.randn(1, 3, image_size, image_size, device="meta")
     if is_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), calls, _Convolutions(calls):
+    # Only shapes count, so nothing is cast; but models ask for the autocast of their device.
+    autocast = regions_followed(CudaAutocast(torch.half))
+    with torch.no_grad(), autocast, calls, _Convolutions(calls):
         model.eval()(images)
     return [
         *_of_attention(calls, version),
