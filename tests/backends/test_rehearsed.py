@@ -167,17 +167,25 @@ def test_a_trial_does_not_depend_on_the_trials_before_it() -> None:
     """A script begins in a new process. Another order of frees in autocast decides at this edge."""
     workload = Workload(zoo.Net(), zoo.images(4).tensors, zoo.Fp32Loss(), "adamw")
     asked = Asked.of(workload, accumulate=True, precision="amp-fp16", memory="1GiB")
-    edge = 284
+    found = memfit.probe(
+        workload,
+        gpu="a100-40gb",
+        engine="rehearse",
+        accumulate=True,
+        precision="amp-fp16",
+        memory="1GiB",
+    )
+    edge = found.max_batch_size
     with Cards(Engine.REHEARSE) as cards:
         outcomes = {
             sizes: [
                 (trial.batch_size, trial.outcome, trial.peak_reserved_bytes)
                 for trial in trials_of(cards, asked, sizes)
             ]
-            for sizes in ((edge,), (edge + 4,), (edge + 5, edge + 4, edge))
+            for sizes in ((edge,), (edge + 1,), (edge + 2, edge + 1, edge))
         }
-    alone = [*outcomes[edge,], *outcomes[edge + 4,]]
-    assert sorted(outcomes[edge + 5, edge + 4, edge][1:]) == alone
+    alone = [*outcomes[edge,], *outcomes[edge + 1,]]
+    assert sorted(outcomes[edge + 2, edge + 1, edge][1:]) == alone
     assert [outcome for _, outcome, _ in alone] == [Outcome.FITS, Outcome.OUT_OF_MEMORY]
 
 

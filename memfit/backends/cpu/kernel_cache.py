@@ -1,12 +1,14 @@
-"""Measures and drops the kernels that oneDNN has compiled in this process.
+"""Measures and drops what libraries keep in this process: oneDNN its kernels, MKL its buffers.
 
-oneDNN compiles a kernel for each shape and keeps the last 1024 kernels. A process that has trained
-already has some of the kernels that a trial needs. Its trial would then seem to need less memory
-than in a new process.
+oneDNN compiles a kernel for each shape and keeps the last 1024 kernels. MKL keeps the buffers of
+matrix products, some megabytes. A process that has trained already has some of what a trial needs.
+Its trial would then seem to need less memory than in a new process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +16,7 @@ import torch
 
 from memfit._torch_private import mkldnn_layout
 
-__all__ = ["compiled_bytes", "forget_kernels"]
+__all__ = ["compiled_bytes", "forget_kernels", "free_buffers"]
 
 # The number of kernels that oneDNN keeps (its src/common/primitive_cache.cpp). A new one replaces
 # the oldest one.
@@ -47,3 +49,12 @@ def forget_kernels() -> None:
     for size in range(1, _NUM_KEPT + 1):
         nothing = torch.empty(size, layout=layout)
         torch.add(nothing, nothing)
+
+
+def free_buffers() -> None:
+    """Make MKL free the buffers that it keeps for matrix products, where torch has MKL.
+
+    Source: oneMKL's developer reference, `mkl_free_buffers`.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL("libtorch_cpu.so").mkl_serv_free_buffers()

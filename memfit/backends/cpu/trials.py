@@ -24,7 +24,7 @@ from typing import IO, Any, Final
 import torch
 
 from memfit.backends.cpu.glibc_heap import block_bytes, fill_heap, steady_heap
-from memfit.backends.cpu.kernel_cache import compiled_bytes, forget_kernels
+from memfit.backends.cpu.kernel_cache import compiled_bytes, forget_kernels, free_buffers
 from memfit.backends.cpu.limits import (
     Footprint,
     fork_as_is,
@@ -107,6 +107,7 @@ def serve(connection: Connection, step: TrainingStep, output: IO[bytes]) -> None
     # A collection would walk all objects that this process had before, so they are frozen.
     gc.freeze()
     forget_kernels()
+    free_buffers()
     # Each trial begins without gradients. They are dropped here, before the heap's holes are
     # filled.
     for module in step.live_modules:
