@@ -37,7 +37,7 @@ def test_a_heap_that_the_user_tuned_is_left_alone(
 def test_a_filled_heap_has_no_holes() -> None:
     """The next request gets new memory, whatever any thread has freed before."""
     script = (
-        "import ctypes, threading\n"
+        "import ctypes, os, threading, time\n"
         "from memfit.backends.cpu import glibc_heap\n"
         "libc = ctypes.CDLL(None)\n"
         "libc.malloc.restype = ctypes.c_void_p\n"
@@ -50,6 +50,8 @@ def test_a_filled_heap_has_no_holes() -> None:
         "thread = threading.Thread(target=make_holes, args=(1,))\n"
         "thread.start()\n"
         "thread.join()\n"
+        # Its arena is free when the thread has ended for the system, too.
+        "while os.path.exists(f'/proc/self/task/{thread.native_id}'): time.sleep(0.001)\n"
         "assert libc.mallinfo2().fordblks > 7_000_000\n"
         "glibc_heap.fill_heap()\n"
         "before = libc.mallinfo2().fordblks\n"
