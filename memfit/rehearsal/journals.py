@@ -240,7 +240,7 @@ def _phases(lines: Iterable[dict[str, Any]], device: str) -> Iterator[RehearsedP
 def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
     # A later line of a place counts from the beginning, so it replaces the earlier lines.
     places = {
-        (read["line"], read["library_line"], read["innermost_line"]): read
+        (read["line"], read["library_line"], read["innermost_line"], read["instruction"]): read
         for line in lines
         for read in line.get("reads", ())
     }

@@ -58,6 +58,11 @@ class Place:
                 self.script = shown
 
     @property
+    def instruction(self) -> int | None:
+        """The index of the innermost frame's instruction; `None` without a frame."""
+        return self.frames[0].f_lasti if self.frames else None
+
+    @property
     def is_printing(self) -> bool:
         """Whether torch makes the text of a tensor here."""
         return any(frame.f_code.co_filename.endswith(_PRINTER) for frame in self.frames)

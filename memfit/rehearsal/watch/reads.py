@@ -63,7 +63,7 @@ class Reads:
         self._guarded = guarded
         self._library = ctypes.CDLL(None)
         self._callback: Any = None
-        self._counts: dict[tuple[str | None, ...], dict[str, Any]] = {}
+        self._counts: dict[tuple[str | int | None, ...], dict[str, Any]] = {}
         self._is_inside = False
         self._latest: dict[str, None] = {}
         self._step = 0
@@ -148,7 +148,8 @@ class Reads:
         self._is_inside = True
         try:
             place = here(frame_here())
-            key = (place.script, place.library, place.innermost)
+            # One line can read a truth value and a size. They are other instructions.
+            key = (place.script, place.library, place.innermost, place.instruction)
             if not place.is_printing:
                 self._take_note(place)
             count = self._counts.get(key)
@@ -178,6 +179,7 @@ class Reads:
             "line": place.script,
             "library_line": place.library,
             "innermost_line": place.innermost,
+            "instruction": place.instruction,
             "spots": [] if is_printing else place.spots(),
             "kind": "tensor" if is_printing else self._kind(),
             "phase": self.phase,
