@@ -111,14 +111,11 @@ def _report(path: Path, *, has_failed: bool) -> Report:
     last: Mapping[str, Any] = next(
         (line for line in reversed(lines) if line["event"] in _EVENTS), {}
     )
-    ended: Mapping[str, Any] = next(of("exit"), {})
-    message = ended.get("message")
-    # torch 2.8 prints the index 0 as a character in cudaMallocAsync's message, which ends it there.
+    message = next(of("exit"), {}).get("message")
     ran_out = has_failed and (
         last.get("event") == "out_of_memory"
         if message is None
-        else ended["error"] == "OutOfMemoryError"
-        or oom.classify_text(message) is oom.Likelihood.CERTAIN
+        else oom.classify_text(message) is oom.Likelihood.CERTAIN
     )
     return Report(
         path=path,
@@ -244,42 +241,32 @@ def _reads(lines: Iterable[dict[str, Any]]) -> tuple[DeviceRead, ...]:
         for line in lines
         for read in line.get("reads", ())
     }
-    reads: dict[tuple[Any, ...], DeviceRead] = {}
+    # Reads of one line, such as those of a mask in forward and again in backward, are joined.
+    joined: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for read in places.values():
         kind = ReadKind(read["kind"])
         innermost = read["innermost_line"] or ""
         if any(kind is known and f"{file}:" in innermost for file, known in _EXPECTED):
             continue
-        key = (read["line"], read["library_line"], kind)
-        reads[key] = _joined(reads.get(key), _read(kind, read))
-    return tuple(
-        sorted(reads.values(), key=lambda read: (not read.changes_course, -read.num_reads))
-    )
+        joined.setdefault((read["line"], read["library_line"], kind), []).append(read)
+    reads = (_read(kind, alike) for (*_, kind), alike in joined.items())
+    return tuple(sorted(reads, key=lambda read: (not read.changes_course, -read.num_reads)))
 
 
-def _read(kind: ReadKind, read: Mapping[str, Any]) -> DeviceRead:
-    line, library = read["line"], read["library_line"]
+def _read(kind: ReadKind, alike: Sequence[Mapping[str, Any]]) -> DeviceRead:
+    line, library, phase = alike[0]["line"], alike[0]["library_line"], alike[0]["phase"]
     return DeviceRead(
         line=line,
         library_line=None if library == line else library,
         kind=kind,
-        phase=read["phase"] or "setup",
-        num_reads=read["num_reads"],
-        num_bytes=read["num_bytes"],
-        changes_course=_is_in_course(kind, read["phase"])
-        and any(changes_course(kind, _spot(spot)) for spot in read["spots"]),
-    )
-
-
-def _joined(one: DeviceRead | None, other: DeviceRead) -> DeviceRead:
-    """Join reads of one line, such as those of a mask in forward and again in backward."""
-    if one is None:
-        return other
-    return dataclasses.replace(
-        one,
-        num_reads=one.num_reads + other.num_reads,
-        num_bytes=one.num_bytes + other.num_bytes,
-        changes_course=one.changes_course or other.changes_course,
+        phase=phase or "setup",
+        num_reads=sum(read["num_reads"] for read in alike),
+        num_bytes=sum(read["num_bytes"] for read in alike),
+        changes_course=any(
+            _is_in_course(kind, read["phase"])
+            and any(changes_course(kind, _spot(spot)) for spot in read["spots"])
+            for read in alike
+        ),
     )
 
 

@@ -13,6 +13,7 @@ CERTAIN = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)"),
     torch.OutOfMemoryError("an allocator with other words"),
+    RuntimeError("Allocation on device "),
     RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("XPU out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB, other allocations: 1 GB)"),
