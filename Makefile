@@ -20,19 +20,22 @@ demo: $(STAMP)
 	$(BIN)/memfit probe vit_base_patch16_224
 	$(BIN)/memfit rehearse --gpu rtx4090 -- $(BIN)/python examples/rehearse/plain_pytorch.py --batch-size 128
 
-# Pages are tested in Debian's Chromium. Where it cannot be installed, those tests are skipped.
-browser:
-	@{ command -v chromium && command -v chromedriver; } > /dev/null || ! command -v apt-get > /dev/null || \
+# Where a program of $(1) is missing, install the packages $(2) of Debian. Where that cannot be done,
+# tests are skipped.
+define needs
+	@which $(1) > /dev/null 2>&1 || ! command -v apt-get > /dev/null || \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-		--no-install-recommends chromium chromium-driver fonts-dejavu-core > /dev/null; } || \
-		echo "no Chromium: the tests of pages are skipped"
+		--no-install-recommends $(2) > /dev/null; } || echo "no $(1): $(3)"
+endef
 
-# The rehearsed device is tried on aarch64 too, in an emulator. Elsewhere that test is skipped.
+# Pages are tested in Debian's Chromium.
+browser:
+	$(call needs,chromium chromedriver,chromium chromium-driver fonts-dejavu-core,the tests of pages are skipped)
+
+# The rehearsed device is tried on aarch64 too.
 emulator:
-	@{ command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64-static; } > /dev/null || \
-		! command -v apt-get > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -qq --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
-		qemu-user-static > /dev/null; } || echo "no emulator: the test of aarch64 is skipped"
+	$(call needs,aarch64-linux-gnu-gcc qemu-aarch64-static,gcc-aarch64-linux-gnu libc6-dev-arm64-cross \
+		qemu-user-static,the test of aarch64 is skipped)
 
 # Two processes halve the time, and most tests run in one thread.
 test: check browser emulator
