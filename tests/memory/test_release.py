@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from memfit.memory.release import release, release_down_to
-
-MIB = 1 << 20
+from memfit.units import MIB
 
 
 @pytest.mark.gpu

@@ -135,7 +135,7 @@ def test_the_other_architecture_does_the_same(tmp_path: Path) -> None:
     """The library for aarch64 passes the same program, in an emulator."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64-static")
     if compiler is None or emulator is None:
-        pytest.skip("needs a compiler for aarch64 and qemu (make emulator)")
+        pytest.skip("needs aarch64-linux-gnu-gcc and qemu (`make test` gets them from Debian)")
 
     build.compile_libraries(tmp_path, (compiler,), flags=(*_WARNINGS, "-O0"))
     program, source = tmp_path / "exercise", Path(__file__).with_name("exercise.c")
