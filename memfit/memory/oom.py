@@ -33,8 +33,8 @@ class Likelihood(enum.Enum):
 
 SIGNATURES: Final[tuple[tuple[str, Likelihood], ...]] = (
     # Messages of the caching allocators (c10/cuda/CUDACachingAllocator.cpp and similar files).
-    # The second and third are `cudaMallocAsync`'s (CUDAMallocAsyncAllocator.cpp). With torch 2.8 its
-    # message ends after the third, because the index 0 is printed as a character.
+    # The second and third are `cudaMallocAsync`'s (CUDAMallocAsyncAllocator.cpp). With torch 2.8
+    # its message ends after the third, because the index 0 is printed as a character.
     ("CUDA out of memory.", Likelihood.CERTAIN),
     ("would exceed allowed memory. (out of memory)", Likelihood.CERTAIN),
     ("Allocation on device ", Likelihood.CERTAIN),
