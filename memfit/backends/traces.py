@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from memfit.simulation.allocator.caching import AllocatorStats
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.needs import asks_cudnn
 from memfit.simulation.schedule import StepSchedule
-from memfit.simulation.tracing.attention import AttentionBackend
 from memfit.simulation.tracing.autocast import keeps_casts_in_inference_mode
 from memfit.simulation.tracing.refusals import refuse_compiled, refuse_sparse
 from memfit.simulation.tracing.semantics import META, MetaPrecision
@@ -42,7 +40,6 @@ __all__ = [
 
 # Samples of a batch function that stand for a batch, where a step asks for values.
 _ENOUGH_SAMPLES = 16
-_PREFERS_CUDNN = "2.11"
 
 
 def trace(
@@ -128,15 +125,9 @@ def trace_options(gpu: Gpu, *, is_quick: bool = False) -> TraceOptions:
             allows_tf32=torch.backends.cudnn.allow_tf32,
             is_quick=is_quick,
         ),
-        prefers_cudnn_attention=_prefers_cudnn(),
         cudnn_benchmark=torch.backends.cudnn.benchmark,
         gpu=gpu,
     )
-
-
-@functools.cache
-def _prefers_cudnn() -> bool:
-    return torch.__version__ >= _PREFERS_CUDNN
 
 
 def workspace_source(traced: Traced, gpu: Gpu) -> WorkspaceSource | None:
@@ -196,19 +187,9 @@ class Traced:
             step.options == self.step.options
             and options.kernels.like(self.options.kernels, has_tf32=self.trace.has_tf32)
             and all(
-                _keeps_alike(
-                    options.choose_attention(call),
-                    backend,
-                )
-                for call, backend in self.trace.attention
+                options.choose_attention(call) is backend for call, backend in self.trace.attention
             )
         )
-
-
-def _keeps_alike(one: AttentionBackend, other: AttentionBackend) -> bool:
-    """Whether two kernels save the same tensors, as flash and cuDNN do."""
-    alike = (AttentionBackend.FLASH, AttentionBackend.CUDNN)
-    return one is other or (one in alike and other in alike)
 
 
 class TraceCache:

@@ -39,6 +39,8 @@ CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 MAX_GPUS = 16
 _LIBRARIES = (LIBRARY, NVML_LIBRARY)
 _MACHINES = ("x86_64", "aarch64")
+_BLACKWELL: Final = (10, 0)
+_CUDNN_WITH_BLACKWELL: Final = (9, 13)
 _CUDA_WITHOUT_VOLTA: Final = 13
 _TURING: Final = (7, 5)
 _INSTEAD = (
@@ -167,8 +169,8 @@ def check_supported(card: Gpu) -> None:
 
     Raises:
         UsageError: The card is not NVIDIA's.
-        UnsupportedError: Another system than Linux, another processor, a torch without CUDA, or a
-            card that is older than this torch's CUDA supports.
+        UnsupportedError: Another system than Linux, another processor, a torch without CUDA, a card
+            that is older than this torch's CUDA supports, or one that its cuDNN cannot describe.
     """
     if card.vendor != "NVIDIA":
         raise UsageError(
@@ -204,6 +206,22 @@ def check_supported(card: Gpu) -> None:
             f"{cuda}, which begins at 7.5, so it cannot train on such a card. A torch for CUDA "
             f"12 can. {_INSTEAD}"
         )
+    cudnn = _cudnn_release(cuda)
+    if card.compute_capability == _BLACKWELL and cudnn < _CUDNN_WITH_BLACKWELL:
+        raise UnsupportedError(
+            f"cuDNN {cudnn[0]}.{cudnn[1]} cannot choose kernels for {card.name} without the card. "
+            f"cuDNN 9.13 can, which torch 2.11 brings along. {_INSTEAD}"
+        )
+
+
+def _cudnn_release(cuda: int) -> tuple[int, int]:
+    """Return the release of the cuDNN that came with torch; a high one if it is unknown."""
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        major, minor, *_ = metadata.version(f"nvidia-cudnn-cu{cuda}").split(".")
+        return int(major), int(minor)
+    return sys.maxsize, 0
 
 
 def _text_of(path: Path) -> str:

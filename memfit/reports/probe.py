@@ -303,7 +303,8 @@ def trial_notes(result: ProbeResult | Plan) -> list[str]:
     elif any(trial.workspaces is WorkspaceSource.BOUND for trial in result.trials):
         said.append(
             "The workspaces of the convolutions are bounds, because cuDNN could not be asked "
-            "(a torch for CUDA brings it, from cuDNN 9.8 on; it knows NVIDIA's cards)."
+            "(a torch for CUDA brings it, from cuDNN 9.8 on, for a B200 from 9.13 on; it knows "
+            "NVIDIA's cards)."
         )
     left = max((trial.left_behind_bytes or 0 for trial in result.trials), default=0)
     if left >= MIB:

@@ -200,3 +200,14 @@ def test_a_card_older_than_torchs_cuda_is_refused_and_simulated(
     result = memfit.probe("test_vit", gpu="p100", max_batch_size=2, engine="auto")
     assert isinstance(result, memfit.ProbeResult)
     assert result.source is memfit.Source.SIMULATED
+
+
+@pytest.mark.rehearses
+def test_a_card_that_cudnn_cannot_describe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN 9.10, of torch 2.8 to 2.10, crashes when it is asked for a B200."""
+    monkeypatch.setattr(activate, "_cudnn_release", lambda _cuda: (9, 10))
+    activate.check_supported(find_gpu("h100"))
+    with pytest.raises(
+        UnsupportedError, match=r"cuDNN 9\.10 cannot choose kernels for NVIDIA B200"
+    ):
+        activate.check_supported(find_gpu("b200"))

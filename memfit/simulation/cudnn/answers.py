@@ -28,11 +28,11 @@ __all__ = ["Workspaces", "keep_answers", "workspaces_of"]
 
 _SCHEMA: Final = "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, num_bytes INTEGER)"
 # Changed when cuDNN is asked in another way.
-_EDITION: Final = 4
+_EDITION: Final = 5
 _SECONDS_TO_WAIT: Final = 2.0
 # Where plans or their workspaces depend on the number of multiprocessors too
 # (`memfit.simulation.cudnn.plans`).
-_COUNTS_MULTIPROCESSORS: Final = ((7, 5), SPLITTING)
+_COUNTS_MULTIPROCESSORS: Final = ((7, 5), SPLITTING, (10, 0), (10, 3))
 
 _log = logging.getLogger(__name__)
 _opened: list[Workspaces] = []

@@ -34,9 +34,12 @@ from memfit.simulation.cudnn.splits import SPLITTING, PlanOfCard, whole_card_byt
 __all__ = ["ANY_QUESTION", "CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
 _FIRST_VERSION: Final = 90800
-# What cuDNN wants to know about a card. For 144 convolutions, only `deviceVer` (the compute
-# capability) changed plans and workspaces, and on Turing `multiProcessorCount` too: 25 of them on a
-# T4 with cuDNN 9.26, and 20 with 9.10. So the other values are those of one card.
+# cuDNN 9.10 reads a handle that is not there when it is asked for a card of this capability.
+_BLACKWELL: Final = (10, 0)
+_FIRST_WITH_BLACKWELL: Final = 91300
+# What cuDNN wants to know about a card. Of 126 convolutions, only `deviceVer` (the compute
+# capability) changed plans and workspaces, besides what is named below. So the other values are
+# those of one card. cuDNN remembers a card by its name, so each card that differs has its own.
 _SOME_CARD: Final[dict[str, Any]] = {
     "multiProcessorCount": 82,
     "warpSize": 32,
@@ -59,11 +62,14 @@ _SOME_CARD: Final[dict[str, Any]] = {
     "isTccDriver": 0,
     "cudaDeviceId": 0,
     "driverVer": 13020,
-    "deviceName": "GPU",
 }
-# On Hopper the clocks decide how far sums are split. Those of an H100: NVIDIA's data sheet.
-_CLOCKS: Final[dict[tuple[int, int], dict[str, int]]] = {
-    SPLITTING: {"smClockRateKHz": 1_980_000, "memClockRateKHz": 2_619_000}
+# On Turing, multiprocessors decide 24 of 126 workspaces (cuDNN 9.26). On Hopper, the clocks decide
+# how far sums are split: those of an H100 (NVIDIA's data sheet). On Blackwell for data centers, the
+# shared memory decides 57 of 126: CUDA's programming guide, table of compute capabilities.
+_OF_ITS_OWN: Final[dict[tuple[int, int], dict[str, int]]] = {
+    SPLITTING: {"smClockRateKHz": 1_980_000, "memClockRateKHz": 2_619_000},
+    (10, 0): {"maxSharedMemoryPerBlockOptin": 232_448},
+    (10, 3): {"maxSharedMemoryPerBlockOptin": 232_448},
 }
 # cudnnBackendHeurMode_t: torch takes the first plan of both lists.
 _HEURISTICS: Final = 3
@@ -139,7 +145,10 @@ def cudnn_plans(
     """
     if missing_cudnn() is not None:
         return None
-    return CudnnPlans(compute_capability, settings or PlanSettings.current(), multiprocessors)
+    plans = CudnnPlans(compute_capability, settings or PlanSettings.current(), multiprocessors)
+    if compute_capability == _BLACKWELL and plans.version < _FIRST_WITH_BLACKWELL:
+        return None
+    return plans
 
 
 class CudnnPlans:
@@ -163,10 +172,11 @@ class CudnnPlans:
         self.settings = settings
         self._library = load_cudnn()
         major, minor = compute_capability
-        clocks = _CLOCKS.get(compute_capability, {})
-        card = {**_SOME_CARD, **clocks, "deviceVer": 100 * major + 10 * minor}
+        own = _OF_ITS_OWN.get(compute_capability, {})
+        card = {**_SOME_CARD, **own, "deviceVer": 100 * major + 10 * minor}
         if multiprocessors is not None:
             card["multiProcessorCount"] = multiprocessors
+        card["deviceName"] = f"GPU {major}.{minor} of {card['multiProcessorCount']}"
         self._splits_on = multiprocessors if compute_capability == SPLITTING else None
         self.properties = json.dumps(card)
         # The question whose plans were last asked for by rank, the rest of them, and their answers.

@@ -18,9 +18,13 @@ from memfit.cards import Gpu
 from memfit.simulation.needs import Need
 from memfit.simulation.schedule import BLAS_HANDLE, BLAS_LT_HANDLE
 from memfit.simulation.tracing.attention_scratch import (
+    cudnn_backward,
+    cudnn_forward,
     efficient_backward,
     efficient_forward,
     flash_backward,
+    flash_forward,
+    safe_softmax,
 )
 from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.norm_scratch import (
@@ -323,7 +327,10 @@ _RULES: Final[dict[str, _Rule]] = {
     "amin.default": _extreme,
     "prod.default": _product_of_all,
     "prod.dim_int": _product_of_all,
+    "_scaled_dot_product_flash_attention.default": flash_forward,
     "_scaled_dot_product_flash_attention_backward.default": flash_backward,
+    "_scaled_dot_product_cudnn_attention.default": cudnn_forward,
+    "_scaled_dot_product_cudnn_attention_backward.default": cudnn_backward,
     "_scaled_dot_product_efficient_attention.default": efficient_forward,
     "_scaled_dot_product_efficient_attention_backward.default": efficient_backward,
     "native_layer_norm.default": layer_norm,
@@ -332,6 +339,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "native_group_norm_backward.default": group_norm_backward,
     "native_batch_norm.default": batch_norm,
     "native_batch_norm_backward.default": batch_norm_backward,
+    "_safe_softmax.default": safe_softmax,
     "_softmax.default": _copies_input,
     "_log_softmax.default": _copies_input,
     "_softmax_backward_data.default": _softmax_backward,

@@ -26,7 +26,12 @@ from memfit.memory.collector import old_objects_set_aside
 from memfit.records import Action, Event
 from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.steady import Choose, Iteration, Recorded, settle
-from memfit.simulation.tracing.attention import AttentionBackend, AttentionCall, choose
+from memfit.simulation.tracing.attention import (
+    AttentionBackend,
+    AttentionBuild,
+    AttentionCall,
+    choose,
+)
 from memfit.simulation.tracing.autocast import functional_layer_open
 from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.model_facts import ModelFacts
@@ -48,7 +53,7 @@ class TraceOptions:
     Args:
         compute_capability: The compute capability of the card, such as (8, 6).
         kernels: Knows the memory that its kernels take besides tensors.
-        prefers_cudnn_attention: See `memfit.simulation.tracing.attention.choose`.
+        attention_build: What decides attention's kernel besides the card.
         uses_foreach: Whether optimizers use their foreach implementation by default, as on CUDA.
             A step on a CPU, with which a trace can be compared, does not.
         cudnn_benchmark: Whether convolutions try their plans (`torch.backends.cudnn.benchmark`).
@@ -59,13 +64,13 @@ class TraceOptions:
     compute_capability: tuple[int, int]
     kernels: Kernels
     gpu: Gpu | None = None
-    prefers_cudnn_attention: bool = False
+    attention_build: AttentionBuild = dataclasses.field(default_factory=AttentionBuild.current)
     uses_foreach: bool = True
     cudnn_benchmark: bool = True
 
     def choose_attention(self, call: AttentionCall) -> AttentionBackend:
         """Return the kernel that attention uses."""
-        return choose(call, self.compute_capability, prefers_cudnn=self.prefers_cudnn_attention)
+        return choose(call, self.compute_capability, self.attention_build)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,11 @@ import torch
 from memfit._torch_private import aten_if_there
 from memfit.simulation.cudnn.needs import workspace_need
 from memfit.simulation.cudnn.questions import ConvolutionKernel
-from memfit.simulation.tracing.attention_scratch import RANDOM_STATE_ON_GPU, with_state_on_host
+from memfit.simulation.tracing.attention_scratch import (
+    RANDOM_STATE_ON_GPU,
+    cudnn_outputs,
+    with_state_on_host,
+)
 from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.convolution_calls import ConvolutionCall
 from memfit.simulation.tracing.convolutions import (
@@ -40,6 +44,7 @@ _HANDLED: Final = (
     "convolution_backward",
     "_cudnn_rnn",
     "_cudnn_rnn_backward",
+    "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_efficient_attention",
 )
 _TENSOR_CORES_HALF: Final = (7, 0)
@@ -98,7 +103,10 @@ class Kernels:
             return on_cuda(args, func(*args, **kwargs))
         if name == "_cudnn_rnn_backward":
             return recur_backward(args)
-        if self.torch_release < RANDOM_STATE_ON_GPU:
+        if name == "_scaled_dot_product_cudnn_attention":
+            return cudnn_outputs(outputs(func, args, kwargs), saves=args[4])
+        has_dropout = any(args[5:6])
+        if self.torch_release < RANDOM_STATE_ON_GPU or has_dropout:
             return with_state_on_host(func(*args, **kwargs))
         return outputs(func, args, kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_cudnn_finds_a_driver_where_there_is_none() -> None:
 
 @needs_cudnn
 @pytest.mark.rehearses
-@pytest.mark.parametrize("card", ["RTX 3090", "H100 SXM", "T4"])
+@pytest.mark.parametrize("card", ["RTX 3090", "H100 SXM", "T4", "B200"])
 def test_answers_are_what_torch_takes(card: str, run_rehearsed: Callable[[Path, str], Any]) -> None:
     """Forward and both gradients, in each type and layout, on a rehearsed card."""
     gpu = find_gpu(card)
@@ -247,3 +248,26 @@ def test_plans_have_an_order() -> None:
     assert in_order[0] == asked.workspace_bytes(question())
     assert len(in_order) > 2
     assert min(in_order) < in_order[0]
+
+
+@needs_cudnn
+def test_cards_that_differ_have_names_that_differ() -> None:
+    """cuDNN remembers a card by its name: a second one of that name would be the first one."""
+    names = {
+        json.loads(CudnnPlans(capability, PlanSettings(), multiprocessors).properties)["deviceName"]
+        for capability, multiprocessors in (
+            ((7, 5), 40),
+            ((7, 5), 68),
+            ((8, 6), None),
+            ((10, 0), 148),
+        )
+    }
+    assert len(names) == 4
+
+
+@needs_cudnn
+def test_a_cudnn_that_crashes_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN 9.10 reads a handle that is not there when it is asked for a B200."""
+    monkeypatch.setattr(CudnnPlans, "version", 91002)
+    assert cudnn_plans((10, 0)) is None
+    assert cudnn_plans((9, 0)) is not None

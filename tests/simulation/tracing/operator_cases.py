@@ -146,6 +146,47 @@ def attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     backward(output.transpose(1, 2).reshape(2, 50, 192))
 
 
+def kinds_of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Attend with few and many keys, shared keys, dropout, heads of other widths, no gradient."""
+    kinds: tuple[tuple[int, int, int, int, int, dict[str, Any]], ...] = (
+        (150, 150, 64, 64, 4, {"is_causal": True}),
+        (50, 100, 64, 64, 4, {}),
+        (1, 300, 64, 64, 4, {}),
+        (300, 1, 64, 64, 4, {}),
+        (150, 150, 64, 64, 2, {}),
+        (50, 100, 64, 64, 2, {"is_masked": True}),
+        (50, 100, 128, 128, 1, {"is_masked": True}),
+        (150, 150, 64, 64, 4, {"dropout_p": 0.125}),
+        (50, 100, 64, 64, 2, {"dropout_p": 0.125}),
+        (50, 100, 64, 64, 4, {"dropout_p": 0.1}),
+        (50, 100, 64, 32, 4, {}),
+        (150, 150, 192, 128, 4, {}),
+        (150, 150, 160, 160, 4, {}),
+        (150, 200, 160, 160, 2, {"is_masked": True}),
+        (150, 150, 256, 256, 4, {}),
+        (50, 200, 256, 256, 2, {}),
+    )
+    for queries, keys, head_dim, value_dim, key_heads, options in kinds:
+        is_grouped = key_heads < 4
+        if is_grouped and "dropout_p" in options and torch.__version__ < "2.14":
+            continue  # The math path, of whose dropout a trace keeps too much.
+        query = leaf(device, 2, queries, 4, head_dim, dtype=dtype).transpose(1, 2)
+        key = leaf(device, 2, keys, key_heads, head_dim, dtype=dtype).transpose(1, 2)
+        value = leaf(device, 2, keys, key_heads, value_dim, dtype=dtype).transpose(1, 2)
+        options["enable_gqa"] = is_grouped
+        if options.pop("is_masked", False):
+            options["attn_mask"] = torch.empty(queries, keys, device=device, dtype=dtype)
+        yield
+        output = F.scaled_dot_product_attention(query, key, value, **options)
+        yield
+        backward(output)
+        if "dropout_p" in options:
+            continue  # There is none in an evaluation.
+        yield
+        with torch.no_grad():
+            output = F.scaled_dot_product_attention(query, key, value, **options)
+
+
 def norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Normalize layers of other layouts, groups, and batches large enough for many blocks."""
     weight, bias = leaf(device, 96, dtype=dtype), leaf(device, 96, dtype=dtype)
@@ -254,6 +295,7 @@ CASES = {
         linears,
         products,
         attention,
+        kinds_of_attention,
         norms,
         depthwise,
         parts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,23 @@ from memfit.simulation.tracing.reductions import reduction
 from memfit.simulation.tracing.scripts import Workspace
 from memfit.simulation.tracing.semantics import CudaSemantics, MetaPrecision, foreach_on_meta
 
-CARD = "RTX 3090"
+CARDS = ("RTX 3090", "H100", "B200")
 Stretches = list[list[tuple[int, int]]]
 # The allocator rounds every request up to this.
 GRANULARITY_BYTES = 512
 
 
 @pytest.fixture(scope="module")
-def real(run_rehearsed: Callable[[Path, str], Any]) -> dict[str, Stretches]:
-    """Return what all cases ask for on the rehearsed card."""
+def real(run_rehearsed: Callable[[Path, str], Any]) -> Callable[[str], dict[str, Stretches]]:
+    """Return what all cases ask for on a rehearsed card."""
     script = Path(__file__).with_name("operator_cases.py")
-    found: dict[str, Stretches] = run_rehearsed(script, CARD)
-    return found
+
+    @functools.cache
+    def on(card: str) -> dict[str, Stretches]:
+        found: dict[str, Stretches] = run_rehearsed(script, card)
+        return found
+
+    return on
 
 
 def simulated(name: str, gpu: Gpu) -> Stretches:
@@ -71,15 +77,18 @@ def _bytes_of(event: Event, gpu: Gpu) -> int:
 
 
 @pytest.mark.rehearses
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("name", CASES)
-def test_an_operator_asks_for_what_torch_asks_for(name: str, real: dict[str, Stretches]) -> None:
+def test_an_operator_asks_for_what_torch_asks_for(
+    name: str, card: str, real: Callable[[str], dict[str, Stretches]]
+) -> None:
     """Every request and every free of every stretch is the same, to the allocator's rounding."""
     rounded = [
         [
             [(sign, -(-num_bytes // GRANULARITY_BYTES)) for sign, num_bytes in stretch]
             for stretch in side
         ]
-        for side in (simulated(name, find_gpu(CARD)), real[name])
+        for side in (simulated(name, find_gpu(card)), real(card)[name])
     ]
     assert rounded[0][:-1] == rounded[1][:-1]
 
