@@ -190,6 +190,7 @@ def _trace(task: Task) -> Any:
     import torch
     from accuracy_loops import OldPrecision, OldStep, attention_written_out, with_batch_of_bytes
 
+    import memfit.api  # noqa: F401 - cuDNN finds a driver, as in every command
     from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
     from memfit.simulation.tracing.trace import TraceOptions

@@ -213,6 +213,7 @@ def _is_made(name: str) -> bool:
 
 
 def _simulated(card: Any, step: Any, batch_size: int) -> Side:
+    import memfit.api  # noqa: F401 - cuDNN finds a driver, as in every command
     from memfit.backends.simulated import SimulatedBackend
     from memfit.backends.traces import trace, trace_options
     from memfit.records import Action

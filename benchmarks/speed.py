@@ -96,6 +96,7 @@ def survey(model: str) -> dict[str, float]:
     import torch
 
     import memfit
+    import memfit.api
     from memfit.backends.simulated import SimulatedBackend
     from memfit.backends.traces import TraceCache
     from memfit.cards import COMMON_GPUS, find_gpu

@@ -21,7 +21,7 @@ import torch
 from memfit.cards import Gpu
 from memfit.simulation.needs import Need
 from memfit.simulation.tracing.reductions import reduction_scratch
-from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
+from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Release, Script, Workspace
 
 __all__ = [
     "RANDOM_STATE_ON_GPU",
@@ -41,6 +41,8 @@ RANDOM_STATE_ON_GPU: Final = (2, 14)
 
 _HALF: Final = (torch.float16, torch.bfloat16)
 _FLASH_ROWS: Final = 128
+# Seen in rehearsals: since torch 2.11 (2.9 not yet), a head of 160 is computed as one of 192.
+_WIDER_TILES_SINCE: Final = (2, 11)
 _FLASH_QUERIES: Final = 64
 # The keys of a block, up to a head dimension.
 _FLASH_KEYS: Final = ((64, 256), (128, 128), (256, 64))
@@ -186,7 +188,7 @@ def safe_softmax(_kernels: object, args: tuple[Any, ...], _result: Any) -> Scrip
     return (OUTPUTS, masked, rows, zero, Drop.of(zero.name, rows.name, masked.name))
 
 
-def flash_forward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+def flash_forward(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Split the keys if the queries do not fill the card, and take a place for the random state.
 
     A split has an output and a log-sum-exp of its own, in fp32.
@@ -196,7 +198,7 @@ def flash_forward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Scri
         state = Workspace(name="attention's random state", num_bytes=_STATE_BYTES)
         return (Make((0, 1)), state, OUTPUTS)
     samples, heads, num_queries, head_dim = query.shape
-    parts = ("log-sum-exp", 1), ("output", _flash_width(head_dim))
+    parts = ("log-sum-exp", 1), ("output", _flash_width(kernels, head_dim))
     splits = tuple(
         Workspace(
             name=f"{name} of each split",
@@ -236,7 +238,7 @@ def _flash_splits(gpu: Gpu, num_heads: int, num_queries: int, num_keys: int, hea
     return next(splits for splits, share in used.items() if share >= enough)
 
 
-def flash_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
+def flash_backward(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Take a scalar for each row and the query's gradient in fp32, padded to the kernel's tiles.
 
     A gradient or output that is not contiguous as (samples, rows, heads, head_dim) is copied.
@@ -255,15 +257,16 @@ def flash_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Scr
         Workspace(name="attention's row sums", num_bytes=4 * rows),
         Workspace(
             name="flash attention's gradient of queries",
-            num_bytes=4 * rows * _flash_width(head_dim),
+            num_bytes=4 * rows * _flash_width(kernels, head_dim),
         ),
         *_gradients_of_each_head(heads, key, value),
     )
 
 
-def _flash_width(head_dim: int) -> int:
+def _flash_width(kernels: Release, head_dim: int) -> int:
     """Return the head dimension that the kernel computes with."""
-    return _ceil(head_dim, 32 if head_dim <= _WIDE else 64)
+    is_older = kernels.torch_release < _WIDER_TILES_SINCE
+    return _ceil(head_dim, 32 if head_dim <= (192 if is_older else _WIDE) else 64)
 
 
 def _gradients_of_each_head(

@@ -7,7 +7,7 @@ Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm_kernel.cu, No
 from __future__ import annotations
 
 import math
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +19,7 @@ from memfit.simulation.tracing.scripts import (
     OUTPUTS,
     Drop,
     Make,
+    Release,
     Script,
     Workspace,
     contiguous_copy,
@@ -41,11 +42,6 @@ _HALF: Final = (torch.float16, torch.bfloat16)
 _KEEPS_MEANS_IN_FP32: Final = (2, 13)
 # The release whose kernel takes an NHWC input, and copies it.
 _COPIES_CHANNELS_LAST: Final = (2, 14)
-
-
-class _Release(Protocol):
-    @property
-    def torch_release(self) -> tuple[int, int]: ...
 
 
 def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
@@ -96,7 +92,7 @@ def _sum_of_parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: i
     return scratch_of_rows(gpu, num_parts, num_columns, item_bytes) if num_parts else 0
 
 
-def group_norm(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script:
+def group_norm(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Mean and deviation in fp32 for half inputs, and a scale and a shift for each channel.
 
     Before torch 2.13, mean and deviation were kept only as outputs (pytorch/pytorch#183946). Torch
@@ -114,7 +110,7 @@ def group_norm(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script
     return script + _each(("scale", "shift"), 4 * samples * channels)
 
 
-def group_norm_backward(kernels: _Release, args: tuple[Any, ...], _result: Any) -> Script:
+def group_norm_backward(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Two sums for each channel, and factors for each group and channel."""
     data, samples, channels, num_groups = args[1], args[5], args[6], args[8]
     per_channel, per_group = 4 * samples * channels, 4 * samples * num_groups

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
@@ -42,6 +42,7 @@ from memfit.simulation.tracing.scripts import (
     Drop,
     Keep,
     Make,
+    Release,
     Script,
     Workspace,
     contiguous_copy,
@@ -73,14 +74,6 @@ _HALF: Final = (torch.float16, torch.bfloat16)
 _FEW_INDICES: Final = 3072
 _WELFORD_BYTES: Final = 16  # mean, sum of squares, and the number of values twice
 _WELFORD_VECTOR: Final = 2
-
-
-class Release(Protocol):
-    """What the scripts ask of the kernels: torch's release."""
-
-    @property
-    def torch_release(self) -> tuple[int, int]:
-        """The major and minor version of torch."""
 
 
 _Rule = Callable[[Release, tuple[Any, ...], Any], Script]

@@ -8,13 +8,31 @@ writes it down.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
 from memfit.simulation.needs import Need
 
-__all__ = ["ALONE", "OUTPUTS", "Drop", "Keep", "Make", "Script", "Workspace", "contiguous_copy"]
+__all__ = [
+    "ALONE",
+    "OUTPUTS",
+    "Drop",
+    "Keep",
+    "Make",
+    "Release",
+    "Script",
+    "Workspace",
+    "contiguous_copy",
+]
+
+
+class Release(Protocol):
+    """What scripts ask of the kernels: torch's release."""
+
+    @property
+    def torch_release(self) -> tuple[int, int]:
+        """The major and minor version of torch."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
