@@ -22,7 +22,6 @@ from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.tracing.autocast import CudaAutocast
 from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.convolutions import is_depthwise
-from memfit.simulation.tracing.trace import StepTrace
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["InputsMadeOnce", "Refusal", "compute_norms_in_half", "refusals_of"]
@@ -40,6 +39,7 @@ _LARGE_TO_CUDNN = (2, 8)
 # Later releases bring cuDNN 9.15, and give them to it (#168364).
 _LARGE_NHWC_REFUSED = (2, 9)
 _MADE_BY = ("aten.randn.default", "aten.randint.default")
+_LAID_OUT_BY = "aten.clone.default"
 
 
 def compute_norms_in_half(is_half: bool) -> None:
@@ -161,7 +161,8 @@ class InputsMadeOnce(TraceCache):
     """Traces in which the batch is there from the start, as in that benchmark.
 
     A step of memfit's makes a batch for each iteration, as a loader does. Then the blocks of the
-    inputs are cut from others, and other blocks from theirs.
+    inputs are cut from others, and other blocks from theirs. It also lays the images out in NHWC in
+    each iteration, where that benchmark has made them so.
     """
 
     def find(self, step: TrainingStep, gpu: Gpu) -> Traced:
@@ -170,19 +171,20 @@ class InputsMadeOnce(TraceCache):
         for traced in self._traced:
             if traced.holds_for(step, options):
                 return traced
-        self.add(step, options, _with_inputs_made_once(trace(step, options)))
+        made = trace(step, options)
+        is_last = step.options.channels_last
+        made = dataclasses.replace(
+            made,
+            schedule=_made_once(made.schedule, is_last=is_last),
+            as_run=_made_once(made.as_run, is_last=is_last),
+        )
+        self.add(step, options, made)
         return self._traced[-1]
 
 
-def _with_inputs_made_once(made: StepTrace) -> StepTrace:
-    return dataclasses.replace(
-        made, schedule=_made_once(made.schedule), as_run=_made_once(made.as_run)
-    )
-
-
-def _made_once(schedule: StepSchedule) -> StepSchedule:
-    first, inputs = _without_inputs(schedule.first)
-    later, _ = _without_inputs(schedule.later)
+def _made_once(schedule: StepSchedule, *, is_last: bool) -> StepSchedule:
+    first, inputs = _without_inputs(schedule.first, is_last=is_last)
+    later, _ = _without_inputs(schedule.later, is_last=is_last)
     setup = schedule.setup
     events, growth = list(setup.events), list(setup.growth_bytes)
     for event, grows_by in inputs:
@@ -193,7 +195,9 @@ def _made_once(schedule: StepSchedule) -> StepSchedule:
     return dataclasses.replace(schedule, setup=longer, first=first, later=later)
 
 
-def _without_inputs(stretch: Schedule) -> tuple[Schedule, list[tuple[Event, float]]]:
+def _without_inputs(
+    stretch: Schedule, *, is_last: bool
+) -> tuple[Schedule, list[tuple[Event, float]]]:
     pairs = list(zip(stretch.events, stretch.growth_bytes, strict=True))
     made = [
         (event, growth)
@@ -201,6 +205,10 @@ def _without_inputs(stretch: Schedule) -> tuple[Schedule, list[tuple[Event, floa
         if event.action is Action.ALLOC and event.origin in _MADE_BY
     ]
     ids = {event.id for event, _ in made}
+    if is_last:
+        laid_out = stretch.events[len(made)]
+        assert laid_out.origin == _LAID_OUT_BY, laid_out
+        ids.add(laid_out.id)
     kept = [(event, growth) for event, growth in pairs if event.id not in ids]
     shorter = dataclasses.replace(
         stretch,

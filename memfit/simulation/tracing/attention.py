@@ -6,7 +6,7 @@ PyTorch 2.8 and later.
 
 Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order and gates),
     aten/src/ATen/native/transformers/attention.cpp (padding of head dimensions and masks). What
-    torch 2.8, 2.9, 2.11, 2.12, 2.14 and 2.15 choose on six rehearsed cards was laid beside it.
+    torch 2.8, 2.11, 2.12, 2.14 and 2.15 choose on six rehearsed cards was laid beside it.
 """
 
 from __future__ import annotations
