@@ -254,6 +254,7 @@ _MOST_SECONDS = 240.0
 _CARDS_WITHOUT_FAST_NORM = ("RTX 5090",)
 
 _INFERENCE_MODE_SINCE = "2.9"
+_SCORES_IN_FP32_SINCE = "2.5"
 
 
 class _trials:  # noqa: N801 - used as a function
@@ -262,7 +263,7 @@ class _trials:  # noqa: N801 - used as a function
     def __init__(self, row: dict[str, str], engine: str) -> None:
         import torch
         from inference_ladders import Images
-        from inference_loops import InputsMadeOnce, compute_norms_in_half, refusals_of
+        from inference_loops import InHalf, InputsMadeOnce, refusals_of
 
         from memfit.api.cards import Cards
         from memfit.api.steps import describe
@@ -270,8 +271,11 @@ class _trials:  # noqa: N801 - used as a function
         from memfit.cards import find_gpu
         from memfit.records import Engine
 
-        self._is_half = row["gpu"] not in _CARDS_WITHOUT_FAST_NORM
-        compute_norms_in_half(self._is_half)
+        self._in_half = InHalf(
+            norms=row["gpu"] not in _CARDS_WITHOUT_FAST_NORM,
+            scores=row["torch"] < _SCORES_IN_FP32_SINCE,
+        )
+        self._in_half.set()
         self._step = describe(
             row["model"],
             precision="amp-fp16",
@@ -285,7 +289,7 @@ class _trials:  # noqa: N801 - used as a function
         key = "|".join(
             (
                 *(row[name] for name in ("model", "image_size", "memory_format")),
-                f"{self._step.options.no_grad} {self._is_half}",
+                f"{self._step.options.no_grad} {self._in_half}",
             )
         )
         if _BACKENDS.get("key") != key:
@@ -344,7 +348,7 @@ class _trials:  # noqa: N801 - used as a function
         from inference_ladders import rehearsed_rung
 
         ended: tuple[int | None, tuple[Attempt, ...]] = self._card.call(
-            rehearsed_rung, self._step, walk, self._images, self._most, self._is_half
+            rehearsed_rung, self._step, walk, self._images, self._most, self._in_half
         )
         return ended
 

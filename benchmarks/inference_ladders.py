@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from inference_loops import compute_norms_in_half
+from inference_loops import InHalf
 
 from memfit.records import Action
 from memfit.simulation.allocator.blocks import BlockOrder
@@ -240,13 +240,13 @@ def rehearsed_rung(
     walk: Walk,
     images: Images,
     most: int | None,
-    has_half_norms: bool,
+    in_half: InHalf,
 ) -> tuple[int | None, tuple[Attempt, ...]]:
     """Return the batch size at which timm's loop ends on this process's card, and the attempts.
 
     It is 0 if the smallest one fails, and `None` if the walk ended before the edge was found.
     """
-    compute_norms_in_half(has_half_norms)
+    in_half.set()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     attempts: list[Attempt] = []

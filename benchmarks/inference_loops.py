@@ -24,7 +24,7 @@ from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.convolutions import is_depthwise
 from memfit.step.training_step import TrainingStep
 
-__all__ = ["InputsMadeOnce", "Refusal", "compute_norms_in_half", "refusals_of"]
+__all__ = ["InHalf", "InputsMadeOnce", "Refusal", "refusals_of"]
 
 # CUDA's limit on the second and third dimension of a grid. Both attention kernels count samples
 # there (pytorch/pytorch#146704).
@@ -42,16 +42,31 @@ _MADE_BY = ("aten.randn.default", "aten.randint.default")
 _LAID_OUT_BY = "aten.clone.default"
 
 
-def compute_norms_in_half(is_half: bool) -> None:
-    """Let the norms of models made from now on compute in autocast's type, or not.
+@dataclasses.dataclass(frozen=True)
+class InHalf:
+    """What computes in half precision where it could compute in fp32.
 
-    An old timm gets the one function of a new one that memfit calls.
+    Args:
+        norms: The norms of models made from now on (`--fast-norm` of timm's benchmark).
+        scores: Attention that no fused kernel takes, as samvit's of three dimensions. Torch 2.5 and
+            later computes it in fp32.
     """
-    import timm.optim
 
-    if not hasattr(timm.optim, "list_optimizers"):
-        timm.optim.list_optimizers = lambda *_, **__: ["adamw"]
-    timm.layers.set_fast_norm(is_half)
+    norms: bool
+    scores: bool
+
+    def set(self) -> None:
+        """Switch both, in this process.
+
+        An old timm gets the one function of a new one that memfit calls.
+        """
+        import timm.optim
+        import torch
+
+        if not hasattr(timm.optim, "list_optimizers"):
+            timm.optim.list_optimizers = lambda *_, **__: ["adamw"]
+        timm.layers.set_fast_norm(self.norms)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.scores)
 
 
 @dataclasses.dataclass(frozen=True)
