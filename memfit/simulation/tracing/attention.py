@@ -158,25 +158,32 @@ def choose(
         RuntimeError: torch would take none, because the user switched off all that can.
     """
     major, minor = compute_capability
-    gates: dict[AttentionBackend, Callable[[], bool]] = {
-        AttentionBackend.CUDNN: lambda: _cudnn_takes(call, major, build),
-        AttentionBackend.FLASH: lambda: _flash_takes(call, major, minor),
-        AttentionBackend.EFFICIENT: lambda: _efficient_takes(call, major, build),
-        AttentionBackend.MATH: lambda: True,
-    }
+    gates: list[tuple[AttentionBackend, Callable[[], bool]]] = [
+        (AttentionBackend.FLASH, lambda: _flash_takes(call, major, minor)),
+        (AttentionBackend.EFFICIENT, lambda: _efficient_takes(call, major, build)),
+        (AttentionBackend.MATH, lambda: True),
+    ]
     if call.head_dim == 0 or call.dtype not in _FUSED_TYPES:
-        gates = {AttentionBackend.MATH: gates[AttentionBackend.MATH]}
-    for backend, takes in gates.items():
+        gates = gates[-1:]
+    # cuDNN's kernel is tried first or last.
+    at = 0 if _prefers_cudnn(major, build) else len(gates)
+    gates.insert(at, (AttentionBackend.CUDNN, lambda: _cudnn_takes(call, major, build)))
+    for backend, takes in gates:
         if backend not in call.refused and takes():
             return backend
     raise RuntimeError("No available kernel. Aborting execution.")
 
 
+def _prefers_cudnn(major: int, build: AttentionBuild) -> bool:
+    return (
+        major in _PREFERS_CUDNN
+        and build.torch_release >= _PREFERS_CUDNN_SINCE
+        and build.has_cudnn_after(_PREFERRED_CUDNN)
+    )
+
+
 def _cudnn_takes(call: AttentionCall, major: int, build: AttentionBuild) -> bool:
-    """Whether torch tries cuDNN's kernel first, and it takes the call."""
-    if major not in _PREFERS_CUDNN or build.torch_release < _PREFERS_CUDNN_SINCE:
-        return False
-    if build.is_deterministic or not build.has_cudnn_after(_PREFERRED_CUDNN):
+    if major < 8 or build.is_deterministic:  # noqa: PLR2004 - Ampere
         return False
     if not call.is_half or call.learns_mask or call.has_one_key:
         return False
@@ -190,6 +197,8 @@ def _cudnn_takes(call: AttentionCall, major: int, build: AttentionBuild) -> bool
 def _cudnn_takes_head(call: AttentionCall, major: int, build: AttentionBuild) -> bool:
     if max(call.head_dims) <= 128:  # noqa: PLR2004 - cuDNN's limit without exceptions
         return True
+    if major not in _PREFERS_CUDNN:
+        return False
     if build.torch_release >= _WIDE_HEADS_SINCE and build.has_cudnn_after(_WIDE_HEADS_CUDNN):
         trains = call.head_dims in ((192, 128), (256, 256))
         return max(call.head_dims) <= 256 and (trains or not call.needs_gradient)  # noqa: PLR2004

@@ -51,6 +51,7 @@ def heads(query: int, value: int | None = None) -> dict[str, object]:
         ((8, 0), heads(200), FLASH),
         ((8, 0), {"refused": frozenset({FLASH})}, EFFICIENT),
         ((9, 0), {"refused": frozenset({CUDNN})}, FLASH),
+        ((8, 6), {"refused": frozenset({FLASH, EFFICIENT, MATH})}, CUDNN),
         ((9, 0), {}, CUDNN),
         ((9, 0), {"has_mask": True}, CUDNN),
         # Seen in a rehearsal on an H100 with torch 2.15: a learned bias has a gradient.
@@ -107,7 +108,7 @@ def test_choice_without_cudnn() -> None:
 
 def test_no_kernel_is_left() -> None:
     """It is torch's own error, in its own words."""
-    call = dataclasses.replace(PLAIN, refused=frozenset({MATH, EFFICIENT}), has_mask=True)
+    call = dataclasses.replace(PLAIN, refused=frozenset({MATH, EFFICIENT, CUDNN}), has_mask=True)
     with pytest.raises(RuntimeError, match="No available kernel"):
         choose(call, (8, 0), AttentionBuild(torch_release=(2, 15)))
 
