@@ -165,9 +165,10 @@ def choose(
     ]
     if call.head_dim == 0 or call.dtype not in _FUSED_TYPES:
         gates = gates[-1:]
-    # cuDNN's kernel is tried first or last.
-    at = 0 if _prefers_cudnn(major, build) else len(gates)
-    gates.insert(at, (AttentionBackend.CUDNN, lambda: _cudnn_takes(call, major, build)))
+    else:
+        # cuDNN's kernel is tried first or last.
+        at = 0 if _prefers_cudnn(major, build) else len(gates)
+        gates.insert(at, (AttentionBackend.CUDNN, lambda: _cudnn_takes(call, major, build)))
     for backend, takes in gates:
         if backend not in call.refused and takes():
             return backend
@@ -208,16 +209,15 @@ def _cudnn_takes_head(call: AttentionCall, major: int, build: AttentionBuild) ->
 
 
 def _flash_takes(call: AttentionCall, major: int, minor: int) -> bool:
-    if major < 8 or call.has_mask or call.is_cross_causal:  # noqa: PLR2004 - Ampere
+    if major < 8 or not call.is_half or call.has_mask or call.is_cross_causal:  # noqa: PLR2004
         return False
     if call.head_dim != call.value_head_dim or call.head_dim > _FLASH_MAX_HEAD_DIM:
         return False
     is_small_chip = (major == 8 and minor in (6, 7, 9)) or major == 12  # noqa: PLR2004
     if not (is_small_chip and call.needs_gradient):
-        return call.is_half
+        return True
     padded = math.ceil(call.head_dim / _FLASH_ALIGNMENT) * _FLASH_ALIGNMENT
-    is_refused = 192 < padded <= 224 or (padded > 224 and call.dropout > 0)  # noqa: PLR2004
-    return call.is_half and not is_refused
+    return not (192 < padded <= 224 or (padded > 224 and call.dropout > 0))  # noqa: PLR2004
 
 
 def _efficient_takes(call: AttentionCall, major: int, build: AttentionBuild) -> bool:

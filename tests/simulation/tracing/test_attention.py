@@ -56,6 +56,7 @@ def heads(query: int, value: int | None = None) -> dict[str, object]:
         ((9, 0), {"has_mask": True}, CUDNN),
         # Seen in a rehearsal on an H100 with torch 2.15: a learned bias has a gradient.
         ((9, 0), {"has_mask": True, "learns_mask": True}, EFFICIENT),
+        ((9, 0), heads(0), MATH),
         ((9, 0), {"has_one_key": True}, FLASH),
         ((9, 0), {"has_one_query": True}, CUDNN),
         ((12, 0), {}, FLASH),
