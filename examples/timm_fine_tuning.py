@@ -2,7 +2,7 @@
 
     python examples/timm_fine_tuning.py
 
-The example measures what fits a limit of 50 MiB on the CPU, plans 64 samples for each optimizer
+The example measures what fits a limit of 60 MiB on the CPU, plans 64 samples for each optimizer
 step, and trains. The weights are random and the images are noise, so nothing is downloaded.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
         MODEL,
         EFFECTIVE_BATCH,
         device="cpu",
-        memory="50MiB",
+        memory="60MiB",
         image_size=IMAGE_SIZE,
         num_classes=NUM_CLASSES,
     )

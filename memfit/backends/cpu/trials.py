@@ -212,7 +212,13 @@ def _load_lazily() -> None:
 
 
 def _start_thread_pool() -> None:
-    """Start all threads, because their stacks belong to the loaded process and not to the step."""
+    """Start all threads, because their stacks belong to the loaded process and not to the step.
+
+    After a fork, torch makes its second pool anew, in whichever thread asks first. If several
+    threads ask at once, one of them gets none, and torch raises an error («Invalid thread pool»).
+    So it is asked for here, where there is one thread.
+    """
+    torch.set_num_threads(torch.get_num_threads())
     torch.ones(torch.get_num_threads() * MIB).add_(1)
 
 

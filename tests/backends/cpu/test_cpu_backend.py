@@ -246,6 +246,18 @@ def test_steps_run_in_a_process_that_has_used_its_thread_pool() -> None:
     torch.set_num_threads(1)
 
 
+def test_steps_run_with_more_threads_than_cores() -> None:
+    """Several threads ask at once for the pool that torch makes anew after a fork."""
+    options = StepOptions(precision=Precision.FP32, optimizer="adamw", image_size=(96, 96))
+    step = TrainingStep(subject="test_vit.r160_in1k", options=options)
+    torch.set_num_threads(8)
+    try:
+        with CpuBackend(memory_bytes=200 * MIB) as backend:
+            assert all(backend.trial(step, 60).fits for _ in range(3))
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_the_default_limit_is_what_the_machine_leaves() -> None:
     """The headroom is subtracted, and the limit says where it comes from."""
     available = psutil.virtual_memory().available
