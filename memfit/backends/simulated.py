@@ -21,7 +21,7 @@ from memfit.simulation.allocator.compiled import new_allocator
 from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.cudnn.answers import keep_answers
 from memfit.simulation.tracing.model_facts import ModelFacts
-from memfit.simulation.tracing.scratch import torch_release
+from memfit.simulation.tracing.releases import torch_release
 from memfit.step.training_step import TrainingStep
 
 __all__ = ["SimulatedBackend"]

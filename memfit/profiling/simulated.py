@@ -16,7 +16,7 @@ from memfit.profiling.replay import Replay, ReplayOutOfMemory, replay
 from memfit.profiling.snapshot import Profiled, snapshot_of
 from memfit.records import Capacity, MemoryProfile, Outcome, Source
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.tracing.scratch import torch_release
+from memfit.simulation.tracing.releases import torch_release
 from memfit.step.training_step import TrainingStep
 from memfit.units import format_bytes
 

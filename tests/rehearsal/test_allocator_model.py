@@ -8,7 +8,7 @@ import torch
 from memfit.simulation.allocator.blocks import BlockOrder
 from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError, CachingAllocator
 from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.tracing.scratch import torch_release
+from memfit.simulation.tracing.releases import torch_release
 from rehearsal.conftest import Rehearsed
 
 # Sizes that come again and again, so that many free blocks have the same size.

@@ -11,10 +11,8 @@ Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order and gates),
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Final
@@ -22,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten, dispatched
-from memfit.simulation.tracing.scratch import torch_release
+from memfit.simulation.tracing.releases import cudnn_version, torch_release
 
 __all__ = ["AttentionBackend", "AttentionBuild", "AttentionCall", "attend", "choose", "describe"]
 
@@ -81,7 +79,7 @@ class AttentionBuild:
         warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
         return cls(
             torch_release=torch_release(),
-            cudnn_version=_cudnn_version(),
+            cudnn_version=cudnn_version(),
             is_deterministic=torch.are_deterministic_algorithms_enabled() and not warns_only,
         )
 
@@ -131,17 +129,6 @@ class AttentionCall:
     def head_dims(self) -> tuple[int, int]:
         """The head dimensions of query and value."""
         return self.head_dim, self.value_head_dim
-
-
-@functools.cache
-def _cudnn_version() -> int | None:
-    if not torch.backends.cuda.is_built():
-        return None
-    # A cuDNN that does not fit torch is an error, which a step on the card would say.
-    with contextlib.suppress(RuntimeError):
-        version: int | None = torch.backends.cudnn.version()
-        return version
-    return None
 
 
 def choose(

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from memfit._torch_private import aten, storage_id
+from memfit.errors import NotSimulatedError
+from memfit.simulation.tracing.releases import cudnn_version
 from memfit.simulation.tracing.scripts import Drop, Make, Script, Workspace, contiguous_copy
 
 __all__ = [
@@ -39,6 +41,8 @@ _NUM_GATES: Final = (1, 1, 4, 3)
 _NUM_KEPT: Final = (1, 1, 5, 6)
 _NUM_ARGUMENTS: Final = 9
 _OF_CUDNN: Final = frozenset((torch.float16, torch.float32, torch.float64))
+# Source: `supportsBFloat16RNNWithCuDNN` in aten/src/ATen/cuda/detail/CUDAHooks.cpp.
+_FIRST_WITH_BFLOAT16: Final = 91300
 # Autocast always casts to this type for cuDNN, also where all else is bfloat16 (AutocastRNN.cpp).
 _AUTOCAST_DTYPE: Final = torch.float16
 
@@ -78,7 +82,16 @@ def recur(  # noqa: PLR0917 - the signature of what it stands in for
 
     Returns:
         The output and the last states, as `torch.lstm` returns them.
+
+    Raises:
+        NotSimulatedError: This cuDNN does not have the layer.
     """
+    is_older = (cudnn_version() or _FIRST_WITH_BFLOAT16) < _FIRST_WITH_BFLOAT16
+    if data.dtype is torch.bfloat16 and is_older:
+        raise NotSimulatedError.because(
+            "A recurrent layer in bfloat16",
+            "cuDNN has it since 9.13, and with an older one torch runs it step by step",
+        )
     mode = RECURRENT[name]
     hidden, cell = states if mode == _LSTM else (states, None)
     if is_autocast:

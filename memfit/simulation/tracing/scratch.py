@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -36,6 +35,7 @@ from memfit.simulation.tracing.norm_scratch import (
     layer_norm_backward,
 )
 from memfit.simulation.tracing.reductions import input_vector, reduction
+from memfit.simulation.tracing.releases import torch_release
 from memfit.simulation.tracing.scripts import (
     ALONE,
     OUTPUTS,
@@ -51,7 +51,6 @@ from memfit.simulation.tracing.scripts import (
 __all__ = [
     "kept_workspace_bytes",
     "scratch_of",
-    "torch_release",
 ]
 
 WORKSPACES_BY_CALL: Final = (2, 15)
@@ -77,13 +76,6 @@ _WELFORD_VECTOR: Final = 2
 
 
 _Rule = Callable[[Release, tuple[Any, ...], Any], Script]
-
-
-def torch_release() -> tuple[int, int]:
-    """Return the major and minor version of the torch that is installed."""
-    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    assert found is not None
-    return int(found[1]), int(found[2])
 
 
 @once_per_operation

@@ -34,7 +34,8 @@ from memfit.simulation.tracing.recurrent import (
     recurrent_backward_script,
     recurrent_script,
 )
-from memfit.simulation.tracing.scratch import scratch_of, torch_release
+from memfit.simulation.tracing.releases import torch_release
+from memfit.simulation.tracing.scratch import scratch_of
 from memfit.simulation.tracing.scripts import ALONE, Script, Workspace
 
 __all__ = ["Kernels", "Workspace"]

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from memfit.backends.traces import trace
+from memfit.errors import NotSimulatedError
 from memfit.records import Action, Precision, StepOptions
+from memfit.simulation.tracing import recurrent
 from memfit.simulation.tracing.recurrent import RECURRENT, Recurrence
 from memfit.simulation.tracing.trace import StepTrace, TraceOptions
 from memfit.simulation.tracing.workspace import Kernels
@@ -76,18 +78,31 @@ def test_the_whole_sequence_is_one_operation(kind: type[nn.RNNBase], precision: 
     assert not {origin for origin in origins if "tanh" in origin or "sigmoid" in origin}
 
 
-def test_takes_an_input_that_autocast_cast() -> None:
+class Embedded(Tagger):
+    """A recurrent layer whose input autocast has cast."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM)
+        self.embed = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.embed(data))
+
+
+def test_takes_an_input_that_autocast_cast(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch refuses an input of another type than the weights, unless autocast is on."""
-
-    class Embedded(Tagger):
-        def __init__(self) -> None:
-            super().__init__(nn.LSTM)
-            self.embed = nn.Linear(FEATURES, FEATURES)
-
-        def forward(self, data: torch.Tensor) -> torch.Tensor:
-            return super().forward(self.embed(data))
-
+    monkeypatch.setattr(recurrent, "cudnn_version", lambda: 91300)
     events = traced(Embedded(), Precision.AMP_BF16).schedule.later.events
+    assert any("_cudnn_rnn_backward" in event.origin for event in events)
+
+
+def test_an_older_cudnn_has_no_recurrent_layer_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch runs it step by step then, and keeps much more."""
+    monkeypatch.setattr(recurrent, "cudnn_version", lambda: 91002)
+    with pytest.raises(NotSimulatedError, match="bfloat16 cannot be simulated: cuDNN has"):
+        traced(Embedded(), Precision.AMP_BF16)
+    # Autocast casts an input in fp32 to float16 for cuDNN.
+    events = traced(Tagger(nn.LSTM), Precision.AMP_BF16).schedule.later.events
     assert any("_cudnn_rnn_backward" in event.origin for event in events)
 
 
