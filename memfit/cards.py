@@ -30,6 +30,7 @@ __all__ = [
     "gpu_like",
     "gpu_with",
     "is_rehearsed",
+    "oldest_cudnn",
 ]
 
 COMMON_GPUS = (
@@ -80,6 +81,7 @@ _NEWEST = (2, 15)
 _TURING = (7, 5)
 _SMALL_AMPERE = ((8, 6), (8, 7), (8, 9))
 _SMALL_BLACKWELL = (12,)
+_LARGE_BLACKWELL = (10, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +183,16 @@ class Gpu(Record):
             return _WORKSPACE_GFX94_BYTES if is_large else _WORKSPACE_LARGE_BYTES
         large = (9, 10, 12) if torch_release >= _LARGE_ON_BLACKWELL else (9,)
         return _WORKSPACE_LARGE_BYTES if self.compute_capability[0] in large else _WORKSPACE_BYTES
+
+
+def oldest_cudnn(compute_capability: tuple[int, int]) -> tuple[int, int]:
+    """Return the oldest release of cuDNN that chooses kernels for a card that is not there.
+
+    Before 9.13 it ends the process where it is asked for compute capability 10.0, as a B200 has.
+
+    Source: cuDNN 9.10 and 9.19 were asked.
+    """
+    return (9, 13) if compute_capability == _LARGE_BLACKWELL else (9, 8)
 
 
 @functools.cache

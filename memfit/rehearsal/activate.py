@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu
+from memfit.cards import REHEARSED_CARD_VARIABLE, Gpu, find_gpu, oldest_cudnn
 from memfit.errors import UnsupportedError, UsageError
 from memfit.rehearsal.build import LIBRARY, NVML_LIBRARY, library_folder
 from memfit.units import parse_bytes
@@ -39,8 +39,6 @@ CARD_VARIABLE = REHEARSED_CARD_VARIABLE
 MAX_GPUS = 16
 _LIBRARIES = (LIBRARY, NVML_LIBRARY)
 _MACHINES = ("x86_64", "aarch64")
-_BLACKWELL: Final = (10, 0)
-_CUDNN_WITH_BLACKWELL: Final = (9, 13)
 _CUDA_WITHOUT_VOLTA: Final = 13
 _TURING: Final = (7, 5)
 _INSTEAD = (
@@ -206,11 +204,11 @@ def check_supported(card: Gpu) -> None:
             f"{cuda}, which begins at 7.5, so it cannot train on such a card. A torch for CUDA "
             f"12 can. {_INSTEAD}"
         )
-    cudnn = _cudnn_release(cuda)
-    if card.compute_capability == _BLACKWELL and cudnn < _CUDNN_WITH_BLACKWELL:
+    cudnn, oldest = _cudnn_release(cuda), oldest_cudnn(card.compute_capability)
+    if cudnn < oldest:
         raise UnsupportedError(
             f"cuDNN {cudnn[0]}.{cudnn[1]} cannot choose kernels for {card.name} without the card. "
-            f"cuDNN 9.13 can, which torch 2.11 brings along. {_INSTEAD}"
+            f"cuDNN {oldest[0]}.{oldest[1]} can, and torch 2.11 brings a newer one. {_INSTEAD}"
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import torch
 
+from memfit.cards import oldest_cudnn
 from memfit.simulation.cudnn.backend_api import (
     CudnnError,
     Descriptors,
@@ -34,9 +35,6 @@ from memfit.simulation.cudnn.splits import SPLITTING, PlanOfCard, whole_card_byt
 __all__ = ["ANY_QUESTION", "CudnnPlans", "PlanSettings", "cudnn_plans", "missing_cudnn"]
 
 _FIRST_VERSION: Final = 90800
-# cuDNN 9.10 reads a handle that is not there when it is asked for a card of this capability.
-_BLACKWELL: Final = (10, 0)
-_FIRST_WITH_BLACKWELL: Final = 91300
 # What cuDNN wants to know about a card. Of 126 convolutions, only `deviceVer` (the compute
 # capability) changed plans and workspaces, besides what is named below. So the other values are
 # those of one card. cuDNN remembers a card by its name, so each card that differs has its own.
@@ -146,9 +144,8 @@ def cudnn_plans(
     if missing_cudnn() is not None:
         return None
     plans = CudnnPlans(compute_capability, settings or PlanSettings.current(), multiprocessors)
-    if compute_capability == _BLACKWELL and plans.version < _FIRST_WITH_BLACKWELL:
-        return None
-    return plans
+    major, minor = oldest_cudnn(compute_capability)
+    return plans if plans.version >= 10_000 * major + 100 * minor else None
 
 
 class CudnnPlans:
