@@ -24,6 +24,7 @@ __all__ = [
     "any_autocast",
     "aten",
     "aten_if_there",
+    "below_autograd",
     "capturable_supported_on",
     "clear_blas_workspaces",
     "convert_tensors",
@@ -58,6 +59,14 @@ _VERIFYING: Final = (
     "to compare gradients",
     "Probing, planning and profiling still work.",
 )
+_WATCHING: Final = (
+    "to see the operations of a step, for simulating it and for comparing gradients",
+    "Probing, planning and profiling on a device of this machine still work (--device).",
+)
+_RECORDING: Final = (
+    "to record what a step allocates on a GPU",
+    "Profiling a simulated card (--gpu), and all else, still works.",
+)
 _PROFILING: Final = (
     "to say which module holds memory",
     "Probing, planning and verifying still work.",
@@ -72,10 +81,8 @@ NEEDS: Final = {
         "to find the tensors of a batch",
         "Only `memfit gpus` works with this release.",
     ),
-    "torch.utils._python_dispatch.TorchDispatchMode": (
-        "to see the operations of a step, for simulating it and for comparing gradients",
-        "Probing, planning and profiling on a device of this machine still work (--device).",
-    ),
+    "torch.utils._python_dispatch.TorchDispatchMode": _WATCHING,
+    "torch._C._AutoDispatchBelowAutograd": _SIMULATING,
     "torch.optim.optimizer._get_foreach_kernels_supported_devices": _SIMULATING,
     "torch.optim.optimizer._get_capturable_supported_devices": _SIMULATING,
     "torch.optim.optimizer._get_fused_kernels_supported_devices": _SIMULATING,
@@ -95,14 +102,8 @@ NEEDS: Final = {
         "to record what a step allocates on a CPU",
         "Profiling a GPU or a simulated card, and all else, still works.",
     ),
-    "torch.cuda.memory._record_memory_history": (
-        "to record what a step allocates on a GPU",
-        "Profiling a simulated card (--gpu), and all else, still works.",
-    ),
-    "torch.cuda.memory._snapshot": (
-        "to read what a step allocated on a GPU",
-        "Profiling a simulated card (--gpu), and all else, still works.",
-    ),
+    "torch.cuda.memory._record_memory_history": _RECORDING,
+    "torch.cuda.memory._snapshot": _RECORDING,
     "torch.Tensor._indices": _SPARSE,
     "torch.Tensor._values": _SPARSE,
     "torch.Tensor._version": (
@@ -110,10 +111,7 @@ NEEDS: Final = {
         "Probing, planning and profiling still work, and Accumulator with recover=False.",
     ),
     "torch.nn.Module._apply": _VERIFYING,
-    "torch._ops.OpOverload._schema": (
-        "to see what operations do, for simulating a step and for comparing gradients",
-        "Probing, planning and profiling on a device of this machine still work (--device).",
-    ),
+    "torch._ops.OpOverload._schema": _WATCHING,
 }
 """For each name, the purpose and what still works without it, as the error says."""
 _LAST: Final = {name: name.rpartition(".")[2] for name in NEEDS}  # read at every operation
@@ -205,9 +203,7 @@ def clear_blas_workspaces() -> None:
 
 def mkldnn_layout() -> Any:
     """Return the layout of oneDNN's own tensors; `None` if this torch does not have it."""
-    import torch
-
-    return getattr(torch, "_mkldnn", None)
+    return getattr(importlib.import_module("torch"), "_mkldnn", None)
 
 
 @contextlib.contextmanager
@@ -235,6 +231,11 @@ def plainly() -> contextlib.AbstractContextManager[Any]:
     import torch
 
     return getattr(torch._C, "DisableTorchFunction", contextlib.nullcontext)()
+
+
+def below_autograd() -> Any:
+    """Return a context in which operations reach modes whole, as where CUDA has a kernel."""
+    return _find("torch._C._AutoDispatchBelowAutograd")()
 
 
 def any_autocast() -> tuple[Any, str]:
@@ -363,8 +364,7 @@ def storage_id(storage: Any) -> int:
 
 def sparse_parts(tensor: Any) -> tuple[Any, Any]:
     """Return the indices and the values of a sparse tensor, coalesced or not."""
-    indices = _of(tensor, "torch.Tensor._indices")()
-    return indices, _of(tensor, "torch.Tensor._values")()
+    return _of(tensor, "torch.Tensor._indices")(), _of(tensor, "torch.Tensor._values")()
 
 
 def num_owners(tensor: Any) -> tuple[int, int]:

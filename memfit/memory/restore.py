@@ -21,6 +21,7 @@ from torch import nn
 from memfit.errors import WorkloadError
 from memfit.memory.attributes import save_contents
 from memfit.memory.saved_tensor import SavedTensor, host_copy
+from memfit.memory.switches import set_switches, switches
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -247,17 +248,11 @@ def save_random_states() -> Callable[[], None]:
 
 
 def _save_switches() -> Callable[[], None]:
-    cudnn = torch.backends.cudnn
-    cudnn_flags = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = switches()
     grad_enabled = torch.is_grad_enabled()
-    default_dtype = torch.get_default_dtype()
 
     def restore() -> None:
-        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = cudnn_flags
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        set_switches(before)
         torch.set_grad_enabled(grad_enabled)
-        torch.set_default_dtype(default_dtype)
 
     return restore

@@ -31,6 +31,8 @@ from memfit.simulation.schedule import (
 __all__ = ["Choose", "Iteration", "Recorded", "settle"]
 
 _MAX_ITERATIONS = 6
+# The last of three iterations, of which the second and the third do the same.
+_SECOND_AND_THIRD = 2
 _FREE = Action.FREE_COMPLETED
 
 
@@ -87,8 +89,9 @@ def settle(
         only_first: The origin of events that only the first iteration with a shape has.
 
     Returns:
-        The step. If no later iteration is like the first one, the allocations that it left behind
-        exist from the start, and its other events are left out.
+        The step. If later iterations keep something too, or it takes more than one to settle, the
+        allocations that the earlier ones left behind exist from the start, and their other events
+        are left out.
 
     Raises:
         StreamsDifferError: No two iterations in a row did the same.
@@ -185,8 +188,13 @@ class _Steps:
         return any(lags.get(event.id) is None for event in self._iterations[self._last].left())
 
     def repeated(self, setup: Sequence[Event], only_first: str) -> StepSchedule:
-        """Return the last iteration, repeated, after what the earlier iterations left behind."""
+        """Return the last iteration, repeated, after the first one or what earlier ones left."""
         later = self._later().without(only_first)
+        if self._last == _SECOND_AND_THIRD and not later.outliving:
+            # Only the first iteration keeps something, such as a table that the model makes then.
+            events, growth = zip(*self._grown(0), strict=True)
+            first = Schedule(events=events, growth_bytes=growth, batch_size=later.batch_size)
+            return StepSchedule(setup=Schedule.fixed(setup), first=first, later=later)
         return StepSchedule(
             setup=self._with_left_over(setup, later), first=later.iteration(0), later=later
         )

@@ -38,6 +38,15 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("test_nfnet", {"precision": "amp-fp16", "optimizer": "adamw"}),
     ("resnet18", {"precision": "amp-fp16", "optimizer": "momentum", "image_size": 224}),
     ("resnet18", {"precision": "amp-fp16", "evaluate": True}),
+    # Its tables of biases are made in the first forward pass.
+    ("levit_128s", {"precision": "amp-fp16", "evaluate": True, "image_size": 224}),
+)
+
+# With `cudnn.benchmark`, plans are tried for depthwise convolutions that cuDNN computes, too.
+_TRYING_STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("mobilenetv3_small_050", {"precision": "amp-fp16", "optimizer": "momentum"}),
+    ("mobilenetv3_small_050", {"precision": "amp-bf16", "channels_last": True, "evaluate": True}),
+    ("test_mambaout", {"precision": "amp-fp16", "channels_last": True, "optimizer": "adamw"}),
 )
 
 
@@ -61,6 +70,55 @@ def test_steps_take_the_same_bytes() -> None:
             assert guessed.peak_reserved_bytes == pytest.approx(
                 real.peak_reserved_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
+
+
+def test_plans_are_tried_for_all_of_cudnns_convolutions() -> None:
+    """So the peak is that of the largest plan, where activations are few."""
+    with (
+        torch.backends.cudnn.flags(benchmark=True),
+        Cards(Engine.REHEARSE) as rehearsed,
+        Cards(Engine.SIMULATE) as simulated,
+    ):
+        for model, options in _TRYING_STEPS:
+            step = describe(model, image_size=64, **options)
+            found = []
+            for cards in (rehearsed, simulated):
+                with cards.open("rtx3090", None, step) as card:
+                    trial = card.trial(with_precision(step, card), 64)
+                found.append((trial.peak_requested_bytes, trial.peak_reserved_bytes))
+            assert found[0] == found[1], (model, options)
+
+
+class Normed(nn.Module):
+    """Blocks with RMSNorm, as language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.RMSNorm(96) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(4))
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return scores for each token."""
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            tokens = tokens + layer(norm(tokens))
+        scores: torch.Tensor = self.head(tokens)
+        return scores
+
+
+def test_rms_norm_is_one_kernel() -> None:
+    """It is so where torch has the kernel; autocast decides that by the release."""
+    batch = (torch.zeros(4, 50, 96), torch.zeros(4, dtype=torch.long))
+    workload = Workload(Normed(), batch, of_first_step, "adamw")
+    with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
+        for precision in ("fp32", "amp-bf16", "bf16"):
+            step = describe(workload, precision=precision)
+            found = []
+            for cards in (rehearsed, simulated):
+                with cards.open("rtx3090", None, step) as card:
+                    trial = card.trial(with_precision(step, card), 256)
+                found.append((trial.peak_requested_bytes, trial.peak_reserved_bytes))
+            assert found[0] == found[1], precision
 
 
 def test_the_edge_is_the_rehearsed_edge() -> None:

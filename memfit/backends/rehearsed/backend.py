@@ -17,6 +17,7 @@ from memfit.backends.rehearsed.processes import ServerProcess, new_process, take
 from memfit.backends.rehearsed.server import Answer, Call, End, Open
 from memfit.cards import Gpu
 from memfit.errors import StepCrashedError
+from memfit.memory.switches import switches
 from memfit.records import Capacity, Precision, Source, Trial
 from memfit.step.training_step import TrainingStep
 from memfit.units import TIB
@@ -77,6 +78,7 @@ class RehearsalServers:
                 environment=self._environment(card),
                 memory_bytes=memory_bytes,
                 search_path=tuple(sys.path),
+                switches=switches(),
             )
         )
 

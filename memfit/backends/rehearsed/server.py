@@ -36,11 +36,13 @@ class Open:
         environment: Variables that describe the card.
         memory_bytes: A cap on what the allocator may reserve; `None` for what the card has.
         search_path: Where the other side finds modules, so that its steps are found here.
+        switches: torch's switches on the other side.
     """
 
     environment: Mapping[str, str]
     memory_bytes: int | None
     search_path: tuple[str, ...]
+    switches: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ def _serve(connection: Connection, opening: Open) -> None:
     # It is about speed, and the trial's DistributedDataParallel is memfit's.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
-        _answer_calls(connection, opening.memory_bytes)
+        _answer_calls(connection, opening)
         code = 0
     except BaseException:  # noqa: BLE001 - it is said before the process leaves
         traceback.print_exc()
@@ -129,15 +131,17 @@ def _serve(connection: Connection, opening: Open) -> None:
         os._exit(code)
 
 
-def _answer_calls(connection: Connection, memory_bytes: int | None) -> None:
+def _answer_calls(connection: Connection, opening: Open) -> None:
     import torch
 
     from memfit.backends.crossing import portable
     from memfit.backends.cuda import CudaBackend
     from memfit.backends.rehearsed.parcel import unpacked
+    from memfit.memory.switches import set_switches
 
     steps: dict[int, Any] = {}
-    with CudaBackend(torch.device("cuda"), memory_bytes=memory_bytes) as backend:
+    set_switches(opening.switches)
+    with CudaBackend(torch.device("cuda"), memory_bytes=opening.memory_bytes) as backend:
         while True:
             try:
                 request = connection.recv()

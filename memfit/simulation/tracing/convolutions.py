@@ -24,6 +24,7 @@ __all__ = [
     "backward_script",
     "forward_script",
     "has_filters_by_channel",
+    "has_strides_of_nhwc",
     "is_depthwise",
     "layout_of",
 ]
@@ -171,7 +172,7 @@ def _has_order_of(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
 
     Source: `cudnn_convolution_backward` in aten/src/ATen/native/cudnn/ConvShared.cpp.
     """
-    return _has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
+    return has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
 
 
 def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -179,10 +180,10 @@ def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
 
     Source: `cudnn_conv_suggest_memory_format` in aten/src/ATen/native/ConvUtils.h.
     """
-    return _has_strides_of_nhwc(data) or _has_strides_of_nhwc(weight)
+    return has_strides_of_nhwc(data) or has_strides_of_nhwc(weight)
 
 
-def _has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
+def has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
     """Whether the strides have the order of channels-last images, with gaps or without.
 
     A 1x1 filter is contiguous in both formats, so only its strides tell the format.

@@ -45,15 +45,19 @@ _COPIES_CHANNELS_LAST: Final = (2, 14)
 
 
 def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """An input that is not contiguous is copied for the call."""
+    """An input that is not contiguous is copied for the call, for RMSNorm too."""
     copy = contiguous_copy("contiguous input", args[0])
     return (*copy, OUTPUTS) if copy else ALONE
 
 
 def layer_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """Gradient and input are copied if not contiguous, and many rows are summed in two passes."""
+    """Gradient and input are copied if not contiguous, and many rows are summed in two passes.
+
+    RMSNorm has no bias, and so its weight is the one before the last argument.
+    """
     gradient, data, shape = args[:3]
-    weight, wanted = args[5], args[-1]
+    wanted = args[-1]
+    weight = args[-1 - len(wanted[1:])]
     num_columns = math.prod(shape)
     num_rows = data.numel() // max(num_columns, 1)
     script: Script = (*contiguous_copy("contiguous input", data), OUTPUTS)
@@ -62,16 +66,23 @@ def layer_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -
         numbers = (num_rows, num_columns, weight.element_size())
         names = ("weight's parts", "bias's parts")
         wanted_names = [
-            name for name, is_wanted in zip(names, wanted[1:], strict=True) if is_wanted
+            name for name, is_wanted in zip(names, wanted[1:], strict=False) if is_wanted
         ]
         script += tuple(
             Workspace(name=name, need=Need(rule=_parts_bytes, numbers=numbers))
             for name in wanted_names
         )
         for name in wanted_names:
-            total = f"sum of {name}"
-            need = Need(rule=_sum_of_parts_bytes, numbers=numbers)
-            script += (Workspace(name=total, need=need), Drop.of(total))
+            taken = {
+                f"sum of {name}": _sum_bytes,
+                f"partial sums of {name}": _partial_sum_bytes,
+                f"semaphores of {name}": _sum_semaphore_bytes,
+            }
+            script += tuple(
+                Workspace(name=each, need=Need(rule=rule, numbers=numbers))
+                for each, rule in taken.items()
+            )
+            script += (Drop(tuple(reversed(taken))),)
     return script
 
 
@@ -87,9 +98,19 @@ def _parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> 
     return _num_parts(gpu, num_rows, num_columns) * num_columns * item_bytes
 
 
-def _sum_of_parts_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+def _sum_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+    """Return the bytes of the sum, which takes the place of the gradient."""
+    return num_columns * item_bytes if _num_parts(gpu, num_rows, num_columns) else 0
+
+
+def _partial_sum_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
     num_parts = _num_parts(gpu, num_rows, num_columns)
-    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes) if num_parts else 0
+    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes)[0] if num_parts else 0
+
+
+def _sum_semaphore_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+    num_parts = _num_parts(gpu, num_rows, num_columns)
+    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes)[1] if num_parts else 0
 
 
 def group_norm(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:

@@ -18,6 +18,7 @@ import torch
 from memfit._torch_private import aten_if_there
 from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.remembered import Remembered
+from memfit.simulation.tracing.rms_norm import rms_norm_backward_outputs, rms_norm_outputs
 
 __all__ = ["outputs"]
 
@@ -225,6 +226,8 @@ _QUICK: Final[dict[str, Callable[..., Any]]] = {
     "roll.default": _roll,
     "native_layer_norm.default": _layer_norm,
     "native_layer_norm_backward.default": _layer_norm_backward,
+    "_fused_rms_norm.default": rms_norm_outputs,
+    "_fused_rms_norm_backward.default": rms_norm_backward_outputs,
     "native_batch_norm.default": _batch_norm,
     "native_batch_norm_backward.default": _batch_norm_backward,
     "_foreach_sqrt.default": _each,

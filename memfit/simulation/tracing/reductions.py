@@ -73,8 +73,15 @@ def input_vector(item_bytes: int) -> int:
     return _HALF_VECTOR if item_bytes == _HALF_BYTES else _VECTOR
 
 
-def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
-    """Return the buffer of partial sums when the rows of a contiguous matrix are added."""
+def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> tuple[int, int]:
+    """Return the bytes of partial sums and of semaphores when a matrix's rows are added.
+
+    Args:
+        gpu: The card.
+        num_rows: The rows of the contiguous matrix.
+        num_columns: Its columns.
+        item_bytes: The bytes of a value.
+    """
     numbers = (
         4,
         input_vector(item_bytes),
@@ -86,7 +93,7 @@ def scratch_of_rows(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) 
         num_columns,
         1,
     )
-    return _buffer_bytes(gpu, *numbers)
+    return _buffer_bytes(gpu, *numbers), _semaphore_bytes(gpu, *numbers)
 
 
 def _buffer_bytes(gpu: Gpu, *numbers: int) -> int:

@@ -320,6 +320,8 @@ _RULES: Final[dict[str, _Rule]] = {
     "_scaled_dot_product_efficient_attention_backward.default": efficient_backward,
     "native_layer_norm.default": layer_norm,
     "native_layer_norm_backward.default": layer_norm_backward,
+    "_fused_rms_norm.default": layer_norm,
+    "_fused_rms_norm_backward.default": layer_norm_backward,
     "native_group_norm.default": group_norm,
     "native_group_norm_backward.default": group_norm_backward,
     "native_batch_norm.default": batch_norm,

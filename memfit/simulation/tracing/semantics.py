@@ -34,6 +34,7 @@ from memfit.simulation.tracing.autocast import CudaAutocast
 from memfit.simulation.tracing.device_questions import answer_of_card, on_meta
 from memfit.simulation.tracing.known_values import mapped
 from memfit.simulation.tracing.recurrent import RECURRENT, is_padded, recur
+from memfit.simulation.tracing.rms_norm import rms_norm
 
 __all__ = ["META", "CudaSemantics", "MetaPrecision", "foreach_on_meta"]
 
@@ -69,6 +70,7 @@ class CudaSemantics(TorchFunctionMode):
             "scaled_dot_product_attention": self._attend,
             "dropout": _dropout,
             "linear": _linear,
+            "rms_norm": rms_norm,
         }
 
     def __torch_function__(

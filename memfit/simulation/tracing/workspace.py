@@ -168,7 +168,7 @@ class Kernels:
             name="convolution",
             num_bytes=call.num_bytes if transposes else 0,
             is_needed=False,
-            plan=None if call.is_grouped_by_channel else call.plan_key,
+            plan=call.plan_key,
             need=need,
             tried=tried,
             is_tf32=is_tf32,

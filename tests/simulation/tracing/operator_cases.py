@@ -191,10 +191,12 @@ def norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Normalize layers of other layouts, groups, and batches large enough for many blocks."""
     weight, bias = leaf(device, 96, dtype=dtype), leaf(device, 96, dtype=dtype)
     tokens = leaf(device, 8, 96, 49, dtype=dtype)
-    yield
-    output = F.layer_norm(tokens.transpose(1, 2), (96,), weight, bias)
-    yield
-    backward(output)
+    rows = leaf(device, 70_000, 96, dtype=dtype)
+    for data in (tokens.transpose(1, 2), rows):
+        yield
+        output = F.layer_norm(data, (96,), weight, bias)
+        yield
+        backward(output)
     for layout in (torch.contiguous_format, _LAST):
         images = leaf(device, 8, 96, 56, 56, dtype=dtype, layout=layout)
         norm = nn.BatchNorm2d(96).to(device)
@@ -206,6 +208,34 @@ def norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         output = norm(images)
         yield
         backward(output)
+
+
+def rms_norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Normalize by the root mean square: tokens in two orders, NHWC, and many short rows."""
+    unlike = _HALF if dtype is torch.float32 else torch.float32
+    weight, other = leaf(device, 96, dtype=dtype), leaf(device, 96, dtype=unlike)
+    tokens, rows = leaf(device, 8, 96, 49, dtype=dtype), leaf(device, 70_000, 96, dtype=dtype)
+    images = leaf(device, 8, 3, 56, 96, dtype=dtype, layout=_LAST)
+    for data, scale in (
+        (tokens.transpose(1, 2), weight),
+        (tokens.transpose(1, 2).contiguous(), None),
+        (rows, weight),
+        (rows, other),
+        (images, weight),
+    ):
+        yield
+        output = F.rms_norm(data, (96,), scale)
+        yield
+        backward(output)
+        yield
+        output.sum(-1).relu()
+    yield
+    output = F.rms_norm(tokens.transpose(1, 2).contiguous(), (96,), weight).transpose(1, 2)
+    yield
+    output.backward(torch.empty(8, 96, 49, device=device, dtype=dtype))
+    yield
+    with torch.no_grad():
+        output = F.rms_norm(rows, (96,), weight)
 
 
 def depthwise(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
@@ -297,6 +327,7 @@ CASES = {
         attention,
         kinds_of_attention,
         norms,
+        rms_norms,
         depthwise,
         parts,
         others,

@@ -35,12 +35,18 @@ class GrowsOnce(nn.Module):
         return output
 
 
-def test_what_the_first_iteration_leaves_is_there_from_the_start() -> None:
-    """A buffer that is made in the first forward is counted once."""
+def test_what_the_first_iteration_leaves_is_made_there() -> None:
+    """A buffer that is made in the first forward is counted once, in its place."""
     workload = Workload(GrowsOnce(), torch.zeros(2, 8), lambda out: out.sum(), "sgd")
-    traced: StepTrace = trace(step_of(workload), options())
-    assert 4000 in [event.num_bytes for event in traced.schedule.setup.events]
-    assert 4000 not in [event.num_bytes for event in traced.schedule.later.events]
+    schedule = trace(step_of(workload), options()).schedule
+    made, *freed = [event.id for event in schedule.first.events if event.num_bytes == 4000]
+    assert not freed
+    assert made not in [event.id for event in schedule.later.events]
+    for stretch in (schedule.setup, schedule.later):
+        assert 4000 not in [event.num_bytes for event in stretch.events]
+    # It is made before the linear layer's output is there, and after the batch.
+    requests = [event.num_bytes for event in schedule.first.events if event.action.is_request]
+    assert requests.index(4000) < len(requests) - 1
 
 
 class Keeps(nn.Module):

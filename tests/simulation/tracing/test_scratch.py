@@ -77,6 +77,7 @@ def _bytes_of(event: Event, gpu: Gpu) -> int:
 
 
 @pytest.mark.rehearses
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("name", CASES)
 def test_an_operator_asks_for_what_torch_asks_for(

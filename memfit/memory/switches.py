@@ -1,0 +1,79 @@
+"""torch's switches for a whole process that decide what a step takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+__all__ = ["set_switches", "switches"]
+
+_cuda = torch.backends.cuda
+_cudnn = torch.backends.cudnn
+
+_ATTRIBUTES: Final[Mapping[str, tuple[Any, str]]] = {
+    "cudnn.enabled": (_cudnn, "enabled"),
+    "cudnn.benchmark": (_cudnn, "benchmark"),
+    "cudnn.benchmark_limit": (_cudnn, "benchmark_limit"),
+    "cudnn.deterministic": (_cudnn, "deterministic"),
+    "cudnn.allow_tf32": (_cudnn, "allow_tf32"),
+    "matmul.allow_tf32": (_cuda.matmul, "allow_tf32"),
+    "matmul.allow_fp16_reduced_precision_reduction": (
+        _cuda.matmul,
+        "allow_fp16_reduced_precision_reduction",
+    ),
+    "matmul.allow_bf16_reduced_precision_reduction": (
+        _cuda.matmul,
+        "allow_bf16_reduced_precision_reduction",
+    ),
+}
+_FUNCTIONS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]] = {
+    "flash_sdp": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
+    "mem_efficient_sdp": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
+    "math_sdp": (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
+    "cudnn_sdp": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
+    "half_math_sdp": (
+        _cuda.fp16_bf16_reduction_math_sdp_allowed,
+        _cuda.allow_fp16_bf16_reduction_math_sdp,
+    ),
+    "deterministic": (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        lambda modes: torch.use_deterministic_algorithms(modes[0], warn_only=modes[1]),
+    ),
+    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+}
+
+
+def switches() -> dict[str, Any]:
+    """Return the switches by name, without those that this torch does not tell."""
+    found = {}
+    for name in (*_ATTRIBUTES, *_FUNCTIONS):
+        # TF32's are not told after its newer settings were used, and cuDNN may be missing.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            found[name] = _value(name)
+    return found
+
+
+def set_switches(values: Mapping[str, Any]) -> None:
+    """Throw the switches that have another value.
+
+    Args:
+        values: What `switches` returned, here or in another process.
+    """
+    here = switches()
+    for name, value in values.items():
+        if name not in here or here[name] == value:
+            continue
+        if name in _ATTRIBUTES:
+            setattr(*_ATTRIBUTES[name], value)
+        else:
+            _FUNCTIONS[name][1](value)
+
+
+def _value(name: str) -> Any:
+    return getattr(*_ATTRIBUTES[name]) if name in _ATTRIBUTES else _FUNCTIONS[name][0]()
