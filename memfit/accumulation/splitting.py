@@ -16,7 +16,7 @@ from memfit.errors import UsageError
 from memfit.records import Plan
 from memfit.step.batches import BatchRules, Layout
 
-__all__ = ["MicroBatch", "micro_batches", "micro_batches_of"]
+__all__ = ["MicroBatch", "check_plan", "micro_batches", "micro_batches_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +76,7 @@ def micro_batches(
             or it is no plan.
     """
     check_weight(weight)
-    if not isinstance(plan, Plan):
-        raise _no_plan(plan)
+    check_plan(plan, "micro_batches")
     if plan.world_size > 1:
         _check_world(plan.world_size)
     rules = BatchRules(dims=batch_dims or {}, cut=cut, count=count, num_inputs=num_inputs)
@@ -108,12 +107,22 @@ def micro_batches(
     )
 
 
-def _no_plan(given: object) -> UsageError:
-    shown = repr(given) if isinstance(given, (int, str)) else f"a {type(given).__name__}"
-    return UsageError(
-        f"micro_batches takes the Plan that memfit.plan returns, not {shown}. An Accumulator "
-        "also takes a number of samples."
-    )
+def check_plan(plan: object, taker: str) -> None:
+    """Refuse what is not a plan.
+
+    Args:
+        plan: What was given.
+        taker: The function or class that it was given to.
+
+    Raises:
+        UsageError: It is no plan.
+    """
+    if not isinstance(plan, Plan):
+        shown = repr(plan) if isinstance(plan, (int, str)) else f"a {type(plan).__name__}"
+        raise UsageError(
+            f"{taker} takes the Plan that memfit.plan returns, not {shown}. An Accumulator "
+            "also takes a number of samples."
+        )
 
 
 def _check_world(world_size: int) -> None:

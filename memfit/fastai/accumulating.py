@@ -19,6 +19,7 @@ import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 
 from memfit.accumulation import Accumulator, Weight
+from memfit.accumulation.arguments import read_plan
 from memfit.errors import UnsupportedError, UsageError
 from memfit.integrations.objects.fastai import (
     FastaiOptimizer,
@@ -56,6 +57,7 @@ class Accumulate(Callback):  # type: ignore[misc]
     def __init__(
         self, plan: Plan | int, *, weight: Weight = "samples", recover: bool = True
     ) -> None:
+        read_plan(plan)
         self._plan = plan
         self._weight = weight
         self._recover = recover

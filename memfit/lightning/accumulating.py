@@ -23,6 +23,7 @@ import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
 from memfit.accumulation.first_part import check_means
+from memfit.accumulation.splitting import check_plan
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.equal import refuse_other_ranks
 from memfit.integrations.objects.step import replaced
@@ -57,9 +58,11 @@ def accumulating(
         The module.
 
     Raises:
-        UsageError: The trainer accumulates batches too, or the plan is for other ranks.
+        UsageError: The trainer accumulates batches too, or the plan is for other ranks, or it is no
+            plan.
         UnsupportedError: The module steps its optimizers itself.
     """
+    check_plan(plan, "accumulating")
     if not module.automatic_optimization:
         raise UnsupportedError(
             f"{type(module).__name__} steps its optimizers itself (automatic_optimization is "

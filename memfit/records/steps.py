@@ -181,7 +181,19 @@ class StepOptions(Record):
             raise UsageError(
                 "An evaluation has no gradients to accumulate: leave evaluate or accumulate out."
             )
+        self._check_alone()
         self._check_ranks()
+
+    def _check_alone(self) -> None:
+        """Refuse what an evaluation of nothing but the model does not have."""
+        if self.evaluate is not Evaluation.ALONE:
+            return
+        for name in ("ema", "fused", "optimizer_in_backward"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"An evaluation alone holds nothing but the model: leave {name} out, or give "
+                    "evaluate='in-training'."
+                )
 
     def _check_ranks(self) -> None:
         """Refuse ranks that cannot train so."""

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import base64
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memfit.records import Capacity, Plan, PlanSurvey, ProbeResult, Source, Survey, Trial
-from memfit.reports.picture import save
+from memfit.records import (
+    Capacity,
+    MemoryProfile,
+    Plan,
+    PlanSurvey,
+    ProbeResult,
+    Source,
+    Survey,
+    Trial,
+)
+from memfit.reports.picture import draw, save
 from memfit.reports.sources import about
 from memfit.units import GIB, MIB, format_bytes, format_parts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_plan", "draw_probe"]
+__all__ = ["as_image", "draw_plan", "draw_probe"]
 
 _FITS, _RAN_OUT, _RECOMMENDED = "#3d9a5f", "#d2504b", "#1f5fae"
 _GIB_FROM = 4 * GIB
+
+
+def as_image(found: ProbeResult | Survey | Plan | PlanSurvey | MemoryProfile) -> str:
+    """Return the picture of a result as an HTML image, for a notebook.
+
+    Args:
+        found: The result.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.svg"
+        if isinstance(found, MemoryProfile):
+            draw(found, path)
+        elif isinstance(found, (Plan, PlanSurvey)):
+            draw_plan(found, path)
+        else:
+            draw_probe(found, path)
+        data = base64.b64encode(path.read_bytes()).decode()
+    # The table beside it says the same in words.
+    return f'<img alt="" style="max-width: 100%" src="data:image/svg+xml;base64,{data}">'
 
 
 def draw_probe(found: ProbeResult | Survey, path: Path) -> None:

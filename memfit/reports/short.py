@@ -11,6 +11,7 @@ from rich.console import Console
 
 from memfit.records import Plan, PlanSurvey, ProbeResult, Survey, Trial
 from memfit.records.looks import register_look
+from memfit.reports.pictures import as_image
 from memfit.reports.probe import step_words, why_largest, why_recommended
 from memfit.reports.sources import (
     about,
@@ -89,12 +90,13 @@ def text_table(shown: Short) -> str:
 
 
 def as_html(record: ProbeResult | Plan | Survey | PlanSurvey | Trial) -> str:
-    """Return a result as the table that a notebook shows.
+    """Return a result as the table and the picture that a notebook shows.
 
     Args:
         record: The result.
     """
-    return html_table(short(record))
+    table = html_table(short(record))
+    return table if isinstance(record, Trial) else table + as_image(record)
 
 
 def html_table(shown: Short) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from memfit.records import Choice, Equivalence, Exploration, MemoryProfile, Record, Sweep
 from memfit.records.looks import register_look
 from memfit.reports.equivalence import cut_words, verdict_words
+from memfit.reports.pictures import as_image
 from memfit.reports.plan import alternative_cells, words_without_gain
 from memfit.reports.probe import step_words
 from memfit.reports.roles import STYLES
@@ -28,7 +29,6 @@ def register() -> None:
     """Use these forms when results are printed or shown in notebooks."""
     forms: dict[type[Record], Callable[[Any], Short]] = {
         Equivalence: _verification,
-        MemoryProfile: _profile,
         Exploration: _exploration,
         Sweep: _sweep,
         Choice: _choice,
@@ -39,6 +39,11 @@ def register() -> None:
             as_text=functools.partial(_laid_out, form, text_table),
             as_html=functools.partial(_laid_out, form, html_table),
         )
+    register_look(
+        MemoryProfile,
+        as_text=functools.partial(_laid_out, _profile, text_table),
+        as_html=lambda profile: _laid_out(_profile, html_table, profile) + as_image(profile),
+    )
 
 
 def _laid_out(form: Callable[[Any], Short], layout: Callable[[Short], str], record: Record) -> str:

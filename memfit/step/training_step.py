@@ -210,6 +210,9 @@ class TrainingStep:
             split = timm_models.split_images
         else:
             model, batch_of, loss = self.subject.model, self.subject.batch_of, self.subject.loss
+            if device.type == "cuda" and _is_in_host_memory(self.subject.batch):
+                # Each iteration copies it to the device, so it need not be made for each.
+                batch_of = functools.lru_cache(maxsize=1)(batch_of)
             optimizer = self.subject.optimizer
             split = self.subject.split
         return StepParts(
@@ -274,6 +277,14 @@ class TrainingStep:
             return batches.to_device(batch, device, dtype=dtype, memory_format=memory_format)
 
         return place
+
+
+def _is_in_host_memory(batch: Any) -> bool:
+    """Whether a batch is nothing but tensors there."""
+    return all(
+        isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
+        for leaf in pytree.tree_leaves(batch)
+    )
 
 
 def _optimizer_maker(

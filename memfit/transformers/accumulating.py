@@ -22,6 +22,7 @@ import torch
 
 from memfit.accumulation import MicroBatch, Weight, micro_batches
 from memfit.accumulation.first_part import check_means
+from memfit.accumulation.splitting import check_plan
 from memfit.errors import UnsupportedError, UsageError
 from memfit.integrations.equal import refuse_other_ranks
 from memfit.records import Plan
@@ -90,6 +91,7 @@ class Accumulating:
         """
         trainer: Any = self
         parent: Any = super()
+        _check_accumulation(trainer.args, self._plan)
         parts = micro_batches(
             self._plan,
             dict(inputs),
@@ -145,13 +147,9 @@ def _check(trainer: Any, plan: Plan) -> None:
         UsageError: They do not match.
         UnsupportedError: The trainer counts backward passes by itself.
     """
+    check_plan(plan, "Accumulating")
     arguments = trainer.args
-    if arguments.gradient_accumulation_steps != 1:
-        raise UsageError(
-            "The plan has the micro-batches, so gradient_accumulation_steps must be 1, not "
-            f"{arguments.gradient_accumulation_steps}: give the whole batch as "
-            f"per_device_train_batch_size={plan.share_of(0)}."
-        )
+    _check_accumulation(arguments, plan)
     if arguments.n_gpu > 1 or trainer.is_deepspeed_enabled:
         how = "DeepSpeed" if trainer.is_deepspeed_enabled else "DataParallel"
         raise UnsupportedError(
@@ -166,6 +164,20 @@ def _check(trainer: Any, plan: Plan) -> None:
             f"The plan is for {plan.effective_batch_size} samples in each step, and the Trainer's "
             f"loader yields {given}: give per_device_train_batch_size={plan.share_of(0)}, or plan "
             f"for {given}."
+        )
+
+
+def _check_accumulation(arguments: Any, plan: Plan) -> None:
+    """Refuse accumulation by the trainer itself, which its arguments may get after it was made.
+
+    Raises:
+        UsageError: It accumulates.
+    """
+    if arguments.gradient_accumulation_steps != 1:
+        raise UsageError(
+            "The plan has the micro-batches, so gradient_accumulation_steps must be 1, not "
+            f"{arguments.gradient_accumulation_steps}: give the whole batch as "
+            f"per_device_train_batch_size={plan.share_of(0)}."
         )
 
 

@@ -102,6 +102,11 @@ def test_what_does_not_go_together_is_refused_in_a_sentence() -> None:
     """The sentence names the setting. The module is put back after an error too."""
     module = Module()
     with (
+        pytest.raises(UsageError, match=r"accumulating takes the Plan .* returns, not 40"),
+        accumulating(module, 40),  # type: ignore[arg-type]
+    ):
+        pass
+    with (
         pytest.raises(UsageError, match="accumulate_grad_batches must be 1, not 2"),
         accumulating(module, plan()),
     ):

@@ -13,7 +13,6 @@ from torch.nn import functional as F  # noqa: N812 - as all of PyTorch's documen
 
 from integrations import exact, zoo
 from memfit.errors import UsageError, WorkloadError
-from memfit.records import Plan
 from memfit.transformers import Accumulating
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -176,11 +175,27 @@ def test_transformers_own_accumulation_is_wrong_where_a_model_ignores_the_count(
         ),
         (plan_of(128, 40), {}, "plan is for 128 samples in each step, and the .* loader yields 96"),
         (plan_of(96, 40, world_size=2), {}, "plan is for 2 ranks, and the Trainer has 1"),
+        (40, {}, r"Accumulating takes the Plan that memfit\.plan returns, not 40"),
     ],
 )
 def test_arguments_that_do_not_match_the_plan_are_refused(
-    plan: Plan, arguments: dict[str, Any], message: str
+    plan: Any, arguments: dict[str, Any], message: str
 ) -> None:
     """The sentence names the argument and its right value."""
     with pytest.raises(UsageError, match=message):
         trained(Trainer, Tokens(), plan=plan, **arguments)
+
+
+class ChangesItsMind(Trainer):
+    """Accumulates by itself, once it is made."""
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader."""
+        self.args.gradient_accumulation_steps = 3
+        return super().get_train_dataloader()
+
+
+def test_accumulation_that_is_set_later_is_refused_too() -> None:
+    """The trainer obeys it, so the gradients of several batches would be added."""
+    with pytest.raises(UsageError, match="gradient_accumulation_steps must be 1, not 3"):
+        trained(ChangesItsMind, Tokens(), plan=plan_of(96, 40))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,9 @@ import memfit
 from integrations import zoo
 from memfit.api.asking import Asked
 from memfit.api.cards import Cards
+from memfit.api.steps import describe
 from memfit.backends.rehearsed import RehearsalServers
+from memfit.backends.rehearsed.parcel import packed
 from memfit.cards import find_gpu
 from memfit.errors import UnsupportedError, UsageError, WorkloadError
 from memfit.integrations.objects import subject_of
@@ -24,7 +27,7 @@ from memfit.integrations.train_args import read_train_arguments
 from memfit.planning import probe_on
 from memfit.records import Engine, GradientFault, Precision
 from memfit.rehearsal.activate import rehearsed_environment
-from memfit.units import parse_bytes
+from memfit.units import MIB, parse_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -204,6 +207,14 @@ def test_a_learners_phases_have_their_own_batch_sizes() -> None:
 
 
 @LIGHTNING
+def test_a_learners_data_stays_here() -> None:
+    """fastai's callbacks have the learner, and so its data, which a process may not take."""
+    learn = zoo.learner()
+    learn.dls.train.dataset.lock = threading.Lock()
+    learn.dls.train.dataset.large = torch.zeros(20 * MIB, dtype=torch.uint8)
+    assert len(packed(describe(subject_of(learn)))) < 10 * MIB
+
+
 def test_the_other_functions_take_them_too() -> None:
     """One trial, and a profile, in a simulation."""
     made, beside = subject("lightning")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
+import re
 from types import SimpleNamespace
 
 from accumulation.parts import plan_of
@@ -97,6 +99,17 @@ def test_every_result_is_short_in_print_and_a_table_in_a_notebook() -> None:
             assert sign in text
             assert sign in shown
     assert "B &lt;small&gt;" in (html_of(survey) or "")
+
+
+def test_a_notebook_shows_the_picture_too() -> None:
+    """It is an SVG in the page itself, because a notebook may be read elsewhere."""
+    for record in (RESULT, plan_of(64, 30), PROFILE):
+        shown = html_of(record)
+        assert shown is not None
+        found = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', shown)
+        assert found is not None
+        assert "<svg" in base64.b64decode(found[1]).decode()
+    assert "<img" not in (html_of(TRIAL) or "<img")
 
 
 def test_what_has_no_look_is_its_fields() -> None:

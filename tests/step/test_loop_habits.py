@@ -181,6 +181,8 @@ def test_an_evaluation_has_no_gradients_and_puts_training_back() -> None:
         ({"no_grad": True}, "give evaluate too"),
         ({"fused": True, "optimizer": "lion"}, "no fused implementation"),
         ({"optimizer_in_backward": True, "precision": "amp-fp16"}, "GradScaler"),
+        ({"evaluate": True, "ema": "device"}, "leave ema out, or give evaluate='in-training'"),
+        ({"evaluate": True, "fused": True}, "holds nothing but the model: leave fused out"),
     ],
 )
 def test_impossible_habits_get_a_sentence(options: dict[str, Any], says: str) -> None:

@@ -205,10 +205,13 @@ class _OptimizerOf:
         self._max_norm = None if clip is None else float(clip.max_norm)
         self._frozen_to = 0 if learn.opt is None else getattr(learn.opt, "frozen_idx", 0)
         self._learn = copy.copy(learn)
-        # The model is the step's. The data and the callbacks would travel to the trial's process.
+        # The model is the step's. The data would travel to the trial's process, and so would the
+        # callbacks, of which each is an attribute too and has the learner with its data.
         own = {"model": None, "opt": None, "dls": None, "cbs": type(learn.cbs)(), "loss_func": None}
         vars(self._learn).update({name: own.get(name) for name in (*own, "xb", "yb", "pred")})
-        vars(self._learn).pop("recorder", None)
+        for name, value in vars(learn).items():
+            if any(value is callback for callback in learn.cbs):
+                del vars(self._learn)[name]
 
     def __call__(self, _parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         learn = copy.copy(self._learn)
