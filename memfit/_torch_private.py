@@ -82,7 +82,7 @@ NEEDS: Final = {
         "Only `memfit gpus` works with this release.",
     ),
     "torch.utils._python_dispatch.TorchDispatchMode": _WATCHING,
-    "torch._C._AutoDispatchBelowAutograd": _SIMULATING,
+    "torch._C._AutoDispatchBelowAutograd": ("to simulate RMSNorm", "All else still works."),
     "torch.optim.optimizer._get_foreach_kernels_supported_devices": _SIMULATING,
     "torch.optim.optimizer._get_capturable_supported_devices": _SIMULATING,
     "torch.optim.optimizer._get_fused_kernels_supported_devices": _SIMULATING,

@@ -19,6 +19,7 @@ import memfit
 from memfit import _torch_private
 from memfit._torch_private import NEEDS, dispatched
 from memfit.errors import UnsupportedError
+from memfit.simulation.tracing.releases import torch_release
 
 PYTREE = "torch.utils._pytree"
 DISPATCH = "torch.utils._python_dispatch.TorchDispatchMode"
@@ -28,7 +29,7 @@ VERSION = "torch.Tensor._version"
 
 def workload() -> memfit.Workload:
     """Return a tiny step with dropout."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 4))
+    model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Dropout(0.1), nn.Linear(8, 4))
     return memfit.Workload(
         model,
         (torch.randn(4, 8), torch.randint(4, (4,))),
@@ -46,6 +47,9 @@ def accumulate() -> None:
 
 SIMULATION = {name for name, needs in NEEDS.items() if "simulate a training step" in needs[0]}
 TRACING = SIMULATION | {PYTREE, DISPATCH, "torch._ops.OpOverload._schema"}
+if torch_release() >= (2, 9):
+    # Before, there is no kernel for RMSNorm.
+    TRACING |= {"torch._C._AutoDispatchBelowAutograd"}
 FORWARD_MODULES = {"torch._C._autograd._get_sequence_nr", "torch.autograd.graph.Node._sequence_nr"}
 COMMANDS: dict[str, tuple[Callable[[], object], set[str]]] = {
     "verify": (

@@ -70,6 +70,10 @@ def trace(
         )
     if step.options.parallel is not None:
         raise NotSimulatedError.because(step.name, "a simulation has no other ranks")
+    if not torch.backends.cudnn.enabled:
+        raise NotSimulatedError.because(
+            step.name, "torch.backends.cudnn.enabled is False, and its kernels are cuDNN's"
+        )
     if not isinstance(step.subject, str):
         subject = step.subject
         refuse_compiled(subject.model, subject.loss, subject.optimizer, name=step.name)

@@ -75,7 +75,7 @@ def test_steps_take_the_same_bytes() -> None:
 def test_plans_are_tried_for_all_of_cudnns_convolutions() -> None:
     """So the peak is that of the largest plan, where activations are few."""
     with (
-        torch.backends.cudnn.flags(benchmark=True),
+        torch.backends.cudnn.flags(enabled=True, benchmark=True),
         Cards(Engine.REHEARSE) as rehearsed,
         Cards(Engine.SIMULATE) as simulated,
     ):

@@ -213,6 +213,15 @@ def test_needed_bytes_and_does_not_fit() -> None:
         memfit.probe("resnet18", gpu="h200", memory="700MiB")
 
 
+def test_without_cudnn_a_step_is_not_simulated() -> None:
+    """Its convolutions have other kernels, which a rehearsal runs."""
+    with (
+        torch.backends.cudnn.flags(enabled=False),
+        pytest.raises(UnsupportedError, match=r"cudnn\.enabled is False.*Rehearse it"),
+    ):
+        memfit.estimate("resnet10t", 2, gpu="rtx3060", engine="simulate", image_size=32)
+
+
 def test_gpu_and_device_exclude_each_other() -> None:
     """Only one of them can be given."""
     with pytest.raises(UsageError, match="not both"):
