@@ -192,9 +192,10 @@ class _Steps:
         later = self._later().without(only_first)
         if self._last == _SECOND_AND_THIRD and not later.outliving:
             # Only the first iteration keeps something, such as a table that the model makes then.
-            events, growth = zip(*self._grown(0), strict=True)
-            first = Schedule(events=events, growth_bytes=growth, batch_size=later.batch_size)
-            return StepSchedule(setup=Schedule.fixed(setup), first=first, later=later)
+            with contextlib.suppress(StreamsDifferError):
+                events, growth = zip(*self._grown(0), strict=True)
+                first = Schedule(events=events, growth_bytes=growth, batch_size=later.batch_size)
+                return StepSchedule(setup=Schedule.fixed(setup), first=first, later=later)
         return StepSchedule(
             setup=self._with_left_over(setup, later), first=later.iteration(0), later=later
         )

@@ -23,9 +23,17 @@ class Step:
     Args:
         queue_length: How many it keeps; `None` for all.
         extra_at: Iterations that allocate something more.
+        begins_unlike: Whether the first iteration allocates something more for each sample.
     """
 
-    def __init__(self, queue_length: int | None, extra_at: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        queue_length: int | None,
+        extra_at: tuple[int, ...] = (),
+        *,
+        begins_unlike: bool = False,
+    ) -> None:
+        self.begins_unlike = begins_unlike
         self.queue: collections.deque[int] = collections.deque()
         self.queue_length = queue_length
         self.extra_at = extra_at
@@ -44,6 +52,8 @@ class Step:
         def free(number: int) -> None:
             events.append(Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0))
 
+        for _ in range(batch_size if self.begins_unlike and not self.num_iterations else 0):
+            free(alloc(11))
         batch = alloc(SAMPLE * batch_size)
         if self.num_iterations in self.extra_at:
             alloc(7)
@@ -133,6 +143,22 @@ def test_replays_until_the_end_where_it_grows() -> None:
     allocator = CachingAllocator()
     assert len(list(settled(Step(None)).play(allocator, 1))) == 6
     assert len(list(settled(Step(1)).play(allocator, 1))) < 6
+
+
+def test_what_only_the_first_iteration_keeps_is_made_there() -> None:
+    """So it lies among what else that iteration allocates."""
+    schedule = settled(Step(0, extra_at=(0,)))
+    parts = (schedule.setup, schedule.first, schedule.later)
+    told = [[event.num_bytes for event in part.events if event.num_bytes] for part in parts]
+    assert told == [[WEIGHTS], [SAMPLE * 3, 7], [SAMPLE * 3]]
+    assert next(iter(schedule.first.at(100))).num_bytes == SAMPLE * 100
+
+
+def test_a_first_iteration_that_no_size_tells_of_is_left_out() -> None:
+    """It has other events for another batch size, so nothing is known of a third one."""
+    schedule = settled(Step(0, begins_unlike=True))
+    assert 11 not in [event.num_bytes for event in schedule.first.events]
+    assert schedule.first == schedule.later
 
 
 def test_what_only_early_iterations_do_is_there_from_the_start() -> None:
