@@ -19,7 +19,6 @@ _ATTRIBUTES: Final[Mapping[str, tuple[Any, str]]] = {
     "cudnn.benchmark_limit": (_cudnn, "benchmark_limit"),
     "cudnn.deterministic": (_cudnn, "deterministic"),
     "cudnn.allow_tf32": (_cudnn, "allow_tf32"),
-    "matmul.allow_tf32": (_cuda.matmul, "allow_tf32"),
     "matmul.allow_fp16_reduced_precision_reduction": (
         _cuda.matmul,
         "allow_fp16_reduced_precision_reduction",
@@ -44,6 +43,11 @@ _FUNCTIONS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]] 
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         lambda modes: torch.use_deterministic_algorithms(modes[0], warn_only=modes[1]),
+    ),
+    # torch refuses to tell this one after `matmul.allow_tf32` was set.
+    "float32 matmul precision": (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
     ),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
 }
