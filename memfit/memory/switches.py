@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -13,22 +14,22 @@ __all__ = ["set_switches", "switches"]
 _cuda = torch.backends.cuda
 _cudnn = torch.backends.cudnn
 
-_ATTRIBUTES: Final[Mapping[str, tuple[Any, str]]] = {
-    "cudnn.enabled": (_cudnn, "enabled"),
-    "cudnn.benchmark": (_cudnn, "benchmark"),
-    "cudnn.benchmark_limit": (_cudnn, "benchmark_limit"),
-    "cudnn.deterministic": (_cudnn, "deterministic"),
-    "cudnn.allow_tf32": (_cudnn, "allow_tf32"),
-    "matmul.allow_fp16_reduced_precision_reduction": (
-        _cuda.matmul,
-        "allow_fp16_reduced_precision_reduction",
-    ),
-    "matmul.allow_bf16_reduced_precision_reduction": (
-        _cuda.matmul,
-        "allow_bf16_reduced_precision_reduction",
-    ),
-}
-_FUNCTIONS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]] = {
+_Switch = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""Functions that read it and throw it."""
+
+
+def _attribute(owner: Any, name: str) -> _Switch:
+    return functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+
+
+_SWITCHES: Final[Mapping[str, _Switch]] = {
+    "cudnn.enabled": _attribute(_cudnn, "enabled"),
+    "cudnn.benchmark": _attribute(_cudnn, "benchmark"),
+    "cudnn.benchmark_limit": _attribute(_cudnn, "benchmark_limit"),
+    "cudnn.deterministic": _attribute(_cudnn, "deterministic"),
+    "cudnn.allow_tf32": _attribute(_cudnn, "allow_tf32"),
+    "fp16 reductions": _attribute(_cuda.matmul, "allow_fp16_reduced_precision_reduction"),
+    "bf16 reductions": _attribute(_cuda.matmul, "allow_bf16_reduced_precision_reduction"),
     "flash_sdp": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
     "mem_efficient_sdp": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
     "math_sdp": (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
@@ -56,10 +57,10 @@ _FUNCTIONS: Final[Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]] 
 def switches() -> dict[str, Any]:
     """Return the switches by name, without those that this torch does not tell."""
     found = {}
-    for name in (*_ATTRIBUTES, *_FUNCTIONS):
+    for name, (read, _) in _SWITCHES.items():
         # TF32's are not told after its newer settings were used, and cuDNN may be missing.
         with contextlib.suppress(AttributeError, RuntimeError):
-            found[name] = _value(name)
+            found[name] = read()
     return found
 
 
@@ -71,13 +72,5 @@ def set_switches(values: Mapping[str, Any]) -> None:
     """
     here = switches()
     for name, value in values.items():
-        if name not in here or here[name] == value:
-            continue
-        if name in _ATTRIBUTES:
-            setattr(*_ATTRIBUTES[name], value)
-        else:
-            _FUNCTIONS[name][1](value)
-
-
-def _value(name: str) -> Any:
-    return getattr(*_ATTRIBUTES[name]) if name in _ATTRIBUTES else _FUNCTIONS[name][0]()
+        if name in here and here[name] != value:
+            _SWITCHES[name][1](value)

@@ -29,6 +29,7 @@ def register() -> None:
     """Use these forms when results are printed or shown in notebooks."""
     forms: dict[type[Record], Callable[[Any], Short]] = {
         Equivalence: _verification,
+        MemoryProfile: _profile,
         Exploration: _exploration,
         Sweep: _sweep,
         Choice: _choice,
@@ -36,18 +37,18 @@ def register() -> None:
     for kind, form in forms.items():
         register_look(
             kind,
-            as_text=functools.partial(_laid_out, form, text_table),
-            as_html=functools.partial(_laid_out, form, html_table),
+            as_text=functools.partial(_as_text, form),
+            as_html=functools.partial(_as_html, form),
         )
-    register_look(
-        MemoryProfile,
-        as_text=functools.partial(_laid_out, _profile, text_table),
-        as_html=lambda profile: _laid_out(_profile, html_table, profile) + as_image(profile),
-    )
 
 
-def _laid_out(form: Callable[[Any], Short], layout: Callable[[Short], str], record: Record) -> str:
-    return layout(form(record))
+def _as_text(form: Callable[[Any], Short], record: Record) -> str:
+    return text_table(form(record))
+
+
+def _as_html(form: Callable[[Any], Short], record: Record) -> str:
+    table = html_table(form(record))
+    return table + as_image(record) if isinstance(record, MemoryProfile) else table
 
 
 def _first(rows: Iterable[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:

@@ -18,6 +18,7 @@ from memfit.backends import with_precision
 from memfit.backends.simulated import SimulatedBackend
 from memfit.records import Engine
 from memfit.simulation.cudnn.plans import missing_cudnn
+from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
 
 pytestmark = [
@@ -50,17 +51,22 @@ _TRYING_STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+def tried(step: TrainingStep, batch_size: int, *sides: Cards) -> list[Any]:
+    """Return a trial of a step by each side, on an RTX 3090."""
+    trials = []
+    for cards in sides:
+        with cards.open("rtx3090", None, step) as card:
+            trials.append(card.trial(with_precision(step, card), batch_size))
+    return trials
+
+
 # One process rehearses all of them, because each start takes seconds.
 def test_steps_take_the_same_bytes() -> None:
     """What tensors ask for is the same to a block, and what is reserved is the same."""
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         for model, options in _STEPS:
             step = describe(model, **{"image_size": 64, **options})
-            trials = []
-            for cards in (rehearsed, simulated):
-                with cards.open("rtx3090", None, step) as card:
-                    trials.append(card.trial(with_precision(step, card), 8))
-            real, guessed = trials
+            real, guessed = tried(step, 8, rehearsed, simulated)
             assert guessed.peak_requested_bytes == pytest.approx(
                 real.peak_requested_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
@@ -81,12 +87,9 @@ def test_plans_are_tried_for_all_of_cudnns_convolutions() -> None:
     ):
         for model, options in _TRYING_STEPS:
             step = describe(model, image_size=64, **options)
-            found = []
-            for cards in (rehearsed, simulated):
-                with cards.open("rtx3090", None, step) as card:
-                    trial = card.trial(with_precision(step, card), 64)
-                found.append((trial.peak_requested_bytes, trial.peak_reserved_bytes))
-            assert found[0] == found[1], (model, options)
+            real, guessed = tried(step, 64, rehearsed, simulated)
+            assert guessed.peak_requested_bytes == real.peak_requested_bytes, (model, options)
+            assert guessed.peak_reserved_bytes == real.peak_reserved_bytes, (model, options)
 
 
 class Normed(nn.Module):
@@ -113,12 +116,9 @@ def test_rms_norm_is_one_kernel() -> None:
     with Cards(Engine.REHEARSE) as rehearsed, Cards(Engine.SIMULATE) as simulated:
         for precision in ("fp32", "amp-bf16", "bf16"):
             step = describe(workload, precision=precision)
-            found = []
-            for cards in (rehearsed, simulated):
-                with cards.open("rtx3090", None, step) as card:
-                    trial = card.trial(with_precision(step, card), 256)
-                found.append((trial.peak_requested_bytes, trial.peak_reserved_bytes))
-            assert found[0] == found[1], precision
+            real, guessed = tried(step, 256, rehearsed, simulated)
+            assert guessed.peak_requested_bytes == real.peak_requested_bytes, precision
+            assert guessed.peak_reserved_bytes == real.peak_reserved_bytes, precision
 
 
 def test_the_edge_is_the_rehearsed_edge() -> None:
@@ -189,9 +189,7 @@ def test_recurrent_layers_take_the_same_bytes() -> None:
             batch = (torch.zeros(4, 12, 24), torch.zeros(4, dtype=torch.long))
             workload = Workload(Tagger(kind, **options), batch, of_first_step, "adamw")
             step = describe(workload, precision=precision)
-            found = []
-            for cards in (rehearsed, simulated):
-                with cards.open("rtx3090", None, step) as card:
-                    trial = card.trial(with_precision(step, card), 512)
-                found.append((trial.peak_requested_bytes, trial.peak_allocated_bytes))
-            assert found[0] == found[1], (kind, options, precision)
+            real, guessed = tried(step, 512, rehearsed, simulated)
+            said = kind, options, precision
+            assert guessed.peak_requested_bytes == real.peak_requested_bytes, said
+            assert guessed.peak_allocated_bytes == real.peak_allocated_bytes, said

@@ -7,6 +7,7 @@ Source: aten/src/ATen/native/cuda/layer_norm_kernel.cu, group_norm_kernel.cu, No
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -53,27 +54,25 @@ def layer_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
 def layer_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
     """Gradient and input are copied if not contiguous, and many rows are summed in two passes.
 
-    RMSNorm has no bias, and so its weight is the one before the last argument.
+    The last arguments are the parameters and what gradients are wanted. RMSNorm has no bias.
     """
     gradient, data, shape = args[:3]
-    wanted = args[-1]
-    weight = args[-1 - len(wanted[1:])]
+    _, *wanted = args[-1]
+    weight = args[-1 - len(wanted)]
     num_columns = math.prod(shape)
     num_rows = data.numel() // max(num_columns, 1)
     script: Script = (*contiguous_copy("contiguous input", data), OUTPUTS)
     script += contiguous_copy("contiguous gradient", gradient)
     if weight is not None:
         numbers = (num_rows, num_columns, weight.element_size())
-        names = ("weight's parts", "bias's parts")
-        wanted_names = [
-            name for name, is_wanted in zip(names, wanted[1:], strict=False) if is_wanted
-        ]
+        names = ("weight's parts", "bias's parts")[: len(wanted)]
+        wanted_names = [name for name, is_wanted in zip(names, wanted, strict=True) if is_wanted]
         script += tuple(
             Workspace(name=name, need=Need(rule=_parts_bytes, numbers=numbers))
             for name in wanted_names
         )
         for name in wanted_names:
-            taken = {
+            taken: dict[str, Callable[..., int]] = {
                 f"sum of {name}": _sum_bytes,
                 f"partial sums of {name}": _partial_sum_bytes,
                 f"semaphores of {name}": _sum_semaphore_bytes,
@@ -103,14 +102,17 @@ def _sum_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> in
     return num_columns * item_bytes if _num_parts(gpu, num_rows, num_columns) else 0
 
 
-def _partial_sum_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
-    num_parts = _num_parts(gpu, num_rows, num_columns)
-    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes)[0] if num_parts else 0
+def _partial_sum_bytes(gpu: Gpu, *numbers: int) -> int:
+    return _scratch_of_sum(gpu, *numbers)[0]
 
 
-def _sum_semaphore_bytes(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> int:
+def _sum_semaphore_bytes(gpu: Gpu, *numbers: int) -> int:
+    return _scratch_of_sum(gpu, *numbers)[1]
+
+
+def _scratch_of_sum(gpu: Gpu, num_rows: int, num_columns: int, item_bytes: int) -> tuple[int, int]:
     num_parts = _num_parts(gpu, num_rows, num_columns)
-    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes)[1] if num_parts else 0
+    return scratch_of_rows(gpu, num_parts, num_columns, item_bytes) if num_parts else (0, 0)
 
 
 def group_norm(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
