@@ -216,9 +216,13 @@ class CudaAutocast:
     ) -> Any:
         """Cast all arguments, the last first, and call the operation.
 
+        What Python passes one by one to `einsum`, it gets as one list, which is cast in order.
+
         Source: `WrapFunction_` in aten/src/ATen/autocast_mode.h passes a pack of casts to the
             operation, and the compilers of PyTorch's releases evaluate it from the right.
         """
+        if func is torch.einsum:
+            return func(*(self._cast_value(value, dtype) for value in args), **kwargs)
         named = {key: self._cast_value(kwargs[key], dtype) for key in reversed(kwargs)}
         cast = [self._cast_value(value, dtype) for value in reversed(args)]
         return func(*reversed(cast), **named)

@@ -11,23 +11,32 @@ Source: aten/src/ATen/native/Convolution.cpp, aten/src/ATen/native/cudnn/ConvSha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from memfit.simulation.cudnn.questions import ConvolutionKernel
+from memfit.simulation.tracing.memory_formats import has_strides_of_nhwc, suggested_format
 from memfit.simulation.tracing.reductions import input_vector, reduction_scratch
-from memfit.simulation.tracing.scripts import OUTPUTS, Drop, Make, Script, Workspace
+from memfit.simulation.tracing.scripts import (
+    OUTPUTS,
+    Drop,
+    Make,
+    Script,
+    Workspace,
+    contiguous_copy,
+)
 
 __all__ = [
     "backward_outputs",
     "backward_script",
     "forward_script",
     "has_filters_by_channel",
-    "has_strides_of_nhwc",
     "is_depthwise",
     "layout_of",
 ]
+
+_NAME_OF_COPY: Final = "{} in the convolution's layout"
 
 
 def has_filters_by_channel(data: torch.Tensor, parameters: Sequence[Any]) -> bool:
@@ -121,35 +130,59 @@ def backward_script(
         workspace: Returns the workspace of a kernel; see `Kernels`.
     """
     gradient, data, weight = args[:3]
-    to_data, to_filter, to_bias = (output is not None for output in result)
-    layout = layout_of(data, weight)
-    copies = _copied("input", data, layout) if to_filter else ()
-    of_gradient = _copied("gradient", gradient, layout)
-    uses_cudnn = not is_depthwise(data, weight, args[4:10])
-    # A part of a larger tensor whose strides are in the right order is copied by each kernel.
-    each: tuple[Workspace, ...] = ()
-    if uses_cudnn and _has_order_of(gradient, layout):
-        each, of_gradient = of_gradient, each
-    copies += of_gradient
-    script: Script = copies
-    if not uses_cudnn:
-        script += tuple(Make((index,)) for index in (1, 0) if (to_data, to_filter)[index])
+    if is_depthwise(data, weight, args[4:10]):
+        script = _depthwise_backward(args, result)
     else:
-        if to_data:
-            copy = _copied("weight", weight, layout)
-            taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
-            names = (taken.name, *(line.name for line in (*each, *copy)))
-            script += (Make((0,)), *copy, *each, taken, Drop(names))
-        if to_filter:
-            taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
-            names = (taken.name, *(line.name for line in each))
-            script += (*each, Make((1,)), taken, Drop(names))
-    script += (Drop(tuple(copy.name for copy in reversed(copies))),)
-    if to_bias:
+        script = _cudnn_backward(args, result, workspace)
+    if result[2] is not None:
         dims = (0, *range(2, gradient.ndim))
         vector = input_vector(gradient.element_size())
         script += (Make((2,)), *reduction_scratch(gradient, dims, input_vector=vector))
     return script
+
+
+def _depthwise_backward(args: tuple[Any, ...], result: tuple[Any, ...]) -> Script:
+    """Source: `conv_depthwise2d_backward_cuda_out` in DepthwiseConv2d.cu."""
+    gradient, data, weight = args[:3]
+    layout = layout_of(data, weight)
+    of_gradient = _copied("gradient", gradient, layout)
+    script: Script = of_gradient
+    if result[1] is not None:
+        of_data = _copied("input", data, layout)
+        script += (*of_data, Make((1,)), _drop(of_data))
+    if result[0] is not None:
+        script += (Make((0,)),)
+    return (*script, _drop(of_gradient))
+
+
+def _cudnn_backward(
+    args: tuple[Any, ...], result: tuple[Any, ...], workspace: Callable[..., Workspace]
+) -> Script:
+    """Source: `cudnn_convolution_backward` in ConvShared.cpp."""
+    gradient, data, weight = args[:3]
+    layout = layout_of(data, weight)
+    copies = () if result[1] is None else _copied("input", data, layout)
+    read_in = layout if copies else suggested_format(data)
+    each: tuple[Workspace, ...] = ()
+    if _has_order_of(gradient, read_in, is_transposed=args[7]):
+        # A part of a larger tensor is copied by each kernel.
+        each = _copied("gradient", gradient, layout)
+    else:
+        copies += (Workspace.copy_of(gradient, _NAME_OF_COPY.format("gradient")),)
+    script: Script = copies
+    if result[0] is not None:
+        of_weight = _copied("weight", weight, layout)
+        taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
+        script += (Make((0,)), *of_weight, *each, taken, _drop((*of_weight, *each, taken)))
+    if result[1] is not None:
+        taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
+        script += (*each, Make((1,)), taken, _drop((*each, taken)))
+    return (*script, _drop(copies))
+
+
+def _drop(taken: Sequence[Workspace]) -> Drop:
+    """Give back what was taken, the last one first."""
+    return Drop(tuple(each.name for each in reversed(taken)))
 
 
 def backward_outputs(
@@ -167,12 +200,18 @@ def backward_outputs(
     )
 
 
-def _has_order_of(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
-    """Whether the strides have the order of a layout, with gaps or without.
+def _has_order_of(
+    gradient: torch.Tensor, read_in: torch.memory_format, *, is_transposed: bool
+) -> bool:
+    """Whether a gradient stays as it is when torch brings it into the format of the input.
 
-    Source: `cudnn_convolution_backward` in aten/src/ATen/native/cudnn/ConvShared.cpp.
+    Source: `cudnn_convolution_backward`, which asks `Tensor.to` for it, and
+        `cudnn_convolution_transpose_backward`, which asks `Tensor.contiguous`, in
+        aten/src/ATen/native/cudnn/ConvShared.cpp.
     """
-    return has_strides_of_nhwc(tensor) == (layout is torch.channels_last)
+    if is_transposed:
+        return gradient.is_contiguous(memory_format=read_in)
+    return suggested_format(gradient) is read_in
 
 
 def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -183,25 +222,6 @@ def _computes_in_nhwc(data: torch.Tensor, weight: torch.Tensor) -> bool:
     return has_strides_of_nhwc(data) or has_strides_of_nhwc(weight)
 
 
-def has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
-    """Whether the strides have the order of channels-last images, with gaps or without.
-
-    A 1x1 filter is contiguous in both formats, so only its strides tell the format.
-
-    Source: `is_channels_last_strides_2d` in c10/core/MemoryFormat.h.
-    """
-    if tensor.ndim != 4 or not tensor.stride(1):  # noqa: PLR2004 - images
-        return False
-    least = 0
-    for dim in (1, 3, 2, 0):
-        size, stride = tensor.shape[dim], tensor.stride(dim)
-        # Where neither tells, as in (N, 1, 1, 1), the order is NCHW.
-        if stride < least or (dim == 0 and least == tensor.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return True
-
-
 def layout_of(data: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
     """Return the layout in which a convolution computes."""
     return torch.channels_last if _computes_in_nhwc(data, weight) else torch.contiguous_format
@@ -209,6 +229,4 @@ def layout_of(data: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
 
 def _copied(name: str, tensor: torch.Tensor, layout: torch.memory_format) -> tuple[Workspace, ...]:
     """Return the copy of a tensor whose layout is not the convolution's."""
-    if tensor.is_contiguous(memory_format=layout):
-        return ()
-    return (Workspace.copy_of(tensor, f"{name} in the convolution's layout"),)
+    return contiguous_copy(_NAME_OF_COPY.format(name), tensor, layout)

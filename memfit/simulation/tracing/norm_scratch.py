@@ -14,6 +14,7 @@ import torch
 
 from memfit.cards import Gpu
 from memfit.simulation.needs import Need
+from memfit.simulation.tracing.memory_formats import suggested_format
 from memfit.simulation.tracing.reductions import scratch_of_rows
 from memfit.simulation.tracing.scripts import (
     ALONE,
@@ -134,12 +135,20 @@ def group_norm(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
 
 
 def group_norm_backward(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
-    """Two sums for each channel, and factors for each group and channel."""
-    data, samples, channels, num_groups = args[1], args[5], args[6], args[8]
+    """Two sums for each channel, and factors for each group and channel.
+
+    Source: `native_group_norm_backward` in aten/src/ATen/native/group_norm.cpp.
+    """
+    gradient, data = args[:2]
+    samples, channels, num_groups = args[5], args[6], args[8]
     per_channel, per_group = 4 * samples * channels, 4 * samples * num_groups
     copies = kernels.torch_release == _COPIES_CHANNELS_LAST
     script: Script = (
-        *(contiguous_copy("contiguous input", data) if copies else ()),
+        *(
+            contiguous_copy("contiguous input", data)
+            if copies
+            else contiguous_copy("gradient in the input's format", gradient, suggested_format(data))
+        ),
         OUTPUTS,
         *_each(("sums of the gradient", "sums of the gradient x input"), per_channel),
         *_each(("factors of a group", "shifts of a group"), per_group),
@@ -152,37 +161,66 @@ def group_norm_backward(kernels: Release, args: tuple[Any, ...], _result: Any) -
 
 def batch_norm(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
     """Without training there is nothing to save. PyTorch's own kernels stage NHWC's sums."""
-    data, training = args[0], args[5]
+    data, weight, training = args[0], args[1], args[5]
     if not training:
         return ALONE if data.dtype is torch.bfloat16 else (Make((0,)),)
-    if _is_own_channels_last(data):
+    if not _runs_in_cudnn(data, weight) and _is_channels_last(data):
         return (OUTPUTS, *_staging(data, 4))
     return ALONE
 
 
 def batch_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """PyTorch's own kernels reduce first, and then compute the input's gradient."""
-    data, training = args[1], args[7]
-    if not _is_own_channels_last(data) and training:
-        return ALONE
-    if data.ndim != 4 or data.is_contiguous():  # noqa: PLR2004
-        return ALONE
+    """Copy a gradient that cuDNN reads in the input's format. PyTorch's own kernels reduce first.
+
+    Source: `cudnn_batch_norm_backward` in aten/src/ATen/native/cudnn/BatchNorm.cpp, and
+        `batch_norm_backward_cuda` in aten/src/ATen/native/cuda/Normalization.cu.
+    """
+    gradient, data, weight = args[:3]
+    training = args[7]
+    if training and _runs_in_cudnn(data, weight):
+        copy = contiguous_copy("gradient in the input's format", gradient, suggested_format(data))
+        return (*copy, OUTPUTS)
+    flat = _flattened(gradient)
+    if not _is_channels_last(data):
+        return (*flat, OUTPUTS)
     sums = _each(("sum of gradients", "sum of gradients x input"), 4 * data.shape[1])
+    if not _is_channels_last(gradient):
+        dropped = Drop(tuple(copy.name for copy in flat))
+        return (*flat, *sums, Make((1, 2)), dropped, OUTPUTS)
     staging = _staging(data, 2)
     return (*sums, Make((1, 2)), *staging, Drop.of("semaphores", "staging"), OUTPUTS)
 
 
-def _is_own_channels_last(data: torch.Tensor) -> bool:
-    """Whether batch norm runs in PyTorch's own kernels on an NHWC input; cuDNN has no bf16.
+def _runs_in_cudnn(data: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether cuDNN computes a batch norm in training; it has no bf16.
 
     Source: `_batch_norm_impl_index` in aten/src/ATen/native/Normalization.cpp.
     """
     return (
-        data.dtype is torch.bfloat16
-        and data.ndim == 4  # noqa: PLR2004
-        and not data.is_contiguous()
-        and data.is_contiguous(memory_format=torch.channels_last)
+        weight is not None
+        and data.ndim >= 3  # noqa: PLR2004
+        and torch.bfloat16 not in {data.dtype, weight.dtype}
+        and (data.dtype is not torch.float16 or weight.dtype is torch.float32)
     )
+
+
+def _flattened(gradient: torch.Tensor) -> tuple[Workspace, ...]:
+    """Return the copy of images whose pixels are not in one row, as `Tensor.reshape` makes it."""
+    if gradient.ndim == 4 and min(gradient.shape[2:]) > 1:  # noqa: PLR2004
+        row, pixel = gradient.stride()[2:]
+        if row != pixel * gradient.shape[3]:
+            return (Workspace.copy_of(gradient, "gradient with pixels in a row"),)
+    return ()
+
+
+def _is_channels_last(data: torch.Tensor) -> bool:
+    """Whether PyTorch's own kernels read a tensor as rows of channels.
+
+    Source: `batch_norm_use_channels_last_kernels` in aten/src/ATen/native/cuda/Normalization.cuh.
+    """
+    if data.is_contiguous():
+        return data.ndim > 1 and data.stride(1) == 1
+    return data.ndim == 4 and data.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
 
 
 def _staging(data: torch.Tensor, num_values: int) -> Script:

@@ -42,7 +42,9 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    quick = None if kwargs else _quick_of(func)
+    # The few tensors on the CPU are computed, because a step may read their values.
+    is_counter = isinstance(args[0], torch.Tensor) and not args[0].is_meta if args else True
+    quick = None if kwargs or is_counter else _quick_of(func)
     result = None if quick is None else quick(*args)
     return func(*args, **kwargs) if result is None else result
 
@@ -67,38 +69,86 @@ def _writes_lists(func: Any) -> bool:
     return name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
 
 
+def _arithmetic(first: Any, *rest: Any) -> torch.Tensor | None:
+    """Handle two tensors, or a tensor and numbers, which leave the strides as they are."""
+    if not any(isinstance(other, torch.Tensor) for other in rest):
+        is_plain = type(first) is torch.Tensor and first.is_floating_point()
+        return torch.empty_like(first) if is_plain and _is_dense(first) else None
+    return _elementwise(first, *rest)
+
+
 def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
-    """Handle tensors of one type that have one shape and layout, or that are broadcast."""
+    """Handle tensors of one type, which a kernel reads in this order."""
     if not (type(first) is torch.Tensor and first.is_floating_point()):
         return None
-    for other in rest:
-        if not isinstance(other, torch.Tensor):
-            continue
-        if other.dtype is not first.dtype:
-            return None
-        if other.shape != first.shape or other.stride() != first.stride():
-            return _broadcast(first, *rest)
-    return torch.empty_like(first) if _is_dense(first) else None
+    tensors = [first, *(other for other in rest if isinstance(other, torch.Tensor))]
+    if any(other.dtype is not first.dtype for other in tensors):
+        return None
+    is_broadcast = any(other.shape != first.shape for other in tensors)
+    found = _broadcast(tensors) if is_broadcast else _laid_out(tensors)
+    return _iterated(*tensors) if found is None else found
 
 
-def _broadcast(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
-    """Handle contiguous tensors of one type whose shapes broadcast to the first one's shape."""
-    for other in rest:
-        if isinstance(other, torch.Tensor) and not (
+def _from_input(gradient: torch.Tensor, data: torch.Tensor, *_: Any) -> torch.Tensor | None:
+    """Handle the gradient of an activation whose kernel reads the input first."""
+    return _elementwise(data, gradient)
+
+
+def _of_activation(*args: Any) -> torch.Tensor | None:
+    """Handle the gradient of an activation, whatever numbers there are besides."""
+    return _elementwise(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+
+
+def _unary(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
+    """Handle one tensor, whatever numbers there are besides."""
+    return _laid_out([data]) if data.is_floating_point() else None
+
+
+def _laid_out(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the output of tensors of one shape that all have one of torch's two layouts.
+
+    What is contiguous in both layouts gets the first, whatever its strides.
+
+    Source: `TensorIteratorBase::compute_fast_setup_type` in aten/src/ATen/TensorIterator.cpp.
+    """
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if all(tensor.is_contiguous(memory_format=layout) for tensor in tensors):
+            return torch.empty_like(tensors[0], memory_format=layout)
+    return None
+
+
+def _iterated(*tensors: torch.Tensor) -> torch.Tensor | None:
+    """Return the output of a kernel that reads two tensors of any layouts.
+
+    The meta device would not lay it out as the kernel does: it computes some gradients by several
+    operations, and converts tensors of half precision before.
+    """
+    if len(tensors) != 2:  # noqa: PLR2004
+        return None
+    made = torch.add(
+        *(
+            torch.empty_strided(t.shape, t.stride(), dtype=torch.float32, device=t.device)
+            for t in tensors
+        )
+    )
+    return tensors[0].new_empty_strided(made.shape, made.stride())
+
+
+def _broadcast(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Handle contiguous tensors whose shapes broadcast to the first one's shape."""
+    first = tensors[0]
+    for other in tensors:
+        if not (
             other.is_contiguous()
             and other.ndim == first.ndim
             and all(o in (1, f) for o, f in zip(other.shape, first.shape, strict=True))
         ):
             return None
-    return torch.empty_like(first) if first.is_contiguous() else None
+    return torch.empty_like(first)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _unary(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
-    return torch.empty_like(data) if data.is_floating_point() and _is_dense(data) else None
 
 
 def _softmax_backward(
@@ -149,25 +199,41 @@ def _roll(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
 def _layer_norm(
     data: torch.Tensor, shape: Any, weight: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor, ...] | None:
-    if not data.is_contiguous() or (weight is not None and weight.dtype is not data.dtype):
+    if weight is not None and weight.dtype is not data.dtype:
         return None
     if tuple(data.shape[data.ndim - len(shape) :]) != tuple(shape):
         return None
     rows = (*data.shape[: data.ndim - len(shape)], *(1,) * len(shape))
-    return (torch.empty_like(data), *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
+    output = torch.empty_like(data, memory_format=torch.contiguous_format)
+    return (output, *(data.new_empty(rows, dtype=torch.float32) for _ in range(2)))
 
 
 def _layer_norm_backward(
     _gradient: torch.Tensor, data: torch.Tensor, _shape: Any, _mean: Any, _rstd: Any, *rest: Any
-) -> tuple[torch.Tensor | None, ...] | None:
-    if not data.is_contiguous():
-        return None
+) -> tuple[torch.Tensor | None, ...]:
     *parameters, needed = rest
     tensors = (data, *parameters)
     return tuple(
-        torch.empty_like(tensor) if wanted and tensor is not None else None
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if wanted and tensor is not None
+        else None
         for tensor, wanted in zip(tensors, needed, strict=True)
     )
+
+
+def _unfolded(data: torch.Tensor, *args: Any) -> torch.Tensor:
+    return _resized_from(data, torch.ops.aten.im2col.default(data, *args))
+
+
+def _folded(data: torch.Tensor, *args: Any) -> torch.Tensor:
+    return _resized_from(data, torch.ops.aten.col2im.default(data, *args))
+
+
+def _resized_from(data: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """Return an output that was made as large as the input, and then resized."""
+    if result.numel() >= data.numel():
+        return result
+    return data.new_empty(data.numel()).as_strided(result.shape, result.stride())
 
 
 def _batch_norm(
@@ -199,22 +265,41 @@ def _each(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
 
 
 _QUICK: Final[dict[str, Callable[..., Any]]] = {
-    "add.Tensor": _elementwise,
-    "sub.Tensor": _elementwise,
-    "mul.Tensor": _elementwise,
-    "div.Tensor": _elementwise,
+    "add.Tensor": _arithmetic,
+    "sub.Tensor": _arithmetic,
+    "mul.Tensor": _arithmetic,
+    "div.Tensor": _arithmetic,
     "gelu.default": _unary,
     "gelu_backward.default": _elementwise,
     "relu.default": _unary,
-    "threshold_backward.default": _elementwise,
+    "threshold_backward.default": _from_input,
     "silu.default": _unary,
     "silu_backward.default": _elementwise,
     "sigmoid.default": _unary,
     "sigmoid_backward.default": _elementwise,
     "tanh.default": _unary,
     "tanh_backward.default": _elementwise,
-    "hardtanh.default": _unary,
-    "hardtanh_backward.default": _elementwise,
+    "hardtanh.default": _arithmetic,
+    "hardswish.default": _unary,
+    "hardsigmoid.default": _unary,
+    "elu.default": _unary,
+    "leaky_relu.default": _unary,
+    "mish.default": _unary,
+    "mish_backward.default": _elementwise,
+    "softplus.default": _unary,
+    "clamp.default": _unary,
+    "sqrt.default": _unary,
+    "rsqrt.default": _unary,
+    "abs.default": _unary,
+    "pow.Tensor_Scalar": _unary,
+    "maximum.default": _elementwise,
+    "minimum.default": _elementwise,
+    "hardtanh_backward.default": _of_activation,
+    "elu_backward.default": _of_activation,
+    "hardsigmoid_backward.default": _of_activation,
+    "hardswish_backward.default": _of_activation,
+    "leaky_relu_backward.default": _from_input,
+    "softplus_backward.default": _of_activation,
     "neg.default": _unary,
     "exp.default": _unary,
     "_softmax_backward_data.default": _softmax_backward,
@@ -223,6 +308,8 @@ _QUICK: Final[dict[str, Callable[..., Any]]] = {
     "bmm.default": _bmm,
     "sum.dim_IntList": _reduction,
     "mean.dim": _reduction,
+    "im2col.default": _unfolded,
+    "col2im.default": _folded,
     "roll.default": _roll,
     "native_layer_norm.default": _layer_norm,
     "native_layer_norm_backward.default": _layer_norm_backward,

@@ -42,7 +42,12 @@ PLANS_TRIED: Final = "cudnn.benchmark"
 _ADD: Final = "add.Tensor"
 _DIMS_OF_IMAGES: Final = (4, 5)
 _FIRST_KEPT_ID: Final = -1_000_001  # no tensor has one below 0
-_WRITTEN_IN_BACKWARD: Final = ("index_put.default", "index_add.default", "scatter_add.default")
+_WRITTEN_IN_BACKWARD: Final = (
+    "index_put.default",
+    "index_add.default",
+    "scatter_add.default",
+    "scatter.src",
+)
 
 
 class Watcher(Protocol):

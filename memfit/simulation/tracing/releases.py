@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import re
 
 import torch
 
-__all__ = ["cudnn_version", "torch_release"]
+__all__ = ["cudnn_version", "has_cub_3", "has_outer_products", "torch_release"]
+
+_CUDA_WITH_CUB_3 = 13
 
 
 def torch_release() -> tuple[int, int]:
@@ -16,6 +19,22 @@ def torch_release() -> tuple[int, int]:
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     assert found is not None
     return int(found[1]), int(found[2])
+
+
+def has_cub_3() -> bool:
+    """Whether this torch is built with the CUB of CUDA 13, or with none of NVIDIA's."""
+    version = torch.version.cuda
+    return version is None or int(version.partition(".")[0]) >= _CUDA_WITH_CUB_3
+
+
+@functools.cache
+def has_outer_products() -> bool:
+    """Whether this torch computes outer products in a kernel that Triton compiles, not in BLAS.
+
+    Source: torch/_native/ops/bmm_outer_product/triton_impl.py.
+    """
+    names = "torch._native", "torch._native.ops", "torch._native.ops.bmm_outer_product", "triton"
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 @functools.cache

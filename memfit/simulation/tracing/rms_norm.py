@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from memfit._torch_private import aten, below_autograd
 from memfit.errors import NotSimulatedError
-from memfit.simulation.tracing.convolutions import has_strides_of_nhwc
+from memfit.simulation.tracing.memory_formats import has_strides_of_nhwc
 from memfit.simulation.tracing.releases import torch_release
 
 __all__ = ["rms_norm", "rms_norm_backward_outputs", "rms_norm_outputs"]

@@ -6,7 +6,6 @@ Each function returns the script of one operation. Its source is the host code o
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -26,6 +25,8 @@ from memfit.simulation.tracing.attention_scratch import (
     safe_softmax,
 )
 from memfit.simulation.tracing.by_operation import once_per_operation
+from memfit.simulation.tracing.indexing_scratch import embedding_backward, index_put
+from memfit.simulation.tracing.memory_formats import suggested_format
 from memfit.simulation.tracing.norm_scratch import (
     batch_norm,
     batch_norm_backward,
@@ -35,7 +36,7 @@ from memfit.simulation.tracing.norm_scratch import (
     layer_norm_backward,
 )
 from memfit.simulation.tracing.reductions import input_vector, reduction
-from memfit.simulation.tracing.releases import torch_release
+from memfit.simulation.tracing.releases import has_outer_products, torch_release
 from memfit.simulation.tracing.scripts import (
     ALONE,
     OUTPUTS,
@@ -70,7 +71,6 @@ LT_WORKSPACE_BYTES: Final = 1024**2
 
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-_FEW_INDICES: Final = 3072
 _WELFORD_BYTES: Final = 16  # mean, sum of squares, and the number of values twice
 _WELFORD_VECTOR: Final = 2
 
@@ -114,6 +114,14 @@ def _product(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
         return (OUTPUTS, *copies, _handle(kernels))
     workspace = Workspace(name="BLAS workspace", need=Need(rule=_blas))
     return (OUTPUTS, *copies, _handle(kernels), workspace)
+
+
+def _products(kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
+    """Compute outer products in a kernel of torch's own, where it has one."""
+    left, right = args[:2]
+    if has_outer_products() and left.shape[2] == right.shape[1] == 1:
+        return ALONE
+    return _product(kernels, args, result)
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
@@ -228,11 +236,72 @@ def _product_of_all(_kernels: Release, args: tuple[Any, ...], _result: Any) -> S
 
 
 def _softmax_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
-    """Take the product of gradient and output.
+    """Take the product of gradient and output, and copy what is not contiguous.
 
-    Source: `softmax_backward_cuda_out` in aten/src/ATen/native/cuda/SoftMax.cu.
+    Source: `softmax_backward_cuda_out` and `host_softmax_backward` in
+        aten/src/ATen/native/cuda/SoftMax.cu.
     """
-    return (OUTPUTS, Workspace.copy_of(args[0], "gradient x output"))
+    gradient, output = args[:2]
+    name = "gradient x output"
+    product = gradient if gradient.is_contiguous() else gradient * output
+    return (
+        OUTPUTS,
+        Workspace.copy_of(gradient, name),
+        *contiguous_copy(f"contiguous {name}", product),
+        *contiguous_copy("contiguous output", output),
+    )
+
+
+def _pool(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Copy an input that is contiguous in no layout.
+
+    Source: `max_pool2d_with_indices_out_cuda` in aten/src/ATen/native/cuda/DilatedMaxPool2d.cu
+        and `avg_pool2d_out_cuda` in AveragePool2d.cu beside it.
+    """
+    return (OUTPUTS, *contiguous_copy("contiguous input", args[0], suggested_format(args[0])))
+
+
+def _pool_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Copy what is not contiguous in the input's layout.
+
+    Source: `max_pool2d_with_indices_backward_out_cuda` and `avg_pool2d_backward_out_cuda`.
+    """
+    gradient, data, indices = args[0], args[1], args[-1]
+    layout = suggested_format(data)
+    script: Script = (
+        OUTPUTS,
+        *contiguous_copy("contiguous input", data, layout),
+        *contiguous_copy("contiguous gradient", gradient, layout),
+    )
+    if not isinstance(indices, torch.Tensor):
+        return script
+    return (*script, *contiguous_copy("contiguous indices", indices, layout))
+
+
+def _unfold(_kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
+    """Allocate an output as large as the input, and another one if that is too small.
+
+    Source: `im2col_cuda` in aten/src/ATen/native/cuda/Im2Col.cu and `col2im_cuda` in Col2Im.cu
+        beside it, whose output is `empty_like` of the input and then resized.
+    """
+    data = args[0]
+    copy = contiguous_copy("contiguous input", data)
+    if result.numel() <= data.numel():
+        return (OUTPUTS, *copy)
+    first = Workspace.copy_of(data, "output before it is resized")
+    return (first, *copy, OUTPUTS, Drop.of(first.name))
+
+
+def _cumulate(_kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
+    """Convert the input. Source: `impl_func_cum_ops` in aten/src/ATen/native/ReduceOps.cpp."""
+    if args[0].dtype is result.dtype:
+        return ALONE
+    return (OUTPUTS, Workspace.copy_of(result, "input in the output's type"))
+
+
+def _power_of_number(_kernels: Release, _args: tuple[Any, ...], _result: Any) -> Script:
+    """Put the base on the card. Source: `pow_Scalar_out` in aten/src/ATen/native/Pow.cpp."""
+    return (OUTPUTS, Workspace(name="base", num_bytes=8))
 
 
 def _dropout(_kernels: Release, _args: tuple[Any, ...], _result: Any) -> Script:
@@ -259,41 +328,9 @@ def _copies_input(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Scr
     return (OUTPUTS, *contiguous_copy("contiguous input", args[0]))
 
 
-def _index_put(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
-    """Sort the positions to which values are added: two copies of them, and their order.
-
-    The temporary memory of the sort itself, below 100 KiB, is left out.
-
-    Source: `index_put_with_sort_kernel` in aten/src/ATen/native/cuda/Indexing.cu.
-    """
-    indices, accumulates = args[1], len(args) > 3 and args[3]  # noqa: PLR2004
-    if not accumulates:
-        return ALONE
-    shapes = [index.shape for index in indices if index is not None]
-    num_bytes = 8 * math.prod(torch.broadcast_shapes(*shapes))
-    names = ("wrapped positions", "linear positions", "sorted positions", "order", "sorted order")
-    first, *others = (Workspace(name=name, num_bytes=num_bytes) for name in names)
-    return (OUTPUTS, first, others[0], Drop.of(first.name), *others[1:])
-
-
-def _embedding_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
-    """Sort the indices, if there are many.
-
-    Left out is the number of partial sums, which depends on the values of the indices.
-
-    Source: `embedding_dense_backward_cuda` in aten/src/ATen/native/cuda/Embedding.cu.
-    """
-    indices = args[1]
-    if indices.numel() <= _FEW_INDICES:
-        return ALONE
-    names = ("sorted indices", "order", "range")
-    sort = (Workspace.copy_of(indices, name) for name in names)
-    return (*sort, Drop.of("range"), OUTPUTS)
-
-
 _RULES: Final[dict[str, _Rule]] = {
     "mm.default": _product,
-    "bmm.default": _product,
+    "bmm.default": _products,
     "baddbmm.default": _product,
     "addmm.default": _product_and_sum,
     "addmv.default": _product,
@@ -331,11 +368,20 @@ _RULES: Final[dict[str, _Rule]] = {
     "_log_softmax.default": _copies_input,
     "_softmax_backward_data.default": _softmax_backward,
     "native_dropout.default": _dropout,
+    "max_pool2d_with_indices.default": _pool,
+    "max_pool2d_with_indices_backward.default": _pool_backward,
+    "avg_pool2d.default": _pool,
+    "avg_pool2d_backward.default": _pool_backward,
+    "im2col.default": _unfold,
+    "col2im.default": _unfold,
+    "pow.Scalar": _power_of_number,
+    "cumsum.default": _cumulate,
+    "cumprod.default": _cumulate,
     "roll.default": _roll,
     "reflection_pad2d.default": _copies_input,
     "_upsample_bicubic2d_aa.default": _copies_input,
-    "index_put.default": _index_put,
-    "index_put_.default": _index_put,
-    "_index_put_impl_.default": _index_put,
-    "embedding_dense_backward.default": _embedding_backward,
+    "index_put.default": index_put,
+    "index_put_.default": index_put,
+    "_index_put_impl_.default": index_put,
+    "embedding_dense_backward.default": embedding_backward,
 }

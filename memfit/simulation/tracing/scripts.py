@@ -106,6 +106,10 @@ ALONE: Final[Script] = (OUTPUTS,)
 """The script of a kernel that takes nothing besides its outputs."""
 
 
-def contiguous_copy(name: str, tensor: torch.Tensor) -> tuple[Workspace, ...]:
-    """Return the copy of a tensor that is not contiguous; nothing for one that is."""
-    return () if tensor.is_contiguous() else (Workspace.copy_of(tensor, name),)
+def contiguous_copy(
+    name: str, tensor: torch.Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Workspace, ...]:
+    """Return the copy of a tensor that is not contiguous in a layout; nothing for one that is."""
+    if tensor.is_contiguous(memory_format=layout):
+        return ()
+    return (Workspace.copy_of(tensor, name),)

@@ -223,12 +223,13 @@ class MetaPrecision:
                 # The scale, and the number of steps since it last changed.
                 types = torch.float32, torch.int32
                 self._scaler = tuple(torch.full((), 1, dtype=kind, device=META) for kind in types)
-            # The loss itself lives as long as the caller's.
             scaled = loss * self._scaler[0]
         else:
             scaled = loss
         with self.autocast.backward() if self._is_mixed else contextlib.nullcontext():
             run_backward(scaled, torch.ones_like(scaled))
+        # It is gone before the loss, which lives as long as the caller's.
+        del scaled
 
     def step(self, optimizer: Optimizer) -> None:
         """Take the optimizer's step. A GradScaler looks for infinite gradients before.

@@ -99,7 +99,7 @@ class Kernels:
         if name == "convolution":
             # The meta device does not always choose the layout that cuDNN computes in.
             result = func(*args, **kwargs)
-            return result.contiguous(memory_format=layout_of(args[0], args[1]))
+            return torch.empty_like(result, memory_format=layout_of(args[0], args[1]))
         if name == "_cudnn_rnn":
             return on_cuda(args, func(*args, **kwargs))
         if name == "_cudnn_rnn_backward":

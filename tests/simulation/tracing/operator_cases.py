@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import layout_cases
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -332,6 +333,7 @@ CASES = {
         parts,
         others,
         optimizers,
+        *layout_cases.CASES,
     )
     for dtype in (torch.float32, _HALF)
 }

@@ -84,6 +84,20 @@ def test_casts_of_parameters_are_kept_until_it_ends() -> None:
             assert cast._cache[key] is not first[key]
 
 
+def test_operands_are_cast_in_torchs_order() -> None:
+    """The last argument first, and the operands of einsum, which are one list, in their order."""
+    mode, cast = semantics(torch.bfloat16)
+    one, other = (torch.empty(8, 8, device="meta", requires_grad=True) for _ in range(2))
+    keys = [(id(tensor), torch.bfloat16) for tensor in (one, other)]
+    with autocast.functional_layer_open(), mode:
+        with cast.forward():
+            torch.einsum("ij,kj->ik", one, other)
+            assert list(cast._cache) == keys
+        with cast.forward():
+            F.linear(one, other)
+            assert list(cast._cache) == keys[::-1]
+
+
 def test_fp16_softmax_reads_half_and_writes_float() -> None:
     """fp16 has no converted copy of the input; bf16 has one."""
     mode, cast = semantics(torch.float16)

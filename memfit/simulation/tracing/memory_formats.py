@@ -1,0 +1,36 @@
+"""The layout that torch reads from a tensor's strides.
+
+A tensor whose other dimensions have one element is contiguous in both formats. Then only its
+strides tell the format.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["has_strides_of_nhwc", "suggested_format"]
+
+
+def has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
+    """Whether the strides have the order of channels-last images, with gaps or without.
+
+    Source: `is_channels_last_strides_2d` in c10/core/MemoryFormat.h.
+    """
+    if tensor.ndim != 4 or not tensor.stride(1):  # noqa: PLR2004 - images
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        # Where neither tells, as in (N, 1, 1, 1), the order is NCHW.
+        if stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
+
+
+def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Return the format that torch takes from a tensor of up to four dimensions.
+
+    Source: `suggest_memory_format` in aten/src/ATen/core/TensorBase.h.
+    """
+    return torch.channels_last if has_strides_of_nhwc(tensor) else torch.contiguous_format
