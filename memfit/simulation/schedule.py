@@ -37,6 +37,7 @@ BLAS_LT_HANDLE: Final = "cuBLASLt handle"
 """The origin of the one that cuBLASLt keeps beside it, where it has its own."""
 
 _KERNELS_RUN: Final = Event(action=Action.USER_DEFINED, id=0, num_bytes=0, origin="first kernel")
+_EMPTY_CACHE: Final = Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0)
 _NUM_ITERATIONS = 3
 # As in a measured trial: at most so many iterations (memfit.backends.readings).
 _MAX_ITERATIONS = 6
@@ -295,9 +296,10 @@ class StepSchedule:
         return dataclasses.replace(self, setup=setup, first=first, later=later)
 
     def as_run(self, kept: Sequence[tuple[int, Event]]) -> StepSchedule:
-        """Return this step as a process runs it whose first work on the card it is.
+        """Return this step as a trial runs it in a process whose first work on the card it is.
 
-        The first kernels run when the model is there.
+        The first kernels run when the model is there. A trial begins with an empty cache, so that
+        what was freed while the model was made, as by a move to channels-last, counts in none.
 
         Args:
             kept: What libraries keep from their first call on, each after the allocation with this
@@ -309,7 +311,7 @@ class StepSchedule:
         before = [event for number, event in kept if number not in in_setup | in_first]
         return dataclasses.replace(
             self,
-            setup=setup.then([_KERNELS_RUN, *before]),
+            setup=setup.then([_EMPTY_CACHE, _KERNELS_RUN, *before]),
             first=self.first.with_kept([pair for pair in kept if pair[0] in in_first - in_setup]),
         )
 
