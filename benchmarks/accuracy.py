@@ -36,8 +36,9 @@ RTX_3090_CONTEXT_MIB = 1687
 # Less a tensor of 156 MiB, 1488 MiB were measured with CUDA 11.0 (pytorch/pytorch#49877). CUDA 11.3
 # was not measured on it: the ladder is answered with both.
 RTX_3090_SMALLER_CONTEXT_MIB = 1488
-# :4096:2:16:8 came later; torch 1.12's workspaces are 4 MiB (pytorch/pytorch#86167).
-RTX_3090_BLAS_BYTES = 4 * MIB
+# Before torch 1.13, cuBLAS allocated the workspaces of its handles itself (pytorch/pytorch#83461):
+# 4 MiB each on Ampere, by its documentation. Forward has a handle, and backward has one.
+RTX_3090_BLAS_BYTES = 2 * 4 * MIB
 A100_BLAS_BYTES = 8_519_680
 PEPR_BLAS_BYTES = 8_519_680
 PEPR_BATCH_SIZE = 32
@@ -238,53 +239,34 @@ def _trace(task: Task) -> Any:
     return with_batch_of_bytes(trace(step, options), step)
 
 
-def _replay(trace: Any, batch_size: int, *, blas_bytes: int, capacity_bytes: int | None) -> Any:
+def _replay(trace: Any, batch_size: int, *, blas_bytes: int) -> Any:
     from memfit.simulation.allocator.blocks import BlockOrder
-    from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
     from memfit.simulation.allocator.compiled import new_allocator
     from memfit.simulation.allocator.settings import AllocatorSettings
 
     allocator = new_allocator(
-        capacity_bytes=capacity_bytes,
-        settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
+        capacity_bytes=None, settings=AllocatorSettings(block_order=BlockOrder.ADDRESS)
     )
-    try:
-        for handle in (-1_000_001, -1_000_002):
-            allocator.allocate(handle, blas_bytes)
-        for _ in trace.schedule.play(allocator, batch_size):
-            pass
-    except AllocatorOutOfMemoryError:
-        return None
+    for handle in (-1_000_001, -1_000_002):
+        allocator.allocate(handle, blas_bytes)
+    for _ in trace.schedule.play(allocator, batch_size):
+        pass
     return allocator.stats
 
 
-def _rung(trace: Any, begin: int, capacity_bytes: int) -> int:
-    """Return the largest batch size of the ladder that fits, looked for from one of them, or 0."""
-
-    def fits(batch_size: int) -> bool:
-        stats = _replay(
-            trace, batch_size, blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=capacity_bytes
-        )
-        return stats is not None
-
-    rung = LADDER.index(begin)
-    while rung < len(LADDER) and not fits(LADDER[rung]):
-        rung += 1
-    while 0 < rung <= len(LADDER) and fits(LADDER[rung - 1]):
-        rung -= 1
-    return LADDER[rung] if rung < len(LADDER) else 0
-
-
 def _ladder_rows(task: Task) -> list[dict[str, Any]]:
+    from ladders import simulated_rung
+
     (row,) = task.rows
     trace = _trace(task)
-    fitted = int(row["batch_size_that_fit"])
-    capacity = (RTX_3090_TOTAL_MIB - RTX_3090_CONTEXT_MIB) * MIB
-    larger = (RTX_3090_TOTAL_MIB - RTX_3090_SMALLER_CONTEXT_MIB) * MIB
+    capacity, larger = (
+        (RTX_3090_TOTAL_MIB - context) * MIB - RTX_3090_BLAS_BYTES
+        for context in (RTX_3090_CONTEXT_MIB, RTX_3090_SMALLER_CONTEXT_MIB)
+    )
 
     def share(batch_size: str) -> float:
         """Return the bytes of tensors at their peak, as a share of the capacity."""
-        stats = _replay(trace, int(batch_size), blas_bytes=RTX_3090_BLAS_BYTES, capacity_bytes=None)
+        stats = _replay(trace, int(batch_size), blas_bytes=0)
         return stats.peak_allocated_bytes / capacity
 
     failed = row["batch_size_that_failed"]
@@ -292,8 +274,10 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
         {
             "kind": "ladder",
             **row,
-            "predicted": _rung(trace, fitted, capacity),
-            "predicted_with_smaller_context": _rung(trace, fitted, larger),
+            "predicted": simulated_rung(trace.schedule, LADDER, capacity_bytes=capacity),
+            "predicted_with_smaller_context": simulated_rung(
+                trace.schedule, LADDER, capacity_bytes=larger
+            ),
             "fitted_share": share(row["batch_size_that_fit"]),
             "failed_share": share(failed) if failed else None,
         }
@@ -304,9 +288,7 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
     trace = _trace(task)
     rows = []
     for row in task.rows:
-        stats = _replay(
-            trace, int(row["batch_size"]), blas_bytes=A100_BLAS_BYTES, capacity_bytes=None
-        )
+        stats = _replay(trace, int(row["batch_size"]), blas_bytes=A100_BLAS_BYTES)
         rows.append(
             {"kind": "peak", **row, "reserved_mib": round(stats.peak_reserved_bytes / MIB, 1)}
         )
@@ -315,7 +297,7 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
 
 def _pepr_rows(task: Task) -> list[dict[str, Any]]:
     (row,) = task.rows
-    stats = _replay(_trace(task), PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES, capacity_bytes=None)
+    stats = _replay(_trace(task), PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES)
     found = {
         "simulated_allocated_bytes": stats.peak_allocated_bytes,
         "simulated_reserved_bytes": stats.peak_reserved_bytes,

@@ -6,8 +6,9 @@
 
 A rehearsal runs torch's own CUDA software in a process of its own. Its allocator records each
 request of the third iteration with the stack that led to it. The simulation's requests are laid
-beside these. Every operator whose requests differ is printed, with its bytes. The workspaces of
-convolutions are listed apart, because they are cuDNN's choice and not torch's.
+beside these. The table says how many differ. Every operator whose requests differ is printed, with
+its bytes. The workspaces of convolutions are listed apart, because they are cuDNN's choice and not
+torch's.
 """
 
 from __future__ import annotations
@@ -279,8 +280,10 @@ def _print_header(card: str) -> None:
         f"cuDNN {torch.backends.cudnn.version()}, timm {timm.__version__}, "
         f"{dt.datetime.now(tz=dt.timezone.utc):%Y-%m-%d}.\n"
     )
-    print("| model | setting | batch | requested | allocated | reserved | rehearsed, MiB |")
-    print("|---|---|--:|--:|--:|--:|--:|")
+    print(
+        "| model | setting | batch | requests | requested | allocated | reserved | rehearsed, MiB |"
+    )
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
 
 
 def _row(name: str, setting: str, batch_size: int, real: Side, simulated: Side) -> str:
@@ -292,8 +295,19 @@ def _row(name: str, setting: str, batch_size: int, real: Side, simulated: Side) 
             simulated.reserved_bytes / real.reserved_bytes - 1,
         )
     ]
+    requests = f"{_num_differing(real, simulated)} of {len(real.requests)} differ"
     reserved = f"{real.reserved_bytes / 2**20:.0f}"
-    return f"| {' | '.join([name, setting, str(batch_size), *cells, reserved])} |"
+    return f"| {' | '.join([name, setting, str(batch_size), requests, *cells, reserved])} |"
+
+
+def _num_differing(real: Side, simulated: Side) -> int:
+    """Return how many requests only one of the sides makes, or both in another order."""
+    theirs, ours = (list(map(_rounded, side.requests)) for side in (real, simulated))
+    if theirs == ours:
+        return 0
+    in_one = (Counter(theirs) - Counter(ours)) + (Counter(ours) - Counter(theirs))
+    in_order = sum(one != other for one, other in zip(theirs, ours, strict=False))
+    return in_one.total() or in_order
 
 
 def _print_differences(real: Side, simulated: Side) -> None:
@@ -333,7 +347,9 @@ def _named(requests: Sequence[Request]) -> str:
 def _print_distribution(rows: Sequence[tuple[Side, Side]]) -> None:
     if not rows:
         sys.exit("No step could be compared.")
-    print(f"\n{len(rows)} steps. Off by, in absolute terms:")
+    same = sum(not _num_differing(*row) for row in rows)
+    print(f"\n{len(rows)} steps. In {same}, every request is the same, in the same order.")
+    print("Peaks are off by, in absolute terms:")
     for what in ("requested_bytes", "allocated_bytes", "reserved_bytes"):
         off = sorted(abs(getattr(b, what) / getattr(a, what) - 1) for a, b in rows)
         print(

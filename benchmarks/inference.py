@@ -262,8 +262,8 @@ class _trials:  # noqa: N801 - used as a function
 
     def __init__(self, row: dict[str, str], engine: str) -> None:
         import torch
-        from inference_ladders import Images
         from inference_loops import InHalf, InputsMadeOnce, refusals_of
+        from ladders import Images
 
         from memfit.api.cards import Cards
         from memfit.api.steps import describe
@@ -326,7 +326,8 @@ class _trials:  # noqa: N801 - used as a function
 
     def rung(self, rungs: list[int], *, room_share: float = 1.0) -> int:
         """Return the batch size at which timm's loop ends, with a share of the card's room."""
-        from inference_ladders import Walk, simulated_rung
+        from inference_ladders import Walk
+        from ladders import simulated_rung
 
         from memfit.backends.simulated import SimulatedBackend
 
@@ -338,7 +339,7 @@ class _trials:  # noqa: N801 - used as a function
         return simulated_rung(
             self._traces.find(self._step, gpu).schedule_on(gpu, is_rough=False),
             rungs,
-            self._images,
+            images=self._images,
             capacity_bytes=int(self._card.capacity().usable_bytes * room_share),
             most_samples=self._most,
         )

@@ -1,18 +1,9 @@
-"""timm's loop over batch sizes, with what a failed attempt leaves behind.
-
-timm's benchmark makes the model anew for each attempt, and gives the cache back before. At that
-moment the failed attempt's model and images are still there. They are freed when the next model has
-been made, and the next images take the place of the last ones, in a segment that is larger than
-they are. So a batch size is tried in less room than a first attempt has. Where BLAS keeps its
-workspaces (torch 2.14 and older), those of the failed attempt stay too, in the middle of a large
-segment that they keep from being given back. (Each model had a process of its own: with workspaces
-made before the first attempt, fewer rows are exact.)
+"""timm's loop over batch sizes, rehearsed: each attempt leaves behind what `ladders.py` describes.
 
 With `--torchcompile`, each attempt forgets what was compiled (`torch._dynamo.reset`) once its own
 model is made, and compiles for its own batch size: Inductor, with every option at its default.
 
-Source: `BenchmarkRunner` and `_try_run` in timm's benchmark.py (1.0.9 and 1.0.24),
-`decay_batch_step`.
+Source: `BenchmarkRunner` and `_try_run` in timm's benchmark.py (1.0.9 and 1.0.24).
 """
 
 from __future__ import annotations
@@ -22,148 +13,20 @@ import dataclasses
 import gc
 import signal
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from inference_loops import InHalf
+from ladders import CHANNELS, Images
 
-from memfit.records import Action
-from memfit.simulation.allocator.blocks import BlockOrder
-from memfit.simulation.allocator.caching import AllocatorOutOfMemoryError
-from memfit.simulation.allocator.compiled import CompiledAllocator, EventTable, new_allocator
-from memfit.simulation.allocator.settings import AllocatorSettings
-from memfit.simulation.schedule import BLAS_HANDLE, BLAS_LT_HANDLE, Schedule, StepSchedule
 from memfit.step.compiling import CompiledModel
 from memfit.step.training_step import TrainingStep
 from memfit.step.unfilled import UnfilledWeights
 
-__all__ = ["Attempt", "Images", "Walk", "rehearsed_rung", "simulated_rung"]
+__all__ = ["Attempt", "Walk", "rehearsed_rung"]
 
 _NUM_ITERATIONS = 4
-_HANDLES = (BLAS_HANDLE, BLAS_LT_HANDLE)
-_FLOAT_BYTES = 4
-# More than the ids of any schedule. Attempts alternate between two ranges of ids.
-_IDS_OF_AN_ATTEMPT = 1 << 52
-_CHANNELS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """The images of a run: pixels of a side, and whether they are made channels-last."""
-
-    size: int
-    is_last: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one image in float32."""
-        return _CHANNELS * self.size**2 * _FLOAT_BYTES
-
-
-def simulated_rung(
-    schedule: StepSchedule,
-    rungs: Sequence[int],
-    images: Images,
-    *,
-    capacity_bytes: int,
-    most_samples: int | None,
-) -> int:
-    """Return the first batch size of a ladder that fits, or 0.
-
-    Args:
-        schedule: The step on a card; its setup ends with the inputs.
-        rungs: The batch sizes, in the order of the attempts.
-        images: The images.
-        capacity_bytes: What the allocator can take of the card.
-        most_samples: An operator refuses more.
-    """
-    allocator = new_allocator(
-        capacity_bytes=capacity_bytes,
-        settings=AllocatorSettings(block_order=BlockOrder.ADDRESS),
-    )
-    assert isinstance(allocator, CompiledAllocator), "it needs a C compiler"
-    model, inputs = _cut(schedule.setup)
-    first = schedule.first
-    held: list[int] = []
-    for number, batch_size in enumerate(rungs):
-        own_ids = _IDS_OF_AN_ATTEMPT * (number % 2)
-        model, inputs = _moved(model, own_ids), _moved(inputs, own_ids)
-        _play(allocator, [(Action.EMPTY_CACHE, 0)])
-        made_bytes = None
-        try:
-            model.play(allocator, batch_size)
-            _free(allocator, held)
-            held = _ids(model)
-            if images.is_last:
-                # randn makes them in NCHW, and the copy replaces them.
-                made = own_ids + _IDS_OF_AN_ATTEMPT - 1
-                allocator.allocate(made, images.num_bytes * batch_size)
-                inputs.play(allocator, batch_size)
-                _free(allocator, [made])
-            else:
-                inputs.play(allocator, batch_size)
-            held += _ids(inputs)
-            made_bytes = allocator.stats.requested_bytes
-            if most_samples is None or batch_size <= most_samples:
-                _iterate(allocator, first, schedule.later, batch_size)
-                return batch_size
-        except AllocatorOutOfMemoryError:
-            held = _ids(model) + _ids(inputs)
-            made = own_ids + _IDS_OF_AN_ATTEMPT - 1
-            handles = [event for event in first.at(batch_size) if event.origin in _HANDLES]
-            passing = {made, *_ids(first), *_ids(schedule.later)}
-            _free(allocator, passing.difference(event.id for event in handles))
-            if made_bytes is not None:
-                kept_bytes = allocator.stats.requested_bytes - made_bytes
-                for event in handles:
-                    if kept_bytes > 0:
-                        kept_bytes -= event.num_bytes
-                        first = first.without(event.origin)
-    return 0
-
-
-def _iterate(
-    allocator: CompiledAllocator, first: Schedule, later: Schedule, batch_size: int
-) -> None:
-    plans: dict[Any, int] = {}
-    first.play(allocator, batch_size, plans=plans)
-    for number in range(1, _NUM_ITERATIONS):
-        num_calls = allocator.num_device_calls
-        later.iteration(number).play(allocator, batch_size, plans=plans)
-        if allocator.num_device_calls == num_calls:
-            return
-
-
-def _cut(setup: Schedule) -> tuple[Schedule, Schedule]:
-    """Return the events of the model, and those of the images. Classes are not made."""
-    at = next(at for at, growth in enumerate(setup.growth_bytes) if growth)
-    return tuple(
-        dataclasses.replace(setup, events=setup.events[part], growth_bytes=setup.growth_bytes[part])
-        for part in (slice(at), slice(at, at + 1))
-    )  # type: ignore[return-value]
-
-
-def _moved(schedule: Schedule, own_ids: int) -> Schedule:
-    events = tuple(
-        dataclasses.replace(event, id=event.id % _IDS_OF_AN_ATTEMPT + own_ids)
-        for event in schedule.events
-    )
-    return dataclasses.replace(schedule, events=events)
-
-
-def _ids(schedule: Schedule) -> list[int]:
-    return [event.id for event in schedule.events]
-
-
-def _free(allocator: CompiledAllocator, ids: Iterable[int]) -> None:
-    _play(allocator, [(Action.FREE_COMPLETED, number) for number in ids])
-
-
-def _play(allocator: CompiledAllocator, actions: list[tuple[Action, int]]) -> None:
-    table = EventTable([(action, number, 0, 0) for action, number in actions], {})
-    allocator.play(table, 0, sizes=array("q", [0]), plans=array("q", [0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +85,7 @@ class _Bench:
     def run(self, images: Images, most_samples: int | None) -> None:
         """Run a few forward passes, as timm's `InferenceBenchmarkRunner.run` does."""
         with torch.no_grad() if self._no_grad else torch.inference_mode():
-            shape = self._batch_size, _CHANNELS, images.size, images.size
+            shape = self._batch_size, CHANNELS, images.size, images.size
             made = torch.randn(shape, device="cuda")
             if images.is_last:
                 made = made.contiguous(memory_format=torch.channels_last)
