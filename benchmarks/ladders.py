@@ -34,6 +34,7 @@ _NUM_ITERATIONS = 6
 _HANDLES = (BLAS_HANDLE, BLAS_LT_HANDLE)
 # More than the ids of any schedule. Attempts alternate between two ranges of ids.
 _IDS_OF_AN_ATTEMPT = 1 << 52
+_EMPTY_CACHE = Schedule.fixed([Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,3 @@ def _freeing(ids: Iterable[int]) -> Schedule:
     return Schedule.fixed(
         [Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0) for number in sorted(ids)]
     )
-
-
-_EMPTY_CACHE = Schedule.fixed([Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0)])
