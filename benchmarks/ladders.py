@@ -30,7 +30,6 @@ __all__ = ["CHANNELS", "Images", "simulated_rung"]
 
 CHANNELS = 3
 _FLOAT_BYTES = 4
-_NUM_ITERATIONS = 6
 _HANDLES = (BLAS_HANDLE, BLAS_LT_HANDLE)
 # More than the ids of any schedule. Attempts alternate between two ranges of ids.
 _IDS_OF_AN_ATTEMPT = 1 << 52
@@ -96,45 +95,42 @@ def simulated_rung(
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """The stretches of an attempt."""
+    """An attempt: the model, and a step whose setup makes the images."""
 
     model: Schedule
-    images: Schedule
-    first: Schedule
-    later: Schedule
+    step: StepSchedule
 
     @classmethod
     def of(cls, schedule: StepSchedule, images: Images | None) -> _Attempt:
-        """Cut a schedule into its stretches."""
+        """Cut a schedule in two."""
         model, made = schedule.setup, Schedule.fixed(())
         if images is not None:
             model, made = _cut(model)
             if images.is_last:
                 made = _copied(made, images)
-        return cls(model, made, schedule.first, schedule.later)
+        return cls(model, dataclasses.replace(schedule, setup=made))
 
     def moved(self) -> _Attempt:
         """Return the attempt with other ids."""
-        return _Attempt(*map(_moved, (self.model, self.images, self.first, self.later)))
+        step = self.step
+        setup, first, later = map(_moved, (step.setup, step.first, step.later))
+        return _Attempt(
+            _moved(self.model), dataclasses.replace(step, setup=setup, first=first, later=later)
+        )
 
     def without(self, origins: Iterable[str]) -> _Attempt:
         """Return the attempt without what the process has by now."""
-        first = self.first
+        first = self.step.first
         for origin in origins:
             first = first.without(origin)
-        return dataclasses.replace(self, first=first)
+        return dataclasses.replace(self, step=dataclasses.replace(self.step, first=first))
 
     def stretches(self, allocator: CompiledAllocator, *, refuses: bool) -> Iterator[Schedule]:
-        """Yield what is run once the model is there, until an iteration asks for no segment."""
-        yield self.images
+        """Yield what is run once the model is there, until the peak has settled."""
         if refuses:
-            return
-        yield self.first
-        for number in range(1, _NUM_ITERATIONS):
-            num_calls = allocator.num_device_calls
-            yield self.later.iteration(number)
-            if allocator.num_device_calls == num_calls:
-                return
+            yield self.step.setup
+        else:
+            yield from self.step.until_settled(allocator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +152,7 @@ def _run(
     try:
         for stretch in attempt.stretches(allocator, refuses=refuses):
             left |= _survivors(stretch)
-            if stretch is attempt.first:
+            if stretch is attempt.step.first:
                 made_bytes = allocator.stats.requested_bytes
             stretch.play(allocator, batch_size, plans=plans)
     except AllocatorOutOfMemoryError:
@@ -166,7 +162,7 @@ def _run(
             return _Ending(fits=True)
     kept_bytes = allocator.stats.requested_bytes - made_bytes
     handles = []
-    for event in attempt.first.at(batch_size):
+    for event in attempt.step.first.at(batch_size):
         if kept_bytes > 0 and event.action.is_request and event.id in left:
             kept_bytes -= event.num_bytes
             if event.origin in _HANDLES:
