@@ -251,10 +251,11 @@ def _batch_norm_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     needed = rest[-1]
     channels = data.shape[1]
+    dtype = torch.float32 if weight is None else weight.dtype
     return (
         torch.empty_like(data) if needed[0] else None,
-        data.new_empty(channels, dtype=torch.float32) if needed[1] and weight is not None else None,
-        data.new_empty(channels, dtype=torch.float32) if needed[2] else None,
+        data.new_empty(channels, dtype=dtype) if needed[1] and weight is not None else None,
+        data.new_empty(channels, dtype=dtype) if needed[2] else None,
     )
 
 

@@ -67,10 +67,10 @@ def one_pixel(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def gradients_of_norms(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Normalize batches and groups of both layouts, and give gradients of every layout back."""
     weight, bias = _leaf(device, 96, dtype=dtype), _leaf(device, 96, dtype=dtype)
-    norm = nn.BatchNorm2d(96).to(device)
+    norms = nn.BatchNorm2d(96).to(device), nn.BatchNorm2d(96).to(device, dtype)
     for is_last in (False, True):
         images = _leaf(device, 8, 96, 14, 14, dtype=dtype, is_last=is_last)
-        for normalize in (norm, lambda data: F.group_norm(data, 8, weight, bias)):
+        for normalize in (*norms, lambda data: F.group_norm(data, 8, weight, bias)):
             for gradient in _gradients_of(images):
                 output = normalize(images)
                 yield
@@ -78,7 +78,7 @@ def gradients_of_norms(device: torch.device, dtype: torch.dtype) -> Iterator[Non
                 yield
                 del output
     for rows in (_leaf(device, 8, 96, dtype=dtype), _leaf(device, 70_000, 96, dtype=dtype)):
-        norm_of_rows = nn.BatchNorm1d(96).to(device)
+        norm_of_rows = nn.BatchNorm1d(96).to(device, dtype)
         yield
         output = norm_of_rows(rows)
         yield
