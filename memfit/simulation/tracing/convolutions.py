@@ -168,7 +168,9 @@ def _cudnn_backward(
         # A part of a larger tensor is copied by each kernel.
         each = _copied("gradient", gradient, layout)
     else:
-        copies += (Workspace.copy_of(gradient, _NAME_OF_COPY.format("gradient")),)
+        copies += (Workspace.copy_of(gradient, "gradient in the input's format"),)
+        # The filter can be in another format than an input that is not copied.
+        each = _copied("gradient", torch.empty_like(gradient, memory_format=read_in), layout)
     script: Script = copies
     if result[0] is not None:
         of_weight = _copied("weight", weight, layout)

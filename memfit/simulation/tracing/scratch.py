@@ -278,6 +278,11 @@ def _pool_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Sc
     return (*script, *contiguous_copy("contiguous indices", indices, layout))
 
 
+def _reflection_pad_backward(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Source: `reflection_pad2d_backward_out_template` in cuda/ReflectionPad.cu."""
+    return (OUTPUTS, *contiguous_copy("contiguous gradient", args[0]))
+
+
 def _unfold(_kernels: Release, args: tuple[Any, ...], result: Any) -> Script:
     """Allocate an output as large as the input, and another one if that is too small.
 
@@ -379,6 +384,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "cumprod.default": _cumulate,
     "roll.default": _roll,
     "reflection_pad2d.default": _copies_input,
+    "reflection_pad2d_backward.default": _reflection_pad_backward,
     "_upsample_bicubic2d_aa.default": _copies_input,
     "index_put.default": index_put,
     "index_put_.default": index_put,

@@ -142,6 +142,25 @@ def positions(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     output.backward(torch.empty(1, device=device, dtype=dtype).expand(5000))
 
 
+def blurs(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Pad by reflection and convolve with filters that are not trained, of both layouts."""
+    for is_last in (False, True):
+        images = _leaf(device, 2, 32, 14, 14, dtype=dtype, is_last=is_last)
+        for filters_last in (False, True):
+            layout = _LAST if filters_last else torch.contiguous_format
+            filters = torch.empty(32, 1, 3, 3, device=device, dtype=dtype)
+            filters = filters.expand(32, 32, 3, 3).contiguous(memory_format=layout)
+            for gradient in _gradients_of(images):
+                yield
+                padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+                yield
+                output = F.conv2d(padded, filters)
+                yield
+                output.backward(gradient)
+                yield
+                del padded, output
+
+
 def folds(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Unfold into more and into as much, and fold again."""
     for is_last in (False, True):
@@ -177,4 +196,13 @@ def products_of_one(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     2.0 ** scores.detach()
 
 
-CASES = (one_pixel, gradients_of_norms, pools, activations, positions, folds, products_of_one)
+CASES = (
+    one_pixel,
+    gradients_of_norms,
+    pools,
+    activations,
+    positions,
+    blurs,
+    folds,
+    products_of_one,
+)
