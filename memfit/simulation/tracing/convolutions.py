@@ -149,10 +149,10 @@ def _depthwise_backward(args: tuple[Any, ...], result: tuple[Any, ...]) -> Scrip
     script: Script = of_gradient
     if result[1] is not None:
         of_data = _copied("input", data, layout)
-        script += (*of_data, Make((1,)), _drop(of_data))
+        script += (*of_data, Make((1,)), Drop.all_of(of_data))
     if result[0] is not None:
         script += (Make((0,)),)
-    return (*script, _drop(of_gradient))
+    return (*script, Drop.all_of(of_gradient))
 
 
 def _cudnn_backward(
@@ -175,16 +175,11 @@ def _cudnn_backward(
     if result[0] is not None:
         of_weight = _copied("weight", weight, layout)
         taken = workspace(ConvolutionKernel.DATA, (data, weight, gradient), args[4:10])
-        script += (Make((0,)), *of_weight, *each, taken, _drop((*of_weight, *each, taken)))
+        script += (Make((0,)), *of_weight, *each, taken, Drop.all_of((*of_weight, *each, taken)))
     if result[1] is not None:
         taken = workspace(ConvolutionKernel.FILTER, (data, weight, gradient), args[4:10])
-        script += (*each, Make((1,)), taken, _drop((*each, taken)))
-    return (*script, _drop(copies))
-
-
-def _drop(taken: Sequence[Workspace]) -> Drop:
-    """Give back what was taken, the last one first."""
-    return Drop(tuple(each.name for each in reversed(taken)))
+        script += (*each, Make((1,)), taken, Drop.all_of((*each, taken)))
+    return (*script, Drop.all_of(copies))
 
 
 def backward_outputs(

@@ -185,8 +185,7 @@ def batch_norm_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -
         return (*flat, OUTPUTS)
     sums = _each(("sum of gradients", "sum of gradients x input"), 4 * data.shape[1])
     if not _is_channels_last(gradient):
-        dropped = Drop(tuple(copy.name for copy in flat))
-        return (*flat, *sums, Make((1, 2)), dropped, OUTPUTS)
+        return (*flat, *sums, Make((1, 2)), Drop.all_of(flat), OUTPUTS)
     staging = _staging(data, 2)
     return (*sums, Make((1, 2)), *staging, Drop.of("semaphores", "staging"), OUTPUTS)
 

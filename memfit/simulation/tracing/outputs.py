@@ -43,7 +43,7 @@ def outputs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # The few tensors on the CPU are computed, because a step may read their values.
-    is_counter = isinstance(args[0], torch.Tensor) and not args[0].is_meta if args else True
+    is_counter = bool(args) and isinstance(args[0], torch.Tensor) and not args[0].is_meta
     quick = None if kwargs or is_counter else _quick_of(func)
     result = None if quick is None else quick(*args)
     return func(*args, **kwargs) if result is None else result
@@ -78,7 +78,7 @@ def _arithmetic(first: Any, *rest: Any) -> torch.Tensor | None:
 
 
 def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
-    """Handle tensors of one type, which a kernel reads in this order."""
+    """Handle tensors of one type, which a kernel reads in this order, whatever numbers it reads."""
     if not (type(first) is torch.Tensor and first.is_floating_point()):
         return None
     tensors = [first, *(other for other in rest if isinstance(other, torch.Tensor))]
@@ -92,11 +92,6 @@ def _elementwise(first: Any, *rest: Any) -> torch.Tensor | None:
 def _from_input(gradient: torch.Tensor, data: torch.Tensor, *_: Any) -> torch.Tensor | None:
     """Handle the gradient of an activation whose kernel reads the input first."""
     return _elementwise(data, gradient)
-
-
-def _of_activation(*args: Any) -> torch.Tensor | None:
-    """Handle the gradient of an activation, whatever numbers there are besides."""
-    return _elementwise(*(arg for arg in args if isinstance(arg, torch.Tensor)))
 
 
 def _unary(data: torch.Tensor, *_: Any) -> torch.Tensor | None:
@@ -295,12 +290,12 @@ _QUICK: Final[dict[str, Callable[..., Any]]] = {
     "pow.Tensor_Scalar": _unary,
     "maximum.default": _elementwise,
     "minimum.default": _elementwise,
-    "hardtanh_backward.default": _of_activation,
-    "elu_backward.default": _of_activation,
-    "hardsigmoid_backward.default": _of_activation,
-    "hardswish_backward.default": _of_activation,
+    "hardtanh_backward.default": _elementwise,
+    "elu_backward.default": _elementwise,
+    "hardsigmoid_backward.default": _elementwise,
+    "hardswish_backward.default": _elementwise,
     "leaky_relu_backward.default": _from_input,
-    "softplus_backward.default": _of_activation,
+    "softplus_backward.default": _elementwise,
     "neg.default": _unary,
     "exp.default": _unary,
     "_softmax_backward_data.default": _softmax_backward,

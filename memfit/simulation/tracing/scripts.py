@@ -8,6 +8,7 @@ writes it down.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -88,6 +89,11 @@ class Drop:
     def of(cls, *names: str) -> Drop:
         """Return a drop of workspaces, in this order."""
         return cls(names)
+
+    @classmethod
+    def all_of(cls, taken: Sequence[Workspace]) -> Drop:
+        """Return a drop of what was taken, the last one first."""
+        return cls(tuple(each.name for each in reversed(taken)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

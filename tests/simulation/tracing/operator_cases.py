@@ -16,6 +16,7 @@ from typing import Any
 
 import layout_cases
 import torch
+from layout_cases import backward, leaf
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -33,18 +34,6 @@ _POOLS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda images: F.interpolate(images, scale_factor=2.0, mode="bilinear"),
     lambda images: F.pad(images, (1, 1, 1, 1), mode="reflect"),
 )
-
-
-def leaf(device: torch.device, *shape: int, **options: Any) -> torch.Tensor:
-    """Return a tensor without values that requires a gradient."""
-    layout = options.pop("layout", torch.contiguous_format)
-    tensor = torch.empty(*shape, device=device, **options)
-    return tensor.to(memory_format=layout).requires_grad_()
-
-
-def backward(output: torch.Tensor) -> None:
-    """Run backward from any gradient."""
-    output.backward(torch.empty_like(output))
 
 
 _REDUCED: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (

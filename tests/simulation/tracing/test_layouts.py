@@ -59,25 +59,27 @@ OF_ONE = {
     "a power": (aten.pow.Tensor_Scalar, (2.0,)),
 }
 OF_TWO: dict[str, tuple[Any, Callable[[Any, Any], tuple[Any, ...]]]] = {
-    "add": (aten.add.Tensor, lambda one, other: (one, other)),
-    "sub": (aten.sub.Tensor, lambda one, other: (one, other)),
-    "mul": (aten.mul.Tensor, lambda one, other: (one, other)),
-    "div": (aten.div.Tensor, lambda one, other: (one, other)),
-    "maximum": (aten.maximum.default, lambda one, other: (one, other)),
-    "minimum": (aten.minimum.default, lambda one, other: (one, other)),
-    "gelu": (aten.gelu_backward.default, lambda gradient, data: (gradient, data)),
-    "silu": (aten.silu_backward.default, lambda gradient, data: (gradient, data)),
-    "mish": (aten.mish_backward.default, lambda gradient, data: (gradient, data)),
-    "sigmoid": (aten.sigmoid_backward.default, lambda gradient, data: (gradient, data)),
-    "tanh": (aten.tanh_backward.default, lambda gradient, data: (gradient, data)),
-    "hardswish": (aten.hardswish_backward.default, lambda gradient, data: (gradient, data)),
-    "hardsigmoid": (aten.hardsigmoid_backward.default, lambda gradient, data: (gradient, data)),
-    "hardtanh": (aten.hardtanh_backward.default, lambda grad, data: (grad, data, -1.0, 1.0)),
-    "threshold": (aten.threshold_backward.default, lambda grad, data: (grad, data, 0)),
-    "leaky_relu": (aten.leaky_relu_backward.default, lambda grad, data: (grad, data, 0.1, False)),
-    "softplus": (aten.softplus_backward.default, lambda grad, data: (grad, data, 1.0, 20.0)),
-    "elu": (aten.elu_backward.default, lambda grad, data: (grad, 1.0, 1.0, 1.0, False, data)),
-}
+    name: (func, lambda one, other, numbers=numbers: (one, other, *numbers))
+    for name, func, *numbers in (
+        ("add", aten.add.Tensor),
+        ("sub", aten.sub.Tensor),
+        ("mul", aten.mul.Tensor),
+        ("div", aten.div.Tensor),
+        ("maximum", aten.maximum.default),
+        ("minimum", aten.minimum.default),
+        ("gelu", aten.gelu_backward.default),
+        ("silu", aten.silu_backward.default),
+        ("mish", aten.mish_backward.default),
+        ("sigmoid", aten.sigmoid_backward.default),
+        ("tanh", aten.tanh_backward.default),
+        ("hardswish", aten.hardswish_backward.default),
+        ("hardsigmoid", aten.hardsigmoid_backward.default),
+        ("hardtanh", aten.hardtanh_backward.default, -1.0, 1.0),
+        ("threshold", aten.threshold_backward.default, 0),
+        ("leaky_relu", aten.leaky_relu_backward.default, 0.1, False),
+        ("softplus", aten.softplus_backward.default, 1.0, 20.0),
+    )
+} | {"elu": (aten.elu_backward.default, lambda grad, data: (grad, 1.0, 1.0, 1.0, False, data))}
 
 
 def made_on(device: str, dtype: torch.dtype) -> torch.Tensor:
