@@ -29,6 +29,7 @@ from typing import Any
 
 BATCH_SIZES = (2, 8)
 PRECISIONS = ("fp32", "amp-bf16", "amp-fp16")
+PURE_PRECISIONS = ("bf16",)
 LAYOUTS = ("contiguous", "channels-last")
 OPTIMIZERS = ("adamw", "momentum")
 _WITHOUT_CLASSES = ("eva02_tiny_patch14_224",)
@@ -91,19 +92,25 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="timm's names")
     parser.add_argument("--families", action="store_true", help="a small model of each family")
     parser.add_argument("--gpu", default="RTX 3090")
-    parser.add_argument("--precisions", nargs="*", default=["amp-bf16"], choices=PRECISIONS)
-    parser.add_argument("--layouts", nargs="*", default=["contiguous"], choices=LAYOUTS)
-    parser.add_argument("--optimizers", nargs="*", default=["adamw"])
-    parser.add_argument("--batch-sizes", nargs="*", type=int, default=[8])
+    known = (*PRECISIONS, *PURE_PRECISIONS)
+    parser.add_argument("--precisions", nargs="*", metavar="PRECISION", choices=known)
+    parser.add_argument("--layouts", nargs="*", metavar="LAYOUT", choices=LAYOUTS)
+    parser.add_argument("--optimizers", nargs="*", metavar="OPTIMIZER")
+    parser.add_argument("--batch-sizes", nargs="*", type=int, metavar="SAMPLES")
     parser.add_argument(
-        "--sample", type=int, metavar="N", help="so many steps, drawn from all settings"
+        "--sample", type=int, metavar="N", help="so many steps, drawn from all those named"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only the totals, without operators")
     arguments = parser.parse_args()
-    if arguments.sample is not None:
-        arguments.precisions, arguments.layouts = PRECISIONS, LAYOUTS
-        arguments.optimizers, arguments.batch_sizes = OPTIMIZERS, BATCH_SIZES
+    for name, of_sample, alone in (
+        ("precisions", PRECISIONS, ("amp-bf16",)),
+        ("layouts", LAYOUTS, ("contiguous",)),
+        ("optimizers", OPTIMIZERS, ("adamw",)),
+        ("batch_sizes", BATCH_SIZES, (8,)),
+    ):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, alone if arguments.sample is None else of_sample)
     return arguments
 
 

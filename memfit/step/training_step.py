@@ -317,11 +317,12 @@ def _made(factory: OptimizerFactory, model: nn.Module) -> Optimizer:
 def _convert(model: nn.Module, name: str, options: StepOptions, device: torch.device) -> None:
     if options.parallel is not None:
         join_ranks(options.world_size, device)
-    if options.parallel is not Parallel.FSDP2:
-        model.to(device)
+    # In one move, so that a model that fits in bf16 only is never there in fp32.
+    model.to(
+        device=None if options.parallel is Parallel.FSDP2 else device,
+        dtype=torch.bfloat16 if options.precision is Precision.BF16 else None,
+    )
     freeze(model, options.frozen, name=name)
-    if options.precision is Precision.BF16:
-        model.to(torch.bfloat16)
     if options.channels_last:
         model.to(memory_format=torch.channels_last)
     if options.grad_checkpointing:

@@ -48,16 +48,17 @@ class UnfilledWeights(TorchFunctionMode):
         elif func in _CONSTANTS and args and args[0].is_meta:
             return args[0]
         elif func is torch.Tensor.to and _is_moved_weight(*args, **keywords):
-            return torch.empty_like(args[0], device=args[1])
+            return torch.empty_like(args[0], device=args[1], dtype=args[2] if args[2:] else None)
         return func(*args, **keywords)
 
 
 def _is_moved_weight(
     weight: torch.Tensor, device: Any = None, dtype: Any = None, *_: Any, **named: Any
 ) -> bool:
-    """Whether `Module.to` moves a large weight from the CPU to a device, and changes nothing else.
+    """Whether `Module.to` moves a large weight from the CPU to a device, and keeps its layout.
 
-    The copy would have to read and write all of it. The allocation is the same without.
+    The copy would have to read and write all of it. The allocation is the same without: torch
+    converts to another type before it copies.
     """
     return (
         isinstance(weight, nn.Parameter)
@@ -67,6 +68,6 @@ def _is_moved_weight(
         and weight.numel() >= _LARGE
         and isinstance(device, torch.device)
         and device.type != "cpu"
-        and dtype is None
+        and (dtype is None or isinstance(dtype, torch.dtype))
         and not named
     )

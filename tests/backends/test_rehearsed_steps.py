@@ -16,7 +16,7 @@ from memfit.api.cards import Cards
 from memfit.api.steps import describe
 from memfit.backends import with_precision
 from memfit.backends.simulated import SimulatedBackend
-from memfit.records import Engine
+from memfit.records import Engine, Outcome
 from memfit.simulation.cudnn.plans import missing_cudnn
 from memfit.step.training_step import TrainingStep
 from memfit.step.workload import Workload
@@ -41,6 +41,8 @@ _STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("resnet18", {"precision": "amp-fp16", "evaluate": True}),
     # A trial begins without what was left in the cache by the move to channels-last.
     ("xception41p", {"precision": "fp32", "channels_last": True, "optimizer": "momentum"}),
+    # Its weights are moved and converted in one go.
+    ("rexnet_100", {"precision": "bf16", "channels_last": True, "optimizer": "momentum"}),
     # It unfolds and folds, and its gradients have other layouts than what kernels read.
     ("volo_d1_224", {"precision": "fp32", "optimizer": "adamw", "image_size": 224}),
     # Its tables of biases are made in the first forward pass.
@@ -80,6 +82,18 @@ def test_steps_take_the_same_bytes() -> None:
             assert guessed.peak_reserved_bytes == pytest.approx(
                 real.peak_reserved_bytes, rel=1e-3 if IS_PINNED else 0.03
             ), model
+
+
+def test_a_model_that_fits_in_bf16_only_fits() -> None:
+    """It is never on the card in fp32: 350 MB of weights on a card that has room for 300."""
+    step = describe("vit_base_patch32_224", precision="bf16", evaluate=True)
+    with Cards(Engine.REHEARSE) as rehearsed:
+        with rehearsed.open("rtx3090", 2**30, step) as card:
+            room = card.capacity().usable_bytes
+        memory_bytes = 2**30 - room + 300 * 10**6
+        with rehearsed.open("rtx3090", memory_bytes, step) as card:
+            trial = card.trial(with_precision(step, card), 1)
+    assert trial.outcome is Outcome.FITS
 
 
 def test_plans_are_tried_for_all_of_cudnns_convolutions() -> None:

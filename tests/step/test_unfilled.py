@@ -44,7 +44,10 @@ def test_meta_tensors_are_returned_unfilled_and_others_are_filled() -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights(
+    dtype: torch.dtype | None,
+) -> None:
     """It takes the same bytes there, and what may be more than weights has its values."""
     linear, norm = nn.Linear(512, 512), nn.BatchNorm1d(512)
     model = nn.Sequential(linear, norm)
@@ -53,9 +56,10 @@ def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> Non
             parameter.fill_(3)
     before = torch.cuda.memory_allocated()
     with UnfilledWeights():
-        model.to("cuda")
+        model.to(device="cuda", dtype=dtype)
     taken = torch.cuda.memory_allocated() - before
     assert {value.device.type for value in model.state_dict().values()} == {"cuda"}
+    assert linear.weight.dtype == (dtype or torch.float32)
     assert linear.weight.is_leaf
     assert linear.weight.requires_grad
     assert linear.bias.cpu().eq(3).all()
@@ -63,5 +67,5 @@ def test_a_model_is_moved_to_a_card_without_a_copy_of_its_large_weights() -> Non
     assert norm.running_var.cpu().eq(1).all()
     copied = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512))
     before = torch.cuda.memory_allocated()
-    copied.to("cuda")
+    copied.to(device="cuda", dtype=dtype)
     assert torch.cuda.memory_allocated() - before == taken
