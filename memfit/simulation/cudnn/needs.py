@@ -14,7 +14,29 @@ from memfit.simulation.cudnn.answers import Workspaces, workspaces_of
 from memfit.simulation.cudnn.questions import Convolution
 from memfit.simulation.needs import Need
 
-__all__ = ["WorkspaceRule", "asks_cudnn", "workspace_need"]
+__all__ = ["WorkspaceRule", "asks_cudnn", "bound_need", "workspace_need"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BoundRule:
+    """A multiple of a convolution's tensors, whatever cuDNN is installed.
+
+    Args:
+        convolution: The convolution. Its shapes are empty, because they grow with the batch size.
+        bytes_per_element: The bytes for each element of the three tensors.
+    """
+
+    convolution: Convolution
+    bytes_per_element: int
+
+    def __call__(self, _gpu: Gpu, *sizes: int) -> int:
+        """Return the bytes; `sizes` as for `WorkspaceRule`."""
+        return self.bytes_per_element * sum(map(math.prod, _shapes(sizes)))
+
+    @staticmethod
+    def others(_gpu: Gpu, *_sizes: int) -> Iterator[int]:
+        """Yield what is asked for if that finds no room: there is a plan without a workspace."""
+        yield 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +130,35 @@ def workspace_need(
         bound_bytes_per_element: See `WorkspaceRule`.
         is_quick: See `WorkspaceRule`.
     """
-    shapes = (convolution.input_shape, convolution.weight_shape, convolution.output_shape)
-    unsized = dataclasses.replace(convolution, input_shape=(), weight_shape=(), output_shape=())
     rule = WorkspaceRule(
-        convolution=unsized, bound_bytes_per_element=bound_bytes_per_element, is_quick=is_quick
+        convolution=_unsized(convolution),
+        bound_bytes_per_element=bound_bytes_per_element,
+        is_quick=is_quick,
     )
     # Without cuDNN's answers, a workspace is a multiple of tensors.
     return Need(
         rule=rule,
-        numbers=sum(shapes, ()),
+        numbers=_sizes_of(convolution),
         is_slow=not is_quick,
         is_even=is_quick,
         others=rule.others,
     )
+
+
+def bound_need(convolution: Convolution, *, bytes_per_element: int) -> Need:
+    """Return the need of a convolution of another cuDNN than the installed one: the bound.
+
+    Args:
+        convolution: The convolution at the batch size of the recording.
+        bytes_per_element: See `BoundRule`.
+    """
+    rule = BoundRule(convolution=_unsized(convolution), bytes_per_element=bytes_per_element)
+    return Need(rule=rule, numbers=_sizes_of(convolution), is_even=True, others=rule.others)
+
+
+def _unsized(convolution: Convolution) -> Convolution:
+    return dataclasses.replace(convolution, input_shape=(), weight_shape=(), output_shape=())
+
+
+def _sizes_of(convolution: Convolution) -> tuple[int, ...]:
+    return (*convolution.input_shape, *convolution.weight_shape, *convolution.output_shape)

@@ -87,11 +87,6 @@ class ConvolutionCall:
             and math.prod(self.weight.shape[2:]) > 1
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of the three tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.data, self.weight, self.output))
-
     def question(self) -> Convolution | None:
         """Return what to ask cuDNN; `None` if torch uses kernels of its own."""
         if self.data.dtype not in _DTYPES or self.data.ndim not in {_NDIM_1D, _NDIM_2D, _NDIM_3D}:

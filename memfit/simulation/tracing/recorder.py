@@ -335,8 +335,7 @@ class Recorder:
             return None
         number = self._take_id()
         if workspace.need is None:
-            action = Action.ALLOC if workspace.is_needed else Action.TRY_ALLOC
-            self._write(action, number, workspace.num_bytes, workspace.name)
+            self._write(Action.ALLOC, number, workspace.num_bytes, workspace.name)
         else:
             # For a plan's workspace, torch asks the allocator as for any tensor, and takes the next
             # plan if it runs out of memory (Conv_v8.cpp).

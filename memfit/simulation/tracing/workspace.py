@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 
 from memfit._torch_private import aten_if_there
-from memfit.simulation.cudnn.needs import workspace_need
+from memfit.simulation.cudnn.needs import bound_need, workspace_need
 from memfit.simulation.cudnn.questions import ConvolutionKernel
+from memfit.simulation.needs import Need
 from memfit.simulation.tracing.attention_scratch import (
     RANDOM_STATE_ON_GPU,
     cudnn_outputs,
@@ -148,31 +149,37 @@ class Kernels:
         half, tf32 = self._tensor_cores
         transposes = call.transposes(half=half, tf32=tf32)
         is_tf32 = call.transposes(half=half, tf32=True) != call.transposes(half=half, tf32=False)
-        question = call.question() if self.asks_cudnn else None
-        need = tried = None
-        if self.is_quick and question is not None and not transposes:
-            # What is not asked of cuDNN grows evenly, so what is nothing here is nothing at all.
-            # Without a need for it, replays have half as much to look up.
-            product_bytes = question.product_bytes(question.input_shape, question.weight_shape)
-            question = question if product_bytes else None
-        if question is not None:
-            element_bytes = call.data.element_size() if transposes else 0
-            need = workspace_need(
-                question, bound_bytes_per_element=element_bytes, is_quick=self.is_quick
-            )
-            if not self.is_quick:
-                tried = workspace_need(
-                    dataclasses.replace(question, tries_plans=True), bound_bytes_per_element=0
-                )
+        need, tried = self._needs(call, transposes=transposes)
         return Workspace(
             name="convolution",
-            num_bytes=call.num_bytes if transposes else 0,
             is_needed=False,
             plan=call.plan_key,
             need=need,
             tried=tried,
             is_tf32=is_tf32,
         )
+
+    def _needs(self, call: ConvolutionCall, *, transposes: bool) -> tuple[Need | None, Need | None]:
+        """Return what a convolution asks for, and what the trial of its plans asks for."""
+        question = call.question()
+        if question is None:
+            return None, None
+        element_bytes = call.data.element_size() if transposes else 0
+        if not self.asks_cudnn:
+            bound = bound_need(question, bytes_per_element=element_bytes) if transposes else None
+            return bound, None
+        shapes = question.input_shape, question.weight_shape
+        if self.is_quick and not transposes and not question.product_bytes(*shapes):
+            # What is not asked of cuDNN grows evenly, so what is nothing here is nothing at all.
+            # Without a need for it, replays have half as much to look up.
+            return None, None
+        need = workspace_need(
+            question, bound_bytes_per_element=element_bytes, is_quick=self.is_quick
+        )
+        if self.is_quick:
+            return need, None
+        tried = dataclasses.replace(question, tries_plans=True)
+        return need, workspace_need(tried, bound_bytes_per_element=0)
 
 
 @once_per_operation

@@ -246,7 +246,7 @@ def test_convolutions_take_workspaces_by_layout() -> None:
         kernels = Kernels(compute_capability=(8, 0), asks_cudnn=False)
         bounded = dataclasses.replace(options(), kernels=kernels)
         events = trace(step, bounded).schedule.later.at(8)
-        return sum(event.num_bytes for event in events if event.action is Action.TRY_ALLOC)
+        return sum(event.num_bytes for event in events if event.action is Action.ALLOC_IF_ROOM)
 
     assert workspaces(channels_last=True) == 0
     assert workspaces(channels_last=False) > 0
