@@ -8,6 +8,9 @@ FOLDER has `timm-train-rtx3090.csv` (which rung of a ladder of batch sizes fitte
 allocator). A table that is not there is left out. docs/accuracy.md says where they come from
 and how to read the output. Nothing is downloaded. With --rows, a line of JSON is written for each
 row as soon as it is known. A run that was interrupted then goes on where it stopped.
+
+The ladder's models are those of timm 0.6.7. With that timm first in PYTHONPATH, the ladder is all
+that is compared, because memfit needs a newer one for the other tables.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from accuracy_report import LADDER, report_allocator_peaks, report_ladder, repor
 MIB = 2**20
 
 # torch 1.12 on the driver of the time. CUDA 11 before 11.7 loads every kernel when the context is
-# made: 1687 MiB were measured on this card with CUDA 11.1 (pytorch/pytorch#55277).
+# made: 1687 MiB were measured on this card with CUDA 11.1 (pytorch/pytorch#55277), less the segment
+# of 2 MiB of the tensor that made it.
 RTX_3090_TOTAL_MIB = 24268
-RTX_3090_CONTEXT_MIB = 1687
-# Less a tensor of 156 MiB, 1488 MiB were measured with CUDA 11.0 (pytorch/pytorch#49877). CUDA 11.3
-# was not measured on it: the ladder is answered with both.
-RTX_3090_SMALLER_CONTEXT_MIB = 1488
+RTX_3090_CONTEXT_MIB = 1687 - 2
+# 1644 MiB were measured with CUDA 11.0 (pytorch/pytorch#49877), less the segment of a tensor of
+# 156.25 MiB. CUDA 11.3 was not measured on it: the ladder is answered with both.
+RTX_3090_SMALLER_CONTEXT_MIB = 1644 - 158
 # Before torch 1.13, cuBLAS allocated the workspaces of its handles itself (pytorch/pytorch#83461):
 # 4 MiB each on Ampere, by its documentation. Forward has a handle, and backward has one.
 RTX_3090_BLAS_BYTES = 2 * 4 * MIB
@@ -78,15 +82,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     start = time.perf_counter()
-    tasks = _sampled(
-        [
-            *_ladder_tasks(arguments.data),
-            *_peak_tasks(arguments.data),
-            *_pepr_tasks(arguments.data),
-        ],
-        arguments.sample,
-        arguments.seed,
-    )
+    tasks = _sampled(_tasks(arguments.data), arguments.sample, arguments.seed)
     tasks = [dataclasses.replace(task, asks_cudnn=arguments.ask_cudnn) for task in tasks]
     rows = _rows(tasks, arguments.rows, arguments.jobs)
     reports = {
@@ -123,6 +119,16 @@ def _rows(tasks: list[Task], kept: Path | None, jobs: int) -> list[dict[str, Any
 
 def _key(kind: str, row: dict[str, Any]) -> tuple[str, str, str]:
     return kind, row["model"], row.get("memory_format", "")
+
+
+def _tasks(folder: Path) -> list[Task]:
+    """Return what the installed timm can be compared with."""
+    import timm
+
+    ladder = _ladder_tasks(folder)
+    if timm.__version__.startswith("0."):
+        return ladder
+    return [*ladder, *_peak_tasks(folder), *_pepr_tasks(folder)]
 
 
 def _ladder_tasks(folder: Path) -> list[Task]:
@@ -186,60 +192,83 @@ def _run(task: Task) -> list[dict[str, Any]]:
         return [{"kind": task.kind, **row, "error": reason} for row in task.rows]
 
 
-def _trace(task: Task) -> Any:
+def _step_trace(task: Task) -> Any:
     import timm
     import torch
-    from accuracy_loops import OldPrecision, OldStep, attention_written_out, with_batch_of_bytes
+    from accuracy_loops import with_batch_of_bytes
 
     import memfit.api  # noqa: F401 - cuDNN finds a driver, as in every command
     from memfit.backends.traces import trace
     from memfit.records import Precision, StepOptions
-    from memfit.simulation.tracing.trace import TraceOptions
-    from memfit.simulation.tracing.workspace import Kernels
     from memfit.step.training_step import TrainingStep
 
-    torch.set_num_threads(1)
     config = timm.models.get_pretrained_cfg(task.model)
-    is_ladder, is_pepr = task.kind == "ladder", task.kind == "pepr"
-    capability = (8, 0) if task.kind == "peak" else (8, 6)
+    is_pepr = task.kind == "pepr"
     size = task.image_size
     has_no_classes = config is not None and config.num_classes == 0
     # `cudnn.benchmark` is off by default. PePR turned `cudnn.deterministic` on.
     torch.backends.cudnn.deterministic = is_pepr
-    step = (OldStep if is_ladder else TrainingStep)(
+    step = TrainingStep(
         subject=task.model,
         options=StepOptions(
-            precision=Precision.AMP_FP16 if is_ladder else Precision.FP32,
+            precision=Precision.FP32,
             optimizer="adam" if is_pepr else "sgd",
-            channels_last=task.memory_format == "nhwc",
             image_size=None if size is None else (size, size),
             num_classes=PEPR_NUM_CLASSES if is_pepr else NUM_CLASSES if has_no_classes else None,
             keeps_outputs=is_pepr,
             # timm's PrefetchLoader: one batch in the loop's variable, and one in the generator's.
-            prefetch=2 if task.kind == "peak" else 0,
+            prefetch=0 if is_pepr else 2,
         ),
     )
+    made = trace(step, _options(task, (8, 6) if is_pepr else (8, 0)))
+    # One batch more is on its way in bytes.
+    return made if is_pepr else with_batch_of_bytes(made, step)
+
+
+def _ladder_schedule(task: Task) -> Any:
+    from accuracy_loops import OldPrecision, OldStep, attention_written_out
+    from ladders import made_once
+
+    import memfit.api  # noqa: F401 - cuDNN finds a driver, as in every command
+    from memfit.backends.traces import trace
+    from memfit.records import Precision, StepOptions
+
+    assert task.image_size is not None
+    step = OldStep(
+        subject=task.model,
+        options=StepOptions(
+            precision=Precision.AMP_FP16,
+            optimizer="sgd",
+            channels_last=task.memory_format == "nhwc",
+            image_size=(task.image_size, task.image_size),
+        ),
+    )
+    with attention_written_out():
+        made = trace(step, _options(task, (8, 6)), precision_policy=OldPrecision())
+    return made_once(made.schedule, is_last=step.options.channels_last)
+
+
+def _options(task: Task, capability: tuple[int, int]) -> Any:
+    import torch
+
+    from memfit.simulation.tracing.trace import TraceOptions
+    from memfit.simulation.tracing.workspace import Kernels
+
+    torch.set_num_threads(1)
     # Torch of those days kept the BLAS workspaces that `_replay` allocates.
     kernels = Kernels(
         compute_capability=capability, torch_release=(2, 0), asks_cudnn=task.asks_cudnn
     )
-    # One tensor at a time in SGD, as in torch 1.12.
-    options = TraceOptions(
+    return TraceOptions(
         compute_capability=capability,
         kernels=kernels,
-        uses_foreach=not is_ladder,
-        cudnn_benchmark=not is_pepr,
+        # One tensor at a time in SGD, as in torch 1.12.
+        uses_foreach=task.kind != "ladder",
+        cudnn_benchmark=task.kind != "pepr",
     )
-    if is_ladder:
-        with attention_written_out():
-            return trace(step, options, precision_policy=OldPrecision(step.options.precision))
-    if is_pepr:
-        return trace(step, options)
-    # One batch more is on its way in bytes.
-    return with_batch_of_bytes(trace(step, options), step)
 
 
-def _replay(trace: Any, batch_size: int, *, blas_bytes: int) -> Any:
+def _replay(schedule: Any, batch_size: int, *, blas_bytes: int) -> Any:
     from memfit.simulation.allocator.blocks import BlockOrder
     from memfit.simulation.allocator.compiled import new_allocator
     from memfit.simulation.allocator.settings import AllocatorSettings
@@ -249,24 +278,29 @@ def _replay(trace: Any, batch_size: int, *, blas_bytes: int) -> Any:
     )
     for handle in (-1_000_001, -1_000_002):
         allocator.allocate(handle, blas_bytes)
-    for _ in trace.schedule.play(allocator, batch_size):
+    for _ in schedule.play(allocator, batch_size):
         pass
     return allocator.stats
 
 
 def _ladder_rows(task: Task) -> list[dict[str, Any]]:
-    from ladders import simulated_rung
+    from ladders import Images, simulated_rung
 
     (row,) = task.rows
-    trace = _trace(task)
+    schedule = _ladder_schedule(task)
+    assert task.image_size is not None
+    images = Images(size=task.image_size, is_last=task.memory_format == "nhwc")
     capacity, larger = (
         (RTX_3090_TOTAL_MIB - context) * MIB - RTX_3090_BLAS_BYTES
         for context in (RTX_3090_CONTEXT_MIB, RTX_3090_SMALLER_CONTEXT_MIB)
     )
 
+    def rung(capacity_bytes: int) -> int:
+        return simulated_rung(schedule, LADDER, capacity_bytes=capacity_bytes, images=images)
+
     def share(batch_size: str) -> float:
         """Return the bytes of tensors at their peak, as a share of the capacity."""
-        stats = _replay(trace, int(batch_size), blas_bytes=0)
+        stats = _replay(schedule, int(batch_size), blas_bytes=0)
         return stats.peak_allocated_bytes / capacity
 
     failed = row["batch_size_that_failed"]
@@ -274,10 +308,8 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
         {
             "kind": "ladder",
             **row,
-            "predicted": simulated_rung(trace.schedule, LADDER, capacity_bytes=capacity),
-            "predicted_with_smaller_context": simulated_rung(
-                trace.schedule, LADDER, capacity_bytes=larger
-            ),
+            "predicted": rung(capacity),
+            "predicted_with_smaller_context": rung(larger),
             "fitted_share": share(row["batch_size_that_fit"]),
             "failed_share": share(failed) if failed else None,
         }
@@ -285,10 +317,10 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
 
 
 def _peak_rows(task: Task) -> list[dict[str, Any]]:
-    trace = _trace(task)
+    schedule = _step_trace(task).schedule
     rows = []
     for row in task.rows:
-        stats = _replay(trace, int(row["batch_size"]), blas_bytes=A100_BLAS_BYTES)
+        stats = _replay(schedule, int(row["batch_size"]), blas_bytes=A100_BLAS_BYTES)
         rows.append(
             {"kind": "peak", **row, "reserved_mib": round(stats.peak_reserved_bytes / MIB, 1)}
         )
@@ -297,7 +329,7 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
 
 def _pepr_rows(task: Task) -> list[dict[str, Any]]:
     (row,) = task.rows
-    stats = _replay(_trace(task), PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES)
+    stats = _replay(_step_trace(task).schedule, PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES)
     found = {
         "simulated_allocated_bytes": stats.peak_allocated_bytes,
         "simulated_reserved_bytes": stats.peak_reserved_bytes,

@@ -1,6 +1,6 @@
 """What the loops of the published runs did, and today's loops do not.
 
-The ladder comes from timm's benchmark.py with torch 1.12, the peaks from timm's train.py.
+The ladder comes from timm's benchmark.py (0.6.7) with torch 1.12, the peaks from timm's train.py.
 """
 
 from __future__ import annotations
@@ -12,36 +12,72 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from ladders import CHANNELS
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from memfit.records import Action, Event, Precision
 from memfit.simulation.tracing.autocast import CudaAutocast
 from memfit.simulation.tracing.semantics import MetaPrecision
 from memfit.simulation.tracing.trace import StepTrace
-from memfit.step.timm_models import make_optimizer
+from memfit.step.batches import Layout
 from memfit.step.training_step import StepParts, TrainingStep
+from memfit.step.unfilled import UnfilledWeights
 
 __all__ = ["OldPrecision", "OldStep", "attention_written_out", "with_batch_of_bytes"]
+
+# The heads of old models: today some of their names have no classes in their configuration.
+_NUM_CLASSES = 1000
 
 # No allocation of a trace has this id; those of prefetched batches count down from -1.
 _FIRST_ID = -1000
 
 
 class OldStep(TrainingStep):
-    """A step of a timm model whose optimizer fills gradients with zeros (torch before 2.0)."""
+    """A step of timm's training benchmark, with the installed timm, which may be of that time.
+
+    The optimizer is SGD with Nesterov momentum and without weight decay. It fills gradients with
+    zeros (torch before 2.0). The classes are made after the forward pass.
+
+    Source: `TrainBenchmarkRunner` in timm's benchmark.py (0.6.7).
+    """
+
+    def __post_init__(self) -> None:
+        """Check nothing: an old timm has other names, and does not say which optimizers it has."""
 
     def parts(self, device: torch.device) -> StepParts:
-        """Build the parts, with such an optimizer."""
-        parts = super().parts(device)
-        assert isinstance(parts.optimizer, str)
-        name = parts.optimizer
+        """Build the parts. The model is on the device."""
+        import timm
+        from timm.optim import create_optimizer_v2
 
-        def made(_parameters: Any) -> torch.optim.Optimizer:
-            optimizer = make_optimizer(parts.model, name)
-            optimizer.zero_grad = _filling(optimizer.zero_grad)  # type: ignore[method-assign]
-            return optimizer
+        with UnfilledWeights():
+            model = timm.create_model(self.subject, pretrained=False)
+            if not model.num_classes:
+                model.reset_classifier(_NUM_CLASSES)
+        model.train()
 
-        return dataclasses.replace(parts, optimizer=made)
+        def images_of(batch_size: int) -> torch.Tensor:
+            assert self.options.image_size is not None
+            return torch.randn(batch_size, CHANNELS, *self.options.image_size, device=device)
+
+        def loss(outputs: Any) -> torch.Tensor:
+            scores = outputs[0] if isinstance(outputs, tuple) else outputs
+            classes = torch.empty(len(scores), dtype=torch.long, device=device)
+            return F.cross_entropy(scores, classes.random_(model.num_classes))
+
+        def optimizer(_parameters: Any) -> torch.optim.Optimizer:
+            made: torch.optim.Optimizer = create_optimizer_v2(model, opt="sgd", lr=1e-4)
+            made.zero_grad = _filling(made.zero_grad)  # type: ignore[method-assign]
+            return made
+
+        return StepParts(
+            model=model,
+            batch_of=images_of,
+            layout_of=lambda size: Layout.of(images_of(size), num_samples=size),
+            place=self.convert(model, device),
+            split=lambda images: (images, ()),
+            loss=loss,
+            optimizer=optimizer,
+        )
 
 
 def _filling(zero_grad: Callable[..., None]) -> Callable[..., None]:
@@ -54,11 +90,11 @@ def _filling(zero_grad: Callable[..., None]) -> Callable[..., None]:
 
 
 class OldPrecision(MetaPrecision):
-    """Mixed precision before torch 2.0."""
+    """Mixed precision before torch 2.0, in half precision and without a GradScaler."""
 
-    def __init__(self, precision: Precision) -> None:
-        super().__init__(precision)
-        self.autocast = _OldAutocast(self.autocast.dtype)
+    def __init__(self) -> None:
+        super().__init__(Precision.AMP_BF16)
+        self.autocast = _OldAutocast(torch.float16)
 
 
 class _OldAutocast(CudaAutocast):

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from ladders import made_once
 from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memfit.backends.traces import TraceCache, Traced, trace, trace_options
 from memfit.cards import Gpu
-from memfit.records import Action, Event
-from memfit.simulation.schedule import Schedule, StepSchedule
 from memfit.simulation.tracing.autocast import CudaAutocast
 from memfit.simulation.tracing.autocast_regions import regions_followed
 from memfit.simulation.tracing.convolutions import is_depthwise
@@ -38,8 +37,6 @@ _LARGE_TO_CUDNN = (2, 8)
 # In NHWC, torch 2.9 keeps large depthwise inputs from cuDNN 9.10 to 9.14 (pytorch/pytorch#163171).
 # Later releases bring cuDNN 9.15, and give them to it (#168364).
 _LARGE_NHWC_REFUSED = (2, 9)
-_MADE_BY = ("aten.randn.default", "aten.randint.default")
-_LAID_OUT_BY = "aten.clone.default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +170,7 @@ class _Convolutions(TorchDispatchMode):
 
 
 class InputsMadeOnce(TraceCache):
-    """Traces in which the batch is there from the start, as in that benchmark.
-
-    A step of memfit's makes a batch for each iteration, as a loader does. Then the blocks of the
-    inputs are cut from others, and other blocks from theirs. It also lays the images out in NHWC in
-    each iteration, where that benchmark has made them so.
-    """
+    """Traces in which the batch is there from the start, as in that benchmark (`made_once`)."""
 
     def find(self, step: TrainingStep, gpu: Gpu) -> Traced:
         """Return a trace that holds for a card, made now if there is none yet."""
@@ -190,44 +182,8 @@ class InputsMadeOnce(TraceCache):
         is_last = step.options.channels_last
         made = dataclasses.replace(
             made,
-            schedule=_made_once(made.schedule, is_last=is_last),
-            as_run=_made_once(made.as_run, is_last=is_last),
+            schedule=made_once(made.schedule, is_last=is_last),
+            as_run=made_once(made.as_run, is_last=is_last),
         )
         self.add(step, options, made)
         return self._traced[-1]
-
-
-def _made_once(schedule: StepSchedule, *, is_last: bool) -> StepSchedule:
-    first, inputs = _without_inputs(schedule.first, is_last=is_last)
-    later, _ = _without_inputs(schedule.later, is_last=is_last)
-    setup = schedule.setup
-    events, growth = list(setup.events), list(setup.growth_bytes)
-    for event, grows_by in inputs:
-        at_setup = event.num_bytes + grows_by * (setup.batch_size - schedule.first.batch_size)
-        events.append(dataclasses.replace(event, num_bytes=int(at_setup)))
-        growth.append(grows_by)
-    longer = dataclasses.replace(setup, events=tuple(events), growth_bytes=tuple(growth))
-    return dataclasses.replace(schedule, setup=longer, first=first, later=later)
-
-
-def _without_inputs(
-    stretch: Schedule, *, is_last: bool
-) -> tuple[Schedule, list[tuple[Event, float]]]:
-    pairs = list(zip(stretch.events, stretch.growth_bytes, strict=True))
-    made = [
-        (event, growth)
-        for event, growth in pairs[: len(_MADE_BY)]
-        if event.action is Action.ALLOC and event.origin in _MADE_BY
-    ]
-    ids = {event.id for event, _ in made}
-    if is_last:
-        laid_out = stretch.events[len(made)]
-        assert laid_out.origin == _LAID_OUT_BY, laid_out
-        ids.add(laid_out.id)
-    kept = [(event, growth) for event, growth in pairs if event.id not in ids]
-    shorter = dataclasses.replace(
-        stretch,
-        events=tuple(event for event, _ in kept),
-        growth_bytes=tuple(growth for _, growth in kept),
-    )
-    return shorter, made

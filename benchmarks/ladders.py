@@ -26,11 +26,13 @@ from memfit.simulation.allocator.settings import AllocatorSettings
 from memfit.simulation.needs import Need
 from memfit.simulation.schedule import BLAS_HANDLE, BLAS_LT_HANDLE, Schedule, StepSchedule
 
-__all__ = ["CHANNELS", "Images", "simulated_rung"]
+__all__ = ["CHANNELS", "Images", "made_once", "simulated_rung"]
 
 CHANNELS = 3
 _FLOAT_BYTES = 4
 _HANDLES = (BLAS_HANDLE, BLAS_LT_HANDLE)
+_MADE_BY = ("aten.randn.default", "aten.randint.default")
+_LAID_OUT_BY = "aten.clone.default"
 # More than the ids of any schedule. Attempts alternate between two ranges of ids.
 _IDS_OF_AN_ATTEMPT = 1 << 52
 _EMPTY_CACHE = Schedule.fixed([Event(action=Action.EMPTY_CACHE, id=0, num_bytes=0)])
@@ -211,3 +213,49 @@ def _freeing(ids: Iterable[int]) -> Schedule:
     return Schedule.fixed(
         [Event(action=Action.FREE_COMPLETED, id=number, num_bytes=0) for number in sorted(ids)]
     )
+
+
+def made_once(schedule: StepSchedule, *, is_last: bool) -> StepSchedule:
+    """Return a step in which the images are there from the start.
+
+    A step of memfit's makes a batch for each iteration, as a loader does. Then the blocks of the
+    inputs are cut from others, and other blocks from theirs. It also lays the images out in NHWC in
+    each iteration, where timm's benchmark has made them so.
+
+    Args:
+        schedule: The step. The setup of the result ends with its images, and classes if it has any.
+        is_last: Whether it lays the images out in NHWC.
+    """
+    first, inputs = _without_inputs(schedule.first, is_last=is_last)
+    later, _ = _without_inputs(schedule.later, is_last=is_last)
+    setup = schedule.setup
+    events, growth = list(setup.events), list(setup.growth_bytes)
+    for event, grows_by in inputs:
+        at_setup = event.num_bytes + grows_by * (setup.batch_size - schedule.first.batch_size)
+        events.append(dataclasses.replace(event, num_bytes=int(at_setup)))
+        growth.append(grows_by)
+    longer = dataclasses.replace(setup, events=tuple(events), growth_bytes=tuple(growth))
+    return dataclasses.replace(schedule, setup=longer, first=first, later=later)
+
+
+def _without_inputs(
+    stretch: Schedule, *, is_last: bool
+) -> tuple[Schedule, list[tuple[Event, float]]]:
+    pairs = list(zip(stretch.events, stretch.growth_bytes, strict=True))
+    made = [
+        (event, growth)
+        for event, growth in pairs[: len(_MADE_BY)]
+        if event.action is Action.ALLOC and event.origin in _MADE_BY
+    ]
+    ids = {event.id for event, _ in made}
+    if is_last:
+        laid_out = stretch.events[len(made)]
+        assert laid_out.origin == _LAID_OUT_BY, laid_out
+        ids.add(laid_out.id)
+    kept = [(event, growth) for event, growth in pairs if event.id not in ids]
+    shorter = dataclasses.replace(
+        stretch,
+        events=tuple(event for event, _ in kept),
+        growth_bytes=tuple(growth for _, growth in kept),
+    )
+    return shorter, made
