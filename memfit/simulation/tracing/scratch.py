@@ -26,6 +26,7 @@ from memfit.simulation.tracing.attention_scratch import (
 )
 from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.indexing_scratch import embedding_backward, index_put
+from memfit.simulation.tracing.interpolation_scratch import INTERPOLATIONS
 from memfit.simulation.tracing.memory_formats import suggested_format
 from memfit.simulation.tracing.norm_scratch import (
     batch_norm,
@@ -385,9 +386,9 @@ _RULES: Final[dict[str, _Rule]] = {
     "roll.default": _roll,
     "reflection_pad2d.default": _copies_input,
     "reflection_pad2d_backward.default": _reflection_pad_backward,
-    "_upsample_bicubic2d_aa.default": _copies_input,
     "index_put.default": index_put,
     "index_put_.default": index_put,
     "_index_put_impl_.default": index_put,
     "embedding_dense_backward.default": embedding_backward,
+    **INTERPOLATIONS,
 }

@@ -29,6 +29,16 @@ _ACTIVATIONS_BACKWARD: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     lambda gradient, data: _aten.threshold_backward(gradient, data, 0.0),
 )
 
+# Each with its gradient, and the arguments after the sizes.
+_RESIZES: tuple[tuple[Any, Any, tuple[bool, ...]], ...] = (
+    (_aten.upsample_nearest2d, _aten.upsample_nearest2d_backward, ()),
+    (_aten._upsample_nearest_exact2d, _aten._upsample_nearest_exact2d_backward, ()),
+    (_aten.upsample_bilinear2d, _aten.upsample_bilinear2d_backward, (False,)),
+    (_aten.upsample_bicubic2d, _aten.upsample_bicubic2d_backward, (False,)),
+    (_aten._upsample_bilinear2d_aa, _aten._upsample_bilinear2d_aa_backward, (False,)),
+    (_aten._upsample_bicubic2d_aa, _aten._upsample_bicubic2d_aa_backward, (False,)),
+)
+
 
 def leaf(device: torch.device, *shape: int, **options: Any) -> torch.Tensor:
     """Return a tensor without values that requires a gradient."""
@@ -182,6 +192,57 @@ def folds(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             del columns, output
 
 
+def interpolations(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Resize images of few and many channels, and parts of them, and give any gradient back.
+
+    The operators are called here, as those of activations are.
+    """
+    for channels, size in ((3, 16), (4, 16), (15, 16), (16, 16), (16, 8)):
+        small = torch.empty(2, channels, 8, 8, device=device, dtype=dtype)
+        large = torch.empty(2, channels, size, size, device=device, dtype=dtype)
+        for resize, resize_backward, options in _RESIZES:
+            for images in _gradients_of(small):
+                yield
+                made = resize(images, (size, size), *options)
+                yield
+                del made
+            for gradient in _gradients_of(large):
+                yield
+                made = resize_backward(gradient, (size, size), small.shape, *options)
+                yield
+                del made
+
+
+def lines(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Resize sequences, a part of them, and transposed ones."""
+    sequences = torch.empty(2, 6, 8, device=device, dtype=dtype)
+    for data in (sequences, sequences[:, :3], sequences.transpose(1, 2)):
+        samples, channels, length = data.shape
+        yield
+        _aten.upsample_nearest1d(data, [16])
+        yield
+        _aten.upsample_linear1d(data, [16], False)
+        yield
+        _aten.upsample_nearest1d_backward(data, [length], [samples, channels, 4])
+        yield
+        _aten.upsample_linear1d_backward(data, [length], [samples, channels, 4], False)
+
+
+def volumes(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Resize volumes of both layouts, and a part of one."""
+    volume = torch.empty(2, 8, 4, 4, 4, device=device, dtype=dtype)
+    for data in (volume, volume.contiguous(memory_format=torch.channels_last_3d), volume[:, :4]):
+        shape, sizes = list(data.shape), [8, 8, 8]
+        yield
+        _aten.upsample_nearest3d(data, sizes)
+        yield
+        _aten.upsample_trilinear3d(data, sizes, False)
+        yield
+        _aten.upsample_nearest3d_backward(data, shape[2:], [*shape[:2], 2, 2, 2])
+        yield
+        _aten.upsample_trilinear3d_backward(data, shape[2:], [*shape[:2], 2, 2, 2], False)
+
+
 def products_of_one(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Outer products, and what comes before and after attention's."""
     column, row = leaf(device, 4, 30, 1, dtype=dtype), leaf(device, 4, 1, 40, dtype=dtype)
@@ -209,5 +270,8 @@ CASES = (
     positions,
     blurs,
     folds,
+    interpolations,
+    lines,
+    volumes,
     products_of_one,
 )
