@@ -100,7 +100,8 @@ def efficient_backward(_kernels: object, args: tuple[Any, ...], _result: Any) ->
 
     In half precision, the kernel computes the sums itself.
     """
-    _, query, key, value, *_ = args
+    gradient, query, key, value, *_ = args
+    copies = _copies_by_rows(gradient=gradient)
     samples, heads, num_queries, head_dim = query.shape
     rows = 4 * samples * heads * num_queries
     is_half = query.dtype in _HALF
@@ -121,11 +122,13 @@ def efficient_backward(_kernels: object, args: tuple[Any, ...], _result: Any) ->
     row_sums = Workspace(name="attention's row sums", num_bytes=rows)
     grouped = _gradients_of_each_head(heads, key, value)
     if is_half:
-        return (OUTPUTS, *grouped, row_sums, buffer, Drop.of(row_sums.name, buffer.name))
+        ends = Drop.of(row_sums.name, buffer.name)
+        return (*copies, OUTPUTS, *grouped, row_sums, buffer, ends)
     value_dim = value.shape[-1]
     product = query.new_empty((samples, num_queries, heads, value_dim))
     unordered = Workspace(name="row sums in another order", num_bytes=rows)
     script: Script = (
+        *copies,
         OUTPUTS,
         *grouped,
         Workspace(name="gradient x output", num_bytes=rows * value_dim),
@@ -239,20 +242,12 @@ def _flash_splits(gpu: Gpu, num_heads: int, num_queries: int, num_keys: int, hea
 
 
 def flash_backward(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
-    """Take a scalar for each row and the query's gradient in fp32, padded to the kernel's tiles.
-
-    A gradient or output that is not contiguous as (samples, rows, heads, head_dim) is copied.
-    """
+    """Take a scalar for each row and the query's gradient in fp32, padded to the kernel's tiles."""
     gradient, query, key, value, output, *_ = args
     samples, heads, num_rows, head_dim = query.shape
     rows = samples * heads * _ceil(num_rows, _FLASH_ROWS)
-    copies = tuple(
-        Workspace.copy_of(tensor, name)
-        for name, tensor in (("copy of the gradient", gradient), ("copy of the output", output))
-        if not tensor.transpose(1, 2).is_contiguous()
-    )
     return (
-        *copies,
+        *_copies_by_rows(gradient=gradient, output=output),
         OUTPUTS,
         Workspace(name="attention's row sums", num_bytes=4 * rows),
         Workspace(
@@ -267,6 +262,15 @@ def _flash_width(kernels: Release, head_dim: int) -> int:
     """Return the head dimension that the kernel computes with."""
     is_older = kernels.torch_release < _WIDER_TILES_SINCE
     return _ceil(head_dim, 32 if head_dim <= (192 if is_older else _WIDE) else 64)
+
+
+def _copies_by_rows(**tensors: torch.Tensor) -> tuple[Workspace, ...]:
+    """Return copies of what is not contiguous as (samples, rows, heads, head_dim)."""
+    return tuple(
+        Workspace.copy_of(tensor, f"copy of the {name}")
+        for name, tensor in tensors.items()
+        if not tensor.transpose(1, 2).is_contiguous()
+    )
 
 
 def _gradients_of_each_head(
@@ -311,8 +315,11 @@ def _cudnn_forward_bytes(
 
 
 def cudnn_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Script:
-    """Take one workspace, after the gradients."""
-    query, key, value = args[1:4]
+    """Take one workspace, after the gradients. What comes in by columns is copied first.
+
+    Source: `run_cudnn_SDP_bprop` in aten/src/ATen/native/cudnn/MHA.cpp.
+    """
+    gradient, query, key, value = args[:4]
     dropout = args[13]
     samples, heads, num_queries, head_dim = query.shape
     numbers = (
@@ -325,7 +332,10 @@ def cudnn_backward(_kernels: object, args: tuple[Any, ...], _result: Any) -> Scr
         int(dropout > 0),
     )
     need = Need(rule=_cudnn_backward_bytes, numbers=numbers)
-    return (OUTPUTS, Workspace(name="attention's workspace", need=need))
+    workspace = Workspace(name="attention's workspace", need=need)
+    is_by_rows = gradient.stride(-1) == 1
+    copies = () if is_by_rows else (Workspace.copy_of(gradient, "copy of the gradient"),)
+    return (OUTPUTS, *copies, workspace, Drop.of(workspace.name))
 
 
 def _cudnn_backward_bytes(  # noqa: PLR0917 - the numbers of a `Need`

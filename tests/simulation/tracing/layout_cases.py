@@ -192,6 +192,22 @@ def folds(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             del columns, output
 
 
+def gradients_of_attention(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Give attention gradients that lie head by head, or column by column as images do."""
+    query, key, value = (leaf(device, 2, 4, 50, 64, dtype=dtype) for _ in range(3))
+    mask = torch.empty(1, 1, 50, 56, device=device, dtype=dtype)[..., :50]
+    whole = torch.empty(2, 4, 50, 64, device=device, dtype=dtype)
+    columns = torch.empty(2, 4, 64, 50, device=device, dtype=dtype).transpose(2, 3)
+    for given in (None, mask):
+        for gradient in (whole, columns):
+            yield
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=given)
+            yield
+            output.backward(gradient)
+            yield
+            del output
+
+
 def interpolations(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Resize images of few and many channels, and parts of them, and give any gradient back.
 
@@ -270,6 +286,7 @@ CASES = (
     positions,
     blurs,
     folds,
+    gradients_of_attention,
     interpolations,
     lines,
     volumes,
