@@ -241,6 +241,7 @@ def _ladder_schedule(task: Task) -> Any:
             optimizer="sgd",
             channels_last=task.memory_format == "nhwc",
             image_size=(task.image_size, task.image_size),
+            num_classes=NUM_CLASSES,
         ),
     )
     with attention_written_out():

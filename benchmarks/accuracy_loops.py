@@ -25,9 +25,6 @@ from memfit.step.unfilled import UnfilledWeights
 
 __all__ = ["OldPrecision", "OldStep", "attention_written_out", "with_batch_of_bytes"]
 
-# The heads of old models: today some of their names have no classes in their configuration.
-_NUM_CLASSES = 1000
-
 # No allocation of a trace has this id; those of prefetched batches count down from -1.
 _FIRST_ID = -1000
 
@@ -36,7 +33,8 @@ class OldStep(TrainingStep):
     """A step of timm's training benchmark, with the installed timm, which may be of that time.
 
     The optimizer is SGD with Nesterov momentum and without weight decay. It fills gradients with
-    zeros (torch before 2.0). The classes are made after the forward pass.
+    zeros (torch before 2.0). The classes are made after the forward pass. The option `num_classes`
+    is for a model that has no classes with this timm.
 
     Source: `TrainBenchmarkRunner` in timm's benchmark.py (0.6.7).
     """
@@ -52,7 +50,7 @@ class OldStep(TrainingStep):
         with UnfilledWeights():
             model = timm.create_model(self.subject, pretrained=False)
             if not model.num_classes:
-                model.reset_classifier(_NUM_CLASSES)
+                model.reset_classifier(self.options.num_classes)
         model.train()
 
         def images_of(batch_size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_strides_of_nhwc", "suggested_format"]
+__all__ = ["has_strides_of_nhwc", "is_dense", "suggested_format"]
 
 
 def has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
@@ -34,3 +34,16 @@ def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     Source: `suggest_memory_format` in aten/src/ATen/core/TensorBase.h.
     """
     return torch.channels_last if has_strides_of_nhwc(tensor) else torch.contiguous_format
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie side by side, in any order of the dimensions.
+
+    Source: `compute_non_overlapping_and_dense` in c10/core/SymbolicShapeMeta.cpp.
+    """
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True

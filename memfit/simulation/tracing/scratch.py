@@ -6,6 +6,7 @@ Each function returns the script of one operation. Its source is the host code o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from memfit.simulation.tracing.attention_scratch import (
 from memfit.simulation.tracing.by_operation import once_per_operation
 from memfit.simulation.tracing.indexing_scratch import embedding_backward, index_put
 from memfit.simulation.tracing.interpolation_scratch import INTERPOLATIONS
-from memfit.simulation.tracing.memory_formats import suggested_format
+from memfit.simulation.tracing.memory_formats import is_dense, suggested_format
 from memfit.simulation.tracing.norm_scratch import (
     batch_norm,
     batch_norm_backward,
@@ -74,6 +75,9 @@ LT_WORKSPACE_BYTES: Final = 1024**2
 _HALF: Final = (torch.float16, torch.bfloat16)
 _WELFORD_BYTES: Final = 16  # mean, sum of squares, and the number of values twice
 _WELFORD_VECTOR: Final = 2
+_PART: Final = 65_536  # elements of a tensor in a list that a block of a kernel takes
+_ORDERS_OF_PARTS: Final = (1, 2, math.inf)
+_PARTS_SIDE_BY_SIDE: Final = (2, 14)
 
 
 _Rule = Callable[[Release, tuple[Any, ...], Any], Script]
@@ -329,6 +333,31 @@ def _roll(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     return (*script, OUTPUTS)
 
 
+def _norms_of_list(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
+    """Sum each tensor in parts. Where kernels differ, each tensor is reduced by itself.
+
+    Source: `foreach_tensor_norm_cuda` in aten/src/ATen/native/cuda/ForeachReduceOp.cu. The parts
+    lie side by side since pytorch/pytorch#190549. Before, each tensor had room for the parts of the
+    largest.
+    """
+    tensors = args[0]
+    order = args[1] if len(args) > 1 else 2
+    is_one_kernel = len({tensor.dtype for tensor in tensors}) == 1
+    if order not in _ORDERS_OF_PARTS or not is_one_kernel or not all(map(is_dense, tensors)):
+        return ALONE
+    parts = [-(-tensor.numel() // _PART) for tensor in tensors]
+    element_bytes = 8 if tensors[0].dtype is torch.float64 else 4
+    if kernels.torch_release < _PARTS_SIDE_BY_SIDE:
+        size = element_bytes * len(parts) * max(parts)
+        return (Workspace(name="sums of parts", num_bytes=size), OUTPUTS)
+    return (
+        Workspace(name="where each tensor's parts begin", num_bytes=8 * (len(parts) + 1)),
+        Workspace(name="sums of parts", num_bytes=element_bytes * sum(parts)),
+        OUTPUTS,
+        Drop.of("sums of parts"),
+    )
+
+
 def _copies_input(_kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     """Copy an input that is not contiguous, after the output was made."""
     return (OUTPUTS, *contiguous_copy("contiguous input", args[0]))
@@ -347,6 +376,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "mean.default": _mean,
     "mean.dim": _mean,
     "linalg_vector_norm.default": _norm,
+    "_foreach_norm.Scalar": _norms_of_list,
     "var.correction": _variance,
     "var_mean.correction": _variance,
     "std.correction": _variance,

@@ -259,6 +259,18 @@ def volumes(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         _aten.upsample_trilinear3d_backward(data, shape[2:], [*shape[:2], 2, 2, 2], False)
 
 
+def norms_of_lists(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Reduce each tensor of a list, as the clipping of gradients does."""
+    large = torch.empty(1000, 700, device=device, dtype=dtype)
+    turned = torch.empty(30, 50, device=device, dtype=dtype).t()
+    for tensors in ([large], [large, *(large[0] for _ in range(200))], [turned, large]):
+        for order in (1, 2, torch.inf):
+            yield
+            norms = torch._foreach_norm(tensors, order)
+            yield
+            del norms
+
+
 def products_of_one(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Outer products, and what comes before and after attention's."""
     column, row = leaf(device, 4, 30, 1, dtype=dtype), leaf(device, 4, 1, 40, dtype=dtype)
@@ -290,5 +302,6 @@ CASES = (
     interpolations,
     lines,
     volumes,
+    norms_of_lists,
     products_of_one,
 )
