@@ -192,7 +192,7 @@ def _run(task: Task) -> list[dict[str, Any]]:
         return [{"kind": task.kind, **row, "error": reason} for row in task.rows]
 
 
-def _step_trace(task: Task) -> Any:
+def _step_schedule(task: Task) -> Any:
     import timm
     import torch
     from accuracy_loops import with_batch_of_bytes
@@ -222,7 +222,7 @@ def _step_trace(task: Task) -> Any:
     )
     made = trace(step, _options(task, (8, 6) if is_pepr else (8, 0)))
     # One batch more is on its way in bytes.
-    return made if is_pepr else with_batch_of_bytes(made, step)
+    return (made if is_pepr else with_batch_of_bytes(made, step)).schedule
 
 
 def _ladder_schedule(task: Task) -> Any:
@@ -318,7 +318,7 @@ def _ladder_rows(task: Task) -> list[dict[str, Any]]:
 
 
 def _peak_rows(task: Task) -> list[dict[str, Any]]:
-    schedule = _step_trace(task).schedule
+    schedule = _step_schedule(task)
     rows = []
     for row in task.rows:
         stats = _replay(schedule, int(row["batch_size"]), blas_bytes=A100_BLAS_BYTES)
@@ -330,7 +330,7 @@ def _peak_rows(task: Task) -> list[dict[str, Any]]:
 
 def _pepr_rows(task: Task) -> list[dict[str, Any]]:
     (row,) = task.rows
-    stats = _replay(_step_trace(task).schedule, PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES)
+    stats = _replay(_step_schedule(task), PEPR_BATCH_SIZE, blas_bytes=PEPR_BLAS_BYTES)
     found = {
         "simulated_allocated_bytes": stats.peak_allocated_bytes,
         "simulated_reserved_bytes": stats.peak_reserved_bytes,

@@ -22,7 +22,8 @@ class BoundRule:
     """A multiple of a convolution's tensors, whatever cuDNN is installed.
 
     Args:
-        convolution: The convolution. Its shapes are empty, because they grow with the batch size.
+        convolution: The convolution, for which torch keeps a plan. Its shapes are empty, because
+            they grow with the batch size.
         bytes_per_element: The bytes for each element of the three tensors.
     """
 

@@ -32,10 +32,6 @@ def _input_first(_kernels: object, args: tuple[Any, ...], result: torch.Tensor) 
     return (OUTPUTS, *_input(args[0]), *_output(result))
 
 
-def _into_any_layout(_kernels: object, args: tuple[Any, ...], _result: torch.Tensor) -> Script:
-    return (OUTPUTS, *_input(args[0]))
-
-
 def _in_either_layout(kernels: object, args: tuple[Any, ...], result: torch.Tensor) -> Script:
     data = args[0]
     if data.shape == result.shape:
@@ -76,7 +72,6 @@ INTERPOLATIONS: Final[dict[str, Callable[[Any, tuple[Any, ...], Any], Script]]] 
     "upsample_bilinear2d_backward.default": _in_either_layout,
     "upsample_bicubic2d_backward.default": _contiguous,
     "_upsample_bilinear2d_aa.default": _contiguous,
-    "_upsample_bilinear2d_aa_backward.default": _into_any_layout,
     "_upsample_bicubic2d_aa.default": _contiguous,
     "_upsample_bicubic2d_aa_backward.default": _contiguous,
     "upsample_nearest3d.default": _contiguous,
@@ -85,4 +80,4 @@ INTERPOLATIONS: Final[dict[str, Callable[[Any, tuple[Any, ...], Any], Script]]] 
     "_upsample_nearest_exact3d_backward.default": _contiguous,
     "upsample_trilinear3d_backward.default": _input_first,
 }
-"""The script of each operation, by its name."""
+"""The script of each operation, by its name. One more copies its input as other operations do."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_strides_of_nhwc", "is_dense", "suggested_format"]
+__all__ = ["has_strides_of_nhwc", "is_dense", "is_in_a_format", "suggested_format"]
 
 
 def has_strides_of_nhwc(tensor: torch.Tensor) -> bool:
@@ -34,6 +34,11 @@ def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     Source: `suggest_memory_format` in aten/src/ATen/core/TensorBase.h.
     """
     return torch.channels_last if has_strides_of_nhwc(tensor) else torch.contiguous_format
+
+
+def is_in_a_format(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous in NCHW or in NHWC."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from memfit.cards import Gpu
 from memfit.simulation.needs import Need
-from memfit.simulation.tracing.memory_formats import suggested_format
+from memfit.simulation.tracing.memory_formats import is_in_a_format, suggested_format
 from memfit.simulation.tracing.reductions import scratch_of_rows
 from memfit.simulation.tracing.scripts import (
     ALONE,
@@ -127,7 +127,7 @@ def group_norm(kernels: Release, args: tuple[Any, ...], _result: Any) -> Script:
     if kernels.torch_release == _COPIES_CHANNELS_LAST:
         script = (OUTPUTS, *contiguous_copy("contiguous input", data))
     else:
-        copy = contiguous_copy("input in its own layout", data) if not _is_dense(data) else ()
+        copy = contiguous_copy("input in its own layout", data) if not is_in_a_format(data) else ()
         script = (*copy, OUTPUTS)
     if data.dtype in _HALF and kernels.torch_release >= _KEEPS_MEANS_IN_FP32:
         script += _each(("mean in fp32", "deviation in fp32"), 4 * samples * num_groups)
@@ -259,7 +259,3 @@ def _power_of_two(number: int) -> int:
 
 def _each(names: tuple[str, ...], num_bytes: int) -> tuple[Workspace, ...]:
     return tuple(Workspace(name=name, num_bytes=num_bytes) for name in names)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)

@@ -17,6 +17,7 @@ import torch
 
 from memfit._torch_private import aten_if_there
 from memfit.simulation.tracing.by_operation import once_per_operation
+from memfit.simulation.tracing.memory_formats import is_in_a_format
 from memfit.simulation.tracing.remembered import Remembered
 from memfit.simulation.tracing.rms_norm import rms_norm_backward_outputs, rms_norm_outputs
 
@@ -73,7 +74,7 @@ def _arithmetic(first: Any, *rest: Any) -> torch.Tensor | None:
     """Handle two tensors, or a tensor and numbers, which leave the strides as they are."""
     if not any(isinstance(other, torch.Tensor) for other in rest):
         is_plain = type(first) is torch.Tensor and first.is_floating_point()
-        return torch.empty_like(first) if is_plain and _is_dense(first) else None
+        return torch.empty_like(first) if is_plain and is_in_a_format(first) else None
     return _elementwise(first, *rest)
 
 
@@ -140,10 +141,6 @@ def _broadcast(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         ):
             return None
     return torch.empty_like(first)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _softmax_backward(
@@ -255,7 +252,7 @@ def _batch_norm_backward(
 
 
 def _each(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    if not all(t.is_floating_point() and _is_dense(t) for t in tensors):
+    if not all(t.is_floating_point() and is_in_a_format(t) for t in tensors):
         return None
     return [torch.empty_like(tensor) for tensor in tensors]
 

@@ -415,6 +415,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "cumprod.default": _cumulate,
     "roll.default": _roll,
     "reflection_pad2d.default": _copies_input,
+    "_upsample_bilinear2d_aa_backward.default": _copies_input,
     "reflection_pad2d_backward.default": _reflection_pad_backward,
     "index_put.default": index_put,
     "index_put_.default": index_put,
